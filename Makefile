@@ -1,0 +1,38 @@
+# make install | test | pretrain | check | bench.  PYTHON picks the interpreter, TORCH the build.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
+
+# Without a GPU the CPU build of torch is asked for by its local version, which no CUDA build carries:
+# first from the configured indexes, else from PyTorch's own. TORCH= overrides both.
+TORCH_PIN := $(shell grep '^torch==' constraints.txt)
+TORCH ?= $(TORCH_PIN)$(if $(HAS_GPU),,+cpu)
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: install test pretrain check bench clean
+install: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" || $(PIP) --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH)"
+	$(PIP) -c constraints.txt -e ".[triton,train,dev]"
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pretrain: install
+	$(BIN)/accelerate launch $(if $(HAS_GPU),,--cpu --num_processes 1) finetune/pretrain.py $(ARGS)
+
+bench: install
+	PYTHONPATH=.:kernels $(BIN)/python kernels/bench/step_time.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

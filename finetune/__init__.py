@@ -1,0 +1,1 @@
+"""Training scripts around `muon8bit`: pretraining on text, and what those scripts share."""

@@ -1,0 +1,15 @@
+"""The one error that a user of the scripts can cause."""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """Bad input: one clear sentence that names the option and the way out. `main` prints it and returns 2.
+
+    Args:
+        option: the option as typed, such as `--dataset`.
+        problem: what is wrong, and what to do instead; no final full stop.
+    """
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(f"{option}: {problem}")

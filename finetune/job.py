@@ -1,0 +1,155 @@
+"""One pretraining run: train, evaluate, save, stop, continue."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from finetune.loop import Blocks, Stop, accumulate_gradients, clip_gradients, evaluate, step_batches
+from finetune.outputs import finish, nats_to_bits_per_byte
+from finetune.prepare import Run, set_up
+from finetune.recipe import Recipe
+from finetune.run_folder import RunFolder
+
+
+def pretrain(recipe: Recipe, folder: RunFolder, script: str) -> int:
+    """Run, or continue, one pretraining job; see `finetune/pretrain.py` for the options.
+
+    Args:
+        recipe: checked options.
+        folder: where to write; with a checkpoint, what to continue.
+        script: path of the script, for the command that resumes.
+
+    Returns:
+        Exit code: 0 done, 1 a gradient was not finite, 128 + signal number when stopped.
+
+    Raises:
+        InputError: bad input; nothing was written but the cache.
+    """
+    run = set_up(recipe, folder)
+    if folder.checkpoint:
+        _restore(run)
+    try:
+        code = _train(run, script)
+        if code == 0:
+            finish(run)
+    except FloatingPointError as error:
+        if run.accelerator.is_main_process:
+            print(f"step {run.step + 1}: {error}; lower --lr, or resume from an earlier step", file=sys.stderr)
+        code = 1
+    run.say(f"run folder: {run.folder.path}")
+    run.accelerator.end_training()
+    return code
+
+
+def _train(run: Run, script: str) -> int:
+    recipe, accelerator = run.recipe, run.accelerator
+    train = Blocks(run.cache.train, recipe.seq_len, recipe.seed)
+    validation = Blocks(run.cache.validation, recipe.seq_len)
+    bar = tqdm(
+        total=recipe.max_steps,
+        initial=run.step,
+        disable=not accelerator.is_main_process,
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
+    stop = Stop()
+    with stop.listening(), bar:
+        while run.step < recipe.max_steps:
+            record = _one_step(run, train)
+            done = run.step == recipe.max_steps
+            stopped = stop.agreed(accelerator)
+            if done or (run.step % recipe.eval_every == 0 and not stopped):
+                record["val_loss"] = evaluate(accelerator, run.model, validation, recipe.batch_size)
+            _log(run, record, bar)
+            if done or stopped or run.step % recipe.save_every == 0:
+                _save(run)
+            if stopped and not done:
+                run.say(f"stopped at step {run.step} of {recipe.max_steps} and saved; to resume:")
+                run.say("  " + _resume_command(run, script))
+                return 128 + stop.signal
+    return 0
+
+
+def _one_step(run: Run, train: Blocks) -> dict[str, Any]:
+    """One optimizer step; returns its record. `seconds` counts steps only, without evaluation and saving."""
+    recipe, accelerator = run.recipe, run.accelerator
+    started = time.perf_counter()
+    num = recipe.gradient_accumulation
+    batches = list(step_batches(train, accelerator, run.position, recipe.batch_size, num))
+    lr = run.optimizers[0].param_groups[0]["lr"]
+    loss = accumulate_gradients(accelerator, run.model, batches)
+    clip_gradients(run.model, recipe.clip)
+    for optimizer, scheduler in zip(run.optimizers, run.schedulers, strict=True):
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    sequences = num * recipe.batch_size * accelerator.num_processes
+    run.step += 1
+    run.position += sequences
+    run.tokens += sequences * recipe.seq_len
+    run.seconds += time.perf_counter() - started
+    return {
+        "step": run.step,
+        "loss": loss,
+        "lr": float(lr),
+        "val_loss": None,
+        "tokens": run.tokens,
+        "seconds": round(run.seconds, 3),
+        "corpus": run.facts["corpus"],
+        "python": run.facts["python"],
+    }
+
+
+def _log(run: Run, record: dict[str, Any], bar: Any) -> None:
+    if not run.accelerator.is_main_process:
+        return
+    run.folder.append_metrics(record)
+    speed = run.tokens / run.seconds
+    bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.2e}", tok_s=f"{speed:.0f}", refresh=False)
+    bar.update()
+    scalars = {key: record[key] for key in ("loss", "lr", "val_loss") if record[key] is not None}
+    run.accelerator.log(scalars, step=run.step)
+    if record["val_loss"] is not None:
+        bits = nats_to_bits_per_byte(record["val_loss"], run.cache.bytes_per_token)
+        run.say(f"step {run.step}: validation {record['val_loss']:.4f} nats per token, {bits:.4f} bits per byte")
+
+
+def _save(run: Run) -> None:
+    """Write a checkpoint beside, and give it its name when every process is done."""
+    accelerator = run.accelerator
+    partial, _ = run.folder.checkpoint_paths(run.step)
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        record = {
+            "step": run.step,
+            "position": run.position,
+            "tokens": run.tokens,
+            "seconds": run.seconds,
+            "optimizer": run.recipe.optimizer,
+            "schedulers": [scheduler.state_dict() for scheduler in run.schedulers],
+            "facts": run.facts,
+        }
+        run.folder.finish_checkpoint(run.step, record, run.recipe.keep_checkpoints)
+    accelerator.wait_for_everyone()
+
+
+def _restore(run: Run) -> None:
+    record = run.folder.progress()
+    run.accelerator.load_state(str(run.folder.checkpoint))
+    for scheduler, state in zip(run.schedulers, record["schedulers"], strict=True):
+        scheduler.load_state_dict(state)
+    run.step, run.position = record["step"], record["position"]
+    run.tokens, run.seconds = record["tokens"], record["seconds"]
+    run.say(f"resumed from {run.folder.checkpoint} at step {run.step}")
+
+
+def _resume_command(run: Run, script: str) -> str:
+    world = run.accelerator.num_processes
+    launcher = [sys.executable] if world == 1 else ["torchrun", "--nproc_per_node", str(world)]
+    return shlex.join([*launcher, script, "--resume", str(run.folder.path)])

@@ -1,0 +1,173 @@
+"""The training loop's parts: batches, one optimizer step, evaluation, and a polite stop. Shared by all scripts."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from finetune.tokens import Tokens
+
+# `targets` [batch, seq_len] int64, -100 where nothing is to be predicted; the rest are arguments of the model.
+Batch: TypeAlias = Mapping[str, Tensor]
+IGNORED = -100
+
+
+class Blocks:
+    """Consecutive blocks of a token sequence: block i predicts tokens [i * seq_len + 1, (i + 1) * seq_len].
+
+    The order is a function of (seed, position) alone, so a resumed run continues it without any saved state:
+    epoch after epoch, each a permutation of all blocks.
+
+    Args:
+        tokens: token ids [n], memory-mapped; only the blocks asked for are read.
+        seq_len: tokens per block.
+        seed: seed of the permutations.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int = 0) -> None:
+        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.seq_len
+
+    def shuffled(self, position: int) -> int:
+        """Index of the block at a position of the endless shuffled sequence."""
+        epoch, place = divmod(position, len(self))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
+        return int(self._order[place])
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
+        """Blocks as {input_ids, targets}, each [len(indices), seq_len] int64; index -1 gives ignored targets."""
+        starts = [max(i, 0) * self.seq_len for i in indices]
+        rows = np.stack([self.tokens[s : s + self.seq_len + 1] for s in starts]).astype(np.int64)
+        blocks = torch.from_numpy(rows)
+        targets = blocks[:, 1:].clone()
+        targets[torch.tensor(indices) < 0] = IGNORED
+        return {"input_ids": blocks[:, :-1].to(device), "targets": targets.to(device)}
+
+
+def step_batches(
+    blocks: Blocks, accelerator: Accelerator, position: int, batch_size: int, num_batches: int
+) -> Iterator[Batch]:
+    """This rank's micro-batches of one optimizer step, which takes positions
+    [position, position + num_batches * ranks * batch_size) of the shuffled sequence."""
+    for i in range(num_batches):
+        first = position + (i * accelerator.num_processes + accelerator.process_index) * batch_size
+        yield blocks.batch([blocks.shuffled(first + j) for j in range(batch_size)], accelerator.device)
+
+
+def summed_nats(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy summed over the targets of a batch: fp32 scalar, in nats."""
+    arguments = {key: value for key, value in batch.items() if key != "targets"}
+    logits = model(**arguments, use_cache=False).logits
+    flat = logits.float().flatten(0, -2)
+    return cross_entropy(flat, batch["targets"].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def num_targets(batch: Batch) -> Tensor:
+    """Targets of a batch that count: int64 scalar."""
+    return (batch["targets"] != IGNORED).sum()
+
+
+def accumulate_gradients(accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Add the gradient of one optimizer step's loss to `.grad` and return that loss.
+
+    The loss is the sum over targets divided by the targets of the *whole* step, all micro-batches and ranks, so it
+    does not depend on how the step is cut up. (A mean of means is wrong where the counts differ.)
+
+    Args:
+        accelerator: with gradient_accumulation_steps 1; the cutting is done here.
+        model: a prepared causal language model.
+        batches: this rank's micro-batches; all ranks have equally many.
+
+    Returns:
+        Loss in nats per target, equal on all ranks.
+    """
+    local = torch.stack([num_targets(batch) for batch in batches]).sum()
+    targets = int(_sum(accelerator, local))
+    total = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            nats = summed_nats(model, batch)
+            # Data parallelism averages gradients over ranks: undo its division.
+            accelerator.backward(nats * (accelerator.num_processes / max(targets, 1)))
+        total += nats.detach()
+    return float(_sum(accelerator, total)) / max(targets, 1)
+
+
+def clip_gradients(model: nn.Module, limit: float) -> None:
+    """Scale all gradients so that their global 2-norm is at most `limit`; 0 turns it off.
+
+    Raises:
+        FloatingPointError: a gradient holds NaN or Inf; names the parameters. Nothing was scaled.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = get_total_norm(grads)
+    if not math.isfinite(float(norm)):
+        bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise FloatingPointError(f"the gradient of {names or 'the whole model'} is not finite")
+    if limit:
+        clip_grads_with_norm_(model.parameters(), limit, norm)
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, blocks: Blocks, batch_size: int) -> float:
+    """Cross-entropy over all blocks in nats per token, equal on all ranks."""
+    was_training = model.training
+    model.eval()
+    stride = batch_size * accelerator.num_processes
+    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    # Every rank runs equally many batches (a forward of a wrapped model may be collective), padded with ignored ones.
+    for start in range(0, len(blocks), stride):
+        first = start + accelerator.process_index * batch_size
+        indices = [i if i < len(blocks) else -1 for i in range(first, first + batch_size)]
+        if accelerator.num_processes == 1:
+            indices = [i for i in indices if i >= 0]
+        nats += summed_nats(model, blocks.batch(indices, accelerator.device))
+    model.train(was_training)
+    return float(_sum(accelerator, nats)) / (len(blocks) * blocks.seq_len)
+
+
+def _sum(accelerator: Accelerator, value: Tensor) -> Tensor:
+    reduced: Tensor = accelerator.reduce(value, "sum")
+    return reduced
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for a stop; all ranks agree on it between two steps."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Catch both signals inside the block; the handlers before it come back at its end."""
+        before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.signal = number
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any rank was asked to stop; a collective call."""
+        largest = accelerator.gather(torch.tensor([self.signal], device=accelerator.device)).max()
+        self.signal = int(largest)
+        return self.signal > 0

@@ -1,0 +1,91 @@
+"""The model of a run: built from a configuration, or loaded to be trained further."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from finetune.errors import InputError
+from finetune.recipe import Recipe
+
+
+def model_config(recipe: Recipe) -> Any:
+    """transformers configuration of the model to train.
+
+    Raises:
+        InputError: transformers does not know it, or rejects a value.
+    """
+    option = "--init-from" if recipe.init_from else "--model-config"
+    try:
+        if recipe.init_from:
+            config = AutoConfig.from_pretrained(recipe.init_from)
+        else:
+            config = AutoConfig.for_model(**recipe.model)
+    except Exception as error:
+        raise InputError(option, f"transformers rejects it: {_first_line(error)}") from None
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and recipe.seq_len > longest:
+        raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
+    return config
+
+
+def config_hash(config: PretrainedConfig) -> str:
+    """Hex SHA-256 of what a configuration says, the version of transformers left out."""
+    values = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_vocabulary(config: Any, tokenizer: Any) -> None:
+    """Every token id must have an embedding.
+
+    Raises:
+        InputError: the tokenizer is larger than the model's vocabulary.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            "--tokenizer",
+            f"it has {len(tokenizer)} tokens and the model's vocab_size is {config.vocab_size}; "
+            "give a smaller tokenizer, or a --model-config with a larger vocabulary",
+        )
+
+
+def build_model(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
+    """The model in fp32, random from torch's current seed or pretrained.
+
+    Raises:
+        InputError: the weights cannot be loaded, or the architecture is no causal language model.
+    """
+    model: Any
+    causal: Any = AutoModelForCausalLM
+    try:
+        if recipe.init_from:
+            model = causal.from_pretrained(recipe.init_from, dtype=torch.float32)
+        else:
+            config.eos_token_id = config.bos_token_id = tokenizer.eos_token_id
+            config.pad_token_id = tokenizer.pad_token_id
+            model = causal.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        option = "--init-from" if recipe.init_from else "--model-config"
+        raise InputError(option, f"transformers cannot build the model: {_first_line(error)}") from None
+    if recipe.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model
+
+
+def parameter_hash(model: nn.Module) -> str:
+    """Hex SHA-256 of all parameters, in order, with their names: equal on ranks that agree to the bit."""
+    digest = hashlib.sha256()
+    for name, param in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(param.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -1,0 +1,16 @@
+"""Kernels of muon8bit: codebooks, the torch reference, Triton kernels and the dispatch between them."""
+
+from .codebooks import CODE_DTYPES, Codebook, dynamic_map, zero_code
+from .dispatch import Backend, Kernels, kernels_for
+from .reference import num_blocks
+
+__all__ = [
+    "CODE_DTYPES",
+    "Backend",
+    "Codebook",
+    "Kernels",
+    "dynamic_map",
+    "kernels_for",
+    "num_blocks",
+    "zero_code",
+]

@@ -1,0 +1,82 @@
+"""The two 8-bit codebooks: what a code means once its block's scale is taken out.
+
+`linear`: int8 codes -127..127, value `code / 127`. `dynamic`: uint8 codes 0..255 into the signed dynamic-tree
+map of Dettmers et al. (arXiv 2110.02861): seven decades of 1, 2, 4, ... 64 levels a sign, zero, and one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Codebook: TypeAlias = Literal["linear", "dynamic"]
+
+CODE_DTYPES: dict[str, torch.dtype] = {"linear": torch.int8, "dynamic": torch.uint8}
+LINEAR_MAX = 127
+# A block whose largest magnitude is below the smallest normal fp32 is stored as exact zeros.
+SCALE_FLOOR = torch.finfo(torch.float32).tiny
+_DECADES = 7
+
+
+def _dynamic_values() -> Tensor:
+    def fp32(*values: float) -> Tensor:  # whatever default dtype and device the caller's process has set
+        return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+    one_tenth = fp32(0.1).item()  # fp32, held in fp64: each boundary below is rounded to fp32 once
+    values = [fp32(0.0, 1.0)]
+    for decade in range(_DECADES):
+        levels = 2**decade
+        step = (fp32(1.0) - fp32(0.1)).item() / levels
+        index = torch.arange(levels + 1, dtype=torch.float64, device="cpu")
+        from_below, from_above = one_tenth + index * step, 1.0 - (levels - index) * step
+        boundaries = torch.where(index < (levels + 1) // 2, from_below, from_above).float()
+        means = (boundaries[:-1] + boundaries[1:]) / 2
+        means = means * fp32(10.0 ** (decade - _DECADES + 1))
+        values += [means, -means]
+    return torch.cat(values).sort().values
+
+
+@cache
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """The signed dynamic map, fp32 [256], ascending from -0.99297 to 1.0 (there is no -1.0). Do not write to it.
+
+    Equal bit for bit to `bitsandbytes.functional.create_dynamic_map()`; ours, so that a checkpoint does not
+    depend on another library's version.
+    """
+    return _dynamic_values().to(device)
+
+
+@cache
+def dynamic_midpoints(device: torch.device | str = "cpu") -> Tensor:
+    """Decision thresholds, fp32 [256]: entry i lies between map entries i and i + 1; the last is +inf.
+
+    `code = number of midpoints < x`, so a value exactly on a midpoint takes the lower code. A midpoint is the
+    exact mean rounded to fp32, hence within one fp32 unit of it either neighbour may be chosen.
+    """
+    values = _dynamic_values().double()
+    midpoints = ((values[:-1] + values[1:]) / 2).float()
+    return torch.cat([midpoints, midpoints.new_tensor([torch.inf])]).to(device)
+
+
+@cache
+def dynamic_prefix_codes(device: torch.device | str = "cpu") -> Tensor:
+    """First guess of a code from the upper 16 bits of an fp32 number in [-1, 1]: int32 [65536].
+
+    The numbers that share those 16 bits (sign, exponent, 7 bits of mantissa) form an interval narrower than the
+    map's spacing, so it holds at most one midpoint: the guess is the code of the interval's lower end, and one
+    comparison with `dynamic_midpoints` finishes the encoding.
+    """
+    prefix = torch.arange(65536, dtype=torch.int64, device="cpu")
+    lower = prefix << 16
+    lower[32768:] |= 0xFFFF  # negative numbers: the larger magnitude is the lower end
+    lower = torch.where(lower >= 2**31, lower - 2**32, lower).to(torch.int32)
+    codes = torch.bucketize(lower.view(torch.float32).nan_to_num(), dynamic_midpoints()[:-1])
+    return codes.to(torch.int32).to(device)
+
+
+def zero_code(codebook: Codebook) -> int:
+    """The code that decodes to 0.0."""
+    return 0 if codebook == "linear" else int((dynamic_map() == 0).nonzero().item())

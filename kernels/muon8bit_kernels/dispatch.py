@@ -1,0 +1,80 @@
+"""The one place that decides which implementation runs. An explicit request that cannot be met raises."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .codebooks import Codebook
+
+Backend: TypeAlias = Literal["reference", "triton"]
+
+
+class Kernels(Protocol):
+    """What a backend provides; `reference` documents shapes and dtypes."""
+
+    def quantize(self, values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]: ...
+
+    def dequantize(self, codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size: int) -> Tensor: ...
+
+    def momentum_stats(
+        self,
+        codes: Tensor,
+        scales: Tensor | None,
+        grad: Tensor,
+        *,
+        beta: float,
+        nesterov: bool,
+        codebook: Codebook | None,
+        block_size: int,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def momentum_apply(
+        self,
+        codes: Tensor,
+        scales: Tensor | None,
+        grad: Tensor,
+        absmax: Tensor,
+        norm: Tensor,
+        out: Tensor,
+        *,
+        beta: float,
+        nesterov: bool,
+        codebook: Codebook | None,
+        block_size: int,
+    ) -> None: ...
+
+
+def kernels_for(device: torch.device, backend: Backend | None = None) -> Kernels:
+    """The kernels to run on `device`.
+
+    Args:
+        device: where the tensors are.
+        backend: `"reference"` (torch operations), `"triton"`, or None: Triton on CUDA devices, else reference.
+
+    Raises:
+        ValueError: for an unknown backend.
+        RuntimeError: if Triton was asked for, or is due on CUDA, and cannot run; the message says the way out.
+    """
+    if backend not in (None, "reference", "triton"):
+        raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
+    if backend == "reference" or (backend is None and device.type != "cuda"):
+        return reference
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(
+            f"backend={backend!r} on {device} needs triton, which is not installed: install muon8bit[triton], "
+            "or pass backend='reference' (slower)"
+        )
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"backend='triton' cannot run on {device}: use a CUDA device, set TRITON_INTERPRET=1 before Python "
+            "starts (tests only), or pass backend='reference'"
+        )
+    from . import triton_kernels  # needs triton, which CPU installations lack
+
+    return triton_kernels

@@ -1,0 +1,186 @@
+"""What a parameter is (embedding, head, router, fused, ...), by modules, names and shapes, and its route."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .config import MIN_QUANTIZED_COLUMNS, Algorithm
+
+# Heads by name whatever their size, and names that mean a head only where the rows equal the vocabulary; both
+# only outside numbered layers, where `output` and `decoder` are everyday names of hidden matrices.
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|score|classifier|qa_outputs|embed_out|v_head|(classifier|classification_head)\.out_proj)$"
+)
+_VOCABULARY_HEAD = re.compile(r"(^|\.)(head|output|outputs|out|logits|to_logits|unembed|decoder|generator)$")
+# Modules whose matrix scores experts: Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Jamba, Hunyuan in transformers.
+_ROUTER = re.compile(r"(^|\.)(router|gate|wg|shared_expert_gate)(?=\.|$)")
+# One tensor that holds several matrices: in Phi-3, GPT-2, GPT-NeoX, Falcon, InternLM, Baichuan, OLMo,
+# DeepSeek, Mamba, nn.MultiheadAttention, nn.LSTM.
+_FUSED = re.compile(
+    r"(^|\.)(\w*qkv\w*|\w*query_key_value|c_attn|W_pack|att_proj|kv_proj|kv_a_proj_with_mqa|kv_b_proj|key_value"
+    r"|gate_up_proj|up_gate_proj|gate_and_up_proj|w13|w12|in_proj(_weight|_ba)?|weight_(ih|hh)_l\d+\w*)(\.|$)",
+    re.IGNORECASE,
+)
+_ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.")
+_SINGLE_PROJECTION = re.compile(
+    r"(^|\.)([qkvo]|(w?[qkvo]|query|key|value|out|o)(_\w+)?|\w*_[qkvo])(\.|$)", re.IGNORECASE
+)
+# Names that PEFT's and the parallel wrappers put between a module and its parameters.
+_WRAPPERS = re.compile(
+    r"\.(modules_to_save\.\w+|original_module|base_layer)\b|\b(_orig_mod|_checkpoint_wrapped_module)\."
+)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one parameter goes and why.
+
+    `algorithm` None means frozen, in no group; `flag` says what to look at, or is empty; `decays` tells the
+    AdamW groups apart; `lr` as in the group; `weight_decay` per unit of lr; `state_bytes` predicted for
+    bits=8 and block_size 2048; `aliases` are the further names of a shared tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    algorithm: Algorithm | None
+    reason: str
+    flag: str
+    decays: bool
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    state_bytes: int = 0
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the parameter."""
+        return math.prod(self.shape)
+
+
+@dataclass
+class Ends:
+    """Parameters at the two ends of a model with the reason for each; `doubtful` may be a head."""
+
+    embeddings: dict[Tensor, str] = field(default_factory=dict)
+    heads: dict[Tensor, str] = field(default_factory=dict)
+    doubtful: Tensor | None = None
+
+
+def default_route(name: str, param: nn.Parameter, modules: Mapping[str, nn.Module], ends: Ends) -> Route:
+    """The default route: the first rule that applies."""
+    path, _, local = name.rpartition(".")
+    shape, is_norm = tuple(param.shape), "norm" in type(modules[path]).__name__.lower()
+
+    def adamw(reason: str, *, decays: bool = True, flag: str = "") -> Route:
+        return Route(name, shape, "adamw", reason, flag, decays)
+
+    if local.lower().endswith("bias"):  # stacked experts have 2-D ones
+        return adamw("bias", decays=False)
+    if is_norm or len(shape) < 2:
+        return adamw("norm" if is_norm else f"{len(shape)}-D", decays=False)
+    if local == "A_log" or getattr(param, "_no_weight_decay", False):  # Mamba's decay rates: 2-D, but no matrix
+        return adamw("no matrix (A_log, _no_weight_decay)", decays=False)
+    if end := ends.embeddings.get(param) or ends.heads.get(param):
+        return adamw(end)
+    if "lora_embedding_" in name:
+        return adamw("LoRA of an embedding")
+    if is_router(name, modules):
+        return adamw("MoE router")
+    if len(shape) > 2:
+        return adamw(f"{len(shape)}-D", flag="Muon takes only 2-D as yet; AdamW's state is 8 B per element")
+    is_bare = not local.endswith("weight") and "lora_" not in name
+    if is_bare and re.search(r"emb|token", local):
+        return adamw("bare parameter named like an embedding")
+    flags = {
+        "looks fused: orthogonalized as one matrix": looks_fused(name, shape),
+        f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32": shape[1] < MIN_QUANTIZED_COLUMNS,
+        "bare parameter: taken for a matrix that multiplies": is_bare,
+        "last Linear of a model without embedding: is it the head?": param is ends.doubtful,
+    }
+    reason = "LoRA matrix" if "lora_" in name else "hidden matrix"
+    return Route(name, shape, "muon", reason, "; ".join(flag for flag, is_set in flags.items() if is_set), True)
+
+
+def find_ends(model: nn.Module) -> Ends:
+    """Embeddings by module type and `get_input_embeddings`; heads by `get_output_embeddings` of any submodule
+    and by name, or, without these methods, the last Linear if it has the first embedding's rows."""
+    ends, tables, linears, is_hugging_face = Ends(), [], [], False
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            ends.embeddings[module.weight] = "embedding"
+            tables.append(module.weight)
+        elif isinstance(module, nn.Linear):
+            linears.append((_WRAPPERS.sub("", path), module))
+        is_hugging_face |= hasattr(module, "get_output_embeddings")
+        for param in _part(module, "get_input_embeddings"):
+            ends.embeddings.setdefault(param, "input embedding")
+        for param in _part(module, "get_output_embeddings"):
+            ends.heads.setdefault(param, "output head")
+    rows = {table.shape[0] for table in tables}
+    for path, module in linears:
+        of_vocabulary = module.out_features in rows and _VOCABULARY_HEAD.search(path)
+        if (_HEAD.search(path) or of_vocabulary) and not re.search(r"(^|\.)\d+\.", path):
+            ends.heads.setdefault(module.weight, "output head, by its name")
+    known = ends.heads.keys() | ends.embeddings.keys()
+    if linears and not is_hugging_face and not any(module.weight in known for _, module in linears):
+        last = linears[-1][1]
+        if tables and last.out_features == tables[0].shape[0]:
+            ends.heads[last.weight] = "output head: last Linear, rows of the first embedding"
+        elif not tables:
+            ends.doubtful = last.weight
+    return ends
+
+
+def _part(module: nn.Module, getter: str) -> Iterator[nn.Parameter]:
+    """Parameters of the module that a Hugging Face getter returns; none where it is missing or raises."""
+    try:
+        part = getattr(module, getter)()
+    except (AttributeError, NotImplementedError):
+        return
+    if isinstance(part, nn.Module):
+        yield from part.parameters()
+
+
+def is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether `name` lies in a router. A `gate` beside a module of its own shape is a gated MLP's matrix."""
+    match = _ROUTER.search(name)
+    if match is None:
+        return False
+    path = name[: match.end()]
+    parent, gate = modules.get(path.rpartition(".")[0]), modules.get(path)
+    if match[2] != "gate" or parent is None or gate is None:
+        return True
+    shapes = [getattr(getattr(child, "weight", None), "shape", None) for child in parent.children()]
+    shape = getattr(getattr(gate, "weight", None), "shape", None)
+    return shape is None or shapes.count(shape) < 2
+
+
+def looks_fused(name: str, shape: Sequence[int]) -> bool:
+    """Whether the 2-D tensor holds several matrices, by its name or, in attention, by sides of 1:3.
+
+    A LoRA A factor is never fused: its input is shared.
+    """
+    if "lora_A" in name:
+        return False
+    if _FUSED.search(name):
+        return True
+    attention = _ATTENTION.search(name)
+    is_single = attention is not None and _SINGLE_PROJECTION.search(name[attention.end() :])
+    return attention is not None and not is_single and max(shape) == 3 * min(shape)
+
+
+def check_whole(name: str, param: nn.Parameter, owner: nn.Module) -> None:
+    """Raise ValueError if the parameter has no shape yet or is a flattened shard of something larger."""
+    if isinstance(param, nn.parameter.UninitializedParameter):
+        raise ValueError(f"{name} is not initialized yet: run one forward pass of the model before routing it")
+    is_flat_matrix = isinstance(owner, (nn.Linear, nn.Embedding)) and name.endswith("weight") and param.ndim < 2
+    if param.requires_grad and (is_flat_matrix or name.endswith("_flat_param")):
+        raise ValueError(
+            f"{name} of shape {tuple(param.shape)} is a flattened matrix, as FSDP1 and DeepSpeed ZeRO-3 make "
+            "them; Muon needs whole matrices: shard with FSDP2 (fully_shard), or build the groups before"
+        )

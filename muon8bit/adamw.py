@@ -1,0 +1,75 @@
+"""AdamW for what Muon does not take (embeddings, head, norms, biases): torch's own, with fp32 state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+# Elements of a half-precision parameter whose fp32 copies exist at once: 3 copies of 64 MiB.
+_CHUNK_ELEMENTS = 2**24
+
+
+def step_device(param: Tensor) -> torch.device:
+    """Where `step` lives: with the parameter on CUDA (the fused kernel reads it there), else on the host."""
+    return param.device if param.device.type == "cuda" else torch.device("cpu")
+
+
+def init_state(param: Tensor) -> dict[str, Tensor]:
+    """torch.optim.AdamW's keys: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (fp32, the parameter's shape)."""
+    return {
+        "step": torch.zeros((), device=step_device(param)),
+        "exp_avg": torch.zeros(param.shape, device=param.device),
+        "exp_avg_sq": torch.zeros(param.shape, device=param.device),
+    }
+
+
+def step_(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+    """One AdamW step in place. Half-precision and strided parameters go through fp32 copies, chunk by chunk.
+
+    torch's fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous here.
+    """
+    direct: list[int] = []
+    for i, param in enumerate(params):
+        if param.dtype == torch.float32 and param.is_contiguous():
+            direct.append(i)
+        else:
+            _step_through_copies(param, grads[i], states[i], group)
+    if direct:
+        dense = [grads[i].float().contiguous() for i in direct]
+        _adamw([params[i] for i in direct], dense, [states[i] for i in direct], group)
+
+
+def _step_through_copies(param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
+    chunks: Iterable[tuple[Tensor, ...]] = [tensors]
+    if param.is_contiguous() and grad.is_contiguous():
+        chunks = zip(*(t.view(-1).split(_CHUNK_ELEMENTS) for t in tensors), strict=True)
+    before = state["step"].clone()
+    for chunk, chunk_grad, exp_avg, exp_avg_sq in chunks:
+        copy = chunk.float().contiguous()
+        chunk_state = {"step": state["step"].copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        _adamw([copy], [chunk_grad.float().contiguous()], [chunk_state], group)
+        chunk.copy_(copy)
+
+
+def _adamw(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+    adamw(
+        params,
+        grads,
+        [s["exp_avg"] for s in states],
+        [s["exp_avg_sq"] for s in states],
+        [],
+        [s["step"] for s in states],
+        fused=all(p.device.type in ("cpu", "cuda") for p in params),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )

@@ -1,0 +1,48 @@
+"""Names, defaults and modes. Every number carries its unit and its source."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+Codebook: TypeAlias = Literal["linear", "dynamic"]
+Backend: TypeAlias = Literal["reference", "triton"]
+OnNonfinite: TypeAlias = Literal["raise", "skip"]
+AdjustLR: TypeAlias = Literal["original", "match_rms_adamw"]
+Algorithm: TypeAlias = Literal["muon", "adamw"]
+Bits: TypeAlias = Literal[8, 32]
+
+CODEBOOKS: tuple[str, ...] = get_args(Codebook)
+BACKENDS: tuple[str, ...] = get_args(Backend)
+ON_NONFINITE: tuple[str, ...] = get_args(OnNonfinite)
+ADJUST_LR: tuple[str, ...] = get_args(AdjustLR)
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+BITS: tuple[int, ...] = get_args(Bits)
+
+# Block sizes in elements: those that bitsandbytes' CUDA kernels accept.
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+# One fp32 scale per 2048 elements, the 8-bit Muon paper's choice (arXiv 2509.23106, as reported by third parties).
+DEFAULT_BLOCK_SIZE = 2048
+# Under this many columns a scale per row costs more than half a byte per element: the state stays fp32.
+MIN_QUANTIZED_COLUMNS = 8
+
+# torch.optim.Muon's defaults. `lr` is the RMS (match_rms_adamw: 0.2 of it) or spectral norm of one update;
+# `weight_decay` is per unit of lr; `eps` is a lower bound of the Frobenius norm that divides the momentum.
+DEFAULT_LR = 1e-3
+DEFAULT_WEIGHT_DECAY = 0.1
+DEFAULT_MOMENTUM = 0.95
+DEFAULT_EPS = 1e-7
+DEFAULT_NS_STEPS = 5
+
+# AdamW part: the betas used with Muon for language models (Moonlight, arXiv 2502.16982, and the 8-bit Muon
+# team's own ladder); eps is torch.optim.AdamW's.
+DEFAULT_ADAMW_BETAS = (0.9, 0.95)
+DEFAULT_ADAMW_EPS = 1e-8
+
+# Bytes that one step's Newton-Schulz workspace may take; a single larger matrix exceeds it.
+BATCH_BYTES = 512 * 2**20
+
+# Keys of `optimizer.state[param]`: part of the checkpoint format, one dtype each.
+LINEAR_CODES_KEY = "momentum_linear8"  # int8, the parameter's shape
+DYNAMIC_CODES_KEY = "momentum_dynamic8"  # uint8, the parameter's shape
+SCALES_KEY = "momentum_scales"  # fp32, [rows, ceil(cols / block_size)]
+BUFFER_KEY = "momentum_buffer"  # fp32, the parameter's shape; bits=32, or too few columns

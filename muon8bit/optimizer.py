@@ -1,0 +1,295 @@
+"""The optimizer: groups, lazy state, the two-phase step, state dicts. The equations are in `update.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from . import adamw, loading
+from .config import (
+    BATCH_BYTES,
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_EPS,
+    DEFAULT_LR,
+    DEFAULT_MOMENTUM,
+    DEFAULT_NS_STEPS,
+    DEFAULT_WEIGHT_DECAY,
+    ON_NONFINITE,
+    Backend,
+    Codebook,
+    OnNonfinite,
+)
+from .groups import MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
+from .orthogonalize import Path, Schedule, batch_size, choose, orthogonalize, resolve
+from .orthogonalize.coefficients import JORDAN
+from .state import Format, Momentum
+from .update import frobenius_norm, lr_ratio, update_param_
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient holds a NaN or Inf; parameters and state are as before the step.
+
+    Attributes:
+        names: the parameters whose gradients are not finite.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        shown = ", ".join(self.names[:5]) + (f" and {len(self.names) - 5} more" if len(self.names) > 5 else "")
+        super().__init__(
+            f"NaN or Inf in the gradient of {shown}. Nothing was changed. Lower the learning rate or look for the "
+            "operation that overflows; on_nonfinite='skip' skips such steps and counts them"
+        )
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A Muon parameter of this step: its momentum and what the first phase found out."""
+
+    param: Tensor
+    grad: Tensor
+    momentum: Momentum
+    absmax: Tensor
+    sumsq: Tensor
+    name: str
+
+
+class Muon8bit(Optimizer):
+    """Muon with its momentum in 8 bits, and AdamW for the rest of the model, in one optimizer.
+
+    The first nine arguments are torch.optim.Muon's, with its order, defaults and meaning. Source of the method:
+    arXiv 2509.23106; of the update: Jordan 2024, Moonlight arXiv 2502.16982. Equations: `muon8bit/update.py`.
+
+    Args:
+        params: 2-D tensors, `(name, tensor)` pairs, or groups (dicts); `muon8bit.param_groups(model, ...)`
+            makes them. float32, bfloat16 or float16. A group with `algorithm="adamw"` takes any shape and the
+            keys lr (required), betas, eps, weight_decay.
+        lr: spectral norm of one update (RMS 1/sqrt(max(rows, cols)) of it) times the factor of `adjust_lr_fn`;
+            a float or a 1-element tensor.
+        weight_decay: decoupled; a step multiplies the parameter by `1 - lr * weight_decay`.
+        momentum: factor of the exponential moving average, in [0, 1).
+        nesterov: orthogonalize the blend of gradient and momentum instead of the momentum.
+        ns_coefficients: one triple, a schedule of `ns_steps` triples, or `"jordan"`, `"you"` (5 steps),
+            `"polar_express"` (5), `"deepseek_v4"` (10).
+        eps: lower bound of the Frobenius norm that divides the Newton-Schulz input.
+        ns_steps: number of Newton-Schulz steps.
+        adjust_lr_fn: None or `"original"`: sqrt(max(1, rows / cols)); `"match_rms_adamw"`:
+            0.2 sqrt(max(rows, cols)), with which AdamW's lr and weight decay carry over.
+        bits: 8, or 32 for the same code path with an fp32 momentum.
+        codebook: `"linear"` (int8) or `"dynamic"` (uint8, bitsandbytes' signed map; for uneven rows and columns).
+        block_size: elements that share one fp32 scale: 64, 128, ... 4096. A block never crosses a row.
+        backend: None (by device), `"reference"` or `"triton"`; a request that cannot be met raises.
+        on_nonfinite: `"raise"` or `"skip"` a step with a NaN or Inf in any gradient, AdamW groups included. In
+            both cases nothing at all changes.
+        ns_dtype: torch.float32 or torch.bfloat16 for Newton-Schulz; None: the cheaper one for shape and device.
+
+    Attributes:
+        num_skipped_steps: steps that `on_nonfinite="skip"` left out.
+
+    State of a Muon parameter [rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) [rows, cols]
+    with `momentum_scales` (fp32) [rows, ceil(cols / block_size)]; or `momentum_buffer` (fp32) with bits=32 or
+    fewer than 8 columns. Of an AdamW parameter: `step`, `exp_avg`, `exp_avg_sq` (fp32).
+
+    Raises:
+        ValueError: names the parameter or argument and what it may be.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = DEFAULT_LR,
+        weight_decay: float = DEFAULT_WEIGHT_DECAY,
+        momentum: float = DEFAULT_MOMENTUM,
+        nesterov: bool = True,
+        ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]] = JORDAN,
+        eps: float = DEFAULT_EPS,
+        ns_steps: int = DEFAULT_NS_STEPS,
+        adjust_lr_fn: str | None = None,
+        *,
+        bits: int = 8,
+        codebook: Codebook = "linear",
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        backend: Backend | None = None,
+        on_nonfinite: OnNonfinite = "raise",
+        ns_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "bits": bits,
+            "codebook": codebook,
+            "block_size": block_size,
+        }
+        check_options(defaults)
+        if on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, not {on_nonfinite!r}")
+        if ns_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"ns_dtype must be None, torch.float32 or torch.bfloat16, not {ns_dtype}")
+        if backend not in (None, "reference", "triton"):
+            raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
+        self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
+        self.num_skipped_steps = 0
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, checked whole before anything changes. See the class for its keys."""
+        index = len(self.param_groups)
+        group = complete_group(param_group, index)
+        super().add_param_group(group)
+        try:
+            if group["algorithm"] == "adamw":
+                for key in MUON_ONLY_KEYS:
+                    del group[key]
+            check_options(group, f"parameter group {index}: ")
+            check_params(group, index)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure` (called with gradients enabled) returned, else None.
+
+        Raises:
+            NonFiniteGradientError: with `on_nonfinite="raise"`, before anything was written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        matrices = [list(self._matrices(i)) for i in range(len(self.param_groups))]
+        nonfinite = self._nonfinite(matrices)
+        if nonfinite:
+            if self.on_nonfinite == "raise":
+                raise NonFiniteGradientError(nonfinite)
+            self.num_skipped_steps += 1
+            return loss
+        for group, group_matrices in zip(self.param_groups, matrices, strict=True):
+            if group["algorithm"] == "adamw":
+                self._step_adamw(group)
+                continue
+            schedule = resolve(group["ns_coefficients"], group["ns_steps"])
+            for path, batch in self._batches(group_matrices, group["ns_steps"]):
+                self._step_batch(batch, group, schedule, path)
+        return loss
+
+    def _gradients(self, group_index: int) -> Iterator[tuple[Tensor, Tensor, str]]:
+        """Parameters of a group that have a gradient now, with it and their description."""
+        group = self.param_groups[group_index]
+        for index, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            name = describe(group, group_index, index)
+            if param.grad.is_sparse:
+                raise ValueError(f"{name} has a sparse gradient: use sparse=False in its embedding")
+            yield param, param.grad, name
+
+    def _matrices(self, group_index: int) -> Iterator[_Matrix]:
+        """First phase, read only: the momentum (zero before the first step) and its statistics."""
+        group = self.param_groups[group_index]
+        if group["algorithm"] == "adamw":
+            return
+        for param, grad, name in self._gradients(group_index):
+            form = Format.of(param.shape, group["bits"], group["codebook"], group["block_size"])
+            state = self.state.get(param)
+            momentum = Momentum.from_state(state, form) if state else Momentum.zeros(param.shape, form, param.device)
+            absmax, sumsq = momentum.stats(
+                grad, beta=group["momentum"], nesterov=group["nesterov"], backend=self.backend
+            )
+            yield _Matrix(param, grad, momentum, absmax, sumsq, name)
+
+    def _nonfinite(self, matrices: list[list[_Matrix]]) -> list[str]:
+        """Names of the parameters whose gradient (or new momentum) is not finite; one host read a device."""
+        found = [(m.absmax, m.name) for group in matrices for m in group]
+        for i, group in enumerate(self.param_groups):
+            if group["algorithm"] == "adamw":
+                found += [(grad, name) for _, grad, name in self._gradients(i)]
+        by_device: dict[torch.device, list[tuple[Tensor, str]]] = {}
+        for tensor, name in found:
+            if tensor.numel():
+                low, high = tensor.aminmax()  # propagate NaN, keep Inf
+                by_device.setdefault(tensor.device, []).append((high.float() - low.float(), name))
+        return [
+            name
+            for flags in by_device.values()
+            for finite, (_, name) in zip(torch.stack([f for f, _ in flags]).isfinite().tolist(), flags, strict=True)
+            if not finite
+        ]
+
+    def _batches(self, matrices: list[_Matrix], num_steps: int) -> Iterator[tuple[Path, list[_Matrix]]]:
+        """Matrices of one shape and device together, as many as the workspace budget allows."""
+        classes: dict[tuple[torch.Size, torch.device], list[_Matrix]] = {}
+        for matrix in matrices:
+            classes.setdefault((matrix.param.shape, matrix.param.device), []).append(matrix)
+        for (shape, device), members in classes.items():
+            rows, cols = shape
+            path = choose(rows, cols, num_steps, device.type, self.ns_dtype)
+            size = batch_size(rows, cols, path.dtype, device.type, BATCH_BYTES)
+            for start in range(0, len(members), size):
+                yield path, members[start : start + size]
+
+    def _step_batch(self, batch: list[_Matrix], group: dict[str, Any], schedule: Schedule, path: Path) -> None:
+        """Second phase: write the momentum, orthogonalize its exact value, update the parameters."""
+        rows, cols = batch[0].param.shape
+        X = torch.empty(len(batch), rows, cols, dtype=path.dtype, device=batch[0].param.device)
+        for matrix, x in zip(batch, X, strict=True):
+            norm = frobenius_norm(matrix.sumsq, eps=group["eps"], factor=schedule.norm_factor)
+            matrix.momentum.apply(
+                matrix.grad,
+                matrix.absmax,
+                norm,
+                x,
+                beta=group["momentum"],
+                nesterov=group["nesterov"],
+                backend=self.backend,
+            )
+            self.state[matrix.param].update(matrix.momentum.to_state())
+        ratio = lr_ratio(rows, cols, group["adjust_lr_fn"])
+        for matrix, direction in zip(batch, orthogonalize(X, schedule, path), strict=True):
+            update_param_(matrix.param, direction, lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
+
+    def _step_adamw(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for param in params:
+            if not self.state.get(param):
+                self.state[param] = adamw.init_state(param)
+        adamw.step_(params, [p.grad for p in params], [self.state[p] for p in params], group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("backend", "on_nonfinite", "ns_dtype", "num_skipped_steps")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
+
+        `bits`, `codebook`, `block_size`, `backend` and `on_nonfinite` stay the constructor's; all other
+        hyper-parameters come from `state_dict`. torch's own method casts the state to the parameter's dtype.
+
+        Raises:
+            ValueError: names the group, parameter or key that does not fit.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            hooked = pre_hook(self, state_dict)
+            state_dict = state_dict if hooked is None else hooked
+        missing = [key for key in ("state", "param_groups") if key not in state_dict]
+        if missing:
+            raise ValueError(f"not an optimizer's state dict: it lacks {', '.join(missing)}")
+        saved_groups = state_dict["param_groups"]
+        groups = loading.checked_groups(saved_groups, self.param_groups)
+        state = loading.checked_state(state_dict["state"], saved_groups, self.param_groups)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)

@@ -1,0 +1,86 @@
+"""Newton-Schulz coefficients: one triple (a, b, c) a step for X <- aX + b(XX^T)X + c(XX^T)^2 X.
+
+Sources: `jordan` K. Jordan, "Muon", 2024; `you` Y. Jiacheng, same page's public follow-up; `polar_express`
+Amsel et al., arXiv 2505.16932, 5 steps with safety factor 2e-2; `deepseek_v4` eight of Jordan's steps and two
+of (2, -1.5, 0.5), as reported for DeepSeek-V4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Triple: TypeAlias = tuple[float, float, float]
+
+JORDAN: Triple = (3.4445, -4.7750, 2.0315)
+_YOU: tuple[Triple, ...] = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+_POLAR_EXPRESS: tuple[Triple, ...] = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A resolved schedule: `steps` triples, and `norm_factor` by which the Frobenius norm is multiplied."""
+
+    steps: tuple[Triple, ...]
+    norm_factor: float = 1.0
+
+
+_NAMED: dict[str, Schedule] = {
+    "you": Schedule(_YOU),
+    "polar_express": Schedule(_POLAR_EXPRESS, norm_factor=1.02),
+    "deepseek_v4": Schedule((JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2),
+}
+NAMES = ("jordan", *_NAMED)
+
+
+def _triple(value: Any) -> Triple:
+    a, b, c = (float(v) for v in value)
+    return a, b, c
+
+
+def resolve(ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]], ns_steps: int) -> Schedule:
+    """Turn what the user gave into one triple a step.
+
+    Args:
+        ns_coefficients: a triple (used at every step, as in torch.optim.Muon), a schedule of `ns_steps`
+            triples, or a name of `NAMES`; `"jordan"` fits any number of steps.
+        ns_steps: number of Newton-Schulz steps, 1 to 99.
+
+    Raises:
+        ValueError: unknown name, wrong length, or not numbers.
+    """
+    if not 1 <= ns_steps < 100:
+        raise ValueError(f"ns_steps must lie between 1 and 99, not {ns_steps}")
+    if isinstance(ns_coefficients, str):
+        if ns_coefficients == "jordan":
+            return Schedule((JORDAN,) * ns_steps)
+        if ns_coefficients not in _NAMED:
+            raise ValueError(f"ns_coefficients {ns_coefficients!r} is not one of {', '.join(NAMES)}")
+        schedule = _NAMED[ns_coefficients]
+        if len(schedule.steps) != ns_steps:
+            raise ValueError(
+                f"ns_coefficients={ns_coefficients!r} has {len(schedule.steps)} steps: "
+                f"pass ns_steps={len(schedule.steps)} (not {ns_steps})"
+            )
+        return schedule
+    values = list(ns_coefficients)
+    if len(values) == 3 and not any(isinstance(v, Sequence) for v in values):
+        return Schedule((_triple(values),) * ns_steps)
+    if not all(isinstance(v, Sequence) and len(v) == 3 for v in values):
+        raise ValueError("ns_coefficients must be a triple (a, b, c), a list of triples, or a name")
+    if len(values) != ns_steps:
+        raise ValueError(f"ns_coefficients holds {len(values)} triples but ns_steps is {ns_steps}: make them equal")
+    return Schedule(tuple(_triple(v) for v in values))

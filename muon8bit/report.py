@@ -1,0 +1,242 @@
+"""State bytes of any optimizer, measured by storage, beside what the usual optimizers would take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._table import collapse, format_bytes, render, template
+from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY, MIN_QUANTIZED_COLUMNS
+
+ADAMW_BYTES = 8  # per element: two fp32 moments
+# bitsandbytes' AdamW8bit: two codes per element, two fp32 maxima per 256 elements, under 4096 elements fp32
+# (its `min_8bit_size`); the two 1 KiB maps that all tensors share are left out.
+BNB_BLOCK_SIZE = 256
+BNB_MIN_ELEMENTS = 4096
+
+
+@dataclass(frozen=True)
+class AlgorithmBytes:
+    """One algorithm's share: `algorithm` is "muon", "adamw" or "other"; `num_parameters` counts elements."""
+
+    algorithm: str
+    num_tensors: int
+    num_parameters: int
+    state_bytes: int
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """State bytes per element; 0 without elements."""
+        return self.state_bytes / self.num_parameters if self.num_parameters else 0.0
+
+
+@dataclass(frozen=True)
+class ParamNote:
+    """A parameter worth naming: qualified name, or `parameter 3 of group 0`; local shape; state bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """What `state_report` returns. `baselines` maps an optimizer to the bytes it would take for the same
+    parameters; `kept_32bit` lists matrices too narrow for 8 bits; `without_state` those that no step has
+    reached; `is_sharded`: some tensor is a DTensor, and every figure is of this rank's part."""
+
+    algorithms: tuple[AlgorithmBytes, ...]
+    baselines: dict[str, int]
+    kept_32bit: tuple[ParamNote, ...]
+    without_state: tuple[ParamNote, ...]
+    is_sharded: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """State bytes of all algorithms."""
+        return sum(entry.state_bytes for entry in self.algorithms)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters in the groups."""
+        return sum(entry.num_parameters for entry in self.algorithms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able. Keys: `total_bytes`, `num_parameters` (elements), `bytes_per_parameter`, `is_sharded`,
+        `algorithms` ({"muon" | "adamw" | "other": {num_tensors, num_parameters, state_bytes,
+        bytes_per_parameter}}), `baselines` ({name: bytes}), `kept_32bit` and `without_state` (lists of {name,
+        shape, state_bytes}), `note` (str)."""
+        total = AlgorithmBytes("", 0, self.num_parameters, self.total_bytes)
+        algorithms = {}
+        for entry in self.algorithms:
+            fields = asdict(entry) | {"bytes_per_parameter": entry.bytes_per_parameter}
+            algorithms[fields.pop("algorithm")] = fields
+        return {
+            "total_bytes": self.total_bytes,
+            "num_parameters": self.num_parameters,
+            "bytes_per_parameter": total.bytes_per_parameter,
+            "is_sharded": self.is_sharded,
+            "algorithms": algorithms,
+            "baselines": dict(self.baselines),
+            "kept_32bit": [asdict(note) | {"shape": list(note.shape)} for note in self.kept_32bit],
+            "without_state": [asdict(note) | {"shape": list(note.shape)} for note in self.without_state],
+            "note": self.note,
+        }
+
+    @property
+    def note(self) -> str:
+        """When the report was taken: state is made by the first step that finds a gradient."""
+        num_tensors = sum(entry.num_tensors for entry in self.algorithms)
+        if not self.without_state:
+            return "after the first step: every parameter has its state"
+        if len(self.without_state) == num_tensors:
+            return "before the first step: state is made lazily, so there is none yet"
+        return f"{len(self.without_state)} of {num_tensors} tensors have no state yet: no gradient so far"
+
+    def __str__(self) -> str:
+        rows = [(entry.algorithm, *_cells(entry.state_bytes, entry.num_parameters), "") for entry in self.algorithms]
+        rows.append(("in all", *_cells(self.total_bytes, self.num_parameters), "1.00 x"))
+        for name, num_bytes in self.baselines.items():
+            ratio = f"{num_bytes / self.total_bytes:.2f} x" if self.total_bytes else "-"
+            rows.append((f"{name} would take", *_cells(num_bytes, self.num_parameters), ratio))
+        header = ("state of", "parameters", "state bytes", "B per parameter", "ratio")
+        lines = [render(header, rows, "<>>>>"), "", self.note]
+        if self.is_sharded:
+            lines.append("sharded: every figure is of this rank's local tensors")
+        if self.kept_32bit:
+            title = f"left in 32 bits though bits=8 (under {MIN_QUANTIZED_COLUMNS} columns)"
+            lines.append(f"{title}: {_listed(self.kept_32bit)}")
+        if self.without_state and self.total_bytes:
+            lines.append(f"no state yet: {_listed(self.without_state)}")
+        return "\n".join(lines)
+
+
+def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
+    """Measure the state of any torch optimizer, at any time; reads `state` and `param_groups` only.
+
+    Bytes are `untyped_storage().nbytes()`, each storage counted once: a padded or viewed storage counts
+    whole, and what several parameters share goes to the first. Of a DTensor the local tensor counts.
+
+    A group's "algorithm" says whose bytes they are; without one: Muon if the state has momentum codes or the
+    optimizer's class name says so, AdamW if it has two moments.
+
+    Baselines, step counters and shared maps left out: `muon_fp32` and `muon_bf16` (4 and 2 B per element of
+    the parameters routed to Muon, AdamW in fp32 for the rest; absent where nothing is routed to Muon),
+    `adamw_fp32` (8 B per element), `adamw_8bit` (bitsandbytes: 2 B per element and 8 B per 256 elements; fp32
+    for tensors under 4096 elements).
+
+    Source: torch.optim.Muon and AdamW state; bitsandbytes 0.50 `Optimizer2State.init_state`, `min_8bit_size`.
+    """
+    entries = list(_params(optimizer))
+    states = [optimizer.state.get(param, {}) for _, param, _ in entries]
+    has_codes = any(key in state for state in states for key in (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY))
+    seen: set[tuple[torch.device, int]] = set()
+    counts: dict[str, list[int]] = {}
+    baselines = {"muon_fp32": 0, "muon_bf16": 0, "adamw_fp32": 0, "adamw_8bit": 0}
+    kept, missing = [], []
+    for (name, param, group), state in zip(entries, states, strict=True):
+        local, algorithm = _local(param), _algorithm(group, state, optimizer)
+        num_bytes, num_elements = _storage_bytes(state, seen), local.numel()
+        entry = counts.setdefault(algorithm, [0, 0, 0])
+        for i, value in enumerate((1, num_elements, num_bytes)):
+            entry[i] += value
+        is_muon = algorithm == "muon"
+        baselines["muon_fp32"] += (4 if is_muon else ADAMW_BYTES) * num_elements
+        baselines["muon_bf16"] += (2 if is_muon else ADAMW_BYTES) * num_elements
+        baselines["adamw_fp32"] += ADAMW_BYTES * num_elements
+        baselines["adamw_8bit"] += _bnb_bytes(num_elements)
+        note = ParamNote(name, tuple(local.shape), num_bytes)
+        if not any(True for _ in _tensors(state)):
+            missing.append(note)
+        elif is_muon and BUFFER_KEY in state and group.get("bits", 8 if has_codes else 32) == 8:
+            kept.append(note)
+    known = {param for _, param, _ in entries}
+    strays = _storage_bytes([state for key, state in optimizer.state.items() if key not in known], seen)
+    if strays:
+        counts.setdefault("other", [0, 0, 0])[2] += strays
+    if "muon" not in counts:
+        del baselines["muon_fp32"], baselines["muon_bf16"]
+    is_sharded = any(hasattr(param, "to_local") for _, param, _ in entries)
+    order = [algorithm for algorithm in ("muon", "adamw", "other") if algorithm in counts]
+    algorithms = tuple(AlgorithmBytes(algorithm, *counts[algorithm]) for algorithm in order)
+    return StateReport(algorithms, baselines, tuple(kept), tuple(missing), is_sharded)
+
+
+def _params(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
+    """Name, parameter and group of every parameter in the groups."""
+    for i, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
+        yield from ((name, param, group) for name, param in zip(names, group["params"], strict=True))
+
+
+def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], optimizer: object) -> str:
+    """ "muon", "adamw" or "other", by the group, else by the state, else by the class's name."""
+    if group.get("algorithm") in ("muon", "adamw"):
+        return str(group["algorithm"])
+    name = type(optimizer).__name__.lower()
+    if LINEAR_CODES_KEY in state or DYNAMIC_CODES_KEY in state or "muon" in name:
+        return "muon"
+    return "adamw" if "exp_avg_sq" in state or "adamw" in name else "other"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Every plain tensor inside nested state; a wrapper subclass (as torchao's) is taken apart."""
+    if isinstance(value, Tensor):
+        value = _local(value)
+        if hasattr(value, "__tensor_flatten__"):
+            for key in value.__tensor_flatten__()[0]:
+                yield from _tensors(getattr(value, key))
+        else:
+            yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _storage_bytes(value: object, seen: set[tuple[torch.device, int]]) -> int:
+    """Bytes of the storages under `value` that are not in `seen` yet; adds them to it."""
+    num_bytes = 0
+    for tensor in _tensors(value):
+        storage = tensor.untyped_storage()
+        key = (tensor.device, storage.data_ptr())
+        if key not in seen or not key[1]:  # meta tensors and empty ones have no address
+            seen.add(key)
+            num_bytes += storage.nbytes()
+    return num_bytes
+
+
+def _bnb_bytes(num_elements: int) -> int:
+    """State bytes of one tensor in bitsandbytes' AdamW8bit."""
+    if num_elements < BNB_MIN_ELEMENTS:
+        return ADAMW_BYTES * num_elements
+    return 2 * num_elements + 8 * math.ceil(num_elements / BNB_BLOCK_SIZE)
+
+
+def _cells(num_bytes: int, num_elements: int) -> tuple[str, str, str]:
+    """Table cells: elements, bytes, bytes per element."""
+    per_parameter = f"{num_bytes / num_elements:.4f}" if num_elements else "-"
+    return f"{num_elements:,}", format_bytes(num_bytes), per_parameter
+
+
+def _listed(notes: Iterable[ParamNote]) -> str:
+    """Names with shapes and bytes, repeated layers collapsed."""
+    groups: dict[tuple[str, tuple[int, ...]], list[ParamNote]] = {}
+    for note in notes:
+        groups.setdefault((template(note.name), note.shape), []).append(note)
+    return ", ".join(
+        f"{collapse([note.name for note in group])} ({' x '.join(map(str, group[0].shape)) or 'scalar'})"
+        for group in groups.values()
+    )

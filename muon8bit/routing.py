@@ -1,0 +1,224 @@
+"""From a model to parameter groups: hidden matrices to Muon, all else to AdamW, each with its reason."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from ._roles import Route, check_whole, default_route, find_ends
+from ._table import collapse, format_bytes, render, template
+from .config import (
+    ADJUST_LR,
+    ALGORITHMS,
+    DEFAULT_ADAMW_BETAS,
+    DEFAULT_ADAMW_EPS,
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_WEIGHT_DECAY,
+    MIN_QUANTIZED_COLUMNS,
+    AdjustLR,
+    Algorithm,
+)
+
+
+class ParamGroups(list[dict[str, Any]]):
+    """Group dicts for `Muon8bit(groups, lr=...)`; `routes` has one Route per parameter, in the model's order,
+    frozen ones included; `str()` is a table of them with repeated layers collapsed and totals below."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], routes: Sequence[Route]) -> None:
+        super().__init__(groups)
+        self.routes = tuple(routes)
+
+    def __str__(self) -> str:
+        rows: dict[Route, list[Route]] = {}
+        for route in self.routes:
+            rows.setdefault(replace(route, name=template(route.name), aliases=()), []).append(route)
+        table = render(
+            ("parameter", "shape", "goes to", "lr", "decay", "state bytes", "why"),
+            [_row(routes) for routes in rows.values()],
+            "<<<>>><",
+        )
+        totals = [line for kind in ("muon", "adamw", None) if (line := _total(self.routes, kind))]
+        state = sum(route.state_bytes for route in self.routes)
+        totals.append(f"state in all: {format_bytes(state)}, predicted for bits=8, block_size={DEFAULT_BLOCK_SIZE}")
+        num_flagged = sum(bool(route.flag) for route in self.routes)
+        if num_flagged:
+            totals.append(f"flagged with '!': {num_flagged} tensors; `patterns` can reroute them")
+        return "\n".join((table, "", *totals))
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = DEFAULT_WEIGHT_DECAY,
+    adamw_lr: float | None = None,
+    adjust_lr_fn: AdjustLR | None = "match_rms_adamw",
+    adamw_betas: tuple[float, float] = DEFAULT_ADAMW_BETAS,
+    adamw_eps: float = DEFAULT_ADAMW_EPS,
+    patterns: Sequence[tuple[str, Algorithm]] = (),
+) -> ParamGroups:
+    """Routed groups for `Muon8bit`: 2-D hidden weights to Muon; embeddings, output head (tied or not), norms,
+    biases, MoE routers, other 1-D and, not supported by Muon yet, 3-D and more to AdamW; frozen ones to none.
+
+    Embeddings are nn.Embedding modules and what Hugging Face's `get_input_embeddings` gives. The head is what
+    `get_output_embeddings` gives, a Linear that shares its weight with an embedding, or one named lm_head,
+    score, classifier, ... outside the numbered layers. Without those methods (a plain nn.Sequential) it is
+    the last Linear, if that has as many rows as the first embedding; without an embedding no head is assumed
+    and the last Linear is flagged.
+
+    Args:
+        model: floating parameters of any dtype, on any device, meta included.
+        lr: of the Muon group; RMS norm of one update over 0.2 (match_rms_adamw: an AdamW lr carries over), or
+            spectral norm of one update (original; None means original, as in torch).
+        weight_decay: per unit of lr; for matrices and embeddings. Norms, biases and other 1-D get 0.
+        adamw_lr: of the AdamW groups. None: `lr`, which is right only with match_rms_adamw.
+        adjust_lr_fn: how Muon scales lr by the matrix's shape, as in torch.optim.Muon.
+        adamw_betas, adamw_eps: of the AdamW groups; defaults and their sources in `config`.
+        patterns: `(pattern, "muon" | "adamw")`, fnmatch over the whole qualified name, case-sensitive; the
+            first match wins. A tied tensor is matched by any of its names. Patterns do not unfreeze.
+
+    Returns:
+        ParamGroups: up to three dicts (muon, adamw with decay, adamw without), `params` as (name, Parameter)
+        pairs. A tied tensor appears once, under its first name.
+
+    Raises:
+        ValueError: an unknown mode; adamw_lr missing with `original`; a pattern that matches nothing or sends
+            a tensor that is not 2-D to Muon; a flattened or uninitialized weight; no matrix for Muon.
+
+    Source: which parameters are hidden: K. Jordan's Muon notes (2024) and Moonlight (arXiv 2502.16982).
+    """
+    if adjust_lr_fn is not None and adjust_lr_fn not in ADJUST_LR:
+        raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}; it must be one of {ADJUST_LR} or None")
+    if adamw_lr is None and adjust_lr_fn != "match_rms_adamw":
+        raise ValueError(
+            f"adjust_lr_fn={adjust_lr_fn!r} makes lr the spectral norm of Muon's update, which an "
+            "AdamW lr is not (usual values differ tenfold and more): give adamw_lr, or use "
+            "adjust_lr_fn='match_rms_adamw'"
+        )
+    routes, params = _route_all(model, patterns)
+    if not any(route.algorithm == "muon" for route in routes):
+        raise ValueError(_why_no_matrix(routes))
+    muon = {"algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn}
+    adamw = {"algorithm": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "weight_decay": weight_decay}
+    adamw |= {"betas": adamw_betas, "eps": adamw_eps}
+    groups: list[dict[str, Any]] = [muon, adamw, adamw | {"weight_decay": 0.0}]
+    for group in groups:
+        group["params"] = []
+    done: list[Route] = []
+    for route, param in zip(routes, params, strict=True):
+        if route.algorithm is not None:
+            group = groups[0 if route.algorithm == "muon" else 1 if route.decays else 2]
+            group["params"].append((route.name, param))
+            state = _predicted_bytes(route.shape, route.algorithm)
+            route = replace(route, lr=group["lr"], weight_decay=group["weight_decay"], state_bytes=state)
+        done.append(route)
+    return ParamGroups([group for group in groups if group["params"]], done)
+
+
+def _route_all(model: nn.Module, patterns: Sequence[tuple[str, Algorithm]]) -> tuple[list[Route], list[nn.Parameter]]:
+    """One route per distinct parameter with the patterns applied, and the parameters in the same order."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(name)
+    _check_patterns(patterns, [alias for aliases in names.values() for alias in aliases])
+    modules, ends, routes = dict(model.named_modules(remove_duplicate=False)), find_ends(model), []
+    for param, (name, *aliases) in names.items():
+        check_whole(name, param, modules[name.rpartition(".")[0]])
+        route = default_route(name, param, modules, ends)
+        for pattern, algorithm in patterns:
+            if any(fnmatchcase(alias, pattern) for alias in (name, *aliases)):
+                route = _overridden(route, pattern, algorithm)
+                break
+        if not param.requires_grad:
+            route = replace(route, algorithm=None, reason="frozen", flag="")
+        if aliases:
+            route = replace(route, aliases=tuple(aliases), reason=f"{route.reason}, shared with {', '.join(aliases)}")
+        routes.append(route)
+    return routes, list(names)
+
+
+def _overridden(route: Route, pattern: str, algorithm: Algorithm) -> Route:
+    """`route` as the user's pattern wants it; its decay stays, its flags only where they still hold."""
+    if algorithm == "muon" and len(route.shape) != 2:
+        raise ValueError(
+            f"pattern {pattern!r} sends {route.name} of shape {route.shape} to Muon, which takes 2-D "
+            "matrices: narrow the pattern, or put a pattern before it that sends this parameter to 'adamw'"
+        )
+    flag = route.flag if route.algorithm == algorithm == "muon" else ""
+    return replace(route, algorithm=algorithm, reason=f"pattern {pattern!r}", flag=flag)
+
+
+def _check_patterns(patterns: Sequence[tuple[str, Algorithm]], names: Sequence[str]) -> None:
+    """Raise ValueError for an unknown algorithm and for a pattern that matches no name."""
+    for pattern, algorithm in patterns:
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"pattern {pattern!r} asks for {algorithm!r}; it must be one of {ALGORITHMS}")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            layers = {template(name): name for name in reversed(names)}
+            near = difflib.get_close_matches(template(pattern), layers, n=3, cutoff=0.0)
+            raise ValueError(
+                f"pattern {pattern!r} matches no parameter (fnmatch over the whole name, case-sensitive); "
+                f"near names: {', '.join(layers[name] for name in near)}"
+            )
+
+
+def _why_no_matrix(routes: Sequence[Route]) -> str:
+    """The message of the error for a model that has nothing for Muon."""
+    trainable = [route for route in routes if route.algorithm is not None]
+    if not trainable:
+        return f"no matrix for Muon: all {len(routes)} parameters are frozen (requires_grad False)"
+    largest = max(trainable, key=lambda route: route.num_elements)
+    if all(len(route.shape) < 2 for route in trainable):
+        return (
+            f"no matrix for Muon: all {len(trainable)} trainable parameters are 1-D (largest: {largest.name} "
+            f"{largest.shape}), as where FSDP1 or DeepSpeed flattened them: shard with FSDP2, or build "
+            "the groups before wrapping"
+        )
+    reasons = Counter(re.sub(r", shared with .*", "", route.reason) for route in trainable)
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    return (
+        f"no matrix for Muon among {len(trainable)} trainable parameters ({counts}): use torch.optim.AdamW, "
+        "or send matrices to 'muon' by `patterns`"
+    )
+
+
+def _predicted_bytes(shape: tuple[int, ...], algorithm: Algorithm) -> int:
+    """State bytes at the defaults: codes, a scale per row and block; fp32 buffer; AdamW's two moments."""
+    num_elements = math.prod(shape)
+    if algorithm == "adamw":
+        return 8 * num_elements
+    if shape[1] < MIN_QUANTIZED_COLUMNS:
+        return 4 * num_elements
+    return num_elements + 4 * shape[0] * math.ceil(shape[1] / DEFAULT_BLOCK_SIZE)
+
+
+def _row(routes: Sequence[Route]) -> tuple[str, ...]:
+    """Table cells of routes that differ only in the numbers of their names."""
+    first, name = routes[0], collapse([route.name for route in routes])
+    shape = " x ".join(map(str, first.shape)) or "scalar"
+    if first.algorithm is None:
+        return name, shape, "-", "-", "-", "-", "frozen: skipped"
+    state = f"{sum(route.state_bytes for route in routes):,}"
+    why = first.reason + (f" ! {first.flag}" if first.flag else "")
+    return name, shape, first.algorithm, f"{first.lr:g}", f"{first.weight_decay:g}", state, why
+
+
+def _total(routes: Sequence[Route], algorithm: Algorithm | None) -> str:
+    """`muon: 84 tensors, 1,000 parameters, 1,002 B of state, 1.002 B per parameter`; empty for none."""
+    chosen = [route for route in routes if route.algorithm == algorithm]
+    if not chosen:
+        return ""
+    num_elements = sum(route.num_elements for route in chosen)
+    line = f"{algorithm or 'frozen'}: {len(chosen)} tensors, {num_elements:,} parameters"
+    if algorithm is None or not num_elements:
+        return line
+    state = sum(route.state_bytes for route in chosen)
+    return f"{line}, {format_bytes(state)} of state, {state / num_elements:.4f} B per parameter"

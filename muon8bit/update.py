@@ -1,0 +1,46 @@
+"""The equations of one Muon step of a matrix W [rows, cols] with gradient g.
+
+    m  =  beta * m + (1 - beta) * g                     momentum, decoded from 8 bits       (kernels, state.py)
+    u  =  beta * m + (1 - beta) * g  if nesterov else m                                     (kernels)
+    O  =  NS(u / max(|u|_F, eps))                       on u BEFORE m is encoded again      (orthogonalize/)
+    W  =  (1 - lr * weight_decay) * W  -  lr * ratio(rows, cols) * O                        (here)
+
+`ratio` is `lr_ratio`. Sources: torch.optim.Muon for the arguments and their meaning; Jordan 2024 and Moonlight
+(arXiv 2502.16982) for the two ratios; arXiv 2509.23106 for encoding after the orthogonalization.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+
+def lr_ratio(rows: int, cols: int, adjust_lr_fn: str | None) -> float:
+    """Factor of lr by shape.
+
+    None or `"original"`: sqrt(max(1, rows / cols)). `"match_rms_adamw"`: 0.2 sqrt(max(rows, cols)), which gives
+    the update the RMS of AdamW's (0.2), so that AdamW's lr and weight decay carry over.
+    """
+    return 0.2 * sqrt(max(rows, cols)) if adjust_lr_fn == "match_rms_adamw" else sqrt(max(1.0, rows / cols))
+
+
+def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
+    """The divisor of the Newton-Schulz input, 0-d fp32: factor * max(sqrt(sum of `sumsq`), eps)."""
+    return sumsq.sum().sqrt().clamp(min=eps).mul(factor)
+
+
+def update_param_(param: Tensor, direction: Tensor, *, lr: float | Tensor, weight_decay: float, ratio: float) -> None:
+    """W <- (1 - lr * weight_decay) W - lr * ratio * O, in place, computed in fp32, rounded once.
+
+    Args:
+        param: [rows, cols], fp32, bf16 or fp16.
+        direction: O, [rows, cols], any float dtype and strides.
+        lr: a float, or a 0-d or 1-element tensor.
+    """
+    if param.dtype == torch.float32 and not isinstance(lr, Tensor):
+        param.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * ratio)
+        return
+    decayed = param.float() * (1 - lr * weight_decay)
+    param.copy_(decayed.sub_(direction.float() * (lr * ratio)))

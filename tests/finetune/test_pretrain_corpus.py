@@ -1,0 +1,259 @@
+"""Text, its split and the token cache, against what is in the files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.corpus import PIECE_BYTES, STDLIB_LEFT_OUT, open_corpus
+from finetune.errors import InputError
+from finetune.recipe import read_recipe, recipe_from
+from finetune.tokens import load_tokenizer, token_cache, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def recipe_of(recipe_file):
+    import dataclasses
+
+    base = dataclasses.asdict(read_recipe(str(recipe_file)))
+    return lambda dataset, **more: recipe_from({**base, "dataset": str(dataset), **more}, "a test")
+
+
+def documents(corpus):
+    """{part: [whole documents]}, put together from the pieces."""
+    found, text = {"train": [], "validation": []}, ""
+    for piece in corpus.pieces():
+        text += piece.text
+        if piece.ends:
+            found[piece.part].append(text)
+            text = ""
+    assert text == ""
+    return found
+
+
+def test_split_is_by_file_disjoint_complete_and_repeatable(recipe_of, texts):
+    found = documents(open_corpus(recipe_of(texts)))
+    assert found == documents(open_corpus(recipe_of(texts)))
+    assert not set(found["train"]) & set(found["validation"])
+    contents = Counter(p.read_text() for p in texts.iterdir())
+    assert Counter(found["train"] + found["validation"]) == contents
+    share = sum(map(len, found["validation"])) / sum(map(len, contents))
+    assert 0.05 <= share <= 0.16  # asked for 0.1, in whole files of about 0.042
+
+
+def test_duplicate_files_are_read_once(recipe_of, texts, tmp_path):
+    import shutil
+
+    shutil.copytree(texts, tmp_path / "c")
+    for i in range(5):
+        shutil.copy(texts / f"text0{i}.txt", tmp_path / "c" / f"copy{i}.txt")
+    found = documents(open_corpus(recipe_of(tmp_path / "c")))
+    assert len(found["train"] + found["validation"]) == len(list(texts.iterdir()))
+
+
+def test_default_data_is_the_standard_library_without_tests(recipe_of):
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = documents(open_corpus(recipe_of("stdlib", validation_fraction=0.02)))
+    everything = found["train"] + found["validation"]
+    assert len(set(everything)) == len(everything) > 400
+    size = sum(len(text.encode()) for text in everything)
+    assert 8e6 < size < 20e6
+    assert (root / "argparse.py").read_text(encoding="utf-8") in everything
+    some_test = next(p for p in (root / "unittest").glob("**/test*.py")) if (root / "test").exists() else None
+    assert {"test", "tests", "idle_test", "site-packages"} <= STDLIB_LEFT_OUT
+    if some_test is not None and STDLIB_LEFT_OUT & set(some_test.relative_to(root).parts):
+        assert some_test.read_text(encoding="utf-8") not in everything
+    assert 0.01 < sum(len(t.encode()) for t in found["validation"]) / size < 0.04
+
+
+def test_a_lone_file_is_split_at_line_ends(recipe_of, tmp_path):
+    text = "".join(f"line {i} of a longer text, caf\u00e9\n" for i in range(5000))
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    corpus = open_corpus(recipe_of(tmp_path / "one.txt"))
+    found = documents(corpus)
+    assert found["validation"]
+    assert sorted("".join(found["train"] + found["validation"]).splitlines()) == sorted(text.splitlines())
+    assert all(piece.text.endswith("\n") for piece in corpus.pieces())
+
+
+def test_long_documents_come_in_bounded_pieces_and_lose_nothing(recipe_of, tmp_path):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    wide = "\u00e9" * PIECE_BYTES  # two bytes each, no line end: cut inside, between characters
+    (folder / "a.txt").write_text(wide, encoding="utf-8")
+    (folder / "b.txt").write_text("x\n" * PIECE_BYTES, encoding="utf-8")
+    corpus = open_corpus(recipe_of(folder))
+    assert max(len(piece.text.encode()) for piece in corpus.pieces()) <= 2 * PIECE_BYTES
+    found = documents(corpus)
+    assert sorted(found["train"] + found["validation"]) == ["x\n" * PIECE_BYTES, wide]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
+
+
+def write_parquet(path, rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"body": rows}), path)
+
+
+def write_saved(path, rows):
+    import datasets
+
+    datasets.Dataset.from_dict({"body": rows}).save_to_disk(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("r.jsonl", write_jsonl), ("r.parquet", write_parquet), ("saved", write_saved)]
+)
+def test_rows_of_all_formats_give_the_same_split(recipe_of, tmp_path, name, write):
+    rows = [f"row number {i} says {i * i}" for i in range(400)]
+    write(tmp_path / name, [*rows, *rows[:50], "  "])
+    found = documents(open_corpus(recipe_of(tmp_path / name, text_column="body")))
+    assert sorted(found["train"] + found["validation"]) == sorted(rows)
+    write_jsonl(tmp_path / "other.jsonl", rows)
+    same = documents(open_corpus(recipe_of(tmp_path / "other.jsonl", text_column="body")))
+    assert set(found["validation"]) == set(same["validation"])
+    assert 20 <= len(found["validation"]) <= 60
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("no_such.txt", None, ["--dataset", "no_such.txt"]),
+        ("empty.txt", b"", ["--dataset", "empty"]),
+        ("latin.txt", b"caf\xe9\n" * 99, ["--dataset", "UTF-8"]),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ["--dataset", "bad.jsonl"]),
+        ("other.jsonl", b'{"body": "a"}\n', ["--text-column", "'body'"]),
+        ("number.jsonl", b'{"text": 5}\n', ["--text-column", "int"]),
+        ("bad.parquet", b"PAR1 no", ["--dataset", "bad.parquet"]),
+        ("empty_folder", "folder", ["--dataset", ".parquet"]),
+        ("small.txt", b"too small\n" * 20, ["--dataset", "--seq-len 32"]),
+    ],
+)
+def test_a_bad_dataset_is_refused_in_one_sentence(pretrain, tmp_path, name, content, words):
+    if content == "folder":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    outcome = pretrain("--dataset", tmp_path / name)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    for word in words:
+        assert word in outcome.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cache_holds_the_tokens_of_each_document_and_is_keyed_by_content(recipe_of, tmp_path, texts):
+    import shutil
+
+    shutil.copytree(texts, tmp_path / "c")
+    recipe = recipe_of(tmp_path / "c")
+    corpus = open_corpus(recipe)
+    tokenizer = load_tokenizer(str(train_tokenizer(corpus, 288)))
+    cache = token_cache(corpus, tokenizer)
+    found = documents(corpus)
+    for part, tokens in (("train", cache.train), ("validation", cache.validation)):
+        assert isinstance(tokens, np.memmap)
+        expected = tokenizer.eos_token.join(found[part]) + tokenizer.eos_token
+        assert tokenizer.decode(tokens.tolist()) == expected
+        assert cache.meta[part]["bytes"] == sum(len(text.encode()) for text in found[part])
+    again = token_cache(open_corpus(recipe), tokenizer)
+    assert again.train.filename == cache.train.filename
+    (tmp_path / "c" / "text00.txt").write_text("something else\n" * 50)
+    changed = open_corpus(recipe)
+    assert changed.hash != corpus.hash
+    assert token_cache(changed, tokenizer).train.filename != cache.train.filename
+
+
+def test_tokenizer_is_trained_on_the_training_part_only(recipe_of, tmp_path, texts):
+    import shutil
+
+    shutil.copytree(texts, tmp_path / "c")
+    held_out = documents(open_corpus(recipe_of(tmp_path / "c")))["validation"][0]
+    name = next(p.name for p in texts.iterdir() if p.read_text() == held_out)
+    (tmp_path / "c" / name).write_text("QQQQ" * (len(held_out) // 4))  # as long: the split stays
+    corpus = open_corpus(recipe_of(tmp_path / "c"))
+    assert any("QQQQ" in text for text in documents(corpus)["validation"])
+    tokenizer = load_tokenizer(str(train_tokenizer(corpus, 288)))
+    assert "QQ" not in tokenizer.get_vocab()
+    assert len(tokenizer) == 288
+
+
+def test_a_failed_write_leaves_no_cache(recipe_of, tmp_path):
+    from finetune.tokens import cache_root
+
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 3 + "not json\n")
+    (tmp_path / "ok.txt").write_text("some text\n" * 100)
+    tokenizer = load_tokenizer(str(train_tokenizer(open_corpus(recipe_of(tmp_path / "ok.txt")), 257)))
+    before = sorted((cache_root() / "tokens").glob("*"))
+    with pytest.raises(InputError, match="a.jsonl"):
+        token_cache(open_corpus(recipe_of(tmp_path / "a.jsonl")), tokenizer)
+    assert sorted((cache_root() / "tokens").glob("*")) == before
+
+
+MEASURE = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+import torch, yaml
+from finetune.corpus import open_corpus
+from finetune.loop import Blocks
+from finetune.recipe import recipe_from
+from finetune.tokens import load_tokenizer, token_cache
+
+peak, done = 0, threading.Event()
+
+def watch():  # anonymous memory: pages of a mapped file can be dropped at any time and do not count
+    global peak
+    while not done.wait(0.002):
+        lines = open("/proc/self/status").read().splitlines()
+        peak = max(peak, int(next(l for l in lines if l.startswith("RssAnon")).split()[1]) * 1024)
+
+def write_and_read(dataset):
+    recipe = recipe_from(yaml.safe_load(open(sys.argv[2])) | {"dataset": dataset}, "a test")
+    cache = token_cache(open_corpus(recipe), tokenizer)
+    blocks = Blocks(cache.train, 32)
+    for i in range(0, len(blocks), 64):
+        blocks.batch([blocks.shuffled(i + j) for j in range(64)], torch.device("cpu"))
+    return len(cache.train) * cache.train.itemsize
+
+thread = threading.Thread(target=watch, daemon=True)
+thread.start()
+tokenizer = load_tokenizer(sys.argv[3])
+write_and_read(sys.argv[4])
+small = peak
+tokens = write_and_read(sys.argv[5])
+done.set()
+print(tokens, peak - small)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_corpus(recipe_of, recipe_file, tmp_path):
+    """Writing and reading 12 MB of text as tokens takes at most 3 MB more than 2 MB of text do."""
+    line = "the quick brown foxes jumped over lazy dogs again and again and again\n"
+    (tmp_path / "words.txt").write_text(line * 50)
+    tokenizer = train_tokenizer(open_corpus(recipe_of(tmp_path / "words.txt")), 288)
+    for name, num_lines in (("small.txt", 28_000), ("big.txt", 170_000)):
+        (tmp_path / name).write_text("".join(f"{i % 7} {line}" for i in range(num_lines)))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, ROOT, recipe_file, tokenizer, tmp_path / "small.txt", tmp_path / "big.txt"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    token_bytes, growth = map(int, done.stdout.split())
+    assert token_bytes > 6e6  # held in memory as they are, these alone would break the bound
+    assert growth < 3e6, growth

@@ -1,0 +1,118 @@
+"""Bad options: one sentence that names the option, exit code 2, nothing written, nothing heavy imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def check_refused(outcome, *words):
+    assert outcome.code == 2
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--nonsense", "1"], ["--nonsense", "--help"]),
+        (["--lr", "fast"], ["--lr", "fast"]),
+        (["--lr", "-1"], ["--lr", "above 0"]),
+        (["--lr", "nan"], ["--lr", "finite"]),
+        (["--optimizer", "sgd"], ["--optimizer", "adamw8bit"]),
+        (["--batch-size", "0"], ["--batch-size", "above 0"]),
+        (["--seq-len", "65"], ["--seq-len", "max_position_embeddings 64"]),
+        (["--max-steps", "1"], ["--warmup-steps", "--max-steps"]),
+        (["--validation-fraction", "1"], ["--validation-fraction"]),
+        (["--block-size", "100"], ["--block-size", "100"]),
+        (["--recipe", "no_such"], ["--recipe", "no_such", "llama_4m"]),
+        (["--model-config", "no_such.json"], ["--model-config", "no_such.json"]),
+        (["--resume", "latest"], ["--resume", "not a run's folder"]),
+        (["--resume", "no_such"], ["--resume", "no_such"]),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_sentence(pretrain, tmp_path, args, words):
+    check_refused(pretrain(*args), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"learning_rate": 1}, ["learning_rate"]),
+        ({"batch_size": 2.5}, ["--batch-size", "int"]),
+        ({"streaming": "yes"}, ["--streaming", "bool"]),
+        ({"model": {"hidden_size": 3}}, ["model"]),
+    ],
+)
+def test_a_bad_recipe_is_refused_in_one_sentence(pretrain, recipe_file, tmp_path, change, words):
+    values = {**yaml.safe_load(recipe_file.read_text()), **change}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(values))
+    check_refused(pretrain("--recipe", "bad.yaml"), *words)
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(recipe_file, tmp_path):
+    from finetune.recipe import read_recipe
+
+    (tmp_path / "r.yaml").write_text(recipe_file.read_text().replace("lr: 0.003", "lr: 1e-3"))
+    assert read_recipe("r.yaml").lr == 1e-3
+
+
+def test_an_output_folder_in_use_is_refused_and_kept(pretrain, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("keep me")
+    check_refused(pretrain("--output-dir", "mine"), "--output-dir", "in use", "--resume")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes"]
+    assert (tmp_path / "mine" / "notes").read_text() == "keep me"
+
+
+def test_bad_options_import_nothing_heavy_and_exit_with_2(tmp_path):
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from finetune.pretrain import main\n"
+        "assert main(['--max-steps', '-3']) == 2\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'accelerate', 'datasets', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in (["-m", "finetune.pretrain"], [str(ROOT / "finetune" / "pretrain.py")]):
+        done = subprocess.run(
+            [sys.executable, *command, "--nonsense"], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "--nonsense" in done.stderr
+        assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_option_of_the_readme(tmp_path):
+    script = str(ROOT / "finetune" / "pretrain.py")
+    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    wanted = """--recipe --dataset --text-column --split --tokenizer --model-config --init-from --optimizer --lr
+        --batch-size --seq-len --max-steps --save-every --eval-every --mixed-precision --seed --output-dir --resume"""
+    for option in wanted.split():
+        assert f"{option} " in done.stdout
+
+
+def test_a_model_config_replaces_the_recipes_model(recipe_file, tmp_path):
+    from finetune.pretrain import parse
+
+    config = {"model_type": "llama", "hidden_size": 48, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for given in ("config.json", "."):
+        recipe, _ = parse(["--recipe", str(recipe_file), "--model-config", given])
+        assert recipe.model == config

@@ -1,0 +1,66 @@
+"""Where the Triton kernels run in these tests: interpreted on the CPU, or compiled where there is a CUDA GPU."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+# Triton reads it when it is imported and when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU under Triton's interpreter, and CUDA with compiled kernels."""
+    if request.param == "cuda" and (INTERPRETED or not torch.cuda.is_available()):
+        pytest.skip("needs a CUDA GPU, and TRITON_INTERPRET unset")
+    if request.param == "cpu" and not INTERPRETED:
+        pytest.skip("Triton compiles in this process: set TRITON_INTERPRET=1 for the interpreter")
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def triton_kernels() -> ModuleType:
+    """The module under test, in a Triton that agrees with TRITON_INTERPRET."""
+    language = pytest.importorskip("triton.language")
+    if INTERPRETED and type(language.max).__name__ != "InterpretedFunction":
+        pytest.fail("Triton was imported before TRITON_INTERPRET=1 was set: set it before pytest starts")
+    from muon8bit_kernels import triton_kernels
+
+    return triton_kernels
+
+
+@pytest.fixture(scope="session")
+def hard_matrix() -> object:
+    """A function of (cols, seed=0): fp32 [14, cols], every row another kind of block."""
+
+    def make(cols: int, seed: int = 0) -> Tensor:
+        rng = np.random.default_rng(seed)
+        normal = rng.standard_normal((14, cols))
+        f32 = np.finfo(np.float32)
+        rows = normal.copy()
+        rows[1] = np.exp(4 * normal[1]) * np.sign(rng.standard_normal(cols))  # log-normal
+        rows[2] = 0.3  # constant
+        rows[3] = -7.0  # all at -1 times the scale
+        rows[4] = 0.0
+        rows[5] = 0.0
+        rows[5, cols // 2] = -2.5  # a single element
+        rows[6] = normal[6] * 1e-40  # subnormal: stored as zero
+        rows[7] = np.clip(normal[7] / 3, -1, 1) * float(f32.max)
+        rows[8] = np.where(normal[8] > 0, 1, -1) * float(f32.max)
+        rows[9] = np.clip(normal[9], -4, 4) * float(f32.tiny)  # scales just above the floor, values below it
+        rows[10] = float(f32.tiny)  # the floor itself
+        rows[11] = np.nextafter(f32.tiny, np.float32(0))  # the largest subnormal
+        rows[12] = rng.integers(-127, 128, cols) / 127 + rng.choice([-0.5, 0.0, 0.5], cols) / 127  # around ties
+        rows[13] = np.where(normal[13] > 0, -0.0, 0.0)
+        return torch.from_numpy(rows.astype(np.float32))
+
+    return make

@@ -1,0 +1,49 @@
+"""Which implementation runs, and what is said where none can."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from muon8bit_kernels import kernels_for, reference
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("device", "backend"), [(CPU, None), (CPU, "reference"), (CUDA, "reference")])
+def test_reference_runs_off_cuda_and_wherever_it_is_asked_for(device, backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # does not make Triton the default
+    assert kernels_for(device, backend) is reference
+
+
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_triton_runs_on_cuda(backend, triton_kernels):
+    assert kernels_for(CUDA, backend) is triton_kernels
+
+
+def test_triton_runs_on_cpu_where_it_is_interpreted(triton_kernels, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels_for(CPU, "triton") is triton_kernels
+
+
+def test_triton_on_cpu_without_the_interpreter_raises_with_the_ways_out(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"on cpu.*CUDA device.*TRITON_INTERPRET=1.*backend='reference'"):
+        kernels_for(CPU, "triton")
+
+
+@pytest.mark.parametrize(("device", "backend"), [(CUDA, None), (CUDA, "triton"), (CPU, "triton")])
+def test_missing_triton_raises_with_the_ways_out(device, backend, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    with pytest.raises(RuntimeError, match=r"not installed.*muon8bit\[triton\].*backend='reference'"):
+        kernels_for(device, backend)
+    assert kernels_for(device, "reference") is reference
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("backend", ["cuda", "", "Triton"])
+def test_an_unknown_backend_raises(device, backend):
+    with pytest.raises(ValueError, match="backend must be None, 'reference' or 'triton', not"):
+        kernels_for(device, backend)

@@ -1,0 +1,34 @@
+"""Independent float64 simulation of Muon, written from the papers' equations in numpy."""
+
+import numpy as np
+
+JORDAN = (3.4445, -4.775, 2.0315)
+
+
+def newton_schulz(matrix: np.ndarray, steps: list[tuple[float, float, float]], eps: float = 1e-7) -> np.ndarray:
+    x = matrix / max(np.linalg.norm(matrix), eps)
+    if x.shape[0] > x.shape[1]:
+        return newton_schulz(matrix.T, steps, eps).T
+    for a, b, c in steps:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+class Muon64:
+    """One matrix under Muon, everything in float64 and unquantized."""
+
+    def __init__(self, weight: np.ndarray, lr=1e-3, decay=0.1, beta=0.95, nesterov=True, rule="original", steps=5):
+        self.weight, self.lr, self.decay, self.beta = weight.astype(np.float64), lr, decay, beta
+        self.nesterov, self.steps = nesterov, [JORDAN] * steps
+        rows, cols = weight.shape
+        rms_rule = rule == "match_rms_adamw"
+        self.ratio = 0.2 * max(rows, cols) ** 0.5 if rms_rule else max(1.0, rows / cols) ** 0.5
+        self.momentum = np.zeros_like(self.weight)
+
+    def step(self, grad: np.ndarray) -> None:
+        grad = grad.astype(np.float64)
+        self.momentum = self.beta * self.momentum + (1 - self.beta) * grad
+        blend = self.beta * self.momentum + (1 - self.beta) * grad if self.nesterov else self.momentum
+        direction = newton_schulz(blend, self.steps)
+        self.weight = (1 - self.lr * self.decay) * self.weight - self.lr * self.ratio * direction

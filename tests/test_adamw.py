@@ -1,0 +1,69 @@
+"""The AdamW part against torch.optim.AdamW and float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from muon8bit import Muon8bit, adamw
+
+OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.97), "eps": 1e-8, "weight_decay": 0.05}
+
+
+def optimizer_for(param, **options):
+    return Muon8bit([{"params": [param], "algorithm": "adamw", **OPTIONS, **options}])
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 9), (2, 3, 4), ()])
+def test_fp32_equals_torch_bitwise(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    pair = (ours, optimizer_for(ours)), (theirs, torch.optim.AdamW([theirs], fused=True, **OPTIONS))
+    for _ in range(10):
+        grad = torch.randn(shape)
+        for param, optimizer in pair:
+            param.grad = grad.clone()
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+    for key, value in pair[1][1].state[theirs].items():
+        assert torch.equal(pair[0][1].state[ours][key], value), key
+
+
+def test_gradients_of_other_strides_are_read_by_index():
+    """torch's fused kernel reads memory in order: a transposed gradient must not be mixed up."""
+    grad = torch.randn(9, 7).T
+    results = []
+    for g in (grad, grad.contiguous()):
+        param = torch.nn.Parameter(torch.ones(7, 9))
+        param.grad = g
+        optimizer_for(param).step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_any_dtype_and_stride_keeps_fp32_state_and_rounds_once(monkeypatch, dtype, contiguous):
+    """Moments follow a float64 simulation to fp32 accuracy; each step rounds the parameter once."""
+    monkeypatch.setattr(adamw, "_CHUNK_ELEMENTS", 16)  # several chunks, the last one short
+    torch.manual_seed(0)
+    start = (torch.randn(9, 7).T if not contiguous else torch.randn(7, 9)).to(dtype)
+    param = torch.nn.Parameter(start.clone(memory_format=torch.preserve_format))
+    assert param.is_contiguous() == contiguous
+    optimizer = optimizer_for(param)
+    m = v = np.zeros((7, 9))
+    for t in range(1, 6):
+        before = param.detach().double().numpy()
+        param.grad = torch.randn(7, 9).to(dtype)
+        g = param.grad.double().numpy()
+        m, v = 0.9 * m + 0.1 * g, 0.97 * v + 0.03 * g * g
+        exact = before * (1 - 3e-3 * 0.05) - 3e-3 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.97**t)) + 1e-8)
+        optimizer.step()
+        half_ulp = torch.finfo(dtype).eps / 2
+        tolerance = half_ulp * np.abs(exact) * 1.01 + torch.finfo(dtype).tiny + 1e-6
+        assert (np.abs(param.detach().double().numpy() - exact) <= tolerance).all()
+    state = optimizer.state[param]
+    assert state["step"].item() == 5
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+    np.testing.assert_allclose(state["exp_avg"].double().numpy(), m, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(state["exp_avg_sq"].double().numpy(), v, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,258 @@
+"""Muon8bit as an optimizer: its signature, groups, errors and the non-finite policy."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+
+from muon8bit import Muon8bit, NonFiniteGradientError
+
+
+def param_with_grad(rows=16, cols=24, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.nn.Parameter(torch.randn(rows, cols, generator=generator).to(dtype))
+    param.grad = torch.randn(rows, cols, generator=generator).to(dtype)
+    return param
+
+
+def test_signature_starts_with_torchs():
+    ours = list(inspect.signature(Muon8bit.__init__).parameters.values())
+    theirs = list(inspect.signature(torch.optim.Muon.__init__).parameters.values())
+    for our, their in zip(ours, theirs, strict=False):
+        assert (our.name, our.default, our.kind) == (their.name, their.default, their.kind)
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
+
+
+def test_one_optimizer_steps_muon_and_adamw_parts_like_their_own():
+    """A mixed optimizer equals two separate ones, bitwise."""
+
+    def model(seed):
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.ReLU(), torch.nn.Linear(20, 12))
+
+    mixed_model, split_model = model(0), model(0)
+
+    def parts(m):
+        return [p for p in m.parameters() if p.ndim == 2], [p for p in m.parameters() if p.ndim == 1]
+
+    hidden, rest = parts(mixed_model)
+    mixed = Muon8bit(
+        [{"params": hidden}, {"params": rest, "algorithm": "adamw", "lr": 1e-2, "betas": (0.9, 0.999)}], lr=0.01
+    )
+    hidden, rest = parts(split_model)
+    split = Muon8bit(hidden, lr=0.01), torch.optim.AdamW(rest, lr=1e-2, weight_decay=0.1, fused=True)
+    for step in range(5):
+        x = torch.randn(6, 12, generator=torch.Generator().manual_seed(step))
+        for m, optimizers in ((mixed_model, (mixed,)), (split_model, split)):
+            m.zero_grad()
+            m(x).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for left, right in zip(mixed_model.parameters(), split_model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["muon", "second", "adamw", "narrow"])
+@pytest.mark.parametrize("options", [{}, {"codebook": "dynamic"}, {"bits": 32}])
+@pytest.mark.parametrize("warm", [True, False])
+def test_nonfinite_gradient_changes_nothing(options, where, bad, warm):
+    params = {
+        "muon": param_with_grad(),
+        "second": param_with_grad(16, 70, torch.bfloat16),
+        "narrow": param_with_grad(9, 3),
+        "adamw": param_with_grad(5, 7),
+    }
+    groups = [
+        {"params": [(n, params[n]) for n in ("muon", "second", "narrow")], "block_size": 64},
+        {"params": [("adamw", params["adamw"])], "algorithm": "adamw", "lr": 1e-3},
+    ]
+    for policy in ("raise", "skip"):
+        optimizer = Muon8bit(copy.deepcopy(groups), on_nonfinite=policy, **options)
+        own = dict(zip(["muon", "second", "narrow", "adamw"], _params(optimizer), strict=True))
+        for name, param in own.items():
+            param.grad = params[name].grad.clone()
+        if warm:
+            optimizer.step()
+        own[where].grad[-1, -1] = bad
+        before = copy.deepcopy((optimizer.state_dict(), list(own.values())))
+        if policy == "raise":
+            with pytest.raises(NonFiniteGradientError, match=f"'{where}'") as caught:
+                optimizer.step()
+            assert caught.value.names == (f"'{where}'",)
+        else:
+            assert optimizer.step(lambda: 3.0) == 3.0
+            assert optimizer.num_skipped_steps == 1
+        after = optimizer.state_dict()
+        assert before[0]["state"].keys() == after["state"].keys()
+        for index, tensors in before[0]["state"].items():
+            for key, value in tensors.items():
+                assert torch.equal(value, after["state"][index][key])
+        for old, new in zip(before[1], own.values(), strict=True):
+            assert torch.equal(old, new)
+
+
+def _params(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_large_finite_gradient_is_not_taken_for_nonfinite():
+    param = param_with_grad()
+    param.grad.fill_(torch.finfo(torch.float32).max)
+    param.grad[0] *= -1
+    Muon8bit([param]).step()
+    assert param.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "lr must be >= 0"),
+        ({"lr": torch.ones(2)}, "1 element"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"eps": 0.0}, "eps"),
+        ({"adjust_lr_fn": "none"}, "adjust_lr_fn.*match_rms_adamw"),
+        ({"bits": 4}, "bits.*8, 32"),
+        ({"codebook": "log"}, "codebook.*linear.*dynamic"),
+        ({"block_size": 100}, "block_size.*2048"),
+        ({"backend": "cuda"}, "backend.*triton"),
+        ({"on_nonfinite": "warn"}, "on_nonfinite.*skip"),
+        ({"ns_dtype": torch.float16}, "ns_dtype"),
+        ({"ns_coefficients": "polar"}, "polar_express"),
+        ({"ns_steps": 3, "ns_coefficients": "polar_express"}, "ns_steps=5"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Muon8bit([param_with_grad()], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"params": [("norm.weight", torch.nn.Parameter(torch.ones(4)))]}, "'norm.weight' has 1 dim.*param_groups"),
+        ({"params": [torch.nn.Parameter(torch.ones(4))]}, r"parameter 0 of group 1, shape \(4,\)"),
+        ({"params": [("conv", torch.nn.Parameter(torch.ones(2, 2, 2)))]}, "'conv' has 3 dim"),
+        ({"params": [("x", torch.nn.Parameter(torch.ones(4, 4).double()))]}, "'x' is torch.float64"),
+        ({"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw"}, "own 'lr'"),
+        ({"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "sgd"}, "sgd.*muon, adamw"),
+        ({"params": [param_with_grad()], "betas": (0.9, 0.9)}, "betas has no meaning"),
+        ({"params": [param_with_grad()], "algorithm": "adamw", "lr": 1.0, "bits": 8}, "bits has no meaning"),
+        ({"params": [param_with_grad()], "algorithm": "adamw", "lr": 1.0, "betas": (0.9, 1.0)}, "group 1: betas"),
+        ({"params": [param_with_grad()], "block_size": 7}, "group 1: block_size"),
+    ],
+)
+def test_bad_groups_are_refused_and_leave_the_optimizer_as_it_was(group, message):
+    names = "param" if isinstance(group["params"][0], tuple) else None
+    first = [(names, param_with_grad())] if names else [param_with_grad()]
+    optimizer = Muon8bit(first)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    optimizer.step()
+
+
+def test_groups_hold_only_what_their_algorithm_uses_and_the_users_dict_is_untouched():
+    mine = {"params": [torch.nn.Parameter(torch.ones(3))], "algorithm": "adamw", "lr": 0.1, "tag": "norms"}
+    optimizer = Muon8bit([{"params": [param_with_grad()], "bits": 32}, mine])
+    muon, adamw = optimizer.param_groups
+    assert muon["bits"] == 32
+    assert set(adamw) == {"params", "algorithm", "lr", "weight_decay", "betas", "eps", "tag"}
+    assert set(mine) == {"params", "algorithm", "lr", "tag"}
+
+
+def test_added_groups_step():
+    optimizer = Muon8bit([param_with_grad()])
+    late = param_with_grad(seed=1)
+    before = late.detach().clone()
+    optimizer.add_param_group({"params": late, "lr": 0.1})
+    optimizer.step()
+    assert not torch.equal(before, late)
+
+
+def test_parameters_without_a_gradient_are_left_alone_and_get_no_state():
+    params = [param_with_grad(), param_with_grad()]
+    params[1].grad = None
+    before = params[1].detach().clone()
+    optimizer = Muon8bit(params)
+    optimizer.step()
+    assert torch.equal(params[1], before)
+    assert list(optimizer.state) == [params[0]]
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (16, 0)])
+def test_empty_parameters_step(shape):
+    param = torch.nn.Parameter(torch.zeros(shape))
+    param.grad = torch.zeros(shape)
+    optimizer = Muon8bit([param, param_with_grad()])
+    optimizer.step()
+    assert param in optimizer.state
+
+
+def test_gradient_strides_do_not_matter():
+    results = []
+    for layout in (lambda g: g, lambda g: g.T.contiguous().T, lambda g: g.repeat(1, 2)[:, : g.shape[1]]):
+        param = param_with_grad()
+        param.grad = layout(param.grad)
+        Muon8bit([param], block_size=64).step()
+        results.append(param.detach())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_tensor_lr_and_scheduler_and_closure():
+    fixed, scheduled = param_with_grad(), param_with_grad()
+    grad = fixed.grad.clone()
+    plain, tensor_lr = Muon8bit([fixed], lr=0.1), Muon8bit([scheduled], lr=torch.tensor(0.1))
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (plain, tensor_lr)]
+    for optimizer, param, scheduler in zip((plain, tensor_lr), (fixed, scheduled), schedulers, strict=True):
+        for _ in range(3):
+
+            def closure(param=param):
+                assert torch.is_grad_enabled()
+                param.grad = grad.clone()
+                return 2.5
+
+            assert optimizer.step(closure) == 2.5
+            scheduler.step()
+    assert plain.param_groups[0]["lr"] == pytest.approx(0.0125)
+    torch.testing.assert_close(fixed, scheduled, rtol=1e-6, atol=1e-6)
+
+
+def test_batches_of_one_shape_equal_single_steps():
+    """Batched products may round differently; fp32 keeps them within 1e-5."""
+    together = [param_with_grad(seed=i) for i in range(5)]
+    alone = [param_with_grad(seed=i) for i in range(5)]
+    Muon8bit(together, lr=1.0).step()
+    for param in alone:
+        Muon8bit([param], lr=1.0).step()
+    for left, right in zip(together, alone, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
+
+
+def test_sparse_gradient_is_refused_by_name():
+    param = param_with_grad()
+    param.grad = param.grad.to_sparse()
+    with pytest.raises(ValueError, match="'embed' has a sparse gradient"):
+        Muon8bit([("embed", param)]).step()
+
+
+def test_state_bytes_are_true_bytes():
+    """1 byte an element and one fp32 scale a block, no padded or viewed storage."""
+    for (rows, cols), block, expected in (
+        ((8, 4096), 2048, 8 * (4096 + 4 * 2)),
+        ((8, 100), 64, 8 * (100 + 4 * 2)),
+        ((8, 7), 64, 8 * 7 * 4),
+    ):
+        param = param_with_grad(rows, cols)
+        optimizer = Muon8bit([param], block_size=block)
+        optimizer.step()
+        assert sum(t.untyped_storage().nbytes() for t in optimizer.state[param].values()) == expected
+
+
+def test_unavailable_backend_raises_and_says_the_way_out(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        Muon8bit([param_with_grad()], backend="triton").step()

@@ -1,0 +1,330 @@
+"""param_groups on real transformers models built tiny from configs, and on plain modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from muon8bit.config import DEFAULT_ADAMW_BETAS, DEFAULT_ADAMW_EPS
+from muon8bit.routing import ParamGroups, Route, param_groups
+
+VOCABULARY = 97
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 48,  # three times the hidden size: must not look like a fused QKV
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts_per_tok": 1, "moe_intermediate_size": 8}
+DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8}
+DEEPSEEK |= {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+
+
+def causal_lm(model_type: str, **changes: Any) -> nn.Module:
+    with torch.device("meta"):  # routing reads names, modules and shapes: values are not needed
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | changes))
+
+
+def by_name(groups: ParamGroups) -> dict[str, Route]:
+    return {route.name: route for route in groups.routes}
+
+
+def names_for(groups: ParamGroups, algorithm: str | None) -> set[str]:
+    return {route.name for route in groups.routes if route.algorithm == algorithm}
+
+
+def leaf_names(names: set[str]) -> set[str]:
+    """The last component that is not `weight`, layers merged: `q_proj` for `model.layers.0.self_attn.q_proj.weight`."""
+    return {name.removesuffix(".weight").rpartition(".")[2] for name in names}
+
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+MODELS = {
+    "llama": ({}, ATTENTION | MLP, set()),
+    "qwen3": ({"head_dim": 8}, ATTENTION | MLP, set()),
+    "mixtral": ({"num_local_experts": 2}, ATTENTION, set()),
+    "qwen2_moe": (
+        EXPERTS | {"num_experts": 2, "shared_expert_intermediate_size": 8},
+        ATTENTION | MLP,
+        set(),
+    ),
+    "deepseek_v3": (
+        EXPERTS | DEEPSEEK,
+        {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"} | MLP,
+        {"kv_a_proj_with_mqa", "kv_b_proj"},
+    ),
+    "gpt_neox": (
+        {},
+        {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+        {"query_key_value"},
+    ),
+    "phi3": ({}, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, {"qkv_proj", "gate_up_proj"}),
+    "gpt2": ({"n_inner": 48}, {"c_attn", "c_proj", "c_fc"}, {"c_attn"}),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_muon_set_matches_hand_written_list(model_type: str, tied: bool) -> None:
+    changes, muon, fused = MODELS[model_type]
+    groups = param_groups(causal_lm(model_type, tie_word_embeddings=tied, **changes), lr=1e-3)
+    assert leaf_names(names_for(groups, "muon")) == muon
+    flagged = {route.name for route in groups.routes if "fused" in route.flag}
+    assert leaf_names(flagged) == fused
+    head = [route for route in groups.routes if "lm_head.weight" in (route.name, *route.aliases)]
+    assert [route.algorithm for route in head] == ["adamw"]
+    assert ("shared with lm_head.weight" in head[0].reason) == tied
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_groups_hold_every_trainable_parameter_once(model_type: str) -> None:
+    model = causal_lm(model_type, tie_word_embeddings=True, **MODELS[model_type][0])
+    groups = param_groups(model, lr=1e-3, weight_decay=0.05)
+    grouped = [param for group in groups for _, param in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == set(model.parameters())
+    own = dict(model.named_parameters(remove_duplicate=False))
+    assert all(own[name] is param for group in groups for name, param in group["params"])
+    for group in groups:
+        decay = {0.05} if group["algorithm"] == "muon" else {0.05 if p.ndim > 1 else 0.0 for _, p in group["params"]}
+        assert decay == {group["weight_decay"]}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_moe_routers_and_stacked_experts_go_to_adamw(model_type: str) -> None:
+    routes = by_name(param_groups(causal_lm(model_type, **MODELS[model_type][0]), lr=1e-3))
+    routers = {name for name, route in routes.items() if route.reason == "MoE router"}
+    wanted = {"gate", "shared_expert_gate"} if model_type == "qwen2_moe" else {"gate"}
+    assert leaf_names(routers) == wanted
+    stacked = [route for route in routes.values() if len(route.shape) == 3]
+    assert stacked
+    assert all(route.algorithm == "adamw" and "2-D" in route.flag for route in stacked)
+
+
+def test_gate_of_gated_mlp_is_not_a_router() -> None:
+    class GatedMLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(8, 24), nn.Linear(8, 24), nn.Linear(24, 8)
+
+    assert names_for(param_groups(GatedMLP(), lr=1e-3), "muon") == {"gate.weight", "up.weight", "down.weight"}
+
+
+def test_classification_head_goes_to_adamw_and_pooler_to_muon() -> None:
+    config = AutoConfig.for_model("bert", **SIZES)
+    with torch.device("meta"):
+        routes = by_name(param_groups(AutoModelForSequenceClassification.from_config(config), lr=1e-3))
+    assert routes["classifier.weight"].algorithm == "adamw"
+    assert routes["bert.pooler.dense.weight"].algorithm == "muon"
+    assert routes["bert.embeddings.position_embeddings.weight"].reason == "embedding"
+
+
+def test_plain_sequential_takes_first_embedding_and_last_linear_as_ends() -> None:
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 50), nn.LayerNorm(50), nn.Linear(50, 50))
+    groups = param_groups(model, lr=1e-3)
+    assert names_for(groups, "muon") == {"1.weight"}
+    assert by_name(groups)["3.weight"].reason.startswith("output head")
+
+
+def test_tie_registered_head_first_is_found_from_the_embedding() -> None:
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(8, 50, bias=False)
+            self.hidden = nn.Linear(8, 8, bias=False)
+            self.table = nn.Embedding(50, 8)
+            self.out.weight = self.table.weight
+
+    routes = param_groups(HeadFirst(), lr=1e-3).routes
+    assert [(route.name, route.algorithm, route.aliases) for route in routes] == [
+        ("out.weight", "adamw", ("table.weight",)),
+        ("hidden.weight", "muon", ()),
+    ]
+
+
+def test_last_linear_without_embedding_is_flagged_not_rerouted() -> None:
+    routes = by_name(param_groups(nn.Sequential(nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 10)), lr=1e-3))
+    assert (routes["0.weight"].flag, routes["2.weight"].algorithm) == ("", "muon")
+    assert "head" in routes["2.weight"].flag
+
+
+def test_lora_factors_go_to_muon_but_not_those_of_ends() -> None:
+    class LoRA(nn.Module):
+        def __init__(self, rows: int, columns: int) -> None:
+            super().__init__()
+            self.base_layer = nn.Linear(columns, rows).requires_grad_(False)
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(columns, 8, bias=False)})
+            self.lora_B = nn.ModuleDict({"default": nn.Linear(8, rows, bias=False)})
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.qkv_proj, self.lm_head = LoRA(16, 16), LoRA(48, 16), LoRA(50, 16)
+            self.embed_tokens = nn.Embedding(50, 16).requires_grad_(False)
+            self.lora_embedding_A = nn.ParameterDict({"default": torch.zeros(8, 50)})
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+    groups = param_groups(Model(), lr=1e-3)
+    assert names_for(groups, "muon") == {
+        f"{module}.lora_{factor}.default.weight" for module in ("q_proj", "qkv_proj") for factor in "AB"
+    }
+    assert names_for(groups, "adamw") == {
+        "lm_head.lora_A.default.weight",
+        "lm_head.lora_B.default.weight",
+        "lora_embedding_A.default",
+    }
+    assert {route.name for route in groups.routes if route.flag} == {"qkv_proj.lora_B.default.weight"}
+
+
+def test_two_dimensional_biases_marked_and_embedding_like_parameters_go_to_adamw() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = nn.Linear(8, 8, bias=False)
+            self.experts_bias = nn.Parameter(torch.zeros(4, 8))
+            self.A_log = nn.Parameter(torch.zeros(4, 8))
+            self.marked = nn.Parameter(torch.zeros(4, 8))
+            self.marked._no_weight_decay = True  # type: ignore[attr-defined]
+            self.pos_embed = nn.Parameter(torch.zeros(4, 8))
+            self.mixing = nn.Parameter(torch.zeros(8, 8))
+            self.narrow = nn.Linear(7, 8, bias=False)
+
+    groups = param_groups(Odd(), lr=1e-3)
+    routes = by_name(groups)
+    assert names_for(groups, "muon") == {"hidden.weight", "mixing", "narrow.weight"}
+    assert {name for name, route in routes.items() if not route.decays} == {"experts_bias", "A_log", "marked"}
+    assert "bare parameter" in routes["mixing"].flag
+    assert "fp32" in routes["narrow.weight"].flag
+    assert routes["narrow.weight"].state_bytes == 4 * 7 * 8
+
+
+def test_frozen_parameters_are_listed_and_in_no_group() -> None:
+    model = causal_lm("llama")
+    frozen = "model.layers.1.mlp.up_proj.weight"
+    model.get_parameter(frozen).requires_grad_(False)
+    groups = param_groups(model, lr=1e-3)
+    assert frozen not in {name for group in groups for name, _ in group["params"]}
+    assert names_for(groups, None) == {frozen}
+    assert "frozen: 1 tensors, 768 parameters" in str(groups)
+
+
+def test_group_values_follow_the_arguments() -> None:
+    muon, decay, no_decay = param_groups(
+        causal_lm("llama"), lr=0.02, weight_decay=0.3, adamw_lr=1e-4, adjust_lr_fn="original", adamw_eps=1e-6
+    )
+    for group in (muon, decay, no_decay):
+        del group["params"]
+    adamw = {"algorithm": "adamw", "lr": 1e-4, "betas": DEFAULT_ADAMW_BETAS, "eps": 1e-6}
+    assert muon == {"algorithm": "muon", "lr": 0.02, "weight_decay": 0.3, "adjust_lr_fn": "original"}
+    assert (decay, no_decay) == (adamw | {"weight_decay": 0.3}, adamw | {"weight_decay": 0.0})
+
+
+def test_adamw_lr_defaults_to_lr_only_where_it_carries_over() -> None:
+    groups = param_groups(causal_lm("llama"), lr=3e-4)
+    assert [(group["lr"], group.get("adjust_lr_fn")) for group in groups] == [
+        (3e-4, "match_rms_adamw"),
+        (3e-4, None),
+        (3e-4, None),
+    ]
+    assert groups[1]["eps"] == DEFAULT_ADAMW_EPS
+    for mode in ("original", None):
+        with pytest.raises(ValueError, match=r"spectral norm.*give adamw_lr"):
+            param_groups(causal_lm("llama"), lr=0.02, adjust_lr_fn=mode)
+
+
+def test_first_matching_pattern_wins_and_aliases_match() -> None:
+    patterns = [("*.1.mlp.up_proj.weight", "muon"), ("*.mlp.up_proj.*", "adamw"), ("lm_head.*", "muon")]
+    groups = param_groups(causal_lm("llama", tie_word_embeddings=True), lr=1e-3, patterns=patterns)
+    routes = by_name(groups)
+    assert [routes[f"model.layers.{i}.mlp.up_proj.weight"].algorithm for i in range(3)] == ["adamw", "muon", "adamw"]
+    assert routes["model.embed_tokens.weight"].algorithm == "muon"
+    assert "pattern 'lm_head.*'" in routes["model.embed_tokens.weight"].reason
+    assert "model.layers.0.mlp.up_proj.weight" in {name for name, _ in groups[1]["params"]}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "algorithm", "message"),
+    [
+        ("model.layers.*.mlp.upproj.weight", "adamw", r"matches no parameter.*near names:.*up_proj\.weight"),
+        ("Lm_head.*", "adamw", r"matches no parameter.*near names:.*lm_head\.weight"),
+        ("model.norm.*", "muon", r"sends model\.norm\.weight of shape \(16,\) to Muon"),
+        ("model.norm.*", "sgd", r"asks for 'sgd'"),
+    ],
+)
+def test_wrong_pattern_raises_and_names_what_is_wrong(pattern: str, algorithm: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        param_groups(causal_lm("llama"), lr=1e-3, patterns=[(pattern, algorithm)])
+
+
+class Flattened(nn.Module):
+    """A parameter as FSDP1 leaves it, beside a matrix that it ignored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ignored = nn.Linear(8, 8)
+        self._flat_param = nn.Parameter(torch.zeros(100))
+
+
+def zero3_linear() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(torch.zeros(0))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Flattened(), r"_flat_param of shape \(100,\) is a flattened matrix.*FSDP2"),
+        (zero3_linear(), r"1\.weight of shape \(0,\) is a flattened matrix.*DeepSpeed"),
+        (nn.Sequential(nn.LazyLinear(8)), r"0\.weight is not initialized yet"),
+        (nn.Linear(8, 8).requires_grad_(False), r"all 2 parameters are frozen"),
+        (nn.LayerNorm(8), r"all 2 trainable parameters are 1-D.*FSDP1 or DeepSpeed"),
+        (nn.Embedding(8, 8), r"1 embedding.*patterns"),
+    ],
+)
+def test_model_without_matrices_raises_and_explains(model: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        param_groups(model, lr=1e-3)
+
+
+def test_table_collapses_layers_and_its_bytes_sum_to_the_formula() -> None:
+    model = causal_lm("mixtral", num_local_experts=2, num_hidden_layers=12, hidden_size=4096, num_attention_heads=32)
+    groups = param_groups(model, lr=1e-3)
+    text = str(groups)
+    assert text.isascii()
+    assert len(text.splitlines()) < 24
+    row = next(line for line in text.splitlines() if ".q_proj." in line).split()
+    assert row[:5] == ["model.layers.{0..11}.self_attn.q_proj.weight", "x12", "4096", "x", "4096"]
+    assert row[8] == f"{12 * 4096 * (4096 + 4 * 2):,}"
+    assert "!" in next(line for line in text.splitlines() if "experts.down_proj" in line)
+    muon = sum(r * c + 4 * r * math.ceil(c / 2048) for _, p in groups[0]["params"] for r, c in [p.shape])
+    adamw = sum(8 * p.numel() for group in groups[1:] for _, p in group["params"])
+    assert f"state in all: {muon + adamw:,} B" in text
+
+
+def test_table_of_layers_that_differ_keeps_them_apart() -> None:
+    model = causal_lm("llama", num_hidden_layers=6)
+    groups = param_groups(model, lr=1e-3, patterns=[("*.layers.2.*.q_proj.*", "adamw")])
+    text = str(groups)
+    assert "model.layers.{0,1,3..5}.self_attn.q_proj.weight x5" in text
+    assert "model.layers.2.self_attn.q_proj.weight " in text
+
+
+def test_groups_drive_torch_optimizer_with_names() -> None:
+    groups = param_groups(causal_lm("llama"), lr=1e-3)
+    muon = torch.optim.Muon(groups[:1], lr=1.0)
+    assert muon.param_groups[0]["lr"] == 1e-3
+    assert set(muon.param_groups[0]["param_names"]) == names_for(groups, "muon")

@@ -1,0 +1,198 @@
+"""Checkpoints: bitwise on continue, loud on anything that does not fit."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from muon8bit import Muon8bit
+
+SHAPES = {"a": (16, 40), "b": (40, 16), "narrow": (12, 4), "embed": (10, 8), "bias": (6,)}
+
+
+def make(dtype=torch.float32, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    params = {n: torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for n, s in SHAPES.items()}
+    groups = [
+        {"params": [(n, params[n]) for n in ("a", "b", "narrow")], "weight_decay": 0.2},
+        {"params": [(n, params[n]) for n in ("embed", "bias")], "algorithm": "adamw", "lr": 1e-2},
+    ]
+    return params, Muon8bit(groups, lr=0.02, **options)
+
+
+def train(params, optimizer, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for param in params.values():
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        optimizer.step()
+
+
+def through_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def snapshot(params, optimizer):
+    tensors = {n: p.detach().clone() for n, p in params.items()}
+    for name, param in params.items():
+        tensors.update({f"{name}.{k}": v.clone() for k, v in optimizer.state.get(param, {}).items()})
+    return tensors
+
+
+def assert_bitwise(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        assert left[key].dtype == right[key].dtype, key
+        assert torch.equal(left[key], right[key]), key
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook": "dynamic", "block_size": 64}, {"bits": 32}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copier", [through_file, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s)), lambda s: s])
+def test_continues_bitwise(dtype, options, copier):
+    params, optimizer = make(dtype, **options)
+    train(params, optimizer, 3, seed=1)
+    saved = copier(optimizer.state_dict())
+    weights = {n: p.detach().clone() for n, p in params.items()}
+    resumed_params, resumed = make(dtype, seed=5, **options)
+    with torch.no_grad():
+        for name, param in resumed_params.items():
+            param.copy_(weights[name])
+    resumed.load_state_dict(saved)
+    train(params, optimizer, 3, seed=2)
+    train(resumed_params, resumed, 3, seed=2)
+    assert_bitwise(snapshot(params, optimizer), snapshot(resumed_params, resumed))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_of_the_optimizer_continue_bitwise(copier):
+    params, optimizer = make(on_nonfinite="skip")
+    train(params, optimizer, 2, seed=1)
+    optimizer.num_skipped_steps = 7
+    twin = copier(optimizer)
+    twin_params = dict(zip(SHAPES, [p for g in twin.param_groups for p in g["params"]], strict=True))
+    train(params, optimizer, 2, seed=2)
+    train(twin_params, twin, 2, seed=2)
+    assert_bitwise(snapshot(params, optimizer), snapshot(twin_params, twin))
+    assert (twin.num_skipped_steps, twin.on_nonfinite) == (7, "skip")
+
+
+def test_keys_and_dtypes_are_the_public_format():
+    for options, expected in (
+        ({}, {"momentum_linear8": torch.int8, "momentum_scales": torch.float32}),
+        ({"codebook": "dynamic"}, {"momentum_dynamic8": torch.uint8, "momentum_scales": torch.float32}),
+        ({"bits": 32}, {"momentum_buffer": torch.float32}),
+    ):
+        params, optimizer = make(torch.bfloat16, **options)
+        assert not optimizer.state
+        train(params, optimizer, 1, seed=1)
+        saved = optimizer.state_dict()
+        assert set(saved) == {"state", "param_groups"}
+        assert {k: v.dtype for k, v in saved["state"][0].items()} == expected
+        assert {k: v.dtype for k, v in saved["state"][2].items()} == {"momentum_buffer": torch.float32}
+        assert saved["param_groups"][0]["param_names"] == ["a", "b", "narrow"]
+
+
+def test_hyperparameters_come_from_the_checkpoint_and_the_format_from_the_constructor():
+    params, optimizer = make(on_nonfinite="raise")
+    train(params, optimizer, 1, seed=1)
+    saved = through_file(optimizer.state_dict())
+    _, other = make(on_nonfinite="skip", backend="reference")
+    other.param_groups[0]["lr"] = 123.0
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["lr"] == 0.02
+    assert other.param_groups[1]["betas"] == (0.9, 0.95)
+    assert (other.on_nonfinite, other.backend) == ("skip", "reference")
+
+
+def test_loading_copies_and_an_empty_state_loads():
+    params, optimizer = make()
+    optimizer.load_state_dict(optimizer.state_dict())  # what Accelerate does at prepare
+    train(params, optimizer, 1, seed=1)
+    saved = optimizer.state_dict()
+    _, other = make()
+    other.load_state_dict(state_dict=saved)  # distributed checkpointing passes it by name
+    theirs = next(iter(other.state.values()))["momentum_linear8"]
+    assert theirs.data_ptr() != saved["state"][0]["momentum_linear8"].data_ptr()
+    for key in ("lr", "momentum"):
+        assert other.param_groups[0][key] == optimizer.param_groups[0][key]
+
+
+def test_hooks_run_and_may_replace_the_dict():
+    params, optimizer = make()
+    train(params, optimizer, 1, seed=1)
+    _, other = make()
+    seen = []
+
+    def rename(_, state_dict):
+        seen.append("pre")
+        groups = [{**g, "lr": 0.5} for g in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    other.register_load_state_dict_pre_hook(rename)
+    other.register_load_state_dict_post_hook(lambda _: seen.append("post"))
+    other.load_state_dict(optimizer.state_dict())
+    assert seen == ["pre", "post"]
+    assert other.param_groups[0]["lr"] == 0.5
+
+
+def edit(path, value):
+    """A change of the saved dict: `path` into it, and a value, or a function of the old one."""
+
+    def change(saved):
+        target = saved
+        for key in path[:-1]:
+            target = target[key]
+        if value is None:
+            del target[path[-1]]
+        else:
+            target[path[-1]] = value(target[path[-1]]) if callable(value) else value
+
+    return change
+
+
+CODES = ("state", 0, "momentum_linear8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit(("param_groups",), None), "lacks param_groups"),
+        (edit(("param_groups", 1), None), "1 parameter groups"),
+        (edit(("param_groups", 0, "params"), [0, 1]), "2 parameters saved, 3 here"),
+        (edit(("param_groups", 0, "param_names"), ["b", "a", "narrow"]), "state of 'b' would go to 'a'"),
+        (edit(("param_groups", 0, "codebook"), "dynamic"), "codebook='dynamic'.*construct"),
+        (edit(("param_groups", 0, "bits"), 32), "bits=32"),
+        (edit(("param_groups", 0, "block_size"), 64), "block_size=64"),
+        (edit(("param_groups", 1, "algorithm"), "muon"), "algorithm='muon'"),
+        (edit(("param_groups", 0, "momentum"), None), "lacks momentum"),
+        (edit(("param_groups", 0, "momentum"), 1.5), "group 0 of the state dict: momentum"),
+        (edit(CODES, None), "'a'.*missing .'momentum_linear8'"),
+        (edit(("state", 0, "extra"), torch.zeros(1)), "'a'.*foreign .'extra'"),
+        (edit(CODES, lambda t: t.to(torch.uint8)), "'a'.*momentum_linear8 is torch.uint8"),
+        (edit(CODES, lambda t: t[:, :-1]), r"'a'.*\(16, 39\)"),
+        (edit(CODES, 3.0), "'a'.*momentum_linear8 is a float"),
+        (edit(("state", 0, "momentum_scales"), lambda t: t.bfloat16()), "momentum_scales is torch.bfloat16"),
+        (edit(("state", 3, "step"), None), "'embed'.*step"),
+        (edit(("state", 99), {"x": torch.zeros(1)}), "99"),
+        (edit(("state", 0), {"momentum_dynamic8": torch.zeros(16, 40, dtype=torch.uint8)}), "codebook='dynamic'"),
+        (edit(("state", 0), {"momentum_buffer": torch.zeros(16, 40)}), "bits=32"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(change, message):
+    params, optimizer = make()
+    train(params, optimizer, 1, seed=1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    change(saved)
+    other_params, other = make()
+    train(other_params, other, 1, seed=3)
+    before, groups = snapshot(other_params, other), copy.deepcopy(other.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved)
+    assert_bitwise(before, snapshot(other_params, other))
+    assert groups == other.state_dict()["param_groups"]
