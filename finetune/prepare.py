@@ -80,6 +80,8 @@ def set_up(recipe: Recipe, folder: RunFolder) -> Run:
         InputError: bad input, on all ranks alike; nothing was written but the cache.
     """
     accelerator = Accelerator(
+        # Without this Accelerate takes every rank of torchrun on a CPU for a run of its own.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=_precision(recipe.mixed_precision),
         log_with=recipe.tracker,
         project_dir=str(folder.path),

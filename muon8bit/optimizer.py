@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import adamw, loading
+from . import adamw, loading, muon
 from .config import (
-    BATCH_BYTES,
     DEFAULT_BLOCK_SIZE,
     DEFAULT_EPS,
     DEFAULT_LR,
@@ -26,10 +25,7 @@ from .config import (
     OnNonfinite,
 )
 from .groups import MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
-from .orthogonalize import Path, Schedule, batch_size, choose, orthogonalize, resolve
 from .orthogonalize.coefficients import JORDAN
-from .state import Format, Momentum
-from .update import frobenius_norm, lr_ratio, update_param_
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -49,15 +45,28 @@ class NonFiniteGradientError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Matrix:
-    """A Muon parameter of this step: its momentum and what the first phase found out."""
+class _Entry:
+    """A parameter of this step; `matrix` is None in an AdamW group."""
 
+    name: str
     param: Tensor
     grad: Tensor
-    momentum: Momentum
-    absmax: Tensor
-    sumsq: Tensor
-    name: str
+    matrix: muon.Matrix | None
+
+
+def _nonfinite_names(entries: Sequence[_Entry]) -> list[str]:
+    """Parameters whose gradient or new momentum is not finite; one host read a device."""
+    by_device: dict[torch.device, list[tuple[Tensor, str]]] = {}
+    for entry in entries:
+        tensor = entry.grad if entry.matrix is None else entry.matrix.absmax
+        if tensor.numel():
+            low, high = tensor.aminmax()  # both propagate NaN
+            by_device.setdefault(tensor.device, []).append((low.isfinite() & high.isfinite(), entry.name))
+    names = []
+    for flags in by_device.values():
+        finite = torch.stack([flag for flag, _ in flags]).tolist()
+        names += [name for ok, (_, name) in zip(finite, flags, strict=True) if not ok]
+    return names
 
 
 class Muon8bit(Optimizer):
@@ -169,24 +178,29 @@ class Muon8bit(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        matrices = [list(self._matrices(i)) for i in range(len(self.param_groups))]
-        nonfinite = self._nonfinite(matrices)
+        entries = [list(self._read(i)) for i in range(len(self.param_groups))]
+        nonfinite = _nonfinite_names([entry for members in entries for entry in members])
         if nonfinite:
             if self.on_nonfinite == "raise":
                 raise NonFiniteGradientError(nonfinite)
             self.num_skipped_steps += 1
             return loss
-        for group, group_matrices in zip(self.param_groups, matrices, strict=True):
-            if group["algorithm"] == "adamw":
-                self._step_adamw(group)
-                continue
-            schedule = resolve(group["ns_coefficients"], group["ns_steps"])
-            for path, batch in self._batches(group_matrices, group["ns_steps"]):
-                self._step_batch(batch, group, schedule, path)
+        for group, members in zip(self.param_groups, entries, strict=True):
+            if group["algorithm"] == "muon":
+                matrices = [entry.matrix for entry in members if entry.matrix is not None]
+                for matrix in matrices:
+                    self.state[matrix.param].update(matrix.momentum.to_state())
+                muon.step_(matrices, group, ns_dtype=self.ns_dtype, backend=self.backend)
+            else:
+                for entry in members:
+                    if not self.state.get(entry.param):
+                        self.state[entry.param] = adamw.init_state(entry.param)
+                params = [entry.param for entry in members]
+                adamw.step_(params, [entry.grad for entry in members], [self.state[p] for p in params], group)
         return loss
 
-    def _gradients(self, group_index: int) -> Iterator[tuple[Tensor, Tensor, str]]:
-        """Parameters of a group that have a gradient now, with it and their description."""
+    def _read(self, group_index: int) -> Iterator[_Entry]:
+        """First phase, read only: the parameters of a group that have a gradient now."""
         group = self.param_groups[group_index]
         for index, param in enumerate(group["params"]):
             if param.grad is None:
@@ -194,78 +208,10 @@ class Muon8bit(Optimizer):
             name = describe(group, group_index, index)
             if param.grad.is_sparse:
                 raise ValueError(f"{name} has a sparse gradient: use sparse=False in its embedding")
-            yield param, param.grad, name
-
-    def _matrices(self, group_index: int) -> Iterator[_Matrix]:
-        """First phase, read only: the momentum (zero before the first step) and its statistics."""
-        group = self.param_groups[group_index]
-        if group["algorithm"] == "adamw":
-            return
-        for param, grad, name in self._gradients(group_index):
-            form = Format.of(param.shape, group["bits"], group["codebook"], group["block_size"])
-            state = self.state.get(param)
-            momentum = Momentum.from_state(state, form) if state else Momentum.zeros(param.shape, form, param.device)
-            absmax, sumsq = momentum.stats(
-                grad, beta=group["momentum"], nesterov=group["nesterov"], backend=self.backend
-            )
-            yield _Matrix(param, grad, momentum, absmax, sumsq, name)
-
-    def _nonfinite(self, matrices: list[list[_Matrix]]) -> list[str]:
-        """Names of the parameters whose gradient (or new momentum) is not finite; one host read a device."""
-        found = [(m.absmax, m.name) for group in matrices for m in group]
-        for i, group in enumerate(self.param_groups):
-            if group["algorithm"] == "adamw":
-                found += [(grad, name) for _, grad, name in self._gradients(i)]
-        by_device: dict[torch.device, list[tuple[Tensor, str]]] = {}
-        for tensor, name in found:
-            if tensor.numel():
-                low, high = tensor.aminmax()  # propagate NaN, keep Inf
-                by_device.setdefault(tensor.device, []).append((high.float() - low.float(), name))
-        return [
-            name
-            for flags in by_device.values()
-            for finite, (_, name) in zip(torch.stack([f for f, _ in flags]).isfinite().tolist(), flags, strict=True)
-            if not finite
-        ]
-
-    def _batches(self, matrices: list[_Matrix], num_steps: int) -> Iterator[tuple[Path, list[_Matrix]]]:
-        """Matrices of one shape and device together, as many as the workspace budget allows."""
-        classes: dict[tuple[torch.Size, torch.device], list[_Matrix]] = {}
-        for matrix in matrices:
-            classes.setdefault((matrix.param.shape, matrix.param.device), []).append(matrix)
-        for (shape, device), members in classes.items():
-            rows, cols = shape
-            path = choose(rows, cols, num_steps, device.type, self.ns_dtype)
-            size = batch_size(rows, cols, path.dtype, device.type, BATCH_BYTES)
-            for start in range(0, len(members), size):
-                yield path, members[start : start + size]
-
-    def _step_batch(self, batch: list[_Matrix], group: dict[str, Any], schedule: Schedule, path: Path) -> None:
-        """Second phase: write the momentum, orthogonalize its exact value, update the parameters."""
-        rows, cols = batch[0].param.shape
-        X = torch.empty(len(batch), rows, cols, dtype=path.dtype, device=batch[0].param.device)
-        for matrix, x in zip(batch, X, strict=True):
-            norm = frobenius_norm(matrix.sumsq, eps=group["eps"], factor=schedule.norm_factor)
-            matrix.momentum.apply(
-                matrix.grad,
-                matrix.absmax,
-                norm,
-                x,
-                beta=group["momentum"],
-                nesterov=group["nesterov"],
-                backend=self.backend,
-            )
-            self.state[matrix.param].update(matrix.momentum.to_state())
-        ratio = lr_ratio(rows, cols, group["adjust_lr_fn"])
-        for matrix, direction in zip(batch, orthogonalize(X, schedule, path), strict=True):
-            update_param_(matrix.param, direction, lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
-
-    def _step_adamw(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        for param in params:
-            if not self.state.get(param):
-                self.state[param] = adamw.init_state(param)
-        adamw.step_(params, [p.grad for p in params], [self.state[p] for p in params], group)
+            matrix = None
+            if group["algorithm"] == "muon":
+                matrix = muon.read(param, param.grad, self.state.get(param), group, self.backend)
+            yield _Entry(name, param, param.grad, matrix)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("backend", "on_nonfinite", "ns_dtype", "num_skipped_steps")

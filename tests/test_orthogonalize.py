@@ -9,7 +9,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from muon8bit.orthogonalize import NAMES, Path, batch_size, choose, flops, orthogonalize, path, resolve
 
 SPECTRA = {
-    "gaussian": lambda k: None,
+    "gaussian": lambda _: None,
     "power_law": lambda k: 1.0 / np.arange(1, k + 1),
     "rank_deficient": lambda k: (np.arange(k) < (k + 1) // 2).astype(float),
 }

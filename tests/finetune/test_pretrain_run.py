@@ -1,0 +1,256 @@
+"""Whole runs: what they leave behind, and that a stopped run continues to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [(m["step"], m["loss"], m["lr"], m["val_loss"], m["tokens"]) for m in metrics(folder)]
+
+
+def weights(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+
+
+@pytest.mark.parametrize(
+    "optimizer", [["muon8bit"], ["muon8bit", "--codebook", "dynamic"], ["muon"], ["adamw"]], ids=" ".join
+)
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(pretrain, tmp_path, optimizer):
+    options = ["--optimizer", *optimizer]
+    whole = pretrain(*options, "--output-dir", "whole")
+    assert whole.code == 0, whole.err
+    # The same run with its later steps lost, as after a crash: one checkpoint, and metrics that go beyond it.
+    crashed = pretrain(*options, "--output-dir", "crashed")
+    assert crashed.code == 0
+    folder = tmp_path / "crashed"
+    for lost in (folder / "checkpoints").glob("step-*6"):
+        for file in lost.iterdir():
+            file.unlink()
+        lost.rmdir()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    resumed = pretrain("--resume", "crashed")
+    assert resumed.code == 0, resumed.err
+    assert "at step 3" in resumed.out
+    assert losses(folder) == losses(tmp_path / "whole")
+    assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    expected = weights(tmp_path / "whole")
+    for name, value in weights(folder).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_run_leaves_everything_it_promises(pretrain, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    outcome = pretrain("--tracker", "tensorboard")
+    assert outcome.code == 0, outcome.err
+    folder = (tmp_path / "runs" / "latest").resolve()
+    assert folder.parent == tmp_path / "runs"
+    assert folder.name.startswith("tiny-")
+    lines = outcome.out.strip().splitlines()
+    assert lines[0] == lines[-1] == f"run folder: {folder}"
+    assert "world size 1" in outcome.out
+    records = metrics(folder)
+    assert [m["step"] for m in records] == list(range(1, 7))
+    for record in records:
+        assert {"step", "loss", "lr", "val_loss", "tokens", "seconds"} <= set(record)
+        assert (record["val_loss"] is None) == (record["step"] % 2 == 1)
+        assert record["tokens"] == record["step"] * 4 * 32
+        assert len(record["corpus"]) == 64
+        assert record["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert records[0]["loss"] == pytest.approx(math.log(288), abs=0.2)
+    assert records[-1]["loss"] < records[0]["loss"]
+    rates = [m["lr"] for m in records]
+    assert rates[0] == 0
+    assert max(rates) == rates[2] == 3e-3
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert any(folder.rglob("events.out.tfevents*"))
+    report = json.loads((folder / "state_report.json").read_text())
+    assert str(report["total_bytes"]) in outcome.out.replace(",", "")
+    result = json.loads((folder / "result.json").read_text())
+    assert f"{result['bigram_val_loss']:.4f}" in outcome.out
+    # The saved model and tokenizer give the recorded validation loss.
+    from finetune.corpus import open_corpus
+    from finetune.recipe import read_recipe
+    from finetune.tokens import token_cache
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert tokenizer.decode(tokenizer("abc def.")["input_ids"]) == "abc def."
+    cache = token_cache(open_corpus(read_recipe(str(folder / "recipe.yaml"))), tokenizer)
+    ids = torch.tensor(cache.validation[: (len(cache.validation) - 1) // 32 * 32 + 1].astype("int64"))
+    with torch.no_grad():
+        logits = model(input_ids=ids[:-1].view(-1, 32)).logits
+    loss = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[1:]))
+    assert loss == pytest.approx(records[-1]["val_loss"], rel=1e-5)
+    assert loss == pytest.approx(result["val_loss"], rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(loss / math.log(2) / cache.bytes_per_token, rel=1e-5)
+
+
+def test_latest_is_the_last_run_and_resumes_to_more_steps(pretrain, tmp_path):
+    first = pretrain("--optimizer", "adamw")
+    second = pretrain("--optimizer", "adamw", "--seed", 1)
+    assert first.code == second.code == 0
+    folders = sorted(p for p in (tmp_path / "runs").iterdir() if not p.is_symlink())
+    assert len(folders) == 2
+    assert pretrain("--resume", "latest").code == 2  # nothing left to do
+    more = pretrain("--resume", "latest", "--max-steps", 8)
+    assert more.code == 0, more.err
+    assert f"run folder: {(tmp_path / 'runs' / 'latest').resolve()}" in more.out
+    assert sorted(len(metrics(f)) for f in folders) == [6, 8]
+
+
+@pytest.fixture
+def finished(pretrain, tmp_path, texts):
+    """A run with its own copy of the texts."""
+    import shutil
+
+    shutil.copytree(texts, tmp_path / "mine")
+    outcome = pretrain("--dataset", "mine", "--output-dir", "done", "--optimizer", "adamw")
+    assert outcome.code == 0, outcome.err
+    return tmp_path / "done"
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_kept(pretrain, finished, tmp_path, texts):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    config = {**yaml.safe_load((finished / "recipe.yaml").read_text())["model"], "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cases = [
+        (["--optimizer", "muon"], ["--optimizer", "'adamw'"]),
+        (["--seq-len", "16"], ["--seq-len", "32"]),
+        (["--lr", "1e-4"], ["--lr", "0.003"]),
+        (["--model-config", "config.json"], ["--model-config", "another model"]),
+        (["--output-dir", "elsewhere"], ["--output-dir"]),
+    ]
+    for args, words in cases:
+        outcome = pretrain("--resume", finished, "--max-steps", 8, *args)
+        assert outcome.code == 2
+        assert outcome.err.count("\n") == 1
+        assert all(word in outcome.err for word in words), outcome.err
+    (tmp_path / "mine" / "text01.txt").write_text("now another text, and much longer\n" * 9)
+    outcome = pretrain("--resume", finished, "--max-steps", 8)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "--dataset" in outcome.err
+    assert "another corpus" in outcome.err
+    # A checkpoint whose record does not fit the recipe beside it is found out as well.
+    progress = finished / "checkpoints" / "step-0000006" / "progress.json"
+    record = json.loads(progress.read_text())
+    record["facts"]["model_config"] = "0" * 64
+    progress.write_text(json.dumps(record))
+    outcome = pretrain("--resume", finished, "--max-steps", 8, "--dataset", texts)
+    assert outcome.code == 2
+    assert "another model" in outcome.err
+    progress.write_bytes(before[progress])
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(pretrain, finished, recipe_file, tmp_path):
+    config = {**yaml.safe_load(recipe_file.read_text())["model"], "vocab_size": 280}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    outcome = pretrain("--tokenizer", finished / "model", "--model-config", "config.json", "--output-dir", "new")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    for word in ("--tokenizer", "--model-config", "288", "280"):
+        assert word in outcome.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_from_continues_from_the_trained_weights(pretrain, finished, tmp_path):
+    outcome = pretrain("--init-from", finished / "model", "--output-dir", "on", "--dataset", "mine")
+    assert outcome.code == 0, outcome.err
+    assert metrics(tmp_path / "on")[0]["loss"] < metrics(finished)[0]["loss"] - 0.3
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_parameter(pretrain, tmp_path, monkeypatch):
+    import finetune.job as job
+
+    accumulate = job.accumulate_gradients
+
+    def poisoned(accelerator, model, batches):
+        loss = accumulate(accelerator, model, batches)
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(job, "accumulate_gradients", poisoned)
+    outcome = pretrain("--output-dir", "bad")
+    assert outcome.code == 1
+    assert "step 1" in outcome.err
+    assert "model.layers.0.mlp.up_proj.weight" in outcome.err
+    assert metrics(tmp_path / "bad") == []
+
+
+def test_sigterm_finishes_the_step_saves_and_prints_the_command_that_resumes(recipe_file, pretrain, tmp_path):
+    options = ["--recipe", str(recipe_file), "--output-dir", "run", "--max-steps", "100000", "--eval-every", "100000"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "finetune.pretrain", *options, "--save-every", "100000"],
+            cwd=tmp_path,
+            env=env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+        file = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not (file.exists() and file.read_text().count("\n") >= 3):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM, log.read_text()
+    steps = metrics(tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{steps[-1]['step']:07}"
+    command = next(line for line in log.read_text().splitlines() if "--resume" in line).split()
+    assert command == [sys.executable, str(ROOT / "finetune" / "pretrain.py"), "--resume", str(tmp_path / "run")]
+    resumed = pretrain(*command[2:], "--max-steps", len(steps) + 2)
+    assert resumed.code == 0, resumed.err
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, len(steps) + 3))
+
+
+def test_two_ranks_train_one_model_on_the_data_of_one(recipe_file, pretrain, tmp_path):
+    """torchrun with two processes: equal parameters on both, and the losses of one process that accumulates."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = str(ROOT / "finetune" / "pretrain.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--recipe", str(recipe_file), "--output-dir", "two", "--batch-size", "2"]
+    done = subprocess.run(
+        [*launch, script, *options],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "world size 2" in done.stdout
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert result["world_size"] == 2
+    assert len(result["parameter_hashes"]) == 2
+    assert len(set(result["parameter_hashes"])) == 1
+    assert pretrain("--output-dir", "one", "--batch-size", 2, "--gradient-accumulation", 2).code == 0
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [m["tokens"] for m in one] == [m["tokens"] for m in two]
+    # The same sequences, summed in another order: the gap grows from one fp32 rounding.
+    assert [m["loss"] for m in two] == pytest.approx([m["loss"] for m in one], rel=1e-3)
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-3)
+    assert json.loads((tmp_path / "one" / "result.json").read_text())["parameter_hashes"] != result["parameter_hashes"]

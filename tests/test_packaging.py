@@ -1,0 +1,55 @@
+"""The wheel holds our two packages and works alone; neither triton nor bitsandbytes is needed to import."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+STEP = """
+import sys
+for name in ("triton", "bitsandbytes", "transformers", "accelerate"):
+    sys.modules[name] = None  # importing it raises ImportError
+import torch
+from muon8bit import Muon8bit, param_groups, state_report
+model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+optimizer = Muon8bit(param_groups(model, lr=1e-3))
+model(torch.ones(2, 16)).sum().backward()
+optimizer.step()
+print(state_report(optimizer).total_bytes)
+import muon8bit
+print(muon8bit.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_holds_only_our_two_packages(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"muon8bit", "muon8bit_kernels", next(t for t in tops if t.endswith(".dist-info"))}
+    assert {"muon8bit/py.typed", "muon8bit_kernels/py.typed"} <= set(names)
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_wheel_steps_without_optional_packages(wheel, tmp_path):
+    """Run from the unpacked wheel, outside the repository."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    env = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    command = [sys.executable, "-P", "-c", STEP]
+    if sys.version_info < (3, 11):
+        command.remove("-P")
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    total, origin = result.stdout.split()
+    # Two 16x16 matrices with 16 scales each, two biases under AdamW.
+    assert int(total) == 2 * (16 * 16 + 4 * 16) + 2 * (2 * 4 * 16 + 4)
+    assert origin.startswith(str(tmp_path))

@@ -1,0 +1,93 @@
+"""Imports point down the list of rooms, never up. Anything else is an edge that nobody agreed to."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Room -> rooms that it may import from (its own aside). Order: from the top of the house to the ground.
+ALLOWED = {
+    "finetune": {"muon8bit"},
+    "muon8bit": {"optimizer", "report", "routing"},
+    "report": {"_table", "config"},
+    "optimizer": {"loading", "muon", "adamw", "groups", "config", "orthogonalize"},
+    "loading": {"groups", "adamw", "state", "config"},
+    "muon": {"update", "orthogonalize", "state", "config"},
+    "groups": {"orthogonalize", "config"},
+    "update": set(),
+    "adamw": set(),
+    "orthogonalize": set(),
+    "state": {"kernels", "config"},
+    "routing": {"_roles", "_table", "config"},
+    "_roles": {"config"},
+    "_table": set(),
+    "config": set(),
+    "kernels": set(),
+}
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "muon8bit":
+        return "muon8bit" if parts[1] == "__init__" else parts[1]
+    return parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, absolute names, of this repository."""
+    package = ["muon8bit_kernels"] if "muon8bit_kernels" in path.parts else list(path.relative_to(ROOT).parts[:-1])
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return {n for n in names if n.split(".")[0] in ("muon8bit", "muon8bit_kernels", "finetune", "tests")}
+
+
+def target_room(name: str) -> str:
+    head, *rest = name.split(".")
+    if head == "muon8bit_kernels":
+        return "kernels"
+    if head == "muon8bit" and rest and rest[0] in ALLOWED:
+        return rest[0]
+    return head
+
+
+FILES = sorted(
+    [*ROOT.glob("muon8bit/**/*.py"), *ROOT.glob("kernels/muon8bit_kernels/**/*.py"), *ROOT.glob("finetune/**/*.py")]
+)
+
+
+def test_every_file_has_a_room():
+    assert FILES
+    assert {room_of(path) for path in FILES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_rooms(path):
+    room = room_of(path)
+    for name in imported(path):
+        target = target_room(name)
+        if target == "muon8bit" and room not in ("finetune", "muon8bit"):
+            assert name == "muon8bit", name  # `from . import x` lists the package itself beside the module
+            continue
+        assert target == room or target in ALLOWED[room], f"{path.name} ({room}) may not import {name} ({target})"
+
+
+def test_finetune_uses_public_names_only():
+    for path in ROOT.glob("finetune/**/*.py"):
+        for name in imported(path):
+            if name.startswith("muon8bit"):
+                parts = name.split(".")
+                assert len(parts) <= 2, name
+                assert len(parts) == 1 or not (ROOT / "muon8bit" / f"{parts[1]}.py").exists(), name
+
+
+def test_kernels_is_a_source_root_not_a_package():
+    """An importable `kernels` would shadow the distribution of that name, which transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
