@@ -76,4 +76,4 @@ def _fit_weight(counts: Counts, held_out: Tokens) -> float:
     weight = 0.5
     for _ in range(EM_STEPS if len(bigram) else 0):
         weight = float(np.mean(weight * bigram / (weight * bigram + (1 - weight) * unigram)))
-    return weight
+    return min(weight, 1 - 1e-4)  # a pair that no count foresees must keep some probability

@@ -66,6 +66,17 @@ class Corpus:
     endless: bool = False
 
 
+def check_exists(dataset: str) -> None:
+    """Find out early that a dataset which can only be a path is not there.
+
+    Raises:
+        InputError: it is not.
+    """
+    path = Path(dataset)
+    if not path.exists() and (path.is_absolute() or path.suffix.lower() in {".txt", *ROW_SUFFIXES}):
+        raise InputError("--dataset", f"there is no {dataset}; give a file, a folder or a name for `datasets`")
+
+
 def open_corpus(recipe: Recipe) -> Corpus:
     """Find the text that a recipe names. Reads every local file once, for its hash.
 
@@ -84,8 +95,6 @@ def open_corpus(recipe: Recipe) -> Corpus:
         known = {".txt", *ROW_SUFFIXES}
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix.lower() in known]
         return _local_corpus(files, path, recipe.dataset, recipe)
-    if not path.exists() and (path.is_absolute() or path.suffix.lower() in {".txt", *ROW_SUFFIXES}):
-        raise InputError("--dataset", f"there is no {recipe.dataset}; give a file, a folder or a name")
     identity, rows = hub_rows(recipe)
     digest = hashlib.sha256(f"{identity}\0{recipe.validation_fraction}".encode()).hexdigest()
     return Corpus(
@@ -129,15 +138,14 @@ def _local_corpus(files: Sequence[Path], root: Path, label: str, recipe: Recipe)
 
 
 def _file_digest(file: Path) -> str:
+    digest = hashlib.sha256()
     try:
         with file.open("rb") as opened:
-            return (
-                hashlib.file_digest(opened, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else (hashlib.sha256(opened.read()).hexdigest())
-            )
+            while chunk := opened.read(2**20):
+                digest.update(chunk)
     except OSError as error:
         raise InputError("--dataset", f"cannot read {file}: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def _is_utf8(file: Path) -> bool:

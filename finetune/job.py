@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from finetune.outputs import finish, nats_to_bits_per_byte
 from finetune.prepare import Run, set_up
 from finetune.recipe import Recipe
 from finetune.run_folder import RunFolder
+from muon8bit import NonFiniteGradientError
 
 
 def pretrain(recipe: Recipe, folder: RunFolder, script: str) -> int:
@@ -37,7 +39,7 @@ def pretrain(recipe: Recipe, folder: RunFolder, script: str) -> int:
         code = _train(run, script)
         if code == 0:
             finish(run)
-    except FloatingPointError as error:
+    except (FloatingPointError, NonFiniteGradientError) as error:
         if run.accelerator.is_main_process:
             print(f"step {run.step + 1}: {error}; lower --lr, or resume from an earlier step", file=sys.stderr)
         code = 1
@@ -123,6 +125,9 @@ def _save(run: Run) -> None:
     """Write a checkpoint beside, and give it its name when every process is done."""
     accelerator = run.accelerator
     partial, _ = run.folder.checkpoint_paths(run.step)
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)  # what a crash left
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -73,7 +73,11 @@ def build_model(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
         option = "--init-from" if recipe.init_from else "--model-config"
         raise InputError(option, f"transformers cannot build the model: {_first_line(error)}") from None
     if recipe.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:  # its name in earlier versions of transformers
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     model.train()
     return model
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+from transformers.utils.logging import disable_progress_bar
 
 from finetune.models import parameter_hash
 from finetune.optimizers import report_state
@@ -57,6 +58,7 @@ def finish(run: Run) -> None:
 
 def _replace_model(path: Path, model: Any, state: dict[str, Any], tokenizer: Any) -> None:
     """Write model and tokenizer beside, then exchange the folders."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     old = path.with_name(".model.old")
     if path.exists():
         path.rename(old)

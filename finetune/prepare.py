@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import sys
 from collections.abc import Callable
@@ -34,8 +33,6 @@ from finetune.tokens import TokenCache, check_size, load_tokenizer, token_cache,
 T = TypeVar("T")
 # Training a tokenizer and writing a large cache take longer than the usual limit of a collective.
 DATA_TIMEOUT = timedelta(hours=12)
-# Accelerate imports bitsandbytes, which warns on some CPUs that a 4-bit product (unused here) will be slow.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass
@@ -69,6 +66,20 @@ def _precision(asked: str) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
+def _accelerator(recipe: Recipe, folder: RunFolder) -> Accelerator:
+    try:
+        return Accelerator(
+            # Without this Accelerate takes every rank of torchrun on a CPU for a run of its own.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=_precision(recipe.mixed_precision),
+            log_with=recipe.tracker,
+            project_dir=str(folder.path),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=DATA_TIMEOUT)],
+        )
+    except ValueError as error:
+        raise InputError("--mixed-precision", f"Accelerate refuses {recipe.mixed_precision!r}: {error}") from None
+
+
 def set_up(recipe: Recipe, folder: RunFolder) -> Run:
     """Data, model, optimizers and folder of a run; the main process prints what they are.
 
@@ -79,14 +90,7 @@ def set_up(recipe: Recipe, folder: RunFolder) -> Run:
     Raises:
         InputError: bad input, on all ranks alike; nothing was written but the cache.
     """
-    accelerator = Accelerator(
-        # Without this Accelerate takes every rank of torchrun on a CPU for a run of its own.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=_precision(recipe.mixed_precision),
-        log_with=recipe.tracker,
-        project_dir=str(folder.path),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=DATA_TIMEOUT)],
-    )
+    accelerator = _accelerator(recipe, folder)
     folder = replace(folder, path=Path(broadcast_object_list([str(folder.path)])[0]))
     if accelerator.is_main_process:
         print(f"run folder: {folder.path}", flush=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 if not __package__:  # run as a script: absolute imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from finetune.corpus import check_exists
 from finetune.errors import InputError
 from finetune.recipe import (
     DEFAULT_RECIPE,
@@ -34,6 +36,8 @@ from finetune.recipe import (
     recipe_from,
 )
 from finetune.run_folder import RunFolder, choose_folder, find_run
+
+PATHS = ("dataset", "tokenizer", "init_from")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,6 +76,9 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
     if resume is None:
         recipe = read_recipe(recipe_name or DEFAULT_RECIPE)
         recipe = recipe_from({**dataclasses.asdict(recipe), **overrides}, "the options")
+        paths = {key: _absolute(key, getattr(recipe, key)) for key in PATHS}
+        check_exists(paths["dataset"])
+        recipe = dataclasses.replace(recipe, **paths)
         return recipe, choose_folder(output_dir, recipe.name)
     if recipe_name or output_dir:
         option = "--recipe" if recipe_name else "--output-dir"
@@ -84,14 +91,14 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
         if key not in RESUME_MAY_CHANGE and value != saved[key]:
             raise InputError(flag(key), f"{folder.path} was run with {saved[key]!r}; leave it out, or start anew")
     recipe = recipe_from({**saved, **overrides}, "the options")
-    if folder.step >= recipe.max_steps:
+    if folder.step >= recipe.max_steps and (folder.path / "model").is_dir():
         raise InputError("--resume", f"{folder.path} is already at step {folder.step}; raise --max-steps")
     return recipe, folder
 
 
 def _absolute(key: str, value: Any) -> Any:
     """Local paths are recorded absolute, so that a run can be resumed from any working directory."""
-    if key in ("dataset", "tokenizer", "init_from") and isinstance(value, str):
+    if key in PATHS and isinstance(value, str):
         path = Path(value).expanduser()
         return str(path.resolve()) if path.exists() and value != "stdlib" else value
     return value
@@ -101,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script. Returns the exit code: 0, 1 (training failed), 2 (bad input), 128 + signal (stopped)."""
     try:
         recipe, folder = parse(sys.argv[1:] if argv is None else argv)
+        # Accelerate imports bitsandbytes, which warns on some CPUs that a 4-bit product (unused here) will be slow.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from finetune.job import pretrain  # torch and transformers, after the options have passed
 
         return pretrain(recipe, folder, script=os.path.abspath(__file__))
@@ -108,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before or after the training loop, which saves and says how to resume
+        return 130
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from finetune.errors import InputError
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = "llama_4m"
 
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 # Options that a resumed run may change; every other one is part of what makes the run bitwise the same.
 # `dataset` may move to another place: its content is compared by hash.
 RESUME_MAY_CHANGE = ("dataset", "max_steps", "save_every", "eval_every", "keep_checkpoints", "tracker")
@@ -70,7 +72,7 @@ class Recipe:
     mixed_precision: str = _option("auto", "auto is bf16 on a CUDA device that has it, else no", "auto", "no", "bf16")
     activation_checkpointing: bool = _option(False, "recompute activations in the backward pass")
     seed: int = _option(0, "seed of the initial weights and of the data order")
-    tracker: str | None = _option(None, "an Accelerate tracker, such as tensorboard or wandb")
+    tracker: str | None = _option(None, "Accelerate tracker to log to", *TRACKERS)
 
 
 def option_fields() -> list[dataclasses.Field[Any]]:
@@ -148,7 +150,7 @@ def validate(recipe: Recipe) -> Recipe:
     """
     for f in option_fields():
         choices, value = f.metadata["choices"], getattr(recipe, f.name)
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise InputError(flag(f.name), f"{value!r} is not one of {', '.join(choices)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(flag(f.name), f"{value} is not a finite number")
@@ -160,6 +162,8 @@ def validate(recipe: Recipe) -> Recipe:
     for name in ("weight_decay", "clip", "warmup_steps", "decay_steps", "seed"):
         if getattr(recipe, name) < 0:
             raise InputError(flag(name), f"{getattr(recipe, name)} must not be negative")
+    if recipe.tracker and find_spec(recipe.tracker) is None:
+        raise InputError("--tracker", f"{recipe.tracker!r} is not installed; install it, or leave it out")
     if recipe.block_size not in (64, 128, 256, 512, 1024, 2048, 4096):
         raise InputError("--block-size", f"{recipe.block_size} is not a power of two from 64 to 4096")
     if not 0 < recipe.validation_fraction < 1:

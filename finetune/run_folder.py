@@ -64,8 +64,15 @@ class RunFolder:
         return record
 
     def create(self, recipe: Recipe) -> None:
-        """Make the folder and point `runs/latest` to it; for a resumed run, forget steps after its checkpoint."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder and point `runs/latest` to it; for a resumed run, forget steps after its checkpoint.
+
+        Raises:
+            InputError: the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError("--output-dir", f"cannot make {self.path}: {error.strerror}") from None
         write_beside(self.recipe_file, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
         kept = [record for record in self.metrics() if record["step"] <= self.step]
         write_beside(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))

@@ -144,7 +144,7 @@ def token_cache(corpus: Corpus, tokenizer: Any, budget: int | None = None) -> To
             (beside / "meta.json").write_text(json.dumps(meta, indent=1))
     meta = json.loads((folder / "meta.json").read_text())
     parts = {
-        part: np.fromfile(folder / f"{part}.bin", dtype=meta["dtype"])
+        part: np.memmap(folder / f"{part}.bin", dtype=meta["dtype"], mode="r")
         for part in ("train", "validation")
         if meta[part]["tokens"]
     }

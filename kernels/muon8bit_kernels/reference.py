@@ -95,14 +95,12 @@ def dequantize(codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size:
 
 
 def _momentum(
-    codes: Tensor, scales: Tensor | None, grad: Tensor, beta: float, nesterov: bool, codebook: Codebook | None
+    codes: Tensor, scales: Tensor | None, grad: Tensor, beta: float, codebook: Codebook | None
 ) -> tuple[Tensor, Tensor]:
-    """The new momentum m and the Newton-Schulz input u of one piece, fp32 [rows, blocks, block]."""
-    old = codes if codebook is None else _decode(codes, scales, codebook)  # type: ignore[arg-type]
+    """The new momentum m and (1 - beta) * g of one piece, fp32 [rows, blocks, block], both freshly allocated."""
     scaled_grad = grad.float() * (1.0 - beta)
-    m = (old * beta).add_(scaled_grad)
-    u = (m * beta).add_(scaled_grad) if nesterov else m
-    return m, u
+    decayed = codes * beta if scales is None or codebook is None else _decode(codes, scales, codebook).mul_(beta)
+    return decayed.add_(scaled_grad), scaled_grad
 
 
 def momentum_stats(
@@ -133,9 +131,10 @@ def momentum_stats(
     for r, c, b, size in _pieces(rows, cols, block_size):
         scale = None if scales is None else scales[r, b].unsqueeze(-1)
         piece = (codes[r, c].unflatten(1, (-1, size)), scale, grad[r, c].unflatten(1, (-1, size)))
-        m, u = _momentum(*piece, beta, nesterov, codebook)
-        absmax[r, b] = m.abs().amax(-1)
-        sumsq[r, b] = u.square().sum(-1)
+        m, scaled_grad = _momentum(*piece, beta, codebook)
+        absmax[r, b] = torch.maximum(m.amin(-1).neg_(), m.amax(-1))  # all propagate NaN
+        u = m.mul_(beta).add_(scaled_grad) if nesterov else m  # in place: fresh memory costs more than arithmetic
+        sumsq[r, b] = u.square_().sum(-1)
     return absmax, sumsq
 
 
@@ -164,7 +163,8 @@ def momentum_apply(
     for r, c, b, size in _pieces(rows, cols, block_size):
         scale = None if scales is None else scales[r, b].unsqueeze(-1)
         piece = (codes[r, c].unflatten(1, (-1, size)), scale, grad[r, c].unflatten(1, (-1, size)))
-        m, u = _momentum(*piece, beta, nesterov, codebook)
+        m, scaled_grad = _momentum(*piece, beta, codebook)
+        u = scaled_grad.add_(m * beta) if nesterov else m
         out[r, c] = (u / norm).flatten(1)
         if codebook is None or scales is None:
             codes[r, c] = m.flatten(1)

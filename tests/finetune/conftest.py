@@ -76,8 +76,11 @@ def pretrain(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> Callable[.
     """Run the script's `main` with the tiny recipe (unless resuming) and further options."""
 
     def run(*args: object) -> Outcome:
+        from accelerate.state import AcceleratorState
+
         from finetune.pretrain import main
 
+        AcceleratorState._reset_state(reset_partial_state=True)  # each call stands for a process of its own
         options = [str(a) for a in args]
         if "--recipe" not in options and "--resume" not in options:
             options = ["--recipe", str(recipe_file), *options]

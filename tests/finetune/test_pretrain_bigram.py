@@ -56,3 +56,10 @@ def test_weight_does_not_look_at_the_validation_text():
 def test_a_text_without_repetition_falls_back_to_the_smoothed_unigram():
     loss, _ = bigram_loss(np.arange(100, dtype=np.uint16), np.array([99, 7], np.uint16), 128)
     assert loss == pytest.approx(-math.log(2 / 228), rel=1e-12)  # 99 is never followed by anything
+
+
+def test_a_text_that_the_bigram_predicts_perfectly_still_gives_a_finite_loss():
+    train = np.array([0, 1, 2, 3] * 100, np.uint16)
+    loss, weight = bigram_loss(train, np.array([0, 1, 3, 3, 2], np.uint16), 4)
+    assert 0.9 < weight < 1
+    assert np.isfinite(loss)

@@ -16,7 +16,7 @@ import pytest
 from finetune.corpus import PIECE_BYTES, STDLIB_LEFT_OUT, open_corpus
 from finetune.errors import InputError
 from finetune.recipe import read_recipe, recipe_from
-from finetune.tokens import load_tokenizer, token_cache, train_tokenizer
+from finetune.tokens import BATCH_CHARS, load_tokenizer, token_cache, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -205,6 +205,32 @@ def test_a_failed_write_leaves_no_cache(recipe_of, tmp_path):
     assert sorted((cache_root() / "tokens").glob("*")) == before
 
 
+def test_a_stream_is_read_only_as_far_as_the_run_needs(pretrain, recipe_of, texts, tmp_path, monkeypatch):
+    """An endless stream: 6 steps of 4 sequences of 32 tokens are taken, and hardly a document more."""
+    import datasets
+
+    read = 0
+
+    def endless():
+        nonlocal read
+        while True:
+            read += 1
+            yield {"text": f"document {read} has its own number, {read * read}"}
+
+    def load(name, config, split, streaming):
+        assert (name, config, split, streaming) == ("some/name", None, "train", True)
+        return datasets.IterableDataset.from_generator(endless)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tokenizer = train_tokenizer(open_corpus(recipe_of(texts)), 288)
+    outcome = pretrain("--dataset", "some/name", "--streaming", "--tokenizer", tokenizer, "--output-dir", "run")
+    assert outcome.code == 0, outcome.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["tokens"] == 6 * 4 * 32
+    # The stream is left after the batch of `BATCH_CHARS` characters in which the run's tokens are complete.
+    assert read * 40 < 2 * BATCH_CHARS
+
+
 MEASURE = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
@@ -212,7 +238,7 @@ import torch, yaml
 from finetune.corpus import open_corpus
 from finetune.loop import Blocks
 from finetune.recipe import recipe_from
-from finetune.tokens import load_tokenizer, token_cache
+from finetune.tokens import BATCH_CHARS, load_tokenizer, token_cache
 
 peak, done = 0, threading.Event()
 

@@ -176,6 +176,27 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(pretrain, finished, r
     assert not (tmp_path / "new").exists()
 
 
+def test_a_run_that_crashed_while_saving_its_model_is_completed(pretrain, finished):
+    import shutil
+
+    expected = weights(finished)
+    shutil.rmtree(finished / "model")
+    outcome = pretrain("--resume", finished)
+    assert outcome.code == 0, outcome.err
+    assert all(torch.equal(value, expected[name]) for name, value in weights(finished).items())
+    assert len(metrics(finished)) == 6
+
+
+def test_activation_checkpointing_and_bf16_change_the_arithmetic_little(pretrain, tmp_path):
+    for name, options in (("a", []), ("b", ["--activation-checkpointing"]), ("c", ["--mixed-precision", "bf16"])):
+        outcome = pretrain("--output-dir", name, "--max-steps", 3, *options)
+        assert outcome.code == 0, outcome.err
+    plain, recomputed, half = (losses(tmp_path / name) for name in "abc")
+    assert recomputed == plain
+    assert half != plain
+    assert [m[1] for m in half] == pytest.approx([m[1] for m in plain], rel=2e-2)
+
+
 def test_init_from_continues_from_the_trained_weights(pretrain, finished, tmp_path):
     outcome = pretrain("--init-from", finished / "model", "--output-dir", "on", "--dataset", "mine")
     assert outcome.code == 0, outcome.err

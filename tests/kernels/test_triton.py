@@ -1,9 +1,11 @@
-"""The Triton kernels against the torch reference, bit for bit: interpreted on the CPU, compiled on CUDA (`-m gpu`).
+"""The Triton kernels against the torch reference, bit for bit: compiled on CUDA, or under TRITON_INTERPRET=1 on the CPU.
 
-The reference always runs on the CPU, the arithmetic of record.
+Without a GPU, test_interpreted.py runs this file. The reference is always on the CPU: the arithmetic of record.
 """
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from muon8bit_kernels import CODE_DTYPES, reference
 from muon8bit_kernels.codebooks import dynamic_midpoints
 
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    pytest.skip("no GPU: test_interpreted.py runs it under TRITON_INTERPRET=1", allow_module_level=True)
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 _tile = pytest.importorskip("muon8bit_kernels.triton_kernels")._tile
@@ -301,7 +305,6 @@ def offsets_kernel(offsets, rows, cols, col_stride, ROWS: tl.constexpr, BLOCK: t
     tl.store(offsets + places, row * cols + col * col_stride)
 
 
-@pytest.mark.usefixtures("triton_kernels")
 def test_offsets_beyond_two_to_the_31_are_computed_in_64_bits(device):
     offsets = torch.empty(256, 16, dtype=torch.int64, device=device)
     offsets_kernel[(1,)](offsets, 256, 2**30 + 16, 2**28, ROWS=256, BLOCK=16)

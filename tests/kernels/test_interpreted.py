@@ -1,0 +1,26 @@
+"""Runs test_triton.py under Triton's interpreter, in a process of its own.
+
+Triton takes TRITON_INTERPRET when it is imported, which other tests have done by now; and in a process that has it,
+nothing can be compiled, and a backend that is to be refused on the CPU is not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_triton_kernels_interpreted_equal_reference_bitwise():
+    pytest.importorskip("triton")
+    suite = Path(__file__).with_name("test_triton.py")
+    command = [sys.executable, "-m", "pytest", suite, "-m", "not gpu", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    # Every test ran: a suite that skips itself would prove nothing.
+    assert re.search(r"\.{20,}.*\[100%\]", result.stdout.replace("\n", "")), result.stdout
+    assert not re.search(r"skipped|[.s]s[.s]", result.stdout), result.stdout
