@@ -17,7 +17,11 @@ from .update import frobenius_norm, lr_ratio, update_param_
 
 @dataclass(frozen=True)
 class Matrix:
-    """A parameter of this step, its momentum, and what the first phase found out (fp32 [rows, blocks])."""
+    """A parameter of this step, its momentum, and what the first phase found out.
+
+    `absmax` is fp32 [rows, blocks]; `sumsq`, the squared norm of the Newton-Schulz input, 0-d fp32, is not finite
+    if the gradient is not, or if its norm overflows.
+    """
 
     param: Tensor
     grad: Tensor
@@ -33,7 +37,7 @@ def read(
     form = Format.of(param.shape, group["bits"], group["codebook"], group["block_size"])
     momentum = Momentum.from_state(state, form) if state else Momentum.zeros(param.shape, form, param.device)
     absmax, sumsq = momentum.stats(grad, beta=group["momentum"], nesterov=group["nesterov"], backend=backend)
-    return Matrix(param, grad, momentum, absmax, sumsq)
+    return Matrix(param, grad, momentum, absmax, sumsq.sum())
 
 
 def step_(

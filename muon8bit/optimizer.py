@@ -29,7 +29,7 @@ from .orthogonalize.coefficients import JORDAN
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient holds a NaN or Inf; parameters and state are as before the step.
+    """A gradient holds a NaN or Inf, or a Muon gradient's norm exceeds 1e19; nothing changed.
 
     Attributes:
         names: the parameters whose gradients are not finite.
@@ -39,7 +39,7 @@ class NonFiniteGradientError(RuntimeError):
         self.names = tuple(names)
         shown = ", ".join(self.names[:5]) + (f" and {len(self.names) - 5} more" if len(self.names) > 5 else "")
         super().__init__(
-            f"NaN or Inf in the gradient of {shown}. Nothing was changed. Lower the learning rate or look for the "
+            f"NaN, Inf or overflow in the gradient of {shown}. Nothing was changed. Lower the learning rate or look for the "
             "operation that overflows; on_nonfinite='skip' skips such steps and counts them"
         )
 
@@ -55,13 +55,17 @@ class _Entry:
 
 
 def _nonfinite_names(entries: Sequence[_Entry]) -> list[str]:
-    """Parameters whose gradient or new momentum is not finite; one host read a device."""
+    """Parameters whose gradient is not finite, or overflows in its norm; one host read a device."""
     by_device: dict[torch.device, list[tuple[Tensor, str]]] = {}
     for entry in entries:
-        tensor = entry.grad if entry.matrix is None else entry.matrix.absmax
-        if tensor.numel():
-            low, high = tensor.aminmax()  # both propagate NaN
-            by_device.setdefault(tensor.device, []).append((low.isfinite() & high.isfinite(), entry.name))
+        if entry.matrix is not None:
+            flag = entry.matrix.sumsq.isfinite()
+        elif entry.grad.numel():
+            low, high = entry.grad.aminmax()  # both propagate NaN
+            flag = low.isfinite() & high.isfinite()
+        else:
+            continue
+        by_device.setdefault(flag.device, []).append((flag, entry.name))
     names = []
     for flags in by_device.values():
         finite = torch.stack([flag for flag, _ in flags]).tolist()

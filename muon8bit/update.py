@@ -27,8 +27,8 @@ def lr_ratio(rows: int, cols: int, adjust_lr_fn: str | None) -> float:
 
 
 def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
-    """The divisor of the Newton-Schulz input, 0-d fp32: factor * max(sqrt(sum of `sumsq`), eps)."""
-    return sumsq.sum().sqrt().clamp(min=eps).mul(factor)
+    """The divisor of the Newton-Schulz input, 0-d fp32: factor * max(sqrt(sumsq), eps)."""
+    return sumsq.sqrt().clamp(min=eps).mul(factor)
 
 
 def update_param_(param: Tensor, direction: Tensor, *, lr: float | Tensor, weight_decay: float, ratio: float) -> None:

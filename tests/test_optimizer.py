@@ -97,12 +97,19 @@ def _params(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def test_large_finite_gradient_is_not_taken_for_nonfinite():
+def test_gradient_whose_norm_overflows_is_refused_and_a_large_one_is_not():
+    """An overflowing momentum would stay in the state: no later step could be finite."""
     param = param_with_grad()
-    param.grad.fill_(torch.finfo(torch.float32).max)
-    param.grad[0] *= -1
-    Muon8bit([param]).step()
+    before = param.detach().clone()
+    optimizer = Muon8bit([param])
+    param.grad = torch.full_like(param, 1e20)
+    with pytest.raises(NonFiniteGradientError, match="overflow"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    param.grad = torch.full_like(param, 1e17)
+    optimizer.step()
     assert param.isfinite().all()
+    assert not torch.equal(param, before)
 
 
 @pytest.mark.parametrize(

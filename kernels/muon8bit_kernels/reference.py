@@ -132,7 +132,7 @@ def momentum_stats(
         scale = None if scales is None else scales[r, b].unsqueeze(-1)
         piece = (codes[r, c].unflatten(1, (-1, size)), scale, grad[r, c].unflatten(1, (-1, size)))
         m, scaled_grad = _momentum(*piece, beta, codebook)
-        absmax[r, b] = torch.maximum(m.amin(-1).neg_(), m.amax(-1))  # all propagate NaN
+        absmax[r, b] = torch.maximum(m.amin(-1).neg_(), m.amax(-1)).abs_()  # all propagate NaN; abs for -0.0
         u = m.mul_(beta).add_(scaled_grad) if nesterov else m  # in place: fresh memory costs more than arithmetic
         sumsq[r, b] = u.square_().sum(-1)
     return absmax, sumsq

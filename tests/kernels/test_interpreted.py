@@ -22,5 +22,5 @@ def test_triton_kernels_interpreted_equal_reference_bitwise():
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     # Every test ran: a suite that skips itself would prove nothing.
-    assert re.search(r"\.{20,}.*\[100%\]", result.stdout.replace("\n", "")), result.stdout
-    assert not re.search(r"skipped|[.s]s[.s]", result.stdout), result.stdout
+    assert re.search(r"\d\d passed", result.stdout), result.stdout
+    assert "skipped" not in result.stdout, result.stdout

@@ -313,6 +313,7 @@ def test_zero_state_and_zero_gradient_stay_zero(codebook):
     out = torch.full((3, 70), 9.0)
     reference.momentum_apply(codes, scales, torch.zeros(3, 70), absmax, torch.tensor(1e-7), out, **options)
     assert not absmax.any()
+    assert not absmax.signbit().any()
     assert not sumsq.any()
     assert not out.any()
     assert torch.equal(codes, before)

@@ -1,4 +1,4 @@
-"""The Triton kernels against the torch reference, bit for bit: compiled on CUDA, or under TRITON_INTERPRET=1 on the CPU.
+"""The Triton kernels against the torch reference, bit for bit: compiled on CUDA, or on the CPU if TRITON_INTERPRET=1.
 
 Without a GPU, test_interpreted.py runs this file. The reference is always on the CPU: the arithmetic of record.
 """
