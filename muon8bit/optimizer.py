@@ -39,8 +39,8 @@ class NonFiniteGradientError(RuntimeError):
         self.names = tuple(names)
         shown = ", ".join(self.names[:5]) + (f" and {len(self.names) - 5} more" if len(self.names) > 5 else "")
         super().__init__(
-            f"NaN, Inf or overflow in the gradient of {shown}. Nothing was changed. Lower the learning rate or look for the "
-            "operation that overflows; on_nonfinite='skip' skips such steps and counts them"
+            f"NaN, Inf or overflow in the gradient of {shown}. Nothing was changed. Lower the learning rate or find "
+            "the operation that overflows; on_nonfinite='skip' skips such steps and counts them"
         )
 
 
