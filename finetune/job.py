@@ -44,8 +44,19 @@ def pretrain(recipe: Recipe, folder: RunFolder, script: str) -> int:
             print(f"step {run.step + 1}: {error}; lower --lr, or resume from an earlier step", file=sys.stderr)
         code = 1
     run.say(f"run folder: {run.folder.path}")
-    run.accelerator.end_training()
+    leave(run)
     return code
+
+
+def leave(run: Run) -> None:
+    """Shut down trackers and the process group, all ranks together.
+
+    The barrier matters: it lets go of the interpreter's lock. A gloo thread that still needs the lock to free the last
+    gathered tensor would never end otherwise, while the group's destructor, which holds the lock, waits for it (seen
+    with torch 2.13).
+    """
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
 
 
 def _train(run: Run, script: str) -> int:
@@ -85,7 +96,7 @@ def _one_step(run: Run, train: Blocks) -> dict[str, Any]:
     batches = list(step_batches(train, accelerator, run.position, recipe.batch_size, num))
     lr = run.optimizers[0].param_groups[0]["lr"]
     loss = accumulate_gradients(accelerator, run.model, batches)
-    clip_gradients(run.model, recipe.clip)
+    grad_norm = clip_gradients(run.model, recipe.clip)
     for optimizer, scheduler in zip(run.optimizers, run.schedulers, strict=True):
         optimizer.step()
         scheduler.step()
@@ -99,6 +110,7 @@ def _one_step(run: Run, train: Blocks) -> dict[str, Any]:
         "step": run.step,
         "loss": loss,
         "lr": float(lr),
+        "grad_norm": grad_norm,
         "val_loss": None,
         "tokens": run.tokens,
         "seconds": round(run.seconds, 3),
@@ -114,7 +126,7 @@ def _log(run: Run, record: dict[str, Any], bar: Any) -> None:
     speed = run.tokens / run.seconds
     bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.2e}", tok_s=f"{speed:.0f}", refresh=False)
     bar.update()
-    scalars = {key: record[key] for key in ("loss", "lr", "val_loss") if record[key] is not None}
+    scalars = {key: record[key] for key in ("loss", "lr", "grad_norm", "val_loss") if record[key] is not None}
     run.accelerator.log(scalars, step=run.step)
     if record["val_loss"] is not None:
         bits = nats_to_bits_per_byte(record["val_loss"], run.cache.bytes_per_token)

@@ -108,20 +108,25 @@ def accumulate_gradients(accelerator: Accelerator, model: nn.Module, batches: Se
     return float(_sum(accelerator, total)) / max(targets, 1)
 
 
-def clip_gradients(model: nn.Module, limit: float) -> None:
+def clip_gradients(model: nn.Module, limit: float) -> float:
     """Scale all gradients so that their global 2-norm is at most `limit`; 0 turns it off.
+
+    Returns:
+        The norm before clipping.
 
     Raises:
         FloatingPointError: a gradient holds NaN or Inf; names the parameters. Nothing was scaled.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = get_total_norm(grads)
-    if not math.isfinite(float(norm)):
+    total = get_total_norm(grads)
+    norm = float(total)
+    if not math.isfinite(norm):
         bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise FloatingPointError(f"the gradient of {names or 'the whole model'} is not finite")
     if limit:
-        clip_grads_with_norm_(model.parameters(), limit, norm)
+        clip_grads_with_norm_(model.parameters(), limit, total)
+    return norm
 
 
 @torch.no_grad()

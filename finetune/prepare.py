@@ -139,6 +139,7 @@ def _first_on_node(accelerator: Accelerator, work: Callable[[], T]) -> T:
         except InputError as caught:
             error = caught
     failed = [e for e in gather_object([error]) if e is not None]
+    accelerator.wait_for_everyone()  # see `finetune.job.leave`
     if failed:
         raise failed[0]
     return results[0] if results else work()

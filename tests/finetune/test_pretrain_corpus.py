@@ -282,6 +282,7 @@ def test_memory_does_not_grow_with_the_corpus(recipe_of, recipe_file, tmp_path):
         env={**os.environ, "MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     token_bytes, growth = map(int, done.stdout.split())
