@@ -29,7 +29,7 @@ check: install
 	$(BIN)/mypy
 
 pretrain: install
-	$(BIN)/accelerate launch $(if $(HAS_GPU),,--cpu --num_processes 1) finetune/pretrain.py $(ARGS)
+	$(BIN)/accelerate launch $(if $(HAS_GPU),,--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no) finetune/pretrain.py $(ARGS)
 
 bench: install
 	PYTHONPATH=.:kernels $(BIN)/python kernels/bench/step_time.py

@@ -21,9 +21,9 @@ def step_device(param: Tensor) -> torch.device:
 def init_state(param: Tensor) -> dict[str, Tensor]:
     """torch.optim.AdamW's keys: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (fp32, the parameter's shape)."""
     return {
-        "step": torch.zeros((), device=step_device(param)),
-        "exp_avg": torch.zeros(param.shape, device=param.device),
-        "exp_avg_sq": torch.zeros(param.shape, device=param.device),
+        "step": torch.zeros((), dtype=torch.float32, device=step_device(param)),
+        "exp_avg": torch.zeros(param.shape, dtype=torch.float32, device=param.device),
+        "exp_avg_sq": torch.zeros(param.shape, dtype=torch.float32, device=param.device),
     }
 
 

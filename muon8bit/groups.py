@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
@@ -21,13 +22,20 @@ from .orthogonalize import resolve
 # How the running optimizer stores and computes: from the constructor, never from a checkpoint.
 RUNNING_KEYS = ("bits", "codebook", "block_size")
 MUON_ONLY_KEYS = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", *RUNNING_KEYS)
+# Of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
+_NO_GROUP_KEYS = ("backend", "on_nonfinite", "ns_dtype", "amsgrad", "maximize", "fused", "foreach", "capturable")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def group_keys(algorithm: str) -> tuple[str, ...]:
+    """Hyper-parameters that a group of this algorithm holds."""
+    return ("lr", "weight_decay", "eps", *(("betas",) if algorithm == "adamw" else MUON_ONLY_KEYS))
 
 
 def describe(group: dict[str, Any], group_index: int, index: int) -> str:
     """How errors name a parameter: by its name, else by group, index and shape."""
     if "param_names" in group:
-        return repr(group["param_names"][index])
+        return str(group["param_names"][index])
     return f"parameter {index} of group {group_index}, shape {tuple(group['params'][index].shape)}"
 
 
@@ -45,59 +53,66 @@ def complete_group(group: dict[str, Any], group_index: int) -> dict[str, Any]:
     if group["algorithm"] not in ALGORITHMS:
         raise ValueError(f"{where}: algorithm {group['algorithm']!r} is not one of {', '.join(ALGORITHMS)}")
     if group["algorithm"] == "muon":
-        foreign = [key for key in ("betas",) if key in group]
+        foreign = [key for key in ("betas", *_NO_GROUP_KEYS) if key in group]
     else:
-        foreign = [key for key in MUON_ONLY_KEYS if key in group]
+        foreign = [key for key in (*MUON_ONLY_KEYS, *_NO_GROUP_KEYS) if key in group]
         if "lr" not in group:
             raise ValueError(f"{where}: a group with algorithm='adamw' needs its own 'lr' (Muon's rarely fits it)")
         group.setdefault("betas", DEFAULT_ADAMW_BETAS)
         group.setdefault("eps", DEFAULT_ADAMW_EPS)
     if foreign:
-        raise ValueError(f"{where}: {', '.join(foreign)} has no meaning for algorithm={group['algorithm']!r}")
+        raise ValueError(f"{where}: {', '.join(foreign)} has no meaning in a group of {group['algorithm']!r}")
     return group
 
 
-def _require(condition: bool, where: str, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{where}{key} must be {allowed}, not {value!r}")
+def _is_number(value: Any, low: float = 0.0, high: float = inf) -> bool:
+    """A finite int or float (no bool) with low <= value < high."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value < high
 
 
 def check_options(options: dict[str, Any], where: str = "") -> None:
-    """Check every hyper-parameter in a group or in the defaults; errors name the key and what it may be."""
-    o = options
-    if isinstance(o["lr"], Tensor) and o["lr"].numel() != 1:
-        raise ValueError(f"{where}lr as a tensor must have 1 element, not shape {tuple(o['lr'].shape)}")
-    _require(bool(o["lr"] >= 0), where, "lr", o["lr"], ">= 0")
-    _require(o["weight_decay"] >= 0, where, "weight_decay", o["weight_decay"], ">= 0")
-    _require(o["eps"] > 0, where, "eps", o["eps"], "> 0")
-    if "betas" in o:
-        valid = len(o["betas"]) == 2 and all(0 <= b < 1 for b in o["betas"])
-        _require(valid, where, "betas", o["betas"], "two numbers in [0, 1)")
-    if "momentum" in o:
-        _require(0 <= o["momentum"] < 1, where, "momentum", o["momentum"], "in [0, 1)")
-        _require(
-            o["adjust_lr_fn"] in (None, *ADJUST_LR),
-            where,
-            "adjust_lr_fn",
-            o["adjust_lr_fn"],
-            f"None or one of {ADJUST_LR}",
-        )
-        _require(o["bits"] in BITS, where, "bits", o["bits"], f"one of {BITS}")
-        _require(o["codebook"] in CODEBOOKS, where, "codebook", o["codebook"], f"one of {CODEBOOKS}")
-        _require(
-            o["block_size"] in BLOCK_SIZES,
-            where,
-            "block_size",
-            o["block_size"],
-            f"one of {BLOCK_SIZES} elements",
-        )
-        resolve(o["ns_coefficients"], o["ns_steps"])
+    """Check every hyper-parameter in a group or in the defaults.
+
+    Raises:
+        ValueError: names the key, its value, and what it may be.
+    """
+
+    def require(key: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"{where}{key} must be {allowed}, not {options[key]!r}")
+
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        require("lr", lr.numel() == 1 and lr.is_floating_point(), "a number or a 1-element float tensor")
+    else:
+        require("lr", _is_number(lr), ">= 0 and finite")
+    require("weight_decay", _is_number(options["weight_decay"]), ">= 0 and finite")
+    require("eps", _is_number(options["eps"]) and options["eps"] > 0, "> 0 and finite")
+    if options.get("algorithm") == "adamw":
+        betas = options["betas"]
+        valid = isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b, high=1) for b in betas)
+        require("betas", valid, "two numbers in [0, 1)")
+        return
+    require("momentum", _is_number(options["momentum"], high=1), "in [0, 1)")
+    for key, allowed in (("bits", BITS), ("codebook", CODEBOOKS), ("block_size", BLOCK_SIZES)):
+        require(key, (type(options[key]), options[key]) in [(type(v), v) for v in allowed], f"one of {allowed}")
+    require("adjust_lr_fn", options["adjust_lr_fn"] in (None, *ADJUST_LR), f"None or one of {ADJUST_LR}")
+    try:
+        resolve(options["ns_coefficients"], options["ns_steps"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}{error}") from None
 
 
 def check_params(group: dict[str, Any], group_index: int) -> None:
     """Check that the group's algorithm can take each of its parameters; the error names it and the way out."""
+    seen = set()
     for index, param in enumerate(group["params"]):
         name = describe(group, group_index, index)
+        if param in seen:
+            raise ValueError(f"{name} appears twice in its group: list it once")
+        seen.add(param)
+        if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+            raise ValueError(f"{name} is an expanded tensor, whose elements share memory: clone it first")
         if hasattr(param, "placements"):
             raise NotImplementedError(f"{name} is a DTensor: sharded parameters are not supported yet; use DDP")
         if param.dtype not in DTYPES:

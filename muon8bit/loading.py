@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from . import adamw
 from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY
-from .groups import RUNNING_KEYS, check_options, describe
+from .groups import RUNNING_KEYS, check_options, describe, group_keys
 from .state import Format
 
 _FORMATS = {
@@ -21,68 +23,84 @@ _FORMATS = {
 }
 
 
-def checked_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved groups' hyper-parameters over the running optimizer's parameters and format.
+def checked(
+    state_dict: Mapping[str, Any], current: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Tensor]]]:
+    """What to assign: the saved hyper-parameters over the running parameters and format, and copies of the state.
+
+    Args:
+        state_dict: with `state` and `param_groups`, as `Optimizer.state_dict` gives it.
+        current: the running optimizer's groups; not changed.
 
     Raises:
-        ValueError: if the groups differ in number, parameters, algorithm or format, or lack a hyper-parameter.
+        ValueError: names the group, parameter or key that is missing, foreign, or of another value, shape or dtype.
     """
-    if len(saved) != len(current):
-        raise ValueError(f"the state dict has {len(saved)} parameter groups, the optimizer {len(current)}")
-    groups = []
-    for i, (old, new) in enumerate(zip(saved, current, strict=True)):
-        if len(old["params"]) != len(new["params"]):
-            raise ValueError(f"group {i}: {len(old['params'])} parameters saved, {len(new['params'])} here")
-        names = list(zip(old.get("param_names", ()), new.get("param_names", ()), strict=False))
-        differing = [pair for pair in names if pair[0] != pair[1]]
-        if differing:
-            raise ValueError(
-                f"group {i}: the state of {differing[0][0]!r} would go to {differing[0][1]!r}; build the groups in the "
-                "order of the saved 'param_names', or rename these in a load_state_dict pre-hook"
-            )
-        for key in ("algorithm", *RUNNING_KEYS):
-            if old.get(key) != new.get(key):
-                raise ValueError(
-                    f"group {i}: saved with {key}={old.get(key)!r}, the optimizer has {new.get(key)!r}: construct it "
-                    f"with {key}={old.get(key)!r}"
-                )
-        missing = [key for key in new if key not in old and key not in ("param_names", "initial_lr")]
-        if missing:
-            raise ValueError(f"group {i}: the state dict lacks {', '.join(missing)}")
-        group = {k: v for k, v in deepcopy(old).items() if k != "param_names"}
-        if "betas" in group:
-            group["betas"] = tuple(group["betas"])
-        group["params"] = new["params"]
-        if "param_names" in new:
-            group["param_names"] = new["param_names"]
-        check_options(group, f"group {i} of the state dict: ")
-        groups.append(group)
-    return groups
-
-
-def checked_state(
-    saved: dict[Any, dict[str, Any]], saved_groups: list[dict[str, Any]], current: list[dict[str, Any]]
-) -> defaultdict[Tensor, dict[str, Tensor]]:
-    """Copies of the saved tensors by parameter, on its device, in their own dtypes.
-
-    Raises:
-        ValueError: names the parameter and the key that is missing, foreign, or of another shape or dtype.
-    """
-    state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-    known = set()
-    for i, (old, new) in enumerate(zip(saved_groups, current, strict=True)):
-        for j, (param_id, param) in enumerate(zip(old["params"], new["params"], strict=True)):
-            known.add(param_id)
-            tensors = saved.get(param_id)
-            if not tensors:  # state is made lazily: a parameter that never had a gradient has none
-                continue
-            layout = _layout(param, new)
-            _check_tensors(tensors, layout, describe(new, i, j))
-            state[param] = {key: tensors[key].detach().to(device=_device(param, key), copy=True) for key in layout}
+    saved, saved_groups = state_dict.get("state"), state_dict.get("param_groups")
+    if not isinstance(saved, Mapping) or not isinstance(saved_groups, Sequence):
+        raise ValueError("not an optimizer's state dict: it needs a mapping `state` and a list `param_groups`")
+    if len(saved_groups) != len(current):
+        raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(current)}")
+    pairs = list(zip(saved_groups, current, strict=True))
+    groups = [_group(old, new, f"group {i}") for i, (old, new) in enumerate(pairs)]
+    known = {param_id for old in saved_groups for param_id in old["params"]}
     foreign = [key for key in saved if key not in known]
     if foreign:
         raise ValueError(f"the state dict has state for {foreign[0]!r}, which none of its groups lists")
-    return state
+    state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+    for i, (old, new) in enumerate(pairs):
+        without = []
+        for j, (param_id, param) in enumerate(zip(old["params"], new["params"], strict=True)):
+            name, tensors = describe(new, i, j), saved.get(param_id)
+            if tensors is None or tensors == {}:  # state is made lazily
+                without.append(name)
+            else:
+                state[param] = _tensors(tensors, param, new, name)
+        if 0 < len(without) < len(new["params"]):
+            warnings.warn(
+                f"no saved state for {', '.join(without[:5])}: right if it never had a gradient; it starts at zero",
+                stacklevel=4,
+            )
+    return groups, state
+
+
+def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
+    """The saved group's hyper-parameters with the running group's parameters; other keys of either stay."""
+    if not isinstance(old, Mapping) or "params" not in old:
+        raise ValueError(f"{where} of the state dict is not a parameter group: it has no 'params'")
+    if "algorithm" not in old:
+        raise ValueError(
+            f"{where} was not saved by Muon8bit (torch.optim.Muon, AdamW?): such a state cannot be loaded; start "
+            "with a fresh optimizer"
+        )
+    if len(old["params"]) != len(new["params"]):
+        raise ValueError(f"{where}: {len(old['params'])} parameters saved, {len(new['params'])} here")
+    if old["algorithm"] != new["algorithm"]:
+        raise ValueError(
+            f"{where}: saved with algorithm={old['algorithm']!r}, here it is {new['algorithm']!r}: build the groups in "
+            "the saved order"
+        )
+    if "param_names" in old and "param_names" in new:
+        for theirs, ours in zip(old["param_names"], new["param_names"], strict=True):
+            if theirs != ours:
+                raise ValueError(
+                    f"{where}: the state of {theirs} would go to {ours}; build the groups in the order of the saved "
+                    "'param_names', or rename these in a load_state_dict pre-hook"
+                )
+    missing = [key for key in group_keys(new["algorithm"]) if key not in old]
+    if missing:
+        raise ValueError(f"{where}: the state dict lacks {', '.join(missing)}")
+    for key in RUNNING_KEYS:
+        if old.get(key) != new.get(key):
+            raise ValueError(
+                f"{where}: saved with {key}={old[key]!r}, the optimizer has {new[key]!r}: construct it with "
+                f"{key}={old[key]!r}"
+            )
+    own = {key: new[key] for key in ("params", "param_names") if key in new}
+    group = {**new, **deepcopy({k: v for k, v in old.items() if k not in ("params", "param_names")}), **own}
+    check_options(group, f"{where} of the state dict: ")
+    if "betas" in group:
+        group["betas"] = tuple(group["betas"])
+    return group
 
 
 def _layout(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -92,11 +110,11 @@ def _layout(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, 
     return Format.of(param.shape, *(group[k] for k in RUNNING_KEYS)).layout(param.shape)
 
 
-def _device(param: Tensor, key: str) -> torch.device:
-    return adamw.step_device(param) if key == "step" else param.device
-
-
-def _check_tensors(tensors: dict[str, Any], layout: dict[str, tuple[tuple[int, ...], torch.dtype]], name: str) -> None:
+def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """Checked copies of one parameter's state on its device, contiguous, in their own dtypes."""
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"state of {name} is a {type(tensors).__name__}, expected a mapping of tensors")
+    layout = _layout(param, group)
     missing = [key for key in layout if key not in tensors]
     foreign = [key for key in tensors if key not in layout]
     if missing or foreign:
@@ -105,9 +123,15 @@ def _check_tensors(tensors: dict[str, Any], layout: dict[str, tuple[tuple[int, .
             f"state of {name}: missing {missing or 'nothing'}, foreign {foreign or 'nothing'}"
             + (f"; it was saved with {found}: construct the optimizer so" if found else "")
         )
+    copies = {}
     for key, (shape, dtype) in layout.items():
         value = tensors[key]
-        if not isinstance(value, Tensor):
-            raise ValueError(f"state of {name}: {key} is a {type(value).__name__}, expected a tensor")
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise ValueError(f"state of {name}: {key} is a {type(value).__name__}, expected a dense tensor")
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise ValueError(f"state of {name}: {key} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}")
+        if dtype.is_floating_point and not value.isfinite().all():
+            raise ValueError(f"state of {name}: {key} holds NaN or Inf: the checkpoint is damaged")
+        device = adamw.step_device(param) if key == "step" else param.device
+        copies[key] = value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
+    return copies

@@ -45,12 +45,12 @@ def step_(
 ) -> None:
     """Second phase, matrices of one shape together."""
     schedule = resolve(group["ns_coefficients"], group["ns_steps"])
-    for path, batch in _batches(matrices, group["ns_steps"], ns_dtype):
+    for path, batch in _batches(matrices, schedule, ns_dtype):
         _step_batch(batch, group, schedule, path, backend)
 
 
 def _batches(
-    matrices: Sequence[Matrix], num_steps: int, ns_dtype: torch.dtype | None
+    matrices: Sequence[Matrix], schedule: Schedule, ns_dtype: torch.dtype | None
 ) -> Iterator[tuple[Path, list[Matrix]]]:
     """Matrices of one shape and device, as many at once as the workspace budget allows."""
     classes: dict[tuple[torch.Size, torch.device], list[Matrix]] = {}
@@ -58,7 +58,7 @@ def _batches(
         if matrix.param.numel():
             classes.setdefault((matrix.param.shape, matrix.param.device), []).append(matrix)
     for ((rows, cols), device), members in classes.items():
-        path = choose(rows, cols, num_steps, device.type, ns_dtype)
+        path = choose(rows, cols, schedule, device.type, ns_dtype)
         size = batch_size(rows, cols, path.dtype, device.type, BATCH_BYTES)
         for start in range(0, len(members), size):
             yield path, members[start : start + size]
@@ -75,5 +75,7 @@ def _step_batch(
         norm = frobenius_norm(matrix.sumsq, eps=group["eps"], factor=schedule.norm_factor)
         matrix.momentum.apply(matrix.grad, matrix.absmax, norm, x, **options)
     ratio = lr_ratio(rows, cols, group["adjust_lr_fn"])
-    for matrix, direction in zip(batch, orthogonalize(X, schedule, path), strict=True):
+    with torch.autocast(X.device.type, enabled=False):  # the dtype was chosen above
+        directions = orthogonalize(X, schedule, path)
+    for matrix, direction in zip(batch, directions, strict=True):
         update_param_(matrix.param, direction, lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)

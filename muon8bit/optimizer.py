@@ -29,7 +29,7 @@ from .orthogonalize.coefficients import JORDAN
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient holds a NaN or Inf, or a Muon gradient's norm exceeds 1e19; nothing changed.
+    """A gradient holds a NaN or Inf, or values beyond 1e19, whose squares overflow fp32; nothing changed.
 
     Attributes:
         names: the parameters whose gradients are not finite.
@@ -42,6 +42,9 @@ class NonFiniteGradientError(RuntimeError):
             f"NaN, Inf or overflow in the gradient of {shown}. Nothing was changed. Lower the learning rate or find "
             "the operation that overflows; on_nonfinite='skip' skips such steps and counts them"
         )
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
+        return type(self), (self.names,)
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def _nonfinite_names(entries: Sequence[_Entry]) -> list[str]:
         if entry.matrix is not None:
             flag = entry.matrix.sumsq.isfinite()
         elif entry.grad.numel():
-            low, high = entry.grad.aminmax()  # both propagate NaN
-            flag = low.isfinite() & high.isfinite()
+            low, high = entry.grad.aminmax()  # both propagate NaN; AdamW squares
+            flag = (low.float().square() + high.float().square()).isfinite()
         else:
             continue
         by_device.setdefault(flag.device, []).append((flag, entry.name))
@@ -212,6 +215,9 @@ class Muon8bit(Optimizer):
             name = describe(group, group_index, index)
             if param.grad.is_sparse:
                 raise ValueError(f"{name} has a sparse gradient: use sparse=False in its embedding")
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != param.device:
+                raise ValueError(f"lr is a tensor on {lr.device}, {name} is on {param.device}: keep lr on the CPU")
             matrix = None
             if group["algorithm"] == "muon":
                 matrix = muon.read(param, param.grad, self.state.get(param), group, self.backend)
@@ -234,12 +240,7 @@ class Muon8bit(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             hooked = pre_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
-        missing = [key for key in ("state", "param_groups") if key not in state_dict]
-        if missing:
-            raise ValueError(f"not an optimizer's state dict: it lacks {', '.join(missing)}")
-        saved_groups = state_dict["param_groups"]
-        groups = loading.checked_groups(saved_groups, self.param_groups)
-        state = loading.checked_state(state_dict["state"], saved_groups, self.param_groups)
+        groups, state = loading.checked(state_dict, self.param_groups)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

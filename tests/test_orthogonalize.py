@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from muon8bit.orthogonalize import NAMES, Path, batch_size, choose, flops, orthogonalize, path, resolve
+from muon8bit.orthogonalize import NAMES, Path, batch_size, choose, flops, newton_schulz, orthogonalize, path, resolve
 
 SPECTRA = {
     "gaussian": lambda _: None,
@@ -56,6 +56,20 @@ def test_large_fp32_products_match_float64():
         for x in (matrix, np.ascontiguousarray(matrix.T).T):
             out = orthogonalize(torch.tensor(x).float()[None], resolve("jordan", 5), Path(form, torch.float32, 0.0))
             assert error(out[0], exact) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("gram", torch.float32), ("standard", torch.float32), ("standard", torch.bfloat16)]
+)
+@pytest.mark.parametrize(("rows", "cols"), [(10, 24), (24, 11), (13, 13)])
+def test_panels_match_whole_products(monkeypatch, form, dtype, rows, cols):
+    """The path of large CPU matrices, on small ones."""
+    x = torch.tensor(matrix_with("gaussian", rows, cols)).to(dtype)[None]
+    whole = orthogonalize(x, resolve("jordan", 5), Path(form, dtype, 0.0))
+    monkeypatch.setattr(newton_schulz, "_CPU_PANELS_MIN_ROWS", 8)
+    panels = orthogonalize(x, resolve("jordan", 5), Path(form, dtype, 0.0))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(panels, whole, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,14 +143,21 @@ def test_flops_match_hand_count():
 def test_path_is_the_cheapest_at_the_rate_of_the_cpu(monkeypatch, rate, shape, expected):
     monkeypatch.setattr(path, "_bf16_rate", lambda _: rate)
     choose.cache_clear()
-    chosen = choose(*shape, 5, "cpu")
+    chosen = choose(*shape, resolve("jordan", 5), "cpu")
     choose.cache_clear()
     assert (chosen.form, chosen.dtype) == expected
 
 
 def test_path_honours_a_forced_dtype():
-    assert choose(1024, 4096, 5, "cuda", torch.float32).dtype is torch.float32
-    assert choose(64, 4096, 5, "cpu", torch.bfloat16) == choose(4096, 64, 5, "cpu", torch.bfloat16)
+    jordan = resolve("jordan", 5)
+    assert choose(1024, 4096, jordan, "cuda", torch.float32).dtype is torch.float32
+    assert choose(64, 4096, jordan, "cpu", torch.bfloat16) == choose(4096, 64, jordan, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(("name", "steps", "form"), [("jordan", 5, "gram"), ("jordan", 6, "standard")])
+def test_gram_form_is_left_where_the_schedule_amplifies_rounding(name, steps, form):
+    assert choose(64, 4096, resolve(name, steps), "cpu").form == form
+    assert choose(64, 4096, resolve("deepseek_v4", 10), "cpu").form == "standard"
 
 
 def test_batches_fit_the_budget():

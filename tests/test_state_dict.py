@@ -123,6 +123,43 @@ def test_loading_copies_and_an_empty_state_loads():
         assert other.param_groups[0][key] == optimizer.param_groups[0][key]
 
 
+def test_a_parameter_without_saved_state_is_named():
+    params, optimizer = make()
+    train(params, optimizer, 1, seed=1)
+    saved = optimizer.state_dict()
+    del saved["state"][1]
+    _, other = make()
+    with pytest.warns(UserWarning, match="no saved state for b"):
+        other.load_state_dict(saved)
+
+
+def test_keys_that_schedulers_add_do_not_hinder_loading():
+    """OneCycleLR writes `momentum` and its own keys into every group, AdamW's too."""
+    params, optimizer = make()
+    train(params, optimizer, 1, seed=1)
+    plain = copy.deepcopy(optimizer.state_dict())
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.01], total_steps=10)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(plain)
+    assert optimizer.param_groups[0]["max_lr"] == 0.1
+    assert optimizer.param_groups[0]["lr"] == 0.02
+
+
+def test_moments_of_other_strides_are_laid_out_anew():
+    params, optimizer = make()
+    train(params, optimizer, 1, seed=1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][3]["exp_avg"] = saved["state"][3]["exp_avg"].T.contiguous().T
+    twin_params, twin = make()
+    with torch.no_grad():
+        for name, param in twin_params.items():
+            param.copy_(params[name])
+    twin.load_state_dict(saved)
+    train(params, optimizer, 1, seed=2)
+    train(twin_params, twin, 1, seed=2)
+    assert_bitwise(snapshot(params, optimizer), snapshot(twin_params, twin))
+
+
 def test_hooks_run_and_may_replace_the_dict():
     params, optimizer = make()
     train(params, optimizer, 1, seed=1)
@@ -162,23 +199,32 @@ CODES = ("state", 0, "momentum_linear8")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edit(("param_groups",), None), "lacks param_groups"),
+        (edit(("param_groups",), None), "needs .* `param_groups`"),
         (edit(("param_groups", 1), None), "1 parameter groups"),
         (edit(("param_groups", 0, "params"), [0, 1]), "2 parameters saved, 3 here"),
-        (edit(("param_groups", 0, "param_names"), ["b", "a", "narrow"]), "state of 'b' would go to 'a'"),
+        (edit(("param_groups", 0, "param_names"), ["b", "a", "narrow"]), "state of b would go to a"),
         (edit(("param_groups", 0, "codebook"), "dynamic"), "codebook='dynamic'.*construct"),
         (edit(("param_groups", 0, "bits"), 32), "bits=32"),
         (edit(("param_groups", 0, "block_size"), 64), "block_size=64"),
         (edit(("param_groups", 1, "algorithm"), "muon"), "algorithm='muon'"),
         (edit(("param_groups", 0, "momentum"), None), "lacks momentum"),
         (edit(("param_groups", 0, "momentum"), 1.5), "group 0 of the state dict: momentum"),
-        (edit(CODES, None), "'a'.*missing .'momentum_linear8'"),
-        (edit(("state", 0, "extra"), torch.zeros(1)), "'a'.*foreign .'extra'"),
-        (edit(CODES, lambda t: t.to(torch.uint8)), "'a'.*momentum_linear8 is torch.uint8"),
-        (edit(CODES, lambda t: t[:, :-1]), r"'a'.*\(16, 39\)"),
-        (edit(CODES, 3.0), "'a'.*momentum_linear8 is a float"),
+        (edit(CODES, None), "a: missing .'momentum_linear8'"),
+        (edit(("state", 0, "extra"), torch.zeros(1)), "a: .*foreign .'extra'"),
+        (edit(CODES, lambda t: t.to(torch.uint8)), "a: momentum_linear8 is torch.uint8"),
+        (edit(CODES, lambda t: t[:, :-1]), r"a: .*\(16, 39\)"),
+        (edit(("state", 0, "momentum_scales"), lambda t: t / 0), "momentum_scales holds NaN or Inf"),
+        (edit(("state", 0, "momentum_scales"), lambda t: t.to_sparse()), "dense"),
+        (edit(("state", 0), torch.zeros(1)), "a is a Tensor"),
+        (edit(("param_groups", 0, "algorithm"), None), "not saved by Muon8bit"),
+        (edit(("param_groups", 0, "params"), None), "no 'params'"),
+        (edit(("param_groups", 1, "betas"), 0.9), "betas"),
+        (edit(("param_groups", 0, "lr"), "high"), "lr"),
+        (edit(("param_groups",), 7), "param_groups"),
+        (edit(("state",), []), "state"),
+        (edit(CODES, 3.0), "a: momentum_linear8 is a float"),
         (edit(("state", 0, "momentum_scales"), lambda t: t.bfloat16()), "momentum_scales is torch.bfloat16"),
-        (edit(("state", 3, "step"), None), "'embed'.*step"),
+        (edit(("state", 3, "step"), None), "embed: .*step"),
         (edit(("state", 99), {"x": torch.zeros(1)}), "99"),
         (edit(("state", 0), {"momentum_dynamic8": torch.zeros(16, 40, dtype=torch.uint8)}), "codebook='dynamic'"),
         (edit(("state", 0), {"momentum_buffer": torch.zeros(16, 40)}), "bits=32"),

@@ -6,7 +6,6 @@ map of Dettmers et al. (arXiv 2110.02861): seven decades of 1, 2, 4, ... 64 leve
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Literal, TypeAlias
 
 import torch
@@ -39,29 +38,59 @@ def _dynamic_values() -> Tensor:
     return torch.cat(values).sort().values
 
 
-@cache
+def _dynamic_midpoints() -> Tensor:
+    values = _VALUES.double()
+    midpoints = ((values[:-1] + values[1:]) / 2).float()
+    return torch.cat([midpoints, midpoints.new_tensor([torch.inf])])
+
+
+def _dynamic_prefix_codes() -> Tensor:
+    prefix = torch.arange(65536, dtype=torch.int64, device="cpu")
+    lower = prefix << 16
+    lower[32768:] |= 0xFFFF  # negative numbers: the larger magnitude is the lower end
+    lower = torch.where(lower >= 2**31, lower - 2**32, lower).to(torch.int32)
+    return torch.bucketize(lower.view(torch.float32).nan_to_num(), _MIDPOINTS[:-1], out_int32=True)
+
+
+# Built at import, so that no mode of a later caller (fake tensors, inference) gets into them.
+_VALUES = _dynamic_values()
+_MIDPOINTS = _dynamic_midpoints()
+_PREFIX_CODES = _dynamic_prefix_codes()
+_copies: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _on(table: Tensor, device: torch.device | str) -> Tensor:
+    """The table on a device, copied there once."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return table
+    key = (id(table), device)
+    if key not in _copies:
+        copy = table.to(device)
+        if type(copy) is not Tensor:  # a fake tensor must not outlive its mode
+            return copy
+        _copies[key] = copy
+    return _copies[key]
+
+
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """The signed dynamic map, fp32 [256], ascending from -0.99297 to 1.0 (there is no -1.0). Do not write to it.
 
     Equal bit for bit to `bitsandbytes.functional.create_dynamic_map()`; ours, so that a checkpoint does not
     depend on another library's version.
     """
-    return _dynamic_values().to(device)
+    return _on(_VALUES, device)
 
 
-@cache
 def dynamic_midpoints(device: torch.device | str = "cpu") -> Tensor:
     """Decision thresholds, fp32 [256]: entry i lies between map entries i and i + 1; the last is +inf.
 
     `code = number of midpoints < x`, so a value exactly on a midpoint takes the lower code. A midpoint is the
     exact mean rounded to fp32, hence within one fp32 unit of it either neighbour may be chosen.
     """
-    values = _dynamic_values().double()
-    midpoints = ((values[:-1] + values[1:]) / 2).float()
-    return torch.cat([midpoints, midpoints.new_tensor([torch.inf])]).to(device)
+    return _on(_MIDPOINTS, device)
 
 
-@cache
 def dynamic_prefix_codes(device: torch.device | str = "cpu") -> Tensor:
     """First guess of a code from the upper 16 bits of an fp32 number in [-1, 1]: int32 [65536].
 
@@ -69,14 +98,9 @@ def dynamic_prefix_codes(device: torch.device | str = "cpu") -> Tensor:
     map's spacing, so it holds at most one midpoint: the guess is the code of the interval's lower end, and one
     comparison with `dynamic_midpoints` finishes the encoding.
     """
-    prefix = torch.arange(65536, dtype=torch.int64, device="cpu")
-    lower = prefix << 16
-    lower[32768:] |= 0xFFFF  # negative numbers: the larger magnitude is the lower end
-    lower = torch.where(lower >= 2**31, lower - 2**32, lower).to(torch.int32)
-    codes = torch.bucketize(lower.view(torch.float32).nan_to_num(), dynamic_midpoints()[:-1])
-    return codes.to(torch.int32).to(device)
+    return _on(_PREFIX_CODES, device)
 
 
 def zero_code(codebook: Codebook) -> int:
-    """The code that decodes to 0.0."""
-    return 0 if codebook == "linear" else int((dynamic_map() == 0).nonzero().item())
+    """The code that decodes to 0.0; in the dynamic map, the 127 negative values come first."""
+    return 0 if codebook == "linear" else 127

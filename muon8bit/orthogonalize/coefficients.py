@@ -62,8 +62,8 @@ def resolve(ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]], 
     Raises:
         ValueError: unknown name, wrong length, or not numbers.
     """
-    if not 1 <= ns_steps < 100:
-        raise ValueError(f"ns_steps must lie between 1 and 99, not {ns_steps}")
+    if not isinstance(ns_steps, int) or not 1 <= ns_steps < 100:
+        raise ValueError(f"ns_steps must be an integer from 1 to 99, not {ns_steps!r}")
     if isinstance(ns_coefficients, str):
         if ns_coefficients == "jordan":
             return Schedule((JORDAN,) * ns_steps)
@@ -76,6 +76,8 @@ def resolve(ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]], 
                 f"pass ns_steps={len(schedule.steps)} (not {ns_steps})"
             )
         return schedule
+    if not isinstance(ns_coefficients, Sequence):
+        raise ValueError(f"ns_coefficients must be a triple (a, b, c), triples, or a name, not {ns_coefficients!r}")
     values = list(ns_coefficients)
     if len(values) == 3 and not any(isinstance(v, Sequence) for v in values):
         return Schedule((_triple(values),) * ns_steps)

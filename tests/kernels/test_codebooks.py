@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from muon8bit_kernels import CODE_DTYPES, dynamic_map, reference, zero_code
-from muon8bit_kernels.codebooks import _dynamic_values, dynamic_midpoints, dynamic_prefix_codes
+from muon8bit_kernels import CODE_DTYPES, codebooks, dynamic_map, reference, zero_code
+from muon8bit_kernels.codebooks import dynamic_midpoints, dynamic_prefix_codes
 
 BLOCK_SIZES = [64, 128, 256, 512, 1024, 2048, 4096]
 
@@ -39,9 +39,9 @@ def test_dynamic_map_ignores_the_default_dtype_and_device():
     try:
         with torch.device("meta"):
             values, midpoints, prefix_codes = (
-                _dynamic_values(),
-                dynamic_midpoints.__wrapped__(),
-                dynamic_prefix_codes.__wrapped__(),
+                codebooks._dynamic_values(),
+                codebooks._dynamic_midpoints(),
+                codebooks._dynamic_prefix_codes(),
             )
     finally:
         torch.set_default_dtype(torch.float32)
