@@ -108,8 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script. Returns the exit code: 0, 1 (training failed), 2 (bad input), 128 + signal (stopped)."""
     try:
         recipe, folder = parse(sys.argv[1:] if argv is None else argv)
-        # Accelerate imports bitsandbytes, which warns on some CPUs that a 4-bit product (unused here) will be slow.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        # Accelerate imports bitsandbytes, which warns on some CPUs that a 4-bit product (unused here) will be slow, and
+        # warns at every checkpoint that a tied weight is saved once (loading ties it again; resuming is bitwise).
+        for name in ("bitsandbytes.backends.cpu.ops", "accelerate.utils.other"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         from finetune.job import pretrain  # torch and transformers, after the options have passed
 
         return pretrain(recipe, folder, script=os.path.abspath(__file__))
