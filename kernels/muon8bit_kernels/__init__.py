@@ -3,6 +3,7 @@
 from .codebooks import CODE_DTYPES, Codebook, dynamic_map, zero_code
 from .dispatch import Backend, Kernels, kernels_for
 from .reference import num_blocks
+from .rounding import rounding_key
 
 __all__ = [
     "CODE_DTYPES",
@@ -12,5 +13,6 @@ __all__ = [
     "dynamic_map",
     "kernels_for",
     "num_blocks",
+    "rounding_key",
     "zero_code",
 ]

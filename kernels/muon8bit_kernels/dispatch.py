@@ -16,7 +16,7 @@ Backend: TypeAlias = Literal["reference", "triton"]
 
 
 class Kernels(Protocol):
-    """What a backend provides; `reference` documents shapes and dtypes."""
+    """What a backend provides; `reference` and `update_reference` document shapes and dtypes."""
 
     def quantize(self, values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]: ...
 
@@ -48,6 +48,20 @@ class Kernels(Protocol):
         codebook: Codebook | None,
         block_size: int,
     ) -> None: ...
+
+    def update_param(
+        self,
+        param: Tensor,
+        direction: Tensor,
+        *,
+        decay: float | Tensor,
+        scale: float | Tensor,
+        key: int | None = None,
+        first: int = 0,
+        pitch: int | None = None,
+    ) -> None: ...
+
+    def round_stochastic(self, values: Tensor, *, key: int, first: int = 0) -> Tensor: ...
 
 
 def kernels_for(device: torch.device, backend: Backend | None = None) -> Kernels:

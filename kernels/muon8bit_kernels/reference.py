@@ -26,6 +26,17 @@ from .codebooks import (
     dynamic_midpoints,
     dynamic_prefix_codes,
 )
+from .update_reference import round_stochastic, update_param
+
+__all__ = [
+    "dequantize",
+    "momentum_apply",
+    "momentum_stats",
+    "num_blocks",
+    "quantize",
+    "round_stochastic",
+    "update_param",
+]
 
 # Elements that one pass works on: its fp32 temporaries stay in a core's cache and bound the workspace.
 _CHUNK_ELEMENTS = 2**17

@@ -8,8 +8,6 @@ take the same path and give the same bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -25,10 +23,10 @@ from .codebooks import (
     zero_code,
 )
 from .reference import num_blocks
+from .triton_tiles import _launch, _tile
+from .triton_update import round_stochastic, update_param
 
-# 128 threads with 16 one-byte codes each: one 16-byte load a thread.
-_TILE_ELEMENTS = 2048
-_ELEMENTS_PER_WARP = 512
+__all__ = ["dequantize", "momentum_apply", "momentum_stats", "quantize", "round_stochastic", "update_param"]
 
 _LINEAR_MAX = tl.constexpr(float(LINEAR_MAX))
 _SCALE_FLOOR = tl.constexpr(float(SCALE_FLOOR))
@@ -37,19 +35,6 @@ _ZERO_CODE = tl.constexpr(zero_code("dynamic"))
 # do, but the interpreter lacks it.
 _ROUNDER = tl.constexpr(12582912.0)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def _tile(rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [ROWS, 1] and columns [1, BLOCK] of this program's tile and which elements exist; then the indices [ROWS] of
-    its blocks and which of those exist."""
-    num_blocks = tl.cast((cols - 1) // BLOCK + 1, tl.int32)  # fits, as the grid does; dividing 64 bits is slow
-    program = tl.program_id(0)
-    block = (program % num_blocks).to(tl.int64)
-    row = (program // num_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = block * BLOCK + tl.arange(0, BLOCK)
-    mask = (row < rows)[:, None] & (col < cols)[None, :]
-    return row[:, None], col[None, :], mask, row * num_blocks + block, row < rows
 
 
 @triton.jit
@@ -222,27 +207,6 @@ def _momentum_apply_kernel(
     if CODEBOOK is not None:
         tl.store(scales + block, new_scale, block_mask)
     tl.store(out + (row * out_row_stride + col * out_col_stride), u, mask)
-
-
-def _tiling(rows: int, cols: int, block_size: int) -> tuple[int, int, int]:
-    """ROWS and BLOCK of a tile, and its warps: from the shape alone."""
-    if block_size < 1 or block_size & (block_size - 1):
-        raise ValueError(f"block_size must be a power of two for the Triton backend, not {block_size}")
-    block = min(block_size, triton.next_power_of_2(cols))
-    tile_rows = min(triton.next_power_of_2(rows), max(1, _TILE_ELEMENTS // block))
-    return tile_rows, block, min(max(1, tile_rows * block // _ELEMENTS_PER_WARP), 8)
-
-
-def _launch(kernel: Any, matrix: Tensor, block_size: int, *args: Tensor | float | None, **constants: Any) -> None:
-    """Run `kernel(*args, rows, cols)` over the tiles of `matrix`, on its device."""
-    rows, cols = matrix.shape
-    if matrix.numel() == 0:
-        return
-    tile_rows, block, num_warps = _tiling(rows, cols, block_size)
-    grid = (triton.cdiv(rows, tile_rows) * num_blocks(cols, block),)
-    constants |= {"ROWS": tile_rows, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": False}
-    with torch.cuda.device_of(matrix):  # Triton launches on the current device, wherever its arguments are
-        kernel[grid](*args, rows=rows, cols=cols, **constants)
 
 
 def _check_contiguous(**tensors: Tensor | None) -> None:

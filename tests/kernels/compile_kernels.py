@@ -1,7 +1,7 @@
 """Compile what the wrappers launch for a GPU that need not be there; test_compiled.py runs it, in a process of its own.
 
 python compile_kernels.py OUTPUT_FOLDER CAPABILITY calls every wrapper on tensors without storage, catches the launch,
-and leaves <function>-<codebook>-<shape>.ptx and .sass.
+and leaves <function>-<codebook>-<shape>.ptx and .sass, of the update <function>-<dtype>-<rounding>.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import triton
-from muon8bit_kernels import CODE_DTYPES, triton_kernels
+from muon8bit_kernels import CODE_DTYPES, triton_kernels, triton_update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -74,20 +74,44 @@ def launch(function: str, codebook: str | None, rows: int, cols: int) -> None:
     getattr(triton_kernels, function)(*arguments, **options, codebook=codebook, block_size=2048)
 
 
+def write(stand_in: CompiledInstead, stem: Path) -> None:
+    """Leave the compiled kernel's PTX and machine code."""
+    stem.with_suffix(".ptx").write_text(stand_in.compiled.asm["ptx"])
+    cubin = stem.with_suffix(".cubin")
+    cubin.write_bytes(stand_in.compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin]
+    stem.with_suffix(".sass").write_text(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+
+def compile_update(folder: Path, target: GPUTarget) -> None:
+    """The update of fp32 and bf16 parameters from directions of their dtype, and the rounding of AdamW's copies."""
+
+    def empty(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(SHAPES["wide"], dtype=dtype, device="meta")
+
+    stand_in = triton_update._update_param_kernel = CompiledInstead(triton_update._update_param_kernel, target)
+    for name, dtype, key in (
+        ("float32-nearest", torch.float32, None),
+        ("bfloat16-nearest", torch.bfloat16, None),
+        ("bfloat16-stochastic", torch.bfloat16, -5),
+    ):
+        triton_update.update_param(empty(dtype), empty(dtype), decay=0.9, scale=0.1, key=key)
+        write(stand_in, folder / f"update_param-{name}")
+    stand_in = triton_update._round_stochastic_kernel = CompiledInstead(triton_update._round_stochastic_kernel, target)
+    triton_update.round_stochastic(empty(torch.float32), key=-5)
+    write(stand_in, folder / "round_stochastic-bfloat16-stochastic")
+
+
 def main(folder: Path, capability: int) -> None:
+    target = GPUTarget("cuda", capability, 32)
+    compile_update(folder, target)
     for function in ("quantize", "dequantize", "momentum_stats", "momentum_apply"):
-        stand_in = CompiledInstead(getattr(triton_kernels, f"_{function}_kernel"), GPUTarget("cuda", capability, 32))
+        stand_in = CompiledInstead(getattr(triton_kernels, f"_{function}_kernel"), target)
         setattr(triton_kernels, f"_{function}_kernel", stand_in)
         for codebook in ("linear", "dynamic", None) if "momentum" in function else ("linear", "dynamic"):
             for shape in ("wide", "narrow") if function == "momentum_apply" else ("wide",):
                 launch(function, codebook, *SHAPES[shape])
-                stem = folder / f"{function}-{codebook}-{shape}"
-                stem.with_suffix(".ptx").write_text(stand_in.compiled.asm["ptx"])
-                cubin = stem.with_suffix(".cubin")
-                cubin.write_bytes(stand_in.compiled.asm["cubin"])
-                command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin]
-                sass = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-                stem.with_suffix(".sass").write_text(sass)
+                write(stand_in, folder / f"{function}-{codebook}-{shape}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ KERNELS = [
     *(f"momentum_stats-{codebook}-wide" for codebook in ("linear", "dynamic", None)),
     *(f"momentum_apply-{codebook}-{shape}" for codebook in ("linear", "dynamic", None) for shape in ("wide", "narrow")),
 ]
+UPDATES = [f"update_param-{name}" for name in ("float32-nearest", "bfloat16-nearest", "bfloat16-stochastic")]
+ROUNDING = "round_stochastic-bfloat16-stochastic"
 CODE_OUTPUTS = [name for name in KERNELS if name.startswith(("quantize-linear", "momentum_apply-linear"))]
 # Without a division, which ptxas expands into exact fused operations of its own.
-UNDIVIDED = ["dequantize-dynamic-wide", "momentum_stats-dynamic-wide", "momentum_stats-None-wide"]
+UNDIVIDED = ["dequantize-dynamic-wide", "momentum_stats-dynamic-wide", "momentum_stats-None-wide", *UPDATES]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def instructions(text: str, pattern: str) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [*KERNELS, *UPDATES])
 def test_ptx_rounds_every_operation_by_itself(folder, name):
     ptx = (folder / name).with_suffix(".ptx").read_text()
     assert not re.findall(r"\bfma\S*|\bmad\.\S*f32|\bdiv\.(?:full|approx)\S*|\brcp\S*|\S*\.ftz\S*", ptx)
@@ -66,16 +68,25 @@ def test_rounding_to_nearest_even_is_not_folded_away(folder, name):
     assert added == taken > 0
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("momentum_apply")])
-def test_apply_writes_the_state_only_after_every_thread_has_read_it(folder, name):
+@pytest.mark.parametrize("name", [*(name for name in KERNELS if name.startswith("momentum_apply")), *UPDATES])
+def test_what_is_written_in_place_is_written_only_after_every_thread_has_read_it(folder, name):
     ptx = (folder / name).with_suffix(".ptx").read_text()
     loads, stores = instructions(ptx, r"ld\.global"), instructions(ptx, r"st\.global")
     assert any(loads[-1] < barrier < stores[0] for barrier in instructions(ptx, r"bar\.sync"))
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_codes_and_gradients_move_16_bytes_at_a_time(folder, name):
+@pytest.mark.parametrize("name", [*KERNELS, *UPDATES, ROUNDING])
+def test_codes_gradients_and_parameters_move_16_bytes_at_a_time(folder, name):
     ptx = (folder / name).with_suffix(".ptx").read_text()
     widths = set(re.findall(r"\b(?:ld|st)\.global\.(\S+)", ptx))
     assert widths <= {"v4.b32", "b32"}  # b32: scales, the map, the norm
     assert len(instructions(ptx, r"(?:ld|st)\.global\.v4\.b32")) >= 3
+
+
+@pytest.mark.parametrize("name", [*UPDATES, ROUNDING])
+def test_update_spills_nothing_and_rounds_on_the_bits(folder, name):
+    """No local memory; and no conversion to bf16 of the hardware's, which would hide what the integers did."""
+    ptx = (folder / name).with_suffix(".ptx").read_text()
+    assert not re.findall(r"\b(?:ld|st)\.local", ptx)
+    assert not instructions((folder / name).with_suffix(".sass").read_text(), r"(?:LDL|STL)\b")
+    assert not instructions(ptx, r"cvt\.\S*bf16")

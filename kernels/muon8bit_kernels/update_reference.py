@@ -1,0 +1,118 @@
+"""The update of a parameter in torch: decay, step and rounding; `triton_update` gives the same bits.
+
+    W  =  round(W * decay - O * scale)        each operation rounded to fp32, then once to the parameter's dtype
+
+Stochastic rounding to bf16 adds 16 random bits to the 16 that bf16 has no room for, and cuts them off: the upper
+neighbour (in magnitude) is taken with the probability that makes the mean exact. Numbers that bf16 holds stay, signs
+are symmetric, what exceeds the largest bf16 goes to it or to infinity, NaN stays NaN. Source: the scheme of
+Gupta et al. (arXiv 1502.02551), on the bits of IEEE numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rounding import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2, signed
+
+# Elements that one pass works on: its temporaries stay in a core's cache.
+_CHUNK_ELEMENTS = 2**16
+
+
+def _rotate_(words: Tensor, by: int) -> Tensor:
+    """Rotate int32 bits to the left. torch's right shift copies the sign: the mask takes it off."""
+    low = (words >> (32 - by)).bitwise_and_((1 << by) - 1)
+    return words.bitwise_left_shift_(by).bitwise_or_(low)
+
+
+def _xor_shifted_(words: Tensor, by: int) -> Tensor:
+    return words.bitwise_xor_((words >> by).bitwise_and_((1 << (32 - by)) - 1))
+
+
+def random_bits(indices: Tensor, *, key: int) -> Tensor:
+    """The hash of element indices (int64, any shape, >= 0) under `rounding_key`'s int32: int32, the same shape."""
+    # The cast keeps the low 32 bits.
+    state = _rotate_(indices.to(torch.int32).mul_(signed(WORD_1)), 15).mul_(WORD_2).bitwise_xor_(key)
+    _rotate_(state, 13).mul_(5).add_(signed(ADDED))
+    # A high word of 0 changes nothing; on CUDA, looking for one would wait.
+    if indices.device.type != "cpu" or (indices.numel() and indices.max() >= 2**32):
+        high = (indices >> 32).to(torch.int32)
+        state.bitwise_xor_(_rotate_(high.mul_(signed(WORD_1)), 15).mul_(WORD_2))
+    _rotate_(state, 13).mul_(5).add_(signed(ADDED)).bitwise_xor_(NUM_BYTES)
+    _xor_shifted_(state, 16).mul_(signed(FINAL_1))
+    _xor_shifted_(state, 13).mul_(signed(FINAL_2))
+    return _xor_shifted_(state, 16)
+
+
+def _rounded(values: Tensor, indices: Tensor, key: int) -> Tensor:
+    """fp32 values -> bf16 numbers, still held in fp32; the low half of each element's random bits decides."""
+    noise = random_bits(indices, key=key).bitwise_and_(0xFFFF)
+    bits = values.contiguous().view(torch.int32)
+    rounded = noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
+    return torch.where(values.isnan(), values, rounded)
+
+
+def check_rounding(param: Tensor, key: int | None) -> None:
+    """Raise ValueError where stochastic rounding is asked of a dtype that has none."""
+    if key is not None and param.dtype != torch.bfloat16:
+        raise ValueError(f"stochastic rounding is for bfloat16 parameters, not {param.dtype}")
+
+
+def update_param(
+    param: Tensor,
+    direction: Tensor,
+    *,
+    decay: float | Tensor,
+    scale: float | Tensor,
+    key: int | None = None,
+    first: int = 0,
+    pitch: int | None = None,
+) -> None:
+    """param <- param * decay - direction * scale, in place, in fp32, rounded once to the parameter's dtype.
+
+    Args:
+        param: [rows, cols], fp32, bf16 or fp16, any strides.
+        direction: [rows, cols], any of these dtypes, any strides.
+        decay: 1 - lr * weight_decay; a float, or a 0-d fp32 tensor on the parameter's device.
+        scale: lr times the factor of the shape; as `decay`. Where it is 0, `direction` is not looked at, so that
+            with decay 1 every bit stays, the sign of a zero too.
+        key: of `rounding_key`: round bf16 stochastically. None: to nearest, ties to even.
+        first: global element index of param[0, 0].
+        pitch: difference of the global indices of param[1, 0] and param[0, 0]; None: cols.
+
+    Raises:
+        ValueError: for a key with a parameter that is not bf16.
+    """
+    check_rounding(param, key)
+    rows, cols = param.shape
+    pitch = cols if pitch is None else pitch
+    columns = torch.arange(cols, device=param.device) if key is not None else None
+    step = max(1, _CHUNK_ELEMENTS // max(1, cols))
+    for start in range(0, rows, step):
+        piece = param[start : start + step]
+        new = piece.float().mul_(decay)  # float32 pieces are their own, updated where they are
+        if isinstance(scale, Tensor):
+            new.copy_(torch.where(scale == 0, new, new - direction[start : start + step].float() * scale))
+        elif scale != 0:
+            new.sub_(direction[start : start + step].float() * scale)
+        if key is not None and columns is not None:
+            row = torch.arange(start, start + len(piece), device=param.device)
+            new = _rounded(new, row.mul_(pitch).add_(first).unsqueeze(1) + columns, key)
+        if new is not piece:
+            piece.copy_(new)
+
+
+def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
+    """fp32 `values` (any shape, contiguous) -> bf16 of the same shape, rounded stochastically.
+
+    Args:
+        key: of `rounding_key`.
+        first: global element index of the first value; the others follow in order.
+    """
+    rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+    pieces = zip(values.view(-1).split(_CHUNK_ELEMENTS), rounded.view(-1).split(_CHUNK_ELEMENTS), strict=True)
+    for piece, out in pieces:
+        indices = torch.arange(first, first + len(piece), device=values.device)
+        out.copy_(_rounded(piece, indices, key))
+        first += len(piece)
+    return rounded
