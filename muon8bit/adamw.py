@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from muon8bit_kernels import Backend, kernels_for
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -27,33 +28,53 @@ def init_state(param: Tensor) -> dict[str, Tensor]:
     }
 
 
-def step_(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+def step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    group: dict[str, Any],
+    keys: Sequence[int | None] | None = None,
+    backend: Backend | None = None,
+) -> None:
     """One AdamW step in place. Half-precision and strided parameters go through fp32 copies, chunk by chunk.
 
-    torch's fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous here.
+    `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest;
+    `backend` does that rounding. torch's fused kernel walks parameter, gradient and moments by memory order, so all
+    of them are contiguous here.
     """
     direct: list[int] = []
     for i, param in enumerate(params):
         if param.dtype == torch.float32 and param.is_contiguous():
             direct.append(i)
         else:
-            _step_through_copies(param, grads[i], states[i], group)
+            _step_through_copies(param, grads[i], states[i], group, keys[i] if keys else None, backend)
     if direct:
         dense = [grads[i].float().contiguous() for i in direct]
         _adamw([params[i] for i in direct], dense, [states[i] for i in direct], group)
 
 
-def _step_through_copies(param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+def _step_through_copies(
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    key: int | None,
+    backend: Backend | None,
+) -> None:
     tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
     chunks: Iterable[tuple[Tensor, ...]] = [tensors]
     if param.is_contiguous() and grad.is_contiguous():
         chunks = zip(*(t.view(-1).split(_CHUNK_ELEMENTS) for t in tensors), strict=True)
-    before = state["step"].clone()
+    before, first = state["step"].clone(), 0  # first: the chunk's first element, in the order of indices, not of memory
     for chunk, chunk_grad, exp_avg, exp_avg_sq in chunks:
         copy = chunk.float().contiguous()
         chunk_state = {"step": state["step"].copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         _adamw([copy], [chunk_grad.float().contiguous()], [chunk_state], group)
+        if key is not None:
+            rounded = kernels_for(param.device, backend).round_stochastic(copy, key=key, first=first)
+            copy = torch.where(copy == chunk, chunk, rounded)  # lr 0 loses the sign of a zero, but no bit may change
         chunk.copy_(copy)
+        first += chunk.numel()
 
 
 def _adamw(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ Codebook: TypeAlias = Literal["linear", "dynamic"]
 Backend: TypeAlias = Literal["reference", "triton"]
 OnNonfinite: TypeAlias = Literal["raise", "skip"]
 AdjustLR: TypeAlias = Literal["original", "match_rms_adamw"]
+ParamRounding: TypeAlias = Literal["nearest", "stochastic"]
 Algorithm: TypeAlias = Literal["muon", "adamw"]
 Bits: TypeAlias = Literal[8, 32]
 
@@ -15,6 +16,7 @@ CODEBOOKS: tuple[str, ...] = get_args(Codebook)
 BACKENDS: tuple[str, ...] = get_args(Backend)
 ON_NONFINITE: tuple[str, ...] = get_args(OnNonfinite)
 ADJUST_LR: tuple[str, ...] = get_args(AdjustLR)
+PARAM_ROUNDINGS: tuple[str, ...] = get_args(ParamRounding)
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 BITS: tuple[int, ...] = get_args(Bits)
 

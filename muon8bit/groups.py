@@ -23,7 +23,10 @@ from .orthogonalize import resolve
 RUNNING_KEYS = ("bits", "codebook", "block_size")
 MUON_ONLY_KEYS = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", *RUNNING_KEYS)
 # Of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
-_NO_GROUP_KEYS = ("backend", "on_nonfinite", "ns_dtype", "amsgrad", "maximize", "fused", "foreach", "capturable")
+_NO_GROUP_KEYS = (
+    *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
+    *("amsgrad", "maximize", "fused", "foreach", "capturable"),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -88,6 +91,9 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         require("lr", _is_number(lr), ">= 0 and finite")
     require("weight_decay", _is_number(options["weight_decay"]), ">= 0 and finite")
     require("eps", _is_number(options["eps"]) and options["eps"] > 0, "> 0 and finite")
+    for key in ("rounding_seed", "rounding_step"):
+        value = options.get(key, 0)
+        require(key, type(value) is int and 0 <= value < 2**64, "an int in 0 .. 2**64 - 1")
     if options.get("algorithm") == "adamw":
         betas = options["betas"]
         valid = isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b, high=1) for b in betas)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adamw
+from . import adamw, rounding
 from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY
 from .groups import RUNNING_KEYS, check_options, describe, group_keys
 from .state import Format
@@ -97,6 +97,7 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
             )
     own = {key: new[key] for key in ("params", "param_names") if key in new}
     group = {**new, **deepcopy({k: v for k, v in old.items() if k not in ("params", "param_names")}), **own}
+    rounding.settle(group, saved=old, running=new)
     check_options(group, f"{where} of the state dict: ")
     if "betas" in group:
         group["betas"] = tuple(group["betas"])

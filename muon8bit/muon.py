@@ -20,7 +20,7 @@ class Matrix:
     """A parameter of this step, its momentum, and what the first phase found out.
 
     `absmax` is fp32 [rows, blocks]; `sumsq`, the squared norm of the Newton-Schulz input, 0-d fp32, is not finite
-    if the gradient is not, or if its norm overflows.
+    if the gradient is not, or if its norm overflows. `key` draws the bits of stochastic rounding; None: to nearest.
     """
 
     param: Tensor
@@ -28,16 +28,22 @@ class Matrix:
     momentum: Momentum
     absmax: Tensor
     sumsq: Tensor
+    key: int | None = None
 
 
 def read(
-    param: Tensor, grad: Tensor, state: Mapping[str, Tensor] | None, group: dict[str, Any], backend: Backend | None
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor] | None,
+    group: dict[str, Any],
+    backend: Backend | None,
+    key: int | None = None,
 ) -> Matrix:
     """First phase: the stored momentum (zero without a state) and the statistics of the new one."""
     form = Format.of(param.shape, group["bits"], group["codebook"], group["block_size"])
     momentum = Momentum.from_state(state, form) if state else Momentum.zeros(param.shape, form, param.device)
     absmax, sumsq = momentum.stats(grad, beta=group["momentum"], nesterov=group["nesterov"], backend=backend)
-    return Matrix(param, grad, momentum, absmax, sumsq.sum())
+    return Matrix(param, grad, momentum, absmax, sumsq.sum(), key)
 
 
 def step_(
@@ -77,5 +83,6 @@ def _step_batch(
     ratio = lr_ratio(rows, cols, group["adjust_lr_fn"])
     with torch.autocast(X.device.type, enabled=False):  # the dtype was chosen above
         directions = orthogonalize(X, schedule, path)
+    factors = {"lr": group["lr"], "weight_decay": group["weight_decay"], "ratio": ratio}
     for matrix, direction in zip(batch, directions, strict=True):
-        update_param_(matrix.param, direction, lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
+        update_param_(matrix.param, direction, **factors, backend=backend, key=matrix.key)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import adamw, loading, muon
+from . import adamw, loading, muon, rounding
 from .config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_EPS,
@@ -20,9 +20,11 @@ from .config import (
     DEFAULT_NS_STEPS,
     DEFAULT_WEIGHT_DECAY,
     ON_NONFINITE,
+    PARAM_ROUNDINGS,
     Backend,
     Codebook,
     OnNonfinite,
+    ParamRounding,
 )
 from .groups import MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
 from .orthogonalize.coefficients import JORDAN
@@ -49,11 +51,12 @@ class NonFiniteGradientError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Entry:
-    """A parameter of this step; `matrix` is None in an AdamW group."""
+    """A parameter of this step; `matrix` is None in an AdamW group, `key` where rounding is to nearest."""
 
     name: str
     param: Tensor
     grad: Tensor
+    key: int | None
     matrix: muon.Matrix | None
 
 
@@ -104,6 +107,11 @@ class Muon8bit(Optimizer):
         on_nonfinite: `"raise"` or `"skip"` a step with a NaN or Inf in any gradient, AdamW groups included. In
             both cases nothing at all changes.
         ns_dtype: torch.float32 or torch.bfloat16 for Newton-Schulz; None: the cheaper one for shape and device.
+        param_rounding: how bfloat16 parameters are rounded, AdamW groups included: `"nearest"`, or `"stochastic"`,
+            unbiased, so that updates below half a unit in the last place are not lost. float32 parameters are not
+            affected, float16 ones refused. Then `rounding_seed` and `rounding_step` are ints in `param_groups`,
+            saved and loaded: runs with equal ones are bitwise the same.
+        rounding_seed: 0 .. 2**64 - 1; the same on all replicas. Without meaning for `"nearest"`.
 
     Attributes:
         num_skipped_steps: steps that `on_nonfinite="skip"` left out.
@@ -134,6 +142,8 @@ class Muon8bit(Optimizer):
         backend: Backend | None = None,
         on_nonfinite: OnNonfinite = "raise",
         ns_dtype: torch.dtype | None = None,
+        param_rounding: ParamRounding = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -147,8 +157,11 @@ class Muon8bit(Optimizer):
             "bits": bits,
             "codebook": codebook,
             "block_size": block_size,
+            **rounding.initial(param_rounding, rounding_seed),
         }
-        check_options(defaults)
+        check_options({**defaults, "rounding_seed": rounding_seed})
+        if param_rounding not in PARAM_ROUNDINGS:
+            raise ValueError(f"param_rounding must be one of {PARAM_ROUNDINGS}, not {param_rounding!r}")
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, not {on_nonfinite!r}")
         if ns_dtype not in (None, torch.float32, torch.bfloat16):
@@ -156,6 +169,7 @@ class Muon8bit(Optimizer):
         if backend not in (None, "reference", "triton"):
             raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
+        self.param_rounding = param_rounding
         self.num_skipped_steps = 0
         super().__init__(params, defaults)
 
@@ -170,6 +184,10 @@ class Muon8bit(Optimizer):
                     del group[key]
             check_options(group, f"parameter group {index}: ")
             check_params(group, index)
+            if "rounding_step" in group:
+                group["rounding_step"] = self.param_groups[0]["rounding_step"]
+            for place, param in enumerate(group["params"]):
+                rounding.key_of(param, describe(group, index, place), place, group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -203,12 +221,15 @@ class Muon8bit(Optimizer):
                     if not self.state.get(entry.param):
                         self.state[entry.param] = adamw.init_state(entry.param)
                 params = [entry.param for entry in members]
-                adamw.step_(params, [entry.grad for entry in members], [self.state[p] for p in params], group)
+                states, keys = [self.state[p] for p in params], [entry.key for entry in members]
+                adamw.step_(params, [entry.grad for entry in members], states, group, keys, self.backend)
+        rounding.advance(self.param_groups)
         return loss
 
     def _read(self, group_index: int) -> Iterator[_Entry]:
         """First phase, read only: the parameters of a group that have a gradient now."""
         group = self.param_groups[group_index]
+        num_before = sum(len(earlier["params"]) for earlier in self.param_groups[:group_index])
         for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
@@ -218,20 +239,22 @@ class Muon8bit(Optimizer):
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != param.device:
                 raise ValueError(f"lr is a tensor on {lr.device}, {name} is on {param.device}: keep lr on the CPU")
+            key = rounding.key_of(param, name, num_before + index, group)
             matrix = None
             if group["algorithm"] == "muon":
-                matrix = muon.read(param, param.grad, self.state.get(param), group, self.backend)
-            yield _Entry(name, param, param.grad, matrix)
+                matrix = muon.read(param, param.grad, self.state.get(param), group, self.backend, key)
+            yield _Entry(name, param, param.grad, key, matrix)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("backend", "on_nonfinite", "ns_dtype", "num_skipped_steps")
+        own = ("backend", "on_nonfinite", "ns_dtype", "param_rounding", "num_skipped_steps")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
 
-        `bits`, `codebook`, `block_size`, `backend` and `on_nonfinite` stay the constructor's; all other
-        hyper-parameters come from `state_dict`. torch's own method casts the state to the parameter's dtype.
+        `bits`, `codebook`, `block_size`, `backend`, `on_nonfinite` and `param_rounding` stay the constructor's; all
+        other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too; without them there,
+        rounding starts at step 0 of the running seed. torch's own method casts the state to the parameter's dtype.
 
         Raises:
             ValueError: names the group, parameter or key that does not fit.

@@ -1,5 +1,7 @@
 """Independent float64 simulation of Muon, written from the papers' equations in numpy."""
 
+import struct
+
 import numpy as np
 
 JORDAN = (3.4445, -4.775, 2.0315)
@@ -32,3 +34,29 @@ class Muon64:
         blend = self.beta * self.momentum + (1 - self.beta) * grad if self.nesterov else self.momentum
         direction = newton_schulz(blend, self.steps)
         self.weight = (1 - self.lr * self.decay) * self.weight - self.lr * self.ratio * direction
+
+
+def murmur3(data: bytes, seed: int = 0) -> int:
+    """MurmurHash3_x86_32 of whole 32-bit words, after the author's description."""
+    h, mask = seed, 0xFFFFFFFF
+    for (k,) in struct.iter_unpack("<I", data):
+        k = k * 0xCC9E2D51 & mask
+        k = (k << 15 | k >> 17) & mask
+        h ^= k * 0x1B873593 & mask
+        h = (h << 13 | h >> 19) & mask
+        h = (h * 5 + 0xE6546B64) & mask
+    h ^= len(data)
+    h = (h ^ h >> 16) * 0x85EBCA6B & mask
+    h = (h ^ h >> 13) * 0xC2B2AE35 & mask
+    return h ^ h >> 16
+
+
+def random_bits(seed, step, param_index, element):
+    return murmur3(struct.pack("<QQIQ", seed, step, param_index, element))
+
+
+def round_stochastic(values, seed, step, param_index):
+    """Finite fp32 array -> what bf16 keeps of it, in fp32: with 16 random bits added to the magnitude's last 16."""
+    words = [random_bits(seed, step, param_index, i) & 0xFFFF for i in range(values.size)]
+    bits = values.ravel().view(np.uint32).astype(np.uint64) + np.array(words, dtype=np.uint64)
+    return (bits & 0xFFFF0000).astype(np.uint32).view(np.float32).reshape(values.shape)

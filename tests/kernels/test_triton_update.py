@@ -12,6 +12,8 @@ import pytest
 import torch
 from muon8bit_kernels import reference, rounding_key
 
+from muon8bit import Muon8bit
+
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("no GPU: test_interpreted.py runs it under TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
@@ -113,3 +115,20 @@ def test_a_key_for_another_dtype_raises(triton_kernels, device):
         triton_kernels.update_param(
             torch.zeros(2, 2, device=device), torch.ones(2, 2, device=device), decay=1.0, scale=1.0, key=0
         )
+
+
+def test_the_optimizer_rounds_alike_by_either_backend(device):
+    """The AdamW part whole; the Muon part from one direction, since the norm differs by the order of a sum."""
+    results = []
+    for backend, where in (("reference", torch.device("cpu")), ("triton", device)):
+        params = [torch.full((40, 60), 1.0, dtype=torch.bfloat16, device=where, requires_grad=True) for _ in range(2)]
+        params[1] = params[1].detach().t().contiguous().t().requires_grad_()  # strided
+        groups = [{"params": params, "algorithm": "adamw", "lr": 2e-4}]
+        optimizer = Muon8bit(groups, backend=backend, param_rounding="stochastic")
+        for step in range(3):
+            for param in params:
+                param.grad = torch.full_like(param, 1.0 + step)
+            optimizer.step()
+        results.append([bits(param.detach()) for param in params])
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
+    assert not torch.equal(*results[0])
