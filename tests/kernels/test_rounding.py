@@ -103,6 +103,14 @@ def test_exact_values_zeros_and_infinities_stay():
         assert rounded[nan].isnan().all()
 
 
+def test_nan_stays_nan_whatever_its_low_bits():
+    """Random bits would carry some into the sign, to -0.0; cutting off would make others infinite."""
+    payloads = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -(2**23) + 1], dtype=torch.int32)
+    for step in range(20):
+        values = payloads.view(torch.float32).repeat(9)
+        assert reference.round_stochastic(values, key=rounding_key(0, step, 0)).isnan().all()
+
+
 def test_negative_numbers_are_the_mirror_image():
     values = torch.randn(4096)
     key = rounding_key(1, 2, 3)

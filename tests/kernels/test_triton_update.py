@@ -101,6 +101,17 @@ def test_factors_may_be_tensors(triton_kernels, device):
     check(triton_kernels, device, param, direction, torch.tensor(0.9), torch.tensor(0.1), key=KEY)
 
 
+@pytest.mark.parametrize("key", [None, KEY])
+def test_nan_stays_nan_whatever_its_low_bits(triton_kernels, device, key):
+    payloads = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -(2**23) + 1], dtype=torch.int32)
+    direction = payloads.view(torch.float32).repeat(2, 40)
+    param = torch.zeros(direction.shape, dtype=torch.bfloat16, device=device)
+    triton_kernels.update_param(param, direction.to(device), decay=1.0, scale=-1.0, key=key)
+    assert param.isnan().all()
+    if key is not None:
+        assert triton_kernels.round_stochastic(direction.to(device), key=key).isnan().all()
+
+
 @pytest.mark.parametrize("first", [0, 2**32 - 2100])
 @pytest.mark.parametrize("shape", [(), (1,), (5000,), (3, 4, 7), (0, 3)])
 def test_round_stochastic_equals_reference_bitwise(triton_kernels, device, shape, first):
