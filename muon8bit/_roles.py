@@ -182,5 +182,5 @@ def check_whole(name: str, param: nn.Parameter, owner: nn.Module) -> None:
     if param.requires_grad and (is_flat_matrix or name.endswith("_flat_param")):
         raise ValueError(
             f"{name} of shape {tuple(param.shape)} is a flattened matrix, as FSDP1 and DeepSpeed ZeRO-3 make "
-            "them; Muon needs whole matrices: shard with FSDP2 (fully_shard), or build the groups before"
+            "them; Muon needs whole matrices: train with DDP, which leaves them whole"
         )

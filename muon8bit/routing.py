@@ -179,8 +179,8 @@ def _why_no_matrix(routes: Sequence[Route]) -> str:
     if all(len(route.shape) < 2 for route in trainable):
         return (
             f"no matrix for Muon: all {len(trainable)} trainable parameters are 1-D (largest: {largest.name} "
-            f"{largest.shape}), as where FSDP1 or DeepSpeed flattened them: shard with FSDP2, or build "
-            "the groups before wrapping"
+            f"{largest.shape}), as where FSDP1 or DeepSpeed flattened them: train with DDP, which "
+            "leaves matrices whole"
         )
     reasons = Counter(re.sub(r", shared with .*", "", route.reason) for route in trainable)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

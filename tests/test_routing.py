@@ -287,7 +287,7 @@ def zero3_linear() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Flattened(), r"_flat_param of shape \(100,\) is a flattened matrix.*FSDP2"),
+        (Flattened(), r"_flat_param of shape \(100,\) is a flattened matrix.*DDP"),
         (zero3_linear(), r"1\.weight of shape \(0,\) is a flattened matrix.*DeepSpeed"),
         (nn.Sequential(nn.LazyLinear(8)), r"0\.weight is not initialized yet"),
         (nn.Linear(8, 8).requires_grad_(False), r"all 2 parameters are frozen"),
