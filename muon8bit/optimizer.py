@@ -84,12 +84,12 @@ class Muon8bit(Optimizer):
 
     Args:
         params: tensors of two or more dimensions, `(name, tensor)` pairs, or groups (dicts), which
-            `muon8bit.param_groups(model, ...)` makes. float32, bfloat16 or float16. A group with `algorithm="adamw"` takes any shape and the
-            keys lr (required), betas, eps, weight_decay. A Muon group takes the arguments below from lr to
-            block_size, and three keys for tensors that hold several matrices. Three or more dimensions are a stack
-            over the last two; `flatten=True`: one matrix of the first dimension by all others (convolutions).
-            `split_sizes` (ints) cuts dimension `split_dim` of each matrix, -2 (default) or -1, into pieces that
-            are orthogonalized and scaled by their own shape (fused QKV, gate/up).
+            `muon8bit.param_groups(model, ...)` makes. float32, bfloat16 or float16. A group with
+            `algorithm="adamw"` takes any shape and the keys lr (required), betas, eps, weight_decay. A Muon group
+            takes the arguments below from lr to block_size, and three keys for tensors that hold several matrices.
+            Three or more dimensions are a stack over the last two; with `flatten=True` one matrix of the first
+            dimension by all others (convolutions). `split_sizes` (ints) cuts dimension `split_dim` of each matrix,
+            -2 (default) or -1, into pieces orthogonalized and scaled by their own shape (fused QKV, gate/up).
         lr: spectral norm of one update (RMS 1/sqrt(max(rows, cols)) of it) times the factor of `adjust_lr_fn`;
             a float or a 1-element tensor.
         weight_decay: decoupled; a step multiplies the parameter by `1 - lr * weight_decay`.

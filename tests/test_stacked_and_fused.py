@@ -73,7 +73,7 @@ def test_row_pieces_equal_separate_matrices(experts, sizes, rule, options):
 def test_column_pieces_match_float64(rows, sizes, experts):
     """Blocks of 64 straddle the borders of most; state is that of the unsplit parameter, bitwise.
 
-    bits=32 and fp32 Newton-Schulz: 3 steps of error up to 3e-6 were seen on these shapes, asserted 3e-5.
+    bits=32 and fp32 Newton-Schulz: 3 steps stayed within 9e-7 on 5 seeds of these matrices, asserted 1e-5.
     """
     shape = (*experts, rows, sum(sizes))
     start, grads = random(*shape), [random(*shape, seed=s) for s in (1, 2, 3)]
@@ -93,7 +93,7 @@ def test_column_pieces_match_float64(rows, sizes, experts):
                 known.step(piece.double().numpy())
     for (e, p), exact in simulated.items():
         ours = param.detach().view(-1, *shape[-2:])[e].split(sizes, -1)[p]
-        assert np.abs(ours.double().numpy() - exact.weight).max() < 3e-5
+        assert np.abs(ours.double().numpy() - exact.weight).max() < 1e-5
     assert_states_join(optimizer.state[param], [unsplit], lambda tensors: tensors[0])
 
 
