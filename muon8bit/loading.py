@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import adamw
 from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY
-from .groups import RUNNING_KEYS, check_options, describe, group_keys
+from .groups import FORMAT_KEYS, MATRIX_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
 from .state import Format
 
 _FORMATS = {
@@ -86,14 +86,17 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
                     f"{where}: the state of {theirs} would go to {ours}; build the groups in the order of the saved "
                     "'param_names', or rename these in a load_state_dict pre-hook"
                 )
+    if new["algorithm"] == "muon":  # older checkpoints lack these keys, and some formats turn tuples into lists
+        old = {**MATRIX_DEFAULTS, **old}
+        old["split_sizes"] = tuple(old["split_sizes"]) if isinstance(old["split_sizes"], list) else old["split_sizes"]
     missing = [key for key in group_keys(new["algorithm"]) if key not in old]
     if missing:
         raise ValueError(f"{where}: the state dict lacks {', '.join(missing)}")
     for key in RUNNING_KEYS:
         if old.get(key) != new.get(key):
             raise ValueError(
-                f"{where}: saved with {key}={old[key]!r}, the optimizer has {new[key]!r}: construct it with "
-                f"{key}={old[key]!r}"
+                f"{where}: saved with {key}={old[key]!r}, the optimizer has {new[key]!r}: construct it "
+                f"or its group with {key}={old[key]!r}"
             )
     own = {key: new[key] for key in ("params", "param_names") if key in new}
     group = {**new, **deepcopy({k: v for k, v in old.items() if k not in ("params", "param_names")}), **own}
@@ -107,7 +110,7 @@ def _layout(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, 
     if group["algorithm"] == "adamw":
         moments = (tuple(param.shape), torch.float32)
         return {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
-    return Format.of(param.shape, *(group[k] for k in RUNNING_KEYS)).layout(param.shape)
+    return Format.of(param.shape, *(group[k] for k in FORMAT_KEYS)).layout(param.shape)
 
 
 def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Tensor]:

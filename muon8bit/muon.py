@@ -1,26 +1,35 @@
-"""One Muon step of a group in two phases: `read` changes nothing, `step_` writes momentum and parameters."""
+"""One Muon step of a group in two phases: `read` changes nothing, `step_` writes momentum and parameters.
+
+A parameter of three or more dimensions is a stack of matrices over its last two, or, with `flatten`, one matrix of
+its first dimension by all others. `split_sizes` cuts each matrix into pieces that are orthogonalized and scaled by
+their own shape. Pieces of rows are matrices of their own from the first phase on. Blocks of the momentum may
+straddle pieces of columns: such a matrix is decoded and encoded whole, and cut in between.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .config import BATCH_BYTES, Backend
-from .orthogonalize import Path, Schedule, batch_size, choose, orthogonalize, resolve
+from .orthogonalize import Schedule, batch_size, choose, orthogonalize, resolve
 from .state import Format, Momentum
 from .update import frobenius_norm, lr_ratio, update_param_
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A parameter of this step, its momentum, and what the first phase found out.
+    """One matrix of this step, its momentum, and what the first phase found out.
 
-    `absmax` is fp32 [rows, blocks]; `sumsq`, the squared norm of the Newton-Schulz input, 0-d fp32, is not finite
-    if the gradient is not, or if its norm overflows.
+    `param` and `grad` are views [rows, cols], with `flatten` [rows, ...]; `absmax` is fp32 [rows, blocks]; `sumsq`,
+    the squared norm of the Newton-Schulz input, 0-d fp32, is not finite if the gradient is not, or if its norm
+    overflows.
     """
 
     param: Tensor
@@ -30,52 +39,121 @@ class Matrix:
     sumsq: Tensor
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The momentum of one parameter, and its matrices in the order of their rows."""
+
+    momentum: Momentum
+    matrices: list[Matrix]
+
+
 def read(
     param: Tensor, grad: Tensor, state: Mapping[str, Tensor] | None, group: dict[str, Any], backend: Backend | None
-) -> Matrix:
+) -> Reading:
     """First phase: the stored momentum (zero without a state) and the statistics of the new one."""
-    form = Format.of(param.shape, group["bits"], group["codebook"], group["block_size"])
+    form = Format.of(param.shape, group["bits"], group["codebook"], group["block_size"], group["flatten"])
     momentum = Momentum.from_state(state, form) if state else Momentum.zeros(param.shape, form, param.device)
     absmax, sumsq = momentum.stats(grad, beta=group["momentum"], nesterov=group["nesterov"], backend=backend)
-    return Matrix(param, grad, momentum, absmax, sumsq.sum())
+    matrices, start = [], 0
+    for piece, piece_grad in zip(_row_pieces(param, group), _row_pieces(grad, group), strict=True):
+        rows = slice(start, start + len(piece))
+        start = rows.stop
+        matrices.append(Matrix(piece, piece_grad, momentum.rows(rows), absmax[rows], sumsq[rows].sum()))
+    return Reading(momentum, matrices)
+
+
+def _row_pieces(tensor: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """Views of the stacked matrices of `tensor`, cut where the group splits dimension -2."""
+    stacked = [tensor]
+    for _ in range(0 if group["flatten"] else tensor.ndim - 2):
+        stacked = [matrix for stack in stacked for matrix in stack.unbind(0)]
+    if group["split_sizes"] is None or group["split_dim"] != -2:
+        return stacked
+    return [piece for matrix in stacked for piece in matrix.split(group["split_sizes"])]
 
 
 def step_(
     matrices: Sequence[Matrix], group: dict[str, Any], *, ns_dtype: torch.dtype | None, backend: Backend | None
 ) -> None:
-    """Second phase, matrices of one shape together."""
+    """Second phase, matrices of one shape and device together, as many at once as the workspace budget allows."""
     schedule = resolve(group["ns_coefficients"], group["ns_steps"])
-    for path, batch in _batches(matrices, schedule, ns_dtype):
-        _step_batch(batch, group, schedule, path, backend)
-
-
-def _batches(
-    matrices: Sequence[Matrix], schedule: Schedule, ns_dtype: torch.dtype | None
-) -> Iterator[tuple[Path, list[Matrix]]]:
-    """Matrices of one shape and device, as many at once as the workspace budget allows."""
+    column_sizes = group["split_sizes"] if group["split_dim"] == -1 else None
     classes: dict[tuple[torch.Size, torch.device], list[Matrix]] = {}
     for matrix in matrices:
         if matrix.param.numel():
             classes.setdefault((matrix.param.shape, matrix.param.device), []).append(matrix)
-    for ((rows, cols), device), members in classes.items():
-        path = choose(rows, cols, schedule, device.type, ns_dtype)
-        size = batch_size(rows, cols, path.dtype, device.type, BATCH_BYTES)
-        for start in range(0, len(members), size):
-            yield path, members[start : start + size]
+    for members in classes.values():
+        if column_sizes is None:
+            _step_whole(members, group, schedule, ns_dtype, backend)
+        else:
+            _step_columns(members, column_sizes, group, schedule, ns_dtype, backend)
 
 
-def _step_batch(
-    batch: Sequence[Matrix], group: dict[str, Any], schedule: Schedule, path: Path, backend: Backend | None
+def _step_whole(
+    members: Sequence[Matrix],
+    group: dict[str, Any],
+    schedule: Schedule,
+    ns_dtype: torch.dtype | None,
+    backend: Backend | None,
 ) -> None:
-    """Write the new momentum, orthogonalize its exact value, update the parameters."""
-    rows, cols = batch[0].param.shape
-    X = torch.empty(len(batch), rows, cols, dtype=path.dtype, device=batch[0].param.device)
+    """Write the new momenta of matrices of one shape, orthogonalize their exact values, update the parameters."""
+    (rows, cols), device = members[0].momentum.codes.shape, members[0].param.device
+    path = choose(rows, cols, schedule, device.type, ns_dtype)
+    for batch in _chunks(members, batch_size(rows, cols, path.dtype, device.type, BATCH_BYTES)):
+        X = torch.empty(len(batch), rows, cols, dtype=path.dtype, device=device)
+        for matrix, x in zip(batch, X, strict=True):
+            norm = frobenius_norm(matrix.sumsq, eps=group["eps"], factor=schedule.norm_factor)
+            _apply(matrix, norm, x, group, backend)
+        with torch.autocast(device.type, enabled=False):  # the dtype was chosen above
+            directions = orthogonalize(X, schedule, path)
+        _update([matrix.param for matrix in batch], directions, group)
+
+
+def _step_columns(
+    members: Sequence[Matrix],
+    sizes: Sequence[int],
+    group: dict[str, Any],
+    schedule: Schedule,
+    ns_dtype: torch.dtype | None,
+    backend: Backend | None,
+) -> None:
+    """The same with pieces of `sizes` columns: the momenta whole into fp32, normalized by the norm of each piece.
+
+    The fp32 momenta get one half of the workspace budget, Newton-Schulz the other.
+    """
+    (rows, cols), device = members[0].momentum.codes.shape, members[0].param.device
+    one = torch.ones((), device=device)
+    for batch in _chunks(members, max(1, BATCH_BYTES // 2 // (4 * rows * cols))):
+        U = torch.empty(len(batch), rows, cols, dtype=torch.float32, device=device)
+        pieces: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of one width: parameter and fp32 momentum
+        for matrix, u in zip(batch, U, strict=True):
+            _apply(matrix, one, u, group, backend)
+            for pair in zip(matrix.param.split(sizes, -1), u.split(sizes, -1), strict=True):
+                pieces.setdefault(pair[0].shape[-1], []).append(pair)
+        for width, same in pieces.items():
+            path = choose(rows, width, schedule, device.type, ns_dtype)
+            for chunk in _chunks(same, batch_size(rows, width, path.dtype, device.type, BATCH_BYTES // 2)):
+                X = torch.stack([u for _, u in chunk])
+                sumsq = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).square()
+                X.div_(frobenius_norm(sumsq, eps=group["eps"], factor=schedule.norm_factor))
+                with torch.autocast(device.type, enabled=False):
+                    directions = orthogonalize(X.to(path.dtype), schedule, path)
+                _update([param for param, _ in chunk], directions, group)
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _apply(matrix: Matrix, norm: Tensor, out: Tensor, group: dict[str, Any], backend: Backend | None) -> None:
     options = {"beta": group["momentum"], "nesterov": group["nesterov"], "backend": backend}
-    for matrix, x in zip(batch, X, strict=True):
-        norm = frobenius_norm(matrix.sumsq, eps=group["eps"], factor=schedule.norm_factor)
-        matrix.momentum.apply(matrix.grad, matrix.absmax, norm, x, **options)
-    ratio = lr_ratio(rows, cols, group["adjust_lr_fn"])
-    with torch.autocast(X.device.type, enabled=False):  # the dtype was chosen above
-        directions = orthogonalize(X, schedule, path)
-    for matrix, direction in zip(batch, directions, strict=True):
-        update_param_(matrix.param, direction, lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
+    matrix.momentum.apply(matrix.grad.flatten(1), matrix.absmax, norm, out, **options)
+
+
+def _update(params: Sequence[Tensor], directions: Tensor, group: dict[str, Any]) -> None:
+    """Update parameters by their `directions` [batch, rows, cols], scaled by that shape."""
+    ratio = lr_ratio(directions.shape[1], directions.shape[2], group["adjust_lr_fn"])
+    for param, direction in zip(params, directions, strict=True):
+        shaped = direction.reshape(param.shape)
+        update_param_(param, shaped, lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)

@@ -154,7 +154,7 @@ def test_bad_arguments_are_named(arguments, message):
     [
         ({"params": [("norm.weight", torch.nn.Parameter(torch.ones(4)))]}, "norm.weight has 1 dim.*param_groups"),
         ({"params": [torch.nn.Parameter(torch.ones(4))]}, r"parameter 0 of group 1, shape \(4,\)"),
-        ({"params": [("conv", torch.nn.Parameter(torch.ones(2, 2, 2)))]}, "conv has 3 dim"),
+        ({"params": [("scalar", torch.nn.Parameter(torch.ones(())))]}, "scalar has 0 dim"),
         ({"params": [("x", torch.nn.Parameter(torch.ones(4, 4).double()))]}, "x is torch.float64"),
         ({"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw"}, "own 'lr'"),
         ({"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "sgd"}, "sgd.*muon, adamw"),
