@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from math import inf, prod
 from typing import Any
 
@@ -56,6 +57,11 @@ def complete_group(group: dict[str, Any], group_index: int) -> dict[str, Any]:
         raise ValueError(f"{where}: algorithm {group['algorithm']!r} is not one of {', '.join(ALGORITHMS)}")
     if isinstance(group.get("split_sizes"), list):
         group["split_sizes"] = tuple(group["split_sizes"])
+    known = {"params", *group_keys(group["algorithm"])}
+    for key in set(group) - known:
+        close = get_close_matches(key, known, n=1, cutoff=0.85)
+        if close:
+            raise ValueError(f"{where}: unknown key {key!r}, did you mean {close[0]!r}?")
     if group["algorithm"] == "muon":
         foreign = [key for key in ("betas", *_NO_GROUP_KEYS) if key in group]
     else:

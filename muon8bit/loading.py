@@ -38,8 +38,19 @@ def checked(
     saved, saved_groups = state_dict.get("state"), state_dict.get("param_groups")
     if not isinstance(saved, Mapping) or not isinstance(saved_groups, Sequence):
         raise ValueError("not an optimizer's state dict: it needs a mapping `state` and a list `param_groups`")
+    for i, old in enumerate(saved_groups):
+        if not isinstance(old, Mapping) or "params" not in old:
+            raise ValueError(f"group {i} of the state dict is not a parameter group: it has no 'params'")
+        if "algorithm" not in old:
+            raise ValueError(
+                f"group {i} was not saved by Muon8bit (torch.optim.Muon, AdamW?): such a state cannot be loaded; start "
+                "with a fresh optimizer"
+            )
     if len(saved_groups) != len(current):
-        raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(current)}")
+        raise ValueError(
+            f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(current)}: build it from the "
+            "same model with the same patterns"
+        )
     pairs = list(zip(saved_groups, current, strict=True))
     groups = [_group(old, new, f"group {i}") for i, (old, new) in enumerate(pairs)]
     known = {param_id for old in saved_groups for param_id in old["params"]}
@@ -65,15 +76,11 @@ def checked(
 
 def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
     """The saved group's hyper-parameters with the running group's parameters; other keys of either stay."""
-    if not isinstance(old, Mapping) or "params" not in old:
-        raise ValueError(f"{where} of the state dict is not a parameter group: it has no 'params'")
-    if "algorithm" not in old:
-        raise ValueError(
-            f"{where} was not saved by Muon8bit (torch.optim.Muon, AdamW?): such a state cannot be loaded; start "
-            "with a fresh optimizer"
-        )
     if len(old["params"]) != len(new["params"]):
-        raise ValueError(f"{where}: {len(old['params'])} parameters saved, {len(new['params'])} here")
+        raise ValueError(
+            f"{where}: {len(old['params'])} parameters saved, {len(new['params'])} here: build it from the same "
+            "model with the same patterns"
+        )
     if old["algorithm"] != new["algorithm"]:
         raise ValueError(
             f"{where}: saved with algorithm={old['algorithm']!r}, here it is {new['algorithm']!r}: build the groups in "

@@ -166,6 +166,8 @@ def _overridden(route: Route, pattern: str, algorithm: Algorithm) -> Route:
 
 def _check_patterns(patterns: Sequence[tuple[str, Algorithm]], names: Sequence[str]) -> None:
     """Raise ValueError for an unknown algorithm and for a pattern that matches no name."""
+    if not all(isinstance(p, tuple | list) and len(p) == 2 for p in patterns):  # of a string, each is a string
+        raise ValueError(f"patterns must be a list of (pattern, 'muon' | 'adamw') pairs, not {patterns!r}")
     for pattern, algorithm in patterns:
         if algorithm not in ALGORITHMS:
             raise ValueError(f"pattern {pattern!r} asks for {algorithm!r}; it must be one of {ALGORITHMS}")
