@@ -12,4 +12,7 @@ class InputError(Exception):
     """
 
     def __init__(self, option: str, problem: str) -> None:
-        super().__init__(f"{option}: {problem}")
+        super().__init__(option, problem)  # both, so that it survives being sent between ranks
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"

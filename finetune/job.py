@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from finetune.errors import InputError
 from finetune.loop import Blocks, Stop, accumulate_gradients, clip_gradients, evaluate, step_batches
 from finetune.outputs import finish, nats_to_bits_per_byte
 from finetune.prepare import Run, set_up
@@ -41,7 +42,7 @@ def pretrain(recipe: Recipe, folder: RunFolder, script: str) -> int:
             finish(run)
     except (FloatingPointError, NonFiniteGradientError) as error:
         if run.accelerator.is_main_process:
-            print(f"step {run.step + 1}: {error}; lower --lr, or resume from an earlier step", file=sys.stderr)
+            print(f"step {run.step + 1}: {error}; start anew with a lower --lr, or with --clip", file=sys.stderr)
         code = 1
     run.say(f"run folder: {run.folder.path}")
     leave(run)
@@ -158,7 +159,14 @@ def _save(run: Run) -> None:
 
 def _restore(run: Run) -> None:
     record = run.folder.progress()
-    run.accelerator.load_state(str(run.folder.checkpoint))
+    try:
+        run.accelerator.load_state(str(run.folder.checkpoint))
+    except Exception as error:
+        first = " ".join(str(error).split())[:200]
+        raise InputError(
+            "--resume",
+            f"cannot load {run.folder.checkpoint} ({first}); give an earlier checkpoint of {run.folder.path}",
+        ) from error
     for scheduler, state in zip(run.schedulers, record["schedulers"], strict=True):
         scheduler.load_state_dict(state)
     run.step, run.position = record["step"], record["position"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -26,12 +28,23 @@ def model_config(recipe: Recipe) -> Any:
             config = AutoConfig.from_pretrained(recipe.init_from)
         else:
             config = AutoConfig.for_model(**recipe.model)
+            _check_keys(recipe.model, type(config)().to_dict())
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(option, f"transformers rejects it: {_first_line(error)}") from None
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.seq_len > longest:
         raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
     return config
+
+
+def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """transformers keeps keys that it does not know; one that is almost a known key is a slip."""
+    for key in given:
+        close = [] if key in known else get_close_matches(key, known, n=1, cutoff=0.8)
+        if close and close[0] not in given:
+            raise InputError("--model-config", f"the model has no key {key!r}; did you mean {close[0]!r}?")
 
 
 def config_hash(config: PretrainedConfig) -> str:

@@ -16,9 +16,10 @@ from muon8bit import Muon8bit, param_groups, state_report
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
     """Optimizers that together train every parameter of the model that requires a gradient.
 
-    `muon8bit` is one optimizer for the whole model; `muon` is torch.optim.Muon (fp32 momentum) for the matrices
-    that `param_groups` routes to Muon and torch.optim.AdamW for the rest; `adamw` and `adamw8bit` (bitsandbytes)
-    take everything. Norms and biases are not decayed in any of them. lr and decay as in `Recipe`.
+    `muon8bit` is one optimizer for the whole model; `muon` is torch.optim.Muon (fp32 momentum) for the 2-D weights
+    that `param_groups` routes to Muon, fused ones as one matrix, and torch.optim.AdamW for the rest; `adamw` and
+    `adamw8bit` (bitsandbytes) take everything. Norms and biases are not decayed in any of them.
+    lr and decay as in `Recipe`.
 
     Raises:
         InputError: nothing for Muon in the model, or bitsandbytes is not installed.
@@ -42,10 +43,12 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
     rest = [group for group in groups if group["algorithm"] == "adamw"]
     betas = rest[0]["betas"]
     if recipe.optimizer == "muon":
-        plain = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in matrices]
+        plain = [{"params": [(n, p) for n, p in g["params"] if p.ndim == 2]} for g in matrices]
+        rest += [{**g, "params": [(n, p) for n, p in g["params"] if p.ndim > 2]} for g in matrices]  # stacked experts
+        options: Any = {"weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         return [
-            torch.optim.Muon(plain, lr=recipe.lr, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(_plain(rest, rest[0]["lr"]), lr=rest[0]["lr"], betas=betas),
+            torch.optim.Muon([group for group in plain if group["params"]], lr=recipe.lr, **options),
+            torch.optim.AdamW(_plain([g for g in rest if g["params"]], rest[0]["lr"]), lr=rest[0]["lr"], betas=betas),
         ]
     everything = _plain(groups, recipe.lr)
     if recipe.optimizer == "adamw":

@@ -174,6 +174,12 @@ def _check_same_run(folder: RunFolder, facts: dict[str, Any]) -> None:
     if folder.checkpoint is None:
         return
     saved = folder.progress()["facts"]
+    if saved["world_size"] != facts["world_size"]:
+        raise InputError(
+            "--resume",
+            f"{folder.checkpoint} is of {saved['world_size']} processes, now there are {facts['world_size']}; launch "
+            "as many, or a step would take another batch",
+        )
     for key, option, what in (
         ("model_config", "--model-config", "model"),
         ("corpus", "--dataset", "corpus"),

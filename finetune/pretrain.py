@@ -26,6 +26,7 @@ from finetune.corpus import check_exists
 from finetune.errors import InputError
 from finetune.recipe import (
     DEFAULT_RECIPE,
+    RECIPES,
     RESUME_MAY_CHANGE,
     Recipe,
     flag,
@@ -47,7 +48,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="pretrain", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--recipe", help=f"name in finetune/recipes/, or a YAML file ({DEFAULT_RECIPE})")
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    parser.add_argument("--recipe", help=f"one of {recipes}, or a YAML file; default: {DEFAULT_RECIPE}")
     parser.add_argument("--model-config", help="a transformers config.json that replaces the recipe's model")
     parser.add_argument("--output-dir", help="a new or empty folder; default: runs/<recipe>-<time>/")
     parser.add_argument("--resume", metavar="FOLDER", help="a run's folder to continue, or 'latest'")
@@ -72,6 +74,8 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
     output_dir, resume = given.pop("output_dir"), given.pop("resume")
     overrides: dict[str, Any] = {key: _absolute(key, value) for key, value in given.items()}
     if config is not None:
+        if given.get("init_from"):
+            raise InputError("--model-config", "--init-from brings its own model; leave one of them out")
         overrides["model"] = read_model_config(config)
     if resume is None:
         recipe = read_recipe(recipe_name or DEFAULT_RECIPE)

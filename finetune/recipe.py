@@ -169,7 +169,13 @@ def validate(recipe: Recipe) -> Recipe:
     if not 0 < recipe.validation_fraction < 1:
         raise InputError("--validation-fraction", f"{recipe.validation_fraction} is not between 0 and 1")
     if recipe.warmup_steps + recipe.decay_steps > recipe.max_steps:
-        raise InputError("--warmup-steps", f"warm-up and decay exceed --max-steps {recipe.max_steps}")
+        raise InputError(
+            "--warmup-steps",
+            f"{recipe.warmup_steps} steps of warm-up and {recipe.decay_steps} of decay exceed --max-steps "
+            f"{recipe.max_steps}; lower --warmup-steps, or raise --max-steps",
+        )
+    if recipe.schedule == "warmup_stable_decay" and recipe.decay_steps == 0:
+        raise InputError("--decay-steps", "warmup_stable_decay needs it above 0")
     longest = recipe.model.get("max_position_embeddings")
     if recipe.init_from is None and isinstance(longest, int) and recipe.seq_len > longest:
         raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")

@@ -71,6 +71,10 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if self.checkpoint is None:
+                self.recipe_file.touch(exist_ok=False)
+        except FileExistsError:
+            raise InputError("--output-dir", f"another run has just taken {self.path}; give one of your own") from None
         except OSError as error:
             raise InputError("--output-dir", f"cannot make {self.path}: {error.strerror}") from None
         write_beside(self.recipe_file, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
@@ -125,7 +129,8 @@ def choose_folder(output_dir: str | None, recipe_name: str) -> RunFolder:
     """
     if output_dir is None:
         # One name for all ranks of a launch: the launcher's process starts them within its own lifetime.
-        name = f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        now = time.time()
+        name = f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{int(now * 1000) % 1000:03d}"
         runs, number = RUNS.resolve(), 1
         path = runs / name
         while path.exists():
@@ -151,7 +156,8 @@ def find_run(resume: str) -> RunFolder:
     if (path / PROGRESS_FILE).is_file():
         return RunFolder(path.parent.parent, checkpoint=path)
     if not (path / "recipe.yaml").is_file():
-        raise InputError("--resume", f"{path} is not a run's folder; give one that holds recipe.yaml")
+        hint = " (runs/ lies where the run was started)" if resume == "latest" else ""
+        raise InputError("--resume", f"{path} is not a run's folder{hint}; give one that holds recipe.yaml")
     checkpoints = complete_checkpoints(path)
     if not checkpoints:
         raise InputError("--resume", f"{path} has no complete checkpoint; start anew without --resume")

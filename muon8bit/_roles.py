@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
+from ._fused import Split, known_split, looks_fused
 from .config import MIN_QUANTIZED_COLUMNS, Algorithm
 
 # Heads by name whatever their size, and names that mean a head only where the rows equal the vocabulary; both
@@ -19,17 +21,8 @@ _HEAD = re.compile(
 _VOCABULARY_HEAD = re.compile(r"(^|\.)(head|output|outputs|out|logits|to_logits|unembed|decoder|generator)$")
 # Modules whose matrix scores experts: Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Jamba, Hunyuan in transformers.
 _ROUTER = re.compile(r"(^|\.)(router|gate|wg|shared_expert_gate)(?=\.|$)")
-# One tensor that holds several matrices: in Phi-3, GPT-2, GPT-NeoX, Falcon, InternLM, Baichuan, OLMo,
-# DeepSeek, Mamba, nn.MultiheadAttention, nn.LSTM.
-_FUSED = re.compile(
-    r"(^|\.)(\w*qkv\w*|\w*query_key_value|c_attn|W_pack|att_proj|kv_proj|kv_a_proj_with_mqa|kv_b_proj|key_value"
-    r"|gate_up_proj|up_gate_proj|gate_and_up_proj|w13|w12|in_proj(_weight|_ba)?|weight_(ih|hh)_l\d+\w*)(\.|$)",
-    re.IGNORECASE,
-)
-_ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.")
-_SINGLE_PROJECTION = re.compile(
-    r"(^|\.)([qkvo]|(w?[qkvo]|query|key|value|out|o)(_\w+)?|\w*_[qkvo])(\.|$)", re.IGNORECASE
-)
+# Stacked experts [experts, rows, cols] as transformers 5 keeps them, in Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Llama 4.
+_EXPERTS = re.compile(r"(^|\.)experts\.")
 # Names that PEFT's and the parallel wrappers put between a module and its parameters.
 _WRAPPERS = re.compile(
     r"\.(modules_to_save\.\w+|original_module|base_layer)\b|\b(_orig_mod|_checkpoint_wrapped_module)\."
@@ -42,7 +35,8 @@ class Route:
 
     `algorithm` None means frozen, in no group; `flag` says what to look at, or is empty; `decays` tells the
     AdamW groups apart; `lr` as in the group; `weight_decay` per unit of lr; `state_bytes` predicted for
-    bits=8 and block_size 2048; `aliases` are the further names of a shared tensor.
+    bits=8 and block_size 2048; `aliases` are the further names of a shared tensor. `split` (sizes of the pieces and
+    their dimension) and `flatten` say which matrices Muon takes it for; without them it is one, or a stack.
     """
 
     name: str
@@ -55,6 +49,14 @@ class Route:
     weight_decay: float = 0.0
     state_bytes: int = 0
     aliases: tuple[str, ...] = ()
+    split: Split | None = None
+    flatten: bool = False
+
+    @property
+    def matrix_keys(self) -> dict[str, Any]:
+        """Keys of a Muon group that say so; empty at their defaults."""
+        keys: dict[str, Any] = {"flatten": True} if self.flatten else {}
+        return keys if self.split is None else {**keys, "split_sizes": self.split[0], "split_dim": self.split[1]}
 
     @property
     def num_elements(self) -> int:
@@ -91,19 +93,26 @@ def default_route(name: str, param: nn.Parameter, modules: Mapping[str, nn.Modul
         return adamw("LoRA of an embedding")
     if is_router(name, modules):
         return adamw("MoE router")
-    if len(shape) > 2:
-        return adamw(f"{len(shape)}-D", flag="Muon takes only 2-D as yet; AdamW's state is 8 B per element")
-    is_bare = not local.endswith("weight") and "lora_" not in name
+    if isinstance(modules[path], nn.modules.conv._ConvNd):
+        return replace(adamw("convolution: a pattern sends it to Muon, flattened"), flatten=True)
+    is_stack = len(shape) == 3 and _EXPERTS.search(name) is not None
+    if len(shape) > 2 and not is_stack:
+        return adamw(f"{len(shape)}-D", flag="no known stack: a pattern sends it to Muon as matrices over the last two")
+    is_bare = not (is_stack or local.endswith("weight") or "lora_" in name)
     if is_bare and re.search(r"emb|token", local):
         return adamw("bare parameter named like an embedding")
+    split = known_split(name, shape, modules)
     flags = {
-        "looks fused: orthogonalized as one matrix": looks_fused(name, shape),
-        f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32": shape[1] < MIN_QUANTIZED_COLUMNS,
+        "looks fused: orthogonalized as one matrix": split is None and looks_fused(name, shape[-2:]),
+        f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32": shape[-1] < MIN_QUANTIZED_COLUMNS,
         "bare parameter: taken for a matrix that multiplies": is_bare,
         "last Linear of a model without embedding: is it the head?": param is ends.doubtful,
     }
-    reason = "LoRA matrix" if "lora_" in name else "hidden matrix"
-    return Route(name, shape, "muon", reason, "; ".join(flag for flag, is_set in flags.items() if is_set), True)
+    reason = "stacked experts" if is_stack else "LoRA matrix" if "lora_" in name else "hidden matrix"
+    if split is not None:
+        reason += f", split {' + '.join(map(str, split[0]))} along {split[1]}"
+    flag = "; ".join(flag for flag, is_set in flags.items() if is_set)
+    return Route(name, shape, "muon", reason, flag, True, split=split)
 
 
 def find_ends(model: nn.Module) -> Ends:
@@ -160,20 +169,6 @@ def is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return shape is None or shapes.count(shape) < 2
 
 
-def looks_fused(name: str, shape: Sequence[int]) -> bool:
-    """Whether the 2-D tensor holds several matrices, by its name or, in attention, by sides of 1:3.
-
-    A LoRA A factor is never fused: its input is shared.
-    """
-    if "lora_A" in name:
-        return False
-    if _FUSED.search(name):
-        return True
-    attention = _ATTENTION.search(name)
-    is_single = attention is not None and _SINGLE_PROJECTION.search(name[attention.end() :])
-    return attention is not None and not is_single and max(shape) == 3 * min(shape)
-
-
 def check_whole(name: str, param: nn.Parameter, owner: nn.Module) -> None:
     """Raise ValueError if the parameter has no shape yet or is a flattened shard of something larger."""
     if isinstance(param, nn.parameter.UninitializedParameter):
@@ -182,5 +177,5 @@ def check_whole(name: str, param: nn.Parameter, owner: nn.Module) -> None:
     if param.requires_grad and (is_flat_matrix or name.endswith("_flat_param")):
         raise ValueError(
             f"{name} of shape {tuple(param.shape)} is a flattened matrix, as FSDP1 and DeepSpeed ZeRO-3 make "
-            "them; Muon needs whole matrices: shard with FSDP2 (fully_shard), or build the groups before"
+            "them; Muon needs whole matrices: train with DDP, which leaves them whole"
         )

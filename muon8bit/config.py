@@ -46,5 +46,5 @@ BATCH_BYTES = 512 * 2**20
 # Keys of `optimizer.state[param]`: part of the checkpoint format, one dtype each.
 LINEAR_CODES_KEY = "momentum_linear8"  # int8, the parameter's shape
 DYNAMIC_CODES_KEY = "momentum_dynamic8"  # uint8, the parameter's shape
-SCALES_KEY = "momentum_scales"  # fp32, [rows, ceil(cols / block_size)]
+SCALES_KEY = "momentum_scales"  # fp32, [..., rows, ceil(cols / block_size)]
 BUFFER_KEY = "momentum_buffer"  # fp32, the parameter's shape; bits=32, or too few columns

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import inf
+from difflib import get_close_matches
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from .config import (
 from .orthogonalize import resolve
 
 # How the running optimizer stores and computes: from the constructor, never from a checkpoint.
-RUNNING_KEYS = ("bits", "codebook", "block_size")
+FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
+MATRIX_DEFAULTS: dict[str, Any] = {"flatten": False, "split_sizes": None, "split_dim": -2}
+RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim")
 MUON_ONLY_KEYS = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", *RUNNING_KEYS)
 # Of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
 _NO_GROUP_KEYS = (
@@ -55,6 +58,13 @@ def complete_group(group: dict[str, Any], group_index: int) -> dict[str, Any]:
     where = f"parameter group {group_index}"
     if group["algorithm"] not in ALGORITHMS:
         raise ValueError(f"{where}: algorithm {group['algorithm']!r} is not one of {', '.join(ALGORITHMS)}")
+    if isinstance(group.get("split_sizes"), list):
+        group["split_sizes"] = tuple(group["split_sizes"])
+    known = {"params", *group_keys(group["algorithm"])}
+    for key in set(group) - known:
+        close = get_close_matches(key, known, n=1, cutoff=0.85)
+        if close:
+            raise ValueError(f"{where}: unknown key {key!r}, did you mean {close[0]!r}?")
     if group["algorithm"] == "muon":
         foreign = [key for key in ("betas", *_NO_GROUP_KEYS) if key in group]
     else:
@@ -102,6 +112,12 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     require("momentum", _is_number(options["momentum"], high=1), "in [0, 1)")
     for key, allowed in (("bits", BITS), ("codebook", CODEBOOKS), ("block_size", BLOCK_SIZES)):
         require(key, (type(options[key]), options[key]) in [(type(v), v) for v in allowed], f"one of {allowed}")
+    sizes = options["split_sizes"]
+    is_sizes = isinstance(sizes, tuple | list) and len(sizes) > 0 and all(type(n) is int and n > 0 for n in sizes)
+    require("split_sizes", sizes is None or is_sizes, "None or positive ints")
+    require("split_dim", options["split_dim"] in (-2, -1), "one of (-2, -1), a dimension of the matrix")
+    require("flatten", isinstance(options["flatten"], bool), "True or False")
+    require("split_dim", not (sizes and options["flatten"] and options["split_dim"] == -1), "-2 beside flatten=True")
     require("adjust_lr_fn", options["adjust_lr_fn"] in (None, *ADJUST_LR), f"None or one of {ADJUST_LR}")
     try:
         resolve(options["ns_coefficients"], options["ns_steps"])
@@ -123,9 +139,23 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
             raise NotImplementedError(f"{name} is a DTensor: sharded parameters are not supported yet; use DDP")
         if param.dtype not in DTYPES:
             raise ValueError(f"{name} is {param.dtype}: Muon8bit takes float32, bfloat16 and float16 parameters")
-        if group["algorithm"] == "muon" and param.ndim != 2:
+        if group["algorithm"] == "muon" and param.ndim < 2:
             raise ValueError(
-                f"{name} has {param.ndim} dimension(s): Muon takes 2-D weight matrices. Build the groups with "
+                f"{name} has {param.ndim} dimension(s): Muon takes weight matrices. Build the groups with "
                 "muon8bit.param_groups(model, ...), or put it into a group with algorithm='adamw' and its own lr. "
                 "If it is a weight matrix that a wrapper has flattened (FSDP1, DeepSpeed ZeRO), unwrap it first"
             )
+        if group["algorithm"] == "muon" and group["split_sizes"] is not None:
+            _check_splits(name, param, group)
+
+
+def _check_splits(name: str, param: Tensor, group: dict[str, Any]) -> None:
+    """Raise ValueError if the pieces do not fill the dimension of each matrix that they split."""
+    shape = (param.shape[0], prod(param.shape[1:])) if group["flatten"] else tuple(param.shape)
+    sizes, dim = group["split_sizes"], group["split_dim"]
+    if sum(sizes) != shape[dim]:
+        raise ValueError(
+            f"{name} of shape {shape}: split_sizes {tuple(sizes)} sum to {sum(sizes)}, but dimension {dim} has "
+            f"{shape[dim]} elements. Give the sizes of its own pieces, or split_dim={-3 - dim}, or put it into a "
+            "group without split_sizes"
+        )

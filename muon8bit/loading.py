@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import adamw, rounding
 from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY
-from .groups import RUNNING_KEYS, check_options, describe, group_keys
+from .groups import FORMAT_KEYS, MATRIX_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
 from .state import Format
 
 _FORMATS = {
@@ -38,8 +38,19 @@ def checked(
     saved, saved_groups = state_dict.get("state"), state_dict.get("param_groups")
     if not isinstance(saved, Mapping) or not isinstance(saved_groups, Sequence):
         raise ValueError("not an optimizer's state dict: it needs a mapping `state` and a list `param_groups`")
+    for i, old in enumerate(saved_groups):
+        if not isinstance(old, Mapping) or "params" not in old:
+            raise ValueError(f"group {i} of the state dict is not a parameter group: it has no 'params'")
+        if "algorithm" not in old:
+            raise ValueError(
+                f"group {i} was not saved by Muon8bit (torch.optim.Muon, AdamW?): such a state cannot be loaded; start "
+                "with a fresh optimizer"
+            )
     if len(saved_groups) != len(current):
-        raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(current)}")
+        raise ValueError(
+            f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(current)}: build it from the "
+            "same model with the same patterns"
+        )
     pairs = list(zip(saved_groups, current, strict=True))
     groups = [_group(old, new, f"group {i}") for i, (old, new) in enumerate(pairs)]
     known = {param_id for old in saved_groups for param_id in old["params"]}
@@ -65,15 +76,11 @@ def checked(
 
 def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
     """The saved group's hyper-parameters with the running group's parameters; other keys of either stay."""
-    if not isinstance(old, Mapping) or "params" not in old:
-        raise ValueError(f"{where} of the state dict is not a parameter group: it has no 'params'")
-    if "algorithm" not in old:
-        raise ValueError(
-            f"{where} was not saved by Muon8bit (torch.optim.Muon, AdamW?): such a state cannot be loaded; start "
-            "with a fresh optimizer"
-        )
     if len(old["params"]) != len(new["params"]):
-        raise ValueError(f"{where}: {len(old['params'])} parameters saved, {len(new['params'])} here")
+        raise ValueError(
+            f"{where}: {len(old['params'])} parameters saved, {len(new['params'])} here: build it from the same "
+            "model with the same patterns"
+        )
     if old["algorithm"] != new["algorithm"]:
         raise ValueError(
             f"{where}: saved with algorithm={old['algorithm']!r}, here it is {new['algorithm']!r}: build the groups in "
@@ -86,14 +93,17 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
                     f"{where}: the state of {theirs} would go to {ours}; build the groups in the order of the saved "
                     "'param_names', or rename these in a load_state_dict pre-hook"
                 )
+    if new["algorithm"] == "muon":  # older checkpoints lack these keys, and some formats turn tuples into lists
+        old = {**MATRIX_DEFAULTS, **old}
+        old["split_sizes"] = tuple(old["split_sizes"]) if isinstance(old["split_sizes"], list) else old["split_sizes"]
     missing = [key for key in group_keys(new["algorithm"]) if key not in old]
     if missing:
         raise ValueError(f"{where}: the state dict lacks {', '.join(missing)}")
     for key in RUNNING_KEYS:
         if old.get(key) != new.get(key):
             raise ValueError(
-                f"{where}: saved with {key}={old[key]!r}, the optimizer has {new[key]!r}: construct it with "
-                f"{key}={old[key]!r}"
+                f"{where}: saved with {key}={old[key]!r}, the optimizer has {new[key]!r}: construct it "
+                f"or its group with {key}={old[key]!r}"
             )
     own = {key: new[key] for key in ("params", "param_names") if key in new}
     group = {**new, **deepcopy({k: v for k, v in old.items() if k not in ("params", "param_names")}), **own}
@@ -108,7 +118,7 @@ def _layout(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, 
     if group["algorithm"] == "adamw":
         moments = (tuple(param.shape), torch.float32)
         return {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
-    return Format.of(param.shape, *(group[k] for k in RUNNING_KEYS)).layout(param.shape)
+    return Format.of(param.shape, *(group[k] for k in FORMAT_KEYS)).layout(param.shape)
 
 
 def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from .config import (
     OnNonfinite,
     ParamRounding,
 )
-from .groups import MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
+from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
 from .orthogonalize.coefficients import JORDAN
 
 
@@ -51,27 +51,27 @@ class NonFiniteGradientError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Entry:
-    """A parameter of this step; `matrix` is None in an AdamW group, `key` where rounding is to nearest."""
+    """A parameter of this step; `reading` is None in an AdamW group, `key` where rounding is to nearest."""
 
     name: str
     param: Tensor
     grad: Tensor
     key: int | None
-    matrix: muon.Matrix | None
+    reading: muon.Reading | None
 
 
 def _nonfinite_names(entries: Sequence[_Entry]) -> list[str]:
     """Parameters whose gradient is not finite, or overflows in its norm; one host read a device."""
     by_device: dict[torch.device, list[tuple[Tensor, str]]] = {}
     for entry in entries:
-        if entry.matrix is not None:
-            flag = entry.matrix.sumsq.isfinite()
-        elif entry.grad.numel():
-            low, high = entry.grad.aminmax()  # both propagate NaN; AdamW squares
-            flag = (low.float().square() + high.float().square()).isfinite()
-        else:
-            continue
-        by_device.setdefault(flag.device, []).append((flag, entry.name))
+        squares: list[Tensor] = []
+        if entry.reading is not None:
+            squares = [matrix.sumsq for matrix in entry.reading.matrices]
+        elif entry.grad.numel():  # both ends propagate NaN; AdamW squares
+            squares = [end.float().square() for end in entry.grad.aminmax()]
+        if squares:
+            flag = torch.stack(squares).isfinite().all()
+            by_device.setdefault(flag.device, []).append((flag, entry.name))
     names = []
     for flags in by_device.values():
         finite = torch.stack([flag for flag, _ in flags]).tolist()
@@ -86,9 +86,13 @@ class Muon8bit(Optimizer):
     arXiv 2509.23106; of the update: Jordan 2024, Moonlight arXiv 2502.16982. Equations: `muon8bit/update.py`.
 
     Args:
-        params: 2-D tensors, `(name, tensor)` pairs, or groups (dicts); `muon8bit.param_groups(model, ...)`
-            makes them. float32, bfloat16 or float16. A group with `algorithm="adamw"` takes any shape and the
-            keys lr (required), betas, eps, weight_decay.
+        params: tensors of two or more dimensions, `(name, tensor)` pairs, or groups (dicts), which
+            `muon8bit.param_groups(model, ...)` makes. float32, bfloat16 or float16. A group with
+            `algorithm="adamw"` takes any shape and the keys lr (required), betas, eps, weight_decay. A Muon group
+            takes the arguments below from lr to block_size, and three keys for tensors that hold several matrices.
+            Three or more dimensions are a stack over the last two; with `flatten=True` one matrix of the first
+            dimension by all others (convolutions). `split_sizes` (ints) cuts dimension `split_dim` of each matrix,
+            -2 (default) or -1, into pieces orthogonalized and scaled by their own shape (fused QKV, gate/up).
         lr: spectral norm of one update (RMS 1/sqrt(max(rows, cols)) of it) times the factor of `adjust_lr_fn`;
             a float or a 1-element tensor.
         weight_decay: decoupled; a step multiplies the parameter by `1 - lr * weight_decay`.
@@ -116,9 +120,10 @@ class Muon8bit(Optimizer):
     Attributes:
         num_skipped_steps: steps that `on_nonfinite="skip"` left out.
 
-    State of a Muon parameter [rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) [rows, cols]
-    with `momentum_scales` (fp32) [rows, ceil(cols / block_size)]; or `momentum_buffer` (fp32) with bits=32 or
-    fewer than 8 columns. Of an AdamW parameter: `step`, `exp_avg`, `exp_avg_sq` (fp32).
+    State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its
+    shape with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that
+    matrix); or `momentum_buffer` (fp32) with bits=32 or fewer than 8 columns. Splits do not change it. Of an AdamW
+    parameter: `step`, `exp_avg`, `exp_avg_sq` (fp32).
 
     Raises:
         ValueError: names the parameter or argument and what it may be.
@@ -158,6 +163,7 @@ class Muon8bit(Optimizer):
             "codebook": codebook,
             "block_size": block_size,
             **rounding.initial(param_rounding, rounding_seed),
+            **MATRIX_DEFAULTS,
         }
         check_options({**defaults, "rounding_seed": rounding_seed})
         if param_rounding not in PARAM_ROUNDINGS:
@@ -212,9 +218,11 @@ class Muon8bit(Optimizer):
             return loss
         for group, members in zip(self.param_groups, entries, strict=True):
             if group["algorithm"] == "muon":
-                matrices = [entry.matrix for entry in members if entry.matrix is not None]
-                for matrix in matrices:
-                    self.state[matrix.param].update(matrix.momentum.to_state())
+                matrices = []
+                for entry in members:
+                    if entry.reading is not None:
+                        self.state[entry.param].update(entry.reading.momentum.to_state())
+                        matrices += entry.reading.matrices
                 muon.step_(matrices, group, ns_dtype=self.ns_dtype, backend=self.backend)
             else:
                 for entry in members:
@@ -240,10 +248,10 @@ class Muon8bit(Optimizer):
             if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != param.device:
                 raise ValueError(f"lr is a tensor on {lr.device}, {name} is on {param.device}: keep lr on the CPU")
             key = rounding.key_of(param, name, num_before + index, group)
-            matrix = None
+            reading = None
             if group["algorithm"] == "muon":
-                matrix = muon.read(param, param.grad, self.state.get(param), group, self.backend, key)
-            yield _Entry(name, param, param.grad, key, matrix)
+                reading = muon.read(param, param.grad, self.state.get(param), group, self.backend, key)
+            yield _Entry(name, param, param.grad, key, reading)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("backend", "on_nonfinite", "ns_dtype", "param_rounding", "num_skipped_steps")
@@ -252,7 +260,8 @@ class Muon8bit(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
 
-        `bits`, `codebook`, `block_size`, `backend`, `on_nonfinite` and `param_rounding` stay the constructor's; all
+        `backend`, `on_nonfinite`, `param_rounding` and what says how a group is stored and cut (`bits`, `codebook`,
+        `block_size`, `flatten`, `split_sizes`, `split_dim`; other saved values are refused) stay the constructor's, all
         other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too; without them there,
         rounding starts at step 0 of the running seed. torch's own method casts the state to the parameter's dtype.
 

@@ -65,8 +65,11 @@ def param_groups(
     adamw_eps: float = DEFAULT_ADAMW_EPS,
     patterns: Sequence[tuple[str, Algorithm]] = (),
 ) -> ParamGroups:
-    """Routed groups for `Muon8bit`: 2-D hidden weights to Muon; embeddings, output head (tied or not), norms,
-    biases, MoE routers, other 1-D and, not supported by Muon yet, 3-D and more to AdamW; frozen ones to none.
+    """Routed groups for `Muon8bit`: 2-D hidden weights and stacked experts to Muon; embeddings, output head (tied or
+    not), norms, biases, MoE routers, convolutions, other 1-D, 3-D and more to AdamW; frozen ones to none.
+
+    Fused weights whose layout is known (gate_up_proj of stacked experts, of Phi-3, Phi-4-multimodal and GLM; Phi-3's
+    qkv_proj; GPT-2's c_attn) go to groups with their `split_sizes` and `split_dim`; others that look fused are flagged.
 
     Embeddings are nn.Embedding modules and what Hugging Face's `get_input_embeddings` gives. The head is what
     `get_output_embeddings` gives, a Linear that shares its weight with an embedding, or one named lm_head,
@@ -83,15 +86,17 @@ def param_groups(
         adjust_lr_fn: how Muon scales lr by the matrix's shape, as in torch.optim.Muon.
         adamw_betas, adamw_eps: of the AdamW groups; defaults and their sources in `config`.
         patterns: `(pattern, "muon" | "adamw")`, fnmatch over the whole qualified name, case-sensitive; the
-            first match wins. A tied tensor is matched by any of its names. Patterns do not unfreeze.
+            first match wins. A tied tensor is matched by any of its names. Patterns do not unfreeze. "muon" takes
+            a convolution flattened, any other tensor of three or more dimensions as a stack over its last two.
 
     Returns:
-        ParamGroups: up to three dicts (muon, adamw with decay, adamw without), `params` as (name, Parameter)
-        pairs. A tied tensor appears once, under its first name.
+        ParamGroups: dicts in the order muon, muon with each kind of split or flatten by first appearance, adamw
+        with decay, adamw without; empty ones left out; `params` as (name, Parameter) pairs in the model's order.
+        A tied tensor appears once, under its first name.
 
     Raises:
         ValueError: an unknown mode; adamw_lr missing with `original`; a pattern that matches nothing or sends
-            a tensor that is not 2-D to Muon; a flattened or uninitialized weight; no matrix for Muon.
+            a tensor of fewer than two dimensions to Muon; a flattened or uninitialized weight; no matrix for Muon.
 
     Source: which parameters are hidden: K. Jordan's Muon notes (2024) and Moonlight (arXiv 2502.16982).
     """
@@ -109,18 +114,21 @@ def param_groups(
     muon = {"algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn}
     adamw = {"algorithm": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "weight_decay": weight_decay}
     adamw |= {"betas": adamw_betas, "eps": adamw_eps}
-    groups: list[dict[str, Any]] = [muon, adamw, adamw | {"weight_decay": 0.0}]
-    for group in groups:
-        group["params"] = []
+    muons: dict[tuple[Any, ...], dict[str, Any]] = {(): {**muon, "params": []}}
+    decayed: dict[str, Any] = {**adamw, "params": []}
+    adamws = {True: decayed, False: {**adamw, "weight_decay": 0.0, "params": []}}
     done: list[Route] = []
     for route, param in zip(routes, params, strict=True):
         if route.algorithm is not None:
-            group = groups[0 if route.algorithm == "muon" else 1 if route.decays else 2]
+            group = adamws[route.decays]
+            if route.algorithm == "muon":
+                keys = route.matrix_keys
+                group = muons.setdefault(tuple(keys.items()), {**muon, **keys, "params": []})
             group["params"].append((route.name, param))
-            state = _predicted_bytes(route.shape, route.algorithm)
+            state = _predicted_bytes(route)
             route = replace(route, lr=group["lr"], weight_decay=group["weight_decay"], state_bytes=state)
         done.append(route)
-    return ParamGroups([group for group in groups if group["params"]], done)
+    return ParamGroups([group for group in (*muons.values(), *adamws.values()) if group["params"]], done)
 
 
 def _route_all(model: nn.Module, patterns: Sequence[tuple[str, Algorithm]]) -> tuple[list[Route], list[nn.Parameter]]:
@@ -147,9 +155,9 @@ def _route_all(model: nn.Module, patterns: Sequence[tuple[str, Algorithm]]) -> t
 
 def _overridden(route: Route, pattern: str, algorithm: Algorithm) -> Route:
     """`route` as the user's pattern wants it; its decay stays, its flags only where they still hold."""
-    if algorithm == "muon" and len(route.shape) != 2:
+    if algorithm == "muon" and len(route.shape) < 2:
         raise ValueError(
-            f"pattern {pattern!r} sends {route.name} of shape {route.shape} to Muon, which takes 2-D "
+            f"pattern {pattern!r} sends {route.name} of shape {route.shape} to Muon, which takes "
             "matrices: narrow the pattern, or put a pattern before it that sends this parameter to 'adamw'"
         )
     flag = route.flag if route.algorithm == algorithm == "muon" else ""
@@ -158,6 +166,8 @@ def _overridden(route: Route, pattern: str, algorithm: Algorithm) -> Route:
 
 def _check_patterns(patterns: Sequence[tuple[str, Algorithm]], names: Sequence[str]) -> None:
     """Raise ValueError for an unknown algorithm and for a pattern that matches no name."""
+    if not all(isinstance(p, tuple | list) and len(p) == 2 for p in patterns):  # of a string, each is a string
+        raise ValueError(f"patterns must be a list of (pattern, 'muon' | 'adamw') pairs, not {patterns!r}")
     for pattern, algorithm in patterns:
         if algorithm not in ALGORITHMS:
             raise ValueError(f"pattern {pattern!r} asks for {algorithm!r}; it must be one of {ALGORITHMS}")
@@ -179,8 +189,8 @@ def _why_no_matrix(routes: Sequence[Route]) -> str:
     if all(len(route.shape) < 2 for route in trainable):
         return (
             f"no matrix for Muon: all {len(trainable)} trainable parameters are 1-D (largest: {largest.name} "
-            f"{largest.shape}), as where FSDP1 or DeepSpeed flattened them: shard with FSDP2, or build "
-            "the groups before wrapping"
+            f"{largest.shape}), as where FSDP1 or DeepSpeed flattened them: train with DDP, which "
+            "leaves matrices whole"
         )
     reasons = Counter(re.sub(r", shared with .*", "", route.reason) for route in trainable)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
@@ -190,14 +200,15 @@ def _why_no_matrix(routes: Sequence[Route]) -> str:
     )
 
 
-def _predicted_bytes(shape: tuple[int, ...], algorithm: Algorithm) -> int:
+def _predicted_bytes(route: Route) -> int:
     """State bytes at the defaults: codes, a scale per row and block; fp32 buffer; AdamW's two moments."""
-    num_elements = math.prod(shape)
-    if algorithm == "adamw":
-        return 8 * num_elements
-    if shape[1] < MIN_QUANTIZED_COLUMNS:
-        return 4 * num_elements
-    return num_elements + 4 * shape[0] * math.ceil(shape[1] / DEFAULT_BLOCK_SIZE)
+    if route.algorithm == "adamw":
+        return 8 * route.num_elements
+    first_of_row = 1 if route.flatten else len(route.shape) - 1
+    rows, cols = math.prod(route.shape[:first_of_row]), math.prod(route.shape[first_of_row:])
+    if cols < MIN_QUANTIZED_COLUMNS:
+        return 4 * route.num_elements
+    return route.num_elements + 4 * rows * math.ceil(cols / DEFAULT_BLOCK_SIZE)
 
 
 def _row(routes: Sequence[Route]) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
-"""The momentum of one matrix as one object. Nobody else touches codes and scales."""
+"""The momentum of one parameter as one object. Nobody else touches codes and scales."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from muon8bit_kernels import CODE_DTYPES, Backend, Codebook, kernels_for, num_blocks, zero_code
@@ -21,29 +22,34 @@ STATE_KEYS = (*_CODES_KEYS.values(), SCALES_KEY)
 
 @dataclass(frozen=True)
 class Format:
-    """How a momentum is stored: `codebook` None means fp32; `block_size` in elements."""
+    """How a momentum is stored: `codebook` None means fp32; `block_size` in elements; a row, which no block leaves,
+    is the last dimension, or all but the first with `flatten`."""
 
     codebook: Codebook | None
     block_size: int
+    flatten: bool = False
 
     @classmethod
-    def of(cls, shape: torch.Size, bits: int, codebook: Codebook, block_size: int) -> Format:
+    def of(cls, shape: torch.Size, bits: int, codebook: Codebook, block_size: int, flatten: bool) -> Format:
         """The format of a parameter of `shape`: fp32 for bits=32, or if a row is too short to be worth a scale."""
-        quantized = bits == 8 and shape[-1] >= MIN_QUANTIZED_COLUMNS
-        return cls(codebook if quantized else None, block_size)
+        quantized = bits == 8 and prod(shape[1:] if flatten else shape[-1:]) >= MIN_QUANTIZED_COLUMNS
+        return cls(codebook if quantized else None, block_size, flatten)
 
     def layout(self, shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """State key -> shape and dtype of its tensor, for a parameter of `shape`."""
         dtype = torch.float32 if self.codebook is None else CODE_DTYPES[self.codebook]
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {_CODES_KEYS[self.codebook]: (tuple(shape), dtype)}
         if self.codebook is not None:
-            layout[SCALES_KEY] = ((*shape[:-1], num_blocks(shape[-1], self.block_size)), torch.float32)
+            first_of_row = 1 if self.flatten else len(shape) - 1
+            blocks = num_blocks(prod(shape[first_of_row:]), self.block_size)
+            layout[SCALES_KEY] = ((*shape[:first_of_row], blocks), torch.float32)
         return layout
 
 
 @dataclass(frozen=True)
 class Momentum:
-    """Momentum of one [rows, cols] parameter: codes (int8, uint8 or fp32) and, if quantized, fp32 scales."""
+    """Momentum of one parameter: codes (int8, uint8 or fp32) of its shape and, if quantized, fp32 scales
+    [..., rows, blocks]; `rows` gives those of a 2-D part, over the same memory."""
 
     codes: Tensor
     scales: Tensor | None
@@ -68,20 +74,29 @@ class Momentum:
         state = {_CODES_KEYS[self.format.codebook]: self.codes}
         return state if self.scales is None else {**state, SCALES_KEY: self.scales}
 
+    def rows(self, which: slice) -> Momentum:
+        """The part of these rows, counted through all matrices: codes [rows, cols], scales [rows, blocks], views."""
+        codes = self.codes.flatten(1) if self.format.flatten else self.codes.flatten(0, -2)
+        return Momentum(codes[which], None if self.scales is None else self.scales.flatten(0, -2)[which], self.format)
+
     def decode(self) -> Tensor:
-        """The stored momentum, fp32 [rows, cols] (a copy)."""
-        if self.format.codebook is None or self.scales is None:
+        """The stored momentum, fp32 of the parameter's shape (a copy)."""
+        whole = self.rows(slice(None))
+        if self.format.codebook is None or whole.scales is None:
             return self.codes.clone()
-        return kernels_for(self.codes.device, "reference").dequantize(
-            self.codes, self.scales, codebook=self.format.codebook, block_size=self.format.block_size
+        values = kernels_for(self.codes.device, "reference").dequantize(
+            whole.codes, whole.scales, codebook=self.format.codebook, block_size=self.format.block_size
         )
+        return values.view(self.codes.shape)
 
     def stats(self, grad: Tensor, *, beta: float, nesterov: bool, backend: Backend | None) -> tuple[Tensor, Tensor]:
-        """Read-only phase: per block the maximum of the new |m| and the sum of squares of the NS input."""
+        """Read-only phase, all matrices at once: per row and block, fp32 [rows, blocks], the maximum of the new |m|
+        and the sum of squares of the NS input. `grad` has the parameter's shape."""
+        whole = self.rows(slice(None))
         return kernels_for(self.codes.device, backend).momentum_stats(
-            self.codes,
-            self.scales,
-            grad,
+            whole.codes,
+            whole.scales,
+            grad.reshape(whole.codes.shape),
             beta=beta,
             nesterov=nesterov,
             codebook=self.format.codebook,
@@ -99,7 +114,7 @@ class Momentum:
         nesterov: bool,
         backend: Backend | None,
     ) -> None:
-        """Writing phase: the new momentum into codes and scales, the normalized NS input into `out`."""
+        """Writing phase of a part [rows, cols]: the new momentum into codes and scales, u / norm into `out`."""
         kernels_for(self.codes.device, backend).momentum_apply(
             self.codes,
             self.scales,

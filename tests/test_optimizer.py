@@ -154,7 +154,7 @@ def test_bad_arguments_are_named(arguments, message):
     [
         ({"params": [("norm.weight", torch.nn.Parameter(torch.ones(4)))]}, "norm.weight has 1 dim.*param_groups"),
         ({"params": [torch.nn.Parameter(torch.ones(4))]}, r"parameter 0 of group 1, shape \(4,\)"),
-        ({"params": [("conv", torch.nn.Parameter(torch.ones(2, 2, 2)))]}, "conv has 3 dim"),
+        ({"params": [("scalar", torch.nn.Parameter(torch.ones(())))]}, "scalar has 0 dim"),
         ({"params": [("x", torch.nn.Parameter(torch.ones(4, 4).double()))]}, "x is torch.float64"),
         ({"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "adamw"}, "own 'lr'"),
         ({"params": [torch.nn.Parameter(torch.ones(4))], "algorithm": "sgd"}, "sgd.*muon, adamw"),
@@ -162,6 +162,7 @@ def test_bad_arguments_are_named(arguments, message):
         ({"params": [param_with_grad()], "algorithm": "adamw", "lr": 1.0, "bits": 8}, "bits has no meaning"),
         ({"params": [param_with_grad()], "algorithm": "adamw", "lr": 1.0, "betas": (0.9, 1.0)}, "group 1: betas"),
         ({"params": [param_with_grad()], "block_size": 7}, "group 1: block_size"),
+        ({"params": [param_with_grad()], "algorithm": "adamw", "lr": 1.0, "beta": (0.9, 0.9)}, "did you mean 'betas'"),
         ({"params": [param_with_grad()], "backend": "triton"}, "backend has no meaning"),
         ({"params": [param_with_grad()], "algorithm": "adamw", "lr": 1.0, "amsgrad": True}, "amsgrad has no meaning"),
         ({"params": [TWICE, TWICE]}, "parameter 1 of group 1.*twice"),

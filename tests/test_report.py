@@ -224,6 +224,24 @@ def test_routing_prediction_equals_measured_bytes(codebook: str) -> None:
     assert report.without_state == ()
 
 
+def test_routing_prediction_equals_measured_bytes_of_experts_and_convolutions() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.small = nn.Conv2d(300, 4, 3, bias=False), nn.Conv1d(2, 4, 3, bias=False)
+            self.experts = nn.Module()
+            self.experts.gate_up_proj = nn.Parameter(torch.zeros(3, 16, 2056))
+            self.experts.down_proj = nn.Parameter(torch.zeros(3, 2056, 8))
+            self.experts.is_concatenated = True
+
+    groups = param_groups(Model(), lr=1e-3, patterns=[("conv.*", "muon"), ("small.*", "muon")])
+    assert [group.get("split_sizes") for group in groups] == [None, None, (8, 8)]
+    optimizer = stepped(Muon8bit(groups, ns_steps=1))
+    report = state_report(optimizer)
+    assert report.total_bytes == sum(route.state_bytes for route in groups.routes)
+    assert [note.name for note in report.kept_32bit] == ["small.weight"]
+
+
 def test_muon8bit_narrow_matrix_is_reported_even_alone() -> None:
     optimizer, predicted = muon8bit_step(nn.Sequential(nn.Linear(7, 16, bias=False)))
     report = state_report(optimizer)

@@ -301,3 +301,31 @@ def test_a_damaged_step_is_refused_on_load(value):
     with pytest.raises(ValueError, match="group 1 of the state dict: rounding_step must be an int"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[1]["rounding_step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((3, 10, 16), {}),
+        ((24, 16), {"split_sizes": (8, 16)}),
+        ((2, 24, 16), {"split_sizes": (8, 16)}),
+        ((10, 32), {"split_sizes": (8, 24), "split_dim": -1}),
+        ((2, 10, 32), {"split_sizes": (24, 8), "split_dim": -1}),
+        ((12, 3, 2, 2), {"flatten": True}),
+        ((12, 3, 2, 2), {"flatten": True, "channels_last": True}),
+    ],
+)
+def test_pieces_and_stacks_draw_the_bits_of_their_place_in_the_parameter(shape, options):
+    """An fp32 twin gives the values, the index in the whole parameter the bits: no two pieces share them."""
+    options = dict(options)
+    layout = torch.channels_last if options.pop("channels_last", False) else torch.contiguous_format
+    torch.manual_seed(0)
+    start, grad = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
+    results = {}
+    for dtype, mode in ((torch.bfloat16, "stochastic"), (torch.float32, "nearest")):
+        param = Parameter(start.to(dtype, copy=True).contiguous(memory_format=layout))
+        param.grad = grad.to(dtype)
+        Muon8bit([{"params": [param], **options}], lr=1e-2, param_rounding=mode, rounding_seed=7).step()
+        results[mode] = param.detach()
+    expected = oracle.round_stochastic(results["nearest"].contiguous().numpy(), 7, 0, 0)
+    np.testing.assert_array_equal(results["stochastic"].float().numpy(), expected)

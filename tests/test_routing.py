@@ -50,18 +50,20 @@ def leaf_names(names: set[str]) -> set[str]:
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
+EXPERT_WEIGHTS = {"gate_up_proj", "down_proj"}
 MODELS = {
     "llama": ({}, ATTENTION | MLP, set()),
     "qwen3": ({"head_dim": 8}, ATTENTION | MLP, set()),
-    "mixtral": ({"num_local_experts": 2}, ATTENTION, set()),
+    "mixtral": ({"num_local_experts": 2}, ATTENTION | EXPERT_WEIGHTS, set()),
     "qwen2_moe": (
         EXPERTS | {"num_experts": 2, "shared_expert_intermediate_size": 8},
-        ATTENTION | MLP,
+        ATTENTION | MLP | EXPERT_WEIGHTS,
         set(),
     ),
+    "qwen3_moe": (EXPERTS | {"num_experts": 2, "head_dim": 8}, ATTENTION | EXPERT_WEIGHTS, set()),
     "deepseek_v3": (
         EXPERTS | DEEPSEEK,
-        {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"} | MLP,
+        {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"} | MLP | EXPERT_WEIGHTS,
         {"kv_a_proj_with_mqa", "kv_b_proj"},
     ),
     "gpt_neox": (
@@ -69,8 +71,8 @@ MODELS = {
         {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
         {"query_key_value"},
     ),
-    "phi3": ({}, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, {"qkv_proj", "gate_up_proj"}),
-    "gpt2": ({"n_inner": 48}, {"c_attn", "c_proj", "c_fc"}, {"c_attn"}),
+    "phi3": ({}, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, set()),
+    "gpt2": ({"n_inner": 48}, {"c_attn", "c_proj", "c_fc"}, set()),
 }
 
 
@@ -101,15 +103,115 @@ def test_groups_hold_every_trainable_parameter_once(model_type: str) -> None:
         assert decay == {group["weight_decay"]}
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "deepseek_v3"])
-def test_moe_routers_and_stacked_experts_go_to_adamw(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
+def test_moe_routers_go_to_adamw_and_stacked_experts_to_muon(model_type: str) -> None:
     routes = by_name(param_groups(causal_lm(model_type, **MODELS[model_type][0]), lr=1e-3))
     routers = {name for name, route in routes.items() if route.reason == "MoE router"}
     wanted = {"gate", "shared_expert_gate"} if model_type == "qwen2_moe" else {"gate"}
     assert leaf_names(routers) == wanted
     stacked = [route for route in routes.values() if len(route.shape) == 3]
-    assert stacked
-    assert all(route.algorithm == "adamw" and "2-D" in route.flag for route in stacked)
+    assert leaf_names({route.name for route in stacked}) == EXPERT_WEIGHTS
+    assert all(route.algorithm == "muon" and route.reason.startswith("stacked experts") for route in stacked)
+    assert not any(route.flag for route in stacked)
+
+
+# Which parameters lie in which split, by the modeling source in transformers 5.23.
+SPLITS: dict[str, tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int]]]] = {
+    "mixtral": ({}, {"experts.gate_up_proj": ((48, 48), -2)}),
+    "qwen2_moe": ({}, {"experts.gate_up_proj": ((8, 8), -2)}),
+    "qwen3_moe": ({}, {"experts.gate_up_proj": ((8, 8), -2)}),
+    "deepseek_v3": ({}, {"experts.gate_up_proj": ((8, 8), -2)}),
+    "llama4_text": (
+        {"num_local_experts": 2, "interleave_moe_layer_step": 1, "head_dim": 8},
+        {"experts.gate_up_proj": ((48, 48), -1)},
+    ),
+    "phi3": (
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+        {"qkv_proj.weight": ((16, 8, 8), -2), "gate_up_proj.weight": ((48, 48), -2)},
+    ),
+    "glm": ({"head_dim": 8}, {"gate_up_proj.weight": ((48, 48), -2)}),
+    "gpt2": ({}, {"c_attn.weight": ((16, 16, 16), -1)}),
+    "gpt_oss": ({"num_local_experts": 2, "head_dim": 8}, {}),
+    "gpt_neox": ({}, {}),
+    "codegen": ({"n_embd": 32, "n_head": 4, "rotary_dim": 4}, {}),
+    "llama": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("model_type", SPLITS)
+def test_known_fused_weights_get_their_own_groups_and_splits(model_type: str) -> None:
+    changes, wanted = SPLITS[model_type]
+    groups = param_groups(causal_lm(model_type, **MODELS.get(model_type, ({},))[0] | changes), lr=1e-3)
+    found: dict[str, tuple[tuple[int, ...], int]] = {}
+    for group in groups:
+        for name, param in group["params"]:
+            if "split_sizes" not in group:
+                continue
+            (suffix,) = (suffix for suffix in wanted if name.endswith(suffix))
+            found[suffix] = group["split_sizes"], group["split_dim"]
+            assert sum(group["split_sizes"]) == param.shape[group["split_dim"]]
+    assert found == wanted
+    kinds = [group["algorithm"] for group in groups]
+    assert kinds == sorted(kinds, reverse=True)  # muon first, then adamw
+    assert "split_sizes" not in groups[0]
+    for route in groups.routes:
+        assert ("split" in route.reason) == any(route.name.endswith(suffix) for suffix in wanted)
+
+
+def test_alternating_gate_and_up_are_flagged_not_split() -> None:
+    """gpt-oss keeps gate and up in alternate columns: no contiguous pieces."""
+    routes = by_name(param_groups(causal_lm("gpt_oss", **SPLITS["gpt_oss"][0]), lr=1e-3))
+    fused = {route.name for route in routes.values() if "fused" in route.flag}
+    assert leaf_names(fused) == {"gate_up_proj"}
+    assert all(routes[name].algorithm == "muon" for name in fused)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "phi3", "gpt2", "llama4_text"])
+def test_pieces_of_known_fused_weights_are_those_of_the_forward_pass(model_type: str) -> None:
+    """With the gate zero, silu(0) = 0 leaves the up projection and nothing else without a gradient; with the values
+    zero, queries and keys: any other border would mix them."""
+    changes = MODELS.get(model_type, ({},))[0] | SPLITS[model_type][0]
+    config = AutoConfig.for_model(model_type, **SIZES | changes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    groups = param_groups(model, lr=1e-3)
+    fused = [(n, p, g) for g in groups if "split_sizes" in g for n, p in g["params"]]
+    assert fused
+    for name, param, group in fused:
+        zeroed, without_grad = (2, [0, 1]) if len(group["split_sizes"]) == 3 else (0, [1])
+        original = param.detach().clone()
+        with torch.no_grad():
+            param.split(group["split_sizes"], group["split_dim"])[zeroed].zero_()
+        model.zero_grad()
+        tokens = torch.arange(3, 15)[None]
+        model(tokens, labels=tokens).loss.backward()
+        pieces = param.grad.split(group["split_sizes"], group["split_dim"])
+        assert [i for i, piece in enumerate(pieces) if not piece.any()] == without_grad, name
+        with torch.no_grad():
+            param.copy_(original)
+
+
+class Vision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+        self.table = nn.Parameter(torch.zeros(4, 8, 16))
+
+
+def test_convolutions_go_to_adamw_and_flattened_to_muon_where_a_pattern_says_so() -> None:
+    routes = by_name(param_groups(Vision(), lr=1e-3))
+    assert (routes["conv.weight"].algorithm, routes["conv.weight"].reason.split(":")[0]) == ("adamw", "convolution")
+    assert (routes["table"].algorithm, "a pattern" in routes["table"].flag) == ("adamw", True)
+    groups = param_groups(Vision(), lr=1e-3, patterns=[("conv.weight", "muon"), ("table", "muon")])
+    named = [([name for name, _ in group["params"]], group.get("flatten", False)) for group in groups]
+    assert named == [
+        (["table", "linear.weight"], False),
+        (["conv.weight"], True),
+        (["conv.bias", "linear.bias"], False),
+    ]
+    routes = by_name(groups)
+    assert routes["conv.weight"].state_bytes == 8 * (27 + 4)
+    assert routes["table"].state_bytes == 4 * 8 * (16 + 4)
 
 
 def test_gate_of_gated_mlp_is_not_a_router() -> None:
@@ -287,7 +389,7 @@ def zero3_linear() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Flattened(), r"_flat_param of shape \(100,\) is a flattened matrix.*FSDP2"),
+        (Flattened(), r"_flat_param of shape \(100,\) is a flattened matrix.*DDP"),
         (zero3_linear(), r"1\.weight of shape \(0,\) is a flattened matrix.*DeepSpeed"),
         (nn.Sequential(nn.LazyLinear(8)), r"0\.weight is not initialized yet"),
         (nn.Linear(8, 8).requires_grad_(False), r"all 2 parameters are frozen"),
@@ -309,9 +411,10 @@ def test_table_collapses_layers_and_its_bytes_sum_to_the_formula() -> None:
     row = next(line for line in text.splitlines() if ".q_proj." in line).split()
     assert row[:5] == ["model.layers.{0..11}.self_attn.q_proj.weight", "x12", "4096", "x", "4096"]
     assert row[8] == f"{12 * 4096 * (4096 + 4 * 2):,}"
-    assert "!" in next(line for line in text.splitlines() if "experts.down_proj" in line)
-    muon = sum(r * c + 4 * r * math.ceil(c / 2048) for _, p in groups[0]["params"] for r, c in [p.shape])
-    adamw = sum(8 * p.numel() for group in groups[1:] for _, p in group["params"])
+    assert "split 48 + 48 along -2" in next(line for line in text.splitlines() if "experts.gate_up_proj" in line)
+    pairs = {kind: [p for g in groups if g["algorithm"] == kind for _, p in g["params"]] for kind in ("muon", "adamw")}
+    muon = sum(p.numel() + 4 * math.prod(p.shape[:-1]) * math.ceil(p.shape[-1] / 2048) for p in pairs["muon"])
+    adamw = sum(8 * p.numel() for p in pairs["adamw"])
     assert f"state in all: {muon + adamw:,} B" in text
 
 

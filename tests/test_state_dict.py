@@ -123,6 +123,13 @@ def test_loading_copies_and_an_empty_state_loads():
         assert other.param_groups[0][key] == optimizer.param_groups[0][key]
 
 
+def test_state_of_another_optimizer_is_told_apart_whatever_its_groups():
+    params, optimizer = make()
+    theirs = torch.optim.Muon([params["a"]])
+    with pytest.raises(ValueError, match="not saved by Muon8bit"):
+        optimizer.load_state_dict(theirs.state_dict())
+
+
 def test_a_parameter_without_saved_state_is_named():
     params, optimizer = make()
     train(params, optimizer, 1, seed=1)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from finetune.errors import InputError
+from finetune.recipe import read_recipe
+from finetune.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +37,8 @@ def check_refused(outcome, *words):
         (["--optimizer", "sgd"], ["--optimizer", "adamw8bit"]),
         (["--batch-size", "0"], ["--batch-size", "above 0"]),
         (["--seq-len", "65"], ["--seq-len", "max_position_embeddings 64"]),
-        (["--max-steps", "1"], ["--warmup-steps", "--max-steps"]),
+        (["--max-steps", "1"], ["--warmup-steps", "2 steps", "--max-steps"]),
+        (["--schedule", "warmup_stable_decay"], ["--decay-steps", "above 0"]),
         (["--validation-fraction", "1"], ["--validation-fraction"]),
         (["--block-size", "100"], ["--block-size", "100"]),
         (["--recipe", "no_such"], ["--recipe", "no_such", "llama_4m"]),
@@ -77,6 +83,30 @@ def test_an_output_folder_in_use_is_refused_and_kept(pretrain, tmp_path):
     check_refused(pretrain("--output-dir", "mine"), "--output-dir", "in use", "--resume")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes"]
     assert (tmp_path / "mine" / "notes").read_text() == "keep me"
+
+
+def test_init_from_and_model_config_exclude_each_other(pretrain, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    check_refused(pretrain("--model-config", "config.json", "--init-from", "gpt2"), "--model-config", "--init-from")
+
+
+def test_a_misspelt_key_of_the_model_is_refused(pretrain, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hiden_size": 32}))
+    check_refused(pretrain("--model-config", "config.json"), "hiden_size", "hidden_size")
+
+
+def test_the_error_survives_the_way_between_ranks():
+    error = pickle.loads(pickle.dumps(InputError("--dataset", "it is empty")))
+    assert str(error) == "--dataset: it is empty"
+
+
+def test_a_folder_taken_between_choice_and_start_is_not_shared(recipe_file, tmp_path):
+    """Two runs that chose the same folder before either made it: the second is refused, the first is kept."""
+    first, second = (RunFolder(tmp_path / "run") for _ in range(2))
+    recipe = read_recipe(str(recipe_file))
+    first.create(recipe)
+    with pytest.raises(InputError, match=r"--output-dir: another run"):
+        second.create(recipe)
 
 
 def test_bad_options_import_nothing_heavy_and_exit_with_2(tmp_path):

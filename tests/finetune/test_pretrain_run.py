@@ -165,6 +165,27 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(pretrain, finished, tmp
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
+def test_a_damaged_checkpoint_and_another_world_size_are_refused(pretrain, finished):
+    last = finished / "checkpoints" / "step-0000006"
+    progress = last / "progress.json"
+    whole = progress.read_text()
+    record = json.loads(whole)
+    record["facts"]["world_size"] = 2
+    progress.write_text(json.dumps(record))
+    outcome = pretrain("--resume", finished, "--max-steps", 8)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "2 processes" in outcome.err
+    progress.write_text(whole)
+    optimizer = next(last.glob("optimizer*"))
+    content = optimizer.read_bytes()
+    optimizer.write_bytes(content[: len(content) // 2])
+    outcome = pretrain("--resume", finished, "--max-steps", 8)
+    optimizer.write_bytes(content)
+    assert outcome.code == 2, outcome.err
+    assert "step-0000006" in outcome.err
+    assert "earlier checkpoint" in outcome.err
+
+
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(pretrain, finished, recipe_file, tmp_path):
     config = {**yaml.safe_load(recipe_file.read_text())["model"], "vocab_size": 280}
     (tmp_path / "config.json").write_text(json.dumps(config))

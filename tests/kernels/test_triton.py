@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from muon8bit_kernels import CODE_DTYPES, reference
 from muon8bit_kernels.codebooks import dynamic_midpoints
 
+from muon8bit import Muon8bit
+
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("no GPU: test_interpreted.py runs it under TRITON_INTERPRET=1", allow_module_level=True)
 triton = pytest.importorskip("triton")
@@ -274,6 +276,33 @@ def test_what_lies_past_the_end_of_the_rows_is_left_alone(triton_kernels, device
     for buffer, inner in buffers:
         assert bool((buffer[:guard] == 77).all())
         assert bool((buffer[guard + inner.numel() :] == 77).all())
+
+
+@pytest.mark.parametrize("codebook", ["linear", "dynamic"])
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [
+        ((3, 16, 25), {"split_sizes": (5, 11)}),  # rows of codes that start at odd addresses
+        ((2, 8, 120), {"split_sizes": (40, 80), "split_dim": -1}),
+        ((6, 9, 3, 3), {"flatten": True}),
+    ],
+)
+def test_steps_of_stacks_and_pieces_equal_those_with_the_reference(device, shape, group, codebook):
+    """State bitwise; parameters after two steps by the rounding of the sums of squares and of the products."""
+    generator, results = torch.Generator().manual_seed(0), []
+    start, grads = torch.randn(shape, generator=generator), torch.randn(2, *shape, generator=generator)
+    for backend, place in (("triton", device), ("reference", "cpu")):
+        param = torch.nn.Parameter(start.to(place))
+        options = {"block_size": 64, "codebook": codebook, "backend": backend, "ns_dtype": torch.float32}
+        optimizer = Muon8bit([{"params": [param], **group}], lr=1.0, **options)
+        for grad in grads:
+            param.grad = grad.to(place)
+            optimizer.step()
+        results.append((param.detach().cpu(), optimizer.state[param]))
+    (ours, our_state), (theirs, their_state) = results
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for key, value in their_state.items():
+        assert_bitwise(our_state[key], value)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
