@@ -33,8 +33,8 @@ def step_(
     grads: list[Tensor],
     states: list[dict[str, Tensor]],
     group: dict[str, Any],
-    keys: Sequence[int | None] | None = None,
-    backend: Backend | None = None,
+    keys: Sequence[int | None],
+    backend: Backend | None,
 ) -> None:
     """One AdamW step in place. Half-precision and strided parameters go through fp32 copies, chunk by chunk.
 
@@ -47,7 +47,7 @@ def step_(
         if param.dtype == torch.float32 and param.is_contiguous():
             direct.append(i)
         else:
-            _step_through_copies(param, grads[i], states[i], group, keys[i] if keys else None, backend)
+            _step_through_copies(param, grads[i], states[i], group, keys[i], backend)
     if direct:
         dense = [grads[i].float().contiguous() for i in direct]
         _adamw([params[i] for i in direct], dense, [states[i] for i in direct], group)

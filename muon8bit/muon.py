@@ -58,7 +58,7 @@ def read(
     state: Mapping[str, Tensor] | None,
     group: dict[str, Any],
     backend: Backend | None,
-    key: int | None = None,
+    key: int | None,
 ) -> Reading:
     """First phase: the stored momentum (zero without a state) and the statistics of the new one."""
     form = Format.of(param.shape, group["bits"], group["codebook"], group["block_size"], group["flatten"])
@@ -116,10 +116,8 @@ def _step_whole(
         for matrix, x in zip(batch, X, strict=True):
             norm = frobenius_norm(matrix.sumsq, eps=group["eps"], factor=schedule.norm_factor)
             _apply(matrix, norm, x, group, backend)
-        with torch.autocast(device.type, enabled=False):  # the dtype was chosen above
-            directions = orthogonalize(X, schedule, path)
         targets = [(matrix.param, matrix.key, matrix.first) for matrix in batch]
-        _update(targets, directions, cols, group, backend)
+        _update(targets, orthogonalize(X, schedule, path), cols, group, backend)
 
 
 def _step_columns(
@@ -151,8 +149,7 @@ def _step_columns(
                 X = torch.stack([u for _, u in chunk])
                 sumsq = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).square()
                 X.div_(frobenius_norm(sumsq, eps=group["eps"], factor=schedule.norm_factor))
-                with torch.autocast(device.type, enabled=False):
-                    directions = orthogonalize(X.to(path.dtype), schedule, path)
+                directions = orthogonalize(X.to(path.dtype), schedule, path)
                 _update([target for target, _ in chunk], directions, cols, group, backend)
 
 

@@ -17,7 +17,6 @@ _CODES_KEYS: dict[Codebook | None, str] = {
     "dynamic": DYNAMIC_CODES_KEY,
     None: BUFFER_KEY,
 }
-STATE_KEYS = (*_CODES_KEYS.values(), SCALES_KEY)
 
 
 @dataclass(frozen=True)
@@ -78,16 +77,6 @@ class Momentum:
         """The part of these rows, counted through all matrices: codes [rows, cols], scales [rows, blocks], views."""
         codes = self.codes.flatten(1) if self.format.flatten else self.codes.flatten(0, -2)
         return Momentum(codes[which], None if self.scales is None else self.scales.flatten(0, -2)[which], self.format)
-
-    def decode(self) -> Tensor:
-        """The stored momentum, fp32 of the parameter's shape (a copy)."""
-        whole = self.rows(slice(None))
-        if self.format.codebook is None or whole.scales is None:
-            return self.codes.clone()
-        values = kernels_for(self.codes.device, "reference").dequantize(
-            whole.codes, whole.scales, codebook=self.format.codebook, block_size=self.format.block_size
-        )
-        return values.view(self.codes.shape)
 
     def stats(self, grad: Tensor, *, beta: float, nesterov: bool, backend: Backend | None) -> tuple[Tensor, Tensor]:
         """Read-only phase, all matrices at once: per row and block, fp32 [rows, blocks], the maximum of the new |m|

@@ -108,11 +108,7 @@ def test_one_step_rounds_the_fp32_result_by_the_hash_of_record(monkeypatch, chun
     params, optimizer = make(rounding_seed=seed)
     train(params, optimizer, 2)
     saved = optimizer.state_dict()
-    exact, twin = make(torch.float32, param_rounding="nearest")
-    with torch.no_grad():
-        for name, param in exact.items():
-            param.copy_(params[name])
-    twin.load_state_dict(saved)
+    exact, twin = resumed_from(params, saved, dtype=torch.float32, param_rounding="nearest")
     train(params, optimizer, 1, seed=9)
     train(exact, twin, 1, seed=9)
     num_differing = 0

@@ -51,6 +51,16 @@ def assert_bitwise(left, right):
         assert torch.equal(left[key], right[key]), key
 
 
+def resumed_from(params, saved, dtype=torch.float32, **options):
+    """Another optimizer with these parameters' values and a loaded state dict."""
+    others, optimizer = make(dtype, seed=5, **options)
+    with torch.no_grad():
+        for name, param in others.items():
+            param.copy_(params[name])
+    optimizer.load_state_dict(saved)
+    return others, optimizer
+
+
 @pytest.mark.parametrize("options", [{}, {"codebook": "dynamic", "block_size": 64}, {"bits": 32}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("copier", [through_file, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s)), lambda s: s])
@@ -58,12 +68,7 @@ def test_continues_bitwise(dtype, options, copier):
     params, optimizer = make(dtype, **options)
     train(params, optimizer, 3, seed=1)
     saved = copier(optimizer.state_dict())
-    weights = {n: p.detach().clone() for n, p in params.items()}
-    resumed_params, resumed = make(dtype, seed=5, **options)
-    with torch.no_grad():
-        for name, param in resumed_params.items():
-            param.copy_(weights[name])
-    resumed.load_state_dict(saved)
+    resumed_params, resumed = resumed_from(params, saved, dtype, **options)
     train(params, optimizer, 3, seed=2)
     train(resumed_params, resumed, 3, seed=2)
     assert_bitwise(snapshot(params, optimizer), snapshot(resumed_params, resumed))
@@ -157,11 +162,7 @@ def test_moments_of_other_strides_are_laid_out_anew():
     train(params, optimizer, 1, seed=1)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][3]["exp_avg"] = saved["state"][3]["exp_avg"].T.contiguous().T
-    twin_params, twin = make()
-    with torch.no_grad():
-        for name, param in twin_params.items():
-            param.copy_(params[name])
-    twin.load_state_dict(saved)
+    twin_params, twin = resumed_from(params, saved)
     train(params, optimizer, 1, seed=2)
     train(twin_params, twin, 1, seed=2)
     assert_bitwise(snapshot(params, optimizer), snapshot(twin_params, twin))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .coefficients import NAMES, Schedule, resolve
@@ -14,7 +15,7 @@ _FORMS = {"standard": standard, "gram": gram}
 
 
 def orthogonalize(X: Tensor, schedule: Schedule, path: Path) -> Tensor:
-    """Newton-Schulz of a batch.
+    """Newton-Schulz of a batch, whatever autocast says.
 
     Args:
         X: [batch, rows, cols] in `path.dtype`, each matrix with Frobenius norm at most 1.
@@ -26,6 +27,7 @@ def orthogonalize(X: Tensor, schedule: Schedule, path: Path) -> Tensor:
     """
     wide = X.mT if X.shape[-2] > X.shape[-1] else X
     form = _FORMS[path.form]
-    # A batch of one as a plain matrix: the 2-D products are the faster ones.
-    out = form(wide[0], schedule.steps)[None] if len(wide) == 1 else form(wide, schedule.steps)
+    with torch.autocast(X.device.type, enabled=False):  # the path chose the dtype
+        # A batch of one as a plain matrix: the 2-D products are the faster ones.
+        out = form(wide[0], schedule.steps)[None] if len(wide) == 1 else form(wide, schedule.steps)
     return out.mT if X.shape[-2] > X.shape[-1] else out

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import laid_out
 from muon8bit_kernels import CODE_DTYPES, reference
 from muon8bit_kernels.codebooks import dynamic_midpoints
 
@@ -39,17 +40,6 @@ def bits(tensor):
 def assert_bitwise(actual, expected):
     assert actual.dtype == expected.dtype
     assert torch.equal(bits(actual), bits(expected))
-
-
-def laid_out(matrix, layout):
-    """The same values in other strides: "rows" (contiguous), "columns" (transposed) or "sliced" (both strides odd)."""
-    if layout == "columns":
-        return matrix.t().contiguous().t()
-    if layout == "sliced":
-        wide = matrix.new_full((matrix.shape[0] * 2, matrix.shape[1] * 3 + 1), 7.0)
-        wide[1::2, 1::3] = matrix
-        return wide[1::2, 1::3]
-    return matrix.contiguous()
 
 
 def check_quantize(kernels, device, values, block_size):

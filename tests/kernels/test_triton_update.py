@@ -10,6 +10,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from layouts import laid_out
 from muon8bit_kernels import reference, rounding_key
 
 from muon8bit import Muon8bit
@@ -29,17 +30,6 @@ def bits(tensor):
     """On the CPU, as integers; one bit pattern for all NaN."""
     tensor = torch.where(tensor.isnan(), torch.nan, tensor).cpu().contiguous()
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])
-
-
-def laid_out(matrix, layout):
-    """The same values in other strides."""
-    if layout == "columns":
-        return matrix.t().contiguous().t()
-    if layout == "sliced":
-        wide = matrix.new_full((matrix.shape[0] * 2, matrix.shape[1] * 3 + 1), 7.0)
-        wide[1::2, 1::3] = matrix
-        return wide[1::2, 1::3]
-    return matrix.contiguous()
 
 
 def on(device, tensor):
