@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -24,41 +25,42 @@ class Kernels(Protocol):
 
     def momentum_stats(
         self,
-        codes: Tensor,
-        scales: Tensor | None,
-        grad: Tensor,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
         *,
         beta: float,
         nesterov: bool,
         codebook: Codebook | None,
         block_size: int,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> Tensor: ...
 
     def momentum_apply(
         self,
-        codes: Tensor,
-        scales: Tensor | None,
-        grad: Tensor,
-        absmax: Tensor,
-        norm: Tensor,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
+        norms: Tensor,
         out: Tensor,
         *,
         beta: float,
         nesterov: bool,
         codebook: Codebook | None,
         block_size: int,
+        skip: Tensor | None = None,
     ) -> None: ...
 
-    def update_param(
+    def update_params(
         self,
-        param: Tensor,
-        direction: Tensor,
+        params: Sequence[Tensor],
+        directions: Tensor,
         *,
         decay: float | Tensor,
         scale: float | Tensor,
-        key: int | None = None,
-        first: int = 0,
+        keys: Sequence[int] | None = None,
+        firsts: Sequence[int] | None = None,
         pitch: int | None = None,
+        skip: Tensor | None = None,
     ) -> None: ...
 
     def round_stochastic(self, values: Tensor, *, key: int, first: int = 0) -> Tensor: ...

@@ -1,8 +1,9 @@
 """The arithmetic of record in torch: quantize, dequantize and the two-phase momentum step.
 
 Every operation is rounded to fp32 and none is fused, so the Triton kernels give the same codes, scales and
-momentum bit for bit. Matrices are 2-D here; a block is `block_size` consecutive elements of one row, the last of
-a row may be shorter. `codebook=None` means an unquantized fp32 momentum: `codes` is the buffer, `scales` unused.
+momentum bit for bit. The momentum step takes lists of stacks (see `stacks`); a block is `block_size` consecutive
+elements of one row, the last of a row may be shorter. `codebook=None` means an unquantized fp32 momentum: `codes`
+are the buffers, `scales` is None.
 
     m      = beta * ((code * s) / 127) + (1 - beta) * g          dynamic: beta * (map[code] * s) + ...
     s'     = max |m| over the block, 0 if that is below the smallest normal fp32
@@ -12,7 +13,7 @@ a row may be shorter. `codebook=None` means an unquantized fp32 momentum: `codes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from .codebooks import (
     dynamic_midpoints,
     dynamic_prefix_codes,
 )
-from .update_reference import round_stochastic, update_param
+from .stacks import Rows, batch_shape
+from .update_reference import round_stochastic, update_params
 
 __all__ = [
     "dequantize",
@@ -35,7 +37,7 @@ __all__ = [
     "num_blocks",
     "quantize",
     "round_stochastic",
-    "update_param",
+    "update_params",
 ]
 
 # Elements that one pass works on: its fp32 temporaries stay in a core's cache and bound the workspace.
@@ -63,7 +65,7 @@ def _decode(codes: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
     """Codes [rows, blocks, block] and scales [rows, blocks, 1] -> fp32 values."""
     if codebook == "linear":
         # A tensor, since on CUDA torch replaces division by a Python number by multiplication with its reciprocal.
-        return (codes * scales).div_(scales.new_full((), LINEAR_MAX))
+        return codes.float().mul_(scales).div_(scales.new_full((), LINEAR_MAX))
     return dynamic_map(codes.device)[codes.int()].mul_(scales)
 
 
@@ -78,8 +80,14 @@ def _encode(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
     return codes.to(torch.uint8)
 
 
-def _floored(absmax: Tensor) -> Tensor:
-    return absmax.masked_fill(absmax < SCALE_FLOOR, 0.0)
+def _block_scales(values: Tensor) -> Tensor:
+    """The largest magnitude of fp32 [rows, blocks, block], 0 below the floor, NaN if there is one: [rows, blocks].
+
+    The bits of magnitudes, taken as integers, are in the order of the magnitudes with NaN on top; and on CPU integers
+    are reduced faster, in short rows four times.
+    """
+    absmax = values.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(-1).view(torch.float32)
+    return absmax.masked_fill_(absmax < SCALE_FLOOR, 0.0)
 
 
 def quantize(values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]:
@@ -88,8 +96,8 @@ def quantize(values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Te
     codes = torch.empty(rows, cols, dtype=CODE_DTYPES[codebook], device=values.device)
     scales = torch.empty(rows, num_blocks(cols, block_size), dtype=torch.float32, device=values.device)
     for r, c, b, size in _pieces(rows, cols, block_size):
-        piece = values[r, c].float().unflatten(1, (-1, size))
-        scale = _floored(piece.abs().amax(-1))
+        piece = values[r, c].float().unflatten(1, (-1, size)).contiguous()
+        scale = _block_scales(piece)
         scales[r, b] = scale
         codes[r, c] = _encode(piece, scale.unsqueeze(-1), codebook).flatten(1)
     return codes, scales
@@ -115,71 +123,75 @@ def _momentum(
 
 
 def momentum_stats(
-    codes: Tensor,
-    scales: Tensor | None,
-    grad: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
     *,
     beta: float,
     nesterov: bool,
     codebook: Codebook | None,
     block_size: int,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """First phase: read only. What the step needs to know before it writes anything.
 
     Args:
-        codes: int8 (linear), uint8 (dynamic) or fp32 (None) [rows, cols].
-        scales: fp32 [rows, blocks], or None with `codebook=None`.
-        grad: fp32, bf16 or fp16 [rows, cols], any strides.
+        codes: stacks [count, rows, cols], int8 (linear), uint8 (dynamic) or fp32 (None).
+        scales: stacks [count, rows, blocks], fp32; None with `codebook=None`.
+        grads: stacks [count, rows, cols], fp32, bf16 or fp16, any strides.
         beta: momentum factor in [0, 1).
 
     Returns:
-        `absmax`, the maximum of |m|, not finite where m holds a NaN or Inf; and `sumsq`, the sum of u squared;
-        both fp32 [rows, blocks].
+        fp32 [batch, rows, blocks], the sum of u squared; not finite where a gradient is not, or where squares overflow.
     """
-    rows, cols = codes.shape
-    absmax = torch.empty(rows, num_blocks(cols, block_size), dtype=torch.float32, device=codes.device)
-    sumsq = torch.empty_like(absmax)
-    for r, c, b, size in _pieces(rows, cols, block_size):
-        scale = None if scales is None else scales[r, b].unsqueeze(-1)
-        piece = (codes[r, c].unflatten(1, (-1, size)), scale, grad[r, c].unflatten(1, (-1, size)))
+    batch, rows, cols = batch_shape(codes)
+    sumsq = torch.empty(batch, rows, num_blocks(cols, block_size), dtype=torch.float32, device=codes[0].device)
+    out, old, new = sumsq.flatten(0, 1), Rows(codes), Rows(grads)
+    old_scales = None if scales is None else Rows(scales)
+    for r, c, b, size in _pieces(batch * rows, cols, block_size):
+        scale = None if old_scales is None else old_scales[r, b].unsqueeze(-1)
+        piece = (old[r, c].unflatten(1, (-1, size)), scale, new[r, c].unflatten(1, (-1, size)))
         m, scaled_grad = _momentum(*piece, beta, codebook)
-        absmax[r, b] = torch.maximum(m.amin(-1).neg_(), m.amax(-1)).abs_()  # all propagate NaN; abs for -0.0
         u = m.mul_(beta).add_(scaled_grad) if nesterov else m  # in place: fresh memory costs more than arithmetic
-        sumsq[r, b] = u.square_().sum(-1)
-    return absmax, sumsq
+        out[r, b] = u.square_().sum(-1)
+    return sumsq
 
 
 def momentum_apply(
-    codes: Tensor,
-    scales: Tensor | None,
-    grad: Tensor,
-    absmax: Tensor,
-    norm: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
+    norms: Tensor,
     out: Tensor,
     *,
     beta: float,
     nesterov: bool,
     codebook: Codebook | None,
     block_size: int,
+    skip: Tensor | None = None,
 ) -> None:
     """Second phase: recompute the same momentum and write codes, scales and the Newton-Schulz input.
 
     Args:
-        codes, scales: as in `momentum_stats`; overwritten with the new state.
-        absmax: of `momentum_stats`; becomes the scales.
-        norm: 0-d fp32, the positive divisor of u (its Frobenius norm, bounded below).
-        out: [rows, cols], any float dtype and strides; receives u / norm, divided in fp32, rounded once.
+        codes, scales, grads: as in `momentum_stats`; codes and scales are overwritten with the new state.
+        norms: fp32 [batch], the positive divisors of u (Frobenius norms, bounded below).
+        out: [batch, rows, cols], any float dtype and strides; receives u / norm, divided in fp32, rounded once.
+        skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
     """
-    rows, cols = codes.shape
-    for r, c, b, size in _pieces(rows, cols, block_size):
-        scale = None if scales is None else scales[r, b].unsqueeze(-1)
-        piece = (codes[r, c].unflatten(1, (-1, size)), scale, grad[r, c].unflatten(1, (-1, size)))
+    if skip is not None and skip.item() != 0:
+        return
+    batch, rows, cols = batch_shape(codes)
+    old, new, target = Rows(codes), Rows(grads), Rows([out])
+    old_scales = None if scales is None else Rows(scales)
+    row_norms = norms.repeat_interleave(rows).view(-1, 1, 1)
+    for r, c, b, size in _pieces(batch * rows, cols, block_size):
+        scale = None if old_scales is None else old_scales[r, b].unsqueeze(-1)
+        piece = (old[r, c].unflatten(1, (-1, size)), scale, new[r, c].unflatten(1, (-1, size)))
         m, scaled_grad = _momentum(*piece, beta, codebook)
         u = scaled_grad.add_(m * beta) if nesterov else m
-        out[r, c] = (u / norm).flatten(1)
-        if codebook is None or scales is None:
-            codes[r, c] = m.flatten(1)
+        target[r, c] = (u / row_norms[r]).flatten(1)
+        if codebook is None or old_scales is None:
+            old[r, c] = m.flatten(1)
             continue
-        new_scale = _floored(absmax[r, b])
-        scales[r, b] = new_scale
-        codes[r, c] = _encode(m, new_scale.unsqueeze(-1), codebook).flatten(1)
+        scale = _block_scales(m)
+        old_scales[r, b] = scale
+        old[r, c] = _encode(m, scale.unsqueeze(-1), codebook).flatten(1)
