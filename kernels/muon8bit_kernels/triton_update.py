@@ -171,7 +171,7 @@ def update_params(
             `keys` or `firsts` is not of as many matrices.
     """
     first, shape = params[0], params[0].shape[1:]
-    check_rounding(first, None if keys is None else keys[0])
+    check_rounding(first, keys)
     param_strides = common_strides("params", params, shape)
     columns = [addresses(params)]
     count = len(columns[0])
