@@ -34,7 +34,7 @@ class Stack:
     pitch: int
 
     def __len__(self) -> int:
-        return len(self.param)
+        return self.param.shape[0]
 
     @property
     def bucket_key(self) -> Hashable:
@@ -42,9 +42,10 @@ class Stack:
         layouts = [(t.shape[1:], t.stride()[1:], t.dtype) for t in (self.param, self.grad)]
         return *layouts[0], *layouts[1], self.param.device, self.momentum.format, self.key is None
 
-    def matrices(self, which: slice) -> Stack:
+    def matrices(self, start: int, stop: int) -> Stack:
         """A part of the stack."""
-        start, stop, _ = which.indices(len(self))
+        if start == 0 and stop >= len(self):
+            return self
         part = self.momentum.part(slice(start, stop), slice(None))
         first = self.first + start * self.pitch
         return replace(self, param=self.param[start:stop], grad=self.grad[start:stop], momentum=part, first=first)
@@ -78,7 +79,7 @@ def chunks(stacks: Sequence[Stack], size: int) -> Iterator[list[Stack]]:
     for stack in stacks:
         start = 0
         while start < len(stack):
-            part = stack.matrices(slice(start, start + room))
+            part = stack.matrices(start, start + room)
             chunk.append(part)
             start, room = start + len(part), room - len(part)
             if room == 0:
