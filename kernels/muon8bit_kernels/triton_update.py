@@ -104,8 +104,8 @@ def _update_kernel(
     directions += matrix * direction_stride + row * direction_row_stride
     decay_value = tl.load(decay) if IN_MEMORY else tl.cast(decay, tl.float32)  # torch.compile passes scalars as fp64
     scale_value = tl.load(scale) if IN_MEMORY else tl.cast(scale, tl.float32)
-    # Only the stores depend on it: the loads need not wait for its value.
-    writes = row_mask if skip is None else row_mask & (tl.load(skip) == 0.0)
+    # Only the stores depend on the flag: the loads need not wait for its value.
+    writes = row_mask if skip is None else row < tl.where(tl.load(skip) == 0.0, rows, 0)
     col = block * BLOCK + tl.arange(0, COLS)[None, :]
     mask = row_mask & (col < cols)
     old = _widened(tl.load(param + col * param_col_stride, mask, other=0.0))
@@ -188,7 +188,7 @@ def update_params(
         _update_kernel,
         first,
         count,
-        tiling(*shape, _PIECE_COLUMNS if across else _TILE_COLUMNS),
+        tiling(shape, _PIECE_COLUMNS if across else _TILE_COLUMNS),
         table_of(columns, first.device),
         directions,
         decay,
@@ -215,6 +215,6 @@ def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
     """
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     matrix = values.view(1, -1)
-    tiles = tiling(*matrix.shape, _ROUNDED_TOGETHER)
+    tiles = tiling(matrix.shape, _ROUNDED_TOGETHER)
     launch(_round_stochastic_kernel, matrix, 1, tiles, values, rounded, key, first)
     return rounded
