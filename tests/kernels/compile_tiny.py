@@ -2,7 +2,7 @@
 
     python compile_tiny.py OUTPUT_FOLDER TARGET [NAME ...]
 
-On sm_90 every tile shape; elsewhere the smallest and the largest. gfx942 is left out: its products have not been looked at.
+On sm_90 every tile shape; elsewhere the smallest and the largest; gfx942 not at all.
 """
 
 from __future__ import annotations
