@@ -22,13 +22,12 @@ _GROUP = tl.constexpr(8)
 
 @triton.jit
 def _triangle(index):
-    """Row and column of pair number `index` (int32, < 2**28) of 0 <= column <= row, counted row by row.
+    """Row and column of pair number `index` (int32, below 2**27) of 0 <= column <= row, counted row by row.
 
-    The square root is off by far less than one, so that one correction either way makes the integer exact.
+    Where rounding changes the row at all, it rounds up to the next one: one correction makes it exact.
     """
-    row = ((tl.sqrt((8 * index + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    row = ((tl.sqrt_rn((8 * index + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
     row -= (row * (row + 1) // 2 > index).to(tl.int32)
-    row += ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)
     return row, index - row * (row + 1) // 2
 
 

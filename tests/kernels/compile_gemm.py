@@ -105,17 +105,21 @@ def compile_product(
 
 
 def records() -> list[Compiled]:
-    """Every tiling for both orders of the operands; and through pointers, in a tail, what TMA cannot take."""
+    """Every tiling for both orders of the operands (the small ones for one); the ones of consumer GPUs and of fp32; and
+    through pointers, with a tail, what TMA cannot take."""
     compiled = [
         compile_product(capability, tiling, dtype, tall=dtype == torch.float16, with_descriptors=capability >= 90)
         for capability in (80, 90, 100)
         for tiling in TILINGS[capability]
-        for dtype in (torch.bfloat16, torch.float16)
+        for dtype in ((torch.bfloat16, torch.float16) if tiling.block_m > 64 else (torch.float16,))
     ]
-    compiled.append(compile_product(80, FP32_TILING, torch.float32, tall=False, with_descriptors=False))
-    tail = {"tall": False, "with_descriptors": False, "k": SIZE - 16}
-    compiled.append(compile_product(90, TILINGS[90][-1], torch.bfloat16, **tail))
-    return compiled
+    flat = {"tall": False, "with_descriptors": False}
+    return [
+        *compiled,
+        *(compile_product(120, tiling, torch.bfloat16, **flat) for tiling in TILINGS[None]),
+        compile_product(80, FP32_TILING, torch.float32, **flat),
+        compile_product(90, TILINGS[90][-1], torch.bfloat16, **flat, k=SIZE - 16),
+    ]
 
 
 if __name__ == "__main__":
