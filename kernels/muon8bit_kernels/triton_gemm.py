@@ -65,13 +65,11 @@ def _finish(product, row, col, c, d, alpha, beta, diagonal, n, HAS_D: tl.constex
     value = tl.where(row + down == col + across, value + diagonal, value)
     out = value.to(c.dtype.element_ty)
     mirrored = tl.trans(out)
-    if row == col:
-        # A diagonal square of A B^T need not come out symmetric to the bit where A is not B.
-        tl.store(c + corner + down * n + across, tl.where(down >= across, out, mirrored), exists)
-    else:
-        tl.store(c + corner + down * n + across, out, exists)
-        exists = (col + down < n) & (row + across < n)
-        tl.store(c + (col.to(tl.int64) * n + row) + down * n + across, mirrored, exists)
+    # A diagonal square of A B^T need not come out symmetric to the bit where A is not B.
+    lower = tl.where((row > col) | (down >= across), out, mirrored)
+    tl.store(c + corner + down * n + across, lower, exists)
+    exists = (row > col) & (col + down < n) & (row + across < n)
+    tl.store(c + (col.to(tl.int64) * n + row) + down * n + across, mirrored, exists)
 
 
 @triton.jit
