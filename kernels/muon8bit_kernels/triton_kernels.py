@@ -23,10 +23,19 @@ from .codebooks import (
     zero_code,
 )
 from .reference import num_blocks
+from .triton_gemm import symmetric_product
 from .triton_tiles import _launch, _tile
 from .triton_update import round_stochastic, update_param
 
-__all__ = ["dequantize", "momentum_apply", "momentum_stats", "quantize", "round_stochastic", "update_param"]
+__all__ = [
+    "dequantize",
+    "momentum_apply",
+    "momentum_stats",
+    "quantize",
+    "round_stochastic",
+    "symmetric_product",
+    "update_param",
+]
 
 _LINEAR_MAX = tl.constexpr(float(LINEAR_MAX))
 _SCALE_FLOOR = tl.constexpr(float(SCALE_FLOOR))
