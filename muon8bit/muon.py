@@ -21,7 +21,6 @@ from .orthogonalize import Schedule, batch_size, choose, device_kind, orthogonal
 from .stacks import Batch, Stack, chunks, flat
 from .update import factors, frobenius_norm, lr_ratio, update_params_
 
-
 # Of the workspace, for sums, norms and tables of addresses.
 _SMALL_BYTES = 2**20
 

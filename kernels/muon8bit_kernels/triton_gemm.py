@@ -234,10 +234,13 @@ def symmetric_product(
         [batch, n, n], contiguous, dtype of A. Accumulated (fp32 without TF32) and added in fp32, rounded once.
 
     Raises:
-        ValueError: for shapes, dtypes, devices or strides other than these.
+        ValueError: for shapes, dtypes, devices or strides other than these, and for fp32 on compute capability 10.
     """
     check_operands(A, B, D)
     architecture = _architecture(A.device)
+    if architecture == 100 and A.dtype == torch.float32:
+        # Triton 3.7 compiles an IEEE product of matrices to tcgen05 in TF32 there, without a word.
+        raise ValueError("float32 is not supported on compute capability 10, where it would run in TF32")
     tiling = tiling_for(A.shape[1], A.shape[0], A.dtype, architecture)
     with_descriptors = architecture in (90, 100) and A.dtype != torch.float32
     return _launch(A, B, D if beta != 0.0 else None, (alpha, beta, diagonal), tiling, with_descriptors)
