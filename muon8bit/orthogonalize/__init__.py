@@ -54,7 +54,8 @@ def orthogonalize(X: Tensor, schedule: Schedule, path: Path, backend: Backend | 
     wide = X.mT if X.shape[-2] > X.shape[-1] else X
     # A batch of one as a plain matrix: the 2-D products are the faster ones.
     matrix = wide[0] if len(wide) == 1 else wide
-    if path.products == "panels":  # oneDNN is some 100 times slower on a panel of a transposed view
+    if X.device.type == "cpu" and (path.form == "standard" or path.products == "panels"):
+        # oneDNN is up to some 100 times slower on panels of a transposed view, and into one.
         matrix = matrix.contiguous()
     with torch.autocast(X.device.type, enabled=False), accumulating_in_fp32(path.dtype):
         if path.form == "gram":

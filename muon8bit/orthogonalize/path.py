@@ -104,6 +104,7 @@ def _candidates(
 ) -> Iterator[Path]:
     """The paths that are accurate on this kind of device; of equal ones the preferred first."""
     rates = rates_of(kind)
+    kinds: list[ProductKind] = ["vendor", *([rates.symmetric_kind] if rates.symmetric_kind else [])]
     small, large = min(rows, cols), max(rows, cols)
     is_unfit_for_fp16 = small * large > _FP16_MAX_ELEMENTS or not fits_fp16(schedule)
     fits_tiny = kind.startswith("cuda") and small <= TINY_ROWS and small * large <= TINY_ELEMENTS
@@ -113,11 +114,11 @@ def _candidates(
         parts = segments(schedule, candidate) if rates.gram else None
         if candidate == torch.float16 and large < _FP16_GRAM_MIN_ASPECT * small:
             parts = None
-        for products in {"vendor": None, rates.symmetric_kind or "vendor": None}:
+        for products in kinds:
             yield Path("standard", candidate, products)
             if parts:
                 yield Path("gram", candidate, products, parts)
-        if candidate == torch.float32 and parts is not None and len(parts) == 1 and tiny and fits_tiny:
+        if candidate == torch.float32 and parts and len(parts) == 1 and tiny and fits_tiny:
             yield Path("gram", candidate, "vendor", parts, tiny=True)
 
 

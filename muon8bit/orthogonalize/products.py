@@ -52,8 +52,10 @@ def _is_emulated(matrix: Tensor) -> bool:
 def _matmul(left: Tensor, right: Tensor, D: Tensor | None, alpha: float, beta: float, out: Tensor | None) -> Tensor:
     """alpha * left @ right + beta * D, by the vendor; into `out` where that saves memory."""
     if _is_emulated(left):
-        addend = None if D is None else D.float()
-        return _matmul(left.float(), right.float(), addend, alpha, beta, None).to(left.dtype)
+        wide_left, wide_right = left.float(), right.float()
+        if D is not None:
+            D = wide_left if D is left else wide_right if D is right else D.float()
+        return _matmul(wide_left, wide_right, D, alpha, beta, None).to(left.dtype)
     if D is None:
         if _is_onednn(left, min(left.shape[-2], right.shape[-1])):
             product = matmul_nt(left, right.mT)

@@ -19,11 +19,15 @@ def workspace_bytes(path: Path, rows: int, cols: int, kind: str) -> int:
     """
     m, n = min(rows, cols), max(rows, cols)
     large, small = m * n, m * m
-    on_cpu, num_large = kind.startswith("cpu"), 2  # X and its successor take turns
-    if on_cpu and path.dtype == torch.float32:  # oneDNN's products cannot be told where to go
-        num_large += path.form == "gram" and len(path.segments) > 1
-        num_large += path.form == "standard" and rows > cols
-    num_large += path.products == "panels" and rows > cols  # X as contiguous rows
+    num_large = 2  # X and its successor take turns
+    on_cpu = kind.startswith("cpu")
+    if on_cpu:
+        num_large += rows > cols and (path.form == "standard" or path.products == "panels")  # X as contiguous rows
+        if path.dtype == torch.float16 or (path.dtype == torch.float32 and m >= _CPU_BATCH_ROWS):
+            # Results of casts and of oneDNN's products are new each time.
+            num_large += max(0, min(len(path.segments) - 1, 2))
+        if path.dtype == torch.float16 and path.form == "standard":
+            num_large += 2
     elements = num_large * large
     if path.form == "standard":
         elements += 2 * small  # A, P
@@ -33,7 +37,7 @@ def workspace_bytes(path: Path, rows: int, cols: int, kind: str) -> int:
         elements = max(elements - large + 4 * small, elements + small)
     if path.products == "panels":
         elements += small // NUM_PANELS
-    casts = 4 * (3 * large + small) if on_cpu and path.dtype == torch.float16 else 0
+    casts = 4 * (2 * large + small) if on_cpu and path.dtype == torch.float16 else 0
     return elements * path.dtype.itemsize + casts
 
 
