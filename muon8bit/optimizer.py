@@ -65,7 +65,7 @@ class Muon8bit(Optimizer):
         on_nonfinite: `"raise"` or `"skip"` a step with a NaN or Inf in any gradient, AdamW groups included. In
             both cases nothing at all changes. With all parameters on CUDA, where `step()` does not wait for the
             device, the error comes at the next `step()` or `state_dict()`; `"raise_at_once"` waits, every step.
-        ns_dtype: torch.float32 or torch.bfloat16 for Newton-Schulz; None: the cheaper one for shape and device.
+        ns_dtype: float32, float16 or bfloat16 for Newton-Schulz; None: the cheapest for shape and device.
         param_rounding: how bfloat16 parameters are rounded, AdamW groups included: `"nearest"`, or `"stochastic"`,
             unbiased, so that updates below half a unit in the last place are not lost. float32 parameters are not
             affected, float16 ones refused. Then `rounding_seed` and `rounding_step` are ints in `param_groups`,
@@ -125,8 +125,8 @@ class Muon8bit(Optimizer):
             raise ValueError(f"param_rounding must be one of {PARAM_ROUNDINGS}, not {param_rounding!r}")
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, not {on_nonfinite!r}")
-        if ns_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"ns_dtype must be None, torch.float32 or torch.bfloat16, not {ns_dtype}")
+        if ns_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"ns_dtype must be None, torch.float32, torch.float16 or torch.bfloat16, not {ns_dtype}")
         if backend not in (None, "reference", "triton"):
             raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
         if type(workspace_bytes) is not int or workspace_bytes < MIN_WORKSPACE_BYTES:

@@ -79,7 +79,7 @@ def _decode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
     if codebook == "linear":
         # A tensor, since on CUDA torch replaces division by a Python number by multiplication with its reciprocal.
         return values.mul_(scales.unsqueeze(-1)).div_(scales.new_full((), LINEAR_MAX))
-    torch.index_select(dynamic_map(values.device), 0, values.int().view(-1), out=values.view(-1))
+    torch.index_select(dynamic_map(values.device), 0, values.long().view(-1), out=values.view(-1))
     return values.mul_(scales.unsqueeze(-1))
 
 
@@ -88,10 +88,11 @@ def _encode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
     ratio = values.div_(scales.masked_fill(scales == 0, torch.inf).unsqueeze(-1))
     if codebook == "linear":
         return ratio.mul_(LINEAR_MAX).round_()
-    prefix = (ratio.view(torch.int32) >> 16) & 0xFFFF
-    codes = dynamic_prefix_codes(values.device)[prefix]
-    codes += ratio > dynamic_midpoints(values.device)[codes]
-    return codes
+    # On CPU `index_select` by int64 is three times as fast as indexing.
+    prefix = (ratio.view(torch.int32) >> 16).bitwise_and_(0xFFFF).long().view(-1)
+    codes = dynamic_prefix_codes(values.device).index_select(0, prefix)
+    codes += ratio.view(-1) > dynamic_midpoints(values.device).index_select(0, codes)
+    return codes.view(values.shape)
 
 
 def _block_scales(values: Tensor) -> Tensor:
