@@ -1,0 +1,190 @@
+"""What the hardware gives and what single kernels take of it: ceilings, momentum kernels, symmetric products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+
+import torch
+from muon8bit_kernels import CODE_DTYPES, kernels_for, num_blocks
+from muon8bit_kernels.codebooks import Codebook
+from torch import Tensor
+
+from bench.record import Record
+from bench.timing import Clock, Job, Result
+from muon8bit.config import BLOCK_SIZES
+
+COPY, GEMM = "copy", "gemm"
+# Sizes of symmetric products; the batch fills the chip where one product does not.
+PRODUCT_SIZES = (256, 512, 1024, 2048, 3072, 4096, 8192)
+PRODUCT_BATCH_ELEMENTS = 2**25
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Momentum kernels: this many matrices of this side, rotated among sets, each several times the cache.
+MOMENTUM_COUNT, MOMENTUM_SIDE, MOMENTUM_SETS = 4, 4096, 2
+BETA = 0.95
+
+
+def _all_finite(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        if not tensor.isfinite().all():
+            raise ValueError(f"a result {tuple(tensor.shape)} {tensor.dtype} is not finite, or was not written")
+
+
+def _product_job(device: torch.device, dtype: torch.dtype, batch: int, n: int, k: int, symmetric: bool) -> Job:
+    """X X^T [batch, n, n] by our kernel or by the vendor's, on random X of unit norm rows, sets taken in turn."""
+    sets = [torch.randn(batch, n, k, device=device, dtype=dtype).div_(k**0.5) for _ in range(2)]
+    turn, kernels = cycle(sets), kernels_for(device)
+    last: list[Tensor] = []
+
+    def run() -> None:
+        X = next(turn)
+        last[:] = [kernels.symmetric_product(X, X) if symmetric else X @ X.mT]
+
+    return Job(run, lambda: _all_finite(last))
+
+
+def ceilings(clock: Clock, record: Record) -> dict[str, float]:
+    """GB/s of a large copy, bytes read and written counted, and TFLOP/s of a large product on random data, of each
+    half-precision dtype: the better of those under GEMM."""
+    dry, section = record.dry, "ceilings"
+    num_bytes, n = (2**16, 64) if dry else (2**32, 8192)
+    source = torch.randint(-128, 128, (num_bytes,), dtype=torch.int8, device=clock.device)
+
+    def copy_job() -> Job:
+        target = torch.empty_like(source)
+
+        def check() -> None:
+            if not torch.equal(target, source):
+                raise ValueError("the copy is not one")
+
+        return Job(lambda: target.copy_(source), check)
+
+    makers: dict[str, Callable[[], Job]] = {COPY: copy_job}
+    for name, dtype in HALF.items():
+        makers[f"{GEMM} {name}"] = partial(_product_job, clock.device, dtype, 1, n, n, symmetric=False)
+    results = clock.turns(makers, rounds=3, repeats=1 if dry else 5, warm_up=2)
+    rates = {COPY: 2 * num_bytes / results[COPY].ms / 1e6}
+    rates |= {name: 2 * n**3 / results[name].ms / 1e9 for name in makers if name != COPY}
+    rates[GEMM] = max(rates[f"{GEMM} {name}"] for name in HALF)
+    record.measured(section, COPY, "torch", "rate", rates[COPY], "GB/s", f"{num_bytes} bytes read, as many written")
+    for name in HALF:
+        record.measured(section, f"{GEMM} {name}", "torch", "rate", rates[f"{GEMM} {name}"], "TFLOP/s", f"{n}^3")
+    return rates
+
+
+def momentum_bytes(elements: int, cols: int, block_size: int, codebook: Codebook | None) -> dict[str, int]:
+    """Least bytes of the two phases on matrices of `cols` columns, `elements` in all, with bf16 gradients and outputs.
+
+    stats reads codes, scales and gradient, and writes a sum for each block; apply reads codes, scales and gradient,
+    and writes codes, scales and the Newton-Schulz input.
+    """
+    code = 4 if codebook is None else 1
+    blocks = elements // cols * num_blocks(cols, block_size)
+    scales = 0 if codebook is None else 4 * blocks
+    return {
+        "stats": elements * (code + 2) + scales + 4 * blocks,
+        "apply": elements * (2 * code + 2 + 2) + 2 * scales,
+    }
+
+
+def _momentum_job(
+    device: torch.device, phase: str, codebook: Codebook | None, block_size: int, count: int, side: int
+) -> Job:
+    """One phase on [count, side, side], from its own state, sets taken in turn; outputs start as NaN."""
+    kernels = kernels_for(device)
+    options = {"beta": BETA, "nesterov": True, "codebook": codebook, "block_size": block_size}
+    sets, outputs = [], list[Tensor]()
+    for _ in range(MOMENTUM_SETS):
+        shape = (count, side, side)
+        grad = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        if codebook is None:
+            codes, scales = torch.randn(shape, device=device), None
+        else:
+            dtype = CODE_DTYPES[codebook]
+            low, high = (-127, 128) if dtype == torch.int8 else (0, 256)
+            codes = torch.randint(low, high, shape, dtype=dtype, device=device)
+            scales = [torch.rand(count, side, num_blocks(side, block_size), device=device).add_(0.5)]
+        out = torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device)
+        sets.append(([codes], scales, [grad], out))
+    norms = torch.full((count,), float(side), device=device)
+    turn = cycle(sets)
+
+    def stats() -> None:
+        codes, scales, grads, _ = next(turn)
+        outputs[:] = [kernels.momentum_stats(codes, scales, grads, **options)]
+
+    def apply() -> None:
+        codes, scales, grads, out = next(turn)
+        kernels.momentum_apply(codes, scales, grads, norms, out, **options)
+        outputs[:] = [out, *(scales or codes)]
+
+    return Job(stats if phase == "stats" else apply, lambda: _all_finite(outputs))
+
+
+def momentum(clock: Clock, record: Record, rates: dict[str, float]) -> None:
+    """Both phases alone: achieved bandwidth and its part of the copy's, for each codebook and block size."""
+    dry = record.dry
+    count, side = (1, 128) if dry else (MOMENTUM_COUNT, MOMENTUM_SIDE)
+    books: tuple[Codebook | None, ...] = ("linear", "dynamic", None)
+    for codebook in books:
+        makers, sizes = {}, BLOCK_SIZES if codebook else BLOCK_SIZES[-2:-1]
+        for size in sizes:
+            for phase in ("stats", "apply"):
+                makers[f"{phase} {size}"] = partial(_momentum_job, clock.device, phase, codebook, size, count, side)
+        results = clock.turns(makers, rounds=1 if dry else 3, repeats=1 if dry else 10, warm_up=2)
+        for size in sizes:
+            case = f"{codebook}, blocks of {size}" if codebook else "fp32"
+            least = momentum_bytes(count * side * side, side, size, codebook)
+            for phase in ("stats", "apply"):
+                _bandwidth(record, case, phase, least[phase], results[f"{phase} {size}"], rates)
+            _bandwidth_of_both(record, case, sum(least.values()), results, size, rates)
+
+
+def _bandwidth(record: Record, case: str, phase: str, num_bytes: int, result: Result, rates: dict[str, float]) -> None:
+    record.counted("momentum", case, phase, "bytes", num_bytes, "bytes", "each input read once, each output written")
+    if result.problem:
+        record.measured("momentum", case, phase, "of copy", result.problem, "")
+        return
+    rate = num_bytes / result.ms / 1e6
+    record.measured("momentum", case, phase, "time", result.ms, "ms")
+    record.measured("momentum", case, phase, "spread", result.spread, "fraction", "of a turn's median")
+    record.measured("momentum", case, phase, "rate", rate, "GB/s")
+    record.measured("momentum", case, phase, "of copy", rate / rates[COPY], "fraction")
+
+
+def _bandwidth_of_both(
+    record: Record, case: str, num_bytes: int, results: dict[str, Result], size: int, rates: dict[str, float]
+) -> None:
+    both = [results[f"{phase} {size}"] for phase in ("stats", "apply")]
+    if not any(result.problem for result in both):
+        rate = num_bytes / sum(result.ms for result in both) / 1e6
+        record.measured("momentum", case, "both", "of copy", rate / rates[COPY], "fraction")
+
+
+def products(clock: Clock, record: Record) -> dict[str, list[float]]:
+    """X X^T by the symmetric kernel and by the vendor's product, [n, n], one matrix and a batch that fills the chip.
+
+    Rates are those of the whole product, 2 n^3 operations, whatever the kernel leaves out: so they compare as times
+    do. Returns the kernel's time over the vendor's by size, for the planner's table of rates.
+    """
+    dry, section = record.dry, "products"
+    sizes = tuple(size // 32 for size in PRODUCT_SIZES[:3]) if dry else PRODUCT_SIZES
+    gains: dict[str, list[float]] = {}
+    for name, dtype in HALF.items():
+        for n in sizes:
+            for batch in sorted({1, max(1, min(64, PRODUCT_BATCH_ELEMENTS // n**2))} if not dry else {1, 2}):
+                makers = {
+                    arm: partial(_product_job, clock.device, dtype, batch, n, n, symmetric=arm == "symmetric")
+                    for arm in ("symmetric", "vendor")
+                }
+                results = clock.turns(makers, rounds=1 if dry else 3, repeats=1 if dry else 5, warm_up=2)
+                case = f"{name}, {batch} x {n}"
+                for arm, result in results.items():
+                    rate = result.problem or batch * 2 * n**3 / result.ms / 1e9
+                    record.measured(section, case, arm, "rate", rate, "TFLOP/s", "of 2 n^3 operations a product")
+                if not any(result.problem for result in results.values()):
+                    gain = results["vendor"].ms / results["symmetric"].ms
+                    record.measured(section, case, "symmetric", "gain", gain, "times", "vendor's time over it")
+                    gains.setdefault(f"{name}, batch {'1' if batch == 1 else 'many'}", []).append(gain)
+    return gains
