@@ -66,7 +66,7 @@ class Kernels(Protocol):
     def round_stochastic(self, values: Tensor, *, key: int, first: int = 0) -> Tensor: ...
 
 
-def kernels_for(device: torch.device, backend: Backend | None = None) -> Kernels:
+def kernels_for(device: torch.device, backend: str | None = None) -> Kernels:
     """The kernels to run on `device`.
 
     Args:
