@@ -1,6 +1,8 @@
 """Products with a symmetric result in torch; `triton_gemm` computes one triangle of them.
 
-    C  =  round(alpha * A B^T + beta * D + diagonal * I)        accumulated and added in fp32, rounded once
+    C  =  round(alpha * A B^T + beta * D + diagonal * I)
+
+Accumulated and added in fp32, rounded once.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from torch import Tensor
 
 
 def check_operands(A: Tensor, B: Tensor, D: Tensor | None) -> None:
-    """Raise ValueError unless A and B are [batch, n, k] and D, if given, [batch, n, n], of one dtype (fp32, bf16 or
-    fp16) and device, A and B with contiguous k or contiguous n."""
+    """Raise ValueError unless A and B are [batch, n, k] with contiguous k or n and D, if given, is contiguous
+    [batch, n, n], all of one dtype (fp32, bf16 or fp16) and device."""
     if A.ndim != 3 or A.shape != B.shape:
         raise ValueError(f"A and B must be [batch, n, k] alike, not {tuple(A.shape)} and {tuple(B.shape)}")
     batch, n, _ = A.shape
-    if D is not None and D.shape != (batch, n, n):
-        raise ValueError(f"D must be {(batch, n, n)}, not {tuple(D.shape)}")
+    if D is not None and (D.shape != (batch, n, n) or not D.is_contiguous()):
+        raise ValueError(f"D must be contiguous {(batch, n, n)}, not {tuple(D.shape)} with strides {D.stride()}")
     for name, tensor in (("A", A), ("B", B), ("D", D)):
         if tensor is not None and (tensor.dtype != A.dtype or tensor.device != A.device):
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, A is {A.dtype} on {A.device}")
@@ -43,7 +45,7 @@ def symmetric_product(
     Args:
         A, B: [batch, n, k], fp32, bf16 or fp16, either k or n contiguous (A may be the transposed view of a tall
             matrix); may be the same tensor.
-        D: [batch, n, n], dtype of A, any strides, or None.
+        D: [batch, n, n], contiguous, dtype of A, or None.
         alpha, beta, diagonal: factors without unit. With beta 0 `D` is not looked at.
 
     Returns:
@@ -53,9 +55,10 @@ def symmetric_product(
         ValueError: for shapes, dtypes, devices or strides other than these.
     """
     check_operands(A, B, D)
-    C = torch.matmul(A.float(), B.float().mT).mul_(alpha)
-    if D is not None and beta != 0.0:
-        C.add_(D.float(), alpha=beta)
+    if D is None or beta == 0.0:
+        C = torch.matmul(A.float(), B.float().mT).mul_(alpha)
+    else:
+        C = torch.baddbmm(D.float(), A.float(), B.float().mT, beta=beta, alpha=alpha)
     if diagonal != 0.0:
         C.diagonal(dim1=1, dim2=2).add_(diagonal)
     return C.to(A.dtype)

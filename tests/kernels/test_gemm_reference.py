@@ -44,6 +44,7 @@ def test_symmetric_product_ignores_d_where_beta_is_zero():
         ((torch.zeros(2, 3), torch.zeros(2, 3)), "A and B must be"),
         ((torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)), "A and B must be"),
         ((torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)), "D must be"),
+        ((torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)[..., ::2]), "D must be contiguous"),
         ((torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, dtype=torch.float16)), "B is torch.float16"),
         ((torch.zeros(1, 2, 3).double(),) * 2, "A must be float32"),
         ((torch.zeros(1, 4, 6)[:, ::2, ::2],) * 2, "contiguous rows or columns"),
