@@ -9,7 +9,7 @@ from bench.arms import BITS32, DYNAMIC, LINEAR, MUON_BF16
 from bench.record import DRY, Record, Row, as_number
 from bench.steps import FLOOR
 from bench.workloads import LORA, MODELS, MOE, shape_classes
-from muon8bit.config import BATCH_BYTES
+from muon8bit.config import DEFAULT_WORKSPACE_BYTES
 
 # Part of the planner's FLOP ceiling over torch.optim.Muon that a whole step must reach.
 OF_CEILING = 0.85
@@ -72,7 +72,7 @@ def verdicts(record: Record) -> list[Verdict]:
     lora = record.find("steps", "ratio", case=LORA, arm=MUON_BF16)
     result.append(_judge("LoRA, over torch Muon", lora, min, 20.0, "x"))
     extra = [row for arm in (LINEAR, DYNAMIC, BITS32) for row in record.find("steps", "extra memory", arm=arm)]
-    result.append(_judge("memory beside the state", extra, max, BATCH_BYTES / 2**20, " MiB"))
+    result.append(_judge("memory beside the state", extra, max, DEFAULT_WORKSPACE_BYTES / 2**20, " MiB"))
     return result
 
 
