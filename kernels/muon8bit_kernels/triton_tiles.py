@@ -20,9 +20,9 @@ from torch import Tensor
 # 128 threads with 16 one-byte codes each: one 16-byte load a thread.
 _TILE_ELEMENTS = 2048
 _ELEMENTS_PER_WARP = 512
-# A matrix that lies column by column is read in pieces of 32 rows by 64 columns: 64 bytes and more in a row of memory,
-# whichever way a tensor of the launch lies.
-_PIECE_ROWS, _PIECE_COLS = 32, 64
+# A matrix that lies column by column is read in pieces of 32 rows by 64 columns: 64 bytes and more at a place,
+# whichever way a tensor of the launch lies. Twice the warps halve the registers, most of which hold addresses.
+_PIECE_ROWS, _PIECE_COLS, _PIECE_WARPS = 32, 64, 8
 
 
 class Tiling(NamedTuple):
@@ -46,12 +46,11 @@ def tiling(rows: int, cols: int, block_size: int, *, across: bool = False) -> Ti
     if block_size < 1 or block_size & (block_size - 1):
         raise ValueError(f"block_size must be a power of two for the Triton backend, not {block_size}")
     block = min(block_size, triton.next_power_of_2(cols))
+    rows_there = triton.next_power_of_2(rows)
     if across and block > _PIECE_COLS:
-        tile_rows, piece_cols = min(triton.next_power_of_2(rows), _PIECE_ROWS), _PIECE_COLS
-    else:
-        tile_rows, piece_cols = min(triton.next_power_of_2(rows), max(1, _TILE_ELEMENTS // block)), block
-    num_warps = min(max(1, tile_rows * piece_cols // _ELEMENTS_PER_WARP), 8)
-    return Tiling(tile_rows, piece_cols, block, num_warps)
+        return Tiling(min(rows_there, _PIECE_ROWS), _PIECE_COLS, block, _PIECE_WARPS)
+    tall = min(rows_there, max(1, _TILE_ELEMENTS // block))
+    return Tiling(tall, block, block, min(max(1, tall * block // _ELEMENTS_PER_WARP), 8))
 
 
 @triton.jit

@@ -7,9 +7,9 @@ calls, `names_for(target)` which of them are shipped for a target. As a script,
 
     python compile_kernels.py OUTPUT_FOLDER TARGET [NAME ...]
 
-writes OUTPUT_FOLDER/TARGET.json, a list of records (the fields of `Compiled` but for `texts`), and NAME.ptx and NAME.sass
-(NAME.amdgcn for gfx942) into OUTPUT_FOLDER/TARGET/. Not in a process with TRITON_INTERPRET=1. Triton caches what it has
-compiled before; else it takes one to two seconds a kernel.
+writes OUTPUT_FOLDER/TARGET.json, a list of records (the fields of `Compiled` but for `texts`), and NAME.ptx and
+NAME.sass (NAME.amdgcn for gfx942) into OUTPUT_FOLDER/TARGET/. Not in a process with TRITON_INTERPRET=1. Triton caches
+what it has compiled before; else it takes one to two seconds a kernel.
 """
 
 from __future__ import annotations
