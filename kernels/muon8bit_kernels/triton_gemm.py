@@ -7,8 +7,6 @@ strides allow it, else through pointers. Nothing is tuned at run time: shapes an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -16,35 +14,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm_reference import check_operands
+from .gemm_tilings import Tiling, num_tiles, tiling_for
 
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a product is cut: elements of a tile and of a step along k, warps, pipeline stages.
-
-    `rate` is the share of the tensor cores that the traffic in shared memory leaves busy, by counting bytes; it only
-    serves to compare the tilings of one architecture. Not measured.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    rate: float = 1.0
-
-
-# Half precision. All of them compile without spilling for either order of the operands.
-TILINGS = {
-    80: (Tiling(64, 64, 64, 4, 4, 0.6), Tiling(128, 128, 32, 4, 4, 0.9), Tiling(128, 256, 32, 8, 4)),
-    90: (Tiling(64, 64, 64, 4, 4, 0.5), Tiling(128, 128, 64, 4, 3, 0.8), Tiling(128, 256, 64, 8, 4)),
-    100: (Tiling(64, 64, 64, 4, 4, 0.4), Tiling(128, 128, 64, 8, 4, 0.7), Tiling(128, 256, 64, 8, 4)),
-}
-# Other architectures have at least 99 KiB of shared memory for a program: those of sm_80 that need less.
-_OTHER_TILINGS = TILINGS[80][:2]
-FP32_TILING = Tiling(64, 64, 32, 4, 3)
-# Multiprocessors: of A100, H100 and H200, B200. A constant, so that a product takes one path on every variant.
-NUM_PROCESSORS = {80: 108, 90: 132, 100: 148}
 # Squares of this many rows are walked column by column: programs that run together share their operands in L2.
 _GROUP = tl.constexpr(8)
 
@@ -145,7 +116,7 @@ def _symmetric_product_kernel(
         for start in range(0, k, BLOCK_K):
             left = _described(a, batch, row, start, A_TALL, BLOCK_M, BLOCK_K)
             right = _described(b, batch, col, start, B_TALL, BLOCK_N, BLOCK_K)
-            product = tl.dot(left, right.T, product)
+            product = tl.dot(left, right.T, product, input_precision="ieee")
     else:
         down, across, depth = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :], tl.arange(0, BLOCK_K)
         a += batch.to(tl.int64) * a_batch_stride + row.to(tl.int64) * a_row_stride
@@ -178,38 +149,12 @@ def _symmetric_product_kernel(
             _finish(second, row, col, c, d, alpha, beta, diagonal, n, HAS_D, BLOCK_M)
 
 
-def num_tiles(n: int, batch: int, tiling: Tiling) -> int:
-    """Tiles that `symmetric_product` computes for `batch` results [n, n], of `block_m * block_n` elements each."""
-    side = triton.cdiv(n, tiling.block_n)
-    return batch * (tiling.block_n // tiling.block_m) * side * (side + 1) // 2
-
-
-def tiling_for(n: int, batch: int, dtype: torch.dtype, architecture: int | None) -> Tiling:
-    """The tiling for `batch` results [n, n]: the least time for the processor that gets the most tiles.
-
-    On 132 processors one result keeps half of them busy at n = 2048 (no faster than the full product on a
-    filled GPU) and all at n = 4096; a batch of b results counts like one of b times as many elements.
-
-    Args:
-        architecture: 80, 90 or 100; None for any other.
-    """
-    if dtype == torch.float32:
-        return FP32_TILING
-    num_processors = NUM_PROCESSORS.get(architecture or 80, 108)
-
-    def time(tiling: Tiling) -> float:
-        tiles_each = triton.cdiv(num_tiles(n, batch, tiling), num_processors)
-        return float(tiles_each * tiling.block_m * tiling.block_n / tiling.rate)
-
-    return min(TILINGS.get(architecture or 0, _OTHER_TILINGS), key=lambda tiling: (time(tiling), -tiling.block_n))
-
-
 def _architecture(device: torch.device) -> int | None:
-    """The key of TILINGS, None where there is none."""
+    """The key of TILINGS."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    return {80: 80, 9: 90, 10: 100}.get(80 if (major, minor) == (8, 0) else major)
+    return 80 if (major, minor) == (8, 0) else {9: 90, 10: 100}.get(major)
 
 
 def _is_tall(matrix: Tensor) -> bool:
