@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 import triton
-from muon8bit_kernels import CODE_DTYPES, triton_kernels
+from muon8bit_kernels import CODE_DTYPES, triton_gemm, triton_kernels, triton_tiny
+from muon8bit_kernels.gemm_tilings import FP32_TILING, TILINGS, Tiling
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 EVERYWHERE, ONE = (*NVIDIA, "gfx942"), ("sm_90",)
 WIDE, NARROW, COUNT = (4096, 4096), (4096, 16), 3
-OTHER_BLOCKS = (64, 128, 256, 512, 1024, 4096)
+# Blocks other than of 2048 elements; `stats` has no more device code than `apply`, so two of them will do.
+OTHER_BLOCKS = {"apply": (64, 128, 256, 512, 1024, 4096), "stats": (64, 4096)}
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def _elementwise() -> list[Case]:
         Case(f"{phase}-{codebook}-block{block}", partial(momentum, phase, codebook, block), ONE)
         for phase in ("stats", "apply")
         for codebook in ("linear", "dynamic")
-        for block in OTHER_BLOCKS
+        for block in OTHER_BLOCKS[phase]
     ]
     stochastic = partial(update, torch.bfloat16, [-5] * COUNT)
     return [
@@ -93,5 +96,71 @@ def _elementwise() -> list[Case]:
     ]
 
 
-CASES = _elementwise()
+def product(tiling: Tiling, dtype: torch.dtype, *, tall: bool, with_descriptors: bool, k: int = WIDE[0]) -> None:
+    """X X^T + D, through TMA or through pointers."""
+    X = empty(2, WIDE[0], k, dtype=dtype, across=tall)
+    D = empty(2, WIDE[0], WIDE[0], dtype=dtype)
+    triton_gemm._launch(X, X, D, (1.5, 0.5, 0.0), tiling, with_descriptors)
+
+
+def _products() -> list[Case]:
+    """Every tiling for both orders of the operands, the small ones for one; those of consumer GPUs; fp32; and through
+    pointers, with a tail, what TMA cannot take."""
+    through_pointers: dict[str, Any] = {"tall": False, "with_descriptors": False}
+    cases = []
+    for target in NVIDIA:
+        capability = int(target.removeprefix("sm_"))
+        with_descriptors = capability >= 90
+        for tiling in TILINGS[capability]:
+            name = f"product-{_sizes(tiling)}-{'tma' if with_descriptors else 'pointers'}"
+            call = partial(product, tiling, torch.float16, tall=True, with_descriptors=with_descriptors)
+            cases.append(Case(f"{name}-fp16-tall", call, (target,)))
+            if tiling.block_m > 64:
+                call = partial(product, tiling, torch.bfloat16, tall=False, with_descriptors=with_descriptors)
+                cases.append(Case(f"{name}-bf16-flat", call, (target,)))
+    for tiling in TILINGS[None]:
+        call = partial(product, tiling, torch.bfloat16, **through_pointers)
+        cases.append(Case(f"product-{_sizes(tiling)}-pointers-bf16-flat", call, ("sm_120",)))
+    in_fp32 = partial(product, FP32_TILING, torch.float32, **through_pointers)
+    in_a_tail = partial(product, TILINGS[90][-1], torch.bfloat16, **through_pointers, k=WIDE[0] - 16)
+    return [
+        *cases,
+        Case(f"product-{_sizes(FP32_TILING)}-pointers-fp32-flat", in_fp32, NVIDIA),
+        Case(f"product-{_sizes(TILINGS[90][-1])}-pointers-bf16-flat-tail", in_a_tail, ONE),
+    ]
+
+
+def _sizes(tiling: Tiling) -> str:
+    return f"{tiling.block_m}x{tiling.block_n}x{tiling.block_k}"
+
+
+def tiny(rows: int, cols: int, codebook: str | None, keys: list[int] | None = None) -> None:
+    """The whole step of LoRA's matrices, all bf16."""
+    codes = empty(COUNT, rows, cols, dtype=torch.float32 if codebook is None else CODE_DTYPES[codebook])
+    scales = None if codebook is None else [empty(COUNT, rows, triton.cdiv(cols, 2048))]
+    grads, params = ([empty(COUNT, rows, cols, dtype=torch.bfloat16)] for _ in range(2))
+    norms, skip = empty(1, COUNT).view(COUNT), empty(1, 1).view(())
+    options: dict[str, Any] = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": 2048, "keys": keys}
+    options |= {"steps": JORDAN, "decay": 0.9, "scale": 0.1, "skip": skip}
+    triton_tiny.step_tiny([codes], scales, grads, params, norms, **options)
+
+
+def _tiny() -> list[Case]:
+    shapes = {"wide16": (16, 3072), "tall16": (3072, 16)}
+    cases = [
+        Case(f"tiny-{name}-{codebook}", partial(tiny, *shape, codebook), NVIDIA)
+        for name, shape in shapes.items()
+        for codebook in ("linear", "dynamic")
+    ]
+    return [
+        *cases,
+        Case("tiny-wide16-None", partial(tiny, 16, 3072, None), ONE),
+        Case("tiny-wide16-linear-stochastic", partial(tiny, 16, 3072, "linear", [-5] * COUNT), ONE),
+        Case("tiny-wide32-linear", partial(tiny, 32, 3072, "linear"), ONE),
+        Case("tiny-wide64-linear", partial(tiny, 64, 3072, "linear"), ONE),
+        Case("tiny-tall64-dynamic", partial(tiny, 3072, 64, "dynamic"), ONE),
+    ]
+
+
+CASES = [*_elementwise(), *_products(), *_tiny()]
 JOBS = [(case, target) for case in CASES for target in case.targets]

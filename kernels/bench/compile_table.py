@@ -27,6 +27,7 @@ from bench.compile_cases import JOBS
 from bench.compiling import Compiled, compile_case, load
 
 ROOT = Path(__file__).parents[2]
+CACHE = ROOT / ".cache"
 PROCESSES = 2
 # What is worth a column entry, by its name in NVIDIA's and in AMD's machine code.
 SHOWN = {
@@ -40,7 +41,7 @@ SHOWN = {
     "narrower load": r"LDG\.(?!.*128).*|global_load_(?!dwordx4)\w+",
     "narrower store": r"STG\.(?!.*128).*|global_store_(?!dwordx4)\w+",
     "fma": r"FFMA.*|v_(?:pk_)?fma\w*_f32.*",
-    "approximate": r"MUFU.*|v_(?:rcp|rsq|sqrt|exp|log)_f32.*",
+    "special function": r"MUFU.*|v_(?:rcp|rsq|sqrt|exp|log)_f32.*",
     "spill": r"LDL.*|STL.*|scratch_\w+",
 }
 
@@ -99,7 +100,7 @@ def table(records: dict[tuple[str, str], Compiled]) -> str:
         "`PYTHONPATH=.:kernels python kernels/bench/compile_table.py --out kernels/bench/results/compiled.md`.\n\n"
         "Registers of a thread (AMD: vector registers), shared memory of a program, spilled: stack and local bytes of\n"
         "a thread. Instructions are counted in the machine code, branches that are never taken included. The fma and\n"
-        "the approximate reciprocals of linear momentum kernels and of quantize belong to the exact division that the\n"
+        "the special functions of linear momentum kernels and of quantize belong to the exact division that the\n"
         "assembler writes out; the PTX of these kernels has none.\n\n"
         "| kernel, configuration | target | warps | registers | shared, bytes | spilled, bytes | instructions |\n"
         "| --- | --- | --- | --- | --- | --- | --- |\n"
@@ -110,7 +111,7 @@ def table(records: dict[tuple[str, str], Compiled]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the table there; else print it")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="folder of records, machine code and PTX")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of records, machine code and PTX")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("nothing can be compiled under TRITON_INTERPRET=1")

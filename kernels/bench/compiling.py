@@ -24,6 +24,7 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _SASS = r"^\s*/\*\w{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"
