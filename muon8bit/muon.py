@@ -17,58 +17,58 @@ from torch import Tensor
 from . import state
 from .config import Options
 from .orthogonalize import Schedule, batch_size, choose, orthogonalize, resolve
-from .stacks import Bucket, Stack, chunks, flat
+from .stacks import Batch, Stack, chunks, flat
 from .update import frobenius_norm, lr_ratio, update_params_
 
 
-def read(stacks: Sequence[Stack], group: dict[str, Any], options: Options) -> list[Bucket]:
-    """First phase: sort stacks into buckets, with the statistics of their new momenta."""
+def read(stacks: Sequence[Stack], group: dict[str, Any], options: Options) -> list[Batch]:
+    """First phase: sort stacks into batches, with the statistics of their new momenta."""
     sorted_stacks: dict[Hashable, list[Stack]] = {}
     for stack in stacks:
-        sorted_stacks.setdefault(stack.bucket_key, []).append(stack)
-    buckets = []
+        sorted_stacks.setdefault(stack.layout, []).append(stack)
+    batches = []
     for members in sorted_stacks.values():
         # Room for copies, since a channels_last gradient is flattened into one.
         size = max(1, options.workspace_bytes // (4 * prod(members[0].grad.shape[1:])))
         sums = []
         for chunk in chunks(members, size):
-            momenta, grads = [stack.momentum for stack in chunk], flat(chunk, "grad")
+            momenta, grads = [stack.momentum for stack in chunk], flat(stack.grad for stack in chunk)
             ema = {"beta": group["momentum"], "nesterov": group["nesterov"]}
             sums.append(state.stats(momenta, grads, **ema, backend=options.backend).flatten(1).sum(1))
-        buckets.append(Bucket(members, sums[0] if len(sums) == 1 else torch.cat(sums)))
-    return buckets
+        batches.append(Batch(members, sums[0] if len(sums) == 1 else torch.cat(sums)))
+    return batches
 
 
-def step_(bucket: Bucket, group: dict[str, Any], options: Options) -> None:
+def step_(batch: Batch, group: dict[str, Any], options: Options) -> None:
     """Second phase: write the new momenta, orthogonalize their exact values, update the parameters."""
     schedule = resolve(group["ns_coefficients"], group["ns_steps"])
     if group["split_sizes"] is not None and group["split_dim"] == -1:
-        _step_columns(bucket, group, schedule, options)
+        _step_columns(batch, group, schedule, options)
     else:
-        _step_whole(bucket, group, schedule, options)
+        _step_whole(batch, group, schedule, options)
 
 
-def _step_whole(bucket: Bucket, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
-    _, rows, cols = bucket.stacks[0].momentum.codes.shape
-    device = bucket.sumsq.device
+def _step_whole(batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
+    _, rows, cols = batch.stacks[0].momentum.codes.shape
+    device = batch.sumsq.device
     path = choose(rows, cols, schedule, device.type, options.ns_dtype)
-    for batch in bucket.batches(batch_size(rows, cols, path.dtype, device.type, options.workspace_bytes)):
-        norms = frobenius_norm(batch.sumsq, eps=group["eps"], factor=schedule.norm_factor)
-        X = torch.empty(len(batch.sumsq), rows, cols, dtype=path.dtype, device=device)
-        _apply(batch.stacks, norms, X, group, options)
-        _update(batch.stacks, orthogonalize(X, schedule, path), slice(None), group, options)
+    for part in batch.split(batch_size(rows, cols, path.dtype, device.type, options.workspace_bytes)):
+        norms = frobenius_norm(part.sumsq, eps=group["eps"], factor=schedule.norm_factor)
+        X = torch.empty(len(part.sumsq), rows, cols, dtype=path.dtype, device=device)
+        _apply(part, norms, X, group, options)
+        _update(part.stacks, orthogonalize(X, schedule, path), slice(0, cols), group, options)
 
 
-def _step_columns(bucket: Bucket, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
+def _step_columns(batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
     """The momenta whole into fp32, then cut, each piece normalized by its own norm.
 
     The fp32 momenta get one half of the workspace budget, Newton-Schulz the other.
     """
-    _, rows, cols = bucket.stacks[0].momentum.codes.shape
-    device, half = bucket.sumsq.device, options.workspace_bytes // 2
-    for batch in bucket.batches(max(1, half // (4 * rows * cols))):
-        U = torch.empty(len(batch.sumsq), rows, cols, dtype=torch.float32, device=device)
-        _apply(batch.stacks, torch.ones_like(batch.sumsq), U, group, options)
+    _, rows, cols = batch.stacks[0].momentum.codes.shape
+    device, half = batch.sumsq.device, options.workspace_bytes // 2
+    for part in batch.split(max(1, half // (4 * rows * cols))):
+        U = torch.empty(len(part.sumsq), rows, cols, dtype=torch.float32, device=device)
+        _apply(part, torch.ones_like(part.sumsq), U, group, options)
         start = 0
         for width in group["split_sizes"]:
             columns = slice(start, start + width)
@@ -77,17 +77,18 @@ def _step_columns(bucket: Bucket, group: dict[str, Any], schedule: Schedule, opt
             sumsq = torch.linalg.vector_norm(U[..., columns], dim=(-2, -1)).square()
             norms = frobenius_norm(sumsq, eps=group["eps"], factor=schedule.norm_factor)
             done = 0
-            for chunk in chunks(batch.stacks, batch_size(rows, width, path.dtype, device.type, half)):
-                which = slice(done, done + sum(map(len, chunk)))
+            for chunk in chunks(part.stacks, batch_size(rows, width, path.dtype, device.type, half)):
+                which = slice(done, done + sum(stack.num_matrices for stack in chunk))
                 done = which.stop
                 X = U[which, :, columns].div_(norms[which].view(-1, 1, 1)).to(path.dtype).contiguous()
                 _update(chunk, orthogonalize(X, schedule, path), columns, group, options)
 
 
-def _apply(stacks: Sequence[Stack], norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
+def _apply(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
+    """The new momenta into codes and scales, and u / norm into `out` [batch, rows, cols]."""
     state.apply_(
-        [stack.momentum for stack in stacks],
-        flat(stacks, "grad"),
+        batch.momenta,
+        batch.grads,
         norms,
         out,
         beta=group["momentum"],
@@ -98,27 +99,24 @@ def _apply(stacks: Sequence[Stack], norms: Tensor, out: Tensor, group: dict[str,
 
 
 def _update(
-    stacks: Sequence[Stack],
-    directions: Tensor,
-    columns: slice,
-    group: dict[str, Any],
-    options: Options,
+    stacks: Sequence[Stack], directions: Tensor, columns: slice, group: dict[str, Any], options: Options
 ) -> None:
     """Update these columns of the parameters by `directions` [batch, rows, cols], scaled by that shape."""
-    params = flat(stacks, "param")
-    keys = [stack.key for stack in stacks for _ in range(len(stack)) if stack.key is not None] or None
-    firsts = None
-    if keys is not None:
-        firsts = [first for stack in stacks for first in stack.firsts(columns.start or 0)]
+    params = flat(stack.param for stack in stacks)
+    keys = firsts = None
+    if stacks[0].key is not None:
+        keys = [stack.key for stack in stacks for _ in range(stack.num_matrices) if stack.key is not None]
+        firsts = [s.first + i * s.pitch + columns.start for s in stacks for i in range(s.num_matrices)]
+    pitch = params[0].shape[2]
     update_params_(
-        [param[..., columns] for param in params],
+        params if columns.stop - columns.start == pitch else [param[..., columns] for param in params],
         directions,
         lr=group["lr"],
         weight_decay=group["weight_decay"],
         ratio=lr_ratio(directions.shape[1], directions.shape[2], group["adjust_lr_fn"]),
         keys=keys,
         firsts=firsts,
-        pitch=params[0].shape[2],
+        pitch=pitch,
         skip=options.skip,
         backend=options.backend,
     )

@@ -8,7 +8,7 @@ device has long passed that point, so nobody waits, and what happens does not de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,17 +39,17 @@ class Verdict:
     """Whether the gradients of one step are finite.
 
     Args:
-        found: names of parameters, and True where the gradient of the parameter at the same place is finite: bool [n],
-            on the gradients' device. A name may occur more than once.
+        found: how to name parameters, and True where the gradient of the parameter at the same place is finite:
+            bool [n], on the gradients' device. A name may occur more than once.
         step: the number of the call of `step()`.
     """
 
-    def __init__(self, found: Iterable[tuple[list[str], Tensor]], step: int) -> None:
+    def __init__(self, found: Iterable[tuple[Callable[[], list[str]], Tensor]], step: int) -> None:
         self.step = step
-        by_device: dict[torch.device, list[tuple[list[str], Tensor]]] = {}
+        by_device: dict[torch.device, list[tuple[Callable[[], list[str]], Tensor]]] = {}
         for names, flags in found:
             by_device.setdefault(flags.device, []).append((names, flags))
-        self._names = [name for members in by_device.values() for names, _ in members for name in names]
+        self._namers = [names for members in by_device.values() for names, _ in members]
         finite = [torch.cat([flags for _, flags in members]) for members in by_device.values()]
         self._bad = [~flags.all() for flags in finite]
         self._on_host = [flags.to("cpu", non_blocking=True) for flags in finite]  # from CUDA into pinned memory
@@ -73,4 +73,7 @@ class Verdict:
         for event in self._copied:
             event.synchronize()
         finite = [ok for flags in self._on_host for ok in flags.tolist()]
-        return list(dict.fromkeys(name for name, ok in zip(self._names, finite, strict=True) if not ok))
+        if all(finite):
+            return []
+        names = [name for namer in self._namers for name in namer()]
+        return list(dict.fromkeys(name for name, ok in zip(names, finite, strict=True) if not ok))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from . import adamw, muon, rounding
 from .config import Options
 from .groups import FORMAT_KEYS, describe
 from .nonfinite import Verdict
-from .stacks import Bucket, Stack, stacks_of
+from .stacks import Batch, Stack, stacks_of
 from .state import Format, Momentum
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -21,10 +21,10 @@ State = MutableMapping[Tensor, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter of this step: its gradient, its momentum (None in an AdamW group), and `key`, None where rounding is
-    to nearest."""
+    """A parameter that has a gradient, by its place in its group; its momentum, None in an AdamW group; and `key`,
+    None where rounding is to nearest."""
 
-    name: str
+    index: int
     param: Tensor
     grad: Tensor
     momentum: Momentum | None
@@ -33,23 +33,28 @@ class Entry:
 
 @dataclass(frozen=True)
 class Work:
-    """What one group does at this step; an AdamW group has no buckets."""
+    """What one group does at this step; an AdamW group has no batches."""
 
     group: dict[str, Any]
+    group_index: int
     entries: list[Entry]
-    buckets: list[Bucket]
+    batches: list[Batch]
 
-    def found(self) -> Iterator[tuple[list[str], Tensor]]:
-        """Names, and whether the gradients are finite and do not overflow in their norms: bool [n]."""
-        for bucket in self.buckets:
-            yield [stack.name for stack in bucket.stacks for _ in range(len(stack))], bucket.sumsq.isfinite()
+    def found(self) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
+        """How to name parameters, and whether their gradients are finite and do not overflow in their norms: bool."""
+        for batch in self.batches:
+            indices = [stack.param_index for stack in batch.stacks for _ in range(stack.num_matrices)]
+            yield self._namer(indices), batch.sumsq.isfinite()
         by_device: dict[torch.device, list[Entry]] = {}
         for entry in self.entries:
             if entry.momentum is None:
                 by_device.setdefault(entry.grad.device, []).append(entry)
         for members in by_device.values():
             norms = torch._foreach_norm([entry.grad for entry in members], 2, dtype=torch.float32)
-            yield [entry.name for entry in members], torch.stack(norms).square().isfinite()
+            yield self._namer([entry.index for entry in members]), torch.stack(norms).square().isfinite()
+
+    def _namer(self, indices: Sequence[int]) -> Callable[[], list[str]]:
+        return lambda: [describe(self.group, self.group_index, index) for index in indices]
 
 
 def read(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], options: Options) -> list[Work]:
@@ -65,8 +70,8 @@ def read(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]
         stacks: list[Stack] = []
         for entry in entries:
             if entry.momentum is not None:
-                stacks += stacks_of(entry.name, entry.param, entry.grad, entry.momentum, group, entry.key)
-        work.append(Work(group, entries, muon.read(stacks, group, options)))
+                stacks += stacks_of(entry.index, entry.param, entry.grad, entry.momentum, group, entry.key)
+        work.append(Work(group, index, entries, muon.read(stacks, group, options)))
     return work
 
 
@@ -74,33 +79,38 @@ def _entries(
     group: dict[str, Any], group_index: int, num_before: int, state: Mapping[Tensor, dict[str, Any]]
 ) -> Iterator[Entry]:
     """The parameters of a group that have a gradient now."""
-    lr = group["lr"]
+    lr, is_muon, is_rounded = group["lr"], group["algorithm"] == "muon", "rounding_seed" in group
+    lr_device = lr.device if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
+    form = [group[key] for key in FORMAT_KEYS] if is_muon else []
     for index, param in enumerate(group["params"]):
-        if param.grad is None:
+        grad = param.grad
+        if grad is None:
             continue
-        name = describe(group, group_index, index)
-        if param.grad.is_sparse:
+        if grad.is_sparse:
+            name = describe(group, group_index, index)
             raise ValueError(f"{name} has a sparse gradient: use sparse=False in its embedding")
-        if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != param.device:
-            raise ValueError(f"lr is a tensor on {lr.device}, {name} is on {param.device}: keep lr on the CPU")
-        momentum = None
-        if group["algorithm"] == "muon":
-            form = Format.of(param.shape, *(group[key] for key in FORMAT_KEYS))
-            stored = state.get(param)
-            momentum = Momentum.from_state(stored, form) if stored else Momentum.zeros(param.shape, form, param.device)
-        yield Entry(name, param, param.grad, momentum, rounding.key_of(param, name, num_before + index, group))
+        if lr_device not in (None, param.device):
+            name = describe(group, group_index, index)
+            raise ValueError(f"lr is a tensor on {lr_device}, {name} is on {param.device}: keep lr on the CPU")
+        momentum = key = None
+        if is_rounded:
+            key = rounding.key_of(param, describe(group, group_index, index), num_before + index, group)
+        if is_muon:
+            stored, format = state.get(param), Format.of(param.shape, *form)
+            momentum = Momentum.from_state(stored, format) if stored else None
+            momentum = momentum or Momentum.zeros(param.shape, format, param.device)
+        yield Entry(index, param, grad, momentum, key)
 
 
 def write(work: Sequence[Work], state: State, options: Options, verdict: Verdict | None) -> None:
     """Second phase; with a verdict that is not yet known, its `skip` keeps the kernels from writing."""
     for members in work:
         for entry in members.entries:
-            if entry.momentum is not None:
-                state[entry.param].update(entry.momentum.to_state())
-            elif not state.get(entry.param):
-                state[entry.param] = adamw.init_state(entry.param)
-        for bucket in members.buckets:
-            muon.step_(bucket, members.group, _on(bucket.sumsq.device, options, verdict))
+            if not state.get(entry.param):
+                new = adamw.init_state(entry.param) if entry.momentum is None else entry.momentum.to_state()
+                state[entry.param] = new
+        for batch in members.batches:
+            muon.step_(batch, members.group, _on(batch.sumsq.device, options, verdict))
         if members.group["algorithm"] == "adamw" and members.entries:
             params, grads = [e.param for e in members.entries], [e.grad for e in members.entries]
             states, keys = [state[param] for param in params], [e.key for e in members.entries]

@@ -7,80 +7,88 @@ their own shape.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .state import Momentum
 
 
-@dataclass(frozen=True, eq=False)
-class Stack:
+class Stack(NamedTuple):
     """Matrices of one parameter, or one piece of each of them.
 
-    `param` and `grad` are views [count, rows, cols], with `flatten` [1, rows, ...]. `key` draws the bits of stochastic
-    rounding, None rounds to nearest; `first` is the index of the first element in the parameter, `pitch` the distance
-    of its matrices there, in elements.
+    `param` and `grad` are views [num_matrices, rows, cols], with `flatten` [1, rows, ...]. `param_index` is the
+    parameter's place in its group. `key` draws the bits of stochastic rounding, None rounds to nearest; `first` is the
+    index in the parameter of the first element here, `pitch` the distance of its matrices there, in elements.
     """
 
-    name: str
+    param_index: int
+    key: int | None
+    num_matrices: int
     param: Tensor
     grad: Tensor
     momentum: Momentum
-    key: int | None
     first: int
     pitch: int
 
-    def __len__(self) -> int:
-        return len(self.param)
+    def matrices(self, start: int, stop: int) -> Stack:
+        """A part of the stack."""
+        part = self.momentum.part(slice(start, stop), slice(None))
+        return self._replace(
+            num_matrices=stop - start,
+            param=self.param[start:stop],
+            grad=self.grad[start:stop],
+            momentum=part,
+            first=self.first + start * self.pitch,
+        )
 
     @property
-    def bucket_key(self) -> Hashable:
+    def layout(self) -> Hashable:
         """Equal for what can go through a kernel together."""
-        layouts = [(t.shape[1:], t.stride()[1:], t.dtype) for t in (self.param, self.grad)]
-        return *layouts[0], *layouts[1], self.param.device, self.momentum.format, self.key is None
-
-    def matrices(self, which: slice) -> Stack:
-        """A part of the stack."""
-        start, stop, _ = which.indices(len(self))
-        part = self.momentum.part(slice(start, stop), slice(None))
-        first = self.first + start * self.pitch
-        return replace(self, param=self.param[start:stop], grad=self.grad[start:stop], momentum=part, first=first)
-
-    def firsts(self, offset: int = 0) -> list[int]:
-        """The index in the parameter of element [0, offset] of each matrix."""
-        return [self.first + i * self.pitch + offset for i in range(len(self))]
+        param, grad = self.param, self.grad
+        strides = param.stride()[1:], grad.stride()[1:]
+        return param.shape[1:], strides, param.dtype, grad.dtype, param.device, self.momentum.format, self.key is None
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Stacks of one shape and layout, and what the first phase found: `sumsq`, fp32 [batch], the squared norms of
-    their Newton-Schulz inputs; not finite where the gradient is not, or its norm overflows."""
+class Batch:
+    """Stacks of one shape and layout; and `sumsq` of their matrices, fp32 [count]: the squared norms of the
+    Newton-Schulz inputs, not finite where the gradient is not, or its norm overflows."""
 
     stacks: list[Stack]
     sumsq: Tensor
 
-    def batches(self, size: int) -> Iterator[Bucket]:
+    @property
+    def momenta(self) -> list[Momentum]:
+        """The momentum of each stack."""
+        return [stack.momentum for stack in self.stacks]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradient of each stack, [count, rows, cols]."""
+        return flat(stack.grad for stack in self.stacks)
+
+    def split(self, size: int) -> Iterator[Batch]:
         """Its matrices in their order, `size` at a time."""
-        start = 0
+        done = 0
         for stacks in chunks(self.stacks, size):
-            stop = start + sum(map(len, stacks))
-            yield Bucket(stacks, self.sumsq[start:stop])
-            start = stop
+            count = sum(stack.num_matrices for stack in stacks)
+            yield Batch(stacks, self.sumsq[done : done + count])
+            done += count
 
 
-def chunks(stacks: Sequence[Stack], size: int) -> Iterator[list[Stack]]:
+def chunks(stacks: list[Stack], size: int) -> Iterator[list[Stack]]:
     """Cut into lists of `size` matrices in all, the last of fewer."""
     chunk: list[Stack] = []
     room = size
     for stack in stacks:
         start = 0
-        while start < len(stack):
-            part = stack.matrices(slice(start, start + room))
-            chunk.append(part)
-            start, room = start + len(part), room - len(part)
+        while start < stack.num_matrices:
+            stop = min(start + room, stack.num_matrices)
+            chunk.append(stack if stop - start == stack.num_matrices else stack.matrices(start, stop))
+            start, room = stop, room - (stop - start)
             if room == 0:
                 yield chunk
                 chunk, room = [], size
@@ -89,35 +97,41 @@ def chunks(stacks: Sequence[Stack], size: int) -> Iterator[list[Stack]]:
 
 
 def stacks_of(
-    name: str, param: Tensor, grad: Tensor, momentum: Momentum, group: dict[str, Any], key: int | None
+    index: int, param: Tensor, grad: Tensor, momentum: Momentum, group: dict[str, Any], key: int | None
 ) -> Iterator[Stack]:
     """The stacks of one parameter; none of a parameter without elements."""
     if param.numel() == 0:
         return
     whole = momentum.stack()
-    _, num_rows, cols = whole.codes.shape
-    sizes = group["split_sizes"] if group["split_dim"] == -2 else None
-    done = 0
-    for part, part_grad in zip(*(_as_stacks(t, group["flatten"]) for t in (param, grad)), strict=True):
-        row = 0
-        for size in sizes or (num_rows,):
-            rows = slice(row, row + size)
-            piece = whole.part(slice(done, done + len(part)), rows)
-            first = (done * num_rows + row) * cols
-            yield Stack(name, part[:, rows], part_grad[:, rows], piece, key, first, num_rows * cols)
-            row += size
-        done += len(part)
+    num_matrices, num_rows, cols = whole.codes.shape
+    matrices = row = 0
+    for view, grad_view in zip(_cut(param, group), _cut(grad, group), strict=True):
+        count, rows = view.shape[:2]
+        part = whole
+        if (count, rows) != (num_matrices, num_rows):
+            part = whole.part(slice(matrices, matrices + count), slice(row, row + rows))
+        yield Stack(index, key, count, view, grad_view, part, (matrices * num_rows + row) * cols, num_rows * cols)
+        row += rows
+        if row == num_rows:
+            matrices, row = matrices + count, 0
 
 
-def _as_stacks(tensor: Tensor, flatten: bool) -> list[Tensor]:
-    """Views [count, rows, cols] of the matrices of `tensor`, in order; with `flatten` [1, rows, ...]."""
+def _cut(tensor: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """Parameter or gradient -> views [count, rows, cols], with `flatten` [1, rows, ...]."""
+    stacks = _stacks(tensor, group["flatten"])
+    if group["split_sizes"] is None or group["split_dim"] != -2:
+        return stacks
+    return [piece for stack in stacks for piece in stack.split(group["split_sizes"], 1)]
+
+
+def _stacks(tensor: Tensor, flatten: bool) -> list[Tensor]:
     if flatten or tensor.ndim == 2:
         return [tensor.unsqueeze(0)]
     if tensor.ndim == 3:
         return [tensor]
-    return [stack for part in tensor.unbind(0) for stack in _as_stacks(part, flatten)]
+    return [stack for part in tensor.unbind(0) for stack in _stacks(part, flatten)]
 
 
-def flat(stacks: Sequence[Stack], name: str) -> list[Tensor]:
-    """Parameters or gradients as [count, rows, cols]; of a channels_last convolution a copy."""
-    return [getattr(stack, name).flatten(2) for stack in stacks]
+def flat(stacks: Iterable[Tensor]) -> list[Tensor]:
+    """Stacks of parameters or gradients as [count, rows, cols]; of a channels_last convolution a copy."""
+    return [stack if stack.ndim == 3 else stack.flatten(2) for stack in stacks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch
@@ -29,6 +30,7 @@ class Format:
     flatten: bool = False
 
     @classmethod
+    @cache
     def of(cls, shape: torch.Size, bits: int, codebook: Codebook, block_size: int, flatten: bool) -> Format:
         """The format of a parameter of `shape`: fp32 for bits=32, or if a row is too short to be worth a scale."""
         quantized = bits == 8 and prod(shape[1:] if flatten else shape[-1:]) >= MIN_QUANTIZED_COLUMNS

@@ -14,6 +14,8 @@ are the buffers, `scales` is None.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ __all__ = [
 ]
 
 # Elements that one pass works on: its fp32 temporaries stay in a core's cache and bound the workspace.
-_CHUNK_ELEMENTS = 2**17
+_CHUNK_ELEMENTS = 2**19
 
 
 def num_blocks(cols: int, block_size: int) -> int:
@@ -49,35 +51,58 @@ def num_blocks(cols: int, block_size: int) -> int:
     return -(-cols // block_size)
 
 
-def _pieces(rows: int, cols: int, block_size: int) -> Iterator[tuple[slice, slice, slice, int]]:
-    """Row, column and block ranges that are whole blocks of one length, small enough for the cache."""
+class _Piece(NamedTuple):
+    """A range of rows, the columns and blocks of whole blocks of one length in them, and that length."""
+
+    rows: slice
+    cols: slice
+    blocks: slice
+    block: int
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """Room in a flat buffer: [rows, cols]."""
+        num_rows, num_cols = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
+        return buffer[: num_rows * num_cols].view(num_rows, num_cols)
+
+
+def _pieces(rows: int, cols: int, block_size: int) -> Iterator[_Piece]:
+    """All of a matrix, in pieces small enough for the cache."""
     full = cols // block_size * block_size
     step = max(1, _CHUNK_ELEMENTS // max(1, cols))
     for start in range(0, rows, step):
         row_range = slice(start, min(start + step, rows))
         if full:
-            yield row_range, slice(0, full), slice(0, full // block_size), block_size
+            yield _Piece(row_range, slice(0, full), slice(0, full // block_size), block_size)
         if full < cols:
-            yield row_range, slice(full, cols), slice(full // block_size, None), cols - full
+            yield _Piece(row_range, slice(full, cols), slice(full // block_size, full // block_size + 1), cols - full)
 
 
-def _decode(codes: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
-    """Codes [rows, blocks, block] and scales [rows, blocks, 1] -> fp32 values."""
+def _buffers(num: int, rows: int, cols: int, device: torch.device) -> Tensor:
+    """fp32 [num, elements of the largest piece], used by one piece after the other: fresh memory costs more than
+    arithmetic."""
+    return torch.empty(
+        num, min(rows, max(1, _CHUNK_ELEMENTS // max(1, cols))) * cols, device=device, dtype=torch.float32
+    )
+
+
+def _decode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
+    """Codes, as fp32 numbers [rows, blocks, block], and scales [rows, blocks] -> what they stand for, in place."""
     if codebook == "linear":
         # A tensor, since on CUDA torch replaces division by a Python number by multiplication with its reciprocal.
-        return codes.float().mul_(scales).div_(scales.new_full((), LINEAR_MAX))
-    return dynamic_map(codes.device)[codes.int()].mul_(scales)
+        return values.mul_(scales.unsqueeze(-1)).div_(scales.new_full((), LINEAR_MAX))
+    torch.index_select(dynamic_map(values.device), 0, values.int().view(-1), out=values.view(-1))
+    return values.mul_(scales.unsqueeze(-1))
 
 
-def _encode(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
-    """fp32 values [rows, blocks, block] and floored scales [rows, blocks, 1] -> codes."""
-    ratio = values / scales.masked_fill(scales == 0, torch.inf)
+def _encode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
+    """fp32 values [rows, blocks, block], which are lost, and floored scales [rows, blocks] -> codes, as numbers."""
+    ratio = values.div_(scales.masked_fill(scales == 0, torch.inf).unsqueeze(-1))
     if codebook == "linear":
-        return ratio.mul_(LINEAR_MAX).round_().to(torch.int8)
+        return ratio.mul_(LINEAR_MAX).round_()
     prefix = (ratio.view(torch.int32) >> 16) & 0xFFFF
     codes = dynamic_prefix_codes(values.device)[prefix]
     codes += ratio > dynamic_midpoints(values.device)[codes]
-    return codes.to(torch.uint8)
+    return codes
 
 
 def _block_scales(values: Tensor) -> Tensor:
@@ -95,11 +120,11 @@ def quantize(values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Te
     rows, cols = values.shape
     codes = torch.empty(rows, cols, dtype=CODE_DTYPES[codebook], device=values.device)
     scales = torch.empty(rows, num_blocks(cols, block_size), dtype=torch.float32, device=values.device)
-    for r, c, b, size in _pieces(rows, cols, block_size):
-        piece = values[r, c].float().unflatten(1, (-1, size)).contiguous()
-        scale = _block_scales(piece)
-        scales[r, b] = scale
-        codes[r, c] = _encode(piece, scale.unsqueeze(-1), codebook).flatten(1)
+    (buffer,) = _buffers(1, rows, cols, values.device)
+    for piece in _pieces(rows, cols, block_size):
+        copy = piece.of(buffer).copy_(values[piece.rows, piece.cols]).unflatten(1, (-1, piece.block))
+        scales[piece.rows, piece.blocks] = scale = _block_scales(copy)
+        codes[piece.rows, piece.cols] = _encode_(copy, scale, codebook).flatten(1)
     return codes, scales
 
 
@@ -107,19 +132,32 @@ def dequantize(codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size:
     """Decode codes [rows, cols] and fp32 scales [rows, blocks] -> fp32 [rows, cols]."""
     rows, cols = codes.shape
     values = torch.empty(rows, cols, dtype=torch.float32, device=codes.device)
-    for r, c, b, size in _pieces(rows, cols, block_size):
-        decoded = _decode(codes[r, c].unflatten(1, (-1, size)), scales[r, b].unsqueeze(-1), codebook)
-        values[r, c] = decoded.flatten(1)
+    (buffer,) = _buffers(1, rows, cols, codes.device)
+    for piece in _pieces(rows, cols, block_size):
+        copy = piece.of(buffer).copy_(codes[piece.rows, piece.cols]).unflatten(1, (-1, piece.block))
+        values[piece.rows, piece.cols] = _decode_(copy, scales[piece.rows, piece.blocks], codebook).flatten(1)
     return values
 
 
-def _momentum(
-    codes: Tensor, scales: Tensor | None, grad: Tensor, beta: float, codebook: Codebook | None
-) -> tuple[Tensor, Tensor]:
-    """The new momentum m and (1 - beta) * g of one piece, fp32 [rows, blocks, block], both freshly allocated."""
-    scaled_grad = grad.float() * (1.0 - beta)
-    decayed = codes * beta if scales is None or codebook is None else _decode(codes, scales, codebook).mul_(beta)
-    return decayed.add_(scaled_grad), scaled_grad
+@dataclass(frozen=True)
+class _State:
+    """What a momentum step works on; see `momentum_stats`."""
+
+    codes: Rows
+    scales: Rows | None
+    grads: Rows
+    beta: float
+    codebook: Codebook | None
+
+    def momentum(self, piece: _Piece, m: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The new momentum m and (1 - beta) * g of one piece, in these flat buffers: [rows, blocks, block]."""
+        shape = (-1, piece.block)
+        m = self.codes.read(piece.rows, piece.cols, piece.of(m)).unflatten(1, shape)
+        if self.scales is not None and self.codebook is not None:
+            scales = m.new_empty(m.shape[:2])
+            _decode_(m, self.scales.read(piece.rows, piece.blocks, scales), self.codebook)
+        g = self.grads.read(piece.rows, piece.cols, piece.of(g)).unflatten(1, shape).mul_(1.0 - self.beta)
+        return m.mul_(self.beta).add_(g), g
 
 
 def momentum_stats(
@@ -145,14 +183,12 @@ def momentum_stats(
     """
     batch, rows, cols = batch_shape(codes)
     sumsq = torch.empty(batch, rows, num_blocks(cols, block_size), dtype=torch.float32, device=codes[0].device)
-    out, old, new = sumsq.flatten(0, 1), Rows(codes), Rows(grads)
-    old_scales = None if scales is None else Rows(scales)
-    for r, c, b, size in _pieces(batch * rows, cols, block_size):
-        scale = None if old_scales is None else old_scales[r, b].unsqueeze(-1)
-        piece = (old[r, c].unflatten(1, (-1, size)), scale, new[r, c].unflatten(1, (-1, size)))
-        m, scaled_grad = _momentum(*piece, beta, codebook)
-        u = m.mul_(beta).add_(scaled_grad) if nesterov else m  # in place: fresh memory costs more than arithmetic
-        out[r, b] = u.square_().sum(-1)
+    state = _State(Rows(codes), None if scales is None else Rows(scales), Rows(grads), beta, codebook)
+    buffers = _buffers(2, batch * rows, cols, sumsq.device)
+    for piece in _pieces(batch * rows, cols, block_size):
+        m, scaled_grad = state.momentum(piece, *buffers)
+        u = m.mul_(beta).add_(scaled_grad) if nesterov else m
+        sumsq.flatten(0, 1)[piece.rows, piece.blocks] = u.square_().sum(-1)
     return sumsq
 
 
@@ -180,18 +216,19 @@ def momentum_apply(
     if skip is not None and skip.item() != 0:
         return
     batch, rows, cols = batch_shape(codes)
-    old, new, target = Rows(codes), Rows(grads), Rows([out])
-    old_scales = None if scales is None else Rows(scales)
-    row_norms = norms.repeat_interleave(rows).view(-1, 1, 1)
-    for r, c, b, size in _pieces(batch * rows, cols, block_size):
-        scale = None if old_scales is None else old_scales[r, b].unsqueeze(-1)
-        piece = (old[r, c].unflatten(1, (-1, size)), scale, new[r, c].unflatten(1, (-1, size)))
-        m, scaled_grad = _momentum(*piece, beta, codebook)
-        u = scaled_grad.add_(m * beta) if nesterov else m
-        target[r, c] = (u / row_norms[r]).flatten(1)
-        if codebook is None or old_scales is None:
-            old[r, c] = m.flatten(1)
-            continue
-        scale = _block_scales(m)
-        old_scales[r, b] = scale
-        old[r, c] = _encode(m, scale.unsqueeze(-1), codebook).flatten(1)
+    state = _State(Rows(codes), None if scales is None else Rows(scales), Rows(grads), beta, codebook)
+    row_norms, target = norms.repeat_interleave(rows).view(-1, 1, 1), Rows([out])
+    buffers = _buffers(3, batch * rows, cols, out.device)
+    for piece in _pieces(batch * rows, cols, block_size):
+        m, scaled_grad = state.momentum(piece, *buffers[:2])
+        u = piece.of(buffers[2]).view(m.shape)
+        if nesterov:
+            torch.mul(m, beta, out=u).add_(scaled_grad).div_(row_norms[piece.rows])
+        else:
+            torch.div(m, row_norms[piece.rows], out=u)
+        target.write(piece.rows, piece.cols, u.flatten(1))
+        if state.scales is not None and codebook is not None:
+            scale = _block_scales(m)
+            state.scales.write(piece.rows, piece.blocks, scale)
+            m = _encode_(m, scale, codebook)
+        state.codes.write(piece.rows, piece.cols, m.flatten(1))

@@ -6,7 +6,7 @@ takes a list of stacks of equal rows and columns for each argument, and numbers 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -20,35 +20,35 @@ def batch_shape(stacks: Sequence[Tensor]) -> tuple[int, int, int]:
 
 
 class Rows:
-    """The rows of a list of stacks, numbered through, as if they were those of one matrix.
-
-    Rows of one tensor are read as a view, those of several as a copy; what is assigned goes to where the rows lie.
-    """
+    """The rows of a list of stacks, numbered through, as if they were those of one matrix."""
 
     def __init__(self, stacks: Sequence[Tensor]) -> None:
         self._parts: list[Tensor] = []
         for stack in stacks:
-            if len(stack) == 1 or stack.stride(0) == stack.shape[1] * stack.stride(1):
+            if stack.shape[0] == 1 or stack.stride(0) == stack.shape[1] * stack.stride(1):
                 self._parts.append(stack.flatten(0, 1))
             else:
                 self._parts.extend(stack.unbind(0))
-        self._starts = list(accumulate((len(part) for part in self._parts), initial=0))
+        self._starts = list(accumulate((part.shape[0] for part in self._parts), initial=0))
 
     def _views(self, rows: slice, cols: slice) -> list[Tensor]:
-        first = bisect_right(self._starts, rows.start) - 1
-        views = []
-        for part, start in zip(self._parts[first:], self._starts[first:], strict=False):
-            if start >= rows.stop:
-                break
-            views.append(part[max(rows.start - start, 0) : rows.stop - start, cols])
+        """What lies in these rows, tensor by tensor."""
+        first, last = bisect_right(self._starts, rows.start) - 1, bisect_left(self._starts, rows.stop)
+        views = self._parts[first:last]
+        if cols.stop - cols.start < views[0].shape[1]:
+            views = [view[:, cols] for view in views]
+        if rows.stop < self._starts[last]:
+            views[-1] = views[-1][: rows.stop - self._starts[last - 1]]
+        if rows.start > self._starts[first]:
+            views[0] = views[0][rows.start - self._starts[first] :]
         return views
 
-    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
-        views = self._views(*where)
-        return views[0] if len(views) == 1 else torch.cat(views)
+    def read(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        """Copy to `out` [rows, cols] of any dtype, which is returned."""
+        views = self._views(rows, cols)
+        return out.copy_(views[0]) if len(views) == 1 else torch.cat(views, out=out)
 
-    def __setitem__(self, where: tuple[slice, slice], values: Tensor) -> None:
-        views = self._views(*where)
-        for view, piece in zip(views, values.split([len(view) for view in views]), strict=True):
-            if view.data_ptr() != piece.data_ptr():
-                view.copy_(piece)
+    def write(self, rows: slice, cols: slice, values: Tensor) -> None:
+        """Copy `values` [rows, cols], of any dtype, to where the rows lie."""
+        views = self._views(rows, cols)
+        torch._foreach_copy_(views, values.split([view.shape[0] for view in views]))

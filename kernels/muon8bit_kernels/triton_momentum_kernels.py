@@ -114,8 +114,8 @@ def apply_kernel(
     out += matrix * out_stride + row * out_row_stride
     scale = 0.0 if CODEBOOK is None else tl.load(scales, row_mask, other=0.0)
     norm = tl.load(norms + matrix)
-    # Only the stores depend on it: the loads need not wait for its value.
-    writes = row_mask if skip is None else row_mask & (tl.load(skip) == 0.0)
+    # Only the stores depend on the flag: the loads need not wait for its value.
+    writes = row_mask if skip is None else row < tl.where(tl.load(skip) == 0.0, rows, 0)
     first = block * BLOCK
     end = BLOCK if COLS == BLOCK else tl.minimum(BLOCK, cols - first)
     new_scale = scale

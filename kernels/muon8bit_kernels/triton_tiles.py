@@ -45,7 +45,7 @@ def tiling(rows: int, cols: int, block_size: int, *, across: bool = False) -> Ti
     """
     if block_size < 1 or block_size & (block_size - 1):
         raise ValueError(f"block_size must be a power of two for the Triton backend, not {block_size}")
-    block = min(block_size, triton.next_power_of_2(cols))
+    block = min(block_size, triton.next_power_of_2(max(1, cols)))
     rows_there = triton.next_power_of_2(rows)
     if across and block > _PIECE_COLS:
         return Tiling(min(rows_there, _PIECE_ROWS), _PIECE_COLS, block, _PIECE_WARPS)

@@ -104,8 +104,8 @@ def _update_kernel(
     directions += matrix * direction_stride + row * direction_row_stride
     decay_value = tl.load(decay) if IN_MEMORY else tl.cast(decay, tl.float32)  # torch.compile passes scalars as fp64
     scale_value = tl.load(scale) if IN_MEMORY else tl.cast(scale, tl.float32)
-    # Only the stores depend on it: the loads need not wait for its value.
-    writes = row_mask if skip is None else row_mask & (tl.load(skip) == 0.0)
+    # Only the stores depend on the flag: the loads need not wait for its value.
+    writes = row_mask if skip is None else row < tl.where(tl.load(skip) == 0.0, rows, 0)
     col = block * BLOCK + tl.arange(0, COLS)[None, :]
     mask = row_mask & (col < cols)
     old = _widened(tl.load(param + col * param_col_stride, mask, other=0.0))

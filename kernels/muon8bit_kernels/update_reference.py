@@ -19,7 +19,7 @@ from .rounding import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2, signed
 from .stacks import Rows, batch_shape
 
 # Elements that one pass works on: its temporaries stay in a core's cache.
-_CHUNK_ELEMENTS = 2**16
+_CHUNK_ELEMENTS = 2**19
 
 
 def _rotate_(words: Tensor, by: int) -> Tensor:
@@ -93,25 +93,27 @@ def update_params(
     if skip is not None and skip.item() != 0:
         return
     batch, rows, cols = batch_shape(params)
-    old, towards, device = Rows(params), Rows([directions]), directions.device
-    every = slice(None)
+    old, towards, device, every = Rows(params), Rows([directions]), directions.device, slice(0, cols)
     if keys is not None:
         row_keys = torch.tensor(keys, dtype=torch.int32, device=device).repeat_interleave(rows).unsqueeze(1)
         row_starts = torch.tensor(firsts or [0] * batch, dtype=torch.int64, device=device).unsqueeze(1)
         row_starts = (row_starts + torch.arange(rows, device=device) * (pitch or cols)).view(-1, 1)
         columns = torch.arange(cols, device=device)
-    step = max(1, _CHUNK_ELEMENTS // max(1, cols))
-    for start in range(0, batch * rows, step):
-        r = slice(start, min(start + step, batch * rows))
-        piece = old[r, every]
-        new = piece.float().mul_(decay)  # float32 pieces are their own, updated where they are
+    num_rows = min(batch * rows, max(1, _CHUNK_ELEMENTS // max(1, cols)))
+    buffers = torch.empty(
+        2, num_rows, cols, device=device, dtype=torch.float32
+    )  # fresh memory costs more than arithmetic
+    for start in range(0, batch * rows, num_rows):
+        r = slice(start, min(start + num_rows, batch * rows))
+        new, step = (buffer[: r.stop - start] for buffer in buffers)
+        old.read(r, every, new).mul_(decay)
         if isinstance(scale, Tensor):
-            new = torch.where(scale == 0, new, new - towards[r, every].float() * scale)
+            new = torch.where(scale == 0, new, new - towards.read(r, every, step).mul_(scale))
         elif scale != 0:
-            new.sub_(towards[r, every].float() * scale)
+            new.sub_(towards.read(r, every, step).mul_(scale))
         if keys is not None:
             new = _rounded(new, row_starts[r] + columns, row_keys[r])
-        old[r, every] = new
+        old.write(r, every, new)
 
 
 def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
