@@ -9,6 +9,7 @@ Source: Zhang, Amsel, Chen, Dao 2026 (the Gram form of Newton-Schulz).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -20,27 +21,37 @@ from .update_reference import check_rounding, update_params
 
 # The small side: what one Triton program keeps of the Gram matrix in registers.
 TINY_MAX = 64
+# Rounding gives R eigenvalues near -2^-24 where X is rank-deficient, and a step multiplies them by a^2. What they may
+# reach: five of Jordan's steps reach .014, Polar Express .058, six of Jordan's .17; ten diverge.
+_MAX_GROWTH = 0.1
 
 
 def check_tiny(rows: int, cols: int, steps: Sequence[tuple[float, float, float]]) -> None:
-    """Raise ValueError for matrices [rows, cols] whose small side exceeds `TINY_MAX`, or a schedule without steps."""
+    """Raise ValueError for matrices [rows, cols] whose small side exceeds `TINY_MAX`, and for a schedule that is empty
+    or amplifies rounding too much for a Gram form without a restart."""
     if min(rows, cols) > TINY_MAX:
         raise ValueError(f"step_tiny takes matrices with a side of at most {TINY_MAX}, not [{rows}, {cols}]")
-    if not steps or any(len(triple) != 3 for triple in steps):
-        raise ValueError(f"steps must be one triple (a, b, c) or more, not {steps!r}")
+    growth = prod(a for a, _, _ in steps) ** 2 * 2.0**-24
+    if not steps or growth >= _MAX_GROWTH:
+        raise ValueError(f"step_tiny cannot carry the steps {list(steps)}: rounding grows to {growth:.2g}")
+
+
+def _polynomial(R: Tensor, a: float, b: float, c: float) -> Tensor:
+    """aI + bR + cR^2."""
+    Z = (R @ R).mul_(c).add_(R, alpha=b)
+    Z.diagonal(dim1=-2, dim2=-1).add_(a)
+    return Z
 
 
 def _directions(X: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
     """fp32 X [batch, rows, cols], rows <= cols -> Q X."""
     R = X @ X.mT
-    Q: Tensor | None = None
-    for a, b, c in steps:
-        if Q is not None:
-            R = Z @ R @ Z
-        Z = (R @ R).mul_(c).add_(R, alpha=b)
-        Z.diagonal(dim1=-2, dim2=-1).add_(a)
-        Q = Z if Q is None else Z @ Q
-    assert Q is not None
+    Z = _polynomial(R, *steps[0])
+    Q = Z
+    for triple in steps[1:]:
+        R = Z @ R @ Z
+        Z = _polynomial(R, *triple)
+        Q = Z @ Q
     return Q @ X
 
 
@@ -77,7 +88,7 @@ def step_tiny(
         skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
 
     Raises:
-        ValueError: if both sides exceed 64, for no steps, or for keys with parameters that are not bf16.
+        ValueError: if both sides exceed 64, for steps that fp32 does not carry (`check_tiny`), or for keys with parameters that are not bf16.
     """
     batch, rows, cols = batch_shape(codes)
     check_tiny(rows, cols, steps)

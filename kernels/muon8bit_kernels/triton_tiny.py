@@ -95,8 +95,8 @@ def step_tiny(
         skip: 0-d fp32 on the device; unless it is zero, nothing is written.
 
     Raises:
-        ValueError: if both sides exceed 64, for no steps, another `block_size`, keys with parameters that are not bf16,
-            stacks of one argument that are not alike, or arguments of different numbers of matrices.
+        ValueError: if both sides exceed 64, for steps that fp32 does not carry (`check_tiny`), another `block_size`, keys
+            with parameters that are not bf16, stacks of one argument that are not alike, or arguments of different numbers of matrices.
     """
     first, shape = codes[0], codes[0].shape[1:]
     check_tiny(*shape, steps)
@@ -148,6 +148,6 @@ def step_tiny(
             IN_MEMORY=in_memory,
             ROUNDING="stochastic" if keys is not None else "nearest" if params[0].dtype == torch.bfloat16 else None,
             **tiles._asdict(),
-            num_stages=1,
+            num_stages=2,  # loads of the first pass run one tile ahead; with more, 64 rows would spill registers
             enable_fp_fusion=False,
         )
