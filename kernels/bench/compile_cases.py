@@ -134,31 +134,38 @@ def _sizes(tiling: Tiling) -> str:
     return f"{tiling.block_m}x{tiling.block_n}x{tiling.block_k}"
 
 
-def tiny(rows: int, cols: int, codebook: str | None, keys: list[int] | None = None) -> None:
-    """The whole step of LoRA's matrices, all bf16."""
+def tiny(
+    rows: int,
+    cols: int,
+    codebook: str | None = "linear",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    keys: list[int] | None = None,
+    block: int = 2048,
+) -> None:
+    """The whole step of LoRA's matrices, gradients and parameters of one dtype, the flag of the step given."""
     codes = empty(COUNT, rows, cols, dtype=torch.float32 if codebook is None else CODE_DTYPES[codebook])
-    scales = None if codebook is None else [empty(COUNT, rows, triton.cdiv(cols, 2048))]
-    grads, params = ([empty(COUNT, rows, cols, dtype=torch.bfloat16)] for _ in range(2))
-    norms, skip = empty(1, COUNT).view(COUNT), empty(1, 1).view(())
-    options: dict[str, Any] = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": 2048, "keys": keys}
+    scales = None if codebook is None else [empty(COUNT, rows, triton.cdiv(cols, block))]
+    matrices, norms, skip = [empty(COUNT, rows, cols, dtype=dtype)], empty(1, COUNT).view(COUNT), empty(1, 1).view(())
+    options: dict[str, Any] = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": block, "keys": keys}
     options |= {"steps": JORDAN, "decay": 0.9, "scale": 0.1, "skip": skip}
-    triton_tiny.step_tiny([codes], scales, grads, params, norms, **options)
+    triton_tiny.step_tiny([codes], scales, matrices, matrices, norms, **options)
 
 
 def _tiny() -> list[Case]:
-    shapes = {"wide16": (16, 3072), "tall16": (3072, 16)}
-    cases = [
-        Case(f"tiny-{name}-{codebook}", partial(tiny, *shape, codebook), NVIDIA)
-        for name, shape in shapes.items()
-        for codebook in ("linear", "dynamic")
-    ]
+    """Every tile shape for one target, the ends of their range for all."""
+    stochastic: dict[str, Any] = {"codebook": "dynamic", "keys": [-5] * COUNT}
     return [
-        *cases,
-        Case("tiny-wide16-None", partial(tiny, 16, 3072, None), ONE),
-        Case("tiny-wide16-linear-stochastic", partial(tiny, 16, 3072, "linear", [-5] * COUNT), ONE),
-        Case("tiny-wide32-linear", partial(tiny, 32, 3072, "linear"), ONE),
-        Case("tiny-wide64-linear", partial(tiny, 64, 3072, "linear"), ONE),
-        Case("tiny-tall64-dynamic", partial(tiny, 3072, 64, "dynamic"), ONE),
+        Case("tiny-wide-16", partial(tiny, 16, 2048), NVIDIA),
+        Case("tiny-tall-16", partial(tiny, 2048, 16), NVIDIA),
+        Case("tiny-tall-64", partial(tiny, 2048, 64), NVIDIA),
+        Case("tiny-wide-32", partial(tiny, 32, 2048), ONE),
+        Case("tiny-tall-32", partial(tiny, 2048, 32), ONE),
+        Case("tiny-wide-64", partial(tiny, 64, 2048), ONE),
+        Case("tiny-wide-16-dynamic-stochastic", partial(tiny, 16, 2048, **stochastic), ONE),
+        Case("tiny-tall-64-dynamic-stochastic", partial(tiny, 2048, 64, **stochastic), ONE),
+        Case("tiny-wide-64-None-fp32", partial(tiny, 64, 2048, None, dtype=torch.float32), ONE),
+        Case("tiny-wide-16-block-64", partial(tiny, 16, 2048, block=64), ONE),
     ]
 
 
