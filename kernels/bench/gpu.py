@@ -25,13 +25,13 @@ from pathlib import Path
 
 import torch
 
-from bench import rates, steps
+from bench import products, rates, steps
 from bench.record import Record
 from bench.report import markdown
 from bench.timing import Clock
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = ("correctness", "momentum", "products", "steps", "shapes")
+SECTIONS = ("correctness", "momentum", "products", "paths", "steps", "shapes")
 # A dry run takes one module, whose GPU tests skip themselves.
 TESTS, DRY_TESTS = "tests", "tests/kernels/test_reference.py"
 TESTS_LIMIT_S = 400
@@ -122,7 +122,9 @@ def main() -> int:
         elif section == "momentum":
             rates.momentum(clock, record, measured)
         elif section == "products":
-            rates.products(clock, record)
+            products.products(clock, record)
+        elif section == "paths":
+            products.paths(clock, record)
         elif section == "steps":
             steps.steps(clock, record, measured)
         else:

@@ -1,4 +1,4 @@
-"""What the hardware gives and what single kernels take of it: ceilings, momentum kernels, symmetric products."""
+"""What the hardware gives, and what the momentum kernels take of it."""
 
 from __future__ import annotations
 
@@ -11,37 +11,15 @@ from muon8bit_kernels import CODE_DTYPES, kernels_for, num_blocks
 from muon8bit_kernels.codebooks import Codebook
 from torch import Tensor
 
+from bench.products import HALF, check_finite, product_job
 from bench.record import Record
 from bench.timing import Clock, Job, Result
 from muon8bit.config import BLOCK_SIZES
 
 COPY, GEMM = "copy", "gemm"
-# Sizes of symmetric products; the batch fills the chip where one product does not.
-PRODUCT_SIZES = (256, 512, 1024, 2048, 3072, 4096, 8192)
-PRODUCT_BATCH_ELEMENTS = 2**25
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Momentum kernels: this many matrices of this side, rotated among sets, each several times the cache.
-MOMENTUM_COUNT, MOMENTUM_SIDE, MOMENTUM_SETS = 4, 4096, 2
+MOMENTUM_COUNT, MOMENTUM_SIDE, MOMENTUM_SETS = 16, 4096, 2
 BETA = 0.95
-
-
-def _all_finite(tensors: list[Tensor]) -> None:
-    for tensor in tensors:
-        if not tensor.isfinite().all():
-            raise ValueError(f"a result {tuple(tensor.shape)} {tensor.dtype} is not finite, or was not written")
-
-
-def _product_job(device: torch.device, dtype: torch.dtype, batch: int, n: int, k: int, symmetric: bool) -> Job:
-    """X X^T [batch, n, n] by our kernel or by the vendor's, on random X of unit norm rows, sets taken in turn."""
-    sets = [torch.randn(batch, n, k, device=device, dtype=dtype).div_(k**0.5) for _ in range(2)]
-    turn, kernels = cycle(sets), kernels_for(device)
-    last: list[Tensor] = []
-
-    def run() -> None:
-        X = next(turn)
-        last[:] = [kernels.symmetric_product(X, X) if symmetric else X @ X.mT]
-
-    return Job(run, lambda: _all_finite(last))
 
 
 def ceilings(clock: Clock, record: Record) -> dict[str, float]:
@@ -62,8 +40,8 @@ def ceilings(clock: Clock, record: Record) -> dict[str, float]:
 
     makers: dict[str, Callable[[], Job]] = {COPY: copy_job}
     for name, dtype in HALF.items():
-        makers[f"{GEMM} {name}"] = partial(_product_job, clock.device, dtype, 1, n, n, symmetric=False)
-    results = clock.turns(makers, rounds=3, repeats=1 if dry else 5, warm_up=2)
+        makers[f"{GEMM} {name}"] = partial(product_job, clock.device, dtype, 1, n, n, symmetric=False)
+    results = clock.turns(makers, rounds=3, repeats=1 if dry else 5, warm_up=2, queued=True)
     rates = {COPY: 2 * num_bytes / results[COPY].ms / 1e6}
     rates |= {name: 2 * n**3 / results[name].ms / 1e9 for name in makers if name != COPY}
     rates[GEMM] = max(rates[f"{GEMM} {name}"] for name in HALF)
@@ -119,7 +97,7 @@ def _momentum_job(
         kernels.momentum_apply(codes, scales, grads, norms, out, **options)
         outputs[:] = [out, *(scales or codes)]
 
-    return Job(stats if phase == "stats" else apply, lambda: _all_finite(outputs))
+    return Job(stats if phase == "stats" else apply, lambda: check_finite(outputs))
 
 
 def momentum(clock: Clock, record: Record, rates: dict[str, float]) -> None:
@@ -132,7 +110,7 @@ def momentum(clock: Clock, record: Record, rates: dict[str, float]) -> None:
         for size in sizes:
             for phase in ("stats", "apply"):
                 makers[f"{phase} {size}"] = partial(_momentum_job, clock.device, phase, codebook, size, count, side)
-        results = clock.turns(makers, rounds=1 if dry else 3, repeats=1 if dry else 10, warm_up=2)
+        results = clock.turns(makers, rounds=1 if dry else 3, repeats=1 if dry else 10, warm_up=2, queued=True)
         for size in sizes:
             case = f"{codebook}, blocks of {size}" if codebook else "fp32"
             least = momentum_bytes(count * side * side, side, size, codebook)
@@ -161,30 +139,3 @@ def _bandwidth_of_both(
         rate = num_bytes / sum(result.ms for result in both) / 1e6
         record.measured("momentum", case, "both", "of copy", rate / rates[COPY], "fraction")
 
-
-def products(clock: Clock, record: Record) -> dict[str, list[float]]:
-    """X X^T by the symmetric kernel and by the vendor's product, [n, n], one matrix and a batch that fills the chip.
-
-    Rates are those of the whole product, 2 n^3 operations, whatever the kernel leaves out: so they compare as times
-    do. Returns the kernel's time over the vendor's by size, for the planner's table of rates.
-    """
-    dry, section = record.dry, "products"
-    sizes = tuple(size // 32 for size in PRODUCT_SIZES[:3]) if dry else PRODUCT_SIZES
-    gains: dict[str, list[float]] = {}
-    for name, dtype in HALF.items():
-        for n in sizes:
-            for batch in sorted({1, max(1, min(64, PRODUCT_BATCH_ELEMENTS // n**2))} if not dry else {1, 2}):
-                makers = {
-                    arm: partial(_product_job, clock.device, dtype, batch, n, n, symmetric=arm == "symmetric")
-                    for arm in ("symmetric", "vendor")
-                }
-                results = clock.turns(makers, rounds=1 if dry else 3, repeats=1 if dry else 5, warm_up=2)
-                case = f"{name}, {batch} x {n}"
-                for arm, result in results.items():
-                    rate = result.problem or batch * 2 * n**3 / result.ms / 1e9
-                    record.measured(section, case, arm, "rate", rate, "TFLOP/s", "of 2 n^3 operations a product")
-                if not any(result.problem for result in results.values()):
-                    gain = results["vendor"].ms / results["symmetric"].ms
-                    record.measured(section, case, "symmetric", "gain", gain, "times", "vendor's time over it")
-                    gains.setdefault(f"{name}, batch {'1' if batch == 1 else 'many'}", []).append(gain)
-    return gains

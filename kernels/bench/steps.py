@@ -9,6 +9,7 @@ from bench.floors import count
 from bench.record import Record
 from bench.timing import Clock, Result
 from bench.workloads import Workload, shape_classes, workloads
+from muon8bit.orthogonalize import device_kind
 
 FLOOR = "floor"
 # A step of torch.optim.Muon with more operations than this takes a good part of a second: fewer of them.
@@ -28,13 +29,13 @@ def steps(clock: Clock, record: Record, rates: dict[str, float]) -> None:
                 )
                 extra = result.extra_bytes / 2**20
                 record.measured("steps", workload.name, arm, "extra memory", extra, "MiB", "peak inside step()")
-        counts = count(workload, clock.device.type)
+        counts = count(workload, device_kind(clock.device))
         floor = counts.floor_ms(rates)
         case = workload.name
-        record.counted("steps", case, FLOOR, "operations", counts.flops, "FLOP", "the planner's count")
+        record.counted("steps", case, FLOOR, "operations", counts.least, "FLOP", "one triangle, the cheaper form")
+        record.counted("steps", case, LINEAR, "operations", counts.planned, "FLOP", "of the planned paths")
         record.counted("steps", case, MUON_BF16, "operations", counts.torch_flops, "FLOP")
-        moved = counts.momentum_bytes + counts.ns_bytes + counts.update_bytes
-        record.counted("steps", case, FLOOR, "bytes", moved, "bytes")
+        record.counted("steps", case, FLOOR, "bytes", counts.num_bytes, "bytes")
         record.counted("steps", case, FLOOR, "FLOP ceiling", counts.ceiling, "times", "over torch.optim.Muon")
         record.measured("steps", case, FLOOR, "time", floor, "ms", "from this run's ceilings")
         for arm, result in results.items():
@@ -56,7 +57,7 @@ def _run(clock: Clock, record: Record, workload: Workload, names: list[str]) -> 
     makers = {name: partial(make_job, ARMS[name], tensors) for name in names}
     if record.dry:
         return clock.turns(makers, rounds=1, repeats=1)
-    long = count(workload, clock.device.type).torch_flops > _LONG_FLOPS
+    long = count(workload, device_kind(clock.device)).torch_flops > _LONG_FLOPS
     return clock.turns(makers, rounds=3, repeats=2 if long else 7, warm_up=1 if long else 2)
 
 
