@@ -63,6 +63,17 @@ class Kernels(Protocol):
         skip: Tensor | None = None,
     ) -> None: ...
 
+    def symmetric_product(
+        self,
+        A: Tensor,
+        B: Tensor,
+        *,
+        alpha: float = 1.0,
+        D: Tensor | None = None,
+        beta: float = 0.0,
+        diagonal: float = 0.0,
+    ) -> Tensor: ...
+
     def round_stochastic(self, values: Tensor, *, key: int, first: int = 0) -> Tensor: ...
 
 

@@ -29,6 +29,7 @@ from .codebooks import (
     dynamic_midpoints,
     dynamic_prefix_codes,
 )
+from .gemm_reference import symmetric_product
 from .stacks import Rows, batch_shape
 from .update_reference import round_stochastic, update_params
 
@@ -39,6 +40,7 @@ __all__ = [
     "num_blocks",
     "quantize",
     "round_stochastic",
+    "symmetric_product",
     "update_params",
 ]
 
