@@ -69,7 +69,7 @@ def quantize(values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Te
     codes = torch.empty(rows, cols, dtype=CODE_DTYPES[codebook], device=values.device)
     scales = torch.empty(rows, num_blocks(cols, block_size), dtype=torch.float32, device=values.device)
     midpoints = dynamic_midpoints(values.device) if codebook == "dynamic" else None
-    tiles = tiling(rows, cols, block_size)
+    tiles = tiling((rows, cols), block_size)
     launch(_quantize_kernel, values, 1, tiles, values, codes, scales, midpoints, *values.stride(), CODEBOOK=codebook)
     return codes, scales
 
@@ -86,6 +86,6 @@ def dequantize(codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size:
     check_rows_contiguous("scales", [scales.unsqueeze(0)], (rows, num_blocks(cols, block_size)))
     values = torch.empty(rows, cols, dtype=torch.float32, device=codes.device)
     map_values = dynamic_map(codes.device) if codebook == "dynamic" else None
-    tiles = tiling(rows, cols, block_size)
+    tiles = tiling((rows, cols), block_size)
     launch(_dequantize_kernel, codes, 1, tiles, codes, scales, map_values, values, CODEBOOK=codebook)
     return values

@@ -34,8 +34,8 @@ class Tiling(NamedTuple):
     num_warps: int
 
 
-def tiling(rows: int, cols: int, block_size: int, *, across: bool = False) -> Tiling:
-    """The tiles of matrices [rows, cols] with blocks of `block_size` elements, a power of two.
+def tiling(shape: Sequence[int], block_size: int, *, across: bool = False) -> Tiling:
+    """The tiles of matrices of (rows, cols) = `shape` with blocks of `block_size` elements, a power of two.
 
     Args:
         across: whether a tensor of the launch lies column by column, so that a piece must have many rows.
@@ -45,6 +45,7 @@ def tiling(rows: int, cols: int, block_size: int, *, across: bool = False) -> Ti
     """
     if block_size < 1 or block_size & (block_size - 1):
         raise ValueError(f"block_size must be a power of two for the Triton backend, not {block_size}")
+    rows, cols = shape
     block = min(block_size, triton.next_power_of_2(max(1, cols)))
     rows_there = triton.next_power_of_2(rows)
     if across and block > _PIECE_COLS:

@@ -24,7 +24,7 @@ _LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def _add_product_nt(total, left, right):
-    """total + left @ right^T of [m, k] and [n, k], or batches of such, in IEEE fp32.
+    """total + left @ right^T of batches, [batch, m, k] and [batch, n, k], in IEEE fp32.
 
     k is taken in interleaved parts of _CHUNK: a thread loads its rows of a whole part at once, and registers are few.
     """
@@ -35,15 +35,17 @@ def _add_product_nt(total, left, right):
         total = _add_product_nt(total, left_even, right_even)
         total = _add_product_nt(total, left_odd, right_odd)
     else:
-        transposed = tl.permute(right, (0, 2, 1)) if len(right.shape) == 3 else tl.permute(right, (1, 0))
-        total = tl.dot(left, transposed, total, input_precision="ieee")
+        total = tl.dot(left, tl.permute(right, (0, 2, 1)), total, input_precision="ieee")
     return total
 
 
 @triton.jit
 def _product_nt(left, right):
-    """left @ right^T, [m, k] x [n, k] -> [m, n]."""
-    return _add_product_nt(tl.zeros((left.shape[0], right.shape[0]), tl.float32), left, right)
+    """left @ right^T, [m, k] x [n, k] -> [m, n], as a batch of one: for sm_100 Triton 3.7 turns products of matrices into
+    TF32, whatever precision they ask for."""
+    total = tl.zeros((1, left.shape[0], right.shape[0]), tl.float32)
+    total = _add_product_nt(total, tl.reshape(left, [1] + left.shape), tl.reshape(right, [1] + right.shape))
+    return tl.reshape(total, (left.shape[0], right.shape[0]))
 
 
 @triton.jit

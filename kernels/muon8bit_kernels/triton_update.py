@@ -188,7 +188,7 @@ def update_params(
         _update_kernel,
         first,
         count,
-        tiling(*shape, _PIECE_COLUMNS if across else _TILE_COLUMNS),
+        tiling(shape, _PIECE_COLUMNS if across else _TILE_COLUMNS),
         table_of(columns, first.device),
         directions,
         decay,
@@ -215,6 +215,6 @@ def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
     """
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     matrix = values.view(1, -1)
-    tiles = tiling(*matrix.shape, _ROUNDED_TOGETHER)
+    tiles = tiling(matrix.shape, _ROUNDED_TOGETHER)
     launch(_round_stochastic_kernel, matrix, 1, tiles, values, rounded, key, first)
     return rounded

@@ -14,15 +14,14 @@ from bitwise import assert_bitwise, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out
-from muon8bit_kernels import CODE_DTYPES, num_blocks, reference
+from momentum_steps import Both, random_stacks, state_of
+from muon8bit_kernels import CODE_DTYPES, reference
 
 from muon8bit import Muon8bit
 
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("no GPU: test_interpreted.py runs it under TRITON_INTERPRET=1", allow_module_level=True)
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
-triton_tiles = pytest.importorskip("muon8bit_kernels.triton_tiles")
+pytest.importorskip("triton")
 
 # The interpreter is numpy, which tells of the overflows and infinities that some inputs are meant to cause.
 pytestmark = [
@@ -33,78 +32,6 @@ pytestmark = [
 BLOCK_SIZES = [64, 128, 256, 512, 1024, 2048, 4096]
 CODEBOOKS = ["linear", "dynamic", None]
 LAYOUTS = ["rows", "columns", "sliced", "row piece", "column piece"]
-
-
-def random_stacks(counts, rows, cols, dtype=torch.float32, layout="rows", seed=0):
-    """One stack [count, rows, cols] a count; rows differ in size, and one of each matrix is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    stacks = []
-    for count in counts:
-        size = torch.randn(count, rows, 1, generator=generator).exp()
-        size[:, rows // 2] = float(rows == 1)
-        stacks.append(laid_out((torch.randn(count, rows, cols, generator=generator) * size).to(dtype), layout))
-    return stacks
-
-
-def state_of(momentum, *, codebook, block_size, layout="rows"):
-    """Stacks of codes and of scales in a layout, of a momentum in stacks; scales None without a codebook."""
-    if codebook is None:
-        return [laid_out(stack, layout) for stack in momentum], None
-    codes, scales = [], []
-    for stack in momentum:
-        pairs = [reference.quantize(matrix, codebook=codebook, block_size=block_size) for matrix in stack]
-        codes.append(laid_out(torch.stack([pair[0] for pair in pairs]), layout))
-        scales.append(laid_out(torch.stack([pair[1] for pair in pairs]), layout))
-    return codes, scales
-
-
-def with_surroundings(tensor):
-    """All of the storage that a tensor is a view of."""
-    return tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
-
-
-class Both:
-    """A state here and a copy of it on the device, stepped alike."""
-
-    def __init__(self, kernels, device, momentum, *, layout="rows", **options):
-        self.kernels, self.device, self.options = kernels, device, options
-        state = {name: options[name] for name in ("codebook", "block_size")}
-        self.codes, self.scales = state_of(momentum, **state, layout=layout)
-        whole = [with_surroundings(stack).to(device, copy=True) for stack in [*self.codes, *(self.scales or [])]]
-        ours = [
-            storage.as_strided(stack.shape, stack.stride(), stack.storage_offset())
-            for storage, stack in zip(whole, [*self.codes, *(self.scales or [])], strict=True)
-        ]
-        self.our_codes = ours[: len(self.codes)]
-        self.our_scales = None if self.scales is None else ours[len(self.codes) :]
-
-    def check_stats(self, grads):
-        """Compare and return the norms of the reference."""
-        sumsq = reference.momentum_stats(self.codes, self.scales, grads, **self.options)
-        our_grads = [on(self.device, grad) for grad in grads]
-        ours = self.kernels.momentum_stats(self.our_codes, self.our_scales, our_grads, **self.options)
-        # Two sums of the same n squares, each within n / 2**24 of the true one.
-        tolerance = 2 * min(self.options["block_size"], grads[0].shape[2]) * 2**-24
-        torch.testing.assert_close(ours.cpu(), sumsq, rtol=tolerance, atol=0, equal_nan=True)
-        return sumsq.sum((1, 2)).sqrt().clamp(1e-7, 1e18)  # so that a sum that overflowed leaves something of u
-
-    def check_apply(self, grads, norms, *, out_dtype=torch.float32, out_layout="rows", skip=None):
-        """Step both and compare everything, what lies between the rows and around them too."""
-        shape = len(norms), *grads[0].shape[1:]
-        out = laid_out(torch.full(shape, 3.0, dtype=out_dtype), out_layout)
-        whole = with_surroundings(out).to(self.device, copy=True)
-        our_out = whole.as_strided(out.shape, out.stride(), out.storage_offset())
-        reference.momentum_apply(self.codes, self.scales, grads, norms, out, **self.options, skip=skip)
-        our_grads = [on(self.device, grad) for grad in grads]
-        norms, skip = norms.to(self.device), None if skip is None else skip.to(self.device)
-        self.kernels.momentum_apply(
-            self.our_codes, self.our_scales, our_grads, norms, our_out, **self.options, skip=skip
-        )
-        assert_bitwise(whole, with_surroundings(out))
-        for ours, theirs in zip(self.our_codes, self.codes, strict=True):
-            assert_bitwise(with_surroundings(ours), with_surroundings(theirs))
-        for ours, theirs in zip(self.our_scales or [], self.scales or [], strict=True):
-            assert_bitwise(with_surroundings(ours), with_surroundings(theirs))
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
@@ -274,57 +201,6 @@ def test_stacks_that_one_launch_cannot_take_raise(triton_kernels, device):
     ):
         with pytest.raises(ValueError, match=message):
             triton_kernels.momentum_apply(**{**good, **options, name: value})
-
-
-@triton.jit
-def offsets_kernel(offsets, rows, cols, col_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    _, block, row, _ = triton_tiles.tile_rows(rows, cols, ROWS, BLOCK)
-    places = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(offsets + places, row * cols + (block * BLOCK + tl.arange(0, BLOCK)[None, :]) * col_stride)
-
-
-def test_offsets_beyond_two_to_the_31_are_computed_in_64_bits(device):
-    offsets = torch.empty(256, 16, dtype=torch.int64, device=device)
-    offsets_kernel[(1,)](offsets, 256, 2**30 + 16, 2**28, ROWS=256, BLOCK=16)
-    expected = torch.arange(256)[:, None] * (2**30 + 16) + torch.arange(16) * 2**28
-    assert int(expected.max()) > 2**37
-    assert torch.equal(offsets.cpu(), expected)
-
-
-class Launches:
-    """Stands for a kernel and remembers how it was launched."""
-
-    def __init__(self):
-        self.grids, self.constants = [], []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return lambda *args, **constants: self.constants.append(constants)  # noqa: ARG005
-
-
-@pytest.mark.parametrize(("count", "rows", "cols"), [(70_000, 16, 64), (1, 2**31 + 8, 4), (300, 2**18, 5000)])
-def test_the_grid_has_one_axis_whatever_the_batch(count, rows, cols):
-    launches = Launches()
-    tiles = triton_tiles.tiling(rows, cols, 2048)
-    triton_tiles.launch(launches, torch.empty(1, rows, cols, device="meta"), count, tiles)
-    ((programs,),) = launches.grids
-    assert programs == count * -(-rows // tiles.ROWS) * num_blocks(cols, tiles.BLOCK) < 2**31
-
-
-@pytest.mark.parametrize("offset", [0, 1, 8])
-def test_wide_loads_are_promised_only_of_aligned_matrices(triton_kernels, monkeypatch, offset):
-    """Rows of 32 codes: 16 bytes apart; `offset` elements of bf16 into a storage."""
-    launches = Launches()
-    monkeypatch.setattr("muon8bit_kernels.triton_momentum.stats_kernel", launches)
-    monkeypatch.setattr("muon8bit_kernels.triton_update._update_kernel", launches)
-    grads = torch.zeros(4 * 32 + offset, dtype=torch.bfloat16)[offset:].view(1, 4, 32)
-    even = torch.zeros(1, 4, 32, dtype=torch.bfloat16)
-    assert even.data_ptr() % 16 == 0
-    codes, scales = torch.zeros(2, 4, 32, dtype=torch.int8), torch.zeros(2, 4, 1)
-    options = {"codebook": "linear", "block_size": 64, "beta": 0.9, "nesterov": True}
-    triton_kernels.momentum_stats([codes], [scales], [even, grads], **options)
-    triton_kernels.update_params([even, grads], torch.zeros(2, 4, 32), decay=1.0, scale=1.0)
-    assert [constants["ALIGNED"] for constants in launches.constants] == [offset % 8 == 0] * 2
 
 
 @pytest.mark.gpu
