@@ -19,6 +19,7 @@ from .config import (
     DEFAULT_NS_STEPS,
     DEFAULT_WEIGHT_DECAY,
     DEFAULT_WORKSPACE_BYTES,
+    MIN_WORKSPACE_BYTES,
     ON_NONFINITE,
     PARAM_ROUNDINGS,
     Backend,
@@ -70,8 +71,8 @@ class Muon8bit(Optimizer):
             affected, float16 ones refused. Then `rounding_seed` and `rounding_step` are ints in `param_groups`,
             saved and loaded: runs with equal ones are bitwise the same.
         rounding_seed: 0 .. 2**64 - 1; the same on all replicas. Without meaning for `"nearest"`.
-        workspace_bytes: what a step may allocate at once beyond its state, freed before it returns. Only a single
-            matrix that needs more exceeds it.
+        workspace_bytes: what a step may allocate at once beyond its state, freed before it returns; at least 32 MiB.
+            Only a single matrix that needs more exceeds it.
 
     State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its
     shape with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that
@@ -128,8 +129,10 @@ class Muon8bit(Optimizer):
             raise ValueError(f"ns_dtype must be None, torch.float32 or torch.bfloat16, not {ns_dtype}")
         if backend not in (None, "reference", "triton"):
             raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
-        if type(workspace_bytes) is not int or workspace_bytes <= 0:
-            raise ValueError(f"workspace_bytes must be a positive int, not {workspace_bytes!r}")
+        if type(workspace_bytes) is not int or workspace_bytes < MIN_WORKSPACE_BYTES:
+            raise ValueError(
+                f"workspace_bytes must be an int of at least {MIN_WORKSPACE_BYTES}, not {workspace_bytes!r}"
+            )
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self._num_calls = self._num_skipped_steps = 0
