@@ -153,11 +153,11 @@ def tiny(
 
 
 def _tiny() -> list[Case]:
-    """Every tile shape for one target, the ends of their range for all."""
+    """Every tile shape for one target, the smallest and the largest for all."""
     stochastic: dict[str, Any] = {"codebook": "dynamic", "keys": [-5] * COUNT}
     return [
         Case("tiny-wide-16", partial(tiny, 16, 2048), NVIDIA),
-        Case("tiny-tall-16", partial(tiny, 2048, 16), NVIDIA),
+        Case("tiny-tall-16", partial(tiny, 2048, 16), ONE),
         Case("tiny-tall-64", partial(tiny, 2048, 64), NVIDIA),
         Case("tiny-wide-32", partial(tiny, 32, 2048), ONE),
         Case("tiny-tall-32", partial(tiny, 2048, 32), ONE),

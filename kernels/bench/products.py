@@ -61,9 +61,7 @@ def products(clock: Clock, record: Record) -> None:
                     arm: partial(product_job, clock.device, dtype, batch, n, n, symmetric=arm == SYMMETRIC)
                     for arm in arms
                 }
-                results = clock.turns(
-                    makers, rounds=1 if dry else 3, repeats=1 if dry else 5, warm_up=2, queued=True
-                )
+                results = clock.turns(makers, rounds=1 if dry else 3, repeats=1 if dry else 5, warm_up=2, queued=True)
                 _add_products(record, f"{name}, {batch} x {n}", batch * 2 * n**3, results)
 
 
@@ -96,7 +94,9 @@ def paths(clock: Clock, record: Record) -> None:
             path = chosen[arm]
             whole = batch * flops(path.form, rows, cols, 5, num_segments=max(1, len(path.segments)))
             if not result.problem:
-                record.measured("paths", case, arm, "rate", whole / result.ms / 1e9, "TFLOP/s", "of products made whole")
+                record.measured(
+                    "paths", case, arm, "rate", whole / result.ms / 1e9, "TFLOP/s", "of products made whole"
+                )
 
 
 def _path_job(device: torch.device, path: Path, batch: int, rows: int, cols: int) -> Job:

@@ -138,4 +138,3 @@ def _bandwidth_of_both(
     if not any(result.problem for result in both):
         rate = num_bytes / sum(result.ms for result in both) / 1e6
         record.measured("momentum", case, "both", "of copy", rate / rates[COPY], "fraction")
-

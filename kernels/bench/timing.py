@@ -113,7 +113,13 @@ class Clock:
         return 1e3 * host, 1e3 * host
 
     def turns(
-        self, makers: Mapping[str, Callable[[], Job]], *, rounds: int, repeats: int, warm_up: int = 1, queued: bool = False
+        self,
+        makers: Mapping[str, Callable[[], Job]],
+        *,
+        rounds: int,
+        repeats: int,
+        warm_up: int = 1,
+        queued: bool = False,
     ) -> dict[str, Result]:
         """Every arm gets `rounds` turns, interleaved with the others': made, warmed up, timed, checked, freed."""
         results = {name: Result() for name in makers}
@@ -128,7 +134,9 @@ class Clock:
                     torch.cuda.empty_cache()
         return results
 
-    def _turn(self, name: str, make: Callable[[], Job], result: Result, repeats: int, warm_up: int, queued: bool) -> None:
+    def _turn(
+        self, name: str, make: Callable[[], Job], result: Result, repeats: int, warm_up: int, queued: bool
+    ) -> None:
         try:
             job = make()
             for _ in range(warm_up):

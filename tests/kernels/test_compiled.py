@@ -140,7 +140,7 @@ def test_half_precision_products_run_on_the_widest_tensor_core_instruction(compi
     assert record.count(ANY_TENSOR_CORE) == record.count(rf"{expected}(?:\..*)?")
 
 
-@pytest.mark.parametrize("job", jobs("product-.*fp32.*|tiny-.*"), ids=ids)
+@pytest.mark.parametrize("job", jobs("product-.*fp32.*"), ids=ids)
 def test_fp32_products_use_no_tensor_core(compiled, job):
     """Tensor cores take fp32 as TF32: ten bits of mantissa."""
     record = compiled.records[job]
@@ -161,16 +161,6 @@ def test_products_operands_and_results_move_16_bytes_at_a_time_or_by_tma(compile
         assert record.count(rf"{kind}(?:\..*)?") == record.count(rf"{kind}\.(?:.*\.)?128.*"), kind
     assert record.count(r"LDG\..*") > 0
     assert record.count(r"STG\..*") > 0
-
-
-@pytest.mark.parametrize("job", jobs("tiny-.*"), ids=ids)
-def test_tiny_codes_and_parameters_move_16_bytes_at_a_time(compiled, job):
-    """Both passes load codes and gradients, the second stores codes and parameters; scales and maps are 4 bytes."""
-    record = compiled.records[job]
-    assert record.count(r"LDG(?:STS)?\.(?:.*\.)?128.*") >= 6
-    assert record.count(r"STG\.(?:.*\.)?128.*") >= 2
-    assert record.count(r"LDG(?:STS)?\..*\.(?:8|16|U8|U16|S8)(?:\..*)?") == 0
-    assert record.count(r"STG\..*\.(?:8|16|U8|U16|S8)(?:\..*)?") == 0
 
 
 def test_committed_table_is_what_the_command_writes(compiled):
