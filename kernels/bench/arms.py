@@ -11,6 +11,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ def _bitsandbytes_adamw(params: list[Parameter]) -> torch.optim.Optimizer:
         raise UnavailableError("not installed")
     import bitsandbytes  # optional, and slow to import
 
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(params, lr=ADAMW_LR)
+    make: Any = bitsandbytes.optim.AdamW8bit  # type: ignore[attr-defined]
+    optimizer: torch.optim.Optimizer = make(params, lr=ADAMW_LR)
     return optimizer
 
 

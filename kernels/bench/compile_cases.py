@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from muon8bit_kernels import CODE_DTYPES, triton_gemm, triton_kernels, triton_tiny
+from muon8bit_kernels.codebooks import Codebook
 from muon8bit_kernels.gemm_tilings import FP32_TILING, TILINGS, Tiling
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -59,11 +60,11 @@ def update(dtype: torch.dtype, keys: list[int] | None = None, across: bool = Fal
     triton_kernels.update_params(params, directions, decay=0.9, scale=0.1, keys=keys, skip=empty(1, 1).view(()))
 
 
-def quantize(codebook: str) -> None:
+def quantize(codebook: Codebook) -> None:
     triton_kernels.quantize(empty(*WIDE, dtype=torch.bfloat16), codebook=codebook, block_size=2048)
 
 
-def dequantize(codebook: str) -> None:
+def dequantize(codebook: Codebook) -> None:
     codes, scales = empty(*WIDE, dtype=CODE_DTYPES[codebook]), empty(WIDE[0], 2)
     triton_kernels.dequantize(codes, scales, codebook=codebook, block_size=2048)
 
@@ -80,6 +81,7 @@ def _elementwise() -> list[Case]:
         for codebook in ("linear", "dynamic")
         for block in OTHER_BLOCKS[phase]
     ]
+    codebooks: tuple[Codebook, ...] = ("linear", "dynamic")
     stochastic = partial(update, torch.bfloat16, [-5] * COUNT)
     return [
         *cases,
@@ -90,8 +92,8 @@ def _elementwise() -> list[Case]:
         Case("update-bf16", partial(update, torch.bfloat16)),
         Case("update-bf16-stochastic", stochastic),
         Case("update-bf16-across", partial(update, torch.bfloat16, across=True), ONE),
-        *[Case(f"quantize-{codebook}", partial(quantize, codebook), ONE) for codebook in ("linear", "dynamic")],
-        *[Case(f"dequantize-{codebook}", partial(dequantize, codebook), ONE) for codebook in ("linear", "dynamic")],
+        *[Case(f"quantize-{codebook}", partial(quantize, codebook), ONE) for codebook in codebooks],
+        *[Case(f"dequantize-{codebook}", partial(dequantize, codebook), ONE) for codebook in codebooks],
         Case("round-stochastic", partial(triton_kernels.round_stochastic, empty(*WIDE), key=-5), ONE),
     ]
 

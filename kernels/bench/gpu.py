@@ -29,6 +29,7 @@ from bench import products, rates, steps
 from bench.record import Record
 from bench.report import markdown
 from bench.timing import Clock
+from muon8bit.orthogonalize import device_kind
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = ("correctness", "momentum", "products", "paths", "steps", "shapes")
@@ -51,6 +52,7 @@ def facts(device: torch.device) -> dict[str, str]:
     }
     return {
         "GPU": name,
+        "kind": device_kind(device),
         "driver": driver,
         "CUDA": torch.version.cuda or "none",
         "python": platform.python_version(),

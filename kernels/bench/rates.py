@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 from muon8bit_kernels import CODE_DTYPES, kernels_for, num_blocks
@@ -71,7 +72,7 @@ def _momentum_job(
 ) -> Job:
     """One phase on [count, side, side], from its own state, sets taken in turn; outputs start as NaN."""
     kernels = kernels_for(device)
-    options = {"beta": BETA, "nesterov": True, "codebook": codebook, "block_size": block_size}
+    options: dict[str, Any] = {"beta": BETA, "nesterov": True, "codebook": codebook, "block_size": block_size}
     sets, outputs = [], list[Tensor]()
     for _ in range(MOMENTUM_SETS):
         shape = (count, side, side)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bench.arms import ARMS, LINEAR, MUON_BF16
+from bench.products import rates_row
 from bench.record import ABOUT, Record, as_number
 from bench.steps import FLOOR
 from bench.targets import verdicts
@@ -34,7 +35,9 @@ def markdown(record: Record) -> str:
     parts.append(
         _table(["target", "asked", "reached", ""], [(v.name, v.target, v.reached, v.verdict) for v in verdicts(record)])
     )
-    parts += [part for section in (_ceilings, _steps, _shapes, _momentum, _products) for part in section(record)]
+    parts += [
+        part for section in (_ceilings, _steps, _shapes, _momentum, _products, _paths) for part in section(record)
+    ]
     return "\n".join(parts)
 
 
@@ -107,4 +110,19 @@ def _products(record: Record) -> list[str]:
         ]
         for case in cases
     ]
-    return ["## X X^T, TFLOP/s of 2 n^3\n", _table(["", "symmetric", "vendor", "times"], lines)]
+    head = ["", "symmetric", "vendor", "vendor's time over it"]
+    row = rates_row(record, record.text(ABOUT, "kind", "run", ""))
+    return [
+        "## X X^T, TFLOP/s of 2 n^3\n",
+        _table(head, lines),
+        f"Row for `muon8bit.orthogonalize.rates.RATES`, the least gains: `{row}`\n",
+    ]
+
+
+def _paths(record: Record) -> list[str]:
+    cases = _cases(record, "paths")
+    if not cases:
+        return []
+    arms = list(dict.fromkeys(row.arm for row in record.find("paths", "time")))
+    lines = [[case, *[_short(record.text("paths", "time", case, arm)) for arm in arms]] for case in cases]
+    return ["## Orthogonalizations, ms\n", _table(["", *arms], lines)]
