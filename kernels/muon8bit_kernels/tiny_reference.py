@@ -88,7 +88,8 @@ def step_tiny(
         skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
 
     Raises:
-        ValueError: if both sides exceed 64, for steps that fp32 does not carry (`check_tiny`), or for keys with parameters that are not bf16.
+        ValueError: if both sides exceed 64, for steps that fp32 does not carry (`check_tiny`), or for keys with
+            parameters that are not bf16.
     """
     batch, rows, cols = batch_shape(codes)
     check_tiny(rows, cols, steps)

@@ -98,7 +98,10 @@ def common_strides(name: str, stacks: Sequence[Tensor], shape: Sequence[int]) ->
         ValueError: if (rows, cols) is not `shape`, or the stacks differ in dtype, device, or row or column stride.
     """
     expected = tuple(shape), stacks[0].dtype, stacks[0].device, _strides(stacks[0])
-    for stack in stacks:
+    kinds = {
+        (stack.shape, stack.stride(), stack.dtype, stack.device): stack for stack in stacks
+    }  # of hundreds there are few
+    for stack in kinds.values():
         found = tuple(stack.shape[1:]), stack.dtype, stack.device, _strides(stack)
         if found != expected:
             raise ValueError(f"{name}: a stack of matrices {found} in a launch that takes {expected}")

@@ -81,7 +81,7 @@ def step_tiny(
 ) -> None:
     """The step of matrices with a small side after its stats phase: codes, scales and parameters are overwritten.
 
-    Codes and scales are bitwise those of `tiny_reference.step_tiny`; parameters differ by the rounding of fp32 products.
+    Codes and scales are bitwise those of `tiny_reference.step_tiny`; parameters differ by the rounding of products.
 
     Args:
         codes: stacks [count, rows, cols] of contiguous matrices, int8 (linear), uint8 (dynamic) or fp32 (None); rows
@@ -97,15 +97,17 @@ def step_tiny(
         skip: 0-d fp32 on the device; unless it is zero, nothing is written.
 
     Raises:
-        ValueError: if both sides exceed 64, for steps that fp32 does not carry (`check_tiny`), another `block_size`, keys
-            with parameters that are not bf16, stacks of one argument that are not alike, or arguments of different numbers of matrices.
+        ValueError: if both sides exceed 64, for steps that fp32 does not carry (`check_tiny`), another `block_size`,
+            keys with parameters that are not bf16, stacks of one argument that are not alike, or arguments of different
+            numbers of matrices.
     """
     first, shape = codes[0], codes[0].shape[1:]
-    check_tiny(*shape, steps)
+    rows, cols = shape
+    check_tiny(rows, cols, steps)
     check_rounding(params[0], keys)
-    tiles = tiny_tiling(*shape, block_size)
+    tiles = tiny_tiling(rows, cols, block_size)
     check_rows_contiguous("codes", codes, shape)
-    blocks_shape = shape[0], num_blocks(shape[1], block_size)
+    blocks_shape = rows, num_blocks(cols, block_size)
     columns = [addresses(codes), addresses(codes), addresses(grads), addresses(params)]
     if scales is not None:
         check_rows_contiguous("scales", scales, blocks_shape)
@@ -118,7 +120,7 @@ def step_tiny(
         counts = [len(column) for column in columns]
         raise ValueError(f"{len(norms)} norms for {counts} codes, scales, grads, params, keys and firsts")
     strides = (*common_strides("grads", grads, shape), *common_strides("params", params, shape))
-    if count * shape.numel() == 0:
+    if count * rows * cols == 0:
         return
     in_memory = isinstance(decay, Tensor) or isinstance(scale, Tensor)
     if in_memory:
@@ -138,9 +140,10 @@ def step_tiny(
             decay,
             scale,
             len(steps),
-            shape[1] if pitch is None else pitch,
+            cols if pitch is None else pitch,
             *strides,
-            *shape,
+            rows,
+            cols,
             CODE=tl_dtype(first),
             GRAD=tl_dtype(grads[0]),
             PARAM=tl_dtype(params[0]),

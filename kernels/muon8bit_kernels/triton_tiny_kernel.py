@@ -1,9 +1,9 @@
 """The kernel of the one-launch step of small matrices; `triton_tiny` launches it.
 
-One program does all of one matrix, in two passes over it with the Newton-Schulz iteration in between, on a square of the
-small side that stays in registers. The matrix is cut along its long side into tiles of HEIGHT x WIDTH. In a WIDE matrix
-(rows are the small side) a block of a row may span several tiles, in a tall one a row is one block: tiles of the same
-blocks make a part.
+One program does all of one matrix, in two passes over it with the Newton-Schulz iteration in between, on a square of
+the small side that stays in registers. The matrix is cut along its long side into tiles of HEIGHT x WIDTH. In a WIDE
+matrix (rows are the small side) a block of a row may span several tiles, in a tall one a row is one block: tiles of the
+same blocks make a part.
 
 Products are true fp32: Triton writes their multiply-adds itself. Nothing else is fused, as the launch says.
 """
@@ -30,8 +30,8 @@ def _add_product_nt(total, left, right):
     """
     if left.shape[-1] > _CHUNK:
         half: tl.constexpr = left.shape[-1] // 2
-        left_even, left_odd = tl.split(tl.reshape(left, left.shape[:-1] + [half, 2]))
-        right_even, right_odd = tl.split(tl.reshape(right, right.shape[:-1] + [half, 2]))
+        left_even, left_odd = tl.split(tl.reshape(left, (left.shape[0], left.shape[1], half, 2)))
+        right_even, right_odd = tl.split(tl.reshape(right, (right.shape[0], right.shape[1], half, 2)))
         total = _add_product_nt(total, left_even, right_even)
         total = _add_product_nt(total, left_odd, right_odd)
     else:
@@ -41,11 +41,14 @@ def _add_product_nt(total, left, right):
 
 @triton.jit
 def _product_nt(left, right):
-    """left @ right^T, [m, k] x [n, k] -> [m, n], as a batch of one: for sm_100 Triton 3.7 turns products of matrices into
-    TF32, whatever precision they ask for."""
+    """left @ right^T, [m, k] x [n, k] -> [m, n].
+
+    As a batch of one: for sm_100, Triton 3.7 makes TF32 of products of matrices, whatever precision they ask for.
+    """
+    k: tl.constexpr = left.shape[1]
     total = tl.zeros((1, left.shape[0], right.shape[0]), tl.float32)
-    total = _add_product_nt(total, tl.reshape(left, [1] + left.shape), tl.reshape(right, [1] + right.shape))
-    return tl.reshape(total, (left.shape[0], right.shape[0]))
+    lefts, rights = tl.reshape(left, (1, left.shape[0], k)), tl.reshape(right, (1, right.shape[0], k))
+    return tl.reshape(_add_product_nt(total, lefts, rights), (left.shape[0], right.shape[0]))
 
 
 @triton.jit
@@ -72,7 +75,7 @@ def _newton_schulz(R, steps, num_steps):
 
 
 @triton.jit
-def _part(part, rows, cols, WIDE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _part(part, cols, WIDE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Of a part, its rows [HEIGHT], int64; the index of its block in each of them; its first column; its tiles: those
     that begin before the end of the block, and of the row."""
     line = tl.arange(0, HEIGHT).to(tl.int64)
@@ -122,7 +125,7 @@ def step_tiny_kernel(
     SMALL: tl.constexpr = HEIGHT if WIDE else WIDTH
     SQUARES: tl.constexpr = HEIGHT * WIDTH // (SMALL * SMALL)
     COLUMNS: tl.constexpr = 6 if ROUNDING == "stochastic" else 4
-    if skip is not None:
+    if skip is not None:  # noqa: SIM102  (skip, when there is one, is a pointer)
         if tl.load(skip) != 0.0:
             return
     matrix = tl.program_id(0).to(tl.int64)
@@ -142,7 +145,7 @@ def step_tiny_kernel(
     # A tile is so many squares; their products are summed apart, for a thread then reads less per multiplication.
     R = tl.zeros((SQUARES, SMALL, SMALL), tl.float32)
     for part in range(num_parts):
-        line, block, first, num_tiles = _part(part, rows, cols, WIDE, HEIGHT, WIDTH, BLOCK)
+        line, block, first, num_tiles = _part(part, cols, WIDE, HEIGHT, WIDTH, BLOCK)
         exists = line < rows
         row = line[:, None]
         old_scale = 0.0 if CODEBOOK is None else tl.load(scales + block, exists, other=0.0)[:, None]
@@ -173,10 +176,10 @@ def step_tiny_kernel(
     tl.debug_barrier()  # the maxima are read by other threads than wrote them
 
     for part in range(num_parts):
-        line, block, first, num_tiles = _part(part, rows, cols, WIDE, HEIGHT, WIDTH, BLOCK)
+        line, block, first, num_tiles = _part(part, cols, WIDE, HEIGHT, WIDTH, BLOCK)
         exists = line < rows
         row = line[:, None]
-        old_scale, new_scale = 0.0, 0.0
+        old_scale, new_scale = 0.0, tl.zeros((HEIGHT,), tl.float32)
         if CODEBOOK is not None:
             old_scale = tl.load(scales + block, exists, other=0.0)[:, None]
             new_scale = scale_of(tl.load(maxima + block, exists, other=0))
@@ -196,10 +199,7 @@ def step_tiny_kernel(
             )
             new = m if CODEBOOK is None else encode(m, new_scale[:, None], midpoints, CODEBOOK)
             X = u * inverse
-            if WIDE:
-                direction = tl.permute(_product_nt(tl.permute(X, (1, 0)), Q), (1, 0))
-            else:
-                direction = _product_nt(X, Q)
+            direction = tl.permute(_product_nt(tl.permute(X, (1, 0)), Q), (1, 0)) if WIDE else _product_nt(X, Q)
             places = param + (row * param_row_stride + col * param_col_stride)
             decayed = _widened(tl.load(places, mask, other=0.0)) * decay_value
             updated = tl.where(scale_value == 0.0, decayed, decayed - direction * scale_value)

@@ -17,8 +17,10 @@ import pytest
 
 def test_triton_kernels_interpreted_equal_reference_bitwise():
     pytest.importorskip("triton")
-    names = ("quantize", "momentum", "update", "tiles", "gemm")
-    suites = [Path(__file__).with_name(f"test_triton_{name}.py") for name in names]
+    suites = [
+        Path(__file__).with_name(f"test_triton_{name}.py")
+        for name in ("quantize", "momentum", "update", "tiles", "tiny", "gemm")
+    ]
     command = [sys.executable, "-m", "pytest", *suites, "-m", "not gpu", "-p", "no:cacheprovider"]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -96,7 +96,9 @@ def test_skip_leaves_everything():
     before = codes.clone(), params.clone()
     options = {"beta": 0.9, "nesterov": True, "codebook": None, "block_size": 64, "steps": JORDAN}
     skip = torch.tensor(1.0)
-    tiny_reference.step_tiny([codes], None, [grads], [params], torch.ones(2), **options, decay=0.5, scale=1.0, skip=skip)
+    tiny_reference.step_tiny(
+        [codes], None, [grads], [params], torch.ones(2), **options, decay=0.5, scale=1.0, skip=skip
+    )
     assert torch.equal(codes, before[0])
     assert torch.equal(params, before[1])
 

@@ -119,9 +119,7 @@ def test_state_is_bitwise_and_parameters_close_on_any_shape(
     device, small, long, wide, block_size, codebook, nesterov, dtypes, layouts
 ):
     shape = (small, long) if wide else (long, small)
-    problem = Problem(
-        device, [1], *shape, codebook=codebook, block_size=block_size, params=layouts[0], dtype=dtypes[0]
-    )
+    problem = Problem(device, [1], *shape, codebook=codebook, block_size=block_size, params=layouts[0], dtype=dtypes[0])
     problem.options["nesterov"] = nesterov
     problem.step(grads=layouts[1], dtype=dtypes[1], steps=MIXED)
     problem.assert_params_close()
@@ -191,9 +189,7 @@ def test_what_lies_between_the_matrices_is_left_alone(device):
     views = codes[1::2], scales[1::2], params[1::2, 3:8, 2:72]
     options = {"beta": 0.9, "nesterov": True, "codebook": "linear", "block_size": 64, "steps": JORDAN}
     grads, norms = torch.randn(2, 5, 70).to(device), torch.full((2,), 100.0, device=device)
-    triton_tiny.step_tiny(
-        [views[0]], [views[1]], [grads], [views[2]], norms, **options, decay=0.5, scale=1.0
-    )
+    triton_tiny.step_tiny([views[0]], [views[1]], [grads], [views[2]], norms, **options, decay=0.5, scale=1.0)
     for tensor, view in zip((codes, scales, params), views, strict=True):
         assert bool((view != 7).any())
         view.fill_(7)
