@@ -49,7 +49,6 @@ def test_a_step_keeps_to_its_budget_and_frees_all(name, budget):
     shapes, dtype, group = CASES[name]
     optimizer = optimizer_of(shapes, dtype, budget, **group)
     peak, left = peak_bytes(optimizer.step)
-    print(name, budget / MIB, peak / MIB, left)
     assert budget / 4 < peak <= budget
     assert left == 0
 

@@ -17,7 +17,7 @@ Backend: TypeAlias = Literal["reference", "triton"]
 
 
 class Kernels(Protocol):
-    """What a backend provides; `reference` and `update_reference` document shapes and dtypes."""
+    """What a backend provides; the functions of `reference` document shapes and dtypes."""
 
     def quantize(self, values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]: ...
 
@@ -73,6 +73,27 @@ class Kernels(Protocol):
         beta: float = 0.0,
         diagonal: float = 0.0,
     ) -> Tensor: ...
+
+    def step_tiny(
+        self,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        norms: Tensor,
+        *,
+        beta: float,
+        nesterov: bool,
+        codebook: Codebook | None,
+        block_size: int,
+        steps: Sequence[tuple[float, float, float]],
+        decay: float | Tensor,
+        scale: float | Tensor,
+        keys: Sequence[int] | None = None,
+        firsts: Sequence[int] | None = None,
+        pitch: int | None = None,
+        skip: Tensor | None = None,
+    ) -> None: ...
 
     def round_stochastic(self, values: Tensor, *, key: int, first: int = 0) -> Tensor: ...
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .codebooks import Codebook
-from .reference import momentum_apply
+from .momentum_reference import momentum_apply
 from .stacks import batch_shape
 from .update_reference import check_rounding, update_params
 

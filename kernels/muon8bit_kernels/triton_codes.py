@@ -13,6 +13,13 @@ _ZERO_CODE = tl.constexpr(zero_code("dynamic"))
 # Adding 1.5 * 2**23 to |x| < 2**22 rounds it to the nearest integer, ties to even, and leaves that in the low bits.
 _ROUNDER = tl.constexpr(12582912.0)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def inverse_of(norm):
+    """The reciprocal of a norm; of one too small to have one, the largest: a zero momentum stays zero."""
+    return tl.minimum(tl.div_rn(1.0, norm), _LARGEST)
 
 
 @triton.jit

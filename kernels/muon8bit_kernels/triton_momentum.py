@@ -117,7 +117,7 @@ def momentum_apply(
     Args:
         codes, scales, grads: as in `momentum_stats`; codes and scales are overwritten with the new state.
         norms: fp32 [matrices], contiguous: the positive divisors of u (its Frobenius norms, bounded below).
-        out: [matrices, rows, cols], any float dtype and strides; receives u / norm, divided in fp32, rounded once.
+        out: [matrices, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
         skip: 0-d fp32 on the device; unless it is zero, nothing is written.
 
     Raises:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_codes import decode, encode, load_codes, magnitude_bits, scale_of
+from .triton_codes import decode, encode, inverse_of, load_codes, magnitude_bits, scale_of
 from .triton_tiles import address, tile_rows
 
 
 @triton.jit
-def _momentum(
+def momentum(
     codes,
     scale,
     map_values,
@@ -66,7 +66,7 @@ def stats_kernel(
     total = tl.zeros([ROWS, 1], tl.float32)
     for start in range(0, BLOCK if COLS == BLOCK else tl.minimum(BLOCK, cols - first), COLS):
         col = first + start + tl.arange(0, COLS)[None, :]
-        _, u = _momentum(
+        _, u = momentum(
             codes + col,
             scale,
             map_values,
@@ -113,7 +113,7 @@ def apply_kernel(
     grad = address(table, matrix, 2, 3, GRAD, ALIGNED) + row * grad_row_stride
     out += matrix * out_stride + row * out_row_stride
     scale = 0.0 if CODEBOOK is None else tl.load(scales, row_mask, other=0.0)
-    norm = tl.load(norms + matrix)
+    inverse = inverse_of(tl.load(norms + matrix))
     # Only the stores depend on the flag: the loads need not wait for its value.
     writes = row_mask if skip is None else row < tl.where(tl.load(skip) == 0.0, rows, 0)
     first = block * BLOCK
@@ -123,7 +123,7 @@ def apply_kernel(
         largest = tl.zeros([ROWS, 1], tl.int32)
         for start in range(0, end, COLS):
             col = first + start + tl.arange(0, COLS)[None, :]
-            m, _ = _momentum(
+            m, _ = momentum(
                 codes + col,
                 scale,
                 map_values,
@@ -138,7 +138,7 @@ def apply_kernel(
         new_scale = scale_of(largest)
     for start in range(0, end, COLS):
         col = first + start + tl.arange(0, COLS)[None, :]
-        m, u = _momentum(
+        m, u = momentum(
             codes + col,
             scale,
             map_values,
@@ -157,6 +157,6 @@ def apply_kernel(
         tl.debug_barrier()
         mask = writes & (col < cols)
         tl.store(codes + col, new, mask)
-        tl.store(out + col * out_col_stride, tl.div_rn(u, norm), mask)
+        tl.store(out + col * out_col_stride, u * inverse, mask)
     if CODEBOOK is not None:
         tl.store(scales, new_scale, writes)

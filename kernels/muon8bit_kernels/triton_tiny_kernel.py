@@ -13,13 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_codes import encode, magnitude_bits, scale_of
-from .triton_momentum_kernels import _momentum
+from .triton_codes import encode, inverse_of, magnitude_bits, scale_of
+from .triton_momentum_kernels import momentum
 from .triton_tiles import address
-from .triton_update import _to_bf16, _widened
+from .triton_update import to_bf16, widened
 
 _CHUNK = tl.constexpr(16)
-_LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -135,8 +134,7 @@ def step_tiny_kernel(
     param = address(table, matrix, 3, COLUMNS, PARAM, ALIGNED)
     decay_value = tl.load(decay) if IN_MEMORY else tl.cast(decay, tl.float32)  # torch.compile passes scalars as fp64
     scale_value = tl.load(scale) if IN_MEMORY else tl.cast(scale, tl.float32)
-    # Of a norm too small to have one, the largest reciprocal: a zero momentum stays zero.
-    inverse = tl.minimum(tl.div_rn(1.0, tl.load(norms + matrix)), _LARGEST)
+    inverse = inverse_of(tl.load(norms + matrix))
     num_parts = tl.cdiv(cols, BLOCK) if WIDE else tl.cdiv(rows, HEIGHT)
     if CODEBOOK is not None:
         maxima += matrix * rows * tl.cdiv(cols, BLOCK)
@@ -152,7 +150,7 @@ def step_tiny_kernel(
         largest = tl.zeros((HEIGHT,), tl.int32)
         for tile in range(num_tiles):
             col = (first + tile * WIDTH + in_row)[None, :]
-            m, u = _momentum(
+            m, u = momentum(
                 codes + (row * cols + col),
                 old_scale,
                 map_values,
@@ -186,7 +184,7 @@ def step_tiny_kernel(
         for tile in range(num_tiles):
             col = (first + tile * WIDTH + in_row)[None, :]
             mask = exists[:, None] & (col < cols)
-            m, u = _momentum(
+            m, u = momentum(
                 codes + (row * cols + col),
                 old_scale,
                 map_values,
@@ -201,14 +199,14 @@ def step_tiny_kernel(
             X = u * inverse
             direction = tl.permute(_product_nt(tl.permute(X, (1, 0)), Q), (1, 0)) if WIDE else _product_nt(X, Q)
             places = param + (row * param_row_stride + col * param_col_stride)
-            decayed = _widened(tl.load(places, mask, other=0.0)) * decay_value
+            decayed = widened(tl.load(places, mask, other=0.0)) * decay_value
             updated = tl.where(scale_value == 0.0, decayed, decayed - direction * scale_value)
             if ROUNDING == "stochastic":
                 key = tl.load(table + (matrix * COLUMNS + 4)).to(tl.int32)
                 index = tl.load(table + (matrix * COLUMNS + 5)) + (row * pitch + col)
-                updated = _to_bf16(updated, index, key, ROUNDING)
+                updated = to_bf16(updated, index, key, ROUNDING)
             elif ROUNDING == "nearest":
-                updated = _to_bf16(updated, 0, 0, ROUNDING)
+                updated = to_bf16(updated, 0, 0, ROUNDING)
             # Codes, scales and parameters may be held more than once: no warp may write what another has yet to load.
             tl.debug_barrier()
             tl.store(codes + (row * cols + col), new, mask)

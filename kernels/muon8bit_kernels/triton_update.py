@@ -57,7 +57,7 @@ def _random_bits(indices, key):
 
 
 @triton.jit
-def _widened(values):
+def widened(values):
     """Any float dtype -> fp32."""
     if values.dtype == tl.bfloat16:
         wide = (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -67,7 +67,7 @@ def _widened(values):
 
 
 @triton.jit
-def _to_bf16(values, indices, key, ROUNDING: tl.constexpr):
+def to_bf16(values, indices, key, ROUNDING: tl.constexpr):
     """fp32 -> bf16: add to the 16 bits that will be cut off, a half or random bits; NaN stays NaN."""
     bits = values.to(tl.uint32, bitcast=True)
     noise = _random_bits(indices, key) & 0xFFFF if ROUNDING == "stochastic" else 0x7FFF + ((bits >> 16) & 1)
@@ -108,16 +108,16 @@ def _update_kernel(
     writes = row_mask if skip is None else row < tl.where(tl.load(skip) == 0.0, rows, 0)
     col = block * BLOCK + tl.arange(0, COLS)[None, :]
     mask = row_mask & (col < cols)
-    old = _widened(tl.load(param + col * param_col_stride, mask, other=0.0))
-    step = _widened(tl.load(directions + col * direction_col_stride, mask, other=0.0))
+    old = widened(tl.load(param + col * param_col_stride, mask, other=0.0))
+    step = widened(tl.load(directions + col * direction_col_stride, mask, other=0.0))
     decayed = old * decay_value
     new = tl.where(scale_value == 0.0, decayed, decayed - step * scale_value)
     if ROUNDING == "stochastic":
         key = tl.load(table + (matrix * 3 + 1)).to(tl.int32)
         index = tl.load(table + (matrix * 3 + 2)) + (row * pitch + col)
-        new = _to_bf16(new, index, key, ROUNDING)
+        new = to_bf16(new, index, key, ROUNDING)
     elif ROUNDING == "nearest":
-        new = _to_bf16(new, 0, 0, ROUNDING)
+        new = to_bf16(new, 0, 0, ROUNDING)
     # A small tile's elements are held more than once: no warp may write what another has yet to load.
     tl.debug_barrier()
     tl.store(param + col * param_col_stride, new, writes & (col < cols))
@@ -138,7 +138,7 @@ def _round_stochastic_kernel(
     _, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
     col = block * BLOCK + tl.arange(0, COLS)[None, :]
     mask, index = row_mask & (col < cols), row * cols + col
-    new = _to_bf16(tl.load(values + index, mask, other=0.0), tl.cast(first, tl.int64) + index, key, "stochastic")
+    new = to_bf16(tl.load(values + index, mask, other=0.0), tl.cast(first, tl.int64) + index, key, "stochastic")
     tl.store(out + index, new, mask)
 
 
