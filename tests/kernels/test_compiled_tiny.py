@@ -2,55 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-EVERYWHERE = {"tiny-wide-16": (16, 4096), "tiny-tall-64": (64, 4096)}
 # Of every kernel the small side and the elements of a tile.
 CASES = {
-    **{("sm_80", name): sizes for name, sizes in EVERYWHERE.items()},
-    **{("sm_100", name): sizes for name, sizes in EVERYWHERE.items()},
-    **{("sm_90", name): sizes for name, sizes in EVERYWHERE.items()},
-    ("sm_90", "tiny-tall-16"): (16, 4096),
-    ("sm_90", "tiny-wide-32"): (32, 4096),
-    ("sm_90", "tiny-tall-32"): (32, 4096),
-    ("sm_90", "tiny-wide-64"): (64, 4096),
-    ("sm_90", "tiny-wide-16-dynamic-stochastic"): (16, 4096),
-    ("sm_90", "tiny-tall-64-dynamic-stochastic"): (64, 4096),
-    ("sm_90", "tiny-wide-64-None-fp32"): (64, 4096),
-    ("sm_90", "tiny-wide-16-block-64"): (16, 1024),
+    **{("tiny-wide-16", target): (16, 4096) for target in ("sm_80", "sm_90", "sm_100")},
+    **{("tiny-tall-64", target): (64, 4096) for target in ("sm_80", "sm_90", "sm_100")},
+    ("tiny-tall-16", "sm_90"): (16, 4096),
+    ("tiny-wide-32", "sm_90"): (32, 4096),
+    ("tiny-tall-32", "sm_90"): (32, 4096),
+    ("tiny-wide-64", "sm_90"): (64, 4096),
+    ("tiny-wide-16-dynamic-stochastic", "sm_90"): (16, 4096),
+    ("tiny-tall-64-dynamic-stochastic", "sm_90"): (64, 4096),
+    ("tiny-wide-64-None-fp32", "sm_90"): (64, 4096),
+    ("tiny-wide-16-block-64", "sm_90"): (16, 1024),
 }
-
-
-class Folder:
-    """What compile_tiny.py left of all its cases."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        script = Path(__file__).with_name("compile_tiny.py")
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        self.records = {}
-        for target in ("sm_80", "sm_90", "sm_100"):
-            subprocess.run([sys.executable, script, path, target], env=environment, check=True)
-            for record in json.loads((path / f"{target}.json").read_text()):
-                self.records[target, record["name"]] = record
-
-    def ptx(self, case: tuple[str, str]) -> str:
-        return (self.path / case[0] / f"{case[1]}.ptx").read_text()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    return Folder(tmp_path_factory.mktemp("tiny"))
 
 
 def places(ptx: str, pattern: str) -> list[int]:
@@ -58,23 +28,23 @@ def places(ptx: str, pattern: str) -> list[int]:
     return [match.start() for match in re.finditer(rf"^\s*(?:@!?\S+ )?\s*{pattern}", ptx, re.MULTILINE)]
 
 
-def test_every_case_is_looked_at(folder):
-    assert set(folder.records) == set(CASES)
+def test_every_case_is_looked_at(compiled):
+    assert {job for job in compiled.records if job[0].startswith("tiny")} == set(CASES)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fits_into_registers_and_shared_memory(folder, case):
-    record = folder.records[case]
-    assert record["spilled_bytes"] == 0
-    assert record["registers"] <= 224
-    assert record["shared_bytes"] <= 48 * 1024  # what a launch gets everywhere without asking for more
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_fits_into_registers_and_shared_memory(compiled, case):
+    record = compiled.records[case]
+    assert record.spilled_bytes == 0
+    assert record.registers <= 224
+    assert record.shared_bytes <= 48 * 1024  # what a launch gets everywhere without asking for more
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_only_the_products_multiply_and_add_in_one_and_in_fp32(folder, case):
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_only_the_products_multiply_and_add_in_one_and_in_fp32(compiled, case):
     """As many fused operations as the products have, and nothing else; no product on tensor cores, in TF32."""
-    ptx, (small, tile) = folder.ptx(case), CASES[case]
-    threads = 32 * folder.records[case]["num_warps"]
+    ptx, (small, tile) = compiled.text(*case, "ptx"), CASES[case]
+    threads = 32 * compiled.records[case].num_warps
     found = len(places(ptx, r"fma\.rn\.f32 ")) + 2 * len(places(ptx, r"fma\.rn\.f32x2 "))
     # In the code R and O stand once, the square products five times: R^2 before and in the loop, ZR, (ZR)Z, ZQ.
     assert found == (2 * small * tile + 5 * small**3) // threads
@@ -84,18 +54,18 @@ def test_only_the_products_multiply_and_add_in_one_and_in_fp32(folder, case):
     assert set(re.findall(r"\b(?:sub|mul|div)\.\S*f32", ptx)) <= {"sub.rn.f32", "mul.rn.f32", "div.rn.f32"}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_matrices_move_16_bytes_at_a_time(folder, case):
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_matrices_move_16_bytes_at_a_time(compiled, case):
     """Codes and gradients twice, parameters once, each at least one load a thread."""
-    ptx = folder.ptx(case)
+    ptx = compiled.text(*case, "ptx")
     widths = set(re.findall(r"\b(?:ld|st)\.global\.(\S+)", ptx))
     assert widths <= {"v4.b32", "b32", "b64"}  # b32: scales, maxima, the map, the flag; b64: the table
-    assert len(places(ptx, r"ld\.global\.v4\.b32")) >= (14 if "None" in case[1] else 8)
+    assert len(places(ptx, r"ld\.global\.v4\.b32")) >= (14 if "None" in case[0] else 8)
     assert len(places(ptx, r"st\.global\.v4\.b32")) >= 3
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_written_in_place_is_written_only_after_every_thread_has_read_it(folder, case):
-    ptx = folder.ptx(case)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_what_is_written_in_place_is_written_only_after_every_thread_has_read_it(compiled, case):
+    ptx = compiled.text(*case, "ptx")
     loads, stores = places(ptx, r"ld\.global\.v4\.b32"), places(ptx, r"st\.global\.v4\.b32")
     assert any(loads[-1] < barrier < stores[0] for barrier in places(ptx, r"bar\.sync"))
