@@ -2,9 +2,9 @@
 
     python kernels/bench/step_time.py [--isa AVX512_CORE] [--out kernels/bench/results/NAME.json]
 
-One matrix a shape, and the 64 matrices of a LoRA model, fp32 parameters and gradients. Only ratios of medians are printed for a CPU: absolute times of a
-shared machine mean little. `--isa` is oneDNN's ONEDNN_MAX_CPU_ISA: both sides then run as on a CPU without the
-later instructions (AVX512_CORE: no bf16 instructions).
+One matrix a shape, and the 64 matrices of a LoRA model, fp32 parameters and gradients. Only ratios of medians are
+printed for a CPU: absolute times of a shared machine mean little. `--isa` is oneDNN's ONEDNN_MAX_CPU_ISA: both sides
+then run as on a CPU without the later instructions (AVX512_CORE: no bf16 instructions).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def interleaved(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 
 
 def measure(shapes: list[tuple[int, int]], rounds: int) -> dict[str, float]:
-    """Of one optimizer for all these matrices, the ratio of torch.optim.Muon's median step time to each of ours (above 1: ours is faster)."""
+    """Of one optimizer for all these matrices: the ratio of torch.optim.Muon's median step time to that of each of
+    ours (above 1: ours is faster)."""
     import torch
 
     from muon8bit import Muon8bit
