@@ -89,8 +89,9 @@ def _encode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
     if codebook == "linear":
         return ratio.mul_(LINEAR_MAX).round_()
     # On CPU `index_select` by int64 is three times as fast as indexing.
-    prefix = (ratio.view(torch.int32) >> 16).bitwise_and_(0xFFFF).long().view(-1)
-    codes = dynamic_prefix_codes(values.device).index_select(0, prefix)
+    prefix = (ratio.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    codes = dynamic_prefix_codes(values.device).index_select(0, prefix.long().view(-1))
+    del prefix
     codes += ratio.view(-1) > dynamic_midpoints(values.device).index_select(0, codes)
     return codes.view(values.shape)
 
