@@ -46,6 +46,8 @@ DEFAULT_ADAMW_EPS = 1e-8
 
 # Bytes that a step may allocate at once beyond its state; a single larger matrix exceeds it.
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
+# Less makes no sense: on a CPU the passes over the momentum work on pieces of up to 10 MiB.
+MIN_WORKSPACE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)

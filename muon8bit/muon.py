@@ -7,7 +7,8 @@ decoded and encoded whole, and cut in between.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from . import state
 from .config import Options
-from .orthogonalize import Schedule, batch_size, choose, orthogonalize, resolve
+from .orthogonalize import Schedule, batch_size, choose, device_kind, orthogonalize, resolve
 from .stacks import Batch, Stack, chunks, flat
-from .update import frobenius_norm, lr_ratio, update_params_
+from .update import factors, frobenius_norm, lr_ratio, update_params_
+
+# Of the workspace, for sums, norms and tables of addresses.
+_SMALL_BYTES = 2**20
 
 
 def read(stacks: Sequence[Stack], group: dict[str, Any], options: Options) -> list[Batch]:
@@ -50,13 +54,28 @@ def step_(batch: Batch, group: dict[str, Any], options: Options) -> None:
 
 def _step_whole(batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
     _, rows, cols = batch.stacks[0].momentum.codes.shape
-    device = batch.sumsq.device
-    path = choose(rows, cols, schedule, device.type, options.ns_dtype)
-    for part in batch.split(batch_size(rows, cols, path.dtype, device.type, options.workspace_bytes)):
+    device, kind = batch.sumsq.device, device_kind(batch.sumsq.device)
+    path = choose(rows, cols, schedule, kind, options.ns_dtype)
+    for part in batch.split(batch_size(path, rows, cols, kind, options.workspace_bytes - _SMALL_BYTES)):
         norms = frobenius_norm(part.sumsq, eps=group["eps"], factor=schedule.norm_factor)
+        if path.tiny:
+            _step_tiny(part, norms, group, schedule, options)
+            continue
         X = torch.empty(len(part.sumsq), rows, cols, dtype=path.dtype, device=device)
         _apply(part, norms, X, group, options)
-        _update(part.stacks, orthogonalize(X, schedule, path), slice(0, cols), group, options)
+        X = orthogonalize(X, schedule, path, options.backend)
+        _update(part.stacks, X, slice(0, cols), group, options)
+        del X  # before the next one is made
+
+
+def _step_tiny(batch: Batch, norms: Tensor, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
+    """All of the second phase in one launch, in fp32."""
+    ema = {"beta": group["momentum"], "nesterov": group["nesterov"]}
+    places = _places(batch.stacks, 0)
+    with _written(batch.stacks) as params:
+        decay, scale = _factors(params[0].shape, group)
+        update = {"decay": decay, "scale": scale, **places}
+        state.step_tiny_(batch.momenta, batch.grads, params, norms, schedule.steps, **ema, **update, **_how(options))
 
 
 def _step_columns(batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
@@ -65,7 +84,11 @@ def _step_columns(batch: Batch, group: dict[str, Any], schedule: Schedule, optio
     The fp32 momenta get one half of the workspace budget, Newton-Schulz the other.
     """
     _, rows, cols = batch.stacks[0].momentum.codes.shape
-    device, half = batch.sumsq.device, options.workspace_bytes // 2
+    device, kind, half = (
+        batch.sumsq.device,
+        device_kind(batch.sumsq.device),
+        (options.workspace_bytes - _SMALL_BYTES) // 2,
+    )
     for part in batch.split(max(1, half // (4 * rows * cols))):
         U = torch.empty(len(part.sumsq), rows, cols, dtype=torch.float32, device=device)
         _apply(part, torch.ones_like(part.sumsq), U, group, options)
@@ -73,53 +96,61 @@ def _step_columns(batch: Batch, group: dict[str, Any], schedule: Schedule, optio
         for width in group["split_sizes"]:
             columns = slice(start, start + width)
             start += width
-            path = choose(rows, width, schedule, device.type, options.ns_dtype)
+            path = choose(rows, width, schedule, kind, options.ns_dtype, tiny=False)
             sumsq = torch.linalg.vector_norm(U[..., columns], dim=(-2, -1)).square()
             norms = frobenius_norm(sumsq, eps=group["eps"], factor=schedule.norm_factor)
             done = 0
-            for chunk in chunks(part.stacks, batch_size(rows, width, path.dtype, device.type, half)):
+            for chunk in chunks(part.stacks, batch_size(path, rows, width, kind, half)):
                 which = slice(done, done + sum(stack.num_matrices for stack in chunk))
                 done = which.stop
                 X = U[which, :, columns].div_(norms[which].view(-1, 1, 1)).to(path.dtype).contiguous()
-                _update(chunk, orthogonalize(X, schedule, path), columns, group, options)
+                X = orthogonalize(X, schedule, path, options.backend)
+                _update(chunk, X, columns, group, options)
+                del X  # before the next one is made
 
 
 def _apply(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
     """The new momenta into codes and scales, and u / norm into `out` [batch, rows, cols]."""
-    state.apply_(
-        batch.momenta,
-        batch.grads,
-        norms,
-        out,
-        beta=group["momentum"],
-        nesterov=group["nesterov"],
-        skip=options.skip,
-        backend=options.backend,
-    )
+    ema = {"beta": group["momentum"], "nesterov": group["nesterov"]}
+    state.apply_(batch.momenta, batch.grads, norms, out, **ema, **_how(options))
 
 
 def _update(
     stacks: Sequence[Stack], directions: Tensor, columns: slice, group: dict[str, Any], options: Options
 ) -> None:
     """Update these columns of the parameters by `directions` [batch, rows, cols], scaled by that shape."""
+    with _written(stacks) as params:
+        pieces = params
+        if directions.shape[2] < params[0].shape[2]:
+            pieces = [param[..., columns] for param in params]
+        decay, scale = _factors(directions.shape, group)
+        update_params_(pieces, directions, decay, scale, **_places(stacks, columns.start), **_how(options))
+
+
+@contextmanager
+def _written(stacks: Sequence[Stack]) -> Iterator[list[Tensor]]:
+    """The parameters as [num_matrices, rows, cols], to be written; copies are copied back."""
     params = flat(stack.param for stack in stacks)
-    keys = firsts = None
-    if stacks[0].key is not None:
-        keys = [stack.key for stack in stacks for _ in range(stack.num_matrices) if stack.key is not None]
-        firsts = [s.first + i * s.pitch + columns.start for s in stacks for i in range(s.num_matrices)]
-    pitch = params[0].shape[2]
-    update_params_(
-        params if columns.stop - columns.start == pitch else [param[..., columns] for param in params],
-        directions,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        ratio=lr_ratio(directions.shape[1], directions.shape[2], group["adjust_lr_fn"]),
-        keys=keys,
-        firsts=firsts,
-        pitch=pitch,
-        skip=options.skip,
-        backend=options.backend,
-    )
+    yield params
     for stack, param in zip(stacks, params, strict=True):
         if param.data_ptr() != stack.param.data_ptr():
             stack.param.copy_(param.view(stack.param.shape))
+
+
+def _factors(shape: Sequence[int], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Decay and scale of the update of matrices of this shape [..., rows, cols]."""
+    ratio = lr_ratio(shape[-2], shape[-1], group["adjust_lr_fn"])
+    return factors(lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
+
+
+def _places(stacks: Sequence[Stack], first_column: int) -> dict[str, Any]:
+    """What the random bits of stochastic rounding depend on, in the order of the matrices."""
+    if stacks[0].key is None:
+        return {}
+    keys = [stack.key for stack in stacks for _ in range(stack.num_matrices)]
+    firsts = [s.first + i * s.pitch + first_column for s in stacks for i in range(s.num_matrices)]
+    return {"keys": keys, "firsts": firsts, "pitch": stacks[0].momentum.codes.shape[2]}
+
+
+def _how(options: Options) -> dict[str, Any]:
+    return {"skip": options.skip, "backend": options.backend}

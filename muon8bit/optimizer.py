@@ -19,6 +19,7 @@ from .config import (
     DEFAULT_NS_STEPS,
     DEFAULT_WEIGHT_DECAY,
     DEFAULT_WORKSPACE_BYTES,
+    MIN_WORKSPACE_BYTES,
     ON_NONFINITE,
     PARAM_ROUNDINGS,
     Backend,
@@ -64,14 +65,14 @@ class Muon8bit(Optimizer):
         on_nonfinite: `"raise"` or `"skip"` a step with a NaN or Inf in any gradient, AdamW groups included. In
             both cases nothing at all changes. With all parameters on CUDA, where `step()` does not wait for the
             device, the error comes at the next `step()` or `state_dict()`; `"raise_at_once"` waits, every step.
-        ns_dtype: torch.float32 or torch.bfloat16 for Newton-Schulz; None: the cheaper one for shape and device.
+        ns_dtype: float32, float16 or bfloat16 for Newton-Schulz; None: the cheapest for shape and device.
         param_rounding: how bfloat16 parameters are rounded, AdamW groups included: `"nearest"`, or `"stochastic"`,
             unbiased, so that updates below half a unit in the last place are not lost. float32 parameters are not
             affected, float16 ones refused. Then `rounding_seed` and `rounding_step` are ints in `param_groups`,
             saved and loaded: runs with equal ones are bitwise the same.
         rounding_seed: 0 .. 2**64 - 1; the same on all replicas. Without meaning for `"nearest"`.
-        workspace_bytes: what a step may allocate at once beyond its state, freed before it returns. Only a single
-            matrix that needs more exceeds it.
+        workspace_bytes: what a step may allocate at once beyond its state, freed before it returns; at least 32 MiB.
+            Only a single matrix that needs more exceeds it.
 
     State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its
     shape with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that
@@ -124,12 +125,14 @@ class Muon8bit(Optimizer):
             raise ValueError(f"param_rounding must be one of {PARAM_ROUNDINGS}, not {param_rounding!r}")
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, not {on_nonfinite!r}")
-        if ns_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"ns_dtype must be None, torch.float32 or torch.bfloat16, not {ns_dtype}")
+        if ns_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"ns_dtype must be None, torch.float32, torch.float16 or torch.bfloat16, not {ns_dtype}")
         if backend not in (None, "reference", "triton"):
             raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
-        if type(workspace_bytes) is not int or workspace_bytes <= 0:
-            raise ValueError(f"workspace_bytes must be a positive int, not {workspace_bytes!r}")
+        if type(workspace_bytes) is not int or workspace_bytes < MIN_WORKSPACE_BYTES:
+            raise ValueError(
+                f"workspace_bytes must be an int of at least {MIN_WORKSPACE_BYTES}, not {workspace_bytes!r}"
+            )
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self._num_calls = self._num_skipped_steps = 0

@@ -49,12 +49,21 @@ class Work:
         for entry in self.entries:
             if entry.momentum is None:
                 by_device.setdefault(entry.grad.device, []).append(entry)
-        for members in by_device.values():
-            norms = torch._foreach_norm([entry.grad for entry in members], 2, dtype=torch.float32)
-            yield self._namer([entry.index for entry in members]), torch.stack(norms).square().isfinite()
+        for device, members in by_device.items():
+            sumsq = _sums_of_squares([entry.grad for entry in members], device)
+            yield self._namer([entry.index for entry in members]), sumsq.isfinite()
 
     def _namer(self, indices: Sequence[int]) -> Callable[[], list[str]]:
         return lambda: [describe(self.group, self.group_index, index) for index in indices]
+
+
+def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
+    """fp32 [n], not finite where a gradient is not or its squares overflow. On the CPU that of both ends, which both
+    propagate NaN: norms there make copies."""
+    if device.type == "cuda":
+        return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square()
+    ends = [torch.stack(grad.aminmax()) if grad.numel() else grad.new_zeros(2) for grad in grads]
+    return torch.stack([pair.float().square().sum() for pair in ends])
 
 
 def read(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], options: Options) -> list[Work]:

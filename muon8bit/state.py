@@ -117,6 +117,33 @@ def apply_(
     ops.momentum_apply(*_tensors(momenta), grads, norms, out, beta, nesterov, *_layout(momenta), skip, backend)
 
 
+def step_tiny_(
+    momenta: Sequence[Momentum],
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    norms: Tensor,
+    steps: Sequence[tuple[float, float, float]],
+    decay: Tensor,
+    scale: Tensor,
+    *,
+    beta: float,
+    nesterov: bool,
+    keys: Sequence[int] | None = None,
+    firsts: Sequence[int] | None = None,
+    pitch: int | None = None,
+    skip: Tensor | None,
+    backend: Backend | None,
+) -> None:
+    """Writing phase of matrices with a side of at most 64 and all that follows, the parameters' update included.
+
+    `steps`: the coefficients of Newton-Schulz; `decay` to `pitch`: as in `update.update_params_`.
+    """
+    coefficients = [coefficient for step in steps for coefficient in step]
+    tensors = *_tensors(momenta), grads, params, norms
+    update = coefficients, decay, scale, keys, firsts, pitch, skip
+    ops.step_tiny(*tensors, beta, nesterov, *_layout(momenta), *update, backend)
+
+
 def _tensors(momenta: Sequence[Momentum]) -> tuple[list[Tensor], list[Tensor]]:
     return [m.codes for m in momenta], [m.scales for m in momenta if m.scales is not None]
 

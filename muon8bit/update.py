@@ -33,27 +33,39 @@ def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
     return sumsq.sqrt().clamp(min=eps).mul(factor)
 
 
+def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[Tensor, Tensor]:
+    """1 - lr * weight_decay and lr * ratio, 0-d: fp64 on the CPU, or fp32 where `lr` is, which is not waited for.
+
+    Args:
+        lr: a float, or a 0-d or 1-element tensor on the CPU or the parameters' device.
+        weight_decay: per unit of lr.
+        ratio: factor of lr by shape, of `lr_ratio`.
+    """
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        rate = lr.reshape(()).float()
+    else:
+        rate = torch.tensor(float(lr), dtype=torch.float64)
+    return 1 - rate * weight_decay, rate * ratio
+
+
 def update_params_(
     params: Sequence[Tensor],
     directions: Tensor,
+    decay: Tensor,
+    scale: Tensor,
     *,
-    lr: float | Tensor,
-    weight_decay: float,
-    ratio: float,
     keys: Sequence[int] | None = None,
     firsts: Sequence[int] | None = None,
     pitch: int | None = None,
     skip: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """W <- (1 - lr * weight_decay) W - lr * ratio * O, in place, computed in fp32, rounded once. lr 0 changes no bit.
+    """W <- decay * W - scale * O, in place, computed in fp32, rounded once. Scale 0 and decay 1 change no bit.
 
     Args:
         params: stacks [count, rows, cols] of one dtype, fp32, bf16 or fp16, any strides.
         directions: O, [batch, rows, cols], fp32, bf16 or fp16, any strides.
-        lr: a float, or a 0-d or 1-element tensor on the CPU or the parameters' device, where it is not waited for.
-        weight_decay: per unit of lr.
-        ratio: factor of lr by shape, of `lr_ratio`.
+        decay, scale: of `factors`.
         keys: hash keys of stochastic rounding, one a matrix, bf16 only; None rounds to nearest.
         firsts, pitch: where the matrices are parts of larger parameters, the index there of the first element of
             each, and the distance of their rows, both in elements; they choose the random bits.
@@ -64,9 +76,4 @@ def update_params_(
         ValueError: for keys with parameters that are not bf16.
         RuntimeError: for a backend that cannot run.
     """
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        rate = lr.reshape(()).float()
-    else:
-        rate = torch.tensor(float(lr), dtype=torch.float64)
-    decay, scale = 1 - rate * weight_decay, rate * ratio
     ops.update_params(params, directions, decay, scale, keys, firsts, pitch, skip, backend)

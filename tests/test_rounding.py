@@ -104,7 +104,8 @@ def test_mean_path_follows_fp32_where_rounding_to_nearest_stalls(algorithm):
 def test_one_step_rounds_the_fp32_result_by_the_hash_of_record(workspace_bytes):
     """An fp32 twin gives the values; seed, steps done, place over all groups and element index give the bits."""
     seed = 2**40 + 3
-    params, optimizer = make(rounding_seed=seed, workspace_bytes=workspace_bytes)
+    params, optimizer = make(rounding_seed=seed)
+    optimizer.workspace_bytes = workspace_bytes
     train(params, optimizer, 2)
     saved = optimizer.state_dict()
     exact, twin = resumed_from(params, saved, dtype=torch.float32, param_rounding="nearest")

@@ -29,7 +29,8 @@ TILINGS: dict[int | None, tuple[Tiling, ...]] = {
     90: (Tiling(64, 64, 64, 4, 4, 0.5), Tiling(128, 128, 64, 4, 3, 0.8), Tiling(128, 256, 64, 8, 4)),
     100: (Tiling(64, 64, 64, 4, 4, 0.4), Tiling(128, 128, 64, 8, 4, 0.7), Tiling(128, 256, 64, 8, 4)),
 }
-TILINGS[None] = TILINGS[80][:2]  # any other: in the 99 KiB of shared memory that consumer GPUs give a program
+# Any other: within the 99 KiB of shared memory that consumer GPUs give a program.
+TILINGS[None] = (TILINGS[80][0], Tiling(128, 128, 32, 8, 4, 0.8))
 FP32_TILING = Tiling(64, 64, 32, 4, 3)
 # Multiprocessors of A100, H100 and H200, B200, and of a large consumer GPU; constants, not the device's own number, so
 # that a product takes one path on all variants of an architecture.

@@ -82,6 +82,48 @@ def update_params(
     )
 
 
+@custom_op("muon8bit::step_tiny", mutates_args=("codes", "scales", "params"))
+def step_tiny(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    norms: Tensor,
+    beta: float,
+    nesterov: bool,
+    codebook: Optional[str],
+    block_size: int,
+    coefficients: Sequence[float],
+    decay: Tensor,
+    scale: Tensor,
+    keys: Optional[Sequence[int]],
+    firsts: Optional[Sequence[int]],
+    pitch: Optional[int],
+    skip: Optional[Tensor],
+    backend: Optional[str],
+) -> None:
+    """The second phase of matrices with a small side, whole. `coefficients`: a, b, c of every Newton-Schulz step."""
+    options = _options(beta, nesterov, codebook, block_size) | {"keys": keys, "firsts": firsts, "pitch": pitch}
+    steps = [(a, b, c) for a, b, c in zip(*(coefficients[i::3] for i in range(3)), strict=True)]
+    factors: dict[str, Any] = {"decay": _number(decay), "scale": _number(scale)}
+    kernels = kernels_for(norms.device, backend)
+    kernels.step_tiny(codes, scales or None, grads, params, norms, **options, **factors, steps=steps, skip=skip)
+
+
+@custom_op("muon8bit::symmetric_product", mutates_args=())
+def symmetric_product(
+    A: Tensor, B: Tensor, alpha: float, D: Optional[Tensor], beta: float, diagonal: float, backend: Optional[str]
+) -> Tensor:
+    """alpha * A B^T + beta * D + diagonal * I, symmetric: [batch, n, n]."""
+    kernels = kernels_for(A.device, backend)
+    return kernels.symmetric_product(A, B, alpha=alpha, D=D, beta=beta, diagonal=diagonal)
+
+
+@symmetric_product.register_fake
+def _(A, B, alpha, D, beta, diagonal, backend):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return A.new_empty(A.shape[0], A.shape[1], A.shape[1])
+
+
 @custom_op("muon8bit::round_stochastic", mutates_args=())
 def round_stochastic(values: Tensor, key: int, first: int, backend: Optional[str]) -> Tensor:
     """fp32 `values` -> bf16 of the same shape, rounded stochastically."""
@@ -95,6 +137,7 @@ def _(values, key, first, backend):  # type: ignore[no-untyped-def]  # noqa: ARG
 
 @momentum_apply.register_fake
 @update_params.register_fake
+@step_tiny.register_fake
 def _(*args):  # type: ignore[no-untyped-def]  # noqa: ARG001
     return None
 

@@ -51,4 +51,7 @@ class Rows:
     def write(self, rows: slice, cols: slice, values: Tensor) -> None:
         """Copy `values` [rows, cols], of any dtype, to where the rows lie."""
         views = self._views(rows, cols)
-        torch._foreach_copy_(views, values.split([view.shape[0] for view in views]))
+        if len(views) == 1:
+            views[0].copy_(values)
+        else:  # converted at once: that runs on all cores
+            torch._foreach_copy_(views, values.to(views[0].dtype).split([view.shape[0] for view in views]))

@@ -22,13 +22,12 @@ _GROUP = tl.constexpr(8)
 
 @triton.jit
 def _triangle(index):
-    """Row and column of pair number `index` (int32, < 2**28) of 0 <= column <= row, counted row by row.
+    """Row and column of pair number `index` (int32, below 2**27) of 0 <= column <= row, counted row by row.
 
-    The square root is off by far less than one, so that one correction either way makes the integer exact.
+    Where rounding changes the row at all, it rounds up to the next one: one correction makes it exact.
     """
-    row = ((tl.sqrt((8 * index + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    row = ((tl.sqrt_rn((8 * index + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
     row -= (row * (row + 1) // 2 > index).to(tl.int32)
-    row += ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)
     return row, index - row * (row + 1) // 2
 
 
@@ -66,13 +65,11 @@ def _finish(product, row, col, c, d, alpha, beta, diagonal, n, HAS_D: tl.constex
     value = tl.where(row + down == col + across, value + diagonal, value)
     out = value.to(c.dtype.element_ty)
     mirrored = tl.trans(out)
-    if row == col:
-        # A diagonal square of A B^T need not come out symmetric to the bit where A is not B.
-        tl.store(c + corner + down * n + across, tl.where(down >= across, out, mirrored), exists)
-    else:
-        tl.store(c + corner + down * n + across, out, exists)
-        exists = (col + down < n) & (row + across < n)
-        tl.store(c + (col.to(tl.int64) * n + row) + down * n + across, mirrored, exists)
+    # A diagonal square of A B^T need not come out symmetric to the bit where A is not B.
+    lower = tl.where((row > col) | (down >= across), out, mirrored)
+    tl.store(c + corner + down * n + across, lower, exists)
+    exists = (row > col) & (col + down < n) & (row + across < n)
+    tl.store(c + (col.to(tl.int64) * n + row) + down * n + across, mirrored, exists)
 
 
 @triton.jit
@@ -237,10 +234,13 @@ def symmetric_product(
         [batch, n, n], contiguous, dtype of A. Accumulated (fp32 without TF32) and added in fp32, rounded once.
 
     Raises:
-        ValueError: for shapes, dtypes, devices or strides other than these.
+        ValueError: for shapes, dtypes, devices or strides other than these, and for fp32 on compute capability 10.
     """
     check_operands(A, B, D)
     architecture = _architecture(A.device)
+    if architecture == 100 and A.dtype == torch.float32:
+        # Triton 3.7 compiles an IEEE product of matrices to tcgen05 in TF32 there, without a word.
+        raise ValueError("float32 is not supported on compute capability 10, where it would run in TF32")
     tiling = tiling_for(A.shape[1], A.shape[0], A.dtype, architecture)
     with_descriptors = architecture in (90, 100) and A.dtype != torch.float32
     return _launch(A, B, D if beta != 0.0 else None, (alpha, beta, diagonal), tiling, with_descriptors)

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import torch
-from muon8bit_kernels import Backend, kernels_for
+from muon8bit_kernels import Backend, ops
 from torch import Tensor
 
 # vendor: cuBLAS, oneDNN or the BLAS. panels: the row panels of one triangle, each by the vendor (CPU).
@@ -106,9 +106,8 @@ class Products:
 
     def _by_kernel(self, A: Tensor, B: Tensor, alpha: float, D: Tensor | None, beta: float, diagonal: float) -> Tensor:
         stacks = [matrix.reshape(-1, *matrix.shape[-2:]) for matrix in (A, B, *(() if D is None else (D,)))]
-        product = kernels_for(A.device, self.backend).symmetric_product(
-            stacks[0], stacks[1], alpha=alpha, D=None if D is None else stacks[2], beta=beta, diagonal=diagonal
-        )
+        addend = None if D is None else stacks[2]
+        product: Tensor = ops.symmetric_product(*stacks[:2], alpha, addend, beta, diagonal, self.backend)
         return product.view(*A.shape[:-1], A.shape[-2])
 
     def polynomial(self, X: Tensor, b: float, c: float) -> Tensor:

@@ -36,13 +36,29 @@ def sample(name, codebook="linear"):
         "momentum_stats": lambda: (*stacks, *options, None),
         "momentum_apply": lambda: (*stacks, norms, torch.zeros(3, ROWS, COLS), *options, skip, None),
         "update_params": lambda: (params, directions, *factors, [1, -2, 3], [0, 900, 5], COLS, skip, "reference"),
+        "step_tiny": lambda: (
+            *stacks,
+            [torch.ones(3, ROWS, COLS).bfloat16()],
+            norms * 10,
+            *options,
+            [3.4445, -4.7750, 2.0315] * 2,
+            *factors,
+            [1, -2, 3],
+            [0, 900, 5],
+            COLS,
+            skip,
+            None,
+        ),
+        "symmetric_product": lambda: (directions, directions, 2.0, torch.ones(3, ROWS, ROWS), 0.5, 0.1, None),
         "round_stochastic": lambda: (torch.randn(40, generator=generator), -7, 2**33, None),
     }[name]()
 
 
 CASES = [
     *((name, codebook) for name in ("momentum_stats", "momentum_apply") for codebook in ("linear", "dynamic", None)),
+    *(("step_tiny", codebook) for codebook in ("linear", None)),
     ("update_params", "linear"),
+    ("symmetric_product", "linear"),
     ("round_stochastic", "linear"),
 ]
 
@@ -62,6 +78,7 @@ def test_opcheck(name, codebook):
 @pytest.mark.parametrize(("name", "codebook"), CASES)
 def test_compiled_whole_equals_eager_bitwise(name, codebook):
     """Without a graph break, what is written in place included."""
+    torch.compiler.reset()  # else earlier cases count against the limit of recompilations
     operator, results = getattr(ops, name), []
     compiled = torch.compile(lambda *args: operator(*args), backend="aot_eager", fullgraph=True)
     for function in (operator, compiled):

@@ -239,7 +239,7 @@ def test_five_steps_match_float32_oracle_bitwise(codebook, nesterov, rows, cols,
         norm = sumsq.sum().sqrt().clamp(min=1e-7)
         out = torch.empty(rows, cols)
         apply_(codes, scales, grad, norm, out, **options)
-        assert np.array_equal(out.numpy(), u / norm.numpy())
+        assert np.array_equal(out.numpy(), u * (F32(1) / norm.numpy()))
         assert np.array_equal(codes.numpy(), state[0])
         assert codebook is None or np.array_equal(scales.numpy(), state[1])
         for row, index, block in blocks_of(u, block_size):  # a sum of n squares in any order of fp32 additions
@@ -364,14 +364,14 @@ def test_zero_state_and_zero_gradient_stay_zero(codebook):
     assert torch.equal(codes, before)
 
 
-def test_out_is_divided_in_float32_and_rounded_once():
+def test_out_is_scaled_in_float32_and_rounded_once():
     momentum = torch.randn(4, 100, generator=torch.Generator().manual_seed(5))
     options = {"beta": 0.9, "nesterov": False, "codebook": None, "block_size": 64}
     u = F32(0.9) * momentum.numpy()
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         out = torch.empty(4, 100, dtype=dtype)
         apply_(momentum.clone(), None, torch.zeros(4, 100), torch.tensor(3.7), out, **options)
-        assert torch.equal(out, torch.from_numpy(u / F32(3.7)).to(dtype))
+        assert torch.equal(out, torch.from_numpy(u * (F32(1) / F32(3.7))).to(dtype))
 
 
 @pytest.mark.gpu

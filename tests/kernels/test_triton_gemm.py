@@ -251,3 +251,10 @@ def test_shipped_tilings_match_float64_on_a_gpu(device, dtype, tall, shape, monk
             assert_close_to_float64(C, X, X, -2.5, P, (0.75, 3.0))
             C = triton_gemm._launch(P, Q, None, (1.0, 0.0, 0.0), tiling, with_descriptors)
             assert_close_to_float64(C, P, Q, 1.0, None, (0.0, 0.0))
+
+
+def test_float32_is_refused_where_it_would_run_in_tf32(device, monkeypatch):
+    monkeypatch.setattr(triton_gemm, "_architecture", lambda _: 100)
+    A = torch.zeros(1, 4, 8, device=device)
+    with pytest.raises(ValueError, match="float32 is not supported on compute capability 10"):
+        triton_gemm.symmetric_product(A, A)
