@@ -39,7 +39,7 @@ class Rates:
     gram: float | None = 1.0
 
 
-# CPU: oneDNN's kernels by instruction set. Measured on AVX512_BF16: bf16 1.9 to 2.1; below 256 rows products are not
+# CPU: oneDNN's kernels by instruction set. Measured on AVX512_BF16: bf16 1.8 to 2.1; below 256 rows products are not
 # limited by the matrix rate, and bf16 gains nothing. fp16 runs in fp32 and only pays its casts.
 # Panels: below 1024 rows their copies cost more than they save (measured at 256 to 2048 rows); from there on
 # they gain 1.1 to 1.5, of 1.6 at best.
@@ -49,7 +49,7 @@ _PANELS: BySize = ((1024, 1.2),)
 RATES: dict[str, Rates] = {
     "cpu": Rates(bf16=((0, 0.4),), fp16=((0, 0.3),), symmetric_kind="panels", symmetric=_PANELS),
     "cpu_avx512_bf16": Rates(
-        bf16=((0, 0.5), (256, 1.95)), fp16=((0, 0.3),), symmetric_kind="panels", symmetric=_PANELS
+        bf16=((0, 0.5), (256, 1.85)), fp16=((0, 0.3),), symmetric_kind="panels", symmetric=_PANELS
     ),
     "cpu_amx": Rates(bf16=((0, 0.5), (256, 8.0)), fp16=((0, 0.3),), symmetric_kind="panels", symmetric=_PANELS),
     "cuda": Rates(bf16=((0, 8.0),), fp16=((0, 8.0),), symmetric_kind="kernel", gram=0.9),
