@@ -78,7 +78,6 @@ def test_error_of_the_smallest_shapes(rows, cols):
     for path, _ in HALF_PATHS + FP32_PATHS + FP16_GRAM_PATHS:
         for batch in (1, 2):
             x = torch.tensor(matrix).to(path.dtype)[None].repeat(batch, 1, 1)
-            # The largest seen was half of it.
             bound = {torch.float32: 1e-5, torch.float16: 4e-3 if path.form == "standard" else 2e-2}.get(
                 path.dtype, 3e-2
             )
@@ -127,10 +126,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_restarts_keep_the_gram_form_stable(spectrum, name):
-    """With the restarts of `segments`: fp16 at most .5 of the error of the bf16 standard form, fp32 .1.
-
-    Ratios to 20 seeds of Gaussian matrices scatter by a tenth; the largest here is .44.
-    """
+    """With the restarts of `segments`: fp16 at most .5 of the error of the bf16 standard form, fp32 .1."""
     schedule = SCHEDULES[name]
     matrix = matrix_with(spectrum, 128, 256) / schedule.norm_factor
     exact = oracle_schedule(matrix, schedule.steps)
