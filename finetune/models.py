@@ -53,15 +53,15 @@ def config_hash(config: PretrainedConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def check_vocabulary(config: Any, tokenizer: Any) -> None:
-    """Every token id must have an embedding.
+def check_vocabulary(config: Any, tokenizer: Any, option: str) -> None:
+    """Every token id must have an embedding; `option` is what gave the tokenizer.
 
     Raises:
         InputError: the tokenizer is larger than the model's vocabulary.
     """
     if len(tokenizer) > config.vocab_size:
         raise InputError(
-            "--tokenizer",
+            option,
             f"it has {len(tokenizer)} tokens and the model's vocab_size is {config.vocab_size}; "
             "give a smaller tokenizer, or a --model-config with a larger vocabulary",
         )

@@ -9,17 +9,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from finetune.errors import InputError
-from finetune.recipe import Recipe
+from finetune.options import Training
 from muon8bit import Muon8bit, param_groups, state_report
 
 
-def build_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
+def build_optimizers(model: nn.Module, recipe: Training) -> list[Optimizer]:
     """Optimizers that together train every parameter of the model that requires a gradient.
 
     `muon8bit` is one optimizer for the whole model; `muon` is torch.optim.Muon (fp32 momentum) for the 2-D weights
     that `param_groups` routes to Muon, fused ones as one matrix, and torch.optim.AdamW for the rest; `adamw` and
     `adamw8bit` (bitsandbytes) take everything. Norms and biases are not decayed in any of them.
-    lr and decay as in `Recipe`.
+    lr and decay as in `Training`.
 
     Raises:
         InputError: nothing for Muon in the model, or bitsandbytes is not installed.
