@@ -32,7 +32,7 @@ def model_config(recipe: Recipe) -> Any:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(option, f"transformers rejects it: {_first_line(error)}") from None
+        raise InputError(option, f"transformers rejects it: {first_line(error)}") from None
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.seq_len > longest:
         raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
@@ -84,15 +84,20 @@ def build_model(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
             model = causal.from_config(config, dtype=torch.float32)
     except Exception as error:
         option = "--init-from" if recipe.init_from else "--model-config"
-        raise InputError(option, f"transformers cannot build the model: {_first_line(error)}") from None
+        raise InputError(option, f"transformers cannot build the model: {first_line(error)}") from None
     if recipe.activation_checkpointing:
-        options = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-        else:  # its name in earlier versions of transformers
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        checkpoint_activations(model)
     model.train()
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a transformers model recompute activations in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its name in earlier versions of transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def parameter_hash(model: nn.Module) -> str:
@@ -104,5 +109,6 @@ def parameter_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The start of an error's text, on one line."""
     return " ".join((str(error) or type(error).__name__).split())[:300]
