@@ -21,6 +21,8 @@ _ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.")
 _SINGLE_PROJECTION = re.compile(
     r"(^|\.)([qkvo]|(w?[qkvo]|query|key|value|out|o)(_\w+)?|\w*_[qkvo])(\.|$)", re.IGNORECASE
 )
+# peft's names between a module and the weight that stands for its own.
+_COPIES = re.compile(r"(\.(base_layer|original_module|modules_to_save\.\w+))+$")
 # Layouts as read in transformers 5.23: the class (or a base of it) around the Linear or Conv1D.
 _PHI_ATTENTIONS = {"Phi3Attention", "Phi4MultimodalAttention"}  # rows of all query, key, then value heads
 _PHI_MLPS = {"Phi3MLP", "Phi4MultimodalMLP", "GlmMLP", "Glm4MLP"}  # rows of the gate, then of the up projection
@@ -40,7 +42,7 @@ def known_split(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module
     path, _, local = name.rpartition(".")
     if len(shape) == 3:
         return _experts_split(modules[path], shape) if local == "gate_up_proj" else None
-    parent_path, _, module = path.rpartition(".")
+    parent_path, _, module = _COPIES.sub("", path).rpartition(".")
     parent = modules.get(parent_path)
     classes = {base.__name__ for base in type(parent).__mro__}
     sizes, dim = [0], -2
@@ -69,12 +71,7 @@ def _experts_split(experts: nn.Module, shape: Sequence[int]) -> Split | None:
 
 
 def looks_fused(name: str, shape: Sequence[int]) -> bool:
-    """Whether the matrix [rows, cols] holds several, by its name or, in attention, by sides of 1:3.
-
-    A LoRA A factor is never fused: its input is shared.
-    """
-    if "lora_A" in name:
-        return False
+    """Whether the matrix [rows, cols] holds several, by its name or, in attention, by sides of 1:3."""
     if _FUSED.search(name):
         return True
     attention = _ATTENTION.search(name)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._fused import Split, known_split, looks_fused
+from ._lora import Part, adapter_part, factor_split, is_adapter, looks_fused_factor
 from .config import MIN_QUANTIZED_COLUMNS, Algorithm
 
 # Heads by name whatever their size, and names that mean a head only where the rows equal the vocabulary; both
@@ -27,6 +28,7 @@ _EXPERTS = re.compile(r"(^|\.)experts\.")
 _WRAPPERS = re.compile(
     r"\.(modules_to_save\.\w+|original_module|base_layer)\b|\b(_orig_mod|_checkpoint_wrapped_module)\."
 )
+_NARROW = f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Route:
     AdamW groups apart; `lr` as in the group; `weight_decay` per unit of lr; `state_bytes` predicted for
     bits=8 and block_size 2048; `aliases` are the further names of a shared tensor. `split` (sizes of the pieces and
     their dimension) and `flatten` say which matrices Muon takes it for; without them it is one, or a stack.
+    `is_lora_b`: the factor of LoRA that starts at zero, whose lr LoRA+ raises.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Route:
     aliases: tuple[str, ...] = ()
     split: Split | None = None
     flatten: bool = False
+    is_lora_b: bool = False
 
     @property
     def matrix_keys(self) -> dict[str, Any]:
@@ -83,14 +87,16 @@ def default_route(name: str, param: nn.Parameter, modules: Mapping[str, nn.Modul
 
     if local.lower().endswith("bias"):  # stacked experts have 2-D ones
         return adamw("bias", decays=False)
+    if part := adapter_part(name, modules):
+        return _adapter_route(name, shape, part, modules, ends)
     if is_norm or len(shape) < 2:
         return adamw("norm" if is_norm else f"{len(shape)}-D", decays=False)
     if local == "A_log" or getattr(param, "_no_weight_decay", False):  # Mamba's decay rates: 2-D, but no matrix
         return adamw("no matrix (A_log, _no_weight_decay)", decays=False)
     if end := ends.embeddings.get(param) or ends.heads.get(param):
         return adamw(end)
-    if "lora_embedding_" in name:
-        return adamw("LoRA of an embedding")
+    if "trainable_tokens_delta" in name:  # of peft, beside a module that no getter returns
+        return adamw("rows of an embedding")
     if is_router(name, modules):
         return adamw("MoE router")
     if isinstance(modules[path], nn.modules.conv._ConvNd):
@@ -98,21 +104,62 @@ def default_route(name: str, param: nn.Parameter, modules: Mapping[str, nn.Modul
     is_stack = len(shape) == 3 and _EXPERTS.search(name) is not None
     if len(shape) > 2 and not is_stack:
         return adamw(f"{len(shape)}-D", flag="no known stack: a pattern sends it to Muon as matrices over the last two")
-    is_bare = not (is_stack or local.endswith("weight") or "lora_" in name)
+    is_bare = not (is_stack or local.endswith("weight"))
     if is_bare and re.search(r"emb|token", local):
         return adamw("bare parameter named like an embedding")
+    if is_bare and min(shape) == 1:  # IA3's factors
+        return adamw("one row or column", decays=False)
     split = known_split(name, shape, modules)
     flags = {
         "looks fused: orthogonalized as one matrix": split is None and looks_fused(name, shape[-2:]),
-        f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32": shape[-1] < MIN_QUANTIZED_COLUMNS,
+        _NARROW: shape[-1] < MIN_QUANTIZED_COLUMNS,
         "bare parameter: taken for a matrix that multiplies": is_bare,
         "last Linear of a model without embedding: is it the head?": param is ends.doubtful,
     }
-    reason = "stacked experts" if is_stack else "LoRA matrix" if "lora_" in name else "hidden matrix"
-    if split is not None:
-        reason += f", split {' + '.join(map(str, split[0]))} along {split[1]}"
+    reason = ("stacked experts" if is_stack else "hidden matrix") + _in_words(split)
     flag = "; ".join(flag for flag, is_set in flags.items() if is_set)
     return Route(name, shape, "muon", reason, flag, True, split=split)
+
+
+def _adapter_route(
+    name: str, shape: tuple[int, ...], part: Part, modules: Mapping[str, nn.Module], ends: Ends
+) -> Route:
+    """The route of a part of a LoRA adapter: factors A and B of hidden matrices to Muon, each a matrix of its own."""
+
+    def adamw(reason: str, *, decays: bool = True, flag: str = "") -> Route:
+        return Route(name, shape, "adamw", reason, flag, decays, is_lora_b=part.kind == "B")
+
+    if part.kind == "magnitude_vector":
+        return adamw("DoRA magnitude", decays=False)
+    if part.kind in ("embedding_A", "embedding_B"):  # A has a column for each token, seldom with a gradient
+        return adamw("LoRA of an embedding")
+    if part.kind not in ("A", "B"):  # AdaLoRA's singular values [r, 1] and other diagonals
+        return adamw(f"lora_{part.kind}: no matrix", decays=False)
+    if part.base is not None and (end := ends.heads.get(part.base) or ends.embeddings.get(part.base)):
+        return adamw(f"LoRA of the {end}")
+    if is_router(name, modules):
+        return adamw("LoRA of a MoE router")
+    if len(shape) != 2:
+        return replace(adamw("LoRA of a convolution: a pattern sends it to Muon, flattened"), flatten=True)
+    if part.kind == "B" and part.num_experts > 1:
+        return adamw("LoRA B of stacked experts", flag="the experts' columns alternate: Muon would take them as one")
+    split = factor_split(part, shape, modules)
+    flags = {
+        "looks fused: orthogonalized as one matrix": split is None and looks_fused_factor(part, shape),
+        _NARROW: shape[-1] < MIN_QUANTIZED_COLUMNS,
+    }
+    flag = "; ".join(flag for flag, is_set in flags.items() if is_set)
+    reason = f"LoRA {part.kind}{_in_words(split)}"
+    return Route(name, shape, "muon", reason, flag, True, split=split, is_lora_b=part.kind == "B")
+
+
+def _in_words(split: Split | None) -> str:
+    """`, split 16 + 8 + 8 along -2`, or `, split 128 x 16 along -2` for many equal pieces; empty for None."""
+    if split is None:
+        return ""
+    sizes, dim = split
+    is_many = len(sizes) > 3 and len(set(sizes)) == 1
+    return f", split {f'{len(sizes)} x {sizes[0]}' if is_many else ' + '.join(map(str, sizes))} along {dim}"
 
 
 def find_ends(model: nn.Module) -> Ends:
@@ -123,7 +170,7 @@ def find_ends(model: nn.Module) -> Ends:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             ends.embeddings[module.weight] = "embedding"
             tables.append(module.weight)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and not is_adapter(f"{path}.weight"):
             linears.append((_WRAPPERS.sub("", path), module))
         is_hugging_face |= hasattr(module, "get_output_embeddings")
         for param in _part(module, "get_input_embeddings"):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -14,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from ._roles import Route, check_whole, default_route, find_ends
+from ._route_checks import check_patterns, check_ratio, why_no_matrix
 from ._table import collapse, format_bytes, render, template
 from .config import (
     ADJUST_LR,
-    ALGORITHMS,
     DEFAULT_ADAMW_BETAS,
     DEFAULT_ADAMW_EPS,
     DEFAULT_BLOCK_SIZE,
@@ -64,9 +61,15 @@ def param_groups(
     adamw_betas: tuple[float, float] = DEFAULT_ADAMW_BETAS,
     adamw_eps: float = DEFAULT_ADAMW_EPS,
     patterns: Sequence[tuple[str, Algorithm]] = (),
+    no_decay: Sequence[str] = (),
+    loraplus_ratio: float | None = None,
 ) -> ParamGroups:
     """Routed groups for `Muon8bit`: 2-D hidden weights and stacked experts to Muon; embeddings, output head (tied or
     not), norms, biases, MoE routers, convolutions, other 1-D, 3-D and more to AdamW; frozen ones to none.
+
+    LoRA as peft names it: factors A and B of hidden matrices to Muon, each a matrix of its own; those of embeddings,
+    head, MoE routers and convolutions, B of stacked experts, DoRA magnitudes, biases, and the trained copies of
+    embeddings and head (`modules_to_save`, `trainable_token_indices`) to AdamW.
 
     Fused weights whose layout is known (gate_up_proj of stacked experts, of Phi-3, Phi-4-multimodal and GLM; Phi-3's
     qkv_proj; GPT-2's c_attn) go to groups with their `split_sizes` and `split_dim`; others that look fused are flagged.
@@ -81,24 +84,29 @@ def param_groups(
         model: floating parameters of any dtype, on any device, meta included.
         lr: of the Muon group; RMS norm of one update over 0.2 (match_rms_adamw: an AdamW lr carries over), or
             spectral norm of one update (original; None means original, as in torch).
-        weight_decay: per unit of lr; for matrices and embeddings. Norms, biases and other 1-D get 0.
+        weight_decay: per unit of lr; for matrices and embeddings. Norms, biases, DoRA magnitudes and other 1-D get 0.
         adamw_lr: of the AdamW groups. None: `lr`, which is right only with match_rms_adamw.
         adjust_lr_fn: how Muon scales lr by the matrix's shape, as in torch.optim.Muon.
         adamw_betas, adamw_eps: of the AdamW groups; defaults and their sources in `config`.
         patterns: `(pattern, "muon" | "adamw")`, fnmatch over the whole qualified name, case-sensitive; the
             first match wins. A tied tensor is matched by any of its names. Patterns do not unfreeze. "muon" takes
             a convolution flattened, any other tensor of three or more dimensions as a stack over its last two.
+        no_decay: patterns of further parameters whose weight decay is 0, Muon's too.
+        loraplus_ratio: lr of every LoRA factor B over that of its A (LoRA+, where 16 is usual); None for equal ones.
+            Not for an embedding's factors, of which A starts at zero, nor for biases and DoRA magnitudes.
 
     Returns:
-        ParamGroups: dicts in the order muon, muon with each kind of split or flatten by first appearance, adamw
-        with decay, adamw without; empty ones left out; `params` as (name, Parameter) pairs in the model's order.
-        A tied tensor appears once, under its first name.
+        ParamGroups: dicts in the order muon before adamw, without before with splits or flatten (each kind by first
+        appearance), others before LoRA's raised B, decay before none; empty ones left out; `params` as (name,
+        Parameter) pairs in the model's order. A tied tensor appears once, under its first name.
 
     Raises:
         ValueError: an unknown mode; adamw_lr missing with `original`; a pattern that matches nothing or sends
-            a tensor of fewer than two dimensions to Muon; a flattened or uninitialized weight; no matrix for Muon.
+            a tensor of fewer than two dimensions to Muon; a flattened or uninitialized weight; no matrix for Muon;
+            loraplus_ratio without a factor B.
 
-    Source: which parameters are hidden: K. Jordan's Muon notes (2024) and Moonlight (arXiv 2502.16982).
+    Source: which parameters are hidden: K. Jordan's Muon notes (2024) and Moonlight (arXiv 2502.16982); LoRA+:
+    arXiv 2402.12354.
     """
     if adjust_lr_fn is not None and adjust_lr_fn not in ADJUST_LR:
         raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}; it must be one of {ADJUST_LR} or None")
@@ -108,36 +116,44 @@ def param_groups(
             "AdamW lr is not (usual values differ tenfold and more): give adamw_lr, or use "
             "adjust_lr_fn='match_rms_adamw'"
         )
-    routes, params = _route_all(model, patterns)
+    routes, params = _route_all(model, patterns, no_decay)
     if not any(route.algorithm == "muon" for route in routes):
-        raise ValueError(_why_no_matrix(routes))
+        raise ValueError(why_no_matrix(routes))
+    check_ratio(loraplus_ratio, routes)
     muon = {"algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn}
     adamw = {"algorithm": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "weight_decay": weight_decay}
     adamw |= {"betas": adamw_betas, "eps": adamw_eps}
-    muons: dict[tuple[Any, ...], dict[str, Any]] = {(): {**muon, "params": []}}
-    decayed: dict[str, Any] = {**adamw, "params": []}
-    adamws = {True: decayed, False: {**adamw, "weight_decay": 0.0, "params": []}}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     done: list[Route] = []
     for route, param in zip(routes, params, strict=True):
         if route.algorithm is not None:
-            group = adamws[route.decays]
-            if route.algorithm == "muon":
-                keys = route.matrix_keys
-                group = muons.setdefault(tuple(keys.items()), {**muon, **keys, "params": []})
+            keys = route.matrix_keys if route.algorithm == "muon" else {}
+            is_raised = route.is_lora_b and loraplus_ratio is not None
+            group = {**(muon if route.algorithm == "muon" else adamw), **keys, "params": []}
+            if is_raised:
+                group["lr"] *= loraplus_ratio
+                route = replace(route, reason=f"{route.reason}, lr x {loraplus_ratio:g} (LoRA+)")
+            if not route.decays:
+                group["weight_decay"] = 0.0
+            kind = (route.algorithm == "adamw", bool(keys), is_raised, not route.decays)  # sorts as documented
+            group = groups.setdefault((*kind, *keys.items()), group)
             group["params"].append((route.name, param))
             state = _predicted_bytes(route)
             route = replace(route, lr=group["lr"], weight_decay=group["weight_decay"], state_bytes=state)
         done.append(route)
-    return ParamGroups([group for group in (*muons.values(), *adamws.values()) if group["params"]], done)
+    return ParamGroups([groups[key] for key in sorted(groups, key=lambda key: key[:4])], done)
 
 
-def _route_all(model: nn.Module, patterns: Sequence[tuple[str, Algorithm]]) -> tuple[list[Route], list[nn.Parameter]]:
+def _route_all(
+    model: nn.Module, patterns: Sequence[tuple[str, Algorithm]], no_decay: Sequence[str]
+) -> tuple[list[Route], list[nn.Parameter]]:
     """One route per distinct parameter with the patterns applied, and the parameters in the same order."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
-    _check_patterns(patterns, [alias for aliases in names.values() for alias in aliases])
+    check_patterns(patterns, no_decay, [alias for aliases in names.values() for alias in aliases])
     modules, ends, routes = dict(model.named_modules(remove_duplicate=False)), find_ends(model), []
+    owners: dict[tuple[Any, ...], str] = {}  # of memory: peft ties adapters by parameters that are views of each other
     for param, (name, *aliases) in names.items():
         check_whole(name, param, modules[name.rpartition(".")[0]])
         route = default_route(name, param, modules, ends)
@@ -145,8 +161,15 @@ def _route_all(model: nn.Module, patterns: Sequence[tuple[str, Algorithm]]) -> t
             if any(fnmatchcase(alias, pattern) for alias in (name, *aliases)):
                 route = _overridden(route, pattern, algorithm)
                 break
+        if route.decays and any(fnmatchcase(alias, pattern) for alias in (name, *aliases) for pattern in no_decay):
+            route = replace(route, decays=False, reason=f"{route.reason}, no decay as asked")
         if not param.requires_grad:
             route = replace(route, algorithm=None, reason="frozen", flag="")
+        elif param.numel() and param.data_ptr():
+            owner = owners.setdefault((param.device, param.data_ptr()), name)
+            if owner != name:
+                twice = f"shares its memory with {owner}: both are updated"
+                route = replace(route, flag="; ".join(filter(None, (route.flag, twice))))
         if aliases:
             route = replace(route, aliases=tuple(aliases), reason=f"{route.reason}, shared with {', '.join(aliases)}")
         routes.append(route)
@@ -162,42 +185,6 @@ def _overridden(route: Route, pattern: str, algorithm: Algorithm) -> Route:
         )
     flag = route.flag if route.algorithm == algorithm == "muon" else ""
     return replace(route, algorithm=algorithm, reason=f"pattern {pattern!r}", flag=flag)
-
-
-def _check_patterns(patterns: Sequence[tuple[str, Algorithm]], names: Sequence[str]) -> None:
-    """Raise ValueError for an unknown algorithm and for a pattern that matches no name."""
-    if not all(isinstance(p, tuple | list) and len(p) == 2 for p in patterns):  # of a string, each is a string
-        raise ValueError(f"patterns must be a list of (pattern, 'muon' | 'adamw') pairs, not {patterns!r}")
-    for pattern, algorithm in patterns:
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"pattern {pattern!r} asks for {algorithm!r}; it must be one of {ALGORITHMS}")
-        if not any(fnmatchcase(name, pattern) for name in names):
-            layers = {template(name): name for name in reversed(names)}
-            near = difflib.get_close_matches(template(pattern), layers, n=3, cutoff=0.0)
-            raise ValueError(
-                f"pattern {pattern!r} matches no parameter (fnmatch over the whole name, case-sensitive); "
-                f"near names: {', '.join(layers[name] for name in near)}"
-            )
-
-
-def _why_no_matrix(routes: Sequence[Route]) -> str:
-    """The message of the error for a model that has nothing for Muon."""
-    trainable = [route for route in routes if route.algorithm is not None]
-    if not trainable:
-        return f"no matrix for Muon: all {len(routes)} parameters are frozen (requires_grad False)"
-    largest = max(trainable, key=lambda route: route.num_elements)
-    if all(len(route.shape) < 2 for route in trainable):
-        return (
-            f"no matrix for Muon: all {len(trainable)} trainable parameters are 1-D (largest: {largest.name} "
-            f"{largest.shape}), as where FSDP1 or DeepSpeed flattened them: train with DDP, which "
-            "leaves matrices whole"
-        )
-    reasons = Counter(re.sub(r", shared with .*", "", route.reason) for route in trainable)
-    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    return (
-        f"no matrix for Muon among {len(trainable)} trainable parameters ({counts}): use torch.optim.AdamW, "
-        "or send matrices to 'muon' by `patterns`"
-    )
 
 
 def _predicted_bytes(route: Route) -> int:

@@ -1,6 +1,9 @@
 """Imports point down the list of rooms, never up. Anything else is an edge that nobody agreed to."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 # Room -> rooms that it may import from (its own aside). Order: from the top of the house to the ground.
 ALLOWED = {
     "finetune": {"muon8bit"},
+    "examples": {"muon8bit", "integrations"},
+    "integrations": {"muon8bit"},
     "muon8bit": {"optimizer", "report", "routing"},
     "report": {"_table", "config"},
     "optimizer": {"loading", "muon", "adamw", "groups", "config", "orthogonalize", "rounding"},
@@ -21,8 +26,10 @@ ALLOWED = {
     "rounding": {"kernels"},
     "orthogonalize": set(),
     "state": {"kernels", "config"},
-    "routing": {"_roles", "_table", "config"},
-    "_roles": {"_fused", "config"},
+    "routing": {"_roles", "_route_checks", "_table", "config"},
+    "_route_checks": {"_roles", "_table", "config"},
+    "_roles": {"_fused", "_lora", "config"},
+    "_lora": {"_fused"},
     "_fused": set(),
     "_table": set(),
     "config": set(),
@@ -48,7 +55,7 @@ def imported(path: Path) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return {n for n in names if n.split(".")[0] in ("muon8bit", "muon8bit_kernels", "finetune", "tests")}
+    return {n for n in names if n.split(".")[0] in ("muon8bit", "muon8bit_kernels", "finetune", "examples", "tests")}
 
 
 def target_room(name: str) -> str:
@@ -61,7 +68,9 @@ def target_room(name: str) -> str:
 
 
 FILES = sorted(
-    [*ROOT.glob("muon8bit/**/*.py"), *ROOT.glob("kernels/muon8bit_kernels/**/*.py"), *ROOT.glob("finetune/**/*.py")]
+    path
+    for folder in ("muon8bit", "kernels/muon8bit_kernels", "finetune", "examples")
+    for path in ROOT.glob(f"{folder}/**/*.py")
 )
 
 
@@ -75,7 +84,7 @@ def test_imports_follow_the_rooms(path):
     room = room_of(path)
     for name in imported(path):
         target = target_room(name)
-        if target == "muon8bit" and room not in ("finetune", "muon8bit"):
+        if target == "muon8bit" and room not in ("finetune", "examples", "integrations", "muon8bit"):
             assert name == "muon8bit", name  # `from . import x` lists the package itself beside the module
             continue
         assert target == room or target in ALLOWED[room], f"{path.name} ({room}) may not import {name} ({target})"
@@ -88,6 +97,13 @@ def test_finetune_uses_public_names_only():
                 parts = name.split(".")
                 assert len(parts) <= 2, name
                 assert len(parts) == 1 or not (ROOT / "muon8bit" / f"{parts[1]}.py").exists(), name
+
+
+def test_muon8bit_imports_no_library_that_it_integrates():
+    code = "import sys, muon8bit; print(sorted({'transformers', 'peft', 'trl', 'accelerate'} & sys.modules.keys()))"
+    env = {**os.environ, "PYTHONPATH": ".:kernels"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_kernels_is_a_source_root_not_a_package():
