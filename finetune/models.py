@@ -101,9 +101,11 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def parameter_hash(model: nn.Module) -> str:
-    """Hex SHA-256 of all parameters, in order, with their names: equal on ranks that agree to the bit."""
+    """Hex SHA-256 of all trained parameters, in order, with their names: equal on ranks that agree to the bit."""
     digest = hashlib.sha256()
     for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
         digest.update(name.encode())
         digest.update(param.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -88,10 +88,16 @@ class SftRecipe(Training):
 def read_sft_recipe(name_or_path: str) -> dict[str, Any]:
     """Values of a recipe: a name in `finetune/recipes/sft/`, or the path of a YAML file; not checked yet.
 
+    A chat template's path is taken relative to the recipe.
+
     Raises:
         InputError: no such recipe, or not a YAML mapping.
     """
-    return read_values(name_or_path, SFT_RECIPES)[0]
+    values, origin = read_values(name_or_path, SFT_RECIPES)
+    template = values.get("chat_template")
+    if isinstance(template, str):
+        values["chat_template"] = str(Path(origin).resolve().parent / template)
+    return values
 
 
 def sft_recipe_from(values: Mapping[str, Any], origin: str) -> SftRecipe:
