@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def add_adapter(model: Any, recipe: SftRecipe, base: str) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks for an attribute that transformers renames
+            return get_peft_model(model, config)
     except ValueError as error:
         raise InputError("--lora-targets", f"peft refuses {recipe.lora_targets!r}: {first_line(error)}") from None
 
@@ -73,7 +76,9 @@ def _load_adapter(model: Any, path: Path, base: str) -> Any:
             "correct base_model_name_or_path in its adapter_config.json",
         )
     try:
-        adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True)
     except Exception as error:
         raise InputError("--adapter", f"{path} does not fit {base}: {first_line(error)}") from None
     with safe_open(path / "adapter_model.safetensors", "pt") as saved:

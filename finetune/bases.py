@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
 
 from finetune.errors import InputError
 from finetune.models import checkpoint_activations, first_line
@@ -133,14 +134,18 @@ def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
     if recipe.mode == "qlora":
         more = {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
     causal: Any = AutoModelForCausalLM
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = causal.from_pretrained(base, dtype=dtype, **more)
     except Exception as error:
         raise InputError("--model", f"transformers cannot load {base!r}: {first_line(error)}") from None
-    if recipe.mode == "qlora":
-        for module in model.modules():
-            if "Norm" in type(module).__name__:
-                module.float()
+    for module in model.modules() if recipe.mode == "qlora" else ():
+        if "Norm" in type(module).__name__:
+            module.float()
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes packs the weights for inference at the first evaluation on a CPU with AVX512_BF16: rounds
+            # their scales to bf16, has no gradient through them, and fails on shapes that are no multiples of 32 and 64.
+            module.support_avx512bf16_for_cpu = False
     _check_causal(model, base)
     if recipe.has_adapter:
         model.requires_grad_(False)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from finetune.errors import InputError
-from finetune.loop import IGNORED, Batch
+from finetune.loop import IGNORED, Batch, Sequences
 from finetune.masks import Encoded
 
 
@@ -77,11 +77,8 @@ def collate(rows: Sequence[Sequence[Encoded]], device: torch.device, pad_id: int
     return {key: torch.from_numpy(array).to(device) for key, array in arrays.items()}
 
 
-class Rows:
-    """Encoded conversations as rows of batches; the interface of `finetune.loop.Blocks`.
-
-    The order is a function of (seed, position) alone, so a resumed run continues it without any saved state: epoch
-    after epoch, each a permutation of all rows. What is packed into a row stays together.
+class Rows(Sequences):
+    """Encoded conversations as rows of batches. What is packed into a row stays together, in every epoch.
 
     Args:
         encoded: conversations, each at most `max_length` long, at least one.
@@ -94,10 +91,10 @@ class Rows:
     def __init__(
         self, encoded: Sequence[Encoded], *, max_length: int, packing: bool, seed: int = 0, pad_id: int = 0
     ) -> None:
-        self.encoded, self.seed, self.pad_id = encoded, seed, pad_id
+        super().__init__(seed)
+        self.encoded, self.pad_id = encoded, pad_id
         lengths = [len(one) for one in encoded]
         self.rows = pack(lengths, max_length) if packing else [[i] for i in range(len(encoded))]
-        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,13 +103,6 @@ class Rows:
     def num_targets(self) -> int:
         """Targets of all rows: what an evaluation divides by."""
         return sum(int(one.targets.sum()) for one in self.encoded)
-
-    def shuffled(self, position: int) -> int:
-        """Index of the row at a position of the endless shuffled sequence."""
-        epoch, place = divmod(position, len(self))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
-        return int(self._order[place])
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """Rows as `collate` gives them; index -1 gives a row without targets."""

@@ -15,10 +15,11 @@ from accelerate.utils import set_seed
 from finetune.adapters import add_adapter, checkpoint_trainable_only
 from finetune.answers import generate_answers
 from finetune.bases import base_config, find_base, fingerprint, load_base, pretrained_with, weight_dtype
-from finetune.chat import Example, Parts, load_parts
+from finetune.chat import Parts, load_parts
 from finetune.errors import InputError
 from finetune.loop import evaluate
 from finetune.masks import ChatEncoding, EncodedExamples, encode_examples
+from finetune.messages import Example
 from finetune.models import check_vocabulary, config_hash
 from finetune.optimizers import build_optimizers
 from finetune.packing import Rows, check_isolation
@@ -198,10 +199,10 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 def _samples(examples: Sequence[Example], encoding: ChatEncoding) -> list[Sample]:
     samples = []
     for example in examples:
-        turns = [i for i, m in enumerate(example.messages) if m["role"] == "assistant" and i >= example.first_answer]
-        asked = example.messages[: turns[0]]
+        first = example.answers[0]
+        asked = example.messages[:first]
         prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in asked)
-        samples.append(Sample(prompt, encoding.prompt(asked), example.messages[turns[0]]["content"]))
+        samples.append(Sample(prompt, encoding.prompt(asked), example.messages[first]["content"]))
     return samples
 
 

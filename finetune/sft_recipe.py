@@ -111,6 +111,8 @@ def sft_recipe_from(values: Mapping[str, Any], origin: str) -> SftRecipe:
     named = {"name": f"{Path(str(values['model'])).name}-{values.get('mode', 'lora')}", **values}
     recipe = build(SftRecipe, named, origin)
     check_ranges(recipe, "lora_rank", "lora_alpha", "loraplus_ratio", "limit", "max_length", "epochs", "answer_tokens")
+    if recipe.dataset == "stdlib" and recipe.limit is not None:
+        raise InputError("--limit", "the standard library is taken whole; leave it out")
     if recipe.num_answers < 0:
         raise InputError("--num-answers", f"{recipe.num_answers} must not be negative")
     for name in ("validation_fraction", "lora_dropout"):
@@ -136,21 +138,22 @@ def resolve(recipe: SftRecipe, num_rows: int, num_processes: int) -> tuple[SftRe
         num_rows: rows to train on, packed or not.
         num_processes: ranks.
     """
+    unset = {name for name in ("lora_alpha", "lr", "max_steps", "warmup_steps") if getattr(recipe, name) is None}
     notes = []
     family = "muon" if recipe.optimizer.startswith("muon") else "adamw"
     chosen: dict[str, Any] = {}
-    if recipe.lora_alpha is None:
+    if "lora_alpha" in unset:
         chosen["lora_alpha"] = 2.0 * recipe.lora_rank
-    if recipe.lr is None:
+    if "lr" in unset:
         chosen["lr"] = (MUON_LR if family == "muon" else ADAMW_LR)[recipe.mode]
         reason = LR_REASONS["full" if recipe.mode == "full" else "lora", family]
         notes.append(f"lr {chosen['lr']:g}, the default of {recipe.mode} with {recipe.optimizer}: {reason}")
     max_steps = recipe.max_steps
-    if max_steps is None:
+    if "max_steps" in unset:
         rows = recipe.batch_size * recipe.gradient_accumulation * num_processes
         max_steps = chosen["max_steps"] = math.ceil(recipe.epochs * num_rows / rows)
         notes.append(f"{max_steps} steps of {rows} rows: {recipe.epochs:g} passes over {num_rows:,} rows")
-    if recipe.warmup_steps is None:
+    if "warmup_steps" in unset:
         left = max_steps - recipe.decay_steps
         chosen["warmup_steps"] = max(0, min(math.ceil(WARMUP_SHARE * max_steps), left - 1))
         notes.append(f"warm-up {chosen['warmup_steps']} steps, {WARMUP_SHARE:.0%} of {max_steps}")
