@@ -71,7 +71,7 @@ class SftRecipe(Training):
     num_answers: int = option(3, "answers to held-out prompts generated before and after")
     answer_tokens: int = option(64, "tokens of such an answer at most")
     lr: float = option(None, "peak learning rate; default: by --mode and --optimizer, with the reason in the log")
-    warmup_steps: int = option(None, "optimizer steps of linear warm-up; default: 3% of them")
+    warmup_steps: int = option(None, "optimizer steps of linear warm-up; default: 3 percent of them")
     max_steps: int = option(None, "optimizer steps in all; default: by --epochs")
     weight_decay: float = option(0.0, "decoupled weight decay per unit of lr")
     batch_size: int = option(8, "rows per micro-batch and rank")
