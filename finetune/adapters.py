@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,7 @@ def add_adapter(model: Any, recipe: SftRecipe, base: str) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks for an attribute that transformers renames
+        with _quiet():
             return get_peft_model(model, config)
     except ValueError as error:
         raise InputError("--lora-targets", f"peft refuses {recipe.lora_targets!r}: {first_line(error)}") from None
@@ -76,8 +77,7 @@ def _load_adapter(model: Any, path: Path, base: str) -> Any:
             "correct base_model_name_or_path in its adapter_config.json",
         )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with _quiet():
             adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True)
     except Exception as error:
         raise InputError("--adapter", f"{path} does not fit {base}: {first_line(error)}") from None
@@ -86,6 +86,14 @@ def _load_adapter(model: Any, path: Path, base: str) -> Any:
     if stray:  # peft only warns about weights that are missing or have no place
         raise InputError("--adapter", f"{path} does not fit {base}: {sorted(stray)[0]} is only on one side")
     return adapted
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep a warning to ourselves: peft asks transformers for an attribute that is being renamed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _same_base(one: str, other: str) -> bool:
@@ -128,5 +136,6 @@ def save_merged(base: str, adapter: Path, path: Path, recipe: SftRecipe, tokeniz
     """
     causal: Any = AutoModelForCausalLM
     model = causal.from_pretrained(base, dtype=weight_dtype(recipe))
-    merged: Any = PeftModel.from_pretrained(model, str(adapter))
+    with _quiet():
+        merged: Any = PeftModel.from_pretrained(model, str(adapter))
     save_model(path, merged.merge_and_unload(safe_merge=True), None, tokenizer)

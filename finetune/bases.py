@@ -143,8 +143,8 @@ def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
         if "Norm" in type(module).__name__:
             module.float()
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else bitsandbytes packs the weights for inference at the first evaluation on a CPU with AVX512_BF16: rounds
-            # their scales to bf16, has no gradient through them, and fails on shapes that are no multiples of 32 and 64.
+            # Else, at the first evaluation on a CPU with AVX512_BF16, bitsandbytes packs the weights for inference: it
+            # rounds their scales to bf16, gives no gradient, and fails on shapes that are no multiples of 32 and 64.
             module.support_avx512bf16_for_cpu = False
     _check_causal(model, base)
     if recipe.has_adapter:

@@ -57,7 +57,6 @@ def test_a_bad_option_is_refused_in_one_sentence(sft, tmp_path, args, words):
 def test_without_a_model_the_recipe_that_needs_no_hub_is_named(capsys):
     from finetune.sft import main
 
-
     assert main([]) == 2
     error = capsys.readouterr().err
     assert "--model" in error
