@@ -185,27 +185,35 @@ def test_an_unknown_template_that_keeps_prefixes_gives_differences():
     assert result.sources == {"prefix": 1}
 
 
-def test_trls_template_serves_where_it_says_the_same(monkeypatch):
-    """A template that changes earlier turns has no prefix; TRL's is taken for its markers, and only if the text is the
-    same."""
-    tokenizer = make_tokenizer("chatml")
+@pytest.fixture
+def encode_with_trl(monkeypatch):
+    """Encode by a template of a tokenizer for which TRL has this training template."""
+
+    def run(own, trls, *turns):
+        tokenizer = make_tokenizer("chatml")
+        monkeypatch.setattr(tokenizer, "chat_template", own)
+        monkeypatch.setitem(sys.modules, "trl", SimpleNamespace())
+        module = SimpleNamespace(get_training_chat_template=lambda _: trls)
+        monkeypatch.setitem(sys.modules, "trl.chat_template_utils", module)
+        return encode(conversation(*turns), tokenizer)
+
+    return run
+
+
+def test_trls_template_serves_where_it_says_the_same(encode_with_trl):
+    """The own template changes earlier turns, so it has no prefix; TRL's is taken for its markers."""
     own = "{% for m in messages %}{{ messages|length ~ m.role }}\n\n{{ m.content }}{{ eos_token }}{% endfor %}"
     marks = "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
     same = own.replace("{{ m.content }}{{ eos_token }}", marks)  # the user's turns as well, to tell it from others
-    monkeypatch.setattr(tokenizer, "chat_template", own)
-    monkeypatch.setitem(sys.modules, "trl", SimpleNamespace())
-
-    def encode_with(trls):
-        module = SimpleNamespace(get_training_chat_template=lambda _: trls)
-        monkeypatch.setitem(sys.modules, "trl.chat_template_utils", module)
-        return encode(conversation(*TURNS[:2]), tokenizer)
-
-    result = encode_with(same)
+    result = encode_with_trl(own, same, *TURNS[:2])
     assert result.sources == {"trl": 1}
-    assert_marked(result.rows[0], tokenizer, f"2user\n\n@({ASK[1]}<|im_end|>)@2assistant\n\n@(Paris.<|im_end|>)@")
+    marked = f"2user\n\n@({ASK[1]}<|im_end|>)@2assistant\n\n@(Paris.<|im_end|>)@"
+    assert_marked(result.rows[0], make_tokenizer("chatml"), marked)
     for useless in (same.replace("~ m.role", "~ m.role|upper"), None):
         with pytest.raises(InputError, match="cannot be told from the rest"):
-            encode_with(useless)
+            encode_with_trl(own, useless, *TURNS[:2])
+    with pytest.raises(InputError, match="leaves out the system turn of row 7"):
+        encode_with_trl(*(t.replace("in messages", "in messages[1:]") for t in (own, same)), SYSTEM, *TURNS)
 
 
 NO_END = UNKNOWN.replace("<|im_end|>", "")
@@ -223,6 +231,18 @@ BAD = [
     ),
     (MARKED.replace("in messages", WITHOUT_FIRST), ALL, "--chat-template", "leaves out the system turn of row 7 of so"),
     (MARKED.replace("'assistant'", "'robot'"), ALL, "--chat-template", "no token of row 7 of some.jsonl"),
+    (
+        UNKNOWN + "{{ '' if add_generation_prompt else '<|im_end|>' }}",
+        ALL,
+        "--chat-template",
+        "of row 7 of some.jsonl cannot",
+    ),
+    (
+        template_text("mistral").replace("[INST]", "[INST]:"),
+        ALL,
+        "--chat-template",
+        "leaves out the system turn of row 7",
+    ),
     (MARKED + "{% oops", ALL, "--chat-template", "no valid template"),
     (template_text("mistral"), [ASK, ASK, TURNS[1]], "--dataset", "refuses row 7 of some.jsonl: After the optional"),
 ]
@@ -234,6 +254,26 @@ def test_a_template_that_cannot_serve_is_refused_in_one_sentence(template, turns
         encode(conversation(*turns), make_tokenizer("chatml"), chat_template=template)
     assert caught.value.args[0] == option
     assert words in str(caught.value)
+
+
+def test_tokens_of_spaces_alone_belong_to_the_side_that_they_stand_on():
+    """Byte-level tokenizers report them without width, at their end."""
+    tokenizer = make_tokenizer("chatml")
+    template = MARKED.replace("A: {{", "{{").replace("Q: {{ m.content }}", "{{ m.content }}")
+    turns = [("user", "capital   "), ("assistant", "   \n   today  ")]
+    row = encode(conversation(*turns), tokenizer, chat_template=template.replace("}}\n{% endif", "}}{% endif")).rows[0]
+    tokens = [tokenizer.decode([i]) for i in row.input_ids[row.targets]]
+    assert any(not token.strip(" ") for token in tokens)
+    assert "".join(tokens) == "   \n   today  <|im_end|>\n"
+
+
+def test_the_first_token_is_no_target_even_of_an_answer():
+    """Nothing predicts it, so it must not be counted either."""
+    tokenizer = make_tokenizer("chatml")
+    result = encode(conversation(("assistant", "Paris."), *TURNS[2:]), tokenizer, chat_template=MARKED)
+    assert result.rows[0].targets[:3].tolist() == [False, True, True]
+    batch = collate([result.rows], torch.device("cpu"))
+    assert int((batch["targets"] != -100).sum()) == result.num_targets
 
 
 def test_turns_that_cannot_be_told_apart_are_refused():
