@@ -84,11 +84,19 @@ def _pairs(file: Path) -> Iterator[tuple[str, str, int]]:
     except (OSError, SyntaxError, ValueError):  # samples of bad syntax and of other encodings are no use here
         return
     lines = source.splitlines()
-    for node in ast.walk(tree):
-        if isinstance(node, Function) and node.end_lineno is not None:
-            pair = _pair(node, lines)
-            if pair is not None:
-                yield *pair, node.lineno
+    for node in _functions(tree):
+        pair = _pair(node, lines)
+        if pair is not None:
+            yield *pair, node.lineno
+
+
+def _functions(scope: ast.Module | ast.ClassDef) -> Iterator[Function]:
+    """Functions and methods, in order; none that is nested in a function or behind a condition."""
+    for node in scope.body:
+        if isinstance(node, Function):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from _functions(node)
 
 
 def _pair(node: Function, lines: list[str]) -> tuple[str, str] | None:
@@ -100,9 +108,16 @@ def _pair(node: Function, lines: list[str]) -> tuple[str, str] | None:
         return None
     assert first.end_lineno is not None
     signature = lines[node.lineno - 1 : first.lineno - 1]
-    rest = lines[first.end_lineno : node.end_lineno]
+    rest = "\n".join(lines[first.end_lineno : node.end_lineno]).strip("\n").split("\n")
     asked = textwrap.dedent("\n".join([*signature, *lines[first.lineno - 1 : first.end_lineno]]))
-    answered = textwrap.dedent("\n".join(signature) + "\n" + "\n".join(rest).strip("\n"))
-    ask = f"{ASK}```python\n{asked}\n```"
-    answer = f"```python\n{answered}\n```"
-    return (ask, answer) if len(ask) + len(answer) <= MAX_CHARS else None
+    answered = textwrap.dedent("\n".join([*signature, *rest]))
+    ask, answer = f"{ASK}```python\n{asked}\n```", f"```python\n{answered}\n```"
+    if len(ask) + len(answer) > MAX_CHARS:
+        return None
+    try:  # moved to the left margin, strings over several lines may have changed
+        (question,), (function,) = ast.parse(asked).body, ast.parse(answered).body
+    except SyntaxError:
+        return None
+    same = isinstance(question, Function) and ast.get_docstring(question) == doc
+    same &= isinstance(function, Function) and list(map(ast.dump, function.body)) == list(map(ast.dump, body))
+    return (ask, answer) if same else None

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import TemplateError
 
 from finetune.errors import InputError
 from finetune.messages import Example, Message
@@ -207,6 +208,6 @@ def _trl_template(tokenizer: Any) -> str | None:
         return None
     try:
         text: str | None = get_training_chat_template(tokenizer)
-    except ValueError:  # a template that it does not know
+    except (ValueError, TemplateError):  # a template that it does not know, or that refuses its trials
         return None
     return text

@@ -118,13 +118,14 @@ class ChatTemplate:
         self, template: str, messages: Sequence[Message], *, generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         marked = bool(MARKER.search(template))
-        texts, spans = render_jinja_template(
-            [list(messages)],
+        rendered: Any = render_jinja_template(
+            [[dict(message) for message in messages]],
             chat_template=self._dated(template),
             return_assistant_tokens_mask=marked,
             add_generation_prompt=generation_prompt,
             **self.variables,
         )
+        texts, spans = rendered
         return texts[0], spans[0] if marked else []
 
     def _dated(self, template: str) -> str:

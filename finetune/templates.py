@@ -88,9 +88,10 @@ _LLAMA31 = (
 )
 
 
-def _mistral(space: str, trim: str) -> str:
-    """Mistral's form with the system turn at the head of the last user turn, where the model reads it when it answers
-    that turn. The own templates look for it in the last *message*, and so lose it as soon as an answer follows."""
+def _mistral(before_ask: str, before_answer: str, trim: str = "") -> str:
+    """Mistral's forms, which differ in spaces, with the system turn at the head of the last user turn, where the model
+    reads it when it answers that turn. The own templates look for it in the last *message*, and so lose it as soon as
+    an answer follows."""
     return f"""\
 {{%- set has_system = messages[0]['role'] == 'system' %}}
 {{%- set turns = messages[1:] if has_system else messages %}}
@@ -101,11 +102,11 @@ def _mistral(space: str, trim: str) -> str:
 {{{{- bos_token }}}}
 {{%- for message in turns %}}
     {{%- if message['role'] == 'user' %}}
-        {{{{- '[INST]{space}' }}}}
+        {{{{- '[INST]{before_ask}' }}}}
         {{%- if has_system and loop.index0 == last.user %}}{{{{- messages[0]['content'] + '\\n\\n' }}}}{{%- endif %}}
         {{{{- message['content'] + '[/INST]' }}}}
     {{%- else %}}
-        {{%- generation %}}{{{{- '{space}' + message['content']{trim} + eos_token }}}}{{%- endgeneration %}}
+        {{%- generation %}}{{{{- '{before_answer}' + message['content']{trim} + eos_token }}}}{{%- endgeneration %}}
     {{%- endif %}}
 {{%- endfor %}}
 """
@@ -119,6 +120,7 @@ TRAINING_TEMPLATES = {
     "Qwen3": _QWEN3,
     "Llama-3": _LLAMA3,
     "Llama-3.1": _LLAMA31,
-    "Mistral": _mistral(" ", "|trim"),
+    "Mistral": _mistral(" ", " ", "|trim"),
+    "Ministral": _mistral("", " ", "|trim"),
     "Mistral-Nemo": _mistral("", ""),
 }
