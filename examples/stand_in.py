@@ -13,9 +13,18 @@ NUM_TOKENS, NUM_MASKED, VOCABULARY = 24, 8, 64
 def llama() -> LlamaForCausalLM:
     """A random Llama of 40 thousand fp32 parameters, the same at each call."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes, **special))
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
 
 
 def rows(num_rows: int = 40) -> Dataset:
@@ -31,6 +40,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *map(str, range(3, VOCABULARY))])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
     )

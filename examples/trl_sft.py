@@ -7,8 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from examples.stand_in import llama, rows, tokenizer
@@ -16,7 +15,7 @@ from muon8bit.integrations.transformers import muon8bit_for_trainer
 
 
 def train(
-    model: nn.Module,
+    model: PreTrainedModel,
     dataset: Dataset,
     words: PreTrainedTokenizerBase,
     output_dir: str,

@@ -58,7 +58,7 @@ class Muon8bitFactory:
         return Muon8bit(param_groups(model, lr=lr, **group_options), **options)
 
 
-def muon8bit_for_trainer(args: TrainingArguments, **options: Any) -> tuple[type[Muon8bitFactory], dict[str, Any]]:
+def muon8bit_for_trainer(args: TrainingArguments, **options: Any) -> tuple[type[Any], dict[str, Any]]:
     """`Trainer(model, args, optimizer_cls_and_kwargs=muon8bit_for_trainer(args))`.
 
     Args:
