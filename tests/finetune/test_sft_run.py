@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -17,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.chat import load_parts
+from muon8bit import Muon8bit, param_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -220,3 +222,35 @@ def test_steps_follow_from_epochs_and_the_log_says_what_was_chosen(sft, sft_opti
         assert words in outcome.out
     assert "pretrained with Adam" in outcome.out
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 7))
+
+
+def test_ten_steps_are_those_of_a_plain_loop_with_the_models_own_loss(sft, tmp_path, chat_base, chats):
+    """Muon8bit on the model, with padding, an attention mask, labels, and torch's clipping: 1e-5 in fp32."""
+    options = ["--mode", "full", "--max-steps", 10, "--schedule", "constant_with_warmup", "--eval-every", 10]
+    outcome = sft(*options, "--output-dir", "run", "--num-answers", 0)
+    assert outcome.code == 0, outcome.err
+    tokenizer = AutoTokenizer.from_pretrained(chat_base)
+    examples = load_parts(str(chats), validation_fraction=0.2).train
+    order = [i for epoch in range(2) for i in np.random.default_rng((0, epoch)).permutation(len(examples))]
+    model = AutoModelForCausalLM.from_pretrained(chat_base)
+    optimizer = Muon8bit(param_groups(model, lr=3e-3, weight_decay=0.0))
+    for step, record in enumerate(metrics(tmp_path / "run")):
+        texts, labels = [], []
+        for i in order[4 * step : 4 * step + 4]:
+            turns = list(examples[i].messages)
+            asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+            texts.append(asked + turns[1]["content"] + "<|im_end|>\n")
+            labels.append(len(tokenizer(asked, add_special_tokens=False)["input_ids"]))
+        batch = tokenizer(texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+        batch["labels"] = batch["input_ids"].clone()
+        for row, (asked, mask) in enumerate(zip(labels, batch["attention_mask"], strict=True)):
+            batch["labels"][row, :asked] = -100
+            batch["labels"][row, int(mask.sum()) - 1 :] = -100  # the line end behind the answer, and padding
+        loss = model(**batch).loss
+        assert record["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0 if step == 0 else 3e-3
+        optimizer.step()
+        optimizer.zero_grad()
