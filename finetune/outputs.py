@@ -38,7 +38,7 @@ def finish(run: PretrainRun) -> None:
 def summary(run: Run, val_loss: float) -> str:
     """One line: what was trained, how long, and its validation loss."""
     return (
-        f"{run.recipe.optimizer} after {run.step} steps, {run.tokens:,} tokens, {run.seconds:.0f} s: validation "
+        f"{run.recipe.optimizer} after {run.step} steps, {run.tokens:,} {run.unit}, {run.seconds:.0f} s: validation "
         f"{run.describe(val_loss)}"
     )
 

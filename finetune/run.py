@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import accelerate
 import torch
@@ -37,9 +37,11 @@ class Run(ABC):
     """Everything that a run holds while it trains.
 
     `facts` go into result.json and the checkpoints; `corpus` and `python` of them into every record. `position` counts
-    sequences of the shuffled order, `tokens` the targets that were trained on, `seconds` time of steps only.
+    sequences of the shuffled order, `tokens` the targets that were trained on (`unit` is their name in the log),
+    `seconds` the time of steps only.
     """
 
+    unit: ClassVar[str] = "tokens"
     accelerator: Accelerator
     recipe: Training
     folder: RunFolder

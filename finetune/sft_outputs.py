@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from finetune.adapters import save_adapter, save_merged
 from finetune.models import parameter_hash
 from finetune.outputs import save_model, summary, write_results
-from finetune.sft_prepare import SftRun
+from finetune.sft_run import SftRun
 
 
 def finish(run: SftRun) -> None:
