@@ -36,7 +36,7 @@ def standard_library(validation_fraction: float) -> tuple[list[Example], list[Ex
 
     Taken are functions and methods with a docstring of at least five words and a body of two statements or more that
     does something, whose pair has at most `MAX_CHARS` characters; not twice the same question, and not twice the same
-    answer. The answer is the function without its docstring.
+    answer. The answer is the source of the function without its docstring, and nothing around it.
 
     Args:
         validation_fraction: share of the modules to hold out, in the order of the hashes of their names; rounded up.
@@ -111,8 +111,8 @@ def _pair(node: Function, lines: list[str]) -> tuple[str, str] | None:
     rest = "\n".join(lines[first.end_lineno : node.end_lineno]).strip("\n").split("\n")
     asked = textwrap.dedent("\n".join([*signature, *lines[first.lineno - 1 : first.end_lineno]]))
     answered = textwrap.dedent("\n".join([*signature, *rest]))
-    ask, answer = f"{ASK}```python\n{asked}\n```", f"```python\n{answered}\n```"
-    if len(ask) + len(answer) > MAX_CHARS:
+    ask = f"{ASK}```python\n{asked}\n```"
+    if len(ask) + len(answered) > MAX_CHARS:
         return None
     try:  # moved to the left margin, strings over several lines may have changed
         (question,), (function,) = ast.parse(asked).body, ast.parse(answered).body
@@ -120,4 +120,4 @@ def _pair(node: Function, lines: list[str]) -> tuple[str, str] | None:
         return None
     same = isinstance(question, Function) and ast.get_docstring(question) == doc
     same &= isinstance(function, Function) and list(map(ast.dump, function.body)) == list(map(ast.dump, body))
-    return (ask, answer) if same else None
+    return (ask, answered) if same else None

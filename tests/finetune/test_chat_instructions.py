@@ -53,7 +53,7 @@ def test_question_and_answer_are_the_parts_of_the_function_in_the_file(parts):
         node = trees[name][int(example.where.split()[1])]
         ask, answer = (example.messages[turn]["content"] for turn in (0, 1))
         assert ask.startswith(ASK)
-        (asked,), (answered,) = (ast.parse(code(text)).body for text in (ask, answer))
+        (asked,), (answered,) = (ast.parse(text).body for text in (code(ask), answer))
         assert asked.name == answered.name == node.name
         assert ast.dump(asked.args) == ast.dump(answered.args) == ast.dump(node.args)
         assert ast.get_docstring(asked) == ast.get_docstring(node)
@@ -85,4 +85,4 @@ def test_pairs_are_the_same_every_time_and_unreadable_files_give_none(tmp_path, 
     assert pair.messages[0]["content"] == (
         f'{ASK}```python\ndef f2(a):\n    """Return a, dou{"b2"}led for good measure."""\n```'
     )
-    assert pair.messages[1]["content"] == "```python\ndef f2(a):\n    b2 = a + a\n    return b2\n```"
+    assert pair.messages[1]["content"] == "def f2(a):\n    b2 = a + a\n    return b2"
