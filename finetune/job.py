@@ -1,4 +1,4 @@
-"""One pretraining run: train, evaluate, save, stop, continue."""
+"""One training run of any script: train, evaluate, save, stop, continue."""
 
 from __future__ import annotations
 
@@ -6,35 +6,34 @@ import shlex
 import shutil
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from finetune.errors import InputError
-from finetune.loop import Blocks, Stop, accumulate_gradients, clip_gradients, evaluate, step_batches
-from finetune.outputs import finish, nats_to_bits_per_byte
-from finetune.prepare import Run, set_up
-from finetune.recipe import Recipe
-from finetune.run_folder import RunFolder
+from finetune.loop import Stop, accumulate_gradients, clip_gradients, evaluate, step_batches, total_targets
+from finetune.run import Run
 from muon8bit import NonFiniteGradientError
 
+R = TypeVar("R", bound=Run)
 
-def pretrain(recipe: Recipe, folder: RunFolder, script: str) -> int:
-    """Run, or continue, one pretraining job; see `finetune/pretrain.py` for the options.
+
+def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
+    """Run, or continue, one training job.
 
     Args:
-        recipe: checked options.
-        folder: where to write; with a checkpoint, what to continue.
+        run: set up, before its first step; its folder tells whether to continue from a checkpoint.
+        finish: saves what a complete run leaves; called on all ranks.
         script: path of the script, for the command that resumes.
 
     Returns:
         Exit code: 0 done, 1 a gradient was not finite, 128 + signal number when stopped.
 
     Raises:
-        InputError: bad input; nothing was written but the cache.
+        InputError: the checkpoint cannot be loaded.
     """
-    run = set_up(recipe, folder)
-    if folder.checkpoint:
+    if run.folder.checkpoint:
         _restore(run)
     try:
         code = _train(run, script)
@@ -62,8 +61,6 @@ def leave(run: Run) -> None:
 
 def _train(run: Run, script: str) -> int:
     recipe, accelerator = run.recipe, run.accelerator
-    train = Blocks(run.cache.train, recipe.seq_len, recipe.seed)
-    validation = Blocks(run.cache.validation, recipe.seq_len)
     bar = tqdm(
         total=recipe.max_steps,
         initial=run.step,
@@ -74,11 +71,11 @@ def _train(run: Run, script: str) -> int:
     stop = Stop()
     with stop.listening(), bar:
         while run.step < recipe.max_steps:
-            record = _one_step(run, train)
+            record = _one_step(run)
             done = run.step == recipe.max_steps
             stopped = stop.agreed(accelerator)
             if done or (run.step % recipe.eval_every == 0 and not stopped):
-                record["val_loss"] = evaluate(accelerator, run.model, validation, recipe.batch_size)
+                record["val_loss"] = evaluate(accelerator, run.model, run.validation, recipe.batch_size)
             _log(run, record, bar)
             if done or stopped or run.step % recipe.save_every == 0:
                 _save(run)
@@ -89,12 +86,12 @@ def _train(run: Run, script: str) -> int:
     return 0
 
 
-def _one_step(run: Run, train: Blocks) -> dict[str, Any]:
+def _one_step(run: Run) -> dict[str, Any]:
     """One optimizer step; returns its record. `seconds` counts steps only, without evaluation and saving."""
     recipe, accelerator = run.recipe, run.accelerator
     started = time.perf_counter()
     num = recipe.gradient_accumulation
-    batches = list(step_batches(train, accelerator, run.position, recipe.batch_size, num))
+    batches = list(step_batches(run.train, accelerator, run.position, recipe.batch_size, num))
     lr = run.optimizers[0].param_groups[0]["lr"]
     loss = accumulate_gradients(accelerator, run.model, batches)
     grad_norm = clip_gradients(run.model, recipe.clip)
@@ -102,10 +99,9 @@ def _one_step(run: Run, train: Blocks) -> dict[str, Any]:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    sequences = num * recipe.batch_size * accelerator.num_processes
     run.step += 1
-    run.position += sequences
-    run.tokens += sequences * recipe.seq_len
+    run.position += num * recipe.batch_size * accelerator.num_processes
+    run.tokens += total_targets(accelerator, batches)
     run.seconds += time.perf_counter() - started
     return {
         "step": run.step,
@@ -130,8 +126,7 @@ def _log(run: Run, record: dict[str, Any], bar: Any) -> None:
     scalars = {key: record[key] for key in ("loss", "lr", "grad_norm", "val_loss") if record[key] is not None}
     run.accelerator.log(scalars, step=run.step)
     if record["val_loss"] is not None:
-        bits = nats_to_bits_per_byte(record["val_loss"], run.cache.bytes_per_token)
-        run.say(f"step {run.step}: validation {record['val_loss']:.4f} nats per token, {bits:.4f} bits per byte")
+        run.say(f"step {run.step}: validation {run.describe(record['val_loss'])}")
 
 
 def _save(run: Run) -> None:

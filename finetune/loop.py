@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
@@ -22,11 +23,37 @@ Batch: TypeAlias = Mapping[str, Tensor]
 IGNORED = -100
 
 
-class Blocks:
-    """Consecutive blocks of a token sequence: block i predicts tokens [i * seq_len + 1, (i + 1) * seq_len].
+class Sequences(ABC):
+    """Numbered sequences to train or evaluate on.
 
     The order is a function of (seed, position) alone, so a resumed run continues it without any saved state:
-    epoch after epoch, each a permutation of all blocks.
+    epoch after epoch, each a permutation of all sequences.
+
+    Args:
+        seed: seed of the permutations.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
+        """These sequences as one batch; index -1 stands for a sequence without targets."""
+
+    def shuffled(self, position: int) -> int:
+        """Index of the sequence at a position of the endless shuffled order."""
+        epoch, place = divmod(position, len(self))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
+        return int(self._order[place])
+
+
+class Blocks(Sequences):
+    """Consecutive blocks of a token sequence: block i predicts tokens [i * seq_len + 1, (i + 1) * seq_len].
 
     Args:
         tokens: token ids [n], memory-mapped; only the blocks asked for are read.
@@ -35,18 +62,11 @@ class Blocks:
     """
 
     def __init__(self, tokens: Tokens, seq_len: int, seed: int = 0) -> None:
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+        super().__init__(seed)
+        self.tokens, self.seq_len = tokens, seq_len
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.seq_len
-
-    def shuffled(self, position: int) -> int:
-        """Index of the block at a position of the endless shuffled sequence."""
-        epoch, place = divmod(position, len(self))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
-        return int(self._order[place])
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """Blocks as {input_ids, targets}, each [len(indices), seq_len] int64; index -1 gives ignored targets."""
@@ -59,13 +79,14 @@ class Blocks:
 
 
 def step_batches(
-    blocks: Blocks, accelerator: Accelerator, position: int, batch_size: int, num_batches: int
+    sequences: Sequences, accelerator: Accelerator, position: int, batch_size: int, num_batches: int
 ) -> Iterator[Batch]:
     """This rank's micro-batches of one optimizer step, which takes positions
-    [position, position + num_batches * ranks * batch_size) of the shuffled sequence."""
+    [position, position + num_batches * ranks * batch_size) of the shuffled order."""
     for i in range(num_batches):
         first = position + (i * accelerator.num_processes + accelerator.process_index) * batch_size
-        yield blocks.batch([blocks.shuffled(first + j) for j in range(batch_size)], accelerator.device)
+        indices = [sequences.shuffled(first + j) for j in range(batch_size)]
+        yield sequences.batch(indices, accelerator.device)
 
 
 def summed_nats(model: nn.Module, batch: Batch) -> Tensor:
@@ -79,6 +100,11 @@ def summed_nats(model: nn.Module, batch: Batch) -> Tensor:
 def num_targets(batch: Batch) -> Tensor:
     """Targets of a batch that count: int64 scalar."""
     return (batch["targets"] != IGNORED).sum()
+
+
+def total_targets(accelerator: Accelerator, batches: Sequence[Batch]) -> int:
+    """Targets that count in the micro-batches of all ranks together; a collective call."""
+    return int(_sum(accelerator, torch.stack([num_targets(batch) for batch in batches]).sum()))
 
 
 def accumulate_gradients(accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -95,8 +121,7 @@ def accumulate_gradients(accelerator: Accelerator, model: nn.Module, batches: Se
     Returns:
         Loss in nats per target, equal on all ranks.
     """
-    local = torch.stack([num_targets(batch) for batch in batches]).sum()
-    targets = int(_sum(accelerator, local))
+    targets = total_targets(accelerator, batches)
     total = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
@@ -130,21 +155,24 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, blocks: Blocks, batch_size: int) -> float:
-    """Cross-entropy over all blocks in nats per token, equal on all ranks."""
+def evaluate(accelerator: Accelerator, model: nn.Module, sequences: Sequences, batch_size: int) -> float:
+    """Cross-entropy over all sequences in nats per target, equal on all ranks."""
     was_training = model.training
     model.eval()
     stride = batch_size * accelerator.num_processes
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    targets = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     # Every rank runs equally many batches (a forward of a wrapped model may be collective), padded with ignored ones.
-    for start in range(0, len(blocks), stride):
+    for start in range(0, len(sequences), stride):
         first = start + accelerator.process_index * batch_size
-        indices = [i if i < len(blocks) else -1 for i in range(first, first + batch_size)]
+        indices = [i if i < len(sequences) else -1 for i in range(first, first + batch_size)]
         if accelerator.num_processes == 1:
             indices = [i for i in indices if i >= 0]
-        nats += summed_nats(model, blocks.batch(indices, accelerator.device))
+        batch = sequences.batch(indices, accelerator.device)
+        nats += summed_nats(model, batch)
+        targets += num_targets(batch)
     model.train(was_training)
-    return float(_sum(accelerator, nats)) / (len(blocks) * blocks.seq_len)
+    return float(_sum(accelerator, nats)) / max(int(_sum(accelerator, targets)), 1)
 
 
 def _sum(accelerator: Accelerator, value: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def model_config(recipe: Recipe) -> Any:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(option, f"transformers rejects it: {_first_line(error)}") from None
+        raise InputError(option, f"transformers rejects it: {first_line(error)}") from None
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.seq_len > longest:
         raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
@@ -53,15 +53,15 @@ def config_hash(config: PretrainedConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def check_vocabulary(config: Any, tokenizer: Any) -> None:
-    """Every token id must have an embedding.
+def check_vocabulary(config: Any, tokenizer: Any, option: str) -> None:
+    """Every token id must have an embedding; `option` is what gave the tokenizer.
 
     Raises:
         InputError: the tokenizer is larger than the model's vocabulary.
     """
     if len(tokenizer) > config.vocab_size:
         raise InputError(
-            "--tokenizer",
+            option,
             f"it has {len(tokenizer)} tokens and the model's vocab_size is {config.vocab_size}; "
             "give a smaller tokenizer, or a --model-config with a larger vocabulary",
         )
@@ -84,25 +84,33 @@ def build_model(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
             model = causal.from_config(config, dtype=torch.float32)
     except Exception as error:
         option = "--init-from" if recipe.init_from else "--model-config"
-        raise InputError(option, f"transformers cannot build the model: {_first_line(error)}") from None
+        raise InputError(option, f"transformers cannot build the model: {first_line(error)}") from None
     if recipe.activation_checkpointing:
-        options = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-        else:  # its name in earlier versions of transformers
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        checkpoint_activations(model)
     model.train()
     return model
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Let a transformers model recompute activations in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its name in earlier versions of transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def parameter_hash(model: nn.Module) -> str:
-    """Hex SHA-256 of all parameters, in order, with their names: equal on ranks that agree to the bit."""
+    """Hex SHA-256 of all trained parameters, in order, with their names: equal on ranks that agree to the bit."""
     digest = hashlib.sha256()
     for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
         digest.update(name.encode())
         digest.update(param.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The start of an error's text, on one line."""
     return " ".join((str(error) or type(error).__name__).split())[:300]

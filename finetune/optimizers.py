@@ -2,57 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from finetune.errors import InputError
-from finetune.recipe import Recipe
+from finetune.options import Training
 from muon8bit import Muon8bit, param_groups, state_report
 
+# Of AdamW in every arm: the defaults of `param_groups`.
+BETAS = (0.9, 0.95)
 
-def build_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
+
+def build_optimizers(
+    model: nn.Module,
+    recipe: Training,
+    *,
+    loraplus_ratio: float | None = None,
+    param_rounding: Literal["nearest", "stochastic"] = "nearest",
+) -> list[Optimizer]:
     """Optimizers that together train every parameter of the model that requires a gradient.
 
     `muon8bit` is one optimizer for the whole model; `muon` is torch.optim.Muon (fp32 momentum) for the 2-D weights
     that `param_groups` routes to Muon, fused ones as one matrix, and torch.optim.AdamW for the rest; `adamw` and
     `adamw8bit` (bitsandbytes) take everything. Norms and biases are not decayed in any of them.
-    lr and decay as in `Recipe`.
+    lr and decay as in `Training`.
+
+    Args:
+        model: on any device.
+        recipe: resolved.
+        loraplus_ratio: lr of LoRA factors B over that of A, in every arm; None for equal ones.
+        param_rounding: of bf16 parameters under `muon8bit`; the others round to nearest.
 
     Raises:
-        InputError: nothing for Muon in the model, or bitsandbytes is not installed.
+        InputError: nothing for Muon in the model, no factor B, or bitsandbytes is not installed.
     """
+    ratio = loraplus_ratio
+    options: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     try:
-        groups = param_groups(model, lr=recipe.lr, weight_decay=recipe.weight_decay, adamw_lr=recipe.adamw_lr)
+        groups = param_groups(
+            model, **options, adamw_lr=recipe.adamw_lr, adamw_betas=BETAS, loraplus_ratio=loraplus_ratio
+        )
     except ValueError as error:
-        raise InputError("--optimizer", str(error)) from None
+        option = "--loraplus-ratio" if "loraplus" in str(error) else "--optimizer"
+        raise InputError(option, str(error)) from None
     if recipe.optimizer == "muon8bit":
-        codebook: Any = recipe.codebook
-        return [
-            Muon8bit(
-                groups,
-                lr=recipe.lr,
-                weight_decay=recipe.weight_decay,
-                codebook=codebook,
-                block_size=recipe.block_size,
-            )
-        ]
-    matrices = [group for group in groups if group["algorithm"] == "muon"]
-    rest = [group for group in groups if group["algorithm"] == "adamw"]
-    betas = rest[0]["betas"]
+        options |= {"codebook": recipe.codebook, "block_size": recipe.block_size, "param_rounding": param_rounding}
+        return [Muon8bit(groups, **options)]
+    adamw_lr = recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr
+    for group in groups:
+        group["raise"] = ratio if group["lr"] != (recipe.lr if group["algorithm"] == "muon" else adamw_lr) else 1.0
     if recipe.optimizer == "muon":
-        plain = [{"params": [(n, p) for n, p in g["params"] if p.ndim == 2]} for g in matrices]
+        matrices = [group for group in groups if group["algorithm"] == "muon"]
+        rest = [group for group in groups if group["algorithm"] == "adamw"]
+        flat = [{"params": [(n, p) for n, p in g["params"] if p.ndim == 2], "lr": g["lr"]} for g in matrices]
         rest += [{**g, "params": [(n, p) for n, p in g["params"] if p.ndim > 2]} for g in matrices]  # stacked experts
-        options: Any = {"weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        return [
-            torch.optim.Muon([group for group in plain if group["params"]], lr=recipe.lr, **options),
-            torch.optim.AdamW(_plain([g for g in rest if g["params"]], rest[0]["lr"]), lr=rest[0]["lr"], betas=betas),
-        ]
+        options["adjust_lr_fn"] = "match_rms_adamw"
+        optimizers: list[Optimizer] = [torch.optim.Muon([group for group in flat if group["params"]], **options)]
+        if others := _plain([group for group in rest if group["params"]], adamw_lr):
+            optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=BETAS))
+        return optimizers
     everything = _plain(groups, recipe.lr)
     if recipe.optimizer == "adamw":
-        return [torch.optim.AdamW(everything, lr=recipe.lr, betas=betas)]
+        return [torch.optim.AdamW(everything, lr=recipe.lr, betas=BETAS)]
     try:
         from bitsandbytes import optim
     except ImportError as error:
@@ -60,18 +74,17 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[Optimizer]:
     for group in everything:  # bitsandbytes takes no (name, tensor) pairs
         group["params"] = [param for _, param in group["params"]]
     adamw8bit: Any = vars(optim)["AdamW8bit"]
-    return [adamw8bit(everything, lr=recipe.lr, betas=betas)]
+    return [adamw8bit(everything, lr=recipe.lr, betas=BETAS)]
 
 
 def _plain(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
-    """Groups of torch.optim.AdamW: one with weight decay, one without."""
-    plain = []
-    for decays in (True, False):
-        chosen = [g for g in groups if (g["weight_decay"] > 0) == decays]
-        if chosen:
-            params = [pair for g in chosen for pair in g["params"]]
-            plain.append({"params": params, "lr": lr, "weight_decay": chosen[0]["weight_decay"]})
-    return plain
+    """Groups of torch.optim.AdamW: with weight decay before without, and a LoRA factor B with its own lr."""
+    plain: dict[tuple[bool, float], dict[str, Any]] = {}
+    for group in groups:
+        key = (group["weight_decay"] == 0, group["raise"])
+        new = {"params": [], "lr": lr * group["raise"], "weight_decay": group["weight_decay"]}
+        plain.setdefault(key, new)["params"] += group["params"]
+    return [plain[key] for key in sorted(plain)]
 
 
 def report_state(optimizers: list[Optimizer]) -> tuple[dict[str, Any], str]:

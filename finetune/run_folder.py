@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from finetune.errors import InputError
-from finetune.recipe import Recipe
+from finetune.options import Training
 
 RUNS = Path("runs")
 # Last file of a checkpoint to be written; the folder takes its final name only after it.
@@ -63,7 +63,7 @@ class RunFolder:
             raise InputError("--resume", f"cannot read {self.checkpoint}: {error}") from None
         return record
 
-    def create(self, recipe: Recipe) -> None:
+    def create(self, recipe: Training) -> None:
         """Make the folder and point `runs/latest` to it; for a resumed run, forget steps after its checkpoint.
 
         Raises:

@@ -79,8 +79,8 @@ def _training_text(corpus: Corpus) -> Iterator[str]:
             yield piece.text
 
 
-def load_tokenizer(name_or_path: str) -> Any:
-    """Load a fast tokenizer.
+def load_tokenizer(name_or_path: str, option: str = "--tokenizer") -> Any:
+    """Load a fast tokenizer; `option` is what gave it.
 
     Raises:
         InputError: transformers cannot load it, or it is not a fast one.
@@ -89,9 +89,9 @@ def load_tokenizer(name_or_path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError("--tokenizer", f"cannot load {name_or_path!r}: {reason}") from None
+        raise InputError(option, f"cannot load {name_or_path!r}: {reason}") from None
     if not tokenizer.is_fast:
-        raise InputError("--tokenizer", f"{name_or_path!r} has no tokenizer.json; convert it to a fast tokenizer")
+        raise InputError(option, f"{name_or_path!r} has no tokenizer.json; convert it to a fast tokenizer")
     return tokenizer
 
 

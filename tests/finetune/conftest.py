@@ -1,4 +1,4 @@
-"""A tiny corpus, a tiny recipe and a way to run the script in this process."""
+"""A tiny corpus, a tiny recipe, a tiny chat model, and ways to run the scripts in this process."""
 
 from __future__ import annotations
 
@@ -71,22 +71,79 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
     return file
 
 
+def run_main(main: Callable[..., int], options: list[str], capfd: pytest.CaptureFixture[str]) -> Outcome:
+    """Run a script's `main` as if in a process of its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capfd.readouterr()
+    code = main(options)
+    captured = capfd.readouterr()
+    return Outcome(code, captured.out, captured.err)
+
+
 @pytest.fixture
 def pretrain(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run the script's `main` with the tiny recipe (unless resuming) and further options."""
 
     def run(*args: object) -> Outcome:
-        from accelerate.state import AcceleratorState
-
         from finetune.pretrain import main
 
-        AcceleratorState._reset_state(reset_partial_state=True)  # each call stands for a process of its own
         options = [str(a) for a in args]
         if "--recipe" not in options and "--resume" not in options:
             options = ["--recipe", str(recipe_file), *options]
-        capfd.readouterr()
-        code = main(options)
-        captured = capfd.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return run_main(main, options, capfd)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama with a chat tokenizer."""
+    from finetune_chat import make_base
+
+    return make_base(tmp_path_factory.mktemp("chat") / "base")
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl file of 60 short conversations."""
+    from finetune_chat import write_chats
+
+    return write_chats(tmp_path_factory.mktemp("chat") / "chats.jsonl")
+
+
+TINY_SFT = {
+    "--max-length": 64,
+    "--max-steps": 6,
+    "--warmup-steps": 1,
+    "--lr": 3e-3,
+    "--batch-size": 4,
+    "--validation-fraction": 0.2,
+    "--eval-every": 3,
+    "--save-every": 3,
+    "--keep-checkpoints": 9,
+    "--num-answers": 1,
+    "--answer-tokens": 4,
+}
+
+
+@pytest.fixture
+def sft_options(chat_base: Path, chats: Path) -> dict[str, object]:
+    """Options of a tiny fine-tuning run."""
+    return {"--model": chat_base, "--dataset": chats, **TINY_SFT}
+
+
+@pytest.fixture
+def sft(sft_options: dict[str, object], capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run the script's `main` with the tiny options (unless resuming), which further ones override."""
+
+    def run(*args: object) -> Outcome:
+        from finetune.sft import main
+
+        given = [str(a) for a in args]
+        defaults = {} if "--resume" in given else sft_options
+        options = [str(x) for key, value in defaults.items() if key not in given for x in (key, value)]
+        return run_main(main, [*options, *given], capfd)
 
     return run

@@ -1,0 +1,145 @@
+"""Encoded conversations -> batches, padded or packed; neither attention nor a target crosses from one to the next."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetune.errors import InputError
+from finetune.loop import IGNORED, Batch, Sequences
+from finetune.masks import Encoded
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put conversations into rows of at most `capacity` tokens, longest first, each where the least space remains.
+
+    Args:
+        lengths: tokens of each conversation, each 1 to `capacity`.
+        capacity: tokens of a row.
+
+    Returns:
+        Rows of indices into `lengths`, every index once; a function of the arguments alone.
+    """
+    rows: list[list[int]] = []
+    spaces: list[int] = []  # ascending, without repeats: space left in some row
+    with_space: defaultdict[int, list[int]] = defaultdict(list)
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = bisect_left(spaces, lengths[i])
+        if place == len(spaces):
+            row, space = len(rows), capacity
+            rows.append([])
+        else:
+            space = spaces[place]
+            row = with_space[space].pop()
+            if not with_space[space]:
+                del spaces[place]
+        rows[row].append(i)
+        left = space - lengths[i]
+        if not with_space[left]:
+            insort(spaces, left)
+        with_space[left].append(row)
+    return rows
+
+
+def collate(rows: Sequence[Sequence[Encoded]], device: torch.device, pad_id: int = 0) -> Batch:
+    """Rows of conversations -> arguments of the model, with `targets`.
+
+    Args:
+        rows: each a sequence of conversations that stand one behind the other.
+        device: where to put the tensors.
+        pad_id: token id behind shorter rows; no target and no conversation sees it.
+
+    Returns:
+        `input_ids` and `targets` [rows, longest] int64; `targets[r, t]` is the token that position t predicts, or -100.
+        Where a row holds several conversations also `position_ids`, which restart with each. There is no attention
+        mask: causal attention sees no padding, and transformers isolates packed conversations only without a mask.
+    """
+    shape = (len(rows), max(sum(len(encoded) for encoded in row) for row in rows))
+    input_ids, targets = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
+    position_ids = np.zeros(shape, np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for encoded in row:
+            end = start + len(encoded)
+            input_ids[r, start:end] = encoded.input_ids
+            position_ids[r, start:end] = np.arange(len(encoded))
+            targets[r, start : end - 1] = np.where(encoded.targets[1:], encoded.input_ids[1:], IGNORED)
+            start = end
+        position_ids[r, start:] = np.arange(shape[1] - start)
+    arrays = {"input_ids": input_ids, "targets": targets}
+    if any(len(row) > 1 for row in rows):
+        arrays["position_ids"] = position_ids
+    return {key: torch.from_numpy(array).to(device) for key, array in arrays.items()}
+
+
+class Rows(Sequences):
+    """Encoded conversations as rows of batches. What is packed into a row stays together, in every epoch.
+
+    Args:
+        encoded: conversations, each at most `max_length` long, at least one.
+        max_length: tokens of a packed row.
+        packing: put several conversations into a row; else each has its own.
+        seed: seed of the permutations.
+        pad_id: token id of padding.
+    """
+
+    def __init__(
+        self, encoded: Sequence[Encoded], *, max_length: int, packing: bool, seed: int = 0, pad_id: int = 0
+    ) -> None:
+        super().__init__(seed)
+        self.encoded, self.pad_id = encoded, pad_id
+        lengths = [len(one) for one in encoded]
+        self.rows = pack(lengths, max_length) if packing else [[i] for i in range(len(encoded))]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of all rows: what an evaluation divides by."""
+        return sum(int(one.targets.sum()) for one in self.encoded)
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
+        """Rows as `collate` gives them; index -1 gives a row without targets."""
+        chosen = [[self.encoded[i] for i in self.rows[index]] if index >= 0 else [self._nothing()] for index in indices]
+        return collate(chosen, device, self.pad_id)
+
+    def _nothing(self) -> Encoded:
+        return Encoded(np.full(1, self.pad_id, np.int32), np.zeros(1, np.bool_), "padding")
+
+
+@torch.no_grad()
+def check_isolation(model: nn.Module, num_rows: int = 1) -> None:
+    """Find out whether this model keeps packed conversations apart: change the first of two in a row, and compare the
+    logits of the second.
+
+    Args:
+        model: causal language model, wrapped or not; its mode is left as it was.
+        num_rows: rows of a micro-batch (flash attention isolates only within a single one).
+
+    Raises:
+        InputError: the logits changed.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    length, num_rows = 8, min(num_rows, 2)
+    logits = []
+    for first in (1, 2):
+        halves = [Encoded(np.full(length, i, np.int32), np.zeros(length, np.bool_), "trial") for i in (first, 3)]
+        batch = collate([halves] * num_rows, device)
+        outcome = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        logits.append(outcome.logits[:, length:].float())
+    model.train(was_training)
+    change = (logits[0] - logits[1]).abs().max() / logits[0].std().clamp_min(torch.finfo(torch.float32).tiny)
+    if not change < 1e-2:
+        raise InputError(
+            "--packing",
+            f"{type(model).__name__} lets a packed conversation see the one before it (with {num_rows} row(s) in a "
+            "batch); use --no-packing, --batch-size 1 with flash attention, or attention 'sdpa'",
+        )

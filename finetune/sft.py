@@ -1,0 +1,120 @@
+"""Fine-tune a pretrained language model on chat data with 8-bit Muon: all weights, LoRA or QLoRA.
+
+    python -m finetune.sft --recipe smollm2_135m      # what `make finetune` runs, no hub needed
+    accelerate launch finetune/sft.py --model my_llama/ --dataset chats.jsonl --mode qlora
+    torchrun --nproc_per_node 2 finetune/sft.py --model my_llama/ --dataset chats.jsonl --mode full
+    python -m finetune.sft --resume latest
+
+This file parses and checks the options, without torch; `finetune.job` does the work, shared with pretraining.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: absolute imports come from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from finetune.command_line import Parser, absolute, check_resumable, run_script
+from finetune.errors import InputError
+from finetune.options import flag
+from finetune.run_folder import RunFolder, choose_folder, find_run
+from finetune.sft_recipe import (
+    ADAPTER_OPTIONS,
+    ADAPTER_SHAPE,
+    NO_ADAPTER,
+    SFT_RECIPES,
+    SftRecipe,
+    read_sft_recipe,
+    sft_recipe_from,
+)
+
+PATHS = ("model", "adapter", "dataset", "chat_template")
+
+
+def _parser() -> Parser:
+    parser = Parser("sft", (__doc__ or "").split("\n")[0], SftRecipe)
+    recipes = ", ".join(sorted(path.stem for path in SFT_RECIPES.glob("*.yaml")))
+    parser.add_argument("--recipe", help=f"one of {recipes}, or a YAML file; the options override it")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[SftRecipe, RunFolder]:
+    """Options -> the recipe to run and the folder to run it in. Imports nothing heavy, writes nothing.
+
+    A resumed run takes its recipe from its own folder; options may change only what keeps it the same run.
+
+    Raises:
+        InputError: any option that cannot be obeyed.
+    """
+    given = vars(_parser().parse_args(argv))
+    recipe_name, output_dir, resume = given.pop("recipe"), given.pop("output_dir"), given.pop("resume")
+    overrides: dict[str, Any] = {key: absolute(value) if key in PATHS else value for key, value in given.items()}
+    if resume is None:
+        values = read_sft_recipe(recipe_name) if recipe_name else {}
+        recipe = sft_recipe_from({**values, **overrides}, "the options")
+        _check_together(recipe, overrides)
+        recipe = dataclasses.replace(recipe, **{key: absolute(getattr(recipe, key)) for key in PATHS})
+        _check_paths(recipe)
+        return recipe, choose_folder(output_dir, recipe.name)
+    if recipe_name or output_dir:
+        option = "--recipe" if recipe_name else "--output-dir"
+        raise InputError(option, "a resumed run keeps its own; leave it out, or start anew without --resume")
+    folder = find_run(resume)
+    values = read_sft_recipe(str(folder.recipe_file))
+    saved = sft_recipe_from(values, str(folder.recipe_file))
+    check_resumable(folder, saved, overrides)
+    recipe = sft_recipe_from({**values, **overrides}, "the options")
+    if folder.step >= recipe.max_steps and (folder.path / "result.json").is_file():
+        raise InputError("--resume", f"{folder.path} is already at step {folder.step}; raise --max-steps")
+    return recipe, folder
+
+
+def _check_together(recipe: SftRecipe, typed: Container[str]) -> None:
+    """Options that were typed and would have no effect."""
+    if recipe.mode == "full":
+        for key in ADAPTER_OPTIONS:
+            if key in typed:
+                raise InputError(flag(key), NO_ADAPTER)
+    if recipe.adapter:
+        for key in ADAPTER_SHAPE:
+            if key in typed:
+                raise InputError(flag(key), "--adapter brings its own; leave it out")
+    if "epochs" in typed and recipe.max_steps is not None:
+        raise InputError("--epochs", f"--max-steps {recipe.max_steps} says how long; leave one of them out")
+
+
+def _check_paths(recipe: SftRecipe) -> None:
+    """Find out early that something which can only be a path is not there."""
+    model, dataset = Path(recipe.model).expanduser(), Path(recipe.dataset).expanduser()
+    if not model.exists() and (model.is_absolute() or model.suffix == ".gguf" or recipe.model.startswith(".")):
+        raise InputError("--model", f"there is no {recipe.model}; give a folder, a GGUF file or a hub name")
+    if not dataset.exists() and (dataset.is_absolute() or dataset.suffix in (".jsonl", ".parquet")):
+        raise InputError("--dataset", f"there is no {recipe.dataset}; give a file, a folder or a name for `datasets`")
+    if recipe.adapter and not (Path(recipe.adapter) / "adapter_config.json").is_file():
+        raise InputError("--adapter", f"{recipe.adapter} holds no adapter_config.json; give the folder of an adapter")
+    if recipe.chat_template and not Path(recipe.chat_template).is_file():
+        raise InputError("--chat-template", f"there is no file {recipe.chat_template}")
+
+
+def _work(argv: Sequence[str]) -> int:
+    recipe, folder = parse(argv)
+    from finetune.job import run_job  # torch and transformers, after the options have passed
+    from finetune.sft_outputs import finish
+    from finetune.sft_prepare import set_up
+
+    return run_job(set_up(recipe, folder), finish, script=os.path.abspath(__file__))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script. Returns the exit code: 0, 1 (training failed), 2 (bad input), 128 + signal (stopped)."""
+    return run_script(lambda: _work(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""From a checked recipe to everything that a fine-tuning run holds, before its first step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from finetune.adapters import add_adapter, checkpoint_trainable_only
+from finetune.bases import base_config, find_base, fingerprint, load_base, pretrained_with, weight_dtype
+from finetune.chat import Parts, load_parts
+from finetune.errors import InputError
+from finetune.loop import evaluate
+from finetune.masks import ChatEncoding, EncodedExamples, encode_examples
+from finetune.messages import Example
+from finetune.models import check_vocabulary, config_hash
+from finetune.optimizers import build_optimizers
+from finetune.packing import Rows, check_isolation
+from finetune.run import check_same_run, first_on_node, make_accelerator, make_scheduler, versions
+from finetune.run_folder import RunFolder
+from finetune.sft_recipe import SftRecipe, resolve
+from finetune.sft_run import Sample, SftRun
+from finetune.tokens import load_tokenizer
+
+SAME_RUN = {"model": ("--model", "model"), "corpus": ("--dataset", "dataset"), "tokenizer": ("--model", "tokenizer")}
+
+
+@dataclass(frozen=True)
+class _Data:
+    parts: Parts
+    encoding: ChatEncoding
+    train: EncodedExamples
+    validation: EncodedExamples
+
+
+def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
+    """Data, model, optimizers and folder of a run; the main process prints what they are, and what was chosen.
+
+    Args:
+        recipe: checked options.
+        folder: where to write; the main process's is taken on all ranks.
+
+    Raises:
+        InputError: bad input, on all ranks alike; nothing was written but the cache.
+    """
+    precision = recipe.mixed_precision
+    if recipe.mode == "qlora" and precision == "auto" and weight_dtype(recipe) == torch.bfloat16:
+        precision = "bf16"
+    accelerator, folder = make_accelerator(recipe, folder, precision)
+    set_seed(recipe.seed)
+    base = first_on_node(accelerator, lambda: find_base(recipe.model))
+    config = base_config(base)
+    tokenizer = load_tokenizer(base, "--model")
+    check_vocabulary(config, tokenizer, "--model")
+    data = _prepare_data(recipe, config, tokenizer)
+    train, validation = _rows(recipe, data.train, tokenizer), _rows(recipe, data.validation, tokenizer)
+    recipe, notes = resolve(recipe, len(train), accelerator.num_processes)
+    model = load_base(base, recipe, accelerator.device)
+    facts = {
+        "model": hashlib.sha256((config_hash(config) + fingerprint(model)).encode()).hexdigest(),
+        "corpus": data.parts.hash,
+        "tokenizer": _tokenizer_hash(tokenizer),
+        **versions(accelerator),
+    }
+    check_same_run(folder, facts, SAME_RUN)
+    if recipe.packing:
+        check_isolation(model, num_rows=recipe.batch_size)
+    notes += _warnings(recipe, base, config)
+    if recipe.has_adapter:
+        model = add_adapter(model, recipe, base)
+        checkpoint_trainable_only(accelerator)
+    rounding: Any = "stochastic" if _rounds_weights(recipe) else "nearest"
+    ratio = None if recipe.loraplus_ratio == 1 else recipe.loraplus_ratio
+    optimizers = build_optimizers(model, recipe, loraplus_ratio=ratio, param_rounding=rounding)
+    schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
+    prepared = accelerator.prepare(model, *optimizers)
+    run = SftRun(
+        accelerator=accelerator,
+        recipe=recipe,
+        folder=folder,
+        facts=facts,
+        tokenizer=tokenizer,
+        model=prepared[0],
+        optimizers=list(prepared[1:]),
+        schedulers=schedulers,
+        train=train,
+        validation=validation,
+        base=base,
+        samples=_samples(data.parts.validation[: recipe.num_answers], data.encoding),
+    )
+    if accelerator.is_main_process:
+        folder.create(recipe)
+    _introduce(run, data, notes)
+    if recipe.tracker:
+        accelerator.init_trackers(recipe.name)
+    _look_before(run)
+    return run
+
+
+def _prepare_data(recipe: SftRecipe, config: Any, tokenizer: Any) -> _Data:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and recipe.max_length > longest:
+        raise InputError("--max-length", f"{recipe.max_length} exceeds the model's max_position_embeddings {longest}")
+    if recipe.chat_template:
+        try:
+            tokenizer.chat_template = Path(recipe.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("--chat-template", f"cannot read {recipe.chat_template}: {error}") from None
+    turns: Any = recipe.turns
+    encoding = ChatEncoding(tokenizer, date=recipe.date, turns=turns)
+    parts = load_parts(
+        recipe.dataset,
+        validation_fraction=recipe.validation_fraction,
+        config=recipe.dataset_config,
+        split=recipe.split,
+        limit=recipe.limit,
+        seed=recipe.seed,
+    )
+    options: Any = {"max_length": recipe.max_length, "drop_truncated": recipe.drop_truncated}
+    train = encode_examples(parts.train, encoding, **options)
+    validation = encode_examples(parts.validation, encoding, **options)
+    for part, encoded in (("training", train), ("validation", validation)):
+        if not encoded.rows:
+            raise InputError("--max-length", f"{recipe.max_length} leaves no {part} example; give more")
+    return _Data(parts, encoding, train, validation)
+
+
+def _rows(recipe: SftRecipe, encoded: EncodedExamples, tokenizer: Any) -> Rows:
+    pad = tokenizer.pad_token_id
+    return Rows(
+        encoded.rows,
+        max_length=recipe.max_length,
+        packing=recipe.packing,
+        seed=recipe.seed,
+        pad_id=0 if pad is None else pad,
+    )
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _samples(examples: Sequence[Example], encoding: ChatEncoding) -> list[Sample]:
+    samples = []
+    for example in examples:
+        first = example.answers[0]
+        asked = example.messages[:first]
+        prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in asked)
+        samples.append(Sample(prompt, encoding.prompt(asked), example.messages[first]["content"]))
+    return samples
+
+
+def _rounds_weights(recipe: SftRecipe) -> bool:
+    """Whether bf16 weights are trained, in which small updates are lost when rounded to nearest."""
+    return recipe.mode == "full" and weight_dtype(recipe) == torch.bfloat16
+
+
+def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:
+    """What a practitioner should know about this combination."""
+    notes = []
+    was = pretrained_with(base, config)
+    if recipe.mode == "full" and recipe.optimizer.startswith("muon") and was is not None and was.startswith("adam"):
+        notes.append(
+            "note: this base was pretrained with Adam; tuning all weights of such a model, Muon usually trails AdamW "
+            "(arXiv 2605.10468, 2502.16982): keep a run with --optimizer adamw beside it"
+        )
+    if _rounds_weights(recipe):
+        how = "stochastically" if recipe.optimizer == "muon8bit" else "to nearest, which loses small updates"
+        notes.append(f"note: bf16 weights are trained; {recipe.optimizer} rounds them {how}")
+    if recipe.mode == "qlora" and recipe.merge:
+        notes.append("note: --merge folds the adapter into the base's own weights, not into the NF4 ones it learns on")
+    return notes
+
+
+def _introduce(run: SftRun, data: _Data, notes: Sequence[str]) -> None:
+    accelerator, recipe = run.accelerator, run.recipe
+    params = list(accelerator.unwrap_model(run.model).parameters())
+    trained = sum(p.numel() for p in params if p.requires_grad)
+    adapter = "" if not recipe.has_adapter else ", DoRA" if recipe.dora else ", LoRA"
+    run.say(
+        f"world size {accelerator.num_processes} on {accelerator.device}, {torch.get_num_threads()} threads, "
+        f"mixed precision {accelerator.mixed_precision}, base in {str(weight_dtype(recipe)).removeprefix('torch.')}"
+        f"{' and NF4' if recipe.mode == 'qlora' else ''}\n"
+        f"data: {data.parts.label}, {data.parts.hash[:12]}\n"
+        f"  training: {data.train}; {len(run.train):,} rows\n"
+        f"  validation: {data.validation}; {len(run.validation):,} rows\n"
+        f"model {run.base}: {trained:,} parameters are trained{adapter}, optimizer {recipe.optimizer}"
+    )
+    for note in notes:
+        run.say(note)
+
+
+def _look_before(run: SftRun) -> None:
+    """Validation loss and answers of the base; a resumed run keeps those of its start."""
+    if run.folder.checkpoint:
+        run.facts["val_loss_before"] = run.folder.progress()["facts"]["val_loss_before"]
+        return
+    run.facts["val_loss_before"] = evaluate(run.accelerator, run.model, run.validation, run.recipe.batch_size)
+    run.say(f"before: validation {run.val_loss_before:.4f} nats per target")
+    run.write_answers("before")

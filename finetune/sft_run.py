@@ -1,0 +1,63 @@
+"""What a fine-tuning run holds beside what every run does: its base, and what that answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from finetune.answers import generate_answers
+from finetune.run import Run
+from finetune.run_folder import write_beside
+from finetune.sft_recipe import SftRecipe
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt (text and token ids, generation prompt included) and the answer that the data gives."""
+
+    prompt: str
+    ids: list[int]
+    reference: str
+
+
+@dataclass(kw_only=True)
+class SftRun(Run):
+    """A fine-tuning run; `base` is what the model was loaded from, `samples` what it answers before and after."""
+
+    unit: ClassVar[str] = "targets"
+    recipe: SftRecipe
+    base: str
+    samples: list[Sample]
+
+    @property
+    def val_loss_before(self) -> float:
+        """Validation loss of the base in nats per target."""
+        return float(self.facts["val_loss_before"])
+
+    @property
+    def answers_file(self) -> Path:
+        """Prompts, references and answers."""
+        return self.folder.path / "answers.json"
+
+    def describe(self, val_loss: float) -> str:
+        return f"{val_loss:.4f} nats per target, {val_loss - self.val_loss_before:+.4f} to before"
+
+    def write_answers(self, when: str) -> None:
+        """Answer the samples and record it under `when`, `before` or `after`; the main process does it."""
+        if not (self.samples and self.accelerator.is_main_process):
+            return
+        known = json.loads(self.answers_file.read_text()) if self.answers_file.is_file() else []
+        if len(known) != len(self.samples):
+            known = [{"prompt": sample.prompt, "reference": sample.reference} for sample in self.samples]
+        answers = generate_answers(
+            self.accelerator,
+            self.accelerator.unwrap_model(self.model),
+            self.tokenizer,
+            [sample.ids for sample in self.samples],
+            self.recipe.answer_tokens,
+        )
+        for record, answer in zip(known, answers, strict=True):
+            record[when] = answer
+        write_beside(self.answers_file, json.dumps(known, indent=1))

@@ -1,0 +1,187 @@
+"""Bad models, adapters and data: one sentence that names the option, and the file and row; exit code 2; no folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from finetune_chat import make_base
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaConfig, T5Config
+
+
+def check_refused(outcome, tmp_path, *words):
+    assert outcome.code == 2, outcome
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+USER = {"role": "user", "content": "abcd?"}
+ANSWER = {"role": "assistant", "content": "abcd"}
+GOOD = json.dumps({"messages": [USER, ANSWER]})
+
+
+@pytest.mark.parametrize(
+    ("second_line", "words"),
+    [
+        (json.dumps({"messages": [USER]}), ["--dataset", "row 2 of", "data.jsonl", "assistant"]),
+        (json.dumps({"messages": [{"role": "robot", "content": "x"}, ANSWER]}), ["row 2", "robot"]),
+        (json.dumps({"text": "no columns"}), ["row 2", "`messages`"]),
+        ("{not json", ["line 2", "data.jsonl"]),
+        (json.dumps({"messages": [{**USER, "content": "abcd " * 80}, ANSWER]}), ["--max-length", "row 2"]),
+        (None, ["--dataset", "empty"]),
+    ],
+    ids=["no assistant", "unknown role", "missing column", "no JSON", "answer cut off", "empty"],
+)
+def test_a_bad_row_is_named(sft, tmp_path, second_line, words):
+    lines = [] if second_line is None else [GOOD, second_line, GOOD.replace("abcd?", "other?")]
+    (tmp_path / "data.jsonl").write_text("".join(line + "\n" for line in lines))
+    check_refused(sft("--dataset", "data.jsonl", "--output-dir", "run"), tmp_path, *words)
+
+
+def test_a_parquet_without_the_columns_is_named(sft, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"question": ["a", "b"]}), tmp_path / "data.parquet")
+    check_refused(sft("--dataset", "data.parquet"), tmp_path, "--dataset", "data.parquet", "`messages`")
+
+
+def test_a_tokenizer_without_a_template_is_refused_unless_one_is_given(sft, tmp_path, chat_base):
+    shutil.copytree(chat_base, tmp_path / "base")
+    template = AutoTokenizer.from_pretrained(chat_base).chat_template
+    for file in (tmp_path / "base").glob("chat_template*"):
+        file.unlink()
+    config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+    refused = sft("--model", "base", "--output-dir", "run")
+    check_refused(refused, tmp_path, "--model", "no chat template", "--chat-template")
+    (tmp_path / "mine.jinja").write_text(template)
+    accepted = sft("--model", "base", "--output-dir", "run", "--chat-template", "mine.jinja", "--max-steps", 1)
+    assert accepted.code == 0, accepted.err
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == template
+
+
+def save_masked(folder):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+
+
+def save_encoder_decoder(folder):
+    T5Config().save_pretrained(folder)
+
+
+def save_quantized(folder):
+    folder.mkdir()
+    config = LlamaConfig(architectures=["LlamaForCausalLM"]).to_dict()
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def save_adapter_only(folder):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def save_gguf(folder):
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(b"GGUF, but no more")
+
+
+@pytest.mark.parametrize(
+    ("save", "model", "words"),
+    [
+        (save_masked, "base", ["BertForMaskedLM", "no causal language model"]),
+        (save_encoder_decoder, "base", ["t5", "no causal language model"]),
+        (save_quantized, "base", ["quantized already"]),
+        (save_adapter_only, "base", ["is an adapter", "--adapter"]),
+        (lambda folder: folder.mkdir(), "base", ["config.json"]),
+        (save_gguf, "base/model.gguf", ["cannot read", "model.gguf"]),
+        (lambda _: None, "package:no_such_package", ["no_such_package", "not installed"]),
+        (lambda _: None, "package:yaml", ["0 GGUF files"]),
+    ],
+    ids=["masked", "encoder-decoder", "quantized", "adapter", "empty", "broken GGUF", "no package", "no GGUF"],
+)
+def test_a_model_that_cannot_be_tuned_is_refused(sft, tmp_path, save, model, words):
+    save(tmp_path / "base")
+    check_refused(sft("--model", model, "--output-dir", "run"), tmp_path, "--model", *words)
+
+
+def test_a_model_that_looks_ahead_is_found_out(sft, tmp_path, monkeypatch):
+    """The architecture says causal, the attention is not: its logits tell."""
+    from transformers.models.llama import modeling_llama
+
+    attend = modeling_llama.LlamaAttention.forward
+
+    def looking_ahead(self, hidden_states, *args, **kwargs):
+        out, *rest = attend(self, hidden_states, *args, **kwargs)
+        return out + hidden_states.mean(1, keepdim=True), *rest
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", looking_ahead)
+    check_refused(sft("--output-dir", "run"), tmp_path, "--model", "not causal")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--lora-targets", "q_proj,w_proj"], ["--lora-targets", "'w_proj'"]),
+        (["--lora-targets", "norm"], ["--lora-targets", "peft"]),
+        (["--max-length", "129"], ["--max-length", "max_position_embeddings 128"]),
+    ],
+)
+def test_an_option_that_does_not_fit_the_model_is_refused(sft, tmp_path, args, words):
+    check_refused(sft(*args, "--output-dir", "run"), tmp_path, *words)
+
+
+def test_an_adapter_for_another_base_is_refused(sft, tmp_path, chat_base):
+    done = sft("--output-dir", "first", "--max-steps", 1)
+    assert done.code == 0, done.err
+    adapter = tmp_path / "first" / "adapter"
+    other, wider = make_base(tmp_path / "other", seed=1), make_base(tmp_path / "wider", hidden_size=96)
+    for base in (other, wider):
+        refused = sft("--model", base, "--adapter", adapter, "--output-dir", "run")
+        check_refused(refused, tmp_path, "--adapter", f"trained on {chat_base}", str(base))
+    # The name agrees, the shapes do not; and a layer is missing.
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base, word in ((wider, "size mismatch"), (make_base(tmp_path / "lower", num_hidden_layers=1), "layers.1")):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+        refused = sft("--model", base, "--adapter", adapter, "--output-dir", "run")
+        check_refused(refused, tmp_path, "--adapter", "does not fit", word)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    check_refused(sft("--adapter", adapter, "--output-dir", "run"), tmp_path, "--adapter", "IA3")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    typed = sft("--adapter", adapter, "--lora-rank", 4, "--output-dir", "run")
+    check_refused(typed, tmp_path, "--lora-rank", "--adapter")
+
+
+def test_a_resumed_run_refuses_what_would_make_it_another(sft, tmp_path, chat_base, chats):
+    shutil.copytree(chat_base, tmp_path / "base")
+    shutil.copy(chats, tmp_path / "mine.jsonl")
+    assert sft("--model", "base", "--dataset", "mine.jsonl", "--output-dir", "done").code == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "done").rglob("*") if p.is_file()}
+    for args, words in (
+        (["--lr", "1"], ["--lr", "0.003"]),
+        (["--mode", "full"], ["--mode", "'lora'"]),
+        (["--lora-rank", "4"], ["--lora-rank", "16"]),
+        (["--max-steps", "6"], ["--resume", "already at step 6"]),
+    ):
+        outcome = sft("--resume", "done", *args)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert all(word in outcome.err for word in words), outcome.err
+    with (tmp_path / "mine.jsonl").open("a") as file:
+        file.write(GOOD + "\n")
+    outcome = sft("--resume", "done", "--max-steps", "8")
+    assert (outcome.code, "another dataset" in outcome.err) == (2, True), outcome.err
+    shutil.copy(chats, tmp_path / "mine.jsonl")
+    torch.manual_seed(1)
+    shutil.rmtree(tmp_path / "base")
+    make_base(tmp_path / "base", seed=1)  # the same shapes, other weights
+    outcome = sft("--resume", "done", "--max-steps", "8")
+    assert (outcome.code, "another model" in outcome.err) == (2, True), outcome.err
+    assert {p: p.read_bytes() for p in (tmp_path / "done").rglob("*") if p.is_file()} == before

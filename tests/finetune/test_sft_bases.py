@@ -1,0 +1,135 @@
+"""Bases: a GGUF file becomes an ordinary folder once; NF4 keeps its dtypes; recipes fit their models."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune.bases import find_base, fingerprint
+from finetune.tokens import cache_root
+
+BLOCK = 32  # elements per scale of Q8_0
+
+
+def permuted(weight, num_heads):
+    """Rows of a query or key matrix as llama.cpp stores them: halves of the rotary dimension interleaved."""
+    rows, cols = weight.shape
+    return weight.reshape(num_heads, 2, rows // num_heads // 2, cols).swapaxes(1, 2).reshape(rows, cols)
+
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf_name(name):
+    name = name.replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm")
+    name = name.replace("model.layers.", "blk.")
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def write_gguf(file, base):
+    """The tiny Llama as llama.cpp would store it: matrices in Q8_0, vectors in fp32, a byte-level BPE."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    config, writer = model.config, gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    added = set(tokenizer.get_added_vocab())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if t in added else gguf.TokenType.NORMAL for t in tokens])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    for name, param in model.named_parameters():
+        array = param.detach().numpy()
+        if "q_proj" in name or "k_proj" in name:
+            array = permuted(array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        if array.ndim == 1:
+            writer.add_tensor(gguf_name(name), array)
+        else:
+            packed = gguf.quants.quantize(np.ascontiguousarray(array), gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(gguf_name(name), packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture(scope="module")
+def gguf_file(chat_base, tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", chat_base)
+
+
+def test_a_gguf_becomes_an_ordinary_folder_with_its_weights_once(gguf_file, chat_base, capfd):
+    folder = find_base(str(gguf_file))
+    assert "dequantizing" in capfd.readouterr().out
+    original, loaded = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (chat_base, folder))
+    expected = dict(original.named_parameters())
+    for name, param in loaded.named_parameters():
+        value = expected[name].detach().numpy().astype(np.float64)
+        bound = np.abs(value) * 2.0**-8  # bf16, and the fp16 of the scale, which is finer
+        if value.ndim == 2:  # half a code step of Q8_0, whose scale is the block's maximum over 127
+            blocks = np.abs(value).reshape(len(value), -1, BLOCK).max(-1) / 127
+            bound = bound + np.repeat(0.51 * blocks, BLOCK, axis=1)
+        assert (np.abs(param.detach().numpy() - value) <= bound + 1e-9).all(), name
+    ours, theirs = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(chat_base)
+    turns = [{"role": "user", "content": "abcd fgij?"}, {"role": "assistant", "content": "fgij"}]
+    assert ours.apply_chat_template(turns)["input_ids"] == theirs.apply_chat_template(turns)["input_ids"]
+    assert find_base(str(gguf_file)) == folder
+    assert "dequantizing" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_a_gguf_is_tuned_in_every_mode(sft, gguf_file, tmp_path, mode, monkeypatch):
+    """Also named by the package that brings it."""
+    package = types.ModuleType("brings_a_model")
+    package.__spec__ = types.SimpleNamespace(submodule_search_locations=[str(gguf_file.parent)])
+    monkeypatch.setitem(sys.modules, "brings_a_model", package)
+    options = ["--model", "package:brings_a_model", "--mode", mode, "--max-steps", 2, "--output-dir", "run"]
+    outcome = sft(*options, *(["--merge"] if mode == "qlora" else []))
+    assert outcome.code == 0, outcome.err
+    if mode == "lora":
+        config = (tmp_path / "run" / "adapter" / "adapter_config.json").read_text()
+        assert str(cache_root()) in config  # plain peft finds the base there
+    else:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+
+
+def test_fingerprint_tells_bases_of_the_same_shapes_apart(chat_base):
+    one, other = (AutoModelForCausalLM.from_pretrained(chat_base) for _ in range(2))
+    assert fingerprint(one) == fingerprint(other)
+    with torch.no_grad():
+        other.model.norm.weight[3] += 1e-3
+    assert fingerprint(one) != fingerprint(other)

@@ -1,0 +1,97 @@
+"""Bad options of fine-tuning: one sentence that names the option, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def check_refused(outcome, *words):
+    assert outcome.code == 2, outcome
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--nonsense", "1"], ["--nonsense", "--help"]),
+        (["--mode", "half"], ["--mode", "qlora"]),
+        (["--optimizer", "sgd"], ["--optimizer", "adamw8bit"]),
+        (["--lr", "0"], ["--lr", "above 0"]),
+        (["--lora-rank", "0"], ["--lora-rank", "above 0"]),
+        (["--lora-dropout", "1"], ["--lora-dropout", "between 0 and 1"]),
+        (["--validation-fraction", "0"], ["--validation-fraction", "between 0 and 1"]),
+        (["--date", "yesterday"], ["--date", "YYYY-MM-DD"]),
+        (["--num-answers", "-1"], ["--num-answers", "negative"]),
+        (["--mode", "full", "--merge"], ["--merge", "--mode full"]),
+        (["--mode", "full", "--lora-rank", "4"], ["--lora-rank", "--mode full"]),
+        (["--mode", "full", "--dora"], ["--dora", "--mode full"]),
+        (["--mode", "qlora", "--mixed-precision", "no"], ["--mixed-precision", "--dtype fp32"]),
+        (["--epochs", "2"], ["--epochs", "--max-steps"]),
+        (["--warmup-steps", "7"], ["--warmup-steps", "--max-steps"]),
+        (["--dataset", "stdlib", "--limit", "5"], ["--limit", "leave it out"]),
+        (["--model", "no_such.gguf"], ["--model", "no_such.gguf"]),
+        (["--model", "./no_such"], ["--model", "no_such"]),
+        (["--dataset", "no_such.jsonl"], ["--dataset", "no_such.jsonl"]),
+        (["--adapter", "no_such"], ["--adapter", "adapter_config.json"]),
+        (["--chat-template", "no_such.jinja"], ["--chat-template", "no_such.jinja"]),
+        (["--recipe", "no_such"], ["--recipe", "smollm2_135m"]),
+        (["--resume", "no_such"], ["--resume", "no_such"]),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_sentence(sft, tmp_path, args, words):
+    check_refused(sft(*args), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_model_the_recipe_that_needs_no_hub_is_named(capsys):
+    from finetune.sft import main
+
+    assert main([]) == 2
+    error = capsys.readouterr().err
+    assert "--model" in error
+    assert "--recipe smollm2_135m" in error
+
+
+def test_an_unknown_key_of_a_recipe_is_refused(sft, tmp_path, chat_base):
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"model": str(chat_base), "learning_rate": 1}))
+    check_refused(sft("--recipe", "bad.yaml"), "learning_rate")
+
+
+def test_bad_options_import_nothing_heavy_and_exit_with_2(tmp_path):
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from finetune.sft import main\n"
+        "assert main(['--model', 'x', '--max-steps', '-3']) == 2\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'accelerate', 'datasets', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    script = str(ROOT / "finetune" / "sft.py")
+    env = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0
+    wanted = """--model --dataset --mode --lora-rank --lora-alpha --lora-dropout --lora-targets --dora --optimizer
+        --codebook --lr --max-length --packing --max-steps --seed --output-dir --resume --merge --recipe"""
+    for option in wanted.split():
+        assert option in done.stdout
+
+
+def test_a_recipe_is_overridden_by_options_and_its_template_lies_beside_it(chat_base):
+    from finetune.sft import parse
+
+    recipe, _ = parse(["--recipe", "llama_3b_lora", "--model", str(chat_base), "--lora-rank", "4"])
+    assert (recipe.lora_rank, recipe.lr, recipe.model) == (4, 2e-4, str(chat_base))
+    assert Path(recipe.chat_template).is_file()
+    assert recipe.name == "llama_3b_lora"
