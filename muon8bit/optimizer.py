@@ -30,6 +30,7 @@ from .config import (
 )
 from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
 from .nonfinite import NonFiniteGradientError, Verdict
+from .orthogonalize import choose, resolve
 from .orthogonalize.coefficients import JORDAN
 
 
@@ -150,6 +151,8 @@ class Muon8bit(Optimizer):
                     del group[key]
             check_options(group, f"parameter group {index}: ")
             check_params(group, index)
+            if group["algorithm"] == "muon":  # what this dtype cannot hold must not be found out in a step
+                choose(1, 1, resolve(group["ns_coefficients"], group["ns_steps"]), "cpu", self.ns_dtype)
             if "rounding_step" in group:
                 group["rounding_step"] = self.param_groups[0]["rounding_step"]
             for place, param in enumerate(group["params"]):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,22 +89,35 @@ def choose(
     """
     if dtype == torch.float16 and not fits_fp16(schedule):
         raise ValueError("ns_dtype=torch.float16 cannot hold the iterates of these ns_coefficients: use torch.bfloat16")
-    forced, rates = _FORCED.get() or {}, rates_of(kind)
+    forced = tuple((_FORCED.get() or {}).items())
+    return _cheapest(rows, cols, schedule, kind, dtype, tiny, rates_of(kind), forced)
+
+
+@cache
+def _cheapest(
+    rows: int,
+    cols: int,
+    schedule: Schedule,
+    kind: str,
+    dtype: torch.dtype | None,
+    tiny: bool,
+    rates: Rates,
+    forced: tuple[tuple[str, Any], ...],
+) -> Path:
     paths = [
         replace(path, cost=_cost(path, rows, cols, len(schedule.steps), rates))
-        for path in _candidates(rows, cols, schedule, kind, dtype, tiny)
-        if all(getattr(path, name) == value for name, value in forced.items())
+        for path in _candidates(rows, cols, schedule, kind, dtype, tiny, rates)
+        if all(getattr(path, name) == value for name, value in forced)
     ]
     if not paths:
-        raise ValueError(f"no path of a matrix [{rows}, {cols}] on {kind} in {dtype or 'any dtype'} has {forced}")
+        raise ValueError(f"no path of a matrix [{rows}, {cols}] on {kind} in {dtype or 'any dtype'} has {dict(forced)}")
     return min(paths, key=lambda path: path.cost)
 
 
 def _candidates(
-    rows: int, cols: int, schedule: Schedule, kind: str, dtype: torch.dtype | None, tiny: bool
+    rows: int, cols: int, schedule: Schedule, kind: str, dtype: torch.dtype | None, tiny: bool, rates: Rates
 ) -> Iterator[Path]:
     """The paths that are accurate on this kind of device; of equal ones the preferred first."""
-    rates = rates_of(kind)
     kinds: list[ProductKind] = ["vendor", *([rates.symmetric_kind] if rates.symmetric_kind else [])]
     small, large = min(rows, cols), max(rows, cols)
     is_unfit_for_fp16 = small * large > _FP16_MAX_ELEMENTS or not fits_fp16(schedule)
@@ -115,6 +129,8 @@ def _candidates(
         if candidate == torch.float16 and large < _FP16_GRAM_MIN_ASPECT * small:
             parts = None
         for products in kinds:
+            if products == "kernel" and candidate == torch.float32:
+                continue  # on sm_100 Triton would make it TF32
             yield Path("standard", candidate, products)
             if parts:
                 yield Path("gram", candidate, products, parts)
