@@ -1,6 +1,7 @@
 """Muon with its momentum in 8 bits."""
 
-from .optimizer import Muon8bit, NonFiniteGradientError
+from .nonfinite import NonFiniteGradientError
+from .optimizer import Muon8bit
 from .report import StateReport, state_report
 from .routing import ParamGroups, param_groups
 

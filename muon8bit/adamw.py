@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from muon8bit_kernels import Backend, kernels_for
+from muon8bit_kernels import ops
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-# Elements of a half-precision parameter whose fp32 copies exist at once: 3 copies of 64 MiB.
-_CHUNK_ELEMENTS = 2**24
+from .config import Options
+
+# Bytes alive for each element that goes through copies: parameter and gradient in fp32, rounded, compared, chosen.
+_COPY_BYTES = 16
 
 
 def step_device(param: Tensor) -> torch.device:
@@ -34,23 +36,22 @@ def step_(
     states: list[dict[str, Tensor]],
     group: dict[str, Any],
     keys: Sequence[int | None],
-    backend: Backend | None,
+    options: Options,
 ) -> None:
-    """One AdamW step in place. Half-precision and strided parameters go through fp32 copies, chunk by chunk.
+    """One AdamW step in place. What is not fp32 and contiguous goes through such copies, chunk by chunk.
 
-    `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest;
-    `backend` does that rounding. torch's fused kernel walks parameter, gradient and moments by memory order, so all
-    of them are contiguous here.
+    `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest. torch's
+    fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous here.
     """
     direct: list[int] = []
     for i, param in enumerate(params):
-        if param.dtype == torch.float32 and param.is_contiguous():
+        if all(t.dtype == torch.float32 and t.is_contiguous() for t in (param, grads[i])):
             direct.append(i)
         else:
-            _step_through_copies(param, grads[i], states[i], group, keys[i], backend)
+            _step_through_copies(param, grads[i], states[i], group, keys[i], options)
     if direct:
-        dense = [grads[i].float().contiguous() for i in direct]
-        _adamw([params[i] for i in direct], dense, [states[i] for i in direct], group)
+        of = [params[i] for i in direct], [grads[i] for i in direct], [states[i] for i in direct]
+        _adamw(*of, group, options.skip)
 
 
 def _step_through_copies(
@@ -59,25 +60,32 @@ def _step_through_copies(
     state: dict[str, Tensor],
     group: dict[str, Any],
     key: int | None,
-    backend: Backend | None,
+    options: Options,
 ) -> None:
     tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
     chunks: Iterable[tuple[Tensor, ...]] = [tensors]
     if param.is_contiguous() and grad.is_contiguous():
-        chunks = zip(*(t.view(-1).split(_CHUNK_ELEMENTS) for t in tensors), strict=True)
+        chunks = zip(*(t.view(-1).split(max(1, options.workspace_bytes // _COPY_BYTES)) for t in tensors), strict=True)
     before, first = state["step"].clone(), 0  # first: the chunk's first element, in the order of indices, not of memory
     for chunk, chunk_grad, exp_avg, exp_avg_sq in chunks:
         copy = chunk.float().contiguous()
         chunk_state = {"step": state["step"].copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        _adamw([copy], [chunk_grad.float().contiguous()], [chunk_state], group)
+        _adamw([copy], [chunk_grad.float().contiguous()], [chunk_state], group, options.skip)
         if key is not None:
-            rounded = kernels_for(param.device, backend).round_stochastic(copy, key=key, first=first)
+            rounded = ops.round_stochastic(copy, key, first, options.backend)
             copy = torch.where(copy == chunk, chunk, rounded)  # lr 0 loses the sign of a zero, but no bit may change
-        chunk.copy_(copy)
+        if copy.data_ptr() != chunk.data_ptr():
+            chunk.copy_(copy)
         first += chunk.numel()
 
 
-def _adamw(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+def _adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    group: dict[str, Any],
+    skip: Tensor | None,
+) -> None:
     adamw(
         params,
         grads,
@@ -93,4 +101,5 @@ def _adamw(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Ten
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
+        found_inf=skip,
     )

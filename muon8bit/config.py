@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
 
 Codebook: TypeAlias = Literal["linear", "dynamic"]
 Backend: TypeAlias = Literal["reference", "triton"]
-OnNonfinite: TypeAlias = Literal["raise", "skip"]
+OnNonfinite: TypeAlias = Literal["raise", "raise_at_once", "skip"]
 AdjustLR: TypeAlias = Literal["original", "match_rms_adamw"]
 ParamRounding: TypeAlias = Literal["nearest", "stochastic"]
 Algorithm: TypeAlias = Literal["muon", "adamw"]
@@ -40,8 +44,23 @@ DEFAULT_NS_STEPS = 5
 DEFAULT_ADAMW_BETAS = (0.9, 0.95)
 DEFAULT_ADAMW_EPS = 1e-8
 
-# Bytes that one step's Newton-Schulz workspace may take; a single larger matrix exceeds it.
-BATCH_BYTES = 512 * 2**20
+# Bytes that a step may allocate at once beyond its state; a single larger matrix exceeds it.
+DEFAULT_WORKSPACE_BYTES = 512 * 2**20
+# Less makes no sense: on a CPU the passes over the momentum work on pieces of up to 10 MiB.
+MIN_WORKSPACE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the whole optimizer computes, besides its groups: the dtype of Newton-Schulz (None: by cost), the kernels,
+    and the bytes that a step may allocate at once. `skip`, of one step: None, or 0-d fp32 on the device at hand; where
+    it is not 0, nothing is written."""
+
+    ns_dtype: torch.dtype | None
+    backend: Backend | None
+    workspace_bytes: int
+    skip: Tensor | None = None
+
 
 # Keys of `optimizer.state[param]`: part of the checkpoint format, one dtype each.
 LINEAR_CODES_KEY = "momentum_linear8"  # int8, the parameter's shape

@@ -28,6 +28,7 @@ MUON_ONLY_KEYS = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust
 # Of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
 _NO_GROUP_KEYS = (
     *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
+    "workspace_bytes",
     *("amsgrad", "maximize", "fused", "foreach", "capturable"),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

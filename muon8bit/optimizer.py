@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import adamw, loading, muon, rounding
+from . import loading, phases, rounding
 from .config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_EPS,
@@ -19,64 +18,19 @@ from .config import (
     DEFAULT_MOMENTUM,
     DEFAULT_NS_STEPS,
     DEFAULT_WEIGHT_DECAY,
+    DEFAULT_WORKSPACE_BYTES,
+    MIN_WORKSPACE_BYTES,
     ON_NONFINITE,
     PARAM_ROUNDINGS,
     Backend,
     Codebook,
     OnNonfinite,
+    Options,
     ParamRounding,
 )
 from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
+from .nonfinite import NonFiniteGradientError, Verdict
 from .orthogonalize.coefficients import JORDAN
-
-
-class NonFiniteGradientError(RuntimeError):
-    """A gradient holds a NaN or Inf, or values beyond 1e19, whose squares overflow fp32; nothing changed.
-
-    Attributes:
-        names: the parameters whose gradients are not finite.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        shown = ", ".join(self.names[:5]) + (f" and {len(self.names) - 5} more" if len(self.names) > 5 else "")
-        super().__init__(
-            f"NaN, Inf or overflow in the gradient of {shown}. Nothing was changed. Lower the learning rate or find "
-            "the operation that overflows; on_nonfinite='skip' skips such steps and counts them"
-        )
-
-    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
-        return type(self), (self.names,)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A parameter of this step; `reading` is None in an AdamW group, `key` where rounding is to nearest."""
-
-    name: str
-    param: Tensor
-    grad: Tensor
-    key: int | None
-    reading: muon.Reading | None
-
-
-def _nonfinite_names(entries: Sequence[_Entry]) -> list[str]:
-    """Parameters whose gradient is not finite, or overflows in its norm; one host read a device."""
-    by_device: dict[torch.device, list[tuple[Tensor, str]]] = {}
-    for entry in entries:
-        squares: list[Tensor] = []
-        if entry.reading is not None:
-            squares = [matrix.sumsq for matrix in entry.reading.matrices]
-        elif entry.grad.numel():  # both ends propagate NaN; AdamW squares
-            squares = [end.float().square() for end in entry.grad.aminmax()]
-        if squares:
-            flag = torch.stack(squares).isfinite().all()
-            by_device.setdefault(flag.device, []).append((flag, entry.name))
-    names = []
-    for flags in by_device.values():
-        finite = torch.stack([flag for flag, _ in flags]).tolist()
-        names += [name for ok, (_, name) in zip(finite, flags, strict=True) if not ok]
-    return names
 
 
 class Muon8bit(Optimizer):
@@ -109,16 +63,16 @@ class Muon8bit(Optimizer):
         block_size: elements that share one fp32 scale: 64, 128, ... 4096. A block never crosses a row.
         backend: None (by device), `"reference"` or `"triton"`; a request that cannot be met raises.
         on_nonfinite: `"raise"` or `"skip"` a step with a NaN or Inf in any gradient, AdamW groups included. In
-            both cases nothing at all changes.
-        ns_dtype: torch.float32 or torch.bfloat16 for Newton-Schulz; None: the cheaper one for shape and device.
+            both cases nothing at all changes. With all parameters on CUDA, where `step()` does not wait for the
+            device, the error comes at the next `step()` or `state_dict()`; `"raise_at_once"` waits, every step.
+        ns_dtype: float32, float16 or bfloat16 for Newton-Schulz; None: the cheapest for shape and device.
         param_rounding: how bfloat16 parameters are rounded, AdamW groups included: `"nearest"`, or `"stochastic"`,
             unbiased, so that updates below half a unit in the last place are not lost. float32 parameters are not
             affected, float16 ones refused. Then `rounding_seed` and `rounding_step` are ints in `param_groups`,
             saved and loaded: runs with equal ones are bitwise the same.
         rounding_seed: 0 .. 2**64 - 1; the same on all replicas. Without meaning for `"nearest"`.
-
-    Attributes:
-        num_skipped_steps: steps that `on_nonfinite="skip"` left out.
+        workspace_bytes: what a step may allocate at once beyond its state, freed before it returns; at least 32 MiB.
+            Only a single matrix that needs more exceeds it.
 
     State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its
     shape with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that
@@ -149,6 +103,7 @@ class Muon8bit(Optimizer):
         ns_dtype: torch.dtype | None = None,
         param_rounding: ParamRounding = "nearest",
         rounding_seed: int = 0,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -170,13 +125,18 @@ class Muon8bit(Optimizer):
             raise ValueError(f"param_rounding must be one of {PARAM_ROUNDINGS}, not {param_rounding!r}")
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, not {on_nonfinite!r}")
-        if ns_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"ns_dtype must be None, torch.float32 or torch.bfloat16, not {ns_dtype}")
+        if ns_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"ns_dtype must be None, torch.float32, torch.float16 or torch.bfloat16, not {ns_dtype}")
         if backend not in (None, "reference", "triton"):
             raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
+        if type(workspace_bytes) is not int or workspace_bytes < MIN_WORKSPACE_BYTES:
+            raise ValueError(
+                f"workspace_bytes must be an int of at least {MIN_WORKSPACE_BYTES}, not {workspace_bytes!r}"
+            )
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
-        self.param_rounding = param_rounding
-        self.num_skipped_steps = 0
+        self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
+        self._num_calls = self._num_skipped_steps = 0
+        self._pending: Verdict | None = None  # of the last step, if that did not wait for it
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -203,58 +163,60 @@ class Muon8bit(Optimizer):
         """One step; returns what `closure` (called with gradients enabled) returned, else None.
 
         Raises:
-            NonFiniteGradientError: with `on_nonfinite="raise"`, before anything was written.
+            NonFiniteGradientError: by this step, before anything was written, or on CUDA by the one before.
         """
+        self._settle()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        entries = [list(self._read(i)) for i in range(len(self.param_groups))]
-        nonfinite = _nonfinite_names([entry for members in entries for entry in members])
-        if nonfinite:
-            if self.on_nonfinite == "raise":
-                raise NonFiniteGradientError(nonfinite)
-            self.num_skipped_steps += 1
+        self._num_calls += 1
+        options = Options(self.ns_dtype, self.backend, self.workspace_bytes)
+        work = phases.read(self.param_groups, self.state, options)
+        verdict = Verdict((found for members in work for found in members.found()), self._num_calls)
+        wait = self.on_nonfinite == "raise_at_once" or not verdict.is_asynchronous
+        if wait and (names := verdict.nonfinite_names()):
+            self._refuse(names, verdict.step)
             return loss
-        for group, members in zip(self.param_groups, entries, strict=True):
-            if group["algorithm"] == "muon":
-                matrices = []
-                for entry in members:
-                    if entry.reading is not None:
-                        self.state[entry.param].update(entry.reading.momentum.to_state())
-                        matrices += entry.reading.matrices
-                muon.step_(matrices, group, ns_dtype=self.ns_dtype, backend=self.backend)
-            else:
-                for entry in members:
-                    if not self.state.get(entry.param):
-                        self.state[entry.param] = adamw.init_state(entry.param)
-                params = [entry.param for entry in members]
-                states, keys = [self.state[p] for p in params], [entry.key for entry in members]
-                adamw.step_(params, [entry.grad for entry in members], states, group, keys, self.backend)
+        self._pending = None if wait else verdict
+        phases.write(work, self.state, options, self._pending)
         rounding.advance(self.param_groups)
         return loss
 
-    def _read(self, group_index: int) -> Iterator[_Entry]:
-        """First phase, read only: the parameters of a group that have a gradient now."""
-        group = self.param_groups[group_index]
-        num_before = sum(len(earlier["params"]) for earlier in self.param_groups[:group_index])
-        for index, param in enumerate(group["params"]):
-            if param.grad is None:
-                continue
-            name = describe(group, group_index, index)
-            if param.grad.is_sparse:
-                raise ValueError(f"{name} has a sparse gradient: use sparse=False in its embedding")
-            lr = group["lr"]
-            if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != param.device:
-                raise ValueError(f"lr is a tensor on {lr.device}, {name} is on {param.device}: keep lr on the CPU")
-            key = rounding.key_of(param, name, num_before + index, group)
-            reading = None
-            if group["algorithm"] == "muon":
-                reading = muon.read(param, param.grad, self.state.get(param), group, self.backend, key)
-            yield _Entry(name, param, param.grad, key, reading)
+    def _refuse(self, names: list[str], step: int) -> None:
+        """Raise, or count, a step with gradients that are not finite."""
+        if self.on_nonfinite != "skip":
+            raise NonFiniteGradientError(names, step)
+        self._num_skipped_steps += 1
+
+    def _settle(self) -> None:
+        """Learn what the last step, if it did not wait for that, found in its gradients."""
+        verdict, self._pending = self._pending, None
+        names = [] if verdict is None else verdict.nonfinite_names()
+        if verdict is not None and names:
+            rounding.advance(self.param_groups, by=-1)
+            self._refuse(names, verdict.step)
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps that `on_nonfinite="skip"` left out so far; on CUDA waits for the last one."""
+        if self.on_nonfinite == "skip":
+            self._settle()
+        return self._num_skipped_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's.
+
+        Raises:
+            NonFiniteGradientError: if the last step found one and has not told yet (see `on_nonfinite`).
+        """
+        self._settle()
+        return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("backend", "on_nonfinite", "ns_dtype", "param_rounding", "num_skipped_steps")
+        self._settle()
+        own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes"]
+        own += ["_num_calls", "_num_skipped_steps", "_pending"]
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -264,6 +226,7 @@ class Muon8bit(Optimizer):
         `block_size`, `flatten`, `split_sizes`, `split_dim`; other saved values are refused) stay the constructor's, all
         other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too; without them there,
         rounding starts at step 0 of the running seed. torch's own method casts the state to the parameter's dtype.
+        What the last step found in its gradients and has not told is dropped.
 
         Raises:
             ValueError: names the group, parameter or key that does not fit.
@@ -273,6 +236,7 @@ class Muon8bit(Optimizer):
             hooked = pre_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
         groups, state = loading.checked(state_dict, self.param_groups)
+        self._pending = None
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

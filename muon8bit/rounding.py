@@ -42,11 +42,11 @@ def key_of(param: Tensor, name: str, param_index: int, group: Mapping[str, Any])
     return rounding_key(group["rounding_seed"], group["rounding_step"], param_index)
 
 
-def advance(groups: Iterable[dict[str, Any]]) -> None:
-    """Count a step that was done."""
+def advance(groups: Iterable[dict[str, Any]], by: int = 1) -> None:
+    """Count a step that was done; with -1 take back one that was not."""
     for group in groups:
         if "rounding_step" in group:
-            group["rounding_step"] += 1
+            group["rounding_step"] += by
 
 
 def settle(group: dict[str, Any], *, saved: Mapping[str, Any], running: Mapping[str, Any]) -> None:

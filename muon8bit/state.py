@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch
-from muon8bit_kernels import CODE_DTYPES, Backend, Codebook, kernels_for, num_blocks, zero_code
+from muon8bit_kernels import CODE_DTYPES, Backend, Codebook, num_blocks, ops, zero_code
 from torch import Tensor
 
 from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY, MIN_QUANTIZED_COLUMNS, SCALES_KEY
@@ -29,6 +30,7 @@ class Format:
     flatten: bool = False
 
     @classmethod
+    @cache
     def of(cls, shape: torch.Size, bits: int, codebook: Codebook, block_size: int, flatten: bool) -> Format:
         """The format of a parameter of `shape`: fp32 for bits=32, or if a row is too short to be worth a scale."""
         quantized = bits == 8 and prod(shape[1:] if flatten else shape[-1:]) >= MIN_QUANTIZED_COLUMNS
@@ -48,7 +50,8 @@ class Format:
 @dataclass(frozen=True)
 class Momentum:
     """Momentum of one parameter: codes (int8, uint8 or fp32) of its shape and, if quantized, fp32 scales
-    [..., rows, blocks]; `rows` gives those of a 2-D part, over the same memory."""
+    [..., rows, blocks]. Or, of `stacks` and its parts, a stack of its matrices: codes [count, rows, cols], scales
+    [count, rows, blocks], over the same memory."""
 
     codes: Tensor
     scales: Tensor | None
@@ -73,46 +76,77 @@ class Momentum:
         state = {_CODES_KEYS[self.format.codebook]: self.codes}
         return state if self.scales is None else {**state, SCALES_KEY: self.scales}
 
-    def rows(self, which: slice) -> Momentum:
-        """The part of these rows, counted through all matrices: codes [rows, cols], scales [rows, blocks], views."""
-        codes = self.codes.flatten(1) if self.format.flatten else self.codes.flatten(0, -2)
-        return Momentum(codes[which], None if self.scales is None else self.scales.flatten(0, -2)[which], self.format)
+    def stack(self) -> Momentum:
+        """All its matrices as one stack."""
+        rows, cols = (1, self.codes.shape[0]), prod(self.codes.shape[1:])
+        if not self.format.flatten:
+            rows, cols = (prod(self.codes.shape[:-2]), self.codes.shape[-2]), self.codes.shape[-1]
+        scales = None if self.scales is None else self.scales.view(*rows, -1)
+        return Momentum(self.codes.view(*rows, cols), scales, self.format)
 
-    def stats(self, grad: Tensor, *, beta: float, nesterov: bool, backend: Backend | None) -> tuple[Tensor, Tensor]:
-        """Read-only phase, all matrices at once: per row and block, fp32 [rows, blocks], the maximum of the new |m|
-        and the sum of squares of the NS input. `grad` has the parameter's shape."""
-        whole = self.rows(slice(None))
-        return kernels_for(self.codes.device, backend).momentum_stats(
-            whole.codes,
-            whole.scales,
-            grad.reshape(whole.codes.shape),
-            beta=beta,
-            nesterov=nesterov,
-            codebook=self.format.codebook,
-            block_size=self.format.block_size,
-        )
+    def part(self, matrices: slice, rows: slice) -> Momentum:
+        """These rows of these matrices of a stack."""
+        scales = None if self.scales is None else self.scales[matrices, rows]
+        return Momentum(self.codes[matrices, rows], scales, self.format)
 
-    def apply(
-        self,
-        grad: Tensor,
-        absmax: Tensor,
-        norm: Tensor,
-        out: Tensor,
-        *,
-        beta: float,
-        nesterov: bool,
-        backend: Backend | None,
-    ) -> None:
-        """Writing phase of a part [rows, cols]: the new momentum into codes and scales, u / norm into `out`."""
-        kernels_for(self.codes.device, backend).momentum_apply(
-            self.codes,
-            self.scales,
-            grad,
-            absmax,
-            norm,
-            out,
-            beta=beta,
-            nesterov=nesterov,
-            codebook=self.format.codebook,
-            block_size=self.format.block_size,
-        )
+
+def stats(
+    momenta: Sequence[Momentum], grads: Sequence[Tensor], *, beta: float, nesterov: bool, backend: Backend | None
+) -> Tensor:
+    """Read-only phase of stacks of one shape and format: per row and block the sum of squares of the new NS input,
+    fp32 [batch, rows, blocks]. `grads` are stacks too."""
+    sumsq: Tensor = ops.momentum_stats(*_tensors(momenta), grads, beta, nesterov, *_layout(momenta), backend)
+    return sumsq
+
+
+def apply_(
+    momenta: Sequence[Momentum],
+    grads: Sequence[Tensor],
+    norms: Tensor,
+    out: Tensor,
+    *,
+    beta: float,
+    nesterov: bool,
+    skip: Tensor | None,
+    backend: Backend | None,
+) -> None:
+    """Writing phase: the new momenta into codes and scales, and u / norm into `out` [batch, rows, cols].
+
+    `norms`: fp32 [batch]. `skip`: None, or 0-d fp32 on the device; where it is not 0, nothing is written.
+    """
+    ops.momentum_apply(*_tensors(momenta), grads, norms, out, beta, nesterov, *_layout(momenta), skip, backend)
+
+
+def step_tiny_(
+    momenta: Sequence[Momentum],
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    norms: Tensor,
+    steps: Sequence[tuple[float, float, float]],
+    decay: Tensor,
+    scale: Tensor,
+    *,
+    beta: float,
+    nesterov: bool,
+    keys: Sequence[int] | None = None,
+    firsts: Sequence[int] | None = None,
+    pitch: int | None = None,
+    skip: Tensor | None,
+    backend: Backend | None,
+) -> None:
+    """Writing phase of matrices with a side of at most 64 and all that follows, the parameters' update included.
+
+    `steps`: the coefficients of Newton-Schulz; `decay` to `pitch`: as in `update.update_params_`.
+    """
+    coefficients = [coefficient for step in steps for coefficient in step]
+    tensors = *_tensors(momenta), grads, params, norms
+    update = coefficients, decay, scale, keys, firsts, pitch, skip
+    ops.step_tiny(*tensors, beta, nesterov, *_layout(momenta), *update, backend)
+
+
+def _tensors(momenta: Sequence[Momentum]) -> tuple[list[Tensor], list[Tensor]]:
+    return [m.codes for m in momenta], [m.scales for m in momenta if m.scales is not None]
+
+
+def _layout(momenta: Sequence[Momentum]) -> tuple[Codebook | None, int]:
+    return momenta[0].format.codebook, momenta[0].format.block_size

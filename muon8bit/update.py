@@ -11,9 +11,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 
-from muon8bit_kernels import Backend, kernels_for
+import torch
+from muon8bit_kernels import Backend, ops
 from torch import Tensor
 
 
@@ -27,41 +29,51 @@ def lr_ratio(rows: int, cols: int, adjust_lr_fn: str | None) -> float:
 
 
 def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
-    """The divisor of the Newton-Schulz input, 0-d fp32: factor * max(sqrt(sumsq), eps)."""
+    """The divisors of Newton-Schulz inputs, fp32, the shape of `sumsq`: factor * max(sqrt(sumsq), eps)."""
     return sumsq.sqrt().clamp(min=eps).mul(factor)
 
 
-def update_param_(
-    param: Tensor,
-    direction: Tensor,
-    *,
-    lr: float | Tensor,
-    weight_decay: float,
-    ratio: float,
-    backend: Backend | None = None,
-    key: int | None = None,
-    first: int = 0,
-    pitch: int | None = None,
-) -> None:
-    """W <- (1 - lr * weight_decay) W - lr * ratio * O, in place, computed in fp32, rounded once. lr 0 changes no bit.
+def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[Tensor, Tensor]:
+    """1 - lr * weight_decay and lr * ratio, 0-d: fp64 on the CPU, or fp32 where `lr` is, which is not waited for.
 
     Args:
-        param: [rows, cols], fp32, bf16 or fp16, any strides.
-        direction: O, [rows, cols], fp32, bf16 or fp16, any strides.
-        lr: a float, or a 0-d or 1-element tensor on the CPU or the parameter's device, where it is not waited for.
+        lr: a float, or a 0-d or 1-element tensor on the CPU or the parameters' device.
         weight_decay: per unit of lr.
         ratio: factor of lr by shape, of `lr_ratio`.
+    """
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        rate = lr.reshape(()).float()
+    else:
+        rate = torch.tensor(float(lr), dtype=torch.float64)
+    return 1 - rate * weight_decay, rate * ratio
+
+
+def update_params_(
+    params: Sequence[Tensor],
+    directions: Tensor,
+    decay: Tensor,
+    scale: Tensor,
+    *,
+    keys: Sequence[int] | None = None,
+    firsts: Sequence[int] | None = None,
+    pitch: int | None = None,
+    skip: Tensor | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """W <- decay * W - scale * O, in place, computed in fp32, rounded once. Scale 0 and decay 1 change no bit.
+
+    Args:
+        params: stacks [count, rows, cols] of one dtype, fp32, bf16 or fp16, any strides.
+        directions: O, [batch, rows, cols], fp32, bf16 or fp16, any strides.
+        decay, scale: of `factors`.
+        keys: hash keys of stochastic rounding, one a matrix, bf16 only; None rounds to nearest.
+        firsts, pitch: where the matrices are parts of larger parameters, the index there of the first element of
+            each, and the distance of their rows, both in elements; they choose the random bits.
+        skip: None, or 0-d fp32 on the device; where it is not 0, nothing is written.
         backend: None (by device), `"reference"` or `"triton"`.
-        key: hash key of stochastic rounding, bf16 only; None rounds to nearest.
-        first, pitch: where `param` is a part of a larger parameter, the index of its first element there, and the
-            distance of its rows, both in elements; they choose the random bits. None: `cols`.
 
     Raises:
-        ValueError: for a key with a parameter that is not bf16.
+        ValueError: for keys with parameters that are not bf16.
         RuntimeError: for a backend that cannot run.
     """
-    if isinstance(lr, Tensor):
-        lr = float(lr) if lr.device.type == "cpu" else lr.reshape(()).float()
-    kernels_for(param.device, backend).update_param(
-        param, direction, decay=1 - lr * weight_decay, scale=lr * ratio, key=key, first=first, pitch=pitch
-    )
+    ops.update_params(params, directions, decay, scale, keys, firsts, pitch, skip, backend)

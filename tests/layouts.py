@@ -1,12 +1,20 @@
 """The same values in other strides."""
 
 
-def laid_out(matrix, layout):
-    """The same values in other strides: "rows" (contiguous), "columns" (transposed) or "sliced" (both strides odd)."""
+def laid_out(matrices, layout):
+    """The same values, of a matrix or a stack of them, in other strides.
+
+    "rows": contiguous; "columns": every matrix transposed; "sliced": both strides odd; "row piece", "column piece":
+    rows, or columns, out of larger matrices. What lies between is 7.
+    """
+    *count, rows, cols = matrices.shape
     if layout == "columns":
-        return matrix.t().contiguous().t()
-    if layout == "sliced":
-        wide = matrix.new_full((matrix.shape[0] * 2, matrix.shape[1] * 3 + 1), 7.0)
-        wide[1::2, 1::3] = matrix
-        return wide[1::2, 1::3]
-    return matrix.contiguous()
+        return matrices.mT.contiguous().mT
+    sizes, where = {
+        "rows": ((rows, cols), (slice(None), slice(None))),
+        "sliced": ((rows * 2, cols * 3 + 1), (slice(1, None, 2), slice(1, None, 3))),
+        "row piece": ((rows + 3, cols), (slice(2, 2 + rows), slice(None))),
+        "column piece": ((rows, cols + 5), (slice(None), slice(3, 3 + cols))),
+    }[layout]
+    view = matrices.new_full((*count, *sizes), 7)[(..., *where)]
+    return view.copy_(matrices)

@@ -9,7 +9,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muon8bit import Muon8bit
 from muon8bit.orthogonalize import resolve
-from muon8bit.update import lr_ratio, update_param_
+from muon8bit.update import factors, lr_ratio, update_params_
 
 SHAPES = [
     (16, 16),
@@ -149,7 +149,7 @@ def test_update_matches_float64_to_one_rounding(dtype, lr):
     torch.manual_seed(0)
     param, direction = torch.randn(7, 9).to(dtype), torch.randn(9, 7).T
     exact = param.double() * (1 - 0.5 * 0.1) - 0.5 * 3.0 * direction.double()
-    update_param_(param, direction, lr=lr, weight_decay=0.1, ratio=3.0)
+    update_params_([param[None]], direction[None], *factors(lr=lr, weight_decay=0.1, ratio=3.0))
     half_ulp = torch.finfo(dtype).eps * exact.abs() / 2
     slack = torch.finfo(torch.float32).eps * 8  # the fp32 operations before the one rounding
     assert ((param.double() - exact).abs() <= half_ulp + slack).all()

@@ -2,9 +2,9 @@
 
     python kernels/bench/step_time.py [--isa AVX512_CORE] [--out kernels/bench/results/NAME.json]
 
-One matrix a shape, fp32 parameters and gradients. Only ratios of medians are printed for a CPU: absolute times of a
-shared machine mean little. `--isa` is oneDNN's ONEDNN_MAX_CPU_ISA: both sides then run as on a CPU without the
-later instructions (AVX512_CORE: no bf16 instructions).
+One matrix a shape, and the 64 matrices of a LoRA model, fp32 parameters and gradients. Only ratios of medians are
+printed for a CPU: absolute times of a shared machine mean little. `--isa` is oneDNN's ONEDNN_MAX_CPU_ISA: both sides
+then run as on a CPU without the later instructions (AVX512_CORE: no bf16 instructions).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-SHAPES = ((1024, 1024), (256, 1024), (2816, 1024), (1024, 2816))
+SHAPES = ((1024, 1024), (256, 1024), (4096, 1024), (1024, 4096), (2048, 8192))
+LORA = [(16, 2048), (2048, 16)] * 32
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile")
 
 
@@ -47,24 +48,25 @@ def interleaved(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: median(values) for name, values in seconds.items()}
 
 
-def measure(rows: int, cols: int, rounds: int) -> dict[str, float]:
-    """Ratio of torch.optim.Muon's median step time to each of ours (above 1: ours is faster)."""
+def measure(shapes: list[tuple[int, int]], rounds: int) -> dict[str, float]:
+    """Of one optimizer for all these matrices: the ratio of torch.optim.Muon's median step time to that of each of
+    ours (above 1: ours is faster)."""
     import torch
 
     from muon8bit import Muon8bit
 
     torch.manual_seed(0)
-    grad = torch.randn(rows, cols)
     arms: dict[str, torch.optim.Optimizer] = {}
     for name in ("torch", "linear", "dynamic", "bits32"):
-        param = torch.nn.Parameter(torch.randn(rows, cols))
-        param.grad = grad.clone()
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        for param in params:
+            param.grad = torch.randn_like(param)
         if name == "torch":
-            arms[name] = torch.optim.Muon([param])
+            arms[name] = torch.optim.Muon(params)
         elif name == "bits32":
-            arms[name] = Muon8bit([param], bits=32)
+            arms[name] = Muon8bit(params, bits=32)
         else:
-            arms[name] = Muon8bit([param], codebook=name)
+            arms[name] = Muon8bit(params, codebook=name)
     times = interleaved({name: optimizer.step for name, optimizer in arms.items()}, rounds)
     return {name: times["torch"] / times[name] for name in arms if name != "torch"}
 
@@ -79,7 +81,8 @@ def main() -> None:
         os.environ["ONEDNN_MAX_CPU_ISA"] = args.isa
     import torch
 
-    ratios = {f"{rows}x{cols}": measure(rows, cols, args.rounds) for rows, cols in SHAPES}
+    ratios = {f"{rows}x{cols}": measure([(rows, cols)], args.rounds) for rows, cols in SHAPES}
+    lora = measure(LORA, args.rounds)
     means = {arm: exp(fmean(log(r[arm]) for r in ratios.values())) for arm in next(iter(ratios.values()))}
     record = {
         "command": shlex.join(["python", *sys.argv]),
@@ -90,6 +93,7 @@ def main() -> None:
         "unit": "median time of torch.optim.Muon over ours, interleaved; above 1: ours is faster",
         "ratios": {shape: {arm: round(v, 3) for arm, v in r.items()} for shape, r in ratios.items()},
         "geometric_mean": {arm: round(v, 3) for arm, v in means.items()},
+        "lora_64_matrices": {arm: round(v, 3) for arm, v in lora.items()},
     }
     text = json.dumps(record, indent=2)
     print(text)

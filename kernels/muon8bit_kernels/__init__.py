@@ -1,5 +1,6 @@
 """Kernels of muon8bit: codebooks, the torch reference, Triton kernels and the dispatch between them."""
 
+from . import ops
 from .codebooks import CODE_DTYPES, Codebook, dynamic_map, zero_code
 from .dispatch import Backend, Kernels, kernels_for
 from .reference import num_blocks
@@ -13,6 +14,7 @@ __all__ = [
     "dynamic_map",
     "kernels_for",
     "num_blocks",
+    "ops",
     "rounding_key",
     "zero_code",
 ]

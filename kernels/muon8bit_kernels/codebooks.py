@@ -49,7 +49,7 @@ def _dynamic_prefix_codes() -> Tensor:
     lower = prefix << 16
     lower[32768:] |= 0xFFFF  # negative numbers: the larger magnitude is the lower end
     lower = torch.where(lower >= 2**31, lower - 2**32, lower).to(torch.int32)
-    return torch.bucketize(lower.view(torch.float32).nan_to_num(), _MIDPOINTS[:-1], out_int32=True)
+    return torch.bucketize(lower.view(torch.float32).nan_to_num(), _MIDPOINTS[:-1])
 
 
 # Built at import, so that no mode of a later caller (fake tensors, inference) gets into them.
@@ -92,7 +92,7 @@ def dynamic_midpoints(device: torch.device | str = "cpu") -> Tensor:
 
 
 def dynamic_prefix_codes(device: torch.device | str = "cpu") -> Tensor:
-    """First guess of a code from the upper 16 bits of an fp32 number in [-1, 1]: int32 [65536].
+    """First guess of a code from the upper 16 bits of an fp32 number in [-1, 1]: int64 [65536].
 
     The numbers that share those 16 bits (sign, exponent, 7 bits of mantissa) form an interval narrower than the
     map's spacing, so it holds at most one midpoint: the guess is the code of the interval's lower end, and one

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Sequence
+from functools import cache
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -16,7 +19,7 @@ Backend: TypeAlias = Literal["reference", "triton"]
 
 
 class Kernels(Protocol):
-    """What a backend provides; `reference` and `update_reference` document shapes and dtypes."""
+    """What a backend provides; the functions of `reference` document shapes and dtypes."""
 
     def quantize(self, values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]: ...
 
@@ -24,47 +27,81 @@ class Kernels(Protocol):
 
     def momentum_stats(
         self,
-        codes: Tensor,
-        scales: Tensor | None,
-        grad: Tensor,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
         *,
         beta: float,
         nesterov: bool,
         codebook: Codebook | None,
         block_size: int,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> Tensor: ...
 
     def momentum_apply(
         self,
-        codes: Tensor,
-        scales: Tensor | None,
-        grad: Tensor,
-        absmax: Tensor,
-        norm: Tensor,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
+        norms: Tensor,
         out: Tensor,
         *,
         beta: float,
         nesterov: bool,
         codebook: Codebook | None,
         block_size: int,
+        skip: Tensor | None = None,
     ) -> None: ...
 
-    def update_param(
+    def update_params(
         self,
-        param: Tensor,
-        direction: Tensor,
+        params: Sequence[Tensor],
+        directions: Tensor,
         *,
         decay: float | Tensor,
         scale: float | Tensor,
-        key: int | None = None,
-        first: int = 0,
+        keys: Sequence[int] | None = None,
+        firsts: Sequence[int] | None = None,
         pitch: int | None = None,
+        skip: Tensor | None = None,
+    ) -> None: ...
+
+    def symmetric_product(
+        self,
+        A: Tensor,
+        B: Tensor,
+        *,
+        alpha: float = 1.0,
+        D: Tensor | None = None,
+        beta: float = 0.0,
+        diagonal: float = 0.0,
+    ) -> Tensor: ...
+
+    def step_tiny(
+        self,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        norms: Tensor,
+        *,
+        beta: float,
+        nesterov: bool,
+        codebook: Codebook | None,
+        block_size: int,
+        steps: Sequence[tuple[float, float, float]],
+        decay: float | Tensor,
+        scale: float | Tensor,
+        keys: Sequence[int] | None = None,
+        firsts: Sequence[int] | None = None,
+        pitch: int | None = None,
+        skip: Tensor | None = None,
     ) -> None: ...
 
     def round_stochastic(self, values: Tensor, *, key: int, first: int = 0) -> Tensor: ...
 
 
-def kernels_for(device: torch.device, backend: Backend | None = None) -> Kernels:
+@cache
+def kernels_for(device: torch.device, backend: str | None = None) -> Kernels:
     """The kernels to run on `device`.
 
     Args:
@@ -89,6 +126,17 @@ def kernels_for(device: torch.device, backend: Backend | None = None) -> Kernels
             f"backend='triton' cannot run on {device}: use a CUDA device, set TRITON_INTERPRET=1 before Python "
             "starts (tests only), or pass backend='reference'"
         )
+    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
+        _check_compiler(torch.cuda.get_device_capability(device), importlib.metadata.version("triton"))
     from . import triton_kernels  # needs triton, which CPU installations lack
 
     return triton_kernels
+
+
+def _check_compiler(capability: tuple[int, int], version: str) -> None:
+    """Raise RuntimeError where the compiler fuses operations that must be rounded one by one."""
+    if capability[0] >= 10 and tuple(int(part) for part in version.split(".")[:2]) < (3, 7):
+        raise RuntimeError(
+            f"triton {version} fuses multiplications and additions on compute capability {capability[0]} although told "
+            "not to: states would not be those of other devices. Install triton >= 3.7, or pass backend='reference'"
+        )

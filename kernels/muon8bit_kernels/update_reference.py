@@ -10,13 +10,16 @@ Gupta et al. (arXiv 1502.02551), on the bits of IEEE numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .rounding import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2, signed
+from .stacks import Rows, batch_shape
 
 # Elements that one pass works on: its temporaries stay in a core's cache.
-_CHUNK_ELEMENTS = 2**16
+_CHUNK_ELEMENTS = 2**19
 
 
 def _rotate_(words: Tensor, by: int) -> Tensor:
@@ -29,8 +32,9 @@ def _xor_shifted_(words: Tensor, by: int) -> Tensor:
     return words.bitwise_xor_((words >> by).bitwise_and_((1 << (32 - by)) - 1))
 
 
-def random_bits(indices: Tensor, *, key: int) -> Tensor:
-    """The hash of element indices (int64, any shape, >= 0) under `rounding_key`'s int32: int32, the same shape."""
+def random_bits(indices: Tensor, *, key: int | Tensor) -> Tensor:
+    """The hash of element indices (int64, any shape, >= 0) under `rounding_key`'s int32, or int32 tensor that
+    broadcasts: int32, the shape of `indices`."""
     # The cast keeps the low 32 bits.
     state = _rotate_(indices.to(torch.int32).mul_(signed(WORD_1)), 15).mul_(WORD_2).bitwise_xor_(key)
     _rotate_(state, 13).mul_(5).add_(signed(ADDED))
@@ -44,7 +48,7 @@ def random_bits(indices: Tensor, *, key: int) -> Tensor:
     return _xor_shifted_(state, 16)
 
 
-def _rounded(values: Tensor, indices: Tensor, key: int) -> Tensor:
+def _rounded(values: Tensor, indices: Tensor, key: int | Tensor) -> Tensor:
     """fp32 values -> bf16 numbers, still held in fp32; the low half of each element's random bits decides."""
     noise = random_bits(indices, key=key).bitwise_and_(0xFFFF)
     bits = values.contiguous().view(torch.int32)
@@ -52,54 +56,64 @@ def _rounded(values: Tensor, indices: Tensor, key: int) -> Tensor:
     return torch.where(values.isnan(), values, rounded)
 
 
-def check_rounding(param: Tensor, key: int | None) -> None:
+def check_rounding(param: Tensor, keys: Sequence[int] | None) -> None:
     """Raise ValueError where stochastic rounding is asked of a dtype that has none."""
-    if key is not None and param.dtype != torch.bfloat16:
+    if keys is not None and param.dtype != torch.bfloat16:
         raise ValueError(f"stochastic rounding is for bfloat16 parameters, not {param.dtype}")
 
 
-def update_param(
-    param: Tensor,
-    direction: Tensor,
+def update_params(
+    params: Sequence[Tensor],
+    directions: Tensor,
     *,
     decay: float | Tensor,
     scale: float | Tensor,
-    key: int | None = None,
-    first: int = 0,
+    keys: Sequence[int] | None = None,
+    firsts: Sequence[int] | None = None,
     pitch: int | None = None,
+    skip: Tensor | None = None,
 ) -> None:
     """param <- param * decay - direction * scale, in place, in fp32, rounded once to the parameter's dtype.
 
     Args:
-        param: [rows, cols], fp32, bf16 or fp16, any strides.
-        direction: [rows, cols], any of these dtypes, any strides.
-        decay: 1 - lr * weight_decay; a float, or a 0-d fp32 tensor on the parameter's device.
-        scale: lr times the factor of the shape; as `decay`. Where it is 0, `direction` is not looked at, so that
+        params: stacks [count, rows, cols] of one dtype, fp32, bf16 or fp16, any strides.
+        directions: [batch, rows, cols], any of these dtypes, any strides.
+        decay: 1 - lr * weight_decay; a float, or a 0-d fp32 tensor on the parameters' device.
+        scale: lr times the factor of the shape; as `decay`. Where it is 0, `directions` is not looked at, so that
             with decay 1 every bit stays, the sign of a zero too.
-        key: of `rounding_key`: round bf16 stochastically. None: to nearest, ties to even.
-        first: global element index of param[0, 0].
-        pitch: difference of the global indices of param[1, 0] and param[0, 0]; None: cols.
+        keys: of `rounding_key`, one a matrix: round bf16 stochastically. None: to nearest, ties to even.
+        firsts: with keys, the global index of element [0, 0] of each matrix; None: 0.
+        pitch: difference of the global indices of elements [1, 0] and [0, 0]; None: cols.
+        skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
 
     Raises:
-        ValueError: for a key with a parameter that is not bf16.
+        ValueError: for keys with parameters that are not bf16.
     """
-    check_rounding(param, key)
-    rows, cols = param.shape
-    pitch = cols if pitch is None else pitch
-    columns = torch.arange(cols, device=param.device) if key is not None else None
-    step = max(1, _CHUNK_ELEMENTS // max(1, cols))
-    for start in range(0, rows, step):
-        piece = param[start : start + step]
-        new = piece.float().mul_(decay)  # float32 pieces are their own, updated where they are
+    check_rounding(params[0], keys)
+    if skip is not None and skip.item() != 0:
+        return
+    batch, rows, cols = batch_shape(params)
+    old, towards, device, every = Rows(params), Rows([directions]), directions.device, slice(0, cols)
+    if keys is not None:
+        row_keys = torch.tensor(keys, dtype=torch.int32, device=device).repeat_interleave(rows).unsqueeze(1)
+        row_starts = torch.tensor(firsts or [0] * batch, dtype=torch.int64, device=device).unsqueeze(1)
+        row_starts = (row_starts + torch.arange(rows, device=device) * (pitch or cols)).view(-1, 1)
+        columns = torch.arange(cols, device=device)
+    num_rows = min(batch * rows, max(1, _CHUNK_ELEMENTS // max(1, cols)))
+    buffers = torch.empty(
+        2, num_rows, cols, device=device, dtype=torch.float32
+    )  # fresh memory costs more than arithmetic
+    for start in range(0, batch * rows, num_rows):
+        r = slice(start, min(start + num_rows, batch * rows))
+        new, step = (buffer[: r.stop - start] for buffer in buffers)
+        old.read(r, every, new).mul_(decay)
         if isinstance(scale, Tensor):
-            new.copy_(torch.where(scale == 0, new, new - direction[start : start + step].float() * scale))
+            new = torch.where(scale == 0, new, new - towards.read(r, every, step).mul_(scale))
         elif scale != 0:
-            new.sub_(direction[start : start + step].float() * scale)
-        if key is not None and columns is not None:
-            row = torch.arange(start, start + len(piece), device=param.device)
-            new = _rounded(new, row.mul_(pitch).add_(first).unsqueeze(1) + columns, key)
-        if new is not piece:
-            piece.copy_(new)
+            new.sub_(towards.read(r, every, step).mul_(scale))
+        if keys is not None:
+            new = _rounded(new, row_starts[r] + columns, row_keys[r])
+        old.write(r, every, new)
 
 
 def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:

@@ -1,33 +1,66 @@
-"""Orthogonalization of normalized matrices: O = NS(X), nearest semi-orthogonal matrix up to the schedule's error."""
+"""Orthogonalization of normalized matrices: O = NS(X), nearest semi-orthogonal matrix up to the schedule's error.
+
+`newton_schulz` has the equations, `path` decides how a shape runs, from `rates`, `cost` and `stability`.
+"""
 
 from __future__ import annotations
 
 import torch
+from muon8bit_kernels import Backend
 from torch import Tensor
 
 from .coefficients import NAMES, Schedule, resolve
+from .cost import flops
 from .newton_schulz import gram, standard
-from .path import Path, batch_size, choose, flops
+from .path import Path, choose, forced_path
+from .precision import accumulating_in_fp32
+from .products import Products
+from .rates import RATES, Rates, device_kind
+from .stability import segments
+from .workspace import batch_size, workspace_bytes
 
-__all__ = ["NAMES", "Path", "Schedule", "batch_size", "choose", "flops", "orthogonalize", "resolve"]
+__all__ = [
+    "NAMES",
+    "RATES",
+    "Path",
+    "Rates",
+    "Schedule",
+    "batch_size",
+    "choose",
+    "device_kind",
+    "flops",
+    "forced_path",
+    "orthogonalize",
+    "resolve",
+    "segments",
+    "workspace_bytes",
+]
 
-_FORMS = {"standard": standard, "gram": gram}
 
-
-def orthogonalize(X: Tensor, schedule: Schedule, path: Path) -> Tensor:
-    """Newton-Schulz of a batch, whatever autocast says.
+def orthogonalize(X: Tensor, schedule: Schedule, path: Path, backend: Backend | None = None) -> Tensor:
+    """Newton-Schulz of a batch, whatever autocast and the process's fp32 precision say.
 
     Args:
-        X: [batch, rows, cols] in `path.dtype`, each matrix with Frobenius norm at most 1.
+        X: [batch, rows, cols] in `path.dtype`, each matrix with Frobenius norm at most 1. Overwritten.
         schedule: the coefficients, one triple a step.
         path: from `choose`.
+        backend: of the kernel that `path.products == "kernel"` asks for: None (by device), `"reference"`, `"triton"`.
 
     Returns:
-        [batch, rows, cols] in `path.dtype`; singular values of X near 0.7 to 1.2 (Jordan's coefficients).
+        [batch, rows, cols] in `path.dtype`, perhaps in the memory of X; singular values near 0.7 to 1.2 (Jordan's
+        coefficients).
     """
+    products = Products(path.products, backend)
     wide = X.mT if X.shape[-2] > X.shape[-1] else X
-    form = _FORMS[path.form]
-    with torch.autocast(X.device.type, enabled=False):  # the path chose the dtype
-        # A batch of one as a plain matrix: the 2-D products are the faster ones.
-        out = form(wide[0], schedule.steps)[None] if len(wide) == 1 else form(wide, schedule.steps)
+    # A batch of one as a plain matrix: the 2-D products are the faster ones.
+    matrix = wide[0] if len(wide) == 1 else wide
+    if X.device.type == "cpu" and (path.form == "standard" or path.products == "panels"):
+        # oneDNN is up to some 100 times slower on panels of a transposed view, and into one.
+        matrix = matrix.contiguous()
+    with torch.autocast(X.device.type, enabled=False), accumulating_in_fp32(path.dtype):
+        if path.form == "gram":
+            out = gram(matrix, schedule.steps, products, path.segments)
+        else:
+            out = standard(matrix, schedule.steps, products)
+    out = out.view(wide.shape)
     return out.mT if X.shape[-2] > X.shape[-1] else out

@@ -1,93 +1,134 @@
-"""Which form and dtype a shape takes, and how many matrices go together: by shape and device alone.
+"""Which form, dtype and products a shape takes: by shape and the table of rates alone.
 
 Free memory or a timing never decides, so a resumed run takes the same path and is bitwise the same run.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from functools import cache
-from math import prod
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from .coefficients import Schedule
+from .cost import Form, operations
+from .products import ProductKind
+from .rates import Rates, at_size, rates_of
+from .stability import fits_fp16, segments
 
-# Matrices with fewer rows than this gain on CPU from batching; above, one fills the cores.
-_CPU_BATCH_ROWS = 128
-# Below this, CPU products are not limited by the matrix rate: bf16 gains nothing and fp32 is far more accurate.
-_CPU_BF16_ROWS = 256
+# What one program of the tiny kernel takes: a small side up to this ...
+TINY_ROWS = 64
+# ... and no more elements (64 x 16384), since it has one multiprocessor whatever the size.
+TINY_ELEMENTS = 2**20
+# Beyond this many elements those of a normalized matrix (1 / sqrt(elements)) are subnormal in fp16. At 8192 x 28672,
+# just under it, fp16 still has .16 of the bf16 error (emulated, 1/k spectrum), at 2^32 .56.
+_FP16_MAX_ELEMENTS = 2**28
+# Squarer matrices have tiny singular values: there the fp16 Gram form with one restart has up to .77 of the bf16 error
+# (Gaussian), from here on .45 at most. The standard form is about as cheap for them.
+_FP16_GRAM_MIN_ASPECT = 1.25
 
 
 @dataclass(frozen=True)
 class Path:
-    """The form of the iteration, its dtype, and its cost in fp32 multiply-adds (2 each) at the device's rates."""
+    """How a shape is orthogonalized.
 
-    form: Literal["standard", "gram"]
-    dtype: torch.dtype
-    cost: float
-
-
-def flops(form: Literal["standard", "gram"], rows: int, cols: int, num_steps: int) -> int:
-    """Floating-point operations of the orthogonalization of one matrix, multiply-add = 2."""
-    m, n = min(rows, cols), max(rows, cols)
-    if form == "standard":
-        return num_steps * (4 * m * m * n + 2 * m**3)
-    return 4 * m * m * n + 2 * m**3 * (num_steps + (num_steps - 1) + 2 * (num_steps - 1))
-
-
-@cache
-def _bf16_rate(device_type: str) -> float:
-    """bf16 over fp32 matrix rate. CPU: oneDNN's kernels by instruction set (measured on AVX512_BF16: 1.9 to 2.1)."""
-    if device_type == "cuda":
-        return 8.0
-    if device_type != "cpu":
-        return 1.0
-    isa_limit = os.environ.get(
-        "ONEDNN_MAX_CPU_ISA", ""
-    ).upper()  # oneDNN's own switch: what it may not use is not there
-    if torch.cpu._is_amx_tile_supported() and (not isa_limit or "AMX" in isa_limit):
-        return 8.0
-    if torch.cpu._is_avx512_bf16_supported() and (not isa_limit or "BF16" in isa_limit or "AMX" in isa_limit):
-        return 1.95
-    return 0.4
-
-
-def _gram_is_stable(schedule: Schedule) -> bool:
-    """Whether fp32 can carry the Gram form through the schedule.
-
-    Rounding gives R eigenvalues near -2^-24 where X is rank-deficient, and a step multiplies them by a^2. Bound from
-    runs on ranks 1 and 4: five of Jordan's steps reach .014 (error 1e-3), six .17 (error .015), ten diverge.
+    Attributes:
+        form: of the iteration, `"standard"` or `"gram"`.
+        dtype: of X and every iterate: float32, bfloat16 or float16; accumulated in fp32.
+        products: how symmetric products are made, `"vendor"`, `"panels"` or `"kernel"`.
+        segments: of the Gram form, the numbers of steps between its restarts.
+        tiny: the whole step of these matrices fits the one-launch kernel (CUDA, fp32 Gram form).
+        cost: floating-point operations over the device's relative rate: compares paths of one shape and device.
     """
-    return prod(a for a, _, _ in schedule.steps) ** 2 * 2.0**-24 < 0.1
+
+    form: Form
+    dtype: torch.dtype
+    products: ProductKind = "vendor"
+    segments: tuple[int, ...] = ()
+    tiny: bool = False
+    cost: float = field(default=0.0, compare=False)
 
 
-@cache
-def choose(rows: int, cols: int, schedule: Schedule, device_type: str, dtype: torch.dtype | None = None) -> Path:
-    """The cheapest path for one matrix [rows, cols].
+_FORCED: ContextVar[dict[str, Any] | None] = ContextVar("_FORCED", default=None)
+
+
+@contextmanager
+def forced_path(**attributes: Any) -> Iterator[None]:
+    """In this context `choose` takes only paths with these attributes of `Path`: `forced_path(products="kernel")`.
+
+    For benchmarks and tests. `choose` raises ValueError where no path has them.
+    """
+    token = _FORCED.set(attributes)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def choose(
+    rows: int, cols: int, schedule: Schedule, kind: str, dtype: torch.dtype | None = None, *, tiny: bool = True
+) -> Path:
+    """The cheapest path for matrices [rows, cols].
+
+    In half precision fp16 is preferred to bf16, at equal cost: its error is .11 to .17 of that of torch.optim.Muon's
+    bf16 in the standard form, .1 to .45 in the Gram form (Gaussian, 1/k and half-rank spectra; emulated in torch, 64 to
+    512 rows). Where fp16 cannot hold the schedule or the shape, bf16 runs, in the standard form.
 
     Args:
-        dtype: restrict to float32 or bfloat16; None leaves both open. The Gram form needs true fp32, which a CPU
-            gives, and a schedule that does not amplify rounding too much.
+        schedule: of `resolve`; says which dtypes carry the Gram form, and with which restarts.
+        kind: of `device_kind`.
+        dtype: restrict to float32, bfloat16 or float16; None leaves all open.
+        tiny: whether the caller can take the one-launch kernel.
+
+    Raises:
+        ValueError: for fp16 with a schedule whose iterates it cannot hold, or a `forced_path` that does not exist.
     """
-    num_steps, rate = len(schedule.steps), _bf16_rate(device_type)
-    if device_type == "cpu" and min(rows, cols) < _CPU_BF16_ROWS:
-        rate = min(rate, 0.5)
+    if dtype == torch.float16 and not fits_fp16(schedule):
+        raise ValueError("ns_dtype=torch.float16 cannot hold the iterates of these ns_coefficients: use torch.bfloat16")
+    forced, rates = _FORCED.get() or {}, rates_of(kind)
     paths = [
-        Path("standard", torch.bfloat16, flops("standard", rows, cols, num_steps) / rate),
-        Path("standard", torch.float32, flops("standard", rows, cols, num_steps)),
+        replace(path, cost=_cost(path, rows, cols, len(schedule.steps), rates))
+        for path in _candidates(rows, cols, schedule, kind, dtype, tiny)
+        if all(getattr(path, name) == value for name, value in forced.items())
     ]
-    if device_type == "cpu" and _gram_is_stable(schedule):
-        paths.append(Path("gram", torch.float32, flops("gram", rows, cols, num_steps)))
-    return min((p for p in paths if dtype in (None, p.dtype)), key=lambda p: p.cost)
+    if not paths:
+        raise ValueError(f"no path of a matrix [{rows}, {cols}] on {kind} in {dtype or 'any dtype'} has {forced}")
+    return min(paths, key=lambda path: path.cost)
 
 
-def batch_size(rows: int, cols: int, dtype: torch.dtype, device_type: str, budget_bytes: int) -> int:
-    """How many matrices [rows, cols] to orthogonalize together: their iterates fit into `budget_bytes`."""
-    m, n = min(rows, cols), max(rows, cols)
-    if device_type == "cpu" and m >= _CPU_BATCH_ROWS:
-        return 1
-    live_bytes = dtype.itemsize * (2 * m * n + 3 * m * m)  # X, its successor, and three small products
-    return max(1, budget_bytes // max(1, live_bytes))
+def _candidates(
+    rows: int, cols: int, schedule: Schedule, kind: str, dtype: torch.dtype | None, tiny: bool
+) -> Iterator[Path]:
+    """The paths that are accurate on this kind of device; of equal ones the preferred first."""
+    rates = rates_of(kind)
+    kinds: list[ProductKind] = ["vendor", *([rates.symmetric_kind] if rates.symmetric_kind else [])]
+    small, large = min(rows, cols), max(rows, cols)
+    is_unfit_for_fp16 = small * large > _FP16_MAX_ELEMENTS or not fits_fp16(schedule)
+    fits_tiny = kind.startswith("cuda") and small <= TINY_ROWS and small * large <= TINY_ELEMENTS
+    for candidate in (torch.float16, torch.bfloat16, torch.float32):
+        if dtype not in (None, candidate) or (dtype is None and candidate == torch.float16 and is_unfit_for_fp16):
+            continue
+        parts = segments(schedule, candidate) if rates.gram else None
+        if candidate == torch.float16 and large < _FP16_GRAM_MIN_ASPECT * small:
+            parts = None
+        for products in kinds:
+            yield Path("standard", candidate, products)
+            if parts:
+                yield Path("gram", candidate, products, parts)
+        if candidate == torch.float32 and parts and len(parts) == 1 and tiny and fits_tiny:
+            yield Path("gram", candidate, "vendor", parts, tiny=True)
+
+
+def _cost(path: Path, rows: int, cols: int, num_steps: int, rates: Rates) -> float:
+    """The cost function: operations over relative rates. A launch of many tiny matrices is cheaper than any."""
+    if path.tiny:
+        return 0.0
+    small = min(rows, cols)
+    rate = {torch.float16: at_size(rates.fp16, small), torch.bfloat16: at_size(rates.bf16, small)}.get(path.dtype)
+    gain = None if path.products == "vendor" else at_size(rates.symmetric, small)
+    symmetric, other = operations(path.form, rows, cols, num_steps, max(1, len(path.segments)))
+    efficiency = (rates.gram or 1.0) if path.form == "gram" else 1.0
+    return (symmetric / (gain or 1.0) + other) / ((rate or 1.0) * efficiency)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +36,32 @@ def triton_kernels() -> ModuleType:
     from muon8bit_kernels import triton_kernels
 
     return triton_kernels
+
+
+@dataclass(frozen=True)
+class CompiledKernels:
+    """Every shipped kernel compiled for GPUs that need not be there: records by name and target, and their code."""
+
+    folder: Path
+    records: Mapping[tuple[str, str], Any]
+    table: str
+
+    def text(self, name: str, target: str, suffix: str) -> str:
+        return (self.folder / target / f"{name}.{suffix}").read_text()
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompiledKernels:
+    """What the command behind the committed table compiles, in processes of its own; kept until a source changes."""
+    pytest.importorskip("triton")
+    from bench import compile_table, compiling
+
+    table = tmp_path_factory.mktemp("compiled") / "table.md"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    subprocess.run([sys.executable, compile_table.__file__, "--out", table], env=environment, check=True)
+    folder = compile_table.CACHE / f"compiled-{compile_table.sources_key()}"
+    return CompiledKernels(folder, compiling.load(folder), table.read_text())
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from muon8bit_kernels import kernels_for, reference
+from muon8bit_kernels import dispatch, kernels_for, reference
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -15,6 +15,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_reference_runs_off_cuda_and_wherever_it_is_asked_for(device, backend, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # does not make Triton the default
     assert kernels_for(device, backend) is reference
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    """What is asked for here must be decided here."""
+    dispatch.kernels_for.cache_clear()
+    yield
+    dispatch.kernels_for.cache_clear()
 
 
 @pytest.mark.parametrize("backend", [None, "triton"])
@@ -47,3 +55,10 @@ def test_missing_triton_raises_with_the_ways_out(device, backend, monkeypatch):
 def test_an_unknown_backend_raises(device, backend):
     with pytest.raises(ValueError, match="backend must be None, 'reference' or 'triton', not"):
         kernels_for(device, backend)
+
+
+def test_a_compiler_that_fuses_on_blackwell_is_refused():
+    dispatch._check_compiler((10, 0), "3.7.1")
+    dispatch._check_compiler((9, 0), "3.6.0")
+    with pytest.raises(RuntimeError, match=r"triton 3\.6\.0 fuses.*capability 10.*triton >= 3\.7.*backend='reference'"):
+        dispatch._check_compiler((10, 0), "3.6.0")

@@ -1,4 +1,4 @@
-"""Runs test_triton.py and test_triton_update.py under Triton's interpreter, in a process of its own.
+"""Runs the tests of the Triton kernels under Triton's interpreter, in a process of its own.
 
 Triton takes TRITON_INTERPRET when it is imported, which other tests have done by now; and in a process that has it,
 nothing can be compiled, and a backend that is to be refused on the CPU is not.
@@ -17,7 +17,10 @@ import pytest
 
 def test_triton_kernels_interpreted_equal_reference_bitwise():
     pytest.importorskip("triton")
-    suites = [Path(__file__).with_name(f"test_{name}.py") for name in ("triton", "triton_update")]
+    suites = [
+        Path(__file__).with_name(f"test_triton_{name}.py")
+        for name in ("quantize", "momentum", "update", "tiles", "tiny", "gemm")
+    ]
     command = [sys.executable, "-m", "pytest", *suites, "-m", "not gpu", "-p", "no:cacheprovider"]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

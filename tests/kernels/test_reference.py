@@ -43,7 +43,7 @@ def numpy_encode(values, scales, codebook):
 
 
 def numpy_step(state, grad, beta, nesterov, codebook, block_size):
-    """One momentum step in float32 -> m, u, absmax, and the new state (codes and scales, or m alone)."""
+    """One momentum step in float32 -> m, u, and the new state (codes and scales, or m alone)."""
     beta, one_minus_beta, g = F32(beta), F32(1.0 - beta), grad.astype(F32)
     if codebook is None:
         old = state[0]
@@ -55,9 +55,9 @@ def numpy_step(state, grad, beta, nesterov, codebook, block_size):
     for row, index, cols in blocks_of(m, block_size):
         absmax[row, index] = np.abs(m[row, cols]).max()
     if codebook is None:
-        return m, u, absmax, (m, None)
+        return m, u, (m, None)
     scales = np.where(absmax < TINY, F32(0), absmax)
-    return m, u, absmax, (numpy_encode(m, spread_scales(scales, m.shape[1], block_size), codebook), scales)
+    return m, u, (numpy_encode(m, spread_scales(scales, m.shape[1], block_size), codebook), scales)
 
 
 def start_state(rows, cols, codebook, block_size, seed=0):
@@ -210,6 +210,18 @@ def test_matrices_without_elements_pass_through(shape):
 # --- the two-phase momentum step ---
 
 
+def stats(codes, scales, grad, **options):
+    """Of one matrix: sumsq [rows, blocks]."""
+    stacks = [codes[None]], None if scales is None else [scales[None]], [grad[None]]
+    return reference.momentum_stats(*stacks, **options)[0]
+
+
+def apply_(codes, scales, grad, norm, out, **options):
+    """To one matrix, all arguments 2-D and `norm` 0-d."""
+    stacks = [codes[None]], None if scales is None else [scales[None]], [grad[None]]
+    reference.momentum_apply(*stacks, norm.view(1), out[None], **options)
+
+
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(
@@ -222,13 +234,12 @@ def test_five_steps_match_float32_oracle_bitwise(codebook, nesterov, rows, cols,
     options = {"beta": 0.95, "nesterov": nesterov, "codebook": codebook, "block_size": block_size}
     for _ in range(5):
         grad = torch.randn(rows, cols, generator=generator) * torch.randn(rows, 1, generator=generator).exp()
-        _, u, largest, state = numpy_step(state, grad.numpy(), 0.95, nesterov, codebook, block_size)
-        absmax, sumsq = reference.momentum_stats(codes, scales, grad, **options)
+        _, u, state = numpy_step(state, grad.numpy(), 0.95, nesterov, codebook, block_size)
+        sumsq = stats(codes, scales, grad, **options)
         norm = sumsq.sum().sqrt().clamp(min=1e-7)
         out = torch.empty(rows, cols)
-        reference.momentum_apply(codes, scales, grad, absmax, norm, out, **options)
-        assert np.array_equal(absmax.numpy(), largest)
-        assert np.array_equal(out.numpy(), u / norm.numpy())
+        apply_(codes, scales, grad, norm, out, **options)
+        assert np.array_equal(out.numpy(), u * (F32(1) / norm.numpy()))
         assert np.array_equal(codes.numpy(), state[0])
         assert codebook is None or np.array_equal(scales.numpy(), state[1])
         for row, index, block in blocks_of(u, block_size):  # a sum of n squares in any order of fp32 additions
@@ -245,9 +256,9 @@ def test_newton_schulz_sees_the_momentum_before_it_is_quantized(codebook, nester
     old = reference.dequantize(codes, scales, codebook=codebook, block_size=64).double()
     m = 0.9 * old + 0.1 * grad.double()
     u = 0.9 * m + 0.1 * grad.double() if nesterov else m
-    absmax, sumsq = reference.momentum_stats(codes, scales, grad, **options)
+    sumsq = stats(codes, scales, grad, **options)
     out = torch.empty(6, 150)
-    reference.momentum_apply(codes, scales, grad, absmax, sumsq.sum().sqrt(), out, **options)
+    apply_(codes, scales, grad, sumsq.sum().sqrt(), out, **options)
     stored = reference.dequantize(codes, scales, codebook=codebook, block_size=64).double()
     # fp32 rounding alone: a few units of the largest term
     torch.testing.assert_close(out.double(), u / u.norm(), rtol=0, atol=float(8 * 2**-24 * u.abs().max() / u.norm()))
@@ -265,20 +276,10 @@ def test_a_non_finite_gradient_shows_in_its_block_alone(codebook, bad):
     for row, col in [(0, 0), (1, 63), (1, 64), (2, 127), (2, 128), (0, 149), (2, 140)]:
         grad = torch.ones(3, 150)
         grad[row, col] = bad
-        absmax, sumsq = reference.momentum_stats(codes, scales, grad, **options)
+        sumsq = stats(codes, scales, grad, **options)
         expected = torch.ones(3, 3, dtype=torch.bool)
         expected[row, col // 64] = False
-        assert torch.equal(absmax.isfinite(), expected)
         assert torch.equal(sumsq.isfinite(), expected)
-
-
-@pytest.mark.parametrize("codebook", CODEBOOKS)
-def test_absmax_of_a_block_of_nan_is_nan(codebook):
-    codes, scales = start_state(2, 70, codebook, 64)
-    absmax, _ = reference.momentum_stats(
-        codes, scales, torch.full((2, 70), torch.nan), beta=0.9, nesterov=False, codebook=codebook, block_size=64
-    )
-    assert bool(absmax.isnan().all())
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
@@ -294,12 +295,57 @@ def test_gradient_dtype_and_strides_do_not_matter(codebook, dtype):
     results = []
     for grad in [values.float(), *layouts]:
         codes, scales = start_state(20, 150, codebook, 64)
-        absmax, sumsq = reference.momentum_stats(codes, scales, grad, **options)
+        sumsq = stats(codes, scales, grad, **options)
         out = torch.empty(150, 20).t()
-        reference.momentum_apply(codes, scales, grad, absmax, torch.tensor(3.0), out, **options)
-        results.append((codes, absmax, sumsq, out))
+        apply_(codes, scales, grad, torch.tensor(3.0), out, **options)
+        results.append((codes, scales if scales is not None else codes, sumsq, out))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_a_batch_of_stacks_equals_its_matrices_one_by_one(codebook):
+    """Stacks of 1, 3 and 2 matrices, with gaps between them, cut into pieces that straddle matrices."""
+    generator = torch.Generator().manual_seed(4)
+    state = [start_state(7, 150, codebook, 64, seed=i) for i in range(6)]
+    grads = [torch.randn(9, 7, 150, generator=generator)[start:stop] for start, stop in ((0, 1), (3, 6), (7, 9))]
+    norms = torch.rand(6, generator=generator) + 0.5
+    options = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": 64}
+
+    def stacks(place):
+        """Rows 0 to 7 of matrices that have 8 in memory."""
+        if codebook is None and place == 1:
+            return None
+        padded = [torch.nn.functional.pad(matrix[place], (0, 0, 0, 1)) for matrix in state]
+        return [torch.stack(padded[start:stop])[:, :7] for start, stop in ((0, 1), (1, 4), (4, 6))]
+
+    codes, scales, out = stacks(0), stacks(1), torch.empty(6, 150, 7).mT
+    sumsq = reference.momentum_stats(codes, scales, grads, **options)
+    reference.momentum_apply(codes, scales, grads, norms, out, **options)
+    for i, (grad, (old_codes, old_scales)) in enumerate(zip(torch.cat(grads), state, strict=True)):
+        assert torch.equal(sumsq[i], stats(old_codes, old_scales, grad, **options))
+        expected = torch.empty(7, 150)
+        apply_(old_codes, old_scales, grad, norms[i], expected, **options)
+        assert torch.equal(out[i], expected)
+        assert torch.equal(torch.cat(codes)[i], old_codes)
+        assert scales is None or torch.equal(torch.cat(scales)[i], old_scales)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_skip_writes_nothing_where_it_is_not_zero(codebook):
+    codes, scales = start_state(5, 70, codebook, 64)
+    stacks = [codes[None]], None if scales is None else [scales[None]], [torch.ones(1, 5, 70)]
+    before = [t.clone() for t in (codes, scales) if t is not None]
+    options = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": 64}
+    for skip, writes in ((torch.tensor(1.0), False), (torch.tensor(0.0), True)):
+        out = torch.full((1, 5, 70), torch.nan)
+        reference.momentum_apply(*stacks, torch.ones(1), out, **options, skip=skip)
+        after = [t for t in (codes, scales) if t is not None]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)) != writes
+        assert bool(out.isfinite().all()) == writes
+        param = torch.ones(1, 5, 70)
+        reference.update_params([param], torch.ones(1, 5, 70), decay=1.0, scale=0.5, skip=skip)
+        assert bool((param == 0.5).all()) == writes
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
@@ -309,26 +355,23 @@ def test_zero_state_and_zero_gradient_stay_zero(codebook):
         codes, scales = reference.quantize(codes, codebook=codebook, block_size=64)
     before = codes.clone()
     options = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": 64}
-    absmax, sumsq = reference.momentum_stats(codes, scales, torch.zeros(3, 70), **options)
+    sumsq = stats(codes, scales, torch.zeros(3, 70), **options)
     out = torch.full((3, 70), 9.0)
-    reference.momentum_apply(codes, scales, torch.zeros(3, 70), absmax, torch.tensor(1e-7), out, **options)
-    assert not absmax.any()
-    assert not absmax.signbit().any()
+    apply_(codes, scales, torch.zeros(3, 70), torch.tensor(1e-7), out, **options)
+    assert scales is None or not (scales.any() or scales.signbit().any())
     assert not sumsq.any()
     assert not out.any()
     assert torch.equal(codes, before)
 
 
-def test_out_is_divided_in_float32_and_rounded_once():
+def test_out_is_scaled_in_float32_and_rounded_once():
     momentum = torch.randn(4, 100, generator=torch.Generator().manual_seed(5))
     options = {"beta": 0.9, "nesterov": False, "codebook": None, "block_size": 64}
     u = F32(0.9) * momentum.numpy()
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         out = torch.empty(4, 100, dtype=dtype)
-        reference.momentum_apply(
-            momentum.clone(), None, torch.zeros(4, 100), torch.zeros(4, 2), torch.tensor(3.7), out, **options
-        )
-        assert torch.equal(out, torch.from_numpy(u / F32(3.7)).to(dtype))
+        apply_(momentum.clone(), None, torch.zeros(4, 100), torch.tensor(3.7), out, **options)
+        assert torch.equal(out, torch.from_numpy(u * (F32(1) / F32(3.7))).to(dtype))
 
 
 @pytest.mark.gpu
@@ -341,8 +384,7 @@ def test_reference_on_cuda_equals_reference_on_cpu_bitwise(hard_matrix, codebook
     results = []
     for codes, scales in states:
         grad, out = hard_matrix(150).to(codes.device), torch.empty(14, 150, device=codes.device)
-        absmax, _ = reference.momentum_stats(codes, scales, grad, **options)
-        reference.momentum_apply(codes, scales, grad, absmax, torch.tensor(3.7, device=codes.device), out, **options)
-        results.append([codes.cpu(), absmax.cpu(), out.cpu()])
+        apply_(codes, scales, grad, torch.tensor(3.7, device=codes.device), out, **options)
+        results.append([codes.cpu(), out.cpu()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert codebook is None or CODE_DTYPES[codebook] == results[0][0].dtype

@@ -140,19 +140,38 @@ def test_pieces_with_their_offsets_are_the_whole(pieces):
     assert not torch.equal(moved, whole)
 
 
+def update(param, direction, *, decay, scale, key=None, first=0, pitch=None):
+    """Of one matrix, 2-D."""
+    places = {"keys": None if key is None else [key], "firsts": [first], "pitch": pitch}
+    reference.update_params([param[None]], direction[None], decay=decay, scale=scale, **places)
+
+
 def test_shards_of_rows_and_columns_reproduce_the_whole():
     """Each part of a matrix, updated alone under its global indices, equals the whole updated at once."""
     torch.manual_seed(0)
     start, direction, key = torch.randn(12, 20).bfloat16(), torch.randn(12, 20), rounding_key(0, 3, 1)
     whole = start.clone()
-    reference.update_param(whole, direction, decay=0.999, scale=1e-3, key=key)
+    update(whole, direction, decay=0.999, scale=1e-3, key=key)
     parts = start.clone()
     for rows in (slice(0, 5), slice(5, 12)):
         for cols in (slice(0, 9), slice(9, 20)):
             first = rows.start * 20 + cols.start
             options = {"decay": 0.999, "scale": 1e-3, "key": key, "first": first, "pitch": 20}
-            reference.update_param(parts[rows, cols], direction[rows, cols], **options)
+            update(parts[rows, cols], direction[rows, cols], **options)
     assert torch.equal(parts, whole)
+
+
+def test_a_batch_draws_the_bits_of_its_matrices_one_by_one():
+    torch.manual_seed(0)
+    start, directions = torch.randn(5, 12, 20).bfloat16(), torch.randn(5, 20, 12).mT
+    keys, firsts = [rounding_key(0, 3, index) for index in (0, 1, 1, 1, 9)], [0, 240, 480, 2**33, 5]
+    whole, parts = start.clone(), start.clone()
+    stacks = [whole[:1], whole[1:4], whole[4:]]
+    options = {"decay": 0.999, "scale": 1e-3, "pitch": 25}
+    reference.update_params(stacks, directions, **options, keys=keys, firsts=firsts)
+    for param, direction, key, first in zip(parts, directions, keys, firsts, strict=True):
+        update(param, direction, **options, key=key, first=first)
+    assert torch.equal(whole, parts)
 
 
 def test_rows_cut_to_fit_the_cache_change_no_bit(monkeypatch):
@@ -164,7 +183,7 @@ def test_rows_cut_to_fit_the_cache_change_no_bit(monkeypatch):
     for size in (2**16, 47):
         monkeypatch.setattr(module, "_CHUNK_ELEMENTS", size)
         param = start.clone()
-        module.update_param(param, direction, decay=0.999, scale=1e-3, key=key)
+        update(param, direction, decay=0.999, scale=1e-3, key=key)
         results += [param, module.round_stochastic(direction.contiguous(), key=key, first=11)]
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[3])
@@ -181,7 +200,7 @@ def test_every_operation_is_rounded_by_itself(dtype, direction_dtype):
     expected = torch.from_numpy(start.float().numpy() * decay - step).to(dtype)
     for factors in ((float(decay), float(scale)), (torch.tensor(decay), torch.tensor(scale))):
         param = start.clone()
-        reference.update_param(param, direction, decay=factors[0], scale=factors[1])
+        update(param, direction, decay=factors[0], scale=factors[1])
         assert torch.equal(param, expected)
 
 
@@ -193,11 +212,11 @@ def test_scale_zero_and_decay_one_change_no_bit(zero, key):
     every = every[~every.isnan()].view(2, -1)
     param = every.clone()
     one = 1.0 if isinstance(zero, float) else torch.tensor(1.0)
-    reference.update_param(param, -torch.ones(every.shape), decay=one, scale=zero, key=key)
+    update(param, -torch.ones(every.shape), decay=one, scale=zero, key=key)
     assert torch.equal(int16(param), int16(every))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_key_for_another_dtype_raises(dtype):
     with pytest.raises(ValueError, match=r"stochastic rounding is for bfloat16 parameters, not torch\.float"):
-        reference.update_param(torch.zeros(2, 2, dtype=dtype), torch.ones(2, 2), decay=1.0, scale=1.0, key=0)
+        update(torch.zeros(2, 2, dtype=dtype), torch.ones(2, 2), decay=1.0, scale=1.0, key=0)

@@ -10,6 +10,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from bitwise import assert_bitwise, bits, on
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layouts import laid_out
 from muon8bit_kernels import reference, rounding_key
 
@@ -23,83 +26,99 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 KEY = rounding_key(2**40 + 1, 17, 3)
-LAYOUTS = ["rows", "columns", "sliced"]
+LAYOUTS = ["rows", "columns", "sliced", "row piece", "column piece"]
 
 
-def bits(tensor):
-    """On the CPU, as integers; one bit pattern for all NaN."""
-    tensor = torch.where(tensor.isnan(), torch.nan, tensor).cpu().contiguous()
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])
+def random_stacks(counts, rows, cols, dtype=torch.float32, layout="rows", seed=0):
+    """One stack [count, rows, cols] a count."""
+    generator = torch.Generator().manual_seed(seed)
+    return [laid_out(torch.randn(n, rows, cols, generator=generator).to(dtype), layout) for n in counts]
 
 
-def on(device, tensor):
-    """The same values and strides on a device."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
+def check(kernels, device, params, directions, decay=0.99, scale=0.013, skip=None, **options):
+    """Update both, and compare what lies between the rows and around them too."""
+    whole = [p.as_strided((p.untyped_storage().nbytes() // p.itemsize,), (1,), 0) for p in params]
+    our_whole = [storage.to(device, copy=True) for storage in whole]
+    ours = [w.as_strided(p.shape, p.stride(), p.storage_offset()) for w, p in zip(our_whole, params, strict=True)]
+    reference.update_params(params, directions, decay=decay, scale=scale, skip=skip, **options)
+    decay, scale, skip = (f.to(device) if isinstance(f, torch.Tensor) else f for f in (decay, scale, skip))
+    kernels.update_params(ours, on(device, directions), decay=decay, scale=scale, skip=skip, **options)
+    for left, right in zip(our_whole, whole, strict=True):
+        assert_bitwise(left, right)
 
 
-def check(kernels, device, param, direction, decay=0.99, scale=0.013, **options):
-    ours = on(device, param)
-    reference.update_param(param, direction, decay=decay, scale=scale, **options)
-    factors = [f.to(device) if isinstance(f, torch.Tensor) else f for f in (decay, scale)]
-    kernels.update_param(ours, on(device, direction), decay=factors[0], scale=factors[1], **options)
-    assert ours.dtype == param.dtype
-    assert torch.equal(bits(ours), bits(param))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("dtype", "key"),
-    [(torch.float32, None), (torch.float16, None), (torch.bfloat16, None), (torch.bfloat16, KEY)],
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    counts=st.sampled_from([[1], [3], [1, 1], [2, 1]]),
+    rows=st.one_of(st.integers(1, 5), st.integers(1, 70)),
+    cols=st.one_of(st.integers(1, 5), st.integers(1, 300)),
+    kind=st.sampled_from(
+        [(torch.float32, False), (torch.float16, False), *[(torch.bfloat16, r) for r in (False, True)]]
+    ),
+    layout=st.sampled_from(LAYOUTS),
+    direction_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    direction_layout=st.sampled_from(LAYOUTS),
 )
-@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 5), (9, 1), (33, 65), (2, 2049), (700, 3)])
-def test_update_equals_reference_bitwise(triton_kernels, device, rows, cols, dtype, key, layout):
-    generator = torch.Generator().manual_seed(rows)
-    param, direction = (torch.randn(rows, cols, generator=generator) for _ in range(2))
-    other = LAYOUTS[LAYOUTS.index(layout) - 1]
-    for direction_dtype in (torch.float32, torch.bfloat16):
-        check(
-            triton_kernels,
-            device,
-            laid_out(param.to(dtype), layout),
-            laid_out(direction.to(direction_dtype), other),
-            key=key,
-        )
+def test_update_equals_reference_bitwise_on_any_stacks(
+    triton_kernels, device, counts, rows, cols, kind, layout, direction_dtype, direction_layout
+):
+    dtype, stochastic = kind
+    params = random_stacks(counts, rows, cols, dtype, layout)
+    (directions,) = random_stacks([sum(counts)], rows, cols, direction_dtype, direction_layout, seed=1)
+    keys = [rounding_key(1, 2, index) for index in range(sum(counts))] if stochastic else None
+    check(triton_kernels, device, params, directions, keys=keys)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (9, 1), (2100, 1), (1, 600), (700, 3), (2, 257)])
+def test_update_equals_reference_bitwise_on_narrow_shapes(triton_kernels, device, rows, cols):
+    params = random_stacks([1, 1], rows, cols, torch.bfloat16)
+    (directions,) = random_stacks([2], rows, cols, seed=1)
+    check(triton_kernels, device, params, directions, keys=[KEY, 3])
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("flag", [0.0, 1.0, torch.nan])
+def test_a_flag_that_is_not_zero_keeps_parameters_as_they_are(triton_kernels, device, layout, flag):
+    params = random_stacks([2], 40, 150, torch.bfloat16, layout)
+    before = params[0].clone()
+    check(triton_kernels, device, params, torch.ones(2, 40, 150), skip=torch.tensor(flag), keys=[KEY, KEY])
+    assert torch.equal(params[0], before) == (flag != 0)
 
 
 @pytest.mark.parametrize("first", [1, 16, 2**31 - 40, 2**32 - 40, 2**40 + 7])
 @pytest.mark.parametrize("pitch", [None, 1, 2**31 + 3])
 def test_global_indices_are_those_of_the_reference(triton_kernels, device, first, pitch):
-    torch.manual_seed(0)
-    param, direction = torch.randn(5, 40).bfloat16(), torch.randn(5, 40)
-    check(triton_kernels, device, param, direction, key=KEY, first=first, pitch=pitch)
+    params, (directions,) = random_stacks([1, 2], 5, 40, torch.bfloat16), random_stacks([3], 5, 40, seed=1)
+    check(triton_kernels, device, params, directions, keys=[KEY, 1, -1], firsts=[first, 0, first + 200], pitch=pitch)
 
 
-@pytest.mark.parametrize("key", [None, 0, 1, 16, -1, KEY])
+@pytest.mark.parametrize("key", [None, -1, KEY])
 def test_every_bf16_number_and_every_special_value(triton_kernels, device, key):
-    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).view(32, 2048)
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((32, 2048)).astype(np.float32))
-    check(triton_kernels, device, every.clone(), noise * every.float().nan_to_num(), key=key, scale=2**-9)
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).view(1, 256, 256)
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 256, 256)).astype(np.float32))
+    keys = None if key is None else [key]
+    check(triton_kernels, device, [every.clone()], noise * every.float().nan_to_num(), keys=keys, scale=2**-9)
     for one, zero in ((1.0, 0.0), (torch.tensor(1.0), torch.tensor(0.0))):
-        param = on(device, every)
-        triton_kernels.update_param(param, on(device, -noise.abs()), decay=one, scale=zero, key=key)
-        assert torch.equal(bits(param), bits(every))
+        param, factors = on(device, every), [f.to(device) if isinstance(f, torch.Tensor) else f for f in (one, zero)]
+        triton_kernels.update_params([param], on(device, -noise.abs()), decay=factors[0], scale=factors[1], keys=keys)
+        assert_bitwise(param, every)
 
 
-def test_factors_may_be_tensors(triton_kernels, device):
-    torch.manual_seed(0)
-    param, direction = torch.randn(5, 40).bfloat16(), torch.randn(5, 40)
-    check(triton_kernels, device, param, direction, torch.tensor(0.9), torch.tensor(0.1), key=KEY)
+@pytest.mark.parametrize("factors", [(torch.tensor(0.9), torch.tensor(0.1)), (0.9, torch.tensor(0.1))])
+def test_factors_may_be_tensors(triton_kernels, device, factors):
+    params, (directions,) = random_stacks([1, 2], 5, 40, torch.bfloat16), random_stacks([3], 5, 40, seed=1)
+    check(triton_kernels, device, params, directions, *factors, keys=[KEY] * 3)
 
 
 @pytest.mark.parametrize("key", [None, KEY])
 def test_nan_stays_nan_whatever_its_low_bits(triton_kernels, device, key):
     payloads = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -(2**23) + 1], dtype=torch.int32)
-    direction = payloads.view(torch.float32).repeat(2, 40)
-    param = torch.zeros(direction.shape, dtype=torch.bfloat16, device=device)
-    triton_kernels.update_param(param, direction.to(device), decay=1.0, scale=-1.0, key=key)
+    directions = payloads.view(torch.float32).repeat(1, 2, 40)
+    param, keys = torch.zeros(directions.shape, dtype=torch.bfloat16, device=device), None if key is None else [key]
+    triton_kernels.update_params([param], directions.to(device), decay=1.0, scale=-1.0, keys=keys)
     assert param.isnan().all()
     if key is not None:
-        assert triton_kernels.round_stochastic(direction.to(device), key=key).isnan().all()
+        assert triton_kernels.round_stochastic(directions.to(device), key=key).isnan().all()
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 2100])
@@ -111,11 +130,19 @@ def test_round_stochastic_equals_reference_bitwise(triton_kernels, device, shape
     assert torch.equal(bits(rounded), bits(reference.round_stochastic(values, key=KEY, first=first)))
 
 
-def test_a_key_for_another_dtype_raises(triton_kernels, device):
-    with pytest.raises(ValueError, match="stochastic rounding is for bfloat16"):
-        triton_kernels.update_param(
-            torch.zeros(2, 2, device=device), torch.ones(2, 2, device=device), decay=1.0, scale=1.0, key=0
-        )
+def test_what_one_launch_cannot_take_raises(triton_kernels, device):
+    ones = torch.ones(2, 3, 4, device=device)
+    for params, directions, options, message in (
+        ([ones], ones, {"keys": [0, 0]}, "stochastic rounding is for bfloat16"),
+        ([ones[:1], ones[1:].half()], ones, {}, "params: a stack"),
+        ([ones[:1], laid_out(ones[1:], "columns")], ones, {}, "params: a stack"),
+        ([ones], ones[:1], {}, "directions"),
+        ([ones], ones.mT, {}, "directions"),
+        ([ones.bfloat16()], ones, {"keys": [0]}, "shorter|longer|argument"),
+        ([ones.bfloat16()], ones, {"keys": [0, 0], "firsts": [0]}, "shorter|longer|argument"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triton_kernels.update_params(params, directions, decay=1.0, scale=1.0, **options)
 
 
 def test_the_optimizer_rounds_alike_by_either_backend(device):
@@ -133,3 +160,17 @@ def test_the_optimizer_rounds_alike_by_either_backend(device):
         results.append([bits(param.detach()) for param in params])
     assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
     assert not torch.equal(*results[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize(("dtype", "keys"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, [KEY, 5])])
+@pytest.mark.parametrize(("rows", "cols"), [(512, 2048), (1000, 768), (4096, 16), (333, 5001)])
+def test_compiled_updates_equal_reference_bitwise_on_large_shapes(
+    triton_kernels, device, layout, dtype, keys, rows, cols
+):
+    if device.type != "cuda":
+        pytest.skip("the interpreter is slow")
+    params = random_stacks([1, 1], rows, cols, dtype)
+    (directions,) = random_stacks([2], rows, cols, torch.bfloat16, layout, seed=1)
+    check(triton_kernels, device, params, directions, keys=keys)

@@ -1,0 +1,57 @@
+"""Lists of stacks: what a kernel call works on.
+
+A stack is a view [count, rows, cols] of one tensor: a matrix is a stack of one, a tensor of experts one of many. A call
+takes a list of stacks of equal rows and columns for each argument, and numbers their matrices through: a batch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+def batch_shape(stacks: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Number of matrices in all stacks, their rows and their columns."""
+    return sum(len(stack) for stack in stacks), stacks[0].shape[1], stacks[0].shape[2]
+
+
+class Rows:
+    """The rows of a list of stacks, numbered through, as if they were those of one matrix."""
+
+    def __init__(self, stacks: Sequence[Tensor]) -> None:
+        self._parts: list[Tensor] = []
+        for stack in stacks:
+            if stack.shape[0] == 1 or stack.stride(0) == stack.shape[1] * stack.stride(1):
+                self._parts.append(stack.flatten(0, 1))
+            else:
+                self._parts.extend(stack.unbind(0))
+        self._starts = list(accumulate((part.shape[0] for part in self._parts), initial=0))
+
+    def _views(self, rows: slice, cols: slice) -> list[Tensor]:
+        """What lies in these rows, tensor by tensor."""
+        first, last = bisect_right(self._starts, rows.start) - 1, bisect_left(self._starts, rows.stop)
+        views = self._parts[first:last]
+        if cols.stop - cols.start < views[0].shape[1]:
+            views = [view[:, cols] for view in views]
+        if rows.stop < self._starts[last]:
+            views[-1] = views[-1][: rows.stop - self._starts[last - 1]]
+        if rows.start > self._starts[first]:
+            views[0] = views[0][rows.start - self._starts[first] :]
+        return views
+
+    def read(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        """Copy to `out` [rows, cols] of any dtype, which is returned."""
+        views = self._views(rows, cols)
+        return out.copy_(views[0]) if len(views) == 1 else torch.cat(views, out=out)
+
+    def write(self, rows: slice, cols: slice, values: Tensor) -> None:
+        """Copy `values` [rows, cols], of any dtype, to where the rows lie."""
+        views = self._views(rows, cols)
+        if len(views) == 1:
+            views[0].copy_(values)
+        else:  # converted at once: that runs on all cores
+            torch._foreach_copy_(views, values.to(views[0].dtype).split([view.shape[0] for view in views]))

@@ -1,0 +1,79 @@
+"""Non-finite gradients: found before anything is written, told at once on the CPU, without a wait on other devices.
+
+A `Verdict` is what one step found. On the CPU, and for `on_nonfinite="raise_at_once"`, it is read before the step
+writes. Elsewhere the step goes on with `skip`, a number on each device that stops its kernels from writing; a copy of
+the flags travels to the host meanwhile and is read when the next step begins, or the state is asked for. By then the
+device has long passed that point, so nobody waits, and what happens does not depend on timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient holds a NaN or Inf, or values beyond 1e19, whose squares overflow fp32; nothing changed.
+
+    Attributes:
+        names: the parameters whose gradients are not finite.
+        step: which call of `step()` it was, counted from 1 since the optimizer was made.
+    """
+
+    def __init__(self, names: Sequence[str], step: int) -> None:
+        self.names, self.step = tuple(names), step
+        shown = ", ".join(self.names[:5]) + (f" and {len(self.names) - 5} more" if len(self.names) > 5 else "")
+        super().__init__(
+            f"NaN, Inf or overflow in the gradient of {shown}, at call {step} of step(). That call changed nothing. "
+            "Lower the learning rate or find the operation that overflows; on_nonfinite='skip' skips such steps and "
+            "counts them"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...], int]]:
+        return type(self), (self.names, self.step)
+
+
+class Verdict:
+    """Whether the gradients of one step are finite.
+
+    Args:
+        found: how to name parameters, and True where the gradient of the parameter at the same place is finite:
+            bool [n], on the gradients' device. A name may occur more than once.
+        step: the number of the call of `step()`.
+    """
+
+    def __init__(self, found: Iterable[tuple[Callable[[], list[str]], Tensor]], step: int) -> None:
+        self.step = step
+        by_device: dict[torch.device, list[tuple[Callable[[], list[str]], Tensor]]] = {}
+        for names, flags in found:
+            by_device.setdefault(flags.device, []).append((names, flags))
+        self._namers = [names for members in by_device.values() for names, _ in members]
+        finite = [torch.cat([flags for _, flags in members]) for members in by_device.values()]
+        self._bad = [~flags.all() for flags in finite]
+        self._on_host = [flags.to("cpu", non_blocking=True) for flags in finite]  # from CUDA into pinned memory
+        self._copied = [torch.cuda.current_stream(d).record_event() for d in by_device if d.type == "cuda"]
+        self._skips: dict[torch.device, Tensor] = {}
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether `skip` can do instead of `nonfinite_names` before anything is written: on CUDA alone."""
+        return all(bad.device.type == "cuda" for bad in self._bad)
+
+    def skip(self, device: torch.device) -> Tensor:
+        """0-d fp32 on `device`: 1 if any gradient on any device is not finite, else 0."""
+        if device not in self._skips:
+            everywhere = torch.stack([bad.to(device, non_blocking=True) for bad in self._bad])
+            self._skips[device] = everywhere.any().float()
+        return self._skips[device]
+
+    def nonfinite_names(self) -> list[str]:
+        """The parameters whose gradients are not finite; waits until the flags are on the host."""
+        for event in self._copied:
+            event.synchronize()
+        finite = [ok for flags in self._on_host for ok in flags.tolist()]
+        if all(finite):
+            return []
+        names = [name for namer in self._namers for name in namer()]
+        return list(dict.fromkeys(name for name, ok in zip(names, finite, strict=True) if not ok))

@@ -1,0 +1,135 @@
+"""What happens where the verdict on the gradients is not waited for, as on CUDA; played on the CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from muon8bit_kernels import ops
+
+from muon8bit import Muon8bit, NonFiniteGradientError, nonfinite
+
+
+@pytest.fixture(autouse=True)
+def _asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", True)
+
+
+def make(**options):
+    torch.manual_seed(0)
+    params = {name: torch.nn.Parameter(torch.randn(8, 16).bfloat16()) for name in ("a", "b", "embed")}
+    groups = [
+        {"params": [("a", params["a"]), ("b", params["b"])], "lr": 0.02},
+        {"params": [("embed", params["embed"])], "algorithm": "adamw", "lr": 0.01},
+    ]
+    return params, Muon8bit(groups, param_rounding="stochastic", **options)
+
+
+def set_grads(params, seed, bad=None, value=torch.nan):
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in params.items():
+        param.grad = torch.randn(8, 16, generator=generator).bfloat16()
+        if name == bad:
+            param.grad[3, 5] = value
+
+
+def snapshot(params, optimizer):
+    state = {(name, key): t.clone() for name, p in params.items() for key, t in optimizer.state[p].items()}
+    return state | {(name, "param"): p.detach().clone() for name, p in params.items()}
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    assert all(torch.equal(value, right[key]) for key, value in left.items())
+
+
+@pytest.mark.parametrize("bad", ["a", "b", "embed"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_step_changes_nothing_and_is_told_at_the_next(bad, value):
+    params, optimizer = make()
+    for seed in range(2):
+        set_grads(params, seed)
+        optimizer.step()
+    before = snapshot(params, optimizer)
+    set_grads(params, 2, bad, value)
+    optimizer.step()
+    assert_equal(before, snapshot(params, optimizer))
+    set_grads(params, 3)
+    with pytest.raises(NonFiniteGradientError, match=rf"gradient of {bad}, at call 3 of step\(\)") as error:
+        optimizer.step()
+    assert (error.value.names, error.value.step) == ((bad,), 3)
+    assert_equal(before, snapshot(params, optimizer))
+
+
+def test_after_the_error_the_run_goes_on_as_if_the_bad_step_had_not_been():
+    """Bitwise, stochastic rounding and AdamW's step counter included."""
+    params, optimizer = make()
+    twin_params, twin = make()
+    for seed in range(4):
+        if seed == 2:
+            set_grads(params, 9, "b")
+            optimizer.step()
+            with pytest.raises(NonFiniteGradientError):
+                optimizer.state_dict()
+        for some, its in ((params, optimizer), (twin_params, twin)):
+            set_grads(some, seed)
+            its.step()
+    assert_equal(snapshot(params, optimizer), snapshot(twin_params, twin))
+    assert optimizer.param_groups[0]["rounding_step"] == twin.param_groups[0]["rounding_step"] == 4
+
+
+def test_skipped_steps_are_counted_and_leave_no_trace():
+    params, optimizer = make(on_nonfinite="skip")
+    twin_params, twin = make()
+    for seed in range(3):
+        set_grads(params, 7 + seed, "a")
+        optimizer.step()
+        for some, its in ((params, optimizer), (twin_params, twin)):
+            set_grads(some, seed)
+            its.step()
+    assert optimizer.num_skipped_steps == 3
+    assert_equal(snapshot(params, optimizer), snapshot(twin_params, twin))
+
+
+def test_raise_at_once_waits_and_stores_nothing():
+    params, optimizer = make(on_nonfinite="raise_at_once")
+    set_grads(params, 0, "embed")
+    with pytest.raises(NonFiniteGradientError, match="gradient of embed, at call 1"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.state_dict()  # nothing is left to tell
+
+
+def test_a_copy_is_told_what_its_original_has_not_been():
+    params, optimizer = make()
+    set_grads(params, 0, "a")
+    optimizer.step()
+    with pytest.raises(NonFiniteGradientError):
+        copy.deepcopy(optimizer)
+
+
+def test_a_loaded_state_has_nothing_to_do_with_the_last_step():
+    params, optimizer = make()
+    set_grads(params, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    set_grads(params, 1, "a")
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    set_grads(params, 2)
+    optimizer.step()
+    assert optimizer.param_groups[0]["rounding_step"] == 2
+
+
+def test_the_kernels_get_the_flag_and_not_the_host(monkeypatch):
+    """One kernel call a batch, each with the flag."""
+    calls = []
+    for name in ("momentum_apply", "update_params"):
+        original = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, f=original, n=name: calls.append((n, args[-2])) or f(*args))
+    params, optimizer = make()
+    set_grads(params, 0, "b")
+    optimizer.step()
+    assert [name for name, _ in calls] == ["momentum_apply", "update_params"]
+    assert all(skip.shape == () and skip.dtype == torch.float32 and skip == 1 for _, skip in calls)

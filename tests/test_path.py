@@ -1,0 +1,169 @@
+"""Which path a shape takes, and the counts it rests on."""
+
+import pytest
+import torch
+
+from muon8bit.orthogonalize import (
+    RATES,
+    Path,
+    Rates,
+    choose,
+    device_kind,
+    flops,
+    forced_path,
+    resolve,
+)
+
+JORDAN = resolve("jordan", 5)
+FP32_GRAM = ("gram", torch.float32, "vendor")
+
+
+def chosen(rows, cols, kind, dtype=None, schedule=JORDAN, **options):
+    path = choose(rows, cols, schedule, kind, dtype, **options)
+    return path.form, path.dtype, path.products
+
+
+# By hand, five steps, 2 m^2 n for a product [m, n] x [n, m], 2 m^3 for one of two [m, m]:
+#   standard     10 products with n, 5 without: 20 m^2 n + 10 m^3;    triangle  15 m^2 n +  5 m^3
+#   Gram          2 products with n, 17 without:  4 m^2 n + 34 m^3;   triangle   3 m^2 n + 17 m^3
+#   one restart   4 products with n, 14 without:  8 m^2 n + 28 m^3;   triangle   6 m^2 n + 14 m^3
+HAND_COUNTS = {
+    # m = n = 1024: m^2 n = m^3 = 1073741824, times 30, 20, 38, 20, 36, 20
+    (1024, 1024): (32212254720, 21474836480, 40802189312, 21474836480, 38654705664, 21474836480),
+    # m = 256, n = 1024: m^2 n = 67108864, m^3 = 16777216
+    (256, 1024): (1509949440, 1090519040, 838860800, 486539264, 1006632960, 637534208),
+    # m = 1024, n = 2816: m^2 n = 2952790016, m^3 = 1073741824
+    (2816, 1024): (69793218560, 49660559360, 48318382080, 27111981056, 53687091200, 32749125632),
+    # m = 3, n = 7: m^2 n = 63, m^3 = 27
+    (3, 7): (1530, 1080, 1170, 648, 1260, 756),
+    # m = 512, n = 4096: m^2 n = 1073741824, m^3 = 134217728
+    (512, 4096): (22817013760, 16777216000, 8858370048, 5502926848, 12348030976, 8321499136),
+}
+
+
+@pytest.mark.parametrize("shape", HAND_COUNTS)
+def test_flops_match_a_hand_count(shape):
+    for rows, cols in (shape, shape[::-1]):
+        counts = [
+            flops(form, rows, cols, 5, triangle=triangle, num_segments=num_segments)
+            for form, num_segments in (("standard", 1), ("gram", 1), ("gram", 2))
+            for triangle in (False, True)
+        ]
+        assert tuple(counts) == HAND_COUNTS[shape]
+
+
+def test_flops_of_one_step_and_of_many_restarts():
+    """One step: R, R^2, Q X. Ten steps in segments of 2, 3, 3, 2: 4 of R and QX; 10 Z, 6 ZQ, 6 ZRZ of two."""
+    assert flops("gram", 4, 10, 1) == 4 * 160 + 2 * 64
+    assert flops("gram", 4, 10, 10, num_segments=4) == 4 * 4 * 160 + (10 + 6 + 12) * 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        ("cpu", (1000, 1000), ("standard", torch.float32, "vendor")),
+        ("cpu", (1024, 1024), ("standard", torch.float32, "panels")),
+        ("cpu", (4096, 1024), ("gram", torch.float32, "panels")),
+        ("cpu", (256, 1024), FP32_GRAM),
+        ("cpu_amx", (1024, 4096), ("standard", torch.bfloat16, "panels")),
+        ("cpu_amx", (16, 4096), FP32_GRAM),  # too small for the matrix rate to matter
+        ("cuda_sm90", (1024, 1024), ("standard", torch.float16, "vendor")),
+        ("cuda_sm90", (1024, 4096), ("gram", torch.float16, "vendor")),
+        ("cuda_sm90", (4096, 1024), ("gram", torch.float16, "vendor")),
+        ("cuda_sm90", (2**14, 2**15), ("standard", torch.bfloat16, "vendor")),  # subnormal in fp16
+        ("rocm", (1024, 4096), ("standard", torch.bfloat16, "vendor")),
+        ("mps", (1024, 4096), ("standard", torch.bfloat16, "vendor")),
+    ],
+)
+def test_path_is_the_cheapest_by_the_table(kind, shape, expected):
+    assert chosen(*shape, kind) == expected
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cpu_avx512_bf16", "cpu_amx", "cuda_sm80", "mps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_path_honours_a_forced_dtype(kind, dtype):
+    for shape in ((64, 4096), (1024, 1024), (4096, 1024), (2**14, 2**15)):
+        path = choose(*shape, JORDAN, kind, dtype)
+        assert path.dtype is dtype
+        assert path == choose(*shape[::-1], JORDAN, kind, dtype)
+
+
+def test_half_precision_gram_is_fp16_with_its_restart_on_narrow_shapes_only():
+    with forced_path(form="gram"):
+        assert choose(800, 1000, JORDAN, "cuda", torch.float16).segments == (2, 3)
+        with pytest.raises(ValueError, match=r"no path of a matrix \[801, 1000\] on cuda in torch.float16"):
+            choose(801, 1000, JORDAN, "cuda", torch.float16)
+        with pytest.raises(ValueError, match="no path"):
+            choose(800, 1000, JORDAN, "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("forced", [{"form": "standard"}, {"products": "kernel"}, {"dtype": torch.bfloat16}])
+def test_forced_path_holds_inside_its_context_only(forced):
+    before = choose(256, 4096, JORDAN, "cuda")
+    with forced_path(**forced):
+        path = choose(256, 4096, JORDAN, "cuda")
+        assert {name: getattr(path, name) for name in forced} == forced
+    assert choose(256, 4096, JORDAN, "cuda") == before != path
+
+
+def test_installed_rates_decide(monkeypatch):
+    """Triangles at twice the vendor's speed: from 1:1.25 on the Gram form has fewer operations, by kernel."""
+    rates = Rates(bf16=((0, 8.0),), fp16=((0, 8.0),), symmetric_kind="kernel", symmetric=((1024, 2.0),))
+    monkeypatch.setitem(RATES, "cuda_sm90", rates)
+    assert chosen(1024, 1024, "cuda_sm90") == ("standard", torch.float16, "kernel")
+    assert chosen(1024, 1280, "cuda_sm90") == ("gram", torch.float16, "kernel")
+    assert chosen(1000, 1000, "cuda_sm90") == ("standard", torch.float16, "vendor")  # no gain measured there
+    assert chosen(1024, 1280, "cuda_sm80") == ("standard", torch.float16, "vendor")
+    slower = Rates(bf16=((0, 8.0),), fp16=((0, 8.0),), symmetric_kind="kernel", symmetric=((0, 0.9),))
+    monkeypatch.setitem(RATES, "cuda_sm90", slower)
+    assert chosen(1024, 1024, "cuda_sm90") == ("standard", torch.float16, "vendor")
+
+
+def test_no_gpu_without_measured_gain_uses_the_symmetric_kernel():
+    for rows, cols in [(128, 128), (512, 2048), (4096, 14336), (8192, 8192)]:
+        for dtype in (None, torch.float16, torch.bfloat16, torch.float32):
+            assert choose(rows, cols, JORDAN, "cuda_sm120", dtype).products == "vendor"
+
+
+def test_tiny_matrices_take_one_launch_on_cuda():
+    assert choose(16, 2048, JORDAN, "cuda") == Path("gram", torch.float32, "vendor", (5,), tiny=True)
+    assert choose(2**14, 64, JORDAN, "cuda", torch.float32).tiny
+    for shape, kind, options in (
+        ((16, 2048), "cpu", {}),
+        ((65, 2048), "cuda", {}),
+        ((64, 2**14 + 1), "cuda", {}),  # too long for one program
+        ((16, 2048), "cuda", {"tiny": False}),
+        ((16, 2048), "cuda", {"dtype": torch.float16}),
+        ((16, 2048), "cuda", {"schedule": resolve("jordan", 6)}),  # fp32 would need a restart
+    ):
+        assert not choose(*shape, options.pop("schedule", JORDAN), kind, **options).tiny, (shape, kind)
+
+
+def test_fp32_gram_restarts_where_the_schedule_amplifies_rounding():
+    assert choose(64, 4096, JORDAN, "cpu").segments == (5,)
+    assert choose(64, 4096, resolve("deepseek_v4", 10), "cpu").segments == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("amx", "bf16", "limit", "kind"),
+    [
+        (True, True, "", "cpu_amx"),
+        (False, True, "", "cpu_avx512_bf16"),
+        (False, False, "", "cpu"),
+        (True, True, "AVX512_CORE_BF16", "cpu_avx512_bf16"),
+        (True, True, "avx2", "cpu"),
+        (True, True, "AVX512_CORE_AMX", "cpu_amx"),
+    ],
+)
+def test_cpu_kind_is_what_onednn_may_use(monkeypatch, amx, bf16, limit, kind):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert device_kind.__wrapped__(torch.device("cpu")) == kind
+
+
+def test_cuda_kind_names_the_architecture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert device_kind.__wrapped__(torch.device("cuda", 3)) == "cuda_sm90"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert device_kind.__wrapped__(torch.device("cuda", 3)) == "rocm"
