@@ -34,8 +34,8 @@ ARMS = {
 }
 SEARCHED = ("adamw", "muon8bit linear")  # the other Muons take the latter's rate
 FIRST_RATES = {
-    ("lora", "adamw"): [1e-3, 2e-3, 4e-3],
-    ("lora", "muon8bit linear"): [2e-3, 4e-3, 8e-3],
+    ("lora", "adamw"): [5e-4, 1e-3, 2e-3],
+    ("lora", "muon8bit linear"): [7.5e-4, 1.5e-3, 3e-3],
     ("full", "adamw"): [5e-5, 1e-4, 2e-4],
     ("full", "muon8bit linear"): [2e-4, 4e-4, 8e-4],
 }
