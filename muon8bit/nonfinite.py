@@ -3,7 +3,8 @@
 A `Verdict` is what one step found. On the CPU, and for `on_nonfinite="raise_at_once"`, it is read before the step
 writes. Elsewhere the step goes on with `skip`, a number on each device that stops its kernels from writing; a copy of
 the flags travels to the host meanwhile and is read when the next step begins, or the state is asked for. By then the
-device has long passed that point, so nobody waits, and what happens does not depend on timing.
+device has passed that point, unless the host runs more than a whole step ahead and has to wait here: what happens does
+not depend on timing.
 """
 
 from __future__ import annotations
