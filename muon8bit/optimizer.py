@@ -181,9 +181,10 @@ class Muon8bit(Optimizer):
         if wait and (names := verdict.nonfinite_names()):
             self._refuse(names, verdict.step)
             return loss
-        self._pending = None if wait else verdict
-        phases.write(work, self.state, options, self._pending)
+        pending = None if wait else verdict
+        phases.write(work, self.state, options, pending)
         rounding.advance(self.param_groups)
+        self._pending = pending  # only now: settling takes back what was advanced
         return loss
 
     def _refuse(self, names: list[str], step: int) -> None:

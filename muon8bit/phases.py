@@ -54,7 +54,8 @@ class Work:
             yield self._namer([entry.index for entry in members]), sumsq.isfinite()
 
     def _namer(self, indices: Sequence[int]) -> Callable[[], list[str]]:
-        return lambda: [describe(self.group, self.group_index, index) for index in indices]
+        group, group_index = self.group, self.group_index  # not self, which would keep the gradients alive
+        return lambda: [describe(group, group_index, index) for index in indices]
 
 
 def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
