@@ -161,9 +161,12 @@ class Muon8bit(Optimizer):
             self.param_groups.pop()
             raise
 
+    # There is nothing to fuse between the kernels, and the bits of a run would change.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` (called with gradients enabled) returned, else None.
+        """One step; returns what `closure` (called with gradients enabled) returned, else None. In a compiled training
+        step it runs eagerly.
 
         Raises:
             NonFiniteGradientError: by this step, before anything was written, or on CUDA by the one before.

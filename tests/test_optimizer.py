@@ -342,3 +342,31 @@ def test_unavailable_backend_raises_and_says_the_way_out(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="backend='reference'"):
         Muon8bit([param_with_grad()], backend="triton").step()
+
+
+def mixed_optimizer(seed=0):
+    torch.manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 12), (8, 12), (2, 9, 20), (5,))]
+    params += [torch.nn.Parameter(torch.randn(8, 12).bfloat16())]
+    groups = [
+        {"params": params[:3]},
+        {"params": params[4:], "split_sizes": (4, 8), "split_dim": -1, "codebook": "dynamic"},
+        {"params": params[3:4], "algorithm": "adamw", "lr": 0.01},
+    ]
+    for param in params:
+        param.grad = torch.randn(param.shape).to(param.dtype)
+    return params, Muon8bit(groups, param_rounding="stochastic")
+
+
+def test_a_compiled_training_step_equals_the_eager_one():
+    """Bitwise: the step runs eagerly in it."""
+    params, optimizer = mixed_optimizer()
+    twins, twin = mixed_optimizer()
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        step()
+        twin.step()
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    twin.step()
+    for left, right in zip(params, twins, strict=True):
+        assert torch.equal(left, right)
