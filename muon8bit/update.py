@@ -44,7 +44,7 @@ def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[T
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         rate = lr.reshape(()).float()
     else:
-        rate = torch.tensor(float(lr), dtype=torch.float64)
+        rate = torch.tensor(float(lr), dtype=torch.float64, device="cpu")
     return 1 - rate * weight_decay, rate * ratio
 
 

@@ -370,3 +370,14 @@ def test_a_compiled_training_step_equals_the_eager_one():
     twin.step()
     for left, right in zip(params, twins, strict=True):
         assert torch.equal(left, right)
+
+
+def test_the_default_device_does_not_matter():
+    """torch.set_default_device is where tensors without a device are made; no tensor of a step is one."""
+    params, optimizer = mixed_optimizer()
+    twins, twin = mixed_optimizer()
+    with torch.device("meta"):
+        optimizer.step()
+    twin.step()
+    for left, right in zip(params, twins, strict=True):
+        assert torch.equal(left, right)
