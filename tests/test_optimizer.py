@@ -381,3 +381,20 @@ def test_the_default_device_does_not_matter():
     twin.step()
     for left, right in zip(params, twins, strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 24), (24, 16), (2, 8, 24)])
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_a_parameter_of_a_new_shape_is_refused_by_name(shape, algorithm):
+    """Its momentum is of the old one; a smaller parameter must not pass for a piece of it."""
+    param = param_with_grad()
+    optimizer = Muon8bit([{"params": [("layer.weight", param)], "algorithm": algorithm, "lr": 0.1}])
+    optimizer.step()
+    before = {key: tensor.clone() for key, tensor in optimizer.state[param].items()}
+    param.grad = None
+    param.data = torch.ones(shape)
+    param.grad = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"layer.weight .*momentum of shape \(16, 24\)"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(shape))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in optimizer.state[param].items())
