@@ -398,3 +398,13 @@ def test_a_parameter_of_a_new_shape_is_refused_by_name(shape, algorithm):
         optimizer.step()
     assert torch.equal(param, torch.ones(shape))
     assert all(torch.equal(tensor, before[key]) for key, tensor in optimizer.state[param].items())
+
+
+@pytest.mark.parametrize("sizes", [None, (8, 16)])
+def test_zero_gradients_move_nothing_however_small_eps_is(sizes):
+    """fp32 cannot hold this eps, which would be a division by zero."""
+    param = param_with_grad()
+    before = param.detach().clone()
+    param.grad.zero_()
+    Muon8bit([{"params": [param], "split_sizes": sizes, "split_dim": -1}], weight_decay=0.0, eps=1e-60).step()
+    assert torch.equal(param, before)
