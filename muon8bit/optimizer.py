@@ -161,9 +161,12 @@ class Muon8bit(Optimizer):
             self.param_groups.pop()
             raise
 
+    # There is nothing to fuse between the kernels, and the bits of a run would change.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` (called with gradients enabled) returned, else None.
+        """One step; returns what `closure` (called with gradients enabled) returned, else None. In a compiled training
+        step it runs eagerly.
 
         Raises:
             NonFiniteGradientError: by this step, before anything was written, or on CUDA by the one before.
@@ -181,9 +184,10 @@ class Muon8bit(Optimizer):
         if wait and (names := verdict.nonfinite_names()):
             self._refuse(names, verdict.step)
             return loss
-        self._pending = None if wait else verdict
-        phases.write(work, self.state, options, self._pending)
+        pending = None if wait else verdict
+        phases.write(work, self.state, options, pending)
         rounding.advance(self.param_groups)
+        self._pending = pending  # only now: settling takes back what was advanced
         return loss
 
     def _refuse(self, names: list[str], step: int) -> None:

@@ -54,7 +54,8 @@ class Work:
             yield self._namer([entry.index for entry in members]), sumsq.isfinite()
 
     def _namer(self, indices: Sequence[int]) -> Callable[[], list[str]]:
-        return lambda: [describe(self.group, self.group_index, index) for index in indices]
+        group, group_index = self.group, self.group_index  # not self, which would keep the gradients alive
+        return lambda: [describe(group, group_index, index) for index in indices]
 
 
 def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
@@ -102,12 +103,19 @@ def _entries(
             name = describe(group, group_index, index)
             raise ValueError(f"lr is a tensor on {lr_device}, {name} is on {param.device}: keep lr on the CPU")
         momentum = key = None
+        stored = state.get(param)
         if is_rounded:
             key = rounding.key_of(param, describe(group, group_index, index), num_before + index, group)
         if is_muon:
-            stored, format = state.get(param), Format.of(param.shape, *form)
+            format = Format.of(param.shape, *form)
             momentum = Momentum.from_state(stored, format) if stored else None
             momentum = momentum or Momentum.zeros(param.shape, format, param.device)
+        if stored and (shape := (momentum.codes if momentum else stored["exp_avg"]).shape) != param.shape:
+            name = describe(group, group_index, index)
+            raise ValueError(
+                f"{name} is {tuple(param.shape)} now, with a momentum of shape {tuple(shape)}: delete its entry in the "
+                "optimizer's state, and its momentum starts at zero"
+            )
         yield Entry(index, param, grad, momentum, key)
 
 

@@ -29,8 +29,9 @@ def lr_ratio(rows: int, cols: int, adjust_lr_fn: str | None) -> float:
 
 
 def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
-    """The divisors of Newton-Schulz inputs, fp32, the shape of `sumsq`: factor * max(sqrt(sumsq), eps)."""
-    return sumsq.sqrt().clamp(min=eps).mul(factor)
+    """The divisors of Newton-Schulz inputs, fp32, the shape of `sumsq`: factor * max(sqrt(sumsq), eps). An eps
+    under the smallest normal fp32 counts as that: a divisor is never 0."""
+    return sumsq.sqrt().clamp(min=max(eps, torch.finfo(torch.float32).tiny)).mul(factor)
 
 
 def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[T
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         rate = lr.reshape(()).float()
     else:
-        rate = torch.tensor(float(lr), dtype=torch.float64)
+        rate = torch.tensor(float(lr), dtype=torch.float64, device="cpu")
     return 1 - rate * weight_decay, rate * ratio
 
 

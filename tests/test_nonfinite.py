@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -120,6 +121,33 @@ def test_a_loaded_state_has_nothing_to_do_with_the_last_step():
     set_grads(params, 2)
     optimizer.step()
     assert optimizer.param_groups[0]["rounding_step"] == 2
+
+
+def test_a_step_that_was_not_waited_for_keeps_no_gradient_alive():
+    """Until the next step the verdict stays; the gradients would be a second set beside those of that step."""
+    params, optimizer = make()
+    set_grads(params, 0)
+    grads = [weakref.ref(param.grad) for param in params.values()]
+    optimizer.step()
+    optimizer.zero_grad()
+    assert [grad() for grad in grads] == [None] * 3
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_step_that_failed_takes_back_no_step_of_rounding(policy, monkeypatch):
+    params, optimizer = make(on_nonfinite=policy)
+    set_grads(params, 0, "a")
+
+    def fails(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "momentum_apply", fails)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    set_grads(params, 1)
+    optimizer.step()
+    assert [group["rounding_step"] for group in optimizer.param_groups] == [1, 1]
 
 
 def test_the_kernels_get_the_flag_and_not_the_host(monkeypatch):

@@ -342,3 +342,69 @@ def test_unavailable_backend_raises_and_says_the_way_out(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="backend='reference'"):
         Muon8bit([param_with_grad()], backend="triton").step()
+
+
+def mixed_optimizer(seed=0):
+    torch.manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 12), (8, 12), (2, 9, 20), (5,))]
+    params += [torch.nn.Parameter(torch.randn(8, 12).bfloat16())]
+    groups = [
+        {"params": params[:3]},
+        {"params": params[4:], "split_sizes": (4, 8), "split_dim": -1, "codebook": "dynamic"},
+        {"params": params[3:4], "algorithm": "adamw", "lr": 0.01},
+    ]
+    for param in params:
+        param.grad = torch.randn(param.shape).to(param.dtype)
+    return params, Muon8bit(groups, param_rounding="stochastic")
+
+
+def test_a_compiled_training_step_equals_the_eager_one():
+    """Bitwise: the step runs eagerly in it."""
+    params, optimizer = mixed_optimizer()
+    twins, twin = mixed_optimizer()
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        step()
+        twin.step()
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    twin.step()
+    for left, right in zip(params, twins, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_the_default_device_does_not_matter():
+    """torch.set_default_device is where tensors without a device are made; no tensor of a step is one."""
+    params, optimizer = mixed_optimizer()
+    twins, twin = mixed_optimizer()
+    with torch.device("meta"):
+        optimizer.step()
+    twin.step()
+    for left, right in zip(params, twins, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 24), (24, 16), (2, 8, 24)])
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_a_parameter_of_a_new_shape_is_refused_by_name(shape, algorithm):
+    """Its momentum is of the old one; a smaller parameter must not pass for a piece of it."""
+    param = param_with_grad()
+    optimizer = Muon8bit([{"params": [("layer.weight", param)], "algorithm": algorithm, "lr": 0.1}])
+    optimizer.step()
+    before = {key: tensor.clone() for key, tensor in optimizer.state[param].items()}
+    param.grad = None
+    param.data = torch.ones(shape)
+    param.grad = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"layer.weight .*momentum of shape \(16, 24\)"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(shape))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in optimizer.state[param].items())
+
+
+@pytest.mark.parametrize("sizes", [None, (8, 16)])
+def test_zero_gradients_move_nothing_however_small_eps_is(sizes):
+    """fp32 cannot hold this eps, which would be a division by zero."""
+    param = param_with_grad()
+    before = param.detach().clone()
+    param.grad.zero_()
+    Muon8bit([{"params": [param], "split_sizes": sizes, "split_dim": -1}], weight_decay=0.0, eps=1e-60).step()
+    assert torch.equal(param, before)
