@@ -65,7 +65,9 @@ def _step_through_copies(
     tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
     chunks: Iterable[tuple[Tensor, ...]] = [tensors]
     if param.is_contiguous() and grad.is_contiguous():
-        chunks = zip(*(t.view(-1).split(max(1, options.workspace_bytes // _COPY_BYTES)) for t in tensors), strict=True)
+        # Whole vectors of 16: what is left over may be rounded otherwise.
+        size = max(16, options.workspace_bytes // _COPY_BYTES // 16 * 16)
+        chunks = zip(*(t.view(-1).split(size) for t in tensors), strict=True)
     before, first = state["step"].clone(), 0  # first: the chunk's first element, in the order of indices, not of memory
     for chunk, chunk_grad, exp_avg, exp_avg_sq in chunks:
         copy = chunk.float().contiguous()
