@@ -37,8 +37,7 @@ def read(stacks: Sequence[Stack], group: dict[str, Any], options: Options) -> li
         sums = []
         for chunk in chunks(members, size):
             momenta, grads = [stack.momentum for stack in chunk], flat(stack.grad for stack in chunk)
-            ema = {"beta": group["momentum"], "nesterov": group["nesterov"]}
-            sums.append(state.stats(momenta, grads, **ema, backend=options.backend).flatten(1).sum(1))
+            sums.append(state.stats(momenta, grads, **_average(group), backend=options.backend).flatten(1).sum(1))
         batches.append(Batch(members, sums[0] if len(sums) == 1 else torch.cat(sums)))
     return batches
 
@@ -70,12 +69,11 @@ def _step_whole(batch: Batch, group: dict[str, Any], schedule: Schedule, options
 
 def _step_tiny(batch: Batch, norms: Tensor, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
     """All of the second phase in one launch, in fp32."""
-    ema = {"beta": group["momentum"], "nesterov": group["nesterov"]}
     places = _places(batch.stacks, 0)
     with _written(batch.stacks) as params:
         decay, scale = _factors(params[0].shape, group)
-        update = {"decay": decay, "scale": scale, **places}
-        state.step_tiny_(batch.momenta, batch.grads, params, norms, schedule.steps, **ema, **update, **_how(options))
+        how = {**_average(group), "decay": decay, "scale": scale, **places, **_how(options)}
+        state.step_tiny_(batch.momenta, batch.grads, params, norms, schedule.steps, **how)
 
 
 def _step_columns(batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
@@ -111,8 +109,7 @@ def _step_columns(batch: Batch, group: dict[str, Any], schedule: Schedule, optio
 
 def _apply(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
     """The new momenta into codes and scales, and u / norm into `out` [batch, rows, cols]."""
-    ema = {"beta": group["momentum"], "nesterov": group["nesterov"]}
-    state.apply_(batch.momenta, batch.grads, norms, out, **ema, **_how(options))
+    state.apply_(batch.momenta, batch.grads, norms, out, **_average(group), **_how(options))
 
 
 def _update(
@@ -150,6 +147,10 @@ def _places(stacks: Sequence[Stack], first_column: int) -> dict[str, Any]:
     keys = [stack.key for stack in stacks for _ in range(stack.num_matrices)]
     firsts = [s.first + i * s.pitch + first_column for s in stacks for i in range(s.num_matrices)]
     return {"keys": keys, "firsts": firsts, "pitch": stacks[0].momentum.codes.shape[2]}
+
+
+def _average(group: dict[str, Any]) -> dict[str, Any]:
+    return {"beta": group["momentum"], "nesterov": group["nesterov"]}
 
 
 def _how(options: Options) -> dict[str, Any]:

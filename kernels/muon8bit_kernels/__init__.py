@@ -5,9 +5,12 @@ from .codebooks import CODE_DTYPES, Codebook, dynamic_map, zero_code
 from .dispatch import Backend, Kernels, kernels_for
 from .reference import num_blocks
 from .rounding import rounding_key
+from .tiny_reference import MAX_GROWTH, TINY_MAX
 
 __all__ = [
     "CODE_DTYPES",
+    "MAX_GROWTH",
+    "TINY_MAX",
     "Backend",
     "Codebook",
     "Kernels",

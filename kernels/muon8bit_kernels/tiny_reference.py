@@ -23,7 +23,7 @@ from .update_reference import check_rounding, update_params
 TINY_MAX = 64
 # Rounding gives R eigenvalues near -2^-24 where X is rank-deficient, and a step multiplies them by a^2. What they may
 # reach: five of Jordan's steps reach .014, Polar Express .058, six of Jordan's .17; ten diverge.
-_MAX_GROWTH = 0.1
+MAX_GROWTH = 0.1
 
 
 def check_tiny(rows: int, cols: int, steps: Sequence[tuple[float, float, float]]) -> None:
@@ -32,7 +32,7 @@ def check_tiny(rows: int, cols: int, steps: Sequence[tuple[float, float, float]]
     if min(rows, cols) > TINY_MAX:
         raise ValueError(f"step_tiny takes matrices with a side of at most {TINY_MAX}, not [{rows}, {cols}]")
     growth = prod(a for a, _, _ in steps) ** 2 * 2.0**-24
-    if not steps or growth >= _MAX_GROWTH:
+    if not steps or growth >= MAX_GROWTH:
         raise ValueError(f"step_tiny cannot carry the steps {list(steps)}: rounding grows to {growth:.2g}")
 
 

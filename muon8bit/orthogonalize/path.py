@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from muon8bit_kernels import TINY_MAX
 
 from .coefficients import Schedule
 from .cost import Form, operations
@@ -20,9 +21,8 @@ from .products import ProductKind
 from .rates import Rates, at_size, rates_of
 from .stability import fits_fp16, segments
 
-# What one program of the tiny kernel takes: a small side up to this ...
-TINY_ROWS = 64
-# ... and no more elements (64 x 16384), since it has one multiprocessor whatever the size.
+# What one program of the tiny kernel takes, its small side at most TINY_MAX: no more elements (64 x 16384), since it
+# has one multiprocessor whatever the size.
 TINY_ELEMENTS = 2**20
 # Beyond this many elements those of a normalized matrix (1 / sqrt(elements)) are subnormal in fp16. At 8192 x 28672,
 # just under it, fp16 still has .16 of the bf16 error (emulated, 1/k spectrum), at 2^32 .56.
@@ -121,7 +121,7 @@ def _candidates(
     kinds: list[ProductKind] = ["vendor", *([rates.symmetric_kind] if rates.symmetric_kind else [])]
     small, large = min(rows, cols), max(rows, cols)
     is_unfit_for_fp16 = small * large > _FP16_MAX_ELEMENTS or not fits_fp16(schedule)
-    fits_tiny = kind.startswith("cuda") and small <= TINY_ROWS and small * large <= TINY_ELEMENTS
+    fits_tiny = kind.startswith("cuda") and small <= TINY_MAX and small * large <= TINY_ELEMENTS
     for candidate in (torch.float16, torch.bfloat16, torch.float32):
         if dtype not in (None, candidate) or (dtype is None and candidate == torch.float16 and is_unfit_for_fp16):
             continue

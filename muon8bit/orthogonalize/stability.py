@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from muon8bit_kernels import MAX_GROWTH
 
 from .coefficients import Schedule
 
@@ -16,7 +17,7 @@ from .coefficients import Schedule
 # steps reach .014 (error 1e-3), six .17 (error .015), ten diverge, on ranks 1 and 4. fp16: the limits cut five steps of
 # Jordan, "you" and Polar Express into two and three; three and two have up to 2.2 of the bf16 error (Polar Express,
 # 1/k). Later segments start from larger singular values.
-_GROWTH = {torch.float32: (2.0**-24, 0.1, 0.1), torch.float16: (2.0**-11, 0.6, 1.0)}
+_GROWTH = {torch.float32: (2.0**-24, MAX_GROWTH, MAX_GROWTH), torch.float16: (2.0**-11, 0.6, 1.0)}
 # Iterates of converging schedules stay under 40; fp16 ends at 65504.
 _LARGEST_IN_FP16 = 4096.0
 _SINGULAR_VALUES = 257
