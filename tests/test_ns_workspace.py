@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from allocator import peak_bytes
 
 from muon8bit.orthogonalize import Path, batch_size, choose, orthogonalize, resolve, workspace_bytes
 
@@ -21,18 +21,6 @@ PATHS = [
 ]
 
 
-def peak_bytes(function):
-    """What the CPU's allocator had given out at most while `function` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.form} {path.dtype} {path.products} {path.segments}")
 @pytest.mark.parametrize(
     ("batch", "rows", "cols"),
@@ -42,7 +30,7 @@ def test_counted_bytes_bound_the_peak(batch, rows, cols, path):
     """Within a factor of 1.5 from below. From above exactly, but for what oneDNN packs for itself: of single matrices,
     and of bf16, up to 256 KiB a core were seen."""
     x = torch.randn(batch, rows, cols).mul_((rows * cols) ** -0.5).to(path.dtype)
-    peak = x.nbytes + peak_bytes(lambda: orthogonalize(x, JORDAN, path))
+    peak = x.nbytes + peak_bytes(lambda: orthogonalize(x, JORDAN, path))[0]
     counted = batch * workspace_bytes(path, rows, cols, "cpu")
     packed = 2**18 * torch.get_num_threads() if batch == 1 or path.dtype == torch.bfloat16 else 0
     assert peak <= counted + packed + 64  # a scalar of the library's

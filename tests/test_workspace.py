@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from allocator import peak_bytes
 
 from muon8bit import Muon8bit
 
 MIB = 2**20
-
-
-def peak_bytes(function):
-    """What the allocator of the CPU had given out at most while `function` ran, and still at its end."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak, live
 
 
 def optimizer_of(shapes, dtype=torch.float32, budget=None, **group):

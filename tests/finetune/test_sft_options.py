@@ -9,16 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from refusals import check_refused
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def check_refused(outcome, *words):
-    assert outcome.code == 2, outcome
-    lines = outcome.err.strip().splitlines()
-    assert len(lines) == 1, lines
-    for word in words:
-        assert word in lines[0]
 
 
 @pytest.mark.parametrize(
