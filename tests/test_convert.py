@@ -349,7 +349,7 @@ def changed(path, value):
         (changed(("state",), []), "needs `state` and `param_groups`"),
         (changed(("param_groups", 0), 3), "group 0 is no parameter group"),
         (changed(("param_groups", 0, "params"), None), "no list 'params'"),
-        (changed(("param_groups", 0, "algorithm"), None), "group 0 was not saved by Muon8bit: .*source='torch'"),
+        (changed(("param_groups", 0, "algorithm"), None), "group 0 was not saved by Muon8bit: .*--from. torch"),
         (changed(("param_groups", 0, "algorithm"), "sgd"), "'sgd' is not one of muon, adamw"),
         (changed(("param_groups", 0, "momentum"), None), "group 0 lacks momentum"),
         (changed(("param_groups", 0, "momentum"), 2.0), "group 0: momentum must be"),

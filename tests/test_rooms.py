@@ -15,7 +15,7 @@ ALLOWED = {
     "finetune": {"muon8bit"},
     "examples": {"muon8bit", "integrations"},
     "integrations": {"muon8bit"},
-    "cli": {"muon8bit", "convert"},
+    "cli": {"muon8bit", "convert", "config"},
     "muon8bit": {"convert", "optimizer", "nonfinite", "report", "routing"},
     "convert": {"groups", "orthogonalize", "state", "config"},
     "report": {"_table", "config"},

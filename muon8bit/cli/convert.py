@@ -1,21 +1,56 @@
-"""`muon8bit convert IN OUT`: an optimizer's checkpoint in another format."""
+"""`muon8bit convert IN OUT`: an optimizer's checkpoint in another format, tensor by tensor."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..config import BITS, BLOCK_SIZES, CODEBOOKS
+from ..convert import DIALECTS, EXPORTS, convert_state_dict, files
 from .errors import InputError
 
 if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+_DESCRIPTION = """Write the checkpoint of an optimizer in another format. IN is a file of torch.save, such as
+Accelerate's optimizer.bin, and is not changed; OUT must not exist, and appears when it is complete. Tensors are
+converted one by one, so files larger than memory work."""
+
 
 def add_parser(subparsers: _Subparsers) -> None:
     """Add `convert` to the command."""
-    parser = subparsers.add_parser("convert", help="write an optimizer's checkpoint in another format")
-    parser.add_argument("source", metavar="IN")
-    parser.add_argument("target", metavar="OUT")
+    parser = subparsers.add_parser(
+        "convert", help="write an optimizer's checkpoint in another format", description=_DESCRIPTION
+    )
+    parser.add_argument("source", metavar="IN", type=Path, help="an optimizer's state dict")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
+    parser.add_argument("--bits", type=int, choices=BITS, help="of the momentum; default: as saved, 8 for imports")
+    parser.add_argument("--codebook", choices=CODEBOOKS, help="of 8 bits; default: as saved, linear for imports")
+    parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="elements a scale; default: as saved, 2048")
+    parser.add_argument(
+        "--from", dest="dialect", choices=DIALECTS, default="muon8bit", help="who saved IN (default: muon8bit)"
+    )
+    parser.add_argument(
+        "--to",
+        choices=EXPORTS,
+        default="muon8bit",
+        help="whose format OUT has (default: muon8bit); torch: a dict with the state dicts of torch.optim.Muon under "
+        "'muon' and of torch.optim.AdamW under 'adamw'",
+    )
+    parser.add_argument("--adamw", metavar="FILE", type=Path, help="with --from: AdamW's state dict, if IN is Muon's")
+    parser.add_argument(
+        "--like",
+        metavar="FILE",
+        type=Path,
+        help="a checkpoint whose groups, order and format OUT shall have, such as the state dict of a new optimizer; "
+        "parameters are matched by name",
+    )
+    parser.add_argument(
+        "--names", metavar="FILE", type=Path, help="one parameter name a line, Muon's before AdamW's, if IN has none"
+    )
+    parser.add_argument("--momentum", type=float, help="beta of a heavy-ball IN whose groups do not say it")
     parser.set_defaults(run=run)
 
 
@@ -23,6 +58,41 @@ def run(args: argparse.Namespace) -> int:
     """Convert; returns 0.
 
     Raises:
-        InputError: names the file, key or option that does not fit.
+        InputError: names the file, key or option that does not fit; then nothing was written.
     """
-    raise InputError(f"{args.source}: not a checkpoint")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            _convert(args)
+    except (ValueError, OSError) as error:
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        raise InputError(f"muon8bit convert: {message}") from error
+    for message in [str(warning.message) for warning in caught] or ["no momentum had to be converted"]:
+        print(f"{args.target}: {message}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if args.adamw is not None and args.dialect == "muon8bit":
+        raise ValueError("--adamw: Muon8bit saves one state dict; leave it out, or say --from torch or heavy-ball")
+    saved = files.read(args.source)
+    if args.adamw is not None:
+        saved = {"muon": saved, "adamw": files.read(args.adamw)}
+    options: dict[str, Any] = {
+        "bits": args.bits,
+        "codebook": args.codebook,
+        "block_size": args.block_size,
+        "momentum": args.momentum,
+        "like": None if args.like is None else files.read(args.like),
+        "names": None
+        if args.names is None
+        else [name.strip() for name in args.names.read_text().splitlines() if name.strip()],
+    }
+    if all(value is None for value in options.values()) and args.dialect == args.to == "muon8bit":
+        raise ValueError("nothing to do: give --bits, --codebook, --block-size, --like, --from or --to")
+    with files.written(args.target) as writer:
+        try:
+            structure = convert_state_dict(saved, source=args.dialect, target=args.to, keep=writer.keep, **options)
+        except ValueError as error:
+            raise ValueError(f"{args.source}: {error}") from error
+        writer.finish(structure)

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from .arrange import Like, arrange, targets
-from .entries import EXPORTS, Dialect
+from .entries import DIALECTS, EXPORTS, Dialect
 from .results import Keep, own, stored, torchs
 from .sources import read
 
-__all__ = ["Dialect", "convert_state_dict"]
+__all__ = ["DIALECTS", "EXPORTS", "Dialect", "convert_state_dict"]
 
 
 def convert_state_dict(

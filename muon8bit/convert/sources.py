@@ -81,7 +81,7 @@ def _parts(state_dict: Mapping[str, Any], dialect: Dialect) -> Iterator[tuple[st
 def _own_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str, given: Iterator[str] | None) -> Group:
     """A group saved by Muon8bit."""
     if "algorithm" not in group:
-        raise ValueError(f"{where} was not saved by Muon8bit: say who did, source='torch' or 'heavy-ball'")
+        raise ValueError(f"{where} was not saved by Muon8bit: give source (--from) torch or heavy-ball")
     algorithm = group["algorithm"]
     if algorithm not in _UNSAID:
         raise ValueError(f"{where}: algorithm {algorithm!r} is not one of {', '.join(_UNSAID)}")
@@ -109,7 +109,7 @@ def _foreign_groups(
 ) -> list[Group]:
     """A group saved by another optimizer, as one group of Muon or AdamW or as one of each."""
     if "algorithm" in group:
-        raise ValueError(f"{where} was saved by Muon8bit: convert it with source='muon8bit'")
+        raise ValueError(f"{where} was saved by Muon8bit: give source (--from) muon8bit")
     members: dict[str, list[tuple[int | str, str, Mapping[str, Any]]]] = {"muon": [], "adamw": []}
     for key, name in zip(group["params"], _names(group, where, given), strict=True):
         if name is None:
