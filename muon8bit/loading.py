@@ -74,13 +74,6 @@ def checked(
     return groups, state
 
 
-def _way_out(key: str) -> str:
-    """What else can be done about a saved format that is not the running one."""
-    if key not in FORMAT_KEYS:
-        return ""
-    return ", or convert: load muon8bit.convert_state_dict(state_dict, like=optimizer), or use `muon8bit convert`"
-
-
 def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
     """The saved group's hyper-parameters with the running group's parameters; other keys of either stay."""
     if len(old["params"]) != len(new["params"]):
@@ -110,7 +103,8 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"{where}: saved with {key}={old[key]!r}, the optimizer has {new[key]!r}: construct it "
-                f"or its group with {key}={old[key]!r}{_way_out(key)}"
+                f"or its group with {key}={old[key]!r}, or convert the checkpoint, with "
+                "muon8bit.convert_state_dict(..., like=optimizer) or the command `muon8bit convert`"
             )
     own = {key: new[key] for key in ("params", "param_names") if key in new}
     group = {**new, **deepcopy({k: v for k, v in old.items() if k not in ("params", "param_names")}), **own}
