@@ -329,7 +329,7 @@ def test_loading_another_format_raises_and_names_the_conversion():
     pair, ours, other = torch_pair(params), ours_for(params, bits=8), ours_for(params, bits=32)
     torch_train(params, [*pair, ours], 1, seed=1)
     for saved in (ours.state_dict(), pair[0].state_dict()):
-        with pytest.raises(ValueError, match="convert_state_dict.*like=optimizer.*`muon8bit convert"):
+        with pytest.raises(ValueError, match=r"convert_state_dict.*like=optimizer.*`muon8bit convert"):
             other.load_state_dict(saved)
     other.load_state_dict(quietly(ours.state_dict(), like=other))
 

@@ -1,18 +1,23 @@
 """`muon8bit convert`: files of torch.save in and out, tensor by tensor; what is damaged is found before it is used."""
 
+import io
 import random
+import shutil
+import warnings
 import zipfile
 from collections import namedtuple
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from allocator import peak_bytes
 from bitwise import assert_bitwise
 from refusals import check_refused
 from test_convert import MATRICES, OTHERS, both, ours_for, quietly, torch_pair, torch_params, torch_train
 from test_state_dict import make, train
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from muon8bit import Muon8bit
+from muon8bit import Muon8bit, param_groups
 from muon8bit.cli import main
 
 Outcome = namedtuple("Outcome", "code out err")
@@ -243,7 +248,6 @@ def test_an_error_in_the_last_tensor_leaves_nothing(tmp_path, run):
     [
         (["in.pt", "in.pt", "--bits", 32], ["in.pt exists"]),
         (["missing.pt", "out.pt", "--bits", 32], ["missing.pt", "No such file"]),
-        ([".", "out.pt", "--bits", 32], ["Is a directory"]),
         (["in.pt", "folder/out.pt", "--bits", 32], ["folder is no folder"]),
         (["in.pt", "out.pt"], ["nothing to do", "--bits", "--to"]),
         (["in.pt", "out.pt", "--bits", 16], ["--bits", "16"]),
@@ -276,3 +280,78 @@ def test_an_accelerate_checkpoint_is_converted_where_it_lies(tmp_path, run):
     other.load_state_dict(torch.load(tmp_path / "optimizer.bin", weights_only=True))
     expected = quietly(optimizer.state_dict(), bits=32)
     assert_equal(other.state_dict()["state"], expected["state"])
+
+
+# --- folders of torch.distributed.checkpoint --------------------------------------------------------------------------
+
+
+def folder(path, **options):
+    """A model and its optimizer, saved by torch.distributed.checkpoint."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.Linear(16, 24))
+    optimizer = Muon8bit(param_groups(model, lr=1e-2), **options)
+    model(torch.ones(2, 24)).square().sum().backward()
+    optimizer.step()
+    model.zero_grad()  # with gradients torch's get_optimizer_state_dict would not initialise another optimizer's state
+    saved_dict = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.save(saved_dict, checkpoint_id=path, no_dist=True)
+    return model, optimizer
+
+
+def test_a_folder_of_distributed_checkpointing_is_converted_into_one(tmp_path, run):
+    model, optimizer = folder(tmp_path / "in")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    outcome = run(tmp_path / "in", tmp_path / "out", "--bits", 32)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert len(outcome.out.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+    check_nothing_written(tmp_path, "in", "out")
+    other = Muon8bit(param_groups(model, lr=5.0), bits=32)
+    template = {"optimizer": get_optimizer_state_dict(model, other)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(template, checkpoint_id=tmp_path / "out", no_dist=True)
+    set_optimizer_state_dict(model, other, template["optimizer"])
+    assert_equal(other.state_dict(), quietly(optimizer.state_dict(), bits=32))
+
+
+def test_a_flipped_bit_in_a_folder_is_named(tmp_path, run):
+    folder(tmp_path / "in")
+    file = tmp_path / "in" / "__0_0.distcp"
+    whole = file.read_bytes()
+    metadata = dcp.FileSystemReader(tmp_path / "in").read_metadata()
+    generator, num_named = random.Random(0), 0
+    for index, info in metadata.storage_data.items():
+        content = whole[info.offset : info.offset + info.length]
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            record = max(archive.infolist(), key=lambda record: (record.filename.endswith("data/0"), record.file_size))
+        name_size, extra_size = (int.from_bytes(content[record.header_offset + i :][:2], "little") for i in (26, 28))
+        place = info.offset + record.header_offset + 30 + name_size + extra_size + generator.randrange(record.file_size)
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << generator.randrange(8)
+        file.write_bytes(damaged)
+        outcome = run(tmp_path / "in", tmp_path / "out", "--bits", 32)
+        if index.fqn.startswith("optimizer"):
+            check_refused(outcome, "__0_0.distcp", index.fqn, "checksum")
+            num_named += 1
+        else:  # the model's weights are not read
+            assert outcome.code == 0
+            shutil.rmtree(tmp_path / "out")
+    assert num_named > 30
+    check_nothing_written(tmp_path, "in")
+
+
+def test_other_folders_are_named(tmp_path, run):
+    (tmp_path / "empty").mkdir()
+    check_refused(run(tmp_path / "empty", tmp_path / "out", "--bits", 32), "empty", "no .metadata")
+    folder(tmp_path / "in")
+    check_refused(run(tmp_path / "in", tmp_path / "out", "--to", "torch"), "in is a folder", "--to torch")
+    (tmp_path / "in" / ".metadata").write_bytes(b"\x80\x02damaged")
+    check_refused(run(tmp_path / "in", tmp_path / "out", "--bits", 32), "in: its .metadata is damaged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.save({"model": {"weight": torch.zeros(3)}}, checkpoint_id=tmp_path / "model", no_dist=True)
+    check_refused(run(tmp_path / "model", tmp_path / "out", "--bits", 32), "'param_groups' of 0 optimizers")
+    check_nothing_written(tmp_path, "empty", "in", "model")

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from ..config import BITS, BLOCK_SIZES, CODEBOOKS
-from ..convert import DIALECTS, EXPORTS, convert_state_dict, files
+from ..convert import DIALECTS, EXPORTS, convert_state_dict, files, folders
 from .errors import InputError
 
 if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+_FORMAT = ("bits", "codebook", "block_size")
 _DESCRIPTION = """Write the checkpoint of an optimizer in another format. IN is a file of torch.save, such as
-Accelerate's optimizer.bin, and is not changed; OUT must not exist, and appears when it is complete. Tensors are
-converted one by one, so files larger than memory work."""
+Accelerate's optimizer.bin, or a folder of torch.distributed.checkpoint, and is not changed; OUT, of the same kind,
+must not exist, and appears when it is complete; of a folder it has the optimizer only. Tensors are converted one by
+one, so checkpoints larger than memory work."""
 
 
 def add_parser(subparsers: _Subparsers) -> None:
@@ -24,8 +29,13 @@ def add_parser(subparsers: _Subparsers) -> None:
     parser = subparsers.add_parser(
         "convert", help="write an optimizer's checkpoint in another format", description=_DESCRIPTION
     )
-    parser.add_argument("source", metavar="IN", type=Path, help="an optimizer's state dict")
-    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        type=Path,
+        help="an optimizer's state dict, alone in a file or under any key of a folder",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file or folder to write")
     parser.add_argument("--bits", type=int, choices=BITS, help="of the momentum; default: as saved, 8 for imports")
     parser.add_argument("--codebook", choices=CODEBOOKS, help="of 8 bits; default: as saved, linear for imports")
     parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="elements a scale; default: as saved, 2048")
@@ -34,6 +44,7 @@ def add_parser(subparsers: _Subparsers) -> None:
     )
     parser.add_argument(
         "--to",
+        dest="target",
         choices=EXPORTS,
         default="muon8bit",
         help="whose format OUT has (default: muon8bit); torch: a dict with the state dicts of torch.optim.Muon under "
@@ -68,31 +79,46 @@ def run(args: argparse.Namespace) -> int:
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         raise InputError(f"muon8bit convert: {message}") from error
     for message in [str(warning.message) for warning in caught] or ["no momentum had to be converted"]:
-        print(f"{args.target}: {message}")
+        print(f"{args.out}: {message}")
     return 0
 
 
 def _convert(args: argparse.Namespace) -> None:
+    is_folder = args.source.is_dir()
+    _check(args, is_folder)
+    with files.appearing(args.out) as (beside, scratch_folder):
+        scratch = folders.Scratch(scratch_folder)
+
+        def read(path: Path | None) -> tuple[Any, tuple[str, ...]]:
+            if path is None:
+                return None, ()
+            return folders.read(path, scratch) if path.is_dir() else (files.read(path), ())
+
+        (saved, root), (adamw, _), (like, _) = read(args.source), read(args.adamw), read(args.like)
+        names = None if args.names is None else [line.strip() for line in args.names.read_text().splitlines()]
+        options: dict[str, Any] = {key: getattr(args, key) for key in (*_FORMAT, "momentum", "target")}
+        options |= {"source": args.dialect, "like": like, "names": names}
+        saved = saved if adamw is None else {"muon": saved, "adamw": adamw}
+
+        def convert(keep: Callable[[Tensor], Any]) -> dict[str, Any]:
+            try:
+                return convert_state_dict(saved, keep=keep, **options)
+            except ValueError as error:
+                raise ValueError(f"{args.source}: {error}") from error
+
+        if is_folder:
+            folders.write(convert(scratch.copy), root, beside)
+        else:
+            with files.written(beside) as writer:
+                writer.finish(convert(writer.keep))
+
+
+def _check(args: argparse.Namespace, is_folder: bool) -> None:
+    """Raise ValueError where the options make no sense together."""
     if args.adamw is not None and args.dialect == "muon8bit":
         raise ValueError("--adamw: Muon8bit saves one state dict; leave it out, or say --from torch or heavy-ball")
-    saved = files.read(args.source)
-    if args.adamw is not None:
-        saved = {"muon": saved, "adamw": files.read(args.adamw)}
-    options: dict[str, Any] = {
-        "bits": args.bits,
-        "codebook": args.codebook,
-        "block_size": args.block_size,
-        "momentum": args.momentum,
-        "like": None if args.like is None else files.read(args.like),
-        "names": None
-        if args.names is None
-        else [name.strip() for name in args.names.read_text().splitlines() if name.strip()],
-    }
-    if all(value is None for value in options.values()) and args.dialect == args.to == "muon8bit":
+    if is_folder and args.target == "torch":
+        raise ValueError(f"{args.source} is a folder, and --to torch writes two state dicts: give a file of torch.save")
+    asked = [args.like, args.names, *(getattr(args, key) for key in _FORMAT)]
+    if args.dialect == args.target == "muon8bit" and all(value is None for value in asked):
         raise ValueError("nothing to do: give --bits, --codebook, --block-size, --like, --from or --to")
-    with files.written(args.target) as writer:
-        try:
-            structure = convert_state_dict(saved, source=args.dialect, target=args.to, keep=writer.keep, **options)
-        except ValueError as error:
-            raise ValueError(f"{args.source}: {error}") from error
-        writer.finish(structure)

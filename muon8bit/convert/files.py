@@ -67,26 +67,35 @@ def read(path: Path) -> Any:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Writer]:
-    """A writer of a file that appears under `path` when the block ends without an error, else not at all.
+def appearing(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Where to write what shall appear under `path`, a file or a folder, when the block ends without an error, else not
+    at all; and an empty folder for the time being.
 
     Raises:
         FileExistsError: if there is one.
+        FileNotFoundError: if its folder does not exist.
     """
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} exists: give another name, or remove it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder: make it first")
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        beside = Path(folder) / path.name
-        with beside.open("wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                yield Writer(archive, file)
-            file.flush()
-            os.fsync(file.fileno())
+        beside, scratch = Path(folder) / path.name, Path(folder) / "scratch"
+        scratch.mkdir()
+        yield beside, scratch
         if path.exists():
             raise FileExistsError(f"{path} has come into being meanwhile: give another name")
         beside.rename(path)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Writer]:
+    """A writer of the file `path`."""
+    with path.open("wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            yield Writer(archive, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Writer:
