@@ -2,6 +2,7 @@
 
 import io
 import random
+import resource
 import shutil
 import warnings
 import zipfile
@@ -280,6 +281,21 @@ def test_an_accelerate_checkpoint_is_converted_where_it_lies(tmp_path, run):
     other.load_state_dict(torch.load(tmp_path / "optimizer.bin", weights_only=True))
     expected = quietly(optimizer.state_dict(), bits=32)
     assert_equal(other.state_dict()["state"], expected["state"])
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("limit", [100, 900, 3000])
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, run, kind, limit):
+    """The system refuses to write on after so many bytes of a file, as it does on a full disk."""
+    saved(tmp_path / "in") if kind == "file" else folder(tmp_path / "in")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        outcome = run(tmp_path / "in", tmp_path / "out", "--bits", 32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    check_refused(outcome, "out", "File too large")
+    check_nothing_written(tmp_path, "in")
 
 
 # --- folders of torch.distributed.checkpoint --------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def convert_state_dict(
     names: Sequence[str] | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """A saved optimizer in another format; warns once, naming both formats. On load:
+    """A saved optimizer in another format, with a warning that names both. On load:
 
         optimizer.load_state_dict(convert_state_dict(saved, like=optimizer))
 
@@ -46,7 +46,7 @@ def convert_state_dict(
             order and format the result shall have; parameters are matched by name. None: the saved order, Muon's
             before AdamW's where these are two.
         source: who saved it: `"muon8bit"`; `"torch"`: Muon with an EMA momentum, as torch.optim.Muon;
-            `"heavy-ball"`: b <- beta b + g, whose values are divided by 1 / (1 - beta).
+            `"heavy-ball"`: b <- beta b + g, whose values are larger by 1 / (1 - beta).
         target: `"muon8bit"`, or `"torch"`: a dict with `muon`, `adamw` or both.
         bits, codebook, block_size: the format of the result, as for `Muon8bit`; None: as saved, or the defaults (8,
             `"linear"`, 2048) if others saved it. Not beside `like` or target="torch".

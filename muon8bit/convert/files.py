@@ -82,7 +82,12 @@ def appearing(path: Path) -> Iterator[tuple[Path, Path]]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         beside, scratch = Path(folder) / path.name, Path(folder) / "scratch"
         scratch.mkdir()
-        yield beside, scratch
+        try:
+            yield beside, scratch
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(path)) from error  # such as a full disk
         if path.exists():
             raise FileExistsError(f"{path} has come into being meanwhile: give another name")
         beside.rename(path)

@@ -7,6 +7,7 @@ their checksums. Its reader fills given tensors: these are mapped from files of 
 from __future__ import annotations
 
 import io
+import os
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -34,8 +36,11 @@ class Scratch:
         if num_elements == 0:
             return torch.empty(*shape, dtype=dtype)
         self._num_files += 1
-        path = str(self._folder / str(self._num_files))
-        return torch.from_file(path, shared=True, size=num_elements, dtype=dtype).view(tuple(shape))
+        path = self._folder / str(self._num_files)
+        if hasattr(os, "posix_fallocate"):  # else a full disk would be found by writing to memory, which is fatal
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, num_elements * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=num_elements, dtype=dtype).view(tuple(shape))
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A contiguous copy of a tensor."""
@@ -68,7 +73,7 @@ def read(path: Path, scratch: Scratch) -> tuple[dict[str, Any], tuple[str, ...]]
         flat[name] = None
         if isinstance(item, TensorStorageMetadata):
             flat[name] = scratch.empty(item.size, item.properties.dtype)
-    with _alone():
+    with _alone(path):
         load(flat, checkpoint_id=path, no_dist=True)
     return _nested({keys: flat[name] for name, keys in chosen.items()}), root
 
@@ -77,16 +82,22 @@ def write(structure: Mapping[str, Any], root: Sequence[str], path: Path) -> None
     """Save an optimizer as a folder, under these keys."""
     for key in reversed(root):
         structure = {key: structure}
-    with _alone():
+    with _alone(path):
         save(dict(structure), checkpoint_id=path, no_dist=True)
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Without torch's warning that one process is assumed, which is what no_dist=True says."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _alone(path: Path) -> Iterator[None]:
+    """As one process, which no_dist=True says and torch warns of; with the error that torch has wrapped."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as wrapped:
+        error, _ = next(iter(wrapped.failures.values()))
+        if isinstance(error, OSError):
+            raise error from None
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _check(path: Path, metadata: Metadata, chosen: Mapping[str, Any]) -> None:
