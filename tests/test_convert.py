@@ -89,8 +89,9 @@ def test_32_to_8_bits_is_within_half_a_step_of_the_codebook_of_float64(codebook,
     assert (error <= distance + 2**-22).all()
 
 
-def test_linear_to_32_bits_and_back_keeps_every_code_for_every_mantissa_of_the_scale():
-    """|fl(fl(c s) / 127) / s' * 127 - c| <= 127 * 5 * 2^-24 < 1/2, and s' is s to a unit in the last place."""
+def test_linear_to_32_bits_and_back_keeps_codes_and_scales_to_a_unit():
+    """Of all 2^23 mantissas some move by a unit in the last place; so |fl(fl(c s) / 127) / s' * 127 - c| is at most
+    127 * 5 * 2^-24 < 1/2 for every code c, here with each sort of mantissa and from the least to the largest scale."""
     codes = torch.arange(-127, 128, dtype=torch.int8)
     block = torch.cat([codes, codes[:1]])  # 256 elements, every code
     mantissas = torch.arange(2**23, dtype=torch.int32)
@@ -99,7 +100,7 @@ def test_linear_to_32_bits_and_back_keeps_every_code_for_every_mantissa_of_the_s
     moved = (back.view(torch.int32) - largest).abs()
     assert moved.max() == 1
     chosen = torch.cat([mantissas[moved == 1][::40], mantissas[::8191], mantissas[-3:]])
-    exponents = torch.tensor([1, 2, 100, 127, 200, 246])  # up to where 127 s is finite
+    exponents = torch.tensor([1, 2, 100, 127, 200, 246])  # the largest where 127 s is finite
     scales = (exponents[:, None].int() * 2**23 + chosen).view(torch.float32).reshape(-1, 1)
     optimizer = Muon8bit([torch.nn.Parameter(torch.empty(len(scales), 256))], block_size=256)
     saved = optimizer.state_dict()
@@ -468,6 +469,58 @@ def test_parameters_that_like_lacks_or_routes_otherwise_are_named():
     groups += [{"params": [(n, params[n]) for n in OTHERS], "algorithm": "adamw", "lr": 1.0}]
     with pytest.raises(ValueError, match="embed and bias were saved with different lr, but share a group"):
         convert_state_dict(saved, source="torch", like=Muon8bit(groups))
+
+
+def test_groups_flagged_by_use_muon_are_taken_as_they_are():
+    """K. Jordan's MuonWithAuxAdam: an EMA momentum, Muon's groups anywhere, steps as ints."""
+    groups = [
+        {"params": [0], "lr": 0.3, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0, "use_muon": False},
+        {"params": [1], "lr": 0.05, "momentum": 0.95, "weight_decay": 0, "use_muon": True},
+    ]
+    state = {
+        0: {"exp_avg": torch.ones(6), "exp_avg_sq": torch.ones(6), "step": 4},
+        1: {"momentum_buffer": torch.ones(16, 40, dtype=torch.bfloat16)},
+    }
+    saved = {"state": state, "param_groups": groups}
+    converted = quietly(saved, source="torch", names=["bias", "a"], bits=32)
+    assert [group["algorithm"] for group in converted["param_groups"]] == ["adamw", "muon"]
+    assert_bitwise(converted["state"][0]["step"], torch.tensor(4.0))
+    assert_bitwise(converted["state"][1]["momentum_buffer"], torch.ones(16, 40))
+    del state[0], state[1]  # before the first step
+    assert not quietly(saved, source="torch", names=["bias", "a"])["state"]
+
+
+def test_optimizers_with_another_momentum_are_refused():
+    params = torch_params()
+    sgd = torch.optim.SGD([("a", params["a"])], momentum=0.9)
+    with pytest.raises(ValueError, match=r"group 0 was saved by torch.optim.SGD, which is no Muon"):
+        convert_state_dict(sgd.state_dict(), source="torch")
+    moonlight = heavy_ball(params, {n: {} for n in (*MATRICES, *OTHERS)})
+    with pytest.raises(ValueError, match=r"heavy-ball momentum: give source \(--from\) heavy-ball"):
+        convert_state_dict(moonlight, source="torch", names=[*MATRICES, *OTHERS])
+
+
+def test_without_names_equal_groups_are_matched_by_position_and_others_refused():
+    params = [torch.nn.Parameter(torch.ones(16, 40)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    one, two = Muon8bit(params), Muon8bit(params, bits=32)
+    one.step()
+    two.load_state_dict(quietly(one.state_dict(), like=two))
+    for param in params:
+        expected = decoded(one.state[param], 2048)
+        assert np.array_equal(two.state[param]["momentum_buffer"].numpy(), expected)
+    apart = Muon8bit([{"params": [param]} for param in params])
+    with pytest.raises(ValueError, match="without parameter names on both sides"):
+        convert_state_dict(one.state_dict(), like=apart)
+
+
+def test_a_sharded_tensor_is_refused_by_name():
+    _, optimizer = saved_by_ours(steps=1)
+    saved = optimizer.state_dict()
+    saved["state"][0]["momentum_linear8"].placements = ()  # what a DTensor has
+    with pytest.raises(ValueError, match="a: momentum_linear8 is a DTensor: convert a full state dict"):
+        convert_state_dict(saved, bits=32)
 
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize"])

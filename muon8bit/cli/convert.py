@@ -95,7 +95,7 @@ def _convert(args: argparse.Namespace) -> None:
             return folders.read(path, scratch) if path.is_dir() else (files.read(path), ())
 
         (saved, root), (adamw, _), (like, _) = read(args.source), read(args.adamw), read(args.like)
-        names = None if args.names is None else [line.strip() for line in args.names.read_text().splitlines()]
+        names = None if args.names is None else args.names.read_text().split()
         options: dict[str, Any] = {key: getattr(args, key) for key in (*_FORMAT, "momentum", "target")}
         options |= {"source": args.dialect, "like": like, "names": names}
         saved = saved if adamw is None else {"muon": saved, "adamw": adamw}

@@ -1,7 +1,8 @@
 """Folders of torch.distributed.checkpoint: one process reads and writes them, with files for memory.
 
 Each tensor lies in them as a file of torch.save inside a larger file, or as several, one a shard; torch checks none of
-their checksums. Its reader fills given tensors: these are mapped from files of a scratch folder.
+their checksums. Its reader fills given tensors: these are mapped from files of a scratch folder. A folder's .metadata
+is a pickle, which torch loads without restrictions: read none that you do not trust.
 """
 
 from __future__ import annotations

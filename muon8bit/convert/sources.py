@@ -43,7 +43,7 @@ def read(
     for part, saved in _parts(state_dict, dialect):
         states, saved_groups = saved.get("state"), saved.get("param_groups")
         if not isinstance(states, Mapping) or not isinstance(saved_groups, Sequence):
-            raise ValueError(f"{part or 'the file'} is no optimizer's state dict: it needs `state` and `param_groups`")
+            raise ValueError(f"{part or 'this'} is no optimizer's state dict: it needs `state` and `param_groups`")
         listed = set()
         for i, group in enumerate(saved_groups):
             where = f"group {i} of {part}" if part else f"group {i}"
@@ -108,8 +108,7 @@ def _foreign_groups(
     momentum: float | None,
 ) -> list[Group]:
     """A group saved by another optimizer, as one group of Muon or AdamW or as one of each."""
-    if "algorithm" in group:
-        raise ValueError(f"{where} was saved by Muon8bit: give source (--from) muon8bit")
+    _check_author(group, where, dialect)
     members: dict[str, list[tuple[int | str, str, Mapping[str, Any]]]] = {"muon": [], "adamw": []}
     for key, name in zip(group["params"], _names(group, where, given), strict=True):
         if name is None:
@@ -117,25 +116,26 @@ def _foreign_groups(
                 f"{where} has no 'param_names', and parameters are matched by name: give names, one a saved parameter"
             )
         state = _state(states, key, name)
-        members[part or _algorithm(group, state, name)].append((key, name, state))
+        algorithm = part or _algorithm(group, state, name)
+        state = {_MOONLIGHT_STATE.get(k, k): value for k, value in state.items() if k != "use_muon"}
+        members[algorithm].append((key, name, state))
     groups = []
     for algorithm, found in members.items():
         if found or (part == algorithm):
             options = _foreign_options(group, algorithm, where, dialect, momentum)
-            entries = [
-                Entry(
-                    name,
-                    name,
-                    key,
-                    algorithm,
-                    {_MOONLIGHT_STATE.get(k, k): v for k, v in state.items() if k != "use_muon"},
-                    options,
-                    dialect,
-                )
-                for key, name, state in found
-            ]
+            entries = [Entry(name, name, key, algorithm, state, options, dialect) for key, name, state in found]
             groups.append(Group(algorithm, options, entries))
     return groups
+
+
+def _check_author(group: Mapping[str, Any], where: str, dialect: Dialect) -> None:
+    """Raise ValueError for a group whose keys are those of an optimizer with another momentum."""
+    if "algorithm" in group:
+        raise ValueError(f"{where} was saved by Muon8bit: give source (--from) muon8bit")
+    if "dampening" in group:
+        raise ValueError(f"{where} was saved by torch.optim.SGD, which is no Muon: start with a fresh optimizer")
+    if "adamw_betas" in group and dialect != "heavy-ball":
+        raise ValueError(f"{where} was saved by a Muon with a heavy-ball momentum: give source (--from) heavy-ball")
 
 
 def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], name: str) -> str:
