@@ -143,8 +143,8 @@ def large(path, bits):
 
 @pytest.mark.parametrize(("bits", "other"), [(8, 32), (32, 8)])
 def test_a_file_is_converted_in_the_memory_of_a_few_tensors(tmp_path, bits, other):
-    """The allocator's peak: at most the values and codes of one matrix and the temporaries of a chunk, none of IN, which
-    is mapped. Reading and writing whole takes IN, OUT and more."""
+    """The allocator's peak: at most the values and codes of one matrix and the temporaries of a chunk, none of IN,
+    which is mapped. Reading and writing whole takes IN, OUT and more."""
     one = large(tmp_path / "in.pt", bits)
     assert main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "warm.pt"), "--bits", str(other)]) == 0
 
