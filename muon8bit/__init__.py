@@ -1,8 +1,17 @@
 """Muon with its momentum in 8 bits."""
 
+from .convert import convert_state_dict
 from .nonfinite import NonFiniteGradientError
 from .optimizer import Muon8bit
 from .report import StateReport, state_report
 from .routing import ParamGroups, param_groups
 
-__all__ = ["Muon8bit", "NonFiniteGradientError", "ParamGroups", "StateReport", "param_groups", "state_report"]
+__all__ = [
+    "Muon8bit",
+    "NonFiniteGradientError",
+    "ParamGroups",
+    "StateReport",
+    "convert_state_dict",
+    "param_groups",
+    "state_report",
+]

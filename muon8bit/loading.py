@@ -43,8 +43,8 @@ def checked(
             raise ValueError(f"group {i} of the state dict is not a parameter group: it has no 'params'")
         if "algorithm" not in old:
             raise ValueError(
-                f"group {i} was not saved by Muon8bit (torch.optim.Muon, AdamW?): such a state cannot be loaded; start "
-                "with a fresh optimizer"
+                f"group {i} was not saved by Muon8bit: convert it first, with muon8bit.convert_state_dict(..., "
+                "source='torch' or 'heavy-ball', like=optimizer) or the command `muon8bit convert --from`"
             )
     if len(saved_groups) != len(current):
         raise ValueError(
@@ -103,7 +103,8 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"{where}: saved with {key}={old[key]!r}, the optimizer has {new[key]!r}: construct it "
-                f"or its group with {key}={old[key]!r}"
+                f"or its group with {key}={old[key]!r}, or convert the checkpoint, with "
+                "muon8bit.convert_state_dict(..., like=optimizer) or the command `muon8bit convert`"
             )
     own = {key: new[key] for key in ("params", "param_names") if key in new}
     group = {**new, **deepcopy({k: v for k, v in old.items() if k not in ("params", "param_names")}), **own}

@@ -8,7 +8,7 @@ from functools import cache
 from math import prod
 
 import torch
-from muon8bit_kernels import CODE_DTYPES, Backend, Codebook, num_blocks, ops, zero_code
+from muon8bit_kernels import CODE_DTYPES, Backend, Codebook, kernels_for, num_blocks, ops, zero_code
 from torch import Tensor
 
 from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY, MIN_QUANTIZED_COLUMNS, SCALES_KEY
@@ -35,6 +35,13 @@ class Format:
         """The format of a parameter of `shape`: fp32 for bits=32, or if a row is too short to be worth a scale."""
         quantized = bits == 8 and prod(shape[1:] if flatten else shape[-1:]) >= MIN_QUANTIZED_COLUMNS
         return cls(codebook if quantized else None, block_size, flatten)
+
+    @property
+    def options(self) -> str:
+        """The constructor's arguments that ask for it: `bits=8, codebook='linear', block_size=2048` or `bits=32`."""
+        if self.codebook is None:
+            return "bits=32"
+        return f"bits=8, codebook={self.codebook!r}, block_size={self.block_size}"
 
     def layout(self, shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """State key -> shape and dtype of its tensor, for a parameter of `shape`."""
@@ -76,6 +83,26 @@ class Momentum:
         state = {_CODES_KEYS[self.format.codebook]: self.codes}
         return state if self.scales is None else {**state, SCALES_KEY: self.scales}
 
+    @classmethod
+    def encode(cls, values: Tensor, format: Format) -> Momentum:
+        """The momentum that stores these finite fp32 `values`, of its shape; unquantized, the same memory."""
+        if format.codebook is None:
+            return cls(values, None, format)
+        scales_shape, _ = format.layout(values.shape)[SCALES_KEY]
+        kernels = kernels_for(values.device)
+        rows = values.reshape(_rows_cols(values, scales_shape))
+        codes, scales = kernels.quantize(rows, codebook=format.codebook, block_size=format.block_size)
+        return cls(codes.view(values.shape), scales.view(scales_shape), format)
+
+    def decode(self) -> Tensor:
+        """Its values, fp32, of the parameter's shape; unquantized, the same memory."""
+        if self.scales is None or self.format.codebook is None:
+            return self.codes
+        kernels, options = kernels_for(self.codes.device), {"block_size": self.format.block_size}
+        rows = self.codes.reshape(_rows_cols(self.codes, self.scales.shape))
+        scales = self.scales.reshape(len(rows), self.scales.shape[-1])
+        return kernels.dequantize(rows, scales, codebook=self.format.codebook, **options).view(self.codes.shape)
+
     def stack(self) -> Momentum:
         """All its matrices as one stack."""
         rows, cols = (1, self.codes.shape[0]), prod(self.codes.shape[1:])
@@ -88,6 +115,12 @@ class Momentum:
         """These rows of these matrices of a stack."""
         scales = None if self.scales is None else self.scales[matrices, rows]
         return Momentum(self.codes[matrices, rows], scales, self.format)
+
+
+def _rows_cols(values: Tensor, scales_shape: Sequence[int]) -> tuple[int, int]:
+    """How many rows, and of how many elements, the blocks of these scales [..., rows, blocks] lie in."""
+    first_of_row = len(scales_shape) - 1
+    return prod(values.shape[:first_of_row]), prod(values.shape[first_of_row:])
 
 
 def stats(

@@ -39,6 +39,8 @@ def test_wheel_holds_only_our_two_packages(wheel):
     assert tops == {"muon8bit", "muon8bit_kernels", next(t for t in tops if t.endswith(".dist-info"))}
     assert {"muon8bit/py.typed", "muon8bit_kernels/py.typed"} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
+    scripts = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "muon8bit = muon8bit.cli:main" in zipfile.ZipFile(wheel).read(scripts).decode()
 
 
 def test_wheel_steps_without_optional_packages(wheel, tmp_path):

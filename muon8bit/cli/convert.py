@@ -1,0 +1,124 @@
+"""`muon8bit convert IN OUT`: an optimizer's checkpoint in another format, tensor by tensor."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..config import BITS, BLOCK_SIZES, CODEBOOKS
+from ..convert import DIALECTS, EXPORTS, convert_state_dict, files, folders
+from .errors import InputError
+
+if TYPE_CHECKING:
+    _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_FORMAT = ("bits", "codebook", "block_size")
+_DESCRIPTION = """Write the checkpoint of an optimizer in another format. IN is a file of torch.save, such as
+Accelerate's optimizer.bin, or a folder of torch.distributed.checkpoint, and is not changed; OUT, of the same kind,
+must not exist, and appears when it is complete; of a folder it has the optimizer only. Tensors are converted one by
+one, so checkpoints larger than memory work."""
+
+
+def add_parser(subparsers: _Subparsers) -> None:
+    """Add `convert` to the command."""
+    parser = subparsers.add_parser(
+        "convert", help="write an optimizer's checkpoint in another format", description=_DESCRIPTION
+    )
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        type=Path,
+        help="an optimizer's state dict, alone in a file or under any key of a folder",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file or folder to write")
+    parser.add_argument("--bits", type=int, choices=BITS, help="of the momentum; default: as saved, 8 for imports")
+    parser.add_argument("--codebook", choices=CODEBOOKS, help="of 8 bits; default: as saved, linear for imports")
+    parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="elements a scale; default: as saved, 2048")
+    parser.add_argument(
+        "--from", dest="dialect", choices=DIALECTS, default="muon8bit", help="who saved IN (default: muon8bit)"
+    )
+    parser.add_argument(
+        "--to",
+        dest="target",
+        choices=EXPORTS,
+        default="muon8bit",
+        help="whose format OUT has (default: muon8bit); torch: a dict with the state dicts of torch.optim.Muon under "
+        "'muon' and of torch.optim.AdamW under 'adamw'",
+    )
+    parser.add_argument("--adamw", metavar="FILE", type=Path, help="with --from: AdamW's state dict, if IN is Muon's")
+    parser.add_argument(
+        "--like",
+        metavar="FILE",
+        type=Path,
+        help="a checkpoint whose groups, order and format OUT shall have, such as the state dict of a new optimizer; "
+        "parameters are matched by name",
+    )
+    parser.add_argument(
+        "--names", metavar="FILE", type=Path, help="one parameter name a line, Muon's before AdamW's, if IN has none"
+    )
+    parser.add_argument("--momentum", type=float, help="beta of a heavy-ball IN whose groups do not say it")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert; returns 0.
+
+    Raises:
+        InputError: names the file, key or option that does not fit; then nothing was written.
+    """
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            _convert(args)
+    except (ValueError, OSError) as error:
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        raise InputError(f"muon8bit convert: {message}") from error
+    for message in [str(warning.message) for warning in caught] or ["no momentum had to be converted"]:
+        print(f"{args.out}: {message}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
+    is_folder = args.source.is_dir()
+    _check(args, is_folder)
+    with files.appearing(args.out) as (beside, scratch_folder):
+        scratch = folders.Scratch(scratch_folder)
+
+        def read(path: Path | None) -> tuple[Any, tuple[str, ...]]:
+            if path is None:
+                return None, ()
+            return folders.read(path, scratch) if path.is_dir() else (files.read(path), ())
+
+        (saved, root), (adamw, _), (like, _) = read(args.source), read(args.adamw), read(args.like)
+        names = None if args.names is None else args.names.read_text().split()
+        options: dict[str, Any] = {key: getattr(args, key) for key in (*_FORMAT, "momentum", "target")}
+        options |= {"source": args.dialect, "like": like, "names": names}
+        saved = saved if adamw is None else {"muon": saved, "adamw": adamw}
+
+        def convert(keep: Callable[[Tensor], Any]) -> dict[str, Any]:
+            try:
+                return convert_state_dict(saved, keep=keep, **options)
+            except ValueError as error:
+                raise ValueError(f"{args.source}: {error}") from error
+
+        if is_folder:
+            folders.write(convert(scratch.copy), root, beside)
+        else:
+            with files.written(beside) as writer:
+                writer.finish(convert(writer.keep))
+
+
+def _check(args: argparse.Namespace, is_folder: bool) -> None:
+    """Raise ValueError where the options make no sense together."""
+    if args.adamw is not None and args.dialect == "muon8bit":
+        raise ValueError("--adamw: Muon8bit saves one state dict; leave it out, or say --from torch or heavy-ball")
+    if is_folder and args.target == "torch":
+        raise ValueError(f"{args.source} is a folder, and --to torch writes two state dicts: give a file of torch.save")
+    asked = [args.like, args.names, *(getattr(args, key) for key in _FORMAT)]
+    if args.dialect == args.target == "muon8bit" and all(value is None for value in asked):
+        raise ValueError("nothing to do: give --bits, --codebook, --block-size, --like, --from or --to")

@@ -1,0 +1,84 @@
+"""Conversion of checkpoints: 8 and 32 bits, codebooks, block sizes; from and to torch.optim.Muon beside an AdamW; from
+heavy-ball Muon."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .arrange import Like, arrange, targets
+from .entries import DIALECTS, EXPORTS, Dialect
+from .results import Keep, own, stored, torchs
+from .sources import read
+
+__all__ = ["DIALECTS", "EXPORTS", "Dialect", "convert_state_dict"]
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Any],
+    *,
+    like: Like | None = None,
+    source: Dialect = "muon8bit",
+    target: Dialect = "muon8bit",
+    bits: int | None = None,
+    codebook: str | None = None,
+    block_size: int | None = None,
+    momentum: float | None = None,
+    names: Sequence[str] | None = None,
+    keep: Keep | None = None,
+) -> dict[str, Any]:
+    """A saved optimizer in another format, with a warning that names both. On load:
+
+        optimizer.load_state_dict(convert_state_dict(saved, like=optimizer))
+
+    From 8 to 32 bits the values are decoded exactly: the next step is bitwise that of the 8-bit optimizer. To 8 bits
+    they are rounded as a step rounds them, by at most half a step of the codebook times the block's scale. Linear to 32
+    bits and back keeps every code, and every scale to a unit in its last place. What need not change is shared, not
+    copied. Nothing given is changed.
+
+    Args:
+        state_dict: as `Optimizer.state_dict` gives it. Saved by others: of torch.optim.Muon, of torch.optim.AdamW, both
+            as `{"muon": ..., "adamw": ...}`, or of a heavy-ball Muon with its own AdamW.
+        like: an optimizer (or its state dict; with target="torch" a dict of them: 'muon', 'adamw') whose groups,
+            order and format the result shall have; parameters are matched by name. None: the saved order, Muon's
+            before AdamW's where these are two.
+        source: who saved it: `"muon8bit"`; `"torch"`: Muon with an EMA momentum, as torch.optim.Muon;
+            `"heavy-ball"`: b <- beta b + g, whose values are larger by 1 / (1 - beta).
+        target: `"muon8bit"`, or `"torch"`: a dict with `muon`, `adamw` or both.
+        bits, codebook, block_size: the format of the result, as for `Muon8bit`; None: as saved, or the defaults (8,
+            `"linear"`, 2048) if others saved it. Not beside `like` or target="torch".
+        momentum: beta of a heavy-ball checkpoint whose groups do not say it.
+        names: one a saved parameter, in the saved order, Muon's before AdamW's, for checkpoints without `param_names`.
+        keep: called with every finished tensor of the state, one after the other; what it returns goes into the result
+            in its place.
+
+    Raises:
+        ValueError: names the argument, group, parameter or key that is missing, foreign, damaged or cannot be
+            represented (stacks, convolutions and split matrices in torch.optim.Muon).
+
+    Source: that the two momenta differ by 1 / (1 - beta): torch.optim.Muon's and Moonlight's (arXiv 2502.16982) code.
+    """
+    if target not in EXPORTS:
+        raise ValueError(f"target must be one of {EXPORTS}, not {target!r}")
+    chosen = {"bits": bits, "codebook": codebook, "block_size": block_size}
+    format_options = {key: value for key, value in chosen.items() if value is not None}
+    if format_options and (like is not None or target == "torch"):
+        raise ValueError(f"{', '.join(format_options)}: the format is that of `like`, or torch's; leave it out")
+    if momentum is not None and source != "heavy-ball":
+        raise ValueError("momentum is only needed with source='heavy-ball': leave it out")
+    groups = read(state_dict, source, names, momentum)
+    if like is not None:
+        groups = arrange(groups, targets(like, target))
+    groups = [stored(group, format_options, i) for i, group in enumerate(groups)]
+    write = own if target == "muon8bit" else torchs
+    result, changes = write(groups, keep or _same)
+    for before, after in sorted(changes):
+        warnings.warn(f"the momentum was converted from {before} to {after}", stacklevel=2)
+    return result
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

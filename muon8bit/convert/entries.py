@@ -1,0 +1,45 @@
+"""A saved optimizer as groups of entries, in Muon8bit's terms: what every conversion goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+Dialect: TypeAlias = Literal["muon8bit", "torch", "heavy-ball"]
+DIALECTS: tuple[str, ...] = get_args(Dialect)
+EXPORTS = ("muon8bit", "torch")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The saved state of one parameter.
+
+    Attributes:
+        name: the parameter's, None where the checkpoint has none.
+        where: how errors call it.
+        key: its id in the state dict, an index or a name.
+        algorithm: `"muon"` or `"adamw"`.
+        tensors: its state by key; empty if it never had a gradient. Not checked yet.
+        options: its group's hyper-parameters under Muon8bit's names, with those of the storage where Muon8bit saved it.
+        dialect: who saved it; `"heavy-ball"` momenta are those of Muon8bit times 1 / (1 - options["momentum"]).
+    """
+
+    name: str | None
+    where: str
+    key: int | str
+    algorithm: str
+    tensors: Mapping[str, Any]
+    options: dict[str, Any]
+    dialect: Dialect
+
+
+@dataclass(frozen=True)
+class Group:
+    """Entries that share hyper-parameters; `part`: the state dict it belongs to, `"muon"` or `"adamw"` where there are
+    two, else empty."""
+
+    algorithm: str
+    options: dict[str, Any]
+    entries: list[Entry]
+    part: str = ""

@@ -1,0 +1,174 @@
+"""Checkpoint files: read by mapping them, checked by their checksums, written tensor by tensor.
+
+The format is torch.save's: a zip archive of stored records, of which `data.pkl` is the pickled structure, with tensors
+as references to the records `data/0`, `data/1`, ...; `torch.load(mmap=True)` wants those aligned. torch.save itself
+needs all tensors at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import pickle
+import sys
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64  # bytes, torch.save's
+_ZIP64_EXTRA = 20  # bytes that zipfile adds to the header of every record that may be large
+_STORAGES: dict[torch.dtype, type] = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.float16: torch.HalfStorage,
+    torch.int8: torch.CharStorage,
+    torch.uint8: torch.ByteStorage,
+    torch.int32: torch.IntStorage,
+    torch.int64: torch.LongStorage,
+}
+
+
+def read(path: Path) -> Any:
+    """What `torch.save` put into a file, on the CPU; tensors are read from the file when they are used.
+
+    Raises:
+        ValueError: names the file, and the record whose checksum is wrong. torch.load itself checks none.
+        OSError: if the file cannot be read.
+    """
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"PK\x03\x04":
+        raise ValueError(f"{path} is no checkpoint of torch.save: not a zip archive, or its beginning is damaged")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # whatever zipfile meets in a damaged file
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: the checksum of its record {damaged} is wrong; use another checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever torch meets in a zip archive that is none of its own
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} cannot be read by torch.load with weights_only=True: {reason}") from error
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Where to write what shall appear under `path`, a file or a folder, when the block ends without an error, else not
+    at all; and an empty folder for the time being.
+
+    Raises:
+        FileExistsError: if there is one.
+        FileNotFoundError: if its folder does not exist.
+    """
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} exists: give another name, or remove it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder: make it first")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        beside, scratch = Path(folder) / path.name, Path(folder) / "scratch"
+        scratch.mkdir()
+        try:
+            yield beside, scratch
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(path)) from error  # such as a full disk
+        if path.exists():
+            raise FileExistsError(f"{path} has come into being meanwhile: give another name")
+        beside.rename(path)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Writer]:
+    """A writer of the file `path`."""
+    with path.open("wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            yield Writer(archive, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Writer:
+    """Writes a file of `torch.save`'s format, each tensor when it is given."""
+
+    def __init__(self, archive: zipfile.ZipFile, file: BinaryIO) -> None:
+        self._zip, self._file, self._num_storages = archive, file, 0
+        self._record("version", b"3\n")
+        self._record("byteorder", sys.byteorder.encode())
+
+    def keep(self, tensor: Tensor) -> Any:
+        """Write the tensor's values; returns what stands for it in `finish`."""
+        tensor = tensor.detach().cpu().contiguous()
+        reference = _Reference(str(self._num_storages), tensor.dtype, tuple(tensor.shape))
+        self._num_storages += 1
+        memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
+        self._record(f"data/{reference.key}", memory)
+        return reference
+
+    def finish(self, structure: Any) -> None:
+        """Write the structure, in which `keep`'s results stand for tensors; the last thing to do."""
+        data = io.BytesIO()
+        _Pickler(data, self.keep).dump(structure)
+        self._record("data.pkl", data.getvalue())
+
+    def _record(self, name: str, data: Any) -> None:
+        info = zipfile.ZipInfo(f"archive/{name}")  # of 1980, so that equal content is an equal file
+        header = 30 + len(info.filename.encode()) + _ZIP64_EXTRA + 4
+        padding = -(self._file.tell() + header) % _ALIGNMENT
+        info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
+        with self._zip.open(info, "w", force_zip64=True) as record:
+            record.write(data)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A record of the archive, as the pickle refers to it."""
+
+    key: str
+    dtype: torch.dtype
+    num_elements: int
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A tensor whose values are written already."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __reduce__(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        stride = tuple(prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        storage = _Storage(self.key, self.dtype, prod(self.shape))
+        return torch._utils._rebuild_tensor_v2, (storage, 0, self.shape, stride, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles references as torch.save pickles tensors; a tensor that is met is written first."""
+
+    def __init__(self, file: BinaryIO, keep: Callable[[Tensor], Any]) -> None:
+        super().__init__(file, protocol=2)
+        self._keep = keep
+
+    def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
+        if isinstance(value, _Storage):
+            return ("storage", _STORAGES[value.dtype], value.key, "cpu", value.num_elements)
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        return self._keep(value).__reduce__() if isinstance(value, Tensor) else NotImplemented

@@ -1,0 +1,235 @@
+"""Writes groups of entries as state dicts: momenta in the asked format, everything checked where it is read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import (
+    BUFFER_KEY,
+    DEFAULT_ADAMW_EPS,
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_EPS,
+    DEFAULT_NS_STEPS,
+    DYNAMIC_CODES_KEY,
+    LINEAR_CODES_KEY,
+)
+from ..groups import FORMAT_KEYS, MATRIX_DEFAULTS, RUNNING_KEYS, check_options
+from ..orthogonalize import resolve
+from ..orthogonalize.coefficients import JORDAN
+from ..state import Format, Momentum
+from .entries import Entry, Group
+
+Keep = Callable[[Tensor], Any]
+
+_DEFAULT_FORMAT = {"bits": 8, "codebook": "linear", "block_size": DEFAULT_BLOCK_SIZE, **MATRIX_DEFAULTS}
+# What torch.optim.Muon and its kin do where their groups do not say.
+_UNSAID: dict[str, dict[str, Any]] = {
+    "muon": {
+        "nesterov": True,
+        "ns_coefficients": JORDAN,
+        "eps": DEFAULT_EPS,
+        "ns_steps": DEFAULT_NS_STEPS,
+        "adjust_lr_fn": None,
+    },
+    "adamw": {"eps": DEFAULT_ADAMW_EPS},
+}
+_WORDS = {"torch": "torch.optim.Muon's", "heavy-ball": "heavy-ball Muon's"}
+_CODES_KEYS = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY)
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def stored(group: Group, format_options: Mapping[str, Any], index: int) -> Group:
+    """The group with every option that Muon8bit has: its own format or the default one, under the options given; what
+    others leave unsaid as torch.optim.Muon does it, with a warning. All are checked.
+
+    Raises:
+        ValueError: names the group and the hyper-parameter.
+    """
+    unsaid = {key: value for key, value in _UNSAID[group.algorithm].items() if key not in group.options}
+    if unsaid:
+        taken = ", ".join(f"{key}={value!r}" for key, value in unsaid.items())
+        warnings.warn(f"group {index} does not say {', '.join(unsaid)}: taken as {taken}", stacklevel=4)
+    options = {**unsaid, **group.options}
+    if group.algorithm == "muon":
+        options = {**_DEFAULT_FORMAT, **options, **format_options}
+    check_options({**options, "algorithm": group.algorithm}, f"group {index}: ")
+    return Group(group.algorithm, options, group.entries, group.part)
+
+
+def own(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+    """Muon8bit's state dict, and which formats became which."""
+    result: dict[str, Any] = {"state": {}, "param_groups": []}
+    changes: set[tuple[str, str]] = set()
+    keys = _keys(groups)
+    for group in groups:
+        ids = [next(keys) for _ in group.entries]
+        for key, entry in zip(ids, group.entries, strict=True):
+            if entry.tensors:
+                result["state"][key] = _kept(_state(entry, group.options, changes), keep)
+        result["param_groups"].append({**_named(group), "algorithm": group.algorithm, "params": ids})
+    return result, changes
+
+
+def torchs(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+    """State dicts of torch.optim.Muon and torch.optim.AdamW under 'muon' and 'adamw', either only if it has a group."""
+    optimizers = {"muon": torch.optim.Muon([torch.empty(1, 1)]), "adamw": torch.optim.AdamW([torch.empty(1)])}
+    result: dict[str, Any] = {}
+    changes: set[tuple[str, str]] = set()
+    for part, optimizer in optimizers.items():
+        members = [group for group in groups if group.algorithm == part]
+        if not members:
+            continue
+        result[part] = {"state": {}, "param_groups": []}
+        keys = _keys(members)
+        for group in members:
+            ids = [next(keys) for _ in group.entries]
+            for key, entry in zip(ids, group.entries, strict=True):
+                if entry.tensors:
+                    state = _torch_state(entry, group.options, changes)
+                    result[part]["state"][key] = _kept(state, keep)
+            options = {**optimizer.defaults, **_torch_options(_named(group))}
+            result[part]["param_groups"].append({**options, "params": ids})
+    return result, changes
+
+
+def _kept(state: Mapping[str, Tensor], keep: Keep) -> dict[str, Any]:
+    return {name: keep(tensor) for name, tensor in state.items()}
+
+
+def _keys(groups: Sequence[Group]) -> Iterator[int | str]:
+    """Ids of the entries in their order: the names that are ids already, else indices, as torch counts them."""
+    for index, entry in enumerate(entry for group in groups for entry in group.entries):
+        yield entry.key if isinstance(entry.key, str) else index
+
+
+def _named(group: Group) -> dict[str, Any]:
+    """The group's options, with the names of its parameters if all have one."""
+    names = [entry.name for entry in group.entries]
+    return {**group.options, **({"param_names": names} if names and None not in names else {})}
+
+
+def _torch_state(entry: Entry, options: Mapping[str, Any], changes: set[tuple[str, str]]) -> dict[str, Tensor]:
+    """One parameter's state as torch stores it; its Muon takes whole matrices only."""
+    if entry.algorithm == "adamw":
+        return _moments(entry)
+    if options["split_sizes"] is not None:
+        raise ValueError(f"{entry.where} is cut by split_sizes={options['split_sizes']}: torch.optim.Muon cannot")
+    momentum, source = _momentum(entry)
+    if momentum.codes.ndim != 2:
+        raise ValueError(f"{entry.where} has {momentum.codes.ndim} dimensions: torch.optim.Muon takes matrices only")
+    if entry.dialect != "torch":
+        changes.add((source, _WORDS["torch"]))
+    return {BUFFER_KEY: _values(entry, momentum)}
+
+
+def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options without those that torch lacks; a schedule of coefficients as one triple.
+
+    Raises:
+        ValueError: for coefficients that differ by step.
+    """
+    unknown = {*RUNNING_KEYS, "algorithm", "rounding_seed", "rounding_step"}
+    result = {key: value for key, value in options.items() if key not in unknown}
+    if "ns_coefficients" in result:
+        schedule = resolve(result["ns_coefficients"], result["ns_steps"])
+        if len(set(schedule.steps)) > 1 or schedule.norm_factor != 1.0:
+            raise ValueError(f"ns_coefficients={result['ns_coefficients']!r} differ by step: torch.optim.Muon has one")
+        result["ns_coefficients"] = schedule.steps[0]
+    return result
+
+
+def _state(entry: Entry, options: Mapping[str, Any], changes: set[tuple[str, str]]) -> dict[str, Tensor]:
+    """One parameter's state in the format of `options`."""
+    if entry.algorithm == "adamw":
+        return _moments(entry)
+    momentum, source = _momentum(entry)
+    shape = momentum.codes.shape
+    format = Format.of(shape, *(options[key] for key in FORMAT_KEYS))
+    # Block sizes are powers of two: where the layouts are equal, so are the blocks.
+    if entry.dialect == "muon8bit" and format.layout(shape) == momentum.format.layout(shape):
+        return momentum.to_state()
+    changes.add((source, format.options))
+    return Momentum.encode(_values(entry, momentum), format).to_state()
+
+
+def _values(entry: Entry, momentum: Momentum) -> Tensor:
+    """The exponential moving average, fp32."""
+    values = momentum.decode()
+    if entry.dialect == "heavy-ball":
+        values = values * (1 - entry.options["momentum"])
+    if not _is_finite(values):
+        raise ValueError(f"state of {entry.where}: its momentum holds NaN or Inf: the checkpoint is damaged")
+    return values
+
+
+def _momentum(entry: Entry) -> tuple[Momentum, str]:
+    """The saved momentum, checked but for its values, and its format in words."""
+    found = [key for key in _CODES_KEYS if key in entry.tensors]
+    if len(found) != 1 or (entry.dialect != "muon8bit" and found != [BUFFER_KEY]):
+        listed = ", ".join(map(str, entry.tensors))
+        raise ValueError(f"state of {entry.where} has {listed}: that is no momentum of {entry.dialect}'s")
+    codes = _dense(entry, found[0])
+    if entry.dialect == "muon8bit":
+        format = Format.of(codes.shape, *(entry.options[key] for key in FORMAT_KEYS))
+        words = format.options
+    else:
+        codes, format, words = codes.float(), Format(None, DEFAULT_BLOCK_SIZE), _WORDS[entry.dialect]
+        if codes.ndim != 2:
+            raise ValueError(f"{entry.where} has {codes.ndim} dimensions: only matrices come from torch.optim.Muon")
+    layout = format.layout(codes.shape)
+    if entry.tensors.keys() != layout.keys():
+        listed = ", ".join(map(str, entry.tensors))
+        raise ValueError(
+            f"state of {entry.where} has {listed}; by its group ({words}) {', '.join(layout)} are expected"
+        )
+    tensors = {found[0]: codes}
+    for key, (shape, dtype) in layout.items():
+        value = tensors.setdefault(key, _dense(entry, key))
+        if tuple(value.shape) != shape or value.dtype != dtype:
+            raise ValueError(
+                f"state of {entry.where}: {key} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}"
+            )
+        if dtype.is_floating_point and not _is_finite(value):
+            raise ValueError(f"state of {entry.where}: {key} holds NaN or Inf: the checkpoint is damaged")
+    return Momentum.from_state(tensors, format), words
+
+
+def _moments(entry: Entry) -> dict[str, Tensor]:
+    """AdamW's state: step 0-d, moments fp32."""
+    if entry.tensors.keys() != {*_MOMENTS}:
+        listed = ", ".join(map(str, entry.tensors))
+        raise ValueError(f"state of {entry.where} has {listed}; AdamW's has {', '.join(_MOMENTS)}")
+    step = entry.tensors["step"]
+    if isinstance(step, int | float):
+        step = torch.tensor(step, dtype=torch.float32)
+    elif not isinstance(step, Tensor) or step.numel() != 1:
+        raise ValueError(f"state of {entry.where}: step is {step!r}, expected a number")
+    state = {"step": step.detach().float().reshape(())} | {key: _dense(entry, key).float() for key in _MOMENTS[1:]}
+    if state["exp_avg"].shape != state["exp_avg_sq"].shape:
+        raise ValueError(f"state of {entry.where}: exp_avg and exp_avg_sq differ in shape")
+    for key, value in state.items():
+        if not _is_finite(value):
+            raise ValueError(f"state of {entry.where}: {key} holds NaN or Inf: the checkpoint is damaged")
+    return state
+
+
+def _dense(entry: Entry, key: str) -> Tensor:
+    """A tensor of the entry's state that is whole and dense."""
+    value = entry.tensors[key]
+    if hasattr(value, "placements"):
+        raise ValueError(
+            f"state of {entry.where}: {key} is a DTensor: convert a full state dict (full_state_dict=True)"
+        )
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        raise ValueError(f"state of {entry.where}: {key} is a {type(value).__name__}, expected a dense tensor")
+    return value.detach()
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or Inf; without temporaries, which isfinite() has."""
+    return values.numel() == 0 or all(bool(bound.isfinite()) for bound in values.aminmax())

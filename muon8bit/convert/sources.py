@@ -1,0 +1,192 @@
+"""Reads the state dicts of Muon8bit, of torch.optim.Muon beside an AdamW, and of heavy-ball Muons.
+
+    Muon8bit, torch     m <- beta m + (1 - beta) g
+    heavy ball          b <- beta b + g                so  m = (1 - beta) b  at a fixed beta
+
+Sources: torch.optim.Muon and torch.optim.AdamW; heavy ball: Moonlight (arXiv 2502.16982) and its public code, whose one
+group holds both kinds, told apart by `use_muon` in the state; `use_muon` in the groups is K. Jordan's MuonWithAuxAdam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..config import BUFFER_KEY
+from ..groups import MATRIX_DEFAULTS, RUNNING_KEYS, group_keys
+from .entries import DIALECTS, Dialect, Entry, Group
+
+# What other optimizers' groups need not say; `results` settles it.
+_UNSAID = {"muon": {"nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}, "adamw": {"eps"}}
+# Keys of other optimizers' groups that say how they compute, not what.
+_DROPPED = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+_MOONLIGHT = {
+    "muon": {"wd": "weight_decay"},
+    "adamw": {"adamw_betas": "betas", "adamw_eps": "eps", "wd": "weight_decay"},
+}
+_MOONLIGHT_STATE = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
+
+
+def read(
+    state_dict: Mapping[str, Any], dialect: Dialect, names: Sequence[str] | None, momentum: float | None
+) -> list[Group]:
+    """The groups of a saved optimizer, Muon's parameters and AdamW's apart; see `convert_state_dict`.
+
+    Raises:
+        ValueError: names the group, parameter or key that is missing or foreign.
+    """
+    if dialect not in DIALECTS:
+        raise ValueError(f"source must be one of {DIALECTS}, not {dialect!r}")
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"not an optimizer's state dict but a {type(state_dict).__name__}")
+    groups, given = [], None if names is None else iter(names)
+    for part, saved in _parts(state_dict, dialect):
+        states, saved_groups = saved.get("state"), saved.get("param_groups")
+        if not isinstance(states, Mapping) or not isinstance(saved_groups, Sequence):
+            raise ValueError(f"{part or 'this'} is no optimizer's state dict: it needs `state` and `param_groups`")
+        listed = set()
+        for i, group in enumerate(saved_groups):
+            where = f"group {i} of {part}" if part else f"group {i}"
+            if not isinstance(group, Mapping) or not isinstance(group.get("params"), Sequence):
+                raise ValueError(f"{where} is no parameter group: it has no list 'params'")
+            listed.update(group["params"])
+            if dialect == "muon8bit":
+                groups.append(_own_group(group, states, where, given))
+            else:
+                groups += _foreign_groups(group, states, where, part, dialect, given, momentum)
+        unlisted = [key for key in states if key not in listed]
+        if unlisted:
+            raise ValueError(f"there is state for {unlisted[0]!r}, which no group {f'of {part} ' * bool(part)}lists")
+    if given is not None and next(given, None) is not None:
+        raise ValueError("there are more names than saved parameters: give one name each, Muon's before AdamW's")
+    return groups
+
+
+def _parts(state_dict: Mapping[str, Any], dialect: Dialect) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The state dicts in one, with their labels."""
+    if "param_groups" in state_dict:
+        yield "", state_dict
+        return
+    parts = [part for part in ("muon", "adamw") if isinstance(state_dict.get(part), Mapping)]
+    if dialect == "muon8bit" or not parts or len(parts) < len(state_dict):
+        found = ", ".join(map(str, list(state_dict)[:5])) or "nothing"
+        raise ValueError(
+            f"no optimizer's state dict: it needs `state` and `param_groups`, or, saved by torch, state dicts under "
+            f"'muon' and 'adamw'; it has {found}"
+        )
+    for part in parts:
+        yield part, state_dict[part]
+
+
+def _own_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str, given: Iterator[str] | None) -> Group:
+    """A group saved by Muon8bit."""
+    if "algorithm" not in group:
+        raise ValueError(f"{where} was not saved by Muon8bit: give source (--from) torch or heavy-ball")
+    algorithm = group["algorithm"]
+    if algorithm not in _UNSAID:
+        raise ValueError(f"{where}: algorithm {algorithm!r} is not one of {', '.join(_UNSAID)}")
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    if algorithm == "muon":
+        options = {**MATRIX_DEFAULTS, **options}
+    missing = [key for key in group_keys(algorithm) if key not in options]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    entries = []
+    for key, name in zip(group["params"], _names(group, where, given), strict=True):
+        described = name or f"parameter {key} of {where}"
+        entries.append(Entry(name, described, key, algorithm, _state(states, key, described), options, "muon8bit"))
+    return Group(algorithm, options, entries)
+
+
+def _foreign_groups(
+    group: Mapping[str, Any],
+    states: Mapping[Any, Any],
+    where: str,
+    part: str,
+    dialect: Dialect,
+    given: Iterator[str] | None,
+    momentum: float | None,
+) -> list[Group]:
+    """A group saved by another optimizer, as one group of Muon or AdamW or as one of each."""
+    _check_author(group, where, dialect)
+    members: dict[str, list[tuple[int | str, str, Mapping[str, Any]]]] = {"muon": [], "adamw": []}
+    for key, name in zip(group["params"], _names(group, where, given), strict=True):
+        if name is None:
+            raise ValueError(
+                f"{where} has no 'param_names', and parameters are matched by name: give names, one a saved parameter"
+            )
+        state = _state(states, key, name)
+        algorithm = part or _algorithm(group, state, name)
+        state = {_MOONLIGHT_STATE.get(k, k): value for k, value in state.items() if k != "use_muon"}
+        members[algorithm].append((key, name, state))
+    groups = []
+    for algorithm, found in members.items():
+        if found or (part == algorithm):
+            options = _foreign_options(group, algorithm, where, dialect, momentum)
+            entries = [Entry(name, name, key, algorithm, state, options, dialect) for key, name, state in found]
+            groups.append(Group(algorithm, options, entries))
+    return groups
+
+
+def _check_author(group: Mapping[str, Any], where: str, dialect: Dialect) -> None:
+    """Raise ValueError for a group whose keys are those of an optimizer with another momentum."""
+    if "algorithm" in group:
+        raise ValueError(f"{where} was saved by Muon8bit: give source (--from) muon8bit")
+    if "dampening" in group:
+        raise ValueError(f"{where} was saved by torch.optim.SGD, which is no Muon: start with a fresh optimizer")
+    if "adamw_betas" in group and dialect != "heavy-ball":
+        raise ValueError(f"{where} was saved by a Muon with a heavy-ball momentum: give source (--from) heavy-ball")
+
+
+def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], name: str) -> str:
+    """Whether Muon or AdamW steps a parameter of an optimizer that can do both."""
+    flag = group.get("use_muon", state.get("use_muon"))
+    if flag is None and (state or "adamw_betas" not in group):
+        flag = BUFFER_KEY in state if state else "betas" not in group
+    if not isinstance(flag, bool):
+        raise ValueError(f"{name}: neither its state nor its group's 'use_muon' says whether Muon or AdamW steps it")
+    return "muon" if flag else "adamw"
+
+
+def _foreign_options(
+    group: Mapping[str, Any], algorithm: str, where: str, dialect: Dialect, momentum: float | None
+) -> dict[str, Any]:
+    """The group's hyper-parameters under Muon8bit's names."""
+    renamed, foreign = _MOONLIGHT[algorithm], {*_DROPPED, "params", "param_names", "use_muon"}
+    if "adamw_betas" in group:  # Moonlight's, whose factor of lr is not an option
+        group = {"adjust_lr_fn": "match_rms_adamw", **group}
+    foreign |= {"adamw_betas", "adamw_eps"} - renamed.keys()
+    foreign |= {"nesterov", "ns_steps", "adjust_lr_fn", "momentum"} if algorithm == "adamw" else {"betas"}
+    options = {renamed.get(key, key): value for key, value in group.items() if key not in foreign}
+    decoupled = group.get("decoupled_weight_decay", True) or not group.get("weight_decay")
+    refused = [key for key in ("amsgrad", "maximize") if group.get(key)] + ([] if decoupled else ["L2 weight decay"])
+    if refused:
+        raise ValueError(f"{where} was stepped with {', '.join(refused)}, which Muon8bit does not do")
+    if algorithm == "muon" and momentum is not None and options.setdefault("momentum", momentum) != momentum:
+        raise ValueError(f"{where} has momentum={options['momentum']!r}: leave the option {momentum!r} out")
+    missing = sorted({*group_keys(algorithm)} - _UNSAID[algorithm] - {*RUNNING_KEYS} - options.keys())
+    if missing:
+        way_out = "; give its momentum" if missing == ["momentum"] and dialect == "heavy-ball" else ""
+        raise ValueError(f"{where} lacks {', '.join(missing)}: is it a group of {algorithm}?{way_out}")
+    return options
+
+
+def _names(group: Mapping[str, Any], where: str, given: Iterator[str] | None) -> list[str | None]:
+    """A name for each parameter: as given, or saved, or its key, or None."""
+    keys = group["params"]
+    if given is not None:
+        names = [name for _, name in zip(keys, given, strict=False)]
+        if len(names) < len(keys):
+            raise ValueError(f"there are fewer names than saved parameters: they end in {where}")
+        return list(names)
+    saved = group.get("param_names", [key if isinstance(key, str) else None for key in keys])
+    if len(saved) != len(keys):
+        raise ValueError(f"{where} has {len(saved)} 'param_names' for {len(keys)} parameters")
+    return list(saved)
+
+
+def _state(states: Mapping[Any, Any], key: int | str, where: str) -> Mapping[str, Any]:
+    state = states.get(key, {})
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state of {where} is a {type(state).__name__}, expected a mapping of tensors")
+    return state
