@@ -1,8 +1,8 @@
 """Checkpoints on disk: written beside, sealed by a manifest of SHA-256, then named. No torch in here.
 
-A checkpoint is a folder `checkpoints/step-N` that holds what Accelerate saves, `progress.json`, and `manifest.json` with
-the size and SHA-256 of every other file. It is written as `.step-N.partial`, reaches the disk, and takes its name last;
-one that goes away loses its name first. So a folder with the name is a whole checkpoint, whenever the process was
+A checkpoint is a folder `checkpoints/step-N` with what Accelerate saves, `progress.json`, and `manifest.json`, which
+has the size and SHA-256 of every other file. It is written as `.step-N.partial`, reaches the disk, and takes its name
+last; one that goes away loses its name first. So a folder with the name is a whole checkpoint, whenever the process was
 killed, and the manifest tells whether the disk gave back what was written (`torch.load` does not notice a flipped bit).
 """
 
@@ -23,7 +23,12 @@ CHUNK = 1 << 22  # bytes read at a time: files may be larger than memory
 
 def named_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run's folder, oldest first; whether they are undamaged is not looked at."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
+    return sorted((run / "checkpoints").glob("step-*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Step of a named checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def partial_checkpoint(run: Path, step: int) -> Path:
@@ -60,17 +65,16 @@ def complete(partial: Path, files: dict[str, dict[str, Any]]) -> Path:
         files: entries of all its files, from `seal_files`.
 
     Returns:
-        The named folder. One of that name from before, which a resumed run comes to again, is replaced.
+        The named folder.
 
     Raises:
-        OSError: the disk is full, or fails.
+        OSError: the disk is full, or fails, or a checkpoint has that name.
     """
     (partial / MANIFEST).write_text(_manifest_text(files), encoding="ascii")
     sync(partial / MANIFEST)
     for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
         sync(folder)
     final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
-    remove(final)
     partial.rename(final)
     sync(final.parent)
     return final

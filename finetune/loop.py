@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from finetune.errors import StorageError
 from finetune.tokens import Tokens
 
 # `targets` [batch, seq_len] int64, -100 where nothing is to be predicted; the rest are arguments of the model.
 Batch: TypeAlias = Mapping[str, Tensor]
 IGNORED = -100
+TIME_IS_UP = 124  # exit code: that of timeout(1), so that a script which knows that one knows ours
 
 
 class Sequences(ABC):
@@ -181,10 +184,17 @@ def _sum(accelerator: Accelerator, value: Tensor) -> Tensor:
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for a stop; all ranks agree on it between two steps."""
+    """Reasons to stop before the last step; all ranks agree on them between two steps.
 
-    def __init__(self) -> None:
-        self.signal = 0
+    SIGTERM and SIGINT, a time that has passed, and a disk that took no metrics.
+
+    Args:
+        deadline: on the clock of `time.monotonic`, in seconds.
+    """
+
+    def __init__(self, deadline: float = math.inf) -> None:
+        self.deadline, self.code = deadline, 0
+        self.error: OSError | None = None
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -197,10 +207,17 @@ class Stop:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
-        self.signal = number
+        self.code = 128 + number
 
     def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any rank was asked to stop; a collective call."""
-        largest = accelerator.gather(torch.tensor([self.signal], device=accelerator.device)).max()
-        self.signal = int(largest)
-        return self.signal > 0
+        """Whether any rank has a reason to stop; a collective call. `code` is then the exit code, equal on all ranks.
+
+        Raises:
+            StorageError: some rank's disk took no metrics; on all ranks.
+        """
+        code = self.code or (TIME_IS_UP if time.monotonic() >= self.deadline else 0)
+        own = torch.tensor([0 if self.error is None else 1, code], device=accelerator.device)
+        failed, self.code = accelerator.gather(own).view(-1, 2).amax(0).tolist()
+        if failed:
+            raise StorageError(f"cannot write metrics.jsonl: {self.error or 'on the main process'}")
+        return self.code > 0

@@ -21,7 +21,9 @@ from finetune.messages import Example
 from finetune.models import check_vocabulary, config_hash
 from finetune.optimizers import build_optimizers
 from finetune.packing import Rows, check_isolation
-from finetune.run import check_same_run, first_on_node, make_accelerator, make_scheduler, versions
+from finetune.ranks import first_on_node
+from finetune.resuming import check_same_run
+from finetune.run import make_accelerator, make_scheduler, versions
 from finetune.run_folder import RunFolder
 from finetune.sft_recipe import SftRecipe, resolve
 from finetune.sft_run import Sample, SftRun

@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: every flipped bit is found, by name; a killed writer leaves no half checkpoint with a name."""
+"""A checkpoint's manifest: every flipped bit is found, by name; what is not a whole checkpoint has no name."""
 
 from __future__ import annotations
 
@@ -48,22 +48,23 @@ def test_the_manifest_holds_size_and_sha256_of_every_other_file(checkpoint, tmp_
     assert find_damage(checkpoint) is None
 
 
-def test_every_single_bit_flip_of_every_file_is_found_and_named(checkpoint):
-    """Exhaustive, the manifest's own bits included."""
+def test_a_flipped_bit_in_any_byte_of_every_file_is_found_and_named(checkpoint):
+    """The manifest's own bytes included: one bit of each in turn, and the bit that changes a letter's case."""
     count = 0
     for path in [p for p in checkpoint.rglob("*") if p.is_file()]:
         content = path.read_bytes()
-        for bit in range(8 * len(content)):
-            flipped = bytearray(content)
-            flipped[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(flipped)
-            damage = find_damage(checkpoint)
-            assert damage is not None, (path.name, bit)
-            # A flip in the manifest's text may also read as the damage of a file that it lists.
-            assert path.name == MANIFEST or path.relative_to(checkpoint).as_posix() in damage
-            count += 1
+        for place, value in enumerate(content):
+            for bit in {place % 8, 5}:
+                flipped = bytearray(content)
+                flipped[place] = value ^ 1 << bit
+                path.write_bytes(flipped)
+                damage = find_damage(checkpoint)
+                assert damage is not None, (path.name, place, bit)
+                # A flip in the manifest's text may also read as the damage of a file that it lists.
+                assert path.name == MANIFEST or path.relative_to(checkpoint).as_posix() in damage
+                count += 1
         path.write_bytes(content)
-    assert count > 2000
+    assert count > 500
     assert find_damage(checkpoint) is None
 
 
@@ -89,10 +90,7 @@ def test_the_parts_of_several_processes_cover_every_file_once(checkpoint):
         path.write_bytes(content)
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced_and_leftovers_go(checkpoint, tmp_path):
-    partial = write(tmp_path, 3, b"other weights")
-    assert complete(partial, seal_files(partial, file_names(partial))) == checkpoint
-    assert (checkpoint / "shards" / "0.bin").read_bytes() == b"other weights"
+def test_leftovers_and_removed_checkpoints_have_no_name(checkpoint, tmp_path):
     write(tmp_path, 12)
     checkpoint.with_name(".step-0000001.old").mkdir()
     assert named_checkpoints(tmp_path) == [checkpoint]
