@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -21,6 +22,7 @@ from finetune.saving import restore, resume_command, save
 from muon8bit import NonFiniteGradientError
 
 R = TypeVar("R", bound=Run)
+_ENDED_GROUPS: list[Any] = []
 
 
 def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
@@ -78,11 +80,13 @@ def _free_space(run: Run) -> str:
 def leave(run: Run) -> None:
     """Shut down trackers and the process group, all ranks together.
 
-    The barrier matters: it lets go of the interpreter's lock. A gloo thread that still needs the lock to free the last
-    gathered tensor would never end otherwise, while the group's destructor, which holds the lock, waits for it (seen
-    with torch 2.13).
+    The group's object is kept until the process ends. Its destructor, which holds the interpreter's lock, waits for
+    gloo's threads, and one of those may still need the lock to free a gathered tensor: neither would ever end (seen
+    with torch 2.13 on a busy machine, where the last reference was the model's).
     """
     run.accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        _ENDED_GROUPS.append(torch.distributed.group.WORLD)
     run.accelerator.end_training()
 
 

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from finetune.errors import StorageError
+from finetune.launch import whole
 from finetune.tokens import Tokens
 
 # `targets` [batch, seq_len] int64, -100 where nothing is to be predicted; the rest are arguments of the model.
@@ -139,6 +140,8 @@ def accumulate_gradients(accelerator: Accelerator, model: nn.Module, batches: Se
 def clip_gradients(model: nn.Module, limit: float) -> float:
     """Scale all gradients so that their global 2-norm is at most `limit`; 0 turns it off.
 
+    Sharded gradients (DTensors) take all ranks, which get the same norm.
+
     Returns:
         The norm before clipping.
 
@@ -146,15 +149,20 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
         FloatingPointError: a gradient holds NaN or Inf; names the parameters. Nothing was scaled.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    total = get_total_norm(grads)
+    total = whole(get_total_norm(grads))
     norm = float(total)
     if not math.isfinite(norm):
-        bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        bad = [n for n, p in model.named_parameters() if p.grad is not None and not math.isfinite(_peak(p.grad))]
         names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise FloatingPointError(f"the gradient of {names or 'the whole model'} is not finite")
     if limit:
         clip_grads_with_norm_(model.parameters(), limit, total)
     return norm
+
+
+def _peak(grad: Tensor) -> float:
+    """Largest magnitude; NaN or Inf where the gradient holds one."""
+    return float(whole(grad.abs().amax()))
 
 
 @torch.no_grad()

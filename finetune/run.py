@@ -21,6 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import get_scheduler
 
 from finetune.errors import InputError
+from finetune.launch import check_launch
 from finetune.loop import Sequences
 from finetune.options import Training
 from finetune.resuming import choose_checkpoint
@@ -74,7 +75,7 @@ def make_accelerator(recipe: Training, folder: RunFolder, precision: str) -> tup
         precision: `auto`, `no` or `bf16`.
 
     Raises:
-        InputError: Accelerate refuses the precision, or no checkpoint to continue from is undamaged.
+        InputError: Accelerate refuses the precision, the launch does not fit, or every checkpoint is damaged.
     """
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -90,6 +91,7 @@ def make_accelerator(recipe: Training, folder: RunFolder, precision: str) -> tup
         )
     except ValueError as error:
         raise InputError("--mixed-precision", f"Accelerate refuses {recipe.mixed_precision!r}: {error}") from None
+    check_launch(accelerator, recipe)
     path, candidates = broadcast_object_list([folder.path, folder.candidates])
     folder = replace(folder, path=path, candidates=candidates)
     if accelerator.is_main_process:
