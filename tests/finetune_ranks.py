@@ -91,14 +91,14 @@ def replicated(rank: int, folder: Path, recipe: str) -> None:
     script("--resume", "run")
 
 
-def sharded(rank: int, folder: Path, recipe: str) -> None:
+def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
     """FSDP2 as Accelerate prepares, saves and loads it; on a CPU it has to be told that it may."""
     import finetune.job as job
     import finetune.run
 
     finetune.run.Accelerator = sharding_accelerator()
     script = Script(rank, folder)
-    options = ("--recipe", recipe, "--optimizer", "adamw")
+    options = ("--recipe", recipe, "--optimizer", optimizer)
     script(*options, "--output-dir", "whole")
     script(*options, "--output-dir", "run")
     script.on_main(lambda: flip_a_bit(folder / "run/checkpoints/step-0000006/optimizer_0/__1_0.distcp"))

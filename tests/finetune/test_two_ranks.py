@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 
@@ -11,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.models import parameter_hash
+from muon8bit import Muon8bit
 
 
-def call_ranks(work, folder, recipe_file):
+def call_ranks(work, folder, *args):
     """Run `work` on two ranks; what each call of the script returned and printed: [call][rank]."""
     (folder / "calls").mkdir(parents=True)
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.multiprocessing.spawn(work, (folder, str(recipe_file)), nprocs=finetune_ranks.WORLD)
+    torch.multiprocessing.spawn(work, (folder, *args), nprocs=finetune_ranks.WORLD)
     num_calls = len(list((folder / "calls").glob("*.0.json")))
     return [
         [json.loads((folder / "calls" / f"{call}.{rank}.json").read_text()) for rank in range(finetune_ranks.WORLD)]
@@ -42,7 +44,7 @@ def codes(call):
 
 
 def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, recipe_file):
-    whole, timed_out, stopped, full, resumed = call_ranks(finetune_ranks.replicated, tmp_path, recipe_file)
+    whole, timed_out, stopped, full, resumed = call_ranks(finetune_ranks.replicated, tmp_path, str(recipe_file))
     assert codes(whole) == [0, 0]
     assert result(tmp_path / "whole")["world_size"] == 2
     assert codes(timed_out) == [124, 124]
@@ -62,11 +64,19 @@ def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, rec
     assert len(set(hashes)) == 1
 
 
-def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(tmp_path, recipe_file, pretrain):
-    """AdamW in all; the losses of one process with twice the micro-batches are the oracle."""
-    whole, first, resumed, refused, bad = call_ranks(finetune_ranks.sharded, tmp_path, recipe_file)
+TAKES_SHARDS = "process_group" in inspect.signature(Muon8bit).parameters
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adamw", pytest.param("muon8bit", marks=pytest.mark.skipif(not TAKES_SHARDS, reason="takes no DTensors"))],
+)
+def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(tmp_path, recipe_file, pretrain, optimizer):
+    """The losses of one process with twice the micro-batches are the oracle."""
+    args = (tmp_path, str(recipe_file), optimizer)
+    whole, first, resumed, refused, bad = call_ranks(finetune_ranks.sharded, *args)
     assert codes(whole) == codes(first) == codes(resumed) == [0, 0], (whole, first, resumed)
-    assert pretrain("--output-dir", "one", "--optimizer", "adamw", "--gradient-accumulation", 2).code == 0
+    assert pretrain("--output-dir", "one", "--optimizer", optimizer, "--gradient-accumulation", 2).code == 0
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "whole")
     assert [m["tokens"] for m in one] == [m["tokens"] for m in two]
     for key in ("loss", "grad_norm"):
