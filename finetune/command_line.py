@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,14 @@ from typing import Any, NoReturn
 from finetune.errors import InputError
 from finetune.options import RESUME_MAY_CHANGE, Training, flag, option_fields, option_type
 from finetune.run_folder import RunFolder
+
+STARTED = time.monotonic()  # s; before torch is imported, which counts against --max-minutes
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a gradient was not finite, or the disk is full; 2 bad input; 124 --max-minutes have passed; "
+    "130 or 143 Ctrl-C or SIGTERM came. After 124, 130 and 143 the run is saved and not complete. torchrun and "
+    "accelerate launch make 1 of all but 0; a complete run has a result.json."
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str, description: str, kind: type[Training]) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        super().__init__(prog=prog, description=description, epilog=EXIT_CODES, allow_abbrev=False)
         self.add_argument("--output-dir", help="a new or empty folder; default: runs/<recipe>-<time>/")
         self.add_argument("--resume", metavar="FOLDER", help="a run's folder to continue, or 'latest'")
         for f in option_fields(kind):
@@ -60,7 +69,7 @@ def check_resumable(folder: RunFolder, saved: Training, overrides: Mapping[str, 
 
 
 def run_script(work: Callable[[], int]) -> int:
-    """Do the work. Returns the exit code: 0, 1 (training failed), 2 (bad input), 128 + signal (stopped)."""
+    """Do the work. Returns the exit code, see EXIT_CODES."""
     try:
         # Accelerate imports bitsandbytes, which warns on some CPUs that a 4-bit product will be slow, and warns at
         # every checkpoint that a tied weight is saved once (loading ties it again; resuming is bitwise).

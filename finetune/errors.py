@@ -16,3 +16,7 @@ class InputError(Exception):
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.args[1]}"
+
+
+class StorageError(Exception):
+    """The disk is full, or fails: a run could not write what it must. Its text is the cause."""

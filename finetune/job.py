@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import shlex
+import math
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+from safetensors import SafetensorError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from finetune.errors import InputError
+from finetune.checkpoints import named_checkpoints
+from finetune.command_line import STARTED
+from finetune.errors import StorageError
 from finetune.loop import Stop, accumulate_gradients, clip_gradients, evaluate, step_batches, total_targets
 from finetune.run import Run
+from finetune.saving import restore, resume_command, save
 from muon8bit import NonFiniteGradientError
 
 R = TypeVar("R", bound=Run)
+_ENDED_GROUPS: list[Any] = []
 
 
 def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
@@ -28,34 +34,59 @@ def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
         script: path of the script, for the command that resumes.
 
     Returns:
-        Exit code: 0 done, 1 a gradient was not finite, 128 + signal number when stopped.
+        Exit code: 0 done, 1 a gradient was not finite or the disk is full, 124 --max-minutes have passed, 128 + signal
+        number when stopped.
 
     Raises:
         InputError: the checkpoint cannot be loaded.
     """
     if run.folder.checkpoint:
-        _restore(run)
+        restore(run)
     try:
         code = _train(run, script)
         if code == 0:
-            finish(run)
+            _finish(run, finish)
     except (FloatingPointError, NonFiniteGradientError) as error:
-        if run.accelerator.is_main_process:
-            print(f"step {run.step + 1}: {error}; start anew with a lower --lr, or with --clip", file=sys.stderr)
+        _complain(run, f"step {run.step + 1}: {error}; start anew with a lower --lr, or with --clip")
+        code = 1
+    except StorageError as error:
+        _complain(run, f"step {run.step}: {error}; {_free_space(run)}")
+        if run.accelerator.is_main_process and named_checkpoints(run.folder.path):
+            _complain(run, f"the checkpoints before are untouched; to resume:\n  {resume_command(run, script)}")
         code = 1
     run.say(f"run folder: {run.folder.path}")
     leave(run)
     return code
 
 
+def _finish(run: R, finish: Callable[[R], None]) -> None:
+    """What a complete run leaves is written by the main process alone; the others need not hear of a full disk."""
+    try:
+        finish(run)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write the results: {' '.join(str(error).split())[:200]}") from error
+
+
+def _complain(run: Run, text: str) -> None:
+    if run.accelerator.is_main_process:
+        print(text, file=sys.stderr)
+
+
+def _free_space(run: Run) -> str:
+    free = shutil.disk_usage(run.folder.path).free
+    return f"{free / 2**20:,.0f} MiB are free on the disk of {run.folder.path}"
+
+
 def leave(run: Run) -> None:
     """Shut down trackers and the process group, all ranks together.
 
-    The barrier matters: it lets go of the interpreter's lock. A gloo thread that still needs the lock to free the last
-    gathered tensor would never end otherwise, while the group's destructor, which holds the lock, waits for it (seen
-    with torch 2.13).
+    The group's object is kept until the process ends. Its destructor, which holds the interpreter's lock, waits for
+    gloo's threads, and one of those may still need the lock to free a gathered tensor: neither would ever end (seen
+    with torch 2.13 on a busy machine, where the last reference was the model's).
     """
     run.accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        _ENDED_GROUPS.append(torch.distributed.group.WORLD)
     run.accelerator.end_training()
 
 
@@ -68,7 +99,7 @@ def _train(run: Run, script: str) -> int:
         unit="step",
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )
-    stop = Stop()
+    stop = Stop(STARTED + 60 * recipe.max_minutes if recipe.max_minutes else math.inf)
     with stop.listening(), bar:
         while run.step < recipe.max_steps:
             record = _one_step(run)
@@ -76,13 +107,14 @@ def _train(run: Run, script: str) -> int:
             stopped = stop.agreed(accelerator)
             if done or (run.step % recipe.eval_every == 0 and not stopped):
                 record["val_loss"] = evaluate(accelerator, run.model, run.validation, recipe.batch_size)
-            _log(run, record, bar)
+            _log(run, stop, record, bar)
             if done or stopped or run.step % recipe.save_every == 0:
-                _save(run)
+                stop.agreed(accelerator)  # a checkpoint must not say that metrics are there which the disk did not take
+                save(run)
             if stopped and not done:
                 run.say(f"stopped at step {run.step} of {recipe.max_steps} and saved; to resume:")
-                run.say("  " + _resume_command(run, script))
-                return 128 + stop.signal
+                run.say("  " + resume_command(run, script))
+                return stop.code
     return 0
 
 
@@ -116,10 +148,13 @@ def _one_step(run: Run) -> dict[str, Any]:
     }
 
 
-def _log(run: Run, record: dict[str, Any], bar: Any) -> None:
+def _log(run: Run, stop: Stop, record: dict[str, Any], bar: Any) -> None:
     if not run.accelerator.is_main_process:
         return
-    run.folder.append_metrics(record)
+    try:
+        run.folder.append_metrics(record)
+    except OSError as error:  # the other ranks hear of it when all agree next
+        stop.error = error
     speed = run.tokens / run.seconds
     bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.2e}", tok_s=f"{speed:.0f}", refresh=False)
     bar.update()
@@ -127,49 +162,3 @@ def _log(run: Run, record: dict[str, Any], bar: Any) -> None:
     run.accelerator.log(scalars, step=run.step)
     if record["val_loss"] is not None:
         run.say(f"step {run.step}: validation {run.describe(record['val_loss'])}")
-
-
-def _save(run: Run) -> None:
-    """Write a checkpoint beside, and give it its name when every process is done."""
-    accelerator = run.accelerator
-    partial, _ = run.folder.checkpoint_paths(run.step)
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)  # what a crash left
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        record = {
-            "step": run.step,
-            "position": run.position,
-            "tokens": run.tokens,
-            "seconds": run.seconds,
-            "optimizer": run.recipe.optimizer,
-            "schedulers": [scheduler.state_dict() for scheduler in run.schedulers],
-            "facts": run.facts,
-        }
-        run.folder.finish_checkpoint(run.step, record, run.recipe.keep_checkpoints)
-    accelerator.wait_for_everyone()
-
-
-def _restore(run: Run) -> None:
-    record = run.folder.progress()
-    try:
-        run.accelerator.load_state(str(run.folder.checkpoint))
-    except Exception as error:
-        first = " ".join(str(error).split())[:200]
-        raise InputError(
-            "--resume",
-            f"cannot load {run.folder.checkpoint} ({first}); give an earlier checkpoint of {run.folder.path}",
-        ) from error
-    for scheduler, state in zip(run.schedulers, record["schedulers"], strict=True):
-        scheduler.load_state_dict(state)
-    run.step, run.position = record["step"], record["position"]
-    run.tokens, run.seconds = record["tokens"], record["seconds"]
-    run.say(f"resumed from {run.folder.checkpoint} at step {run.step}")
-
-
-def _resume_command(run: Run, script: str) -> str:
-    world = run.accelerator.num_processes
-    launcher = [sys.executable] if world == 1 else ["torchrun", "--nproc_per_node", str(world)]
-    return shlex.join([*launcher, script, "--resume", str(run.folder.path)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from finetune.errors import StorageError
+from finetune.launch import whole
 from finetune.tokens import Tokens
 
 # `targets` [batch, seq_len] int64, -100 where nothing is to be predicted; the rest are arguments of the model.
 Batch: TypeAlias = Mapping[str, Tensor]
 IGNORED = -100
+TIME_IS_UP = 124  # exit code: that of timeout(1), so that a script which knows that one knows ours
 
 
 class Sequences(ABC):
@@ -136,6 +140,8 @@ def accumulate_gradients(accelerator: Accelerator, model: nn.Module, batches: Se
 def clip_gradients(model: nn.Module, limit: float) -> float:
     """Scale all gradients so that their global 2-norm is at most `limit`; 0 turns it off.
 
+    Sharded gradients (DTensors) take all ranks, which get the same norm.
+
     Returns:
         The norm before clipping.
 
@@ -143,15 +149,20 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
         FloatingPointError: a gradient holds NaN or Inf; names the parameters. Nothing was scaled.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    total = get_total_norm(grads)
+    total = whole(get_total_norm(grads))
     norm = float(total)
     if not math.isfinite(norm):
-        bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        bad = [n for n, p in model.named_parameters() if p.grad is not None and not math.isfinite(_peak(p.grad))]
         names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise FloatingPointError(f"the gradient of {names or 'the whole model'} is not finite")
     if limit:
         clip_grads_with_norm_(model.parameters(), limit, total)
     return norm
+
+
+def _peak(grad: Tensor) -> float:
+    """Largest magnitude; NaN or Inf where the gradient holds one."""
+    return float(whole(grad.abs().amax()))
 
 
 @torch.no_grad()
@@ -181,10 +192,17 @@ def _sum(accelerator: Accelerator, value: Tensor) -> Tensor:
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for a stop; all ranks agree on it between two steps."""
+    """Reasons to stop before the last step; all ranks agree on them between two steps.
 
-    def __init__(self) -> None:
-        self.signal = 0
+    SIGTERM and SIGINT, a time that has passed, and a disk that took no metrics.
+
+    Args:
+        deadline: on the clock of `time.monotonic`, in seconds.
+    """
+
+    def __init__(self, deadline: float = math.inf) -> None:
+        self.deadline, self.code = deadline, 0
+        self.error: OSError | None = None
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -197,10 +215,17 @@ class Stop:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
-        self.signal = number
+        self.code = 128 + number
 
     def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any rank was asked to stop; a collective call."""
-        largest = accelerator.gather(torch.tensor([self.signal], device=accelerator.device)).max()
-        self.signal = int(largest)
-        return self.signal > 0
+        """Whether any rank has a reason to stop; a collective call. `code` is then the exit code, equal on all ranks.
+
+        Raises:
+            StorageError: some rank's disk took no metrics; on all ranks.
+        """
+        code = self.code or (TIME_IS_UP if time.monotonic() >= self.deadline else 0)
+        own = torch.tensor([0 if self.error is None else 1, code], device=accelerator.device)
+        failed, self.code = accelerator.gather(own).view(-1, 2).amax(0).tolist()
+        if failed:
+            raise StorageError(f"cannot write metrics.jsonl: {self.error or 'on the main process'}")
+        return self.code > 0

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from finetune.errors import InputError
+from finetune.launch import whole
 from finetune.recipe import Recipe
 
 
@@ -101,13 +102,16 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def parameter_hash(model: nn.Module) -> str:
-    """Hex SHA-256 of all trained parameters, in order, with their names: equal on ranks that agree to the bit."""
+    """Hex SHA-256 of all trained parameters, in order, with their names: equal on ranks that agree to the bit.
+
+    Sharded parameters are gathered one at a time, by all ranks.
+    """
     digest = hashlib.sha256()
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
         digest.update(name.encode())
-        digest.update(param.detach().float().cpu().numpy().tobytes())
+        digest.update(whole(param.detach()).float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

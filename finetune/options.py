@@ -17,7 +17,7 @@ from finetune.errors import InputError
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 # Options that a resumed run may change; every other one is part of what makes the run bitwise the same.
 # `dataset` may move to another place: its content is compared by hash.
-RESUME_MAY_CHANGE = ("dataset", "max_steps", "save_every", "eval_every", "keep_checkpoints", "tracker")
+RESUME_MAY_CHANGE = ("dataset", "max_steps", "save_every", "eval_every", "keep_checkpoints", "max_minutes", "tracker")
 
 
 def option(default: Any, text: str, *choices: str) -> Any:
@@ -54,6 +54,11 @@ class Training:
     eval_every: int = option(50, "optimizer steps between evaluations; the last step is always evaluated")
     save_every: int = option(100, "optimizer steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(2, "how many checkpoints stay")
+    max_minutes: float = option(
+        0.0,
+        "after so many minutes since the start finish the step, save, print the command that resumes, and exit with "
+        "124; leave time for a step and a save; 0 is no limit",
+    )
     mixed_precision: str = option("auto", "auto is bf16 on a CUDA device that has it, else no", "auto", "no", "bf16")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
     seed: int = option(0, "seed of the initial weights and of the data order")
@@ -146,7 +151,7 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         value = getattr(recipe, name)
         if value is not None and value <= 0:
             raise InputError(flag(name), f"{value} must be above 0")
-    for name in ("weight_decay", "clip", "warmup_steps", "decay_steps", "seed"):
+    for name in ("weight_decay", "clip", "warmup_steps", "decay_steps", "max_minutes", "seed"):
         value = getattr(recipe, name)
         if value is not None and value < 0:
             raise InputError(flag(name), f"{value} must not be negative")

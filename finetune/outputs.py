@@ -89,12 +89,13 @@ def save_model(path: Path, model: Any, state: Mapping[str, Any] | None, tokenize
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, and exchange it for the old one."""
+    """Let `write` fill a new folder, and exchange it for the old one, which stays if `write` fails."""
     old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
     with folder_beside(path) as beside:
         write(beside)
+        if path.exists():
+            path.rename(old)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -15,8 +15,10 @@ from finetune.corpus import open_corpus
 from finetune.loop import Blocks
 from finetune.models import build_model, check_vocabulary, config_hash, model_config
 from finetune.optimizers import build_optimizers
+from finetune.ranks import first_on_node
 from finetune.recipe import Recipe
-from finetune.run import Run, check_same_run, first_on_node, make_accelerator, make_scheduler, versions
+from finetune.resuming import check_same_run
+from finetune.run import Run, make_accelerator, make_scheduler, versions
 from finetune.run_folder import RunFolder
 from finetune.tokens import TokenCache, check_size, load_tokenizer, token_cache, train_tokenizer
 

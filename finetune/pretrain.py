@@ -69,8 +69,6 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
         raise InputError("--model-config", f"{folder.path} holds checkpoints of another model; leave it out")
     check_resumable(folder, saved, overrides)
     recipe = recipe_from({**dataclasses.asdict(saved), **overrides}, "the options")
-    if folder.step >= recipe.max_steps and (folder.path / "model").is_dir():
-        raise InputError("--resume", f"{folder.path} is already at step {folder.step}; raise --max-steps")
     return recipe, folder
 
 
@@ -84,7 +82,7 @@ def _work(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script. Returns the exit code: 0, 1 (training failed), 2 (bad input), 128 + signal (stopped)."""
+    """Run the script. Returns the exit code, see EXIT_CODES."""
     return run_script(lambda: _work(sys.argv[1:] if argv is None else argv))
 
 

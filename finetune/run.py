@@ -5,17 +5,15 @@ from __future__ import annotations
 import platform
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,11 +21,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import get_scheduler
 
 from finetune.errors import InputError
+from finetune.launch import check_launch
 from finetune.loop import Sequences
 from finetune.options import Training
+from finetune.resuming import choose_checkpoint
 from finetune.run_folder import RunFolder
 
-T = TypeVar("T")
 # Training a tokenizer and writing a large cache take longer than the usual limit of a collective.
 DATA_TIMEOUT = timedelta(hours=12)
 
@@ -68,7 +67,7 @@ class Run(ABC):
 
 
 def make_accelerator(recipe: Training, folder: RunFolder, precision: str) -> tuple[Accelerator, RunFolder]:
-    """The accelerator, and the run's folder: the main process's on all ranks. The main process prints it.
+    """The accelerator, and the run's folder: the main process's on all ranks, with the checkpoint to continue from.
 
     Args:
         recipe: checked options.
@@ -76,7 +75,7 @@ def make_accelerator(recipe: Training, folder: RunFolder, precision: str) -> tup
         precision: `auto`, `no` or `bf16`.
 
     Raises:
-        InputError: Accelerate refuses the precision.
+        InputError: Accelerate refuses the precision, the launch does not fit, or every checkpoint is damaged.
     """
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -92,9 +91,13 @@ def make_accelerator(recipe: Training, folder: RunFolder, precision: str) -> tup
         )
     except ValueError as error:
         raise InputError("--mixed-precision", f"Accelerate refuses {recipe.mixed_precision!r}: {error}") from None
-    folder = replace(folder, path=Path(broadcast_object_list([str(folder.path)])[0]))
+    check_launch(accelerator, recipe)
+    path, candidates = broadcast_object_list([folder.path, folder.candidates])
+    folder = replace(folder, path=path, candidates=candidates)
     if accelerator.is_main_process:
         print(f"run folder: {folder.path}", flush=True)
+    if candidates:
+        choose_checkpoint(accelerator, folder, recipe)
     return accelerator, folder
 
 
@@ -102,60 +105,12 @@ def versions(accelerator: Accelerator) -> dict[str, Any]:
     """Facts of the software that a run depends on."""
     return {
         "world_size": accelerator.num_processes,
+        "parallelism": accelerator.distributed_type.value,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
     }
-
-
-def first_on_node(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Do the work on one process of every node, then on the others, which find it in the cache.
-
-    Raises:
-        InputError: it failed somewhere; all processes raise, so that none waits for another.
-    """
-    results: list[T] = []
-    error = None
-    if accelerator.is_local_main_process:
-        try:
-            results.append(work())
-        except InputError as caught:
-            error = caught
-    failed = [e for e in gather_object([error]) if e is not None]
-    accelerator.wait_for_everyone()  # see `finetune.job.leave`
-    if failed:
-        raise failed[0]
-    return results[0] if results else work()
-
-
-def check_same_run(folder: RunFolder, facts: Mapping[str, Any], named: Mapping[str, tuple[str, str]]) -> None:
-    """A checkpoint continues only with the model, text and tokenizer that it was made with.
-
-    Args:
-        folder: of the run; without a checkpoint there is nothing to check.
-        facts: of this run.
-        named: key of the facts -> (option that gives it, what it is).
-
-    Raises:
-        InputError: something else.
-    """
-    if folder.checkpoint is None:
-        return
-    saved = folder.progress()["facts"]
-    if saved["world_size"] != facts["world_size"]:
-        raise InputError(
-            "--resume",
-            f"{folder.checkpoint} is of {saved['world_size']} processes, now there are {facts['world_size']}; launch "
-            "as many, or a step would take another batch",
-        )
-    for key, (option, what) in named.items():
-        if saved[key] != facts[key]:
-            raise InputError(
-                "--resume",
-                f"{folder.checkpoint} is of another {what} ({saved[key][:12]}, Python {saved['python']}; now "
-                f"{facts[key][:12]}, Python {facts['python']}); give its {option}, or start anew",
-            )
 
 
 def make_scheduler(recipe: Training, optimizer: Optimizer) -> LRScheduler:

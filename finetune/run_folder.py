@@ -15,12 +15,11 @@ from typing import Any
 
 import yaml
 
+from finetune.checkpoints import PROGRESS_FILE, complete, named_checkpoints, remove, remove_leftovers, step_of, sync
 from finetune.errors import InputError
 from finetune.options import Training
 
 RUNS = Path("runs")
-# Last file of a checkpoint to be written; the folder takes its final name only after it.
-PROGRESS_FILE = "progress.json"
 
 
 @dataclass
@@ -30,11 +29,13 @@ class RunFolder:
     Args:
         path: absolute path of the folder; it need not exist before `create`.
         link: `runs/latest`, moved to this run by `create`; None leaves it alone.
-        checkpoint: the complete checkpoint to continue from, or None for a new run.
+        candidates: checkpoints that a resumed run may continue from, best first; empty for a new run.
+        checkpoint: the undamaged one of them that was chosen; None for a new run, and before the choice.
     """
 
     path: Path
     link: Path | None = None
+    candidates: tuple[Path, ...] = ()
     checkpoint: Path | None = None
 
     @property
@@ -51,20 +52,23 @@ class RunFolder:
         return int(self.progress()["step"]) if self.checkpoint else 0
 
     def progress(self) -> dict[str, Any]:
-        """What the checkpoint says about itself.
-
-        Raises:
-            InputError: its record is unreadable.
-        """
+        """What the chosen checkpoint says about itself."""
         assert self.checkpoint is not None
-        try:
-            record: dict[str, Any] = json.loads((self.checkpoint / PROGRESS_FILE).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError("--resume", f"cannot read {self.checkpoint}: {error}") from None
+        record: dict[str, Any] = json.loads((self.checkpoint / PROGRESS_FILE).read_text())
         return record
+
+    def is_finished(self) -> bool:
+        """Whether the run has left all that it leaves after the step of its checkpoint."""
+        try:
+            done = json.loads((self.path / "result.json").read_text())["step"] == self.step
+        except (OSError, ValueError, KeyError):
+            return False
+        return done and any((self.path / name).is_dir() for name in ("model", "adapter"))
 
     def create(self, recipe: Training) -> None:
         """Make the folder and point `runs/latest` to it; for a resumed run, forget steps after its checkpoint.
+
+        Later checkpoints, damaged or of a continuation that is given up, lose their names, and go with the next save.
 
         Raises:
             InputError: the folder cannot be made.
@@ -73,11 +77,18 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.checkpoint is None:
                 self.recipe_file.touch(exist_ok=False)
+            self._begin(recipe)
         except FileExistsError:
             raise InputError("--output-dir", f"another run has just taken {self.path}; give one of your own") from None
         except OSError as error:
-            raise InputError("--output-dir", f"cannot make {self.path}: {error.strerror}") from None
+            raise InputError("--output-dir", f"cannot write to {self.path}: {error.strerror}") from None
+
+    def _begin(self, recipe: Training) -> None:
         write_beside(self.recipe_file, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+        remove_leftovers(self.path)
+        for later in named_checkpoints(self.path):
+            if step_of(later) > self.step:
+                later.rename(later.with_name(f".{later.name}.given-up"))
         kept = [record for record in self.metrics() if record["step"] <= self.step]
         write_beside(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
         if self.link is not None:
@@ -100,25 +111,17 @@ class RunFolder:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def checkpoint_paths(self, step: int) -> tuple[Path, Path]:
-        """(folder to write into, name that it takes when complete) of the checkpoint of a step."""
-        name = f"step-{step:07d}"
-        return self.path / "checkpoints" / f".{name}.partial", self.path / "checkpoints" / name
+    def finish_checkpoint(self, partial: Path, files: dict[str, dict[str, Any]], keep: int) -> None:
+        """Name a checkpoint whose files are sealed, then delete all but the last `keep`, and what has no name.
 
-    def finish_checkpoint(self, step: int, record: dict[str, Any], keep: int) -> None:
-        """Record the progress, give the checkpoint its name, and delete all but the last `keep`."""
-        partial, final = self.checkpoint_paths(step)
-        (partial / PROGRESS_FILE).write_text(json.dumps(record, indent=1))
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        for old in complete_checkpoints(self.path)[:-keep]:
-            shutil.rmtree(old)
-
-
-def complete_checkpoints(path: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in (path / "checkpoints").glob(f"step-*/{PROGRESS_FILE}"))
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        sync(self.metrics_file)
+        complete(partial, files)
+        for old in named_checkpoints(self.path)[:-keep]:
+            remove(old)
+        remove_leftovers(self.path)
 
 
 def choose_folder(output_dir: str | None, recipe_name: str) -> RunFolder:
@@ -144,24 +147,24 @@ def choose_folder(output_dir: str | None, recipe_name: str) -> RunFolder:
 
 
 def find_run(resume: str) -> RunFolder:
-    """Folder of a run to continue, with its last complete checkpoint.
+    """Folder of a run to continue, and the checkpoints to choose from, newest first.
 
     Args:
         resume: `latest` (what runs/latest points to), a run's folder, or one checkpoint in it.
 
     Raises:
-        InputError: there is no run, or no complete checkpoint in it.
+        InputError: there is no run, or no checkpoint in it.
     """
     path = (RUNS / "latest" if resume == "latest" else Path(resume).expanduser()).resolve()
-    if (path / PROGRESS_FILE).is_file():
-        return RunFolder(path.parent.parent, checkpoint=path)
+    if path.parent.name == "checkpoints" and path.is_dir():
+        return RunFolder(path.parent.parent, candidates=(path,))
     if not (path / "recipe.yaml").is_file():
         hint = " (runs/ lies where the run was started)" if resume == "latest" else ""
         raise InputError("--resume", f"{path} is not a run's folder{hint}; give one that holds recipe.yaml")
-    checkpoints = complete_checkpoints(path)
+    checkpoints = named_checkpoints(path)
     if not checkpoints:
         raise InputError("--resume", f"{path} has no complete checkpoint; start anew without --resume")
-    return RunFolder(path, checkpoint=checkpoints[-1])
+    return RunFolder(path, candidates=tuple(reversed(checkpoints)))
 
 
 def write_beside(path: Path, text: str) -> None:

@@ -70,8 +70,6 @@ def parse(argv: Sequence[str]) -> tuple[SftRecipe, RunFolder]:
     saved = sft_recipe_from(values, str(folder.recipe_file))
     check_resumable(folder, saved, overrides)
     recipe = sft_recipe_from({**values, **overrides}, "the options")
-    if folder.step >= recipe.max_steps and (folder.path / "result.json").is_file():
-        raise InputError("--resume", f"{folder.path} is already at step {folder.step}; raise --max-steps")
     return recipe, folder
 
 
@@ -112,7 +110,7 @@ def _work(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script. Returns the exit code: 0, 1 (training failed), 2 (bad input), 128 + signal (stopped)."""
+    """Run the script. Returns the exit code, see EXIT_CODES."""
     return run_script(lambda: _work(sys.argv[1:] if argv is None else argv))
 
 

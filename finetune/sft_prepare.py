@@ -15,13 +15,16 @@ from finetune.adapters import add_adapter, checkpoint_trainable_only
 from finetune.bases import base_config, find_base, fingerprint, load_base, pretrained_with, weight_dtype
 from finetune.chat import Parts, load_parts
 from finetune.errors import InputError
+from finetune.launch import is_sharded
 from finetune.loop import evaluate
 from finetune.masks import ChatEncoding, EncodedExamples, encode_examples
 from finetune.messages import Example
 from finetune.models import check_vocabulary, config_hash
 from finetune.optimizers import build_optimizers
 from finetune.packing import Rows, check_isolation
-from finetune.run import check_same_run, first_on_node, make_accelerator, make_scheduler, versions
+from finetune.ranks import first_on_node
+from finetune.resuming import check_same_run
+from finetune.run import make_accelerator, make_scheduler, versions
 from finetune.run_folder import RunFolder
 from finetune.sft_recipe import SftRecipe, resolve
 from finetune.sft_run import Sample, SftRun
@@ -52,6 +55,10 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     if recipe.mode == "qlora" and precision == "auto" and weight_dtype(recipe) == torch.bfloat16:
         precision = "bf16"
     accelerator, folder = make_accelerator(recipe, folder, precision)
+    if is_sharded(accelerator) and recipe.has_adapter:
+        raise InputError(
+            "--mode", f"{recipe.mode} under FSDP is not supported; launch with ddp.yaml, or give --mode full"
+        )
     set_seed(recipe.seed)
     base = first_on_node(accelerator, lambda: find_base(recipe.model))
     config = base_config(base)
@@ -71,6 +78,10 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     if recipe.packing:
         check_isolation(model, num_rows=recipe.batch_size)
     notes += _warnings(recipe, base, config)
+    num_answers = recipe.num_answers
+    if is_sharded(accelerator) and num_answers:
+        notes.append("note: no answers are generated, since the model is sharded")
+        num_answers = 0
     if recipe.has_adapter:
         model = add_adapter(model, recipe, base)
         checkpoint_trainable_only(accelerator)
@@ -91,7 +102,7 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
         train=train,
         validation=validation,
         base=base,
-        samples=_samples(data.parts.validation[: recipe.num_answers], data.encoding),
+        samples=_samples(data.parts.validation[:num_answers], data.encoding),
     )
     if accelerator.is_main_process:
         folder.create(recipe)

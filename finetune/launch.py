@@ -1,0 +1,51 @@
+"""How a run was launched, what works under which launch, and sharded tensors."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from finetune.errors import InputError
+from finetune.options import Training
+
+REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU", "MULTI_MLU", "MULTI_MUSA")
+# `muon` is two optimizers, of which Accelerate's FSDP saves one; bitsandbytes does not take DTensors.
+SHARDABLE = ("muon8bit", "adamw")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether parameters are sharded over ranks (FSDP2), so that reading a whole one takes all ranks."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or all of a sharded one; then a collective call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_launch(accelerator: Accelerator, recipe: Training) -> None:
+    """Refuse launches under which an optimizer would not see what it needs.
+
+    Raises:
+        InputError: FSDP version 1 or without a GPU, DeepSpeed, Megatron-LM; an optimizer that cannot be sharded.
+    """
+    kind = accelerator.distributed_type.value
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and not is_sharded(accelerator):
+        raise InputError("--config_file", f"it asks for FSDP, which Accelerate would run as {kind} here; take another")
+    if not is_sharded(accelerator):
+        if kind not in REPLICATED:
+            raise InputError("--config_file", f"{kind} is not supported; take one of finetune/configs")
+        return
+    if not accelerator.is_fsdp2:
+        raise InputError("--config_file", "FSDP version 1 flattens parameters; set fsdp_version: 2, as in fsdp2.yaml")
+    if recipe.optimizer not in SHARDABLE:
+        raise InputError(
+            "--optimizer",
+            f"{recipe.optimizer} does not run on FSDP2's sharded parameters; give {' or '.join(SHARDABLE)}, or "
+            "launch with ddp.yaml",
+        )

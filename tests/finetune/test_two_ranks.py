@@ -1,0 +1,95 @@
+"""Two ranks agree when to stop, whether a save failed, which checkpoint is whole; FSDP2 is the same training."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+
+import finetune_ranks
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune.models import parameter_hash
+from muon8bit import Muon8bit
+
+
+def call_ranks(work, folder, *args):
+    """Run `work` on two ranks; what each call of the script returned and printed: [call][rank]."""
+    (folder / "calls").mkdir(parents=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.multiprocessing.spawn(work, (folder, *args), nprocs=finetune_ranks.WORLD)
+    num_calls = len(list((folder / "calls").glob("*.0.json")))
+    return [
+        [json.loads((folder / "calls" / f"{call}.{rank}.json").read_text()) for rank in range(finetune_ranks.WORLD)]
+        for call in range(num_calls)
+    ]
+
+
+def result(run):
+    return json.loads((run / "result.json").read_text())
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def codes(call):
+    return [rank["code"] for rank in call]
+
+
+def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, recipe_file):
+    whole, timed_out, stopped, full, resumed = call_ranks(finetune_ranks.replicated, tmp_path, str(recipe_file))
+    assert codes(whole) == [0, 0]
+    assert result(tmp_path / "whole")["world_size"] == 2
+    assert codes(timed_out) == [124, 124]
+    assert "torchrun --nproc_per_node 2" in timed_out[0]["out"]
+    assert codes(stopped) == [143, 143]
+    assert "at step 1\n" in stopped[0]["out"]
+    assert codes(full) == [1, 1]
+    assert "cannot save a checkpoint" in full[0]["err"]
+    assert codes(resumed) == [0, 0], resumed
+    assert "skipped the checkpoint" in resumed[0]["out"]
+    assert "step-0000002: random_states_1.pkl does not match its SHA-256" in resumed[0]["out"]
+    assert "at step 1\n" in resumed[0]["out"]
+    assert saved(tmp_path / "run") == [f"step-000000{step}" for step in range(1, 7)]
+    hashes = result(tmp_path / "run")["parameter_hashes"]
+    assert hashes == result(tmp_path / "whole")["parameter_hashes"]
+    assert len(hashes) == 2
+    assert len(set(hashes)) == 1
+
+
+TAKES_SHARDS = "process_group" in inspect.signature(Muon8bit).parameters
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adamw", pytest.param("muon8bit", marks=pytest.mark.skipif(not TAKES_SHARDS, reason="takes no DTensors"))],
+)
+def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(tmp_path, recipe_file, pretrain, optimizer):
+    """The losses of one process with twice the micro-batches are the oracle."""
+    args = (tmp_path, str(recipe_file), optimizer)
+    whole, first, resumed, refused, bad = call_ranks(finetune_ranks.sharded, *args)
+    assert codes(whole) == codes(first) == codes(resumed) == [0, 0], (whole, first, resumed)
+    assert pretrain("--output-dir", "one", "--optimizer", optimizer, "--gradient-accumulation", 2).code == 0
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "whole")
+    assert [m["tokens"] for m in one] == [m["tokens"] for m in two]
+    for key in ("loss", "grad_norm"):
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-5)
+        assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-3)
+    assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-3)
+    hashes = result(tmp_path / "whole")["parameter_hashes"]
+    assert result(tmp_path / "whole")["parallelism"] == "FSDP"
+    assert hashes[0] == hashes[1] == parameter_hash(AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model"))
+    assert "step-0000006: optimizer_0/__1_0.distcp does not match its SHA-256" in resumed[0]["out"]
+    assert "at step 3\n" in resumed[0]["out"]
+    assert result(tmp_path / "run")["parameter_hashes"] == hashes
+    assert codes(refused) == [2, 2]
+    assert "--optimizer: muon does not run on FSDP2" in refused[0]["err"]
+    assert codes(bad) == [1, 1]
+    assert "the gradient of model.layers.0.mlp.up_proj.weight is not finite" in bad[0]["err"]

@@ -1,0 +1,139 @@
+"""Two ranks that run the pretraining script again and again, over gloo, under DDP or under Accelerate's FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import resource
+import signal
+from pathlib import Path
+
+import torch.distributed as dist
+
+WORLD = 2
+
+
+class Script:
+    """One rank's way to call `main`, in a process group of its own each time."""
+
+    def __init__(self, rank: int, folder: Path) -> None:
+        self.rank, self.folder, self.num_calls, self.groups = rank, folder, 0, []
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(WORLD), "MUON8BIT_CACHE": str(folder / "cache"), "MASTER_PORT": "0"}
+        os.chdir(folder)
+
+    def __call__(self, *args: object) -> None:
+        """Run it, and leave exit code and output in `calls/<number>.<rank>.json`."""
+        from accelerate.state import AcceleratorState
+
+        from finetune.pretrain import main
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        store = self.folder / f"store{self.num_calls}"
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=self.rank, world_size=WORLD)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([str(a) for a in args])
+        if dist.is_initialized():  # bad input
+            self.groups.append(dist.group.WORLD)  # as `finetune.job.leave` does
+            dist.destroy_process_group()
+        record = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+        (self.folder / "calls" / f"{self.num_calls}.{self.rank}.json").write_text(json.dumps(record))
+        self.num_calls += 1
+
+    def on_main(self, work) -> None:
+        """Do something on the main process while the other waits."""
+        store = self.folder / f"store{self.num_calls}.between"
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=self.rank, world_size=WORLD)
+        if self.rank == 0:
+            work()
+        dist.barrier()
+        self.groups.append(dist.group.WORLD)
+        dist.destroy_process_group()
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replicated(rank: int, folder: Path, recipe: str) -> None:
+    """DDP: a stop, a full disk and a damaged file that one rank alone knows of."""
+    import finetune.job as job
+
+    script = Script(rank, folder)
+    script("--recipe", recipe, "--output-dir", "whole")
+    started, one_step = job.STARTED, job._one_step
+    if rank == 1:
+        job.STARTED -= 1e6
+    script("--recipe", recipe, "--output-dir", "run", "--save-every", 1, "--max-minutes", 1000)
+    job.STARTED = started
+
+    def interrupted(run):
+        record = one_step(run)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return record
+
+    job._one_step = interrupted
+    script("--resume", "run")
+    job._one_step = one_step
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    script("--resume", "run")
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    script.on_main(lambda: flip_a_bit(folder / "run/checkpoints/step-0000002/random_states_1.pkl"))
+    script("--resume", "run")
+
+
+def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
+    """FSDP2 as Accelerate prepares, saves and loads it; on a CPU it has to be told that it may."""
+    import finetune.job as job
+    import finetune.run
+
+    finetune.run.Accelerator = sharding_accelerator()
+    script = Script(rank, folder)
+    options = ("--recipe", recipe, "--optimizer", optimizer)
+    script(*options, "--output-dir", "whole")
+    script(*options, "--output-dir", "run")
+    script.on_main(lambda: flip_a_bit(folder / "run/checkpoints/step-0000006/optimizer_0/__1_0.distcp"))
+    script("--resume", "run")
+    script("--recipe", recipe, "--optimizer", "muon", "--output-dir", "refused")
+    accumulate = job.accumulate_gradients
+
+    def poisoned(accelerator, model, batches):
+        loss = accumulate(accelerator, model, batches)
+        grad = model.get_parameter("model.layers.0.mlp.up_proj.weight").grad.to_local()
+        if rank == 1:
+            grad[0, 0] = math.inf
+        return loss
+
+    job.accumulate_gradients = poisoned
+    script(*options, "--output-dir", "bad")
+
+
+def sharding_accelerator() -> type:
+    """Accelerator of `finetune/configs/fsdp2.yaml`, without the GPU that it would need to choose FSDP by itself."""
+    from accelerate import Accelerator
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    class Sharding(Accelerator):
+        def __init__(self, **options):
+            super().__init__(**options)
+            assert self.num_processes == WORLD
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.state.distributed_type = DistributedType.FSDP
+            self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                state_dict_type="SHARDED_STATE_DICT",
+                cpu_ram_efficient_loading=False,
+            )
+
+    return Sharding
