@@ -1,0 +1,164 @@
+"""Bytes alive during one forward and backward pass, counted on fake tensors: nothing is computed or allocated.
+
+    activations(t) = bytes of all tensor storages alive at t, less parameters, buffers and finished gradients
+    pass(t)        = activations(t) + bytes of the gradients finished by then
+
+Both are taken at their maxima over all operations t of `loss.backward()` of the real modeling code. Attention is torch's
+fused kernel (which keeps no [seq, seq] matrix); temporaries inside one operation are not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Maxima over one forward and backward pass, in bytes: of activations, and of activations with the gradients that
+    are finished; `phase` is where the latter is, "forward" or "backward"."""
+
+    activations_bytes: int
+    with_gradients_bytes: int
+    phase: str
+
+
+class _Live(TorchDispatchMode):
+    """Counts the storages that operations make until they die."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.phase = "forward"
+        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self._keep = [tensor.untyped_storage() for tensor in known]
+        self._watches: dict[int, Any] = {}
+        self._live = self._gradients = self._peak = self._pass_peak = 0
+        self._pass_phase = self.phase
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        if self._live > self._pass_peak:
+            self._pass_peak, self._pass_phase = self._live, self.phase
+        self._peak = max(self._peak, self._live - self._gradients)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self._live += storage.nbytes()
+            self._watches[key] = weakref.ref(storage, partial(self._forget, key))
+
+    def _forget(self, key: int, _: object) -> None:
+        self._live -= self._sizes.pop(key)
+        del self._watches[key]
+
+    def finish(self, param: Tensor) -> None:
+        """The gradient of `param` is complete: no activation any more."""
+        assert param.grad is not None
+        self._add(param.grad)
+        self._gradients += param.grad.untyped_storage().nbytes()
+
+    def result(self) -> Pass:
+        return Pass(self._peak, self._pass_peak, self._pass_phase)
+
+
+def trace(
+    make_model: Callable[[], nn.Module],
+    *,
+    batch: int,
+    seq: int,
+    is_checkpointed: bool,
+    autocast: torch.dtype | None = None,
+) -> Pass:
+    """Count one pass of a causal language model with its cross-entropy loss over all logits.
+
+    Args:
+        make_model: a transformers model on the meta device; it is consumed.
+        batch: sequences of `seq` tokens each.
+        is_checkpointed: recompute the activations of each layer in the backward pass.
+        autocast: dtype of automatic mixed precision; None without it.
+
+    Raises:
+        ValueError: the model cannot be checkpointed, or its forward pass depends on the data.
+    """
+    model: Any = make_model()
+    if is_checkpointed:
+        _checkpoint(model)
+    try:
+        with FakeTensorMode():
+            model.config._attn_implementation = _fused_attention()
+            model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+            model.tie_weights()  # which moving them one by one has undone
+            known = [*model.parameters(), *model.buffers()]
+            tokens = torch.zeros(batch, seq, dtype=torch.long)
+            live = _Live(known)
+            with _hooked([p for p in model.parameters() if p.requires_grad], live.finish), live:
+                with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                    out = model(input_ids=tokens, labels=tokens, use_cache=False)
+                live.phase = "backward"
+                out.loss.backward()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the activations of this model cannot be counted without running it: {reason}") from error
+    return live.result()
+
+
+def _fused_attention() -> str:
+    """Name under which transformers finds causal attention by torch's fused kernel, without a mask. By its own way it
+    would, for fake tensors, make a mask and repeat keys and values, which a run does not."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = "muon8bit_fused"
+    AttentionInterface.register(name, _attend)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    return name
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention [batch, heads, seq, head_dim] -> [batch, seq, heads, head_dim], as transformers asks for it."""
+    width, gap = value.shape[-1], query.shape[-1] - value.shape[-1]
+    if gap > 0:  # MLA's values are narrower than its keys; the CPU's fused kernel wants them equal
+        value = functional.pad(value, (0, gap))
+    is_grouped = key.shape[1] != query.shape[1]
+    scale = options.get("scaling")
+    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped)
+    return out[..., :width].transpose(1, 2).contiguous(), None
+
+
+def _checkpoint(model: Any) -> None:
+    """Let a transformers model recompute activations in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    elif getattr(model, "supports_gradient_checkpointing", False):  # its name in earlier versions of transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    else:
+        raise ValueError(f"{type(model).__name__} does not support activation checkpointing")
+
+
+@contextmanager
+def _hooked(params: Sequence[Tensor], finish: Callable[[Tensor], None]) -> Iterator[None]:
+    handles = [param.register_post_accumulate_grad_hook(finish) for param in params]
+    yield
+    for handle in handles:
+        handle.remove()
