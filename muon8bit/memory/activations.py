@@ -26,12 +26,14 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Pass:
-    """Maxima over one forward and backward pass, in bytes: of activations, and of activations with the gradients that
-    are finished; `phase` is where the latter is, "forward" or "backward"."""
+    """Maxima over one forward and backward pass, in bytes: of activations; of activations with the gradients that are
+    finished, and in which phase, "forward" or "backward"; and of activations with one gradient when that is finished,
+    all earlier ones freed."""
 
     activations_bytes: int
     with_gradients_bytes: int
     phase: str
+    at_gradient_bytes: int
 
 
 class _Live(TorchDispatchMode):
@@ -43,7 +45,7 @@ class _Live(TorchDispatchMode):
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self._keep = [tensor.untyped_storage() for tensor in known]
         self._watches: dict[int, Any] = {}
-        self._live = self._gradients = self._peak = self._pass_peak = 0
+        self._live = self._gradients = self._peak = self._pass_peak = self._at_gradient = 0
         self._pass_phase = self.phase
 
     def __torch_dispatch__(
@@ -74,10 +76,11 @@ class _Live(TorchDispatchMode):
         """The gradient of `param` is complete: no activation any more."""
         assert param.grad is not None
         self._add(param.grad)
+        self._at_gradient = max(self._at_gradient, self._live - self._gradients)
         self._gradients += param.grad.untyped_storage().nbytes()
 
     def result(self) -> Pass:
-        return Pass(self._peak, self._pass_peak, self._pass_phase)
+        return Pass(self._peak, self._pass_peak, self._pass_phase, self._at_gradient)
 
 
 def trace(
