@@ -139,9 +139,11 @@ class Estimator:
 
 def _memory(name: str, sizes: Sizes, setup: Setup, plain: Pass, checkpointed: Pass | None) -> Memory:
     kind = "cuda" if setup.device == "cuda" else device_kind(torch.device("cpu"))
-    workspace, gradients = step_bytes(name, sizes.whole, kind), sizes.gradients_bytes
+    # Newton-Schulz takes whole matrices, AdamW what lies here.
+    taken = [p if p.is_muon and "muon" in name else q for p, q in zip(sizes.whole, sizes.trained, strict=True)]
+    workspace, gradients = step_bytes(name, taken, kind), sizes.gradients_bytes
     if setup.release:
-        workspace = max((step_bytes(name, [param], kind) for param in sizes.whole), default=0)
+        workspace = max((step_bytes(name, [param], kind) for param in taken), default=0)
         gradients = sum(sorted(param.num_bytes for param in sizes.trained)[-2:])
     memory = Memory(
         weights_bytes=sizes.weights_bytes,
