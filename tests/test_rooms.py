@@ -16,7 +16,7 @@ ALLOWED = {
     "examples": {"muon8bit", "integrations"},
     "integrations": {"muon8bit"},
     "cli": {"muon8bit", "convert", "memory"},
-    "memory": {"routing", "report", "state", "orthogonalize", "config"},
+    "memory": {"routing", "report", "state", "groups", "orthogonalize", "config"},
     "muon8bit": {"optimizer", "nonfinite", "report", "routing"},
     "report": {"_table", "config"},
     "optimizer": {"phases", "nonfinite", "loading", "groups", "config", "orthogonalize", "rounding"},

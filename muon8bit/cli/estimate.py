@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def add_parser(subparsers: _Subparsers) -> None:
     """Add `estimate` to the command."""
     parser = subparsers.add_parser("estimate", help="predict the memory of training a model, for each optimizer")
-    parser.add_argument("model", metavar="MODEL", help="a preset (Llama-3.1-8B), config.json, its folder, or a hub name")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a preset (Llama-3.1-8B), config.json, its folder, or a hub name"
+    )
     parser.add_argument("--batch", type=int, default=1, help="sequences of a micro-batch on each GPU (default 1)")
     parser.add_argument("--seq", type=int, help="tokens of a sequence (default 2048, or all that the model takes)")
     parser.add_argument(

@@ -3,8 +3,8 @@
     activations(t) = bytes of all tensor storages alive at t, less parameters, buffers and finished gradients
     pass(t)        = activations(t) + bytes of the gradients finished by then
 
-Both are taken at their maxima over all operations t of `loss.backward()` of the real modeling code. Attention is torch's
-fused kernel (which keeps no [seq, seq] matrix); temporaries inside one operation are not seen.
+Both at their maxima over all operations t of the real modeling code, forward and backward. Attention is torch's fused
+kernel, which keeps no [seq, seq] matrix; temporaries inside one operation are not seen.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Live(TorchDispatchMode):
     """Counts the storages that operations make until they die."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase = "forward"
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self._keep = [tensor.untyped_storage() for tensor in known]
@@ -136,9 +136,10 @@ def _fused_attention() -> str:
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **options: Any
+    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
 ) -> tuple[Tensor, None]:
     """Causal attention [batch, heads, seq, head_dim] -> [batch, seq, heads, head_dim], as transformers asks for it."""
+    assert attention_mask is None
     width, gap = value.shape[-1], query.shape[-1] - value.shape[-1]
     if gap > 0:  # MLA's values are narrower than its keys; the CPU's fused kernel wants them equal
         value = functional.pad(value, (0, gap))

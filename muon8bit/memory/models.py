@@ -106,7 +106,9 @@ def build(config: Any, dtype: torch.dtype, lora_rank: int | None = None) -> nn.M
         with torch.device("meta"), _quiet():
             model = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
-        raise ValueError(f"{config.model_type}: no causal language model: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(
+            f"{config.model_type}: no causal language model: {' '.join(str(error).split())[:200]}"
+        ) from None
     if lora_rank is not None:
         try:
             import peft

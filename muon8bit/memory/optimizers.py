@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -41,9 +42,9 @@ LABELS = {
     "muon8bit+adamw8bit": "Muon8bit + 8-bit AdamW",
 }
 # torch's 0-d fp32 step counter; bitsandbytes counts in an int.
-_STEP_BYTES = 4
+STEP_BYTES = 4
 # bitsandbytes' two maps of 256 fp32 values, shared by all tensors.
-_BNB_MAPS_BYTES = 2 * 256 * 4
+BNB_MAPS_BYTES = 2 * 256 * 4
 # Of the workspace for sums, norms and tables of addresses; pieces of the passes over the momentum on a CPU.
 _SMALL_BYTES, _CPU_PIECE_BYTES = 2**20, 10 * 2**20
 
@@ -87,15 +88,15 @@ def momentum_bytes(
 def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
     """Bytes of the state of one of `OPTIMIZERS` after its first step: the true bytes that `state_report` measures."""
     if optimizer == "adamw":
-        return sum(ADAMW_BYTES * p.num_elements + _STEP_BYTES for p in params)
+        return sum(ADAMW_BYTES * p.num_elements + STEP_BYTES for p in params)
     if optimizer == "adamw8bit":
-        maps = _BNB_MAPS_BYTES if any(p.num_elements >= BNB_MIN_ELEMENTS for p in params) else 0
+        maps = BNB_MAPS_BYTES if any(p.num_elements >= BNB_MIN_ELEMENTS for p in params) else 0
         return maps + sum(bnb_bytes(p.num_elements) for p in params)
     num_bytes = 0
     for p in params:
         if not p.is_muon:
             is_8bit = optimizer == "muon8bit+adamw8bit"
-            num_bytes += _STEP_BYTES + (bnb_bytes(p.num_elements) if is_8bit else ADAMW_BYTES * p.num_elements)
+            num_bytes += STEP_BYTES + (bnb_bytes(p.num_elements) if is_8bit else ADAMW_BYTES * p.num_elements)
         elif optimizer in ("muon", "muon_bf16"):
             num_bytes += (4 if optimizer == "muon" else 2) * p.num_elements
         else:
@@ -134,7 +135,7 @@ def _torch_adamw_bytes(params: Sequence[Param], kind: str) -> int:
     if not kind.startswith("cpu"):
         return sum(4 * p.num_elements for p in params)
     sizes = [0, *(4 * p.num_elements for p in params)]
-    return max((before + 2 * size for before, size in zip(sizes, sizes[1:], strict=False)), default=0)
+    return max((before + 2 * size for before, size in pairwise(sizes)), default=0)
 
 
 def _matrix_shapes(param: Param) -> Counter[tuple[int, int]]:

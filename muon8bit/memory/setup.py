@@ -14,7 +14,11 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 SHARDS: tuple[str, ...] = get_args(Shard)
 # GPUs of one machine, among which HSDP shards; it replicates over machines.
 GPUS_PER_NODE = 8
-_UNITS = {"B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}
+_UNITS = {
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
 
 
 @dataclass(frozen=True)

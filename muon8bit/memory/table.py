@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .advice import Verdict
+from .checkpoint import Report
 from .estimate import Estimate, Memory
 from .optimizers import LABELS
 from .setup import Setup
@@ -19,6 +20,23 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:,.2f} GiB" if abs(num_bytes) >= GIB / 10 else f"{num_bytes / 2**20:,.2f} MiB"
 
 
+def _rich() -> tuple[Any, Any]:
+    """Classes of rich: Console, Table."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        raise ImportError("the table needs rich: pip install 'muon8bit[train]', or give --json") from None
+    return Console, Table
+
+
+def _print(file: IO[str], *things: Any) -> None:
+    """As wide as the terminal, or wide enough where there is none."""
+    console = _rich()[0](file=file, width=None if file.isatty() else 200, highlight=False)
+    for thing in things:
+        console.print(thing)
+
+
 def print_table(
     title: str, estimate: Estimate, verdicts: Mapping[str, Verdict] | None, budget: int | None, file: IO[str]
 ) -> None:
@@ -27,14 +45,9 @@ def print_table(
     Raises:
         ImportError: rich is not installed.
     """
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        raise ImportError("the table needs rich: pip install 'muon8bit[train]', or give --json") from None
     setup = estimate.setup
     first = next(iter(estimate.optimizers.values()))
-    table = Table(title=title, title_justify="left", caption_justify="left", caption=_basis(estimate))
+    table = _rich()[1](title=title, title_justify="left", caption_justify="left", caption=_basis(estimate))
     table.add_column("optimizer")
     names = ["weights", "gradients", "state", "workspace", *(["for other GPUs"] if first.communication_bytes else [])]
     for name in [*names, "activations", "peak", "with checkpointing"]:
@@ -50,15 +63,38 @@ def print_table(
         cells += [f"{gib(chosen.peak_bytes)} ({chosen.phase})", "chosen" if other is None else gib(other.peak_bytes)]
         if verdicts is not None:
             verdict = verdicts[name]
-            cells.append(f"fits, {gib(verdict.spare_bytes)} left" if verdict.fits else f"{gib(-verdict.spare_bytes)} over")
+            cells.append(
+                f"fits, {gib(verdict.spare_bytes)} left" if verdict.fits else f"{gib(-verdict.spare_bytes)} over"
+            )
         table.add_row(*cells)
-    width = None if file.isatty() else 200
-    console = Console(file=file, width=width, highlight=False)
-    console.print(table)
-    for name, verdict in (verdicts or {}).items():
-        if not verdict.fits:
-            changes = ", or ".join(verdict.changes) or "no single change that was tried"
-            console.print(f"{LABELS[name]} would fit with: {changes}")
+    lines = [
+        f"{LABELS[name]} would fit with: {', or '.join(verdict.changes) or 'no single change that was tried'}"
+        for name, verdict in (verdicts or {}).items()
+        if not verdict.fits
+    ]
+    _print(file, table, *lines)
+
+
+def print_report(report: Report, file: IO[str]) -> None:
+    """Print a checkpoint's bytes, and below what other optimizers would take.
+
+    Raises:
+        ImportError: rich is not installed.
+    """
+    title = f"{report.path}: {LABELS[report.optimizer]}"
+    table = _rich()[1](title=title, title_justify="left")
+    table.add_column("bytes of")
+    for name in ("elements", "measured", "predicted", "difference"):
+        table.add_column(name, justify="right")
+    parts = [*([report.weights] if report.weights else []), *report.state, report.total]
+    for part in parts:
+        name = f"state of {part.name}" if part in report.state else part.name
+        numbers = (part.num_parameters, part.measured_bytes, part.predicted_bytes, part.difference_bytes)
+        table.add_row(name, *(f"{number:,}" for number in numbers))
+    for name, num_bytes in report.others.items():
+        if name != report.optimizer:
+            table.add_row(f"state of {LABELS[name]}, it would be", "", "", f"{num_bytes:,}", "")
+    _print(file, table)
 
 
 def describe(setup: Setup) -> str:
