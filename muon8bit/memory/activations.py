@@ -51,7 +51,11 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # Of experts. For fake tensors it knows bf16 alone, though it computes others.
+            out = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).to(args[0].dtype)
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor)
@@ -93,6 +97,8 @@ def trace(
 ) -> Pass:
     """Count one pass of a causal language model with its cross-entropy loss over all logits.
 
+    Nobody keeps the logits once the loss is known.
+
     Args:
         make_model: a transformers model on the meta device; it is consumed.
         batch: sequences of `seq` tokens each.
@@ -104,7 +110,7 @@ def trace(
     """
     model: Any = make_model()
     if is_checkpointed:
-        _checkpoint(model)
+        checkpoint(model)
     try:
         with FakeTensorMode():
             model.config._attn_implementation = _fused_attention()
@@ -115,9 +121,9 @@ def trace(
             live = _Live(known)
             with _hooked([p for p in model.parameters() if p.requires_grad], live.finish), live:
                 with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-                    out = model(input_ids=tokens, labels=tokens, use_cache=False)
+                    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
                 live.phase = "backward"
-                out.loss.backward()
+                loss.backward()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the activations of this model cannot be counted without running it: {reason}") from error
@@ -149,7 +155,7 @@ def _attend(
     return out[..., :width].transpose(1, 2).contiguous(), None
 
 
-def _checkpoint(model: Any) -> None:
+def checkpoint(model: Any) -> None:
     """Let a transformers model recompute activations in the backward pass."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):

@@ -17,7 +17,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
@@ -108,7 +107,7 @@ def step_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: in
     """The most that a step allocates at once beyond state and gradients, freed before it returns.
 
     torch's AdamW: on CUDA its multi-tensor form, a copy as large as one moment of all tensors; on a CPU two of the
-    largest tensor and what is left of the one before. torch.optim.Muon: matrix by matrix, update, two bf16 iterates and
+    largest tensor beside one of the next, if that came before. torch.optim.Muon: matrix by matrix, update, two bf16 iterates and
     two small matrices. Muon8bit: batches within `budget`, its `workspace_bytes`. 8-bit AdamW works in place; what
     bitsandbytes' CPU kernel allocates inside is not counted.
 
@@ -134,8 +133,8 @@ def step_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: in
 def _torch_adamw_bytes(params: Sequence[Param], kind: str) -> int:
     if not kind.startswith("cpu"):
         return sum(4 * p.num_elements for p in params)
-    sizes = [0, *(4 * p.num_elements for p in params)]
-    return max((before + 2 * size for before, size in pairwise(sizes)), default=0)
+    sizes = sorted((4 * p.num_elements for p in params), reverse=True)
+    return sum(sizes[:1] + sizes[:2])
 
 
 def _matrix_shapes(param: Param) -> Counter[tuple[int, int]]:
