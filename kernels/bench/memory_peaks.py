@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,43 @@ BATCHES = ((1, 64), (4, 256))
 
 def optimizers(name: str, model: torch.nn.Module) -> list[Optimizer]:
     """Optimizers that together are the column `name` of the estimate."""
-    groups = param_groups(model, lr=1e-3)
+    return _optimizers(name, param_groups(model, lr=1e-3))
+
+
+def _optimizers(name: str, groups: list[dict[str, Any]]) -> list[Optimizer]:
+    everything = [param for group in groups for _, param in group["params"]]
     if name == "muon8bit":
         return [Muon8bit(groups, lr=1e-3)]
     if name == "adamw":
-        return [torch.optim.AdamW(model.parameters(), lr=1e-3)]
+        return [torch.optim.AdamW(everything, lr=1e-3)]
     if name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return [AdamW8bit(model.parameters(), lr=1e-3)]
+        return [AdamW8bit(everything, lr=1e-3)]
     matrices = [pair for group in groups if group["algorithm"] == "muon" for pair in group["params"]]
     rest = [group for group in groups if group["algorithm"] == "adamw"]
-    if name == "muon":
-        others = [param for group in rest for _, param in group["params"]]
-        return [torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(others, lr=1e-3)]
-    return [torch.optim.Muon(matrices, lr=1e-3), Muon8bit(rest, lr=1e-3)]
+    both: list[Optimizer] = [torch.optim.Muon(matrices, lr=1e-3)] if matrices else []
+    if rest and name == "muon":
+        both.append(torch.optim.AdamW([param for group in rest for _, param in group["params"]], lr=1e-3))
+    elif rest:
+        both.append(Muon8bit(rest, lr=1e-3))
+    return both
+
+
+def released(name: str, model: torch.nn.Module) -> list[Optimizer]:
+    """An optimizer for each parameter, which steps and frees its gradient in the backward pass."""
+    found = []
+    for group in param_groups(model, lr=1e-3):
+        for pair in group["params"]:
+            (optimizer,) = _optimizers(name, [{**group, "params": [pair]}])
+            found.append(optimizer)
+
+            def use(param: torch.Tensor, optimizer: Optimizer = optimizer) -> None:
+                optimizer.step()
+                param.grad = None
+
+            pair[1].register_post_accumulate_grad_hook(use)
+    return found
 
 
 def peak_bytes(config: Any, name: str, setup: Setup) -> int:
@@ -64,45 +87,52 @@ def peak_bytes(config: Any, name: str, setup: Setup) -> int:
     model.train()
     if setup.checkpointing:
         checkpoint(model)
-    both = optimizers(name, model)
+    all_of_them = released(name, model) if setup.release else optimizers(name, model)
     tokens = torch.randint(config.vocab_size, (setup.batch, setup.seq))
 
     def step() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        for optimizer in both:
+        if setup.release:
+            return
+        for optimizer in all_of_them:
             optimizer.step()
-        for optimizer in both:
+        for optimizer in all_of_them:
             optimizer.zero_grad()
 
     step()
     tracker = MemTracker()
-    tracker.track_external(model, *both, tokens)
+    tracker.track_external(model, *all_of_them, tokens)
     with tracker:
         step()
     return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 
-def compare(config: Any, batch: int, seq: int) -> Iterator[dict[str, Any]]:
-    """A row for each optimizer, with and without activation checkpointing: measured and estimated bytes, the relative
-    error of the estimate and its phase of the peak."""
+def compare(config: Any, name: str, setup: Setup, estimator: Estimator) -> dict[str, Any]:
+    """Measured and estimated bytes, the relative error of the estimate and its phase of the peak."""
+    peak = estimator.estimate(setup).optimizers[name].peak(setup.checkpointing)
+    measured = peak_bytes(config, name, setup)
+    return {
+        "optimizer": name,
+        "batch": setup.batch,
+        "seq": setup.seq,
+        "dtype": setup.dtype,
+        "checkpointing": setup.checkpointing,
+        "release": setup.release,
+        "measured_bytes": measured,
+        "estimated_bytes": peak.peak_bytes,
+        "phase": peak.phase,
+        "error": round(peak.peak_bytes / measured - 1, 4),
+    }
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Every optimizer, with and without activation checkpointing and gradient release."""
+    config = LlamaConfig(**LLAMA_30M)
     estimator = Estimator(config)
-    for name in MEASURED:
-        for checkpointing in (False, True):
-            dtype = "bf16" if name == "muon_bf16" else "fp32"
-            setup = Setup(batch=batch, seq=seq, dtype=dtype, checkpointing=checkpointing, device="cpu")
-            peak = estimator.estimate(setup).optimizers[name].peak(checkpointing)
-            measured = peak_bytes(config, name, setup)
-            yield {
-                "optimizer": name,
-                "batch": batch,
-                "seq": seq,
-                "dtype": dtype,
-                "checkpointing": checkpointing,
-                "measured_bytes": measured,
-                "estimated_bytes": peak.peak_bytes,
-                "phase": peak.phase,
-                "error": round(peak.peak_bytes / measured - 1, 4),
-            }
+    for (batch, seq), name, release, checkpointing in product(BATCHES, MEASURED, (False, True), (False, True)):
+        dtype: Any = "bf16" if name == "muon_bf16" else "fp32"
+        setup = Setup(batch, seq, dtype, checkpointing, release=release, device="cpu")
+        yield compare(config, name, setup, estimator)
 
 
 def main() -> None:
@@ -110,22 +140,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
-    rows = []
-    print("| optimizer | tokens | checkpointing | measured MiB | estimated MiB | error | peak in |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for batch, seq in BATCHES:
-        for row in compare(LlamaConfig(**LLAMA_30M), batch, seq):
-            rows.append(row)
-            sizes = " | ".join(f"{row[key] / 2**20:.1f}" for key in ("measured_bytes", "estimated_bytes"))
-            checkpointing = "yes" if row["checkpointing"] else "no"
-            print(
-                f"| {row['optimizer']} | {batch} x {seq} | {checkpointing} | {sizes} | {row['error']:+.1%} "
-                f"| {row['phase']} |",
-                flush=True,
-            )
+    found = []
+    print("| optimizer | tokens | checkpointing | release | measured MiB | estimated MiB | error | peak in |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows():
+        found.append(row)
+        how = " | ".join("yes" if row[key] else "no" for key in ("checkpointing", "release"))
+        sizes = " | ".join(f"{row[key] / 2**20:.1f}" for key in ("measured_bytes", "estimated_bytes"))
+        tokens = f"{row['batch']} x {row['seq']}"
+        print(f"| {row['optimizer']} | {tokens} | {how} | {sizes} | {row['error']:+.1%} | {row['phase']} |", flush=True)
     if args.out is not None:
         versions = {"torch": torch.__version__, "model": LLAMA_30M}
-        args.out.write_text(json.dumps({**versions, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps({**versions, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ from torch.utils._pytree import tree_leaves
 @dataclass(frozen=True)
 class Pass:
     """Maxima over one forward and backward pass, in bytes: of activations; of activations with the gradients that are
-    finished, and in which phase, "forward" or "backward"; and of activations with one gradient when that is finished,
-    all earlier ones freed."""
+    finished, and in which phase, "forward" or "backward". `at_gradients`: for each parameter, the activations with its
+    gradient when that is finished, all earlier ones freed."""
 
     activations_bytes: int
     with_gradients_bytes: int
     phase: str
-    at_gradient_bytes: int
+    at_gradients: dict[str, int]
 
 
 class _Live(TorchDispatchMode):
@@ -45,7 +45,8 @@ class _Live(TorchDispatchMode):
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self._keep = [tensor.untyped_storage() for tensor in known]
         self._watches: dict[int, Any] = {}
-        self._live = self._gradients = self._peak = self._pass_peak = self._at_gradient = 0
+        self._live = self._gradients = self._peak = self._pass_peak = 0
+        self._at_gradients: dict[str, int] = {}
         self._pass_phase = self.phase
 
     def __torch_dispatch__(
@@ -76,15 +77,15 @@ class _Live(TorchDispatchMode):
         self._live -= self._sizes.pop(key)
         del self._watches[key]
 
-    def finish(self, param: Tensor) -> None:
+    def finish(self, name: str, param: Tensor) -> None:
         """The gradient of `param` is complete: no activation any more."""
         assert param.grad is not None
         self._add(param.grad)
-        self._at_gradient = max(self._at_gradient, self._live - self._gradients)
+        self._at_gradients[name] = self._live - self._gradients
         self._gradients += param.grad.untyped_storage().nbytes()
 
     def result(self) -> Pass:
-        return Pass(self._peak, self._pass_peak, self._pass_phase, self._at_gradient)
+        return Pass(self._peak, self._pass_peak, self._pass_phase, self._at_gradients)
 
 
 def trace(
@@ -119,7 +120,7 @@ def trace(
             known = [*model.parameters(), *model.buffers()]
             tokens = torch.zeros(batch, seq, dtype=torch.long)
             live = _Live(known)
-            with _hooked([p for p in model.parameters() if p.requires_grad], live.finish), live:
+            with _hooked(model, live.finish), live:
                 with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                     loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
                 live.phase = "backward"
@@ -167,8 +168,9 @@ def checkpoint(model: Any) -> None:
 
 
 @contextmanager
-def _hooked(params: Sequence[Tensor], finish: Callable[[Tensor], None]) -> Iterator[None]:
-    handles = [param.register_post_accumulate_grad_hook(finish) for param in params]
+def _hooked(model: nn.Module, finish: Callable[[str, Tensor], None]) -> Iterator[None]:
+    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    handles = [param.register_post_accumulate_grad_hook(partial(finish, name)) for name, param in trained]
     yield
     for handle in handles:
         handle.remove()

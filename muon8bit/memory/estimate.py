@@ -5,7 +5,8 @@
     step = gradients + workspace
 
 Sharded: pass = communication + all activations + the part's gradients. With gradient release there is no step of its
-own: pass = max(activations, activations when a gradient is finished + the largest of the others + workspace).
+own: pass = max(activations, activations when a gradient is finished + its own workspace), and `gradients_bytes` are the
+two largest, of which `activations` hold those that are in the making.
 """
 
 from __future__ import annotations
@@ -154,20 +155,19 @@ def _memory(name: str, sizes: Sizes, setup: Setup, plain: Pass, checkpointed: Pa
         plain=Peak(0, 0, ""),
         checkpointed=None,
     )
-    with_plain = replace(memory, plain=_peak(memory, plain, sizes, setup))
+    with_plain = replace(memory, plain=_peak(name, memory, plain, sizes, setup, kind))
     if checkpointed is None:
         return with_plain
-    return replace(with_plain, checkpointed=_peak(memory, checkpointed, sizes, setup))
+    return replace(with_plain, checkpointed=_peak(name, memory, checkpointed, sizes, setup, kind))
 
 
-def _peak(memory: Memory, traced: Pass, sizes: Sizes, setup: Setup) -> Peak:
+def _peak(name: str, memory: Memory, traced: Pass, sizes: Sizes, setup: Setup, kind: str) -> Peak:
     more = sizes.dequantized_bytes
     activations = traced.activations_bytes + more
     phases: dict[str, int] = {}
     if setup.release:
-        other = memory.gradients_bytes - max((param.num_bytes for param in sizes.trained), default=0)
-        stepping = traced.at_gradient_bytes + more + other + memory.workspace_bytes
-        phases = {traced.phase: activations, "backward, stepping": stepping}
+        stepping = max(traced.at_gradients[p.name] + step_bytes(name, [p], kind) for p in sizes.whole)
+        phases = {"backward": max(activations, stepping + more)}
     else:
         in_pass = traced.with_gradients_bytes + more
         if setup.num_shards > 1:
@@ -176,5 +176,5 @@ def _peak(memory: Memory, traced: Pass, sizes: Sizes, setup: Setup) -> Peak:
         if setup.shard == "ddp":  # its buckets stay
             in_step += memory.communication_bytes
         phases = {traced.phase: in_pass + memory.communication_bytes, "step": in_step}
-    phase = max(phases, key=lambda name: phases[name])
+    phase = max(phases, key=lambda key: phases[key])
     return Peak(activations, memory.weights_bytes + memory.state_bytes + phases[phase], phase)

@@ -106,33 +106,36 @@ def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
 def step_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: int = DEFAULT_WORKSPACE_BYTES) -> int:
     """The most that a step allocates at once beyond state and gradients, freed before it returns.
 
-    torch's AdamW: on CUDA its multi-tensor form, a copy as large as one moment of all tensors; on a CPU two of the
-    largest tensor beside one of the next, if that came before. torch.optim.Muon: matrix by matrix, update, two bf16 iterates and
-    two small matrices. Muon8bit: batches within `budget`, its `workspace_bytes`. 8-bit AdamW works in place; what
-    bitsandbytes' CPU kernel allocates inside is not counted.
+    torch's AdamW: on CUDA nothing, with fused=True (its default there copies one moment of all tensors); on a CPU two of
+    the largest tensor beside one of the next, if that came before. Muon8bit's AdamW, which `muon_bf16` has on bf16
+    weights too: nothing, or two fp32 copies of what is not fp32. torch.optim.Muon: matrix by matrix, update, two bf16
+    iterates and two small matrices. Muon8bit: batches within `budget`, its `workspace_bytes`. 8-bit AdamW works in
+    place; what bitsandbytes' CPU kernel allocates inside is not counted.
 
     Args:
         optimizer: of `OPTIMIZERS`.
         kind: device kind of `orthogonalize.device_kind`.
         budget: in bytes.
     """
+    rest = [p for p in params if optimizer == "adamw" or not p.is_muon]
+    matrices = [p for p in params if p.is_muon]
     if optimizer == "adamw8bit":
         return 0
     if optimizer == "adamw":
-        return _torch_adamw_bytes(params, kind)
-    rest, matrices = [p for p in params if not p.is_muon], [p for p in params if p.is_muon]
-    if optimizer in ("muon", "muon_bf16"):
+        return _torch_adamw_bytes(rest, kind)
+    if optimizer == "muon":
         return max(_torch_adamw_bytes(rest, kind), _torch_muon_bytes(matrices))
-    copies = 0
-    if optimizer == "muon8bit":  # its AdamW takes what is not fp32 through two fp32 copies
-        copied = max((p.num_elements for p in rest if p.dtype != torch.float32), default=0)
-        copies = 8 * min(copied, budget // 16)
-    return max(copies, _muon8bit_bytes(matrices, kind, budget))
+    copied = max((p.num_elements for p in rest if p.dtype != torch.float32), default=0)
+    copies = 8 * min(copied, budget // 16)
+    if optimizer == "muon_bf16":
+        in_fp32 = [p for p in rest if p.dtype == torch.float32]
+        return max(copies, _torch_adamw_bytes(in_fp32, kind), _torch_muon_bytes(matrices))
+    return max(copies if optimizer == "muon8bit" else 0, _muon8bit_bytes(matrices, kind, budget))
 
 
 def _torch_adamw_bytes(params: Sequence[Param], kind: str) -> int:
     if not kind.startswith("cpu"):
-        return sum(4 * p.num_elements for p in params)
+        return 0
     sizes = sorted((4 * p.num_elements for p in params), reverse=True)
     return sum(sizes[:1] + sizes[:2])
 

@@ -119,6 +119,9 @@ def _basis(estimate: Estimate) -> str:
         "gradients: exact. Activations: counted over one pass, cross-entropy over all logits.",
         "Not counted: the CUDA context (about 0.5 GiB), fragmentation, libraries' own buffers.",
     ]
+    if estimate.setup.device == "cuda":
+        more = gib(4 * estimate.num_trained // estimate.setup.num_shards)
+        lines.append(f"AdamW is torch's with fused=True: by default it copies a moment of all tensors, {more} more.")
     if estimate.setup.dtype == "bf16" and estimate.setup.rank is None:
         lines.append("AdamW's moments count as fp32; torch.optim.AdamW on bf16 weights keeps bf16 ones, half of that.")
     if estimate.setup.num_shards > 1:
