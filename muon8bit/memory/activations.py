@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,7 +90,7 @@ class _Live(TorchDispatchMode):
 
 
 def trace(
-    make_model: Callable[[], nn.Module],
+    meta_model: nn.Module,
     *,
     batch: int,
     seq: int,
@@ -101,7 +102,7 @@ def trace(
     Nobody keeps the logits once the loss is known.
 
     Args:
-        make_model: a transformers model on the meta device; it is consumed.
+        meta_model: a transformers model on the meta device; it is copied.
         batch: sequences of `seq` tokens each.
         is_checkpointed: recompute the activations of each layer in the backward pass.
         autocast: dtype of automatic mixed precision; None without it.
@@ -109,7 +110,7 @@ def trace(
     Raises:
         ValueError: the model cannot be checkpointed, or its forward pass depends on the data.
     """
-    model: Any = make_model()
+    model: Any = deepcopy(meta_model)
     if is_checkpointed:
         checkpoint(model)
     try:

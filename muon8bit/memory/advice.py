@@ -28,22 +28,22 @@ def judge(estimator: Estimator, estimate: Estimate, budget: int) -> dict[str, Ve
     spare = {name: budget - estimate.peak_bytes(name) for name in OPTIMIZERS}
     changed: list[tuple[str, Estimate]] = []
     if min(spare.values()) < 0:
-        for words, setup in _changes(estimate.setup):
+        for words, setup in changes(estimate.setup):
             try:
                 changed.append((words, estimator.estimate(setup)))
             except ValueError:  # a model that cannot be changed so
                 continue
     verdicts = {}
     for name in OPTIMIZERS:
-        changes: list[str] = []
+        found: list[str] = []
         if spare[name] < 0:
-            changes = [f"the optimizer {LABELS[other]}" for other in OPTIMIZERS if spare[other] >= 0]
-            changes += [words for words, other in changed if other.peak_bytes(name) <= budget]
-        verdicts[name] = Verdict(spare[name], tuple(changes))
+            found = [f"the optimizer {LABELS[other]}" for other in OPTIMIZERS if spare[other] >= 0]
+            found += [words for words, other in changed if other.peak_bytes(name) <= budget]
+        verdicts[name] = Verdict(spare[name], tuple(found))
     return verdicts
 
 
-def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
+def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """What else could be asked, each in the words of the option."""
     if not setup.checkpointing:
         yield "--activation-checkpointing", replace(setup, checkpointing=True)

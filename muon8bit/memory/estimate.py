@@ -11,7 +11,6 @@ two largest, of which `activations` hold those that are in the making.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,7 +91,7 @@ def _peak_dict(peak: Peak) -> dict[str, Any]:
 
 
 class Estimator:
-    """Estimates of one model; passes that several setups share are counted once.
+    """Estimates of one model; what several setups share is built and counted once.
 
     Args:
         config: transformers configuration, of `models.load_config`.
@@ -100,6 +99,7 @@ class Estimator:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        self._models: dict[tuple[torch.dtype, int | None], nn.Module] = {}
         self._passes: dict[tuple[Any, ...], Pass] = {}
 
     def estimate(self, setup: Setup) -> Estimate:
@@ -112,24 +112,26 @@ class Estimator:
         longest = getattr(self.config, "max_position_embeddings", None)
         if longest is not None and setup.seq > longest:
             raise ValueError(f"--seq {setup.seq} exceeds the model's max_position_embeddings {longest}")
-        build = self._builder(setup)
-        sizes = measure(build(), setup)
-        plain = self._pass(setup, False, build)
-        can_checkpoint = getattr(build(), "supports_gradient_checkpointing", True)
-        checkpointed = self._pass(setup, True, build) if can_checkpoint else None
+        model = self._model(setup.weight_dtype, setup.rank)
+        sizes = measure(model, setup)
+        plain = self._pass(model, setup, False)
+        can_checkpoint = getattr(model, "supports_gradient_checkpointing", True)
+        checkpointed = self._pass(model, setup, True) if can_checkpoint else None
         if checkpointed is None and setup.checkpointing:
             raise ValueError(f"a {self.config.model_type} model does not support activation checkpointing")
         optimizers = {name: _memory(name, sizes, setup, plain, checkpointed) for name in OPTIMIZERS}
         return Estimate(setup, sizes.num_parameters, sum(p.num_elements for p in sizes.whole), optimizers)
 
-    def _builder(self, setup: Setup) -> Callable[[], nn.Module]:
-        return lambda: models.build(self.config, setup.weight_dtype, setup.rank)
+    def _model(self, dtype: torch.dtype, rank: int | None) -> nn.Module:
+        if (dtype, rank) not in self._models:
+            self._models[dtype, rank] = models.build(self.config, dtype, rank)
+        return self._models[dtype, rank]
 
-    def _pass(self, setup: Setup, is_checkpointed: bool, build: Callable[[], nn.Module]) -> Pass:
+    def _pass(self, model: nn.Module, setup: Setup, is_checkpointed: bool) -> Pass:
         key = (setup.batch, setup.seq, setup.weight_dtype, setup.rank, setup.autocast, is_checkpointed)
         if key not in self._passes:
             self._passes[key] = trace(
-                build,
+                model,
                 batch=setup.batch,
                 seq=setup.seq,
                 is_checkpointed=is_checkpointed,

@@ -106,8 +106,8 @@ def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
 def step_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: int = DEFAULT_WORKSPACE_BYTES) -> int:
     """The most that a step allocates at once beyond state and gradients, freed before it returns.
 
-    torch's AdamW: on CUDA nothing, with fused=True (its default there copies one moment of all tensors); on a CPU two of
-    the largest tensor beside one of the next, if that came before. Muon8bit's AdamW, which `muon_bf16` has on bf16
+    torch's AdamW: on CUDA nothing, with fused=True (its default there copies one moment of all tensors); on a CPU two
+    of the largest tensor beside one of the next, if that came before. Muon8bit's AdamW, which `muon_bf16` has on bf16
     weights too: nothing, or two fp32 copies of what is not fp32. torch.optim.Muon: matrix by matrix, update, two bf16
     iterates and two small matrices. Muon8bit: batches within `budget`, its `workspace_bytes`. 8-bit AdamW works in
     place; what bitsandbytes' CPU kernel allocates inside is not counted.
