@@ -205,6 +205,7 @@ def test_sizes_have_the_bytes_of_their_unit(text: str, num_bytes: int) -> None:
         (("CONFIG", "--seq", "4096"), ("--seq", "4096", "128")),
         (("CONFIG", "--batch", "0"), ("--batch", "0")),
         (("CONFIG", "--lora", "0"), ("--lora", "0")),
+        (("CONFIG", "--loss-chunk", "0"), ("--loss-chunk", "0")),
         (("CONFIG", "--gpus", "0"), ("--gpus", "0")),
         (("CONFIG", "--shard", "fsdp2"), ("--shard fsdp2", "--gpus")),
         (("CONFIG", "--gpus", "12", "--shard", "hsdp"), ("hsdp", "12", "8")),

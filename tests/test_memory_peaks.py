@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 from bench.memory_peaks import MEASURED, compare
 from memory_models import TINY, config_of
+from transformers import AutoModelForCausalLM
 
 from muon8bit.memory import Estimator, Setup
+from muon8bit.memory.activations import loss_of
 
 # Wider than the tiny ones, so that no table of a few KiB decides.
 LLAMA = {**TINY["llama"], "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512}
@@ -28,6 +33,20 @@ def test_estimated_peak_is_near_the_measured_one(estimator: Estimator, name: str
         setup = Setup(2, seq, dtype, checkpointing, release=release, device="cpu")
         row = compare(estimator.config, name, setup, estimator)
         assert abs(row["error"]) <= TOLERANCE, row
+
+
+def test_loss_by_chunks_is_the_same_and_its_peak_is_near_the_measured_one(estimator: Estimator) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(estimator.config, dtype=torch.float32)
+    tokens = torch.randint(4096, (2, 128))
+    whole, parts = loss_of(model, tokens, None), loss_of(model, tokens, 100)
+    torch.testing.assert_close(parts, whole)
+    for checkpointing in (False, True):
+        setup = Setup(4, 128, "fp32", checkpointing, loss_chunk=64, device="cpu")
+        row = compare(estimator.config, "muon8bit", setup, estimator)
+        assert abs(row["error"]) <= 0.02, row
+        whole_row = compare(estimator.config, "muon8bit", replace(setup, loss_chunk=None), estimator)
+        assert row["estimated_bytes"] < whole_row["estimated_bytes"]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TINY if kind != "llama"])

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from muon8bit import Muon8bit, param_groups
 from muon8bit.memory import Estimator, Setup
-from muon8bit.memory.activations import checkpoint
+from muon8bit.memory.activations import checkpoint, loss_of
 
 LLAMA_30M = {
     "vocab_size": 16384,
@@ -91,7 +91,7 @@ def peak_bytes(config: Any, name: str, setup: Setup) -> int:
     tokens = torch.randint(config.vocab_size, (setup.batch, setup.seq))
 
     def step() -> None:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        loss_of(model, tokens, setup.loss_chunk).backward()
         if setup.release:
             return
         for optimizer in all_of_them:

@@ -34,6 +34,9 @@ def add_parser(subparsers: _Subparsers) -> None:
     parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter on all linear layers but the head")
     parser.add_argument("--qlora", action="store_true", help="an adapter (rank 16 without --lora) on a base in NF4")
     parser.add_argument("--release-gradients", action="store_true", help="free each gradient in the backward pass")
+    parser.add_argument(
+        "--loss-chunk", type=int, metavar="TOKENS", help="cross-entropy over so many tokens at a time, recomputed"
+    )
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many GPUs (default 1)")
     parser.add_argument("--shard", choices=("none", "ddp", "fsdp2", "hsdp"), help="what they divide (default ddp)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where the step runs (default cuda)")
@@ -69,6 +72,7 @@ def _run(args: argparse.Namespace) -> int:
         lora=args.lora,
         qlora=args.qlora,
         release=args.release_gradients,
+        loss_chunk=args.loss_chunk,
         num_gpus=args.gpus,
         shard=args.shard or ("none" if args.gpus == 1 else "ddp"),
         device=args.device,

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint as recompute
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def trace(
     seq: int,
     is_checkpointed: bool,
     autocast: torch.dtype | None = None,
+    loss_chunk: int | None = None,
 ) -> Pass:
-    """Count one pass of a causal language model with its cross-entropy loss over all logits.
+    """Count one pass of a causal language model with its cross-entropy loss.
 
     Nobody keeps the logits once the loss is known.
 
@@ -106,6 +108,7 @@ def trace(
         batch: sequences of `seq` tokens each.
         is_checkpointed: recompute the activations of each layer in the backward pass.
         autocast: dtype of automatic mixed precision; None without it.
+        loss_chunk: tokens whose logits exist at once; None for all of them.
 
     Raises:
         ValueError: the model cannot be checkpointed, or its forward pass depends on the data.
@@ -123,13 +126,33 @@ def trace(
             live = _Live(known)
             with _hooked(model, live.finish), live:
                 with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-                    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                    loss = loss_of(model, tokens, loss_chunk)
                 live.phase = "backward"
                 loss.backward()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the activations of this model cannot be counted without running it: {reason}") from error
     return live.result()
+
+
+def loss_of(model: Any, tokens: Tensor, chunk: int | None) -> Tensor:
+    """Mean cross-entropy of the next token, 0-d; `tokens` [batch, seq]. With `chunk` over so many tokens at a time, their
+    logits recomputed in the backward pass; else the model's own, over all logits at once."""
+    if chunk is None:
+        whole: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        return whole
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    targets, head = tokens[:, 1:].flatten(), base.get_output_embeddings()
+
+    def part(states: Tensor, wanted: Tensor) -> Tensor:
+        return functional.cross_entropy(head(states).float(), wanted, reduction="sum")
+
+    parts = [
+        recompute(part, states, wanted, use_reentrant=False)
+        for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.stack(parts).sum() / len(targets)
 
 
 def _fused_attention() -> str:

@@ -9,6 +9,9 @@ from .estimate import Estimate, Estimator
 from .optimizers import LABELS, OPTIMIZERS
 from .setup import Setup
 
+# Tokens whose logits take about as much as a layer's activations.
+LOSS_CHUNK = 512
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -49,6 +52,8 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "--activation-checkpointing", replace(setup, checkpointing=True)
     if not setup.release and setup.shard == "none":
         yield "--release-gradients", replace(setup, release=True)
+    if setup.loss_chunk is None and setup.batch * setup.seq > LOSS_CHUNK:
+        yield f"--loss-chunk {LOSS_CHUNK}", replace(setup, loss_chunk=LOSS_CHUNK)
     if setup.weight_dtype.itemsize > 2:
         yield "--dtype bf16", replace(setup, dtype="bf16")
     if setup.batch > 1:

@@ -128,7 +128,15 @@ class Estimator:
         return self._models[dtype, rank]
 
     def _pass(self, model: nn.Module, setup: Setup, is_checkpointed: bool) -> Pass:
-        key = (setup.batch, setup.seq, setup.weight_dtype, setup.rank, setup.autocast, is_checkpointed)
+        key = (
+            setup.batch,
+            setup.seq,
+            setup.weight_dtype,
+            setup.rank,
+            setup.autocast,
+            setup.loss_chunk,
+            is_checkpointed,
+        )
         if key not in self._passes:
             self._passes[key] = trace(
                 model,
@@ -136,6 +144,7 @@ class Estimator:
                 seq=setup.seq,
                 is_checkpointed=is_checkpointed,
                 autocast=setup.autocast,
+                loss_chunk=setup.loss_chunk,
             )
         return self._passes[key]
 

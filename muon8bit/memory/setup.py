@@ -34,6 +34,7 @@ class Setup:
         lora: rank of an adapter on all linear layers but the head; None trains the model itself.
         qlora: the frozen base in NF4 with double quantization.
         release: each gradient is used and freed in the backward pass.
+        loss_chunk: tokens whose logits exist at once; they are recomputed in the backward pass. None: all, kept.
         num_gpus, shard: on how many GPUs, and what is divided among them.
         device: "cuda" or "cpu": where the step runs.
     """
@@ -45,14 +46,15 @@ class Setup:
     lora: int | None = None
     qlora: bool = False
     release: bool = False
+    loss_chunk: int | None = None
     num_gpus: int = 1
     shard: Shard = "none"
     device: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq", "num_gpus", *(("lora",) if self.lora is not None else ())):
-            if getattr(self, name) < 1:
-                option = {"num_gpus": "gpus"}.get(name, name)
+        for name in ("batch", "seq", "num_gpus", "lora", "loss_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                option = {"num_gpus": "gpus", "loss_chunk": "loss-chunk"}.get(name, name)
                 raise ValueError(f"--{option} must be at least 1, not {getattr(self, name)}")
         if self.release and self.shard != "none":
             raise ValueError(

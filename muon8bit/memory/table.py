@@ -108,6 +108,8 @@ def describe(setup: Setup) -> str:
         words.append("activation checkpointing")
     if setup.release:
         words.append("gradients released")
+    if setup.loss_chunk is not None:
+        words.append(f"loss by {setup.loss_chunk} tokens")
     if setup.num_gpus > 1:
         words.append(f"{setup.num_gpus} GPUs, {setup.shard}: each GPU's own")
     return ", ".join(words)
@@ -116,7 +118,7 @@ def describe(setup: Setup) -> str:
 def _basis(estimate: Estimate) -> str:
     lines = [
         f"{estimate.num_parameters:,} parameters, {estimate.num_trained:,} of them trained. State, weights and "
-        "gradients: exact. Activations: counted over one pass, cross-entropy over all logits.",
+        "gradients: exact. Activations: counted over one pass of the modeling code on tensors without content.",
         "Not counted: the CUDA context (about 0.5 GiB), fragmentation, libraries' own buffers.",
     ]
     if estimate.setup.device == "cuda":
