@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -150,8 +153,13 @@ def main() -> None:
         tokens = f"{row['batch']} x {row['seq']}"
         print(f"| {row['optimizer']} | {tokens} | {how} | {sizes} | {row['error']:+.1%} | {row['phase']} |", flush=True)
     if args.out is not None:
-        versions = {"torch": torch.__version__, "model": LLAMA_30M}
-        args.out.write_text(json.dumps({**versions, "rows": found}, indent=1) + "\n")
+        about = {
+            "command": shlex.join(["python", *sys.argv]),
+            "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
+            "model": LLAMA_30M,
+            "unit": "bytes of tensors alive at once; error: estimated over measured, less one",
+        }
+        args.out.write_text(json.dumps({**about, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

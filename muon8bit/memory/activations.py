@@ -136,8 +136,8 @@ def trace(
 
 
 def loss_of(model: Any, tokens: Tensor, chunk: int | None) -> Tensor:
-    """Mean cross-entropy of the next token, 0-d; `tokens` [batch, seq]. With `chunk` over so many tokens at a time, their
-    logits recomputed in the backward pass; else the model's own, over all logits at once."""
+    """Mean cross-entropy of the next token, 0-d; `tokens` [batch, seq]. With `chunk` over so many tokens at once, whose
+    logits are recomputed in the backward pass; else the model's own, over all logits at once."""
     if chunk is None:
         whole: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         return whole
@@ -146,7 +146,8 @@ def loss_of(model: Any, tokens: Tensor, chunk: int | None) -> Tensor:
     targets, head = tokens[:, 1:].flatten(), base.get_output_embeddings()
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:
-        return functional.cross_entropy(head(states).float(), wanted, reduction="sum")
+        logits = functional.linear(states, head.weight, head.bias)
+        return functional.cross_entropy(logits.float(), wanted, reduction="sum")
 
     parts = [
         recompute(part, states, wanted, use_reentrant=False)
