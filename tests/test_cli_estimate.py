@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,31 @@ def test_file_that_is_no_configuration_is_refused(capfd: pytest.CaptureFixture[s
     path.write_text(text)
     code, _, err = run(capfd, "estimate", path)
     assert (code, len(err.strip().splitlines())) == (2, 1), err
+
+
+@pytest.mark.parametrize(
+    ("missing", "argv"),
+    [
+        ("transformers", ("--json",)),
+        ("rich", ()),
+        ("matplotlib", ("--json", "--plot", "x.png")),
+        ("peft", ("--lora", "4")),
+    ],
+)
+def test_missing_library_is_told_with_what_to_install(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    llama: Path,
+    missing: str,
+    argv: tuple[str, ...],
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, _, err = run(capfd, "estimate", llama, "--seq", 8, *argv)
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert missing in err
+    assert "pip install 'muon8bit[train]'" in err
 
 
 def test_tiny_models_are_the_ones_their_names_say() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,11 +83,16 @@ def _from_values(values: Mapping[str, Any], where: str) -> Any:
 
 def _from_hub(name: str) -> Any:
     auto = _transformers().AutoConfig
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it tells of each attempt, and the error below of the last
     try:
         return auto.from_pretrained(name)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{name}: its config.json cannot be had from the hub: {reason}") from None
+    finally:
+        log.setLevel(level)
 
 
 def build(config: Any, dtype: torch.dtype, lora_rank: int | None = None) -> nn.Module:
