@@ -149,7 +149,7 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
         baselines["muon_fp32"] += (4 if is_muon else ADAMW_BYTES) * num_elements
         baselines["muon_bf16"] += (2 if is_muon else ADAMW_BYTES) * num_elements
         baselines["adamw_fp32"] += ADAMW_BYTES * num_elements
-        baselines["adamw_8bit"] += _bnb_bytes(num_elements)
+        baselines["adamw_8bit"] += bnb_bytes(num_elements)
         note = ParamNote(name, tuple(local.shape), num_bytes)
         if not any(True for _ in _tensors(state)):
             missing.append(note)
@@ -218,8 +218,8 @@ def _storage_bytes(value: object, seen: set[tuple[torch.device, int]]) -> int:
     return num_bytes
 
 
-def _bnb_bytes(num_elements: int) -> int:
-    """State bytes of one tensor in bitsandbytes' AdamW8bit."""
+def bnb_bytes(num_elements: int) -> int:
+    """State bytes of one tensor in bitsandbytes' AdamW8bit, the maps left out."""
     if num_elements < BNB_MIN_ELEMENTS:
         return ADAMW_BYTES * num_elements
     return 2 * num_elements + 8 * math.ceil(num_elements / BNB_BLOCK_SIZE)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from . import convert
+from . import convert, estimate, report
 from .errors import InputError
 
 # `add_parser(subparsers)` adds one parser and sets its default `run`, a function from the parsed arguments to an exit
 # code, which raises InputError for bad input.
-_SUBCOMMANDS = (convert,)
+_SUBCOMMANDS = (convert, estimate, report)
 
 
 class _Parser(argparse.ArgumentParser):

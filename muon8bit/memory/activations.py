@@ -1,0 +1,201 @@
+"""Bytes alive during one forward and backward pass, counted on fake tensors: nothing is computed or allocated.
+
+    activations(t) = bytes of all tensor storages alive at t, less parameters, buffers and finished gradients
+    pass(t)        = activations(t) + bytes of the gradients finished by then
+
+Both at their maxima over all operations t of the real modeling code, forward and backward. Attention is torch's fused
+kernel, which keeps no [seq, seq] matrix; temporaries inside one operation are not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Maxima over one forward and backward pass, in bytes: of activations; of activations with the gradients that are
+    finished, and in which phase, "forward" or "backward". `at_gradients`: for each parameter, the activations with its
+    gradient when that is finished, all earlier ones freed."""
+
+    activations_bytes: int
+    with_gradients_bytes: int
+    phase: str
+    at_gradients: dict[str, int]
+
+
+class _Live(TorchDispatchMode):
+    """Counts the storages that operations make until they die."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase = "forward"
+        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self._keep = [tensor.untyped_storage() for tensor in known]
+        self._watches: dict[int, Any] = {}
+        self._live = self._gradients = self._peak = self._pass_peak = 0
+        self._at_gradients: dict[str, int] = {}
+        self._pass_phase = self.phase
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # Of experts. For fake tensors it knows bf16 alone, though it computes others.
+            out = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).to(args[0].dtype)
+        else:
+            out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        if self._live > self._pass_peak:
+            self._pass_peak, self._pass_phase = self._live, self.phase
+        self._peak = max(self._peak, self._live - self._gradients)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self._live += storage.nbytes()
+            self._watches[key] = weakref.ref(storage, partial(self._forget, key))
+
+    def _forget(self, key: int, _: object) -> None:
+        self._live -= self._sizes.pop(key)
+        del self._watches[key]
+
+    def finish(self, name: str, param: Tensor) -> None:
+        """The gradient of `param` is complete: no activation any more."""
+        assert param.grad is not None
+        self._add(param.grad)
+        self._at_gradients[name] = self._live - self._gradients
+        self._gradients += param.grad.untyped_storage().nbytes()
+
+    def result(self) -> Pass:
+        return Pass(self._peak, self._pass_peak, self._pass_phase, self._at_gradients)
+
+
+def trace(
+    meta_model: nn.Module,
+    *,
+    batch: int,
+    seq: int,
+    is_checkpointed: bool,
+    autocast: torch.dtype | None = None,
+    loss_chunk: int | None = None,
+) -> Pass:
+    """Count one pass of a causal language model with its cross-entropy loss.
+
+    Nobody keeps the logits once the loss is known.
+
+    Args:
+        meta_model: a transformers model on the meta device; it is copied.
+        batch: sequences of `seq` tokens each.
+        is_checkpointed: recompute the activations of each layer in the backward pass.
+        autocast: dtype of automatic mixed precision; None without it.
+        loss_chunk: tokens whose logits exist at once; None for all of them.
+
+    Raises:
+        ValueError: the model cannot be checkpointed, or its forward pass depends on the data.
+    """
+    model: Any = deepcopy(meta_model)
+    if is_checkpointed:
+        checkpoint(model)
+    try:
+        with FakeTensorMode():
+            model.config._attn_implementation = _fused_attention()
+            model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+            model.tie_weights()  # which moving them one by one has undone
+            known = [*model.parameters(), *model.buffers()]
+            tokens = torch.zeros(batch, seq, dtype=torch.long)
+            live = _Live(known)
+            with _hooked(model, live.finish), live:
+                with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                    loss = loss_of(model, tokens, loss_chunk)
+                live.phase = "backward"
+                loss.backward()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the activations of this model cannot be counted without running it: {reason}") from error
+    return live.result()
+
+
+def loss_of(model: Any, tokens: Tensor, chunk: int | None) -> Tensor:
+    """Mean cross-entropy of the next token, 0-d; `tokens` [batch, seq]. With `chunk` over so many tokens at once, whose
+    logits are recomputed in the backward pass; else the model's own, over all logits at once."""
+    if chunk is None:
+        whole: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        return whole
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    targets, head = tokens[:, 1:].flatten(), base.get_output_embeddings()
+
+    def part(states: Tensor, wanted: Tensor) -> Tensor:
+        logits = functional.linear(states, head.weight, head.bias)
+        return functional.cross_entropy(logits.float(), wanted, reduction="sum")
+
+    parts = [
+        recompute(part, states, wanted, use_reentrant=False)
+        for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.stack(parts).sum() / len(targets)
+
+
+def _fused_attention() -> str:
+    """Name under which transformers finds causal attention by torch's fused kernel, without a mask. By its own way it
+    would, for fake tensors, make a mask and repeat keys and values, which a run does not."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = "muon8bit_fused"
+    AttentionInterface.register(name, _attend)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    return name
+
+
+def _attend(
+    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention [batch, heads, seq, head_dim] -> [batch, seq, heads, head_dim], as transformers asks for it."""
+    assert attention_mask is None
+    width, gap = value.shape[-1], query.shape[-1] - value.shape[-1]
+    if gap > 0:  # MLA's values are narrower than its keys; the CPU's fused kernel wants them equal
+        value = functional.pad(value, (0, gap))
+    is_grouped = key.shape[1] != query.shape[1]
+    scale = options.get("scaling")
+    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped)
+    return out[..., :width].transpose(1, 2).contiguous(), None
+
+
+def checkpoint(model: Any) -> None:
+    """Let a transformers model recompute activations in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    elif getattr(model, "supports_gradient_checkpointing", False):  # its name in earlier versions of transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    else:
+        raise ValueError(f"{type(model).__name__} does not support activation checkpointing")
+
+
+@contextmanager
+def _hooked(model: nn.Module, finish: Callable[[str, Tensor], None]) -> Iterator[None]:
+    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    handles = [param.register_post_accumulate_grad_hook(partial(finish, name)) for name, param in trained]
+    yield
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,70 @@
+"""Whether a setup fits a budget, by how much, and which single changes would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .estimate import Estimate, Estimator
+from .optimizers import LABELS, OPTIMIZERS
+from .setup import Setup
+
+# Tokens whose logits take about as much as a layer's activations.
+LOSS_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one optimizer: `spare_bytes` is the budget less the peak, negative where it does not fit; `changes` are the
+    single changes with which it would fit."""
+
+    spare_bytes: int
+    changes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.spare_bytes >= 0
+
+
+def judge(estimator: Estimator, estimate: Estimate, budget: int) -> dict[str, Verdict]:
+    """The verdict on every optimizer. Changes are estimated only where something does not fit."""
+    spare = {name: budget - estimate.peak_bytes(name) for name in OPTIMIZERS}
+    changed: list[tuple[str, Estimate]] = []
+    if min(spare.values()) < 0:
+        for words, setup in changes(estimate.setup):
+            try:
+                changed.append((words, estimator.estimate(setup)))
+            except ValueError:  # a model that cannot be changed so
+                continue
+    verdicts = {}
+    for name in OPTIMIZERS:
+        found: list[str] = []
+        if spare[name] < 0:
+            found = [f"the optimizer {LABELS[other]}" for other in OPTIMIZERS if spare[other] >= 0]
+            found += [words for words, other in changed if other.peak_bytes(name) <= budget]
+        verdicts[name] = Verdict(spare[name], tuple(found))
+    return verdicts
+
+
+def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """What else could be asked, each in the words of the option."""
+    if not setup.checkpointing:
+        yield "--activation-checkpointing", replace(setup, checkpointing=True)
+    if not setup.release and setup.shard == "none":
+        yield "--release-gradients", replace(setup, release=True)
+    if setup.loss_chunk is None and setup.batch * setup.seq > LOSS_CHUNK:
+        yield f"--loss-chunk {LOSS_CHUNK}", replace(setup, loss_chunk=LOSS_CHUNK)
+    if setup.weight_dtype.itemsize > 2:
+        yield "--dtype bf16", replace(setup, dtype="bf16")
+    if setup.batch > 1:
+        yield "--batch 1", replace(setup, batch=1)
+    if setup.seq > 1:
+        yield f"--seq {setup.seq // 2}", replace(setup, seq=setup.seq // 2)
+    if setup.rank is None:
+        yield "--lora 16", replace(setup, lora=16)
+    if not setup.qlora:
+        yield "--qlora", replace(setup, qlora=True)
+    if not setup.release:
+        for num_gpus in (2, 4, 8):
+            if num_gpus > setup.num_shards:
+                yield f"--gpus {num_gpus} --shard fsdp2", replace(setup, num_gpus=num_gpus, shard="fsdp2")

@@ -1,0 +1,191 @@
+"""The estimate: for each optimizer what lies in memory while it trains, and when it is the most.
+
+    peak = weights + state + max(pass, step)
+    pass = communication + activations with the gradients finished by then, at the worst operation
+    step = gradients + workspace
+
+Sharded: pass = communication + all activations + the part's gradients. With gradient release there is no step of its
+own: pass = max(activations, activations when a gradient is finished + its own workspace), and `gradients_bytes` are the
+two largest, of which `activations` hold those that are in the making.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..orthogonalize import device_kind
+from . import models
+from .activations import Pass, trace
+from .optimizers import OPTIMIZERS, state_bytes, step_bytes
+from .setup import Setup
+from .sizes import Sizes, measure
+
+
+@dataclass(frozen=True)
+class Peak:
+    """With or without activation checkpointing: bytes of activations and of everything, and the phase of the peak."""
+
+    activations_bytes: int
+    peak_bytes: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one optimizer on one GPU; `plain` without activation checkpointing, `checkpointed` with it."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    state_bytes: int
+    workspace_bytes: int
+    communication_bytes: int
+    plain: Peak
+    checkpointed: Peak | None
+
+    def peak(self, checkpointing: bool) -> Peak:
+        """That of a run with or without activation checkpointing; without, if the model does not support it."""
+        return self.checkpointed if checkpointing and self.checkpointed is not None else self.plain
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Every optimizer's memory for one setup; `num_parameters`, `num_trained`: elements."""
+
+    setup: Setup
+    num_parameters: int
+    num_trained: int
+    optimizers: dict[str, Memory]
+
+    def peak_bytes(self, optimizer: str) -> int:
+        """Of the setup's own choice about activation checkpointing."""
+        return self.optimizers[optimizer].peak(self.setup.checkpointing).peak_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able. Keys: `num_parameters`, `num_trained_parameters`, `setup`, and `optimizers`, by the names of
+        `OPTIMIZERS`: {state_bytes, weights_bytes, gradients_bytes, workspace_bytes, communication_bytes,
+        activations_bytes, peak_bytes, peak_phase} as set up, and {activations_bytes, peak_bytes, peak_phase} under
+        `without_checkpointing` and `with_checkpointing` (None where the model does not support it)."""
+        optimizers = {}
+        for name, memory in self.optimizers.items():
+            sizes = ("state", "weights", "gradients", "workspace", "communication")
+            optimizers[name] = {
+                **{f"{size}_bytes": getattr(memory, f"{size}_bytes") for size in sizes},
+                **_peak_dict(memory.peak(self.setup.checkpointing)),
+                "without_checkpointing": _peak_dict(memory.plain),
+                "with_checkpointing": None if memory.checkpointed is None else _peak_dict(memory.checkpointed),
+            }
+        return {
+            "num_parameters": self.num_parameters,
+            "num_trained_parameters": self.num_trained,
+            "setup": dict(vars(self.setup)),
+            "optimizers": optimizers,
+        }
+
+
+def _peak_dict(peak: Peak) -> dict[str, Any]:
+    return {"activations_bytes": peak.activations_bytes, "peak_bytes": peak.peak_bytes, "peak_phase": peak.phase}
+
+
+class Estimator:
+    """Estimates of one model; what several setups share is built and counted once.
+
+    Args:
+        config: transformers configuration, of `models.load_config`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._models: dict[tuple[torch.dtype, int | None], nn.Module] = {}
+        self._passes: dict[tuple[Any, ...], Pass] = {}
+
+    def estimate(self, setup: Setup) -> Estimate:
+        """Every optimizer's memory.
+
+        Raises:
+            ValueError: a sequence longer than the model takes, or a model that cannot be estimated.
+            ImportError: transformers or peft is not installed.
+        """
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if longest is not None and setup.seq > longest:
+            raise ValueError(f"--seq {setup.seq} exceeds the model's max_position_embeddings {longest}")
+        model = self._model(setup.weight_dtype, setup.rank)
+        sizes = measure(model, setup)
+        plain = self._pass(model, setup, False)
+        can_checkpoint = getattr(model, "supports_gradient_checkpointing", True)
+        checkpointed = self._pass(model, setup, True) if can_checkpoint else None
+        if checkpointed is None and setup.checkpointing:
+            raise ValueError(f"a {self.config.model_type} model does not support activation checkpointing")
+        optimizers = {name: _memory(name, sizes, setup, plain, checkpointed) for name in OPTIMIZERS}
+        return Estimate(setup, sizes.num_parameters, sum(p.num_elements for p in sizes.whole), optimizers)
+
+    def _model(self, dtype: torch.dtype, rank: int | None) -> nn.Module:
+        if (dtype, rank) not in self._models:
+            self._models[dtype, rank] = models.build(self.config, dtype, rank)
+        return self._models[dtype, rank]
+
+    def _pass(self, model: nn.Module, setup: Setup, is_checkpointed: bool) -> Pass:
+        key = (
+            setup.batch,
+            setup.seq,
+            setup.weight_dtype,
+            setup.rank,
+            setup.autocast,
+            setup.loss_chunk,
+            is_checkpointed,
+        )
+        if key not in self._passes:
+            self._passes[key] = trace(
+                model,
+                batch=setup.batch,
+                seq=setup.seq,
+                is_checkpointed=is_checkpointed,
+                autocast=setup.autocast,
+                loss_chunk=setup.loss_chunk,
+            )
+        return self._passes[key]
+
+
+def _memory(name: str, sizes: Sizes, setup: Setup, plain: Pass, checkpointed: Pass | None) -> Memory:
+    kind = "cuda" if setup.device == "cuda" else device_kind(torch.device("cpu"))
+    # Newton-Schulz takes whole matrices, AdamW what lies here.
+    taken = [p if p.is_muon and "muon" in name else q for p, q in zip(sizes.whole, sizes.trained, strict=True)]
+    workspace, gradients = step_bytes(name, taken, kind), sizes.gradients_bytes
+    if setup.release:
+        workspace = max((step_bytes(name, [param], kind) for param in taken), default=0)
+        gradients = sum(sorted(param.num_bytes for param in sizes.trained)[-2:])
+    memory = Memory(
+        weights_bytes=sizes.weights_bytes,
+        gradients_bytes=gradients,
+        state_bytes=state_bytes(name, sizes.trained),
+        workspace_bytes=workspace,
+        communication_bytes=sizes.communication_bytes,
+        plain=Peak(0, 0, ""),
+        checkpointed=None,
+    )
+    with_plain = replace(memory, plain=_peak(name, memory, plain, sizes, setup, kind))
+    if checkpointed is None:
+        return with_plain
+    return replace(with_plain, checkpointed=_peak(name, memory, checkpointed, sizes, setup, kind))
+
+
+def _peak(name: str, memory: Memory, traced: Pass, sizes: Sizes, setup: Setup, kind: str) -> Peak:
+    more = sizes.dequantized_bytes
+    activations = traced.activations_bytes + more
+    phases: dict[str, int] = {}
+    if setup.release:
+        stepping = max(traced.at_gradients[p.name] + step_bytes(name, [p], kind) for p in sizes.whole)
+        phases = {"backward": max(activations, stepping + more)}
+    else:
+        in_pass = traced.with_gradients_bytes + more
+        if setup.num_shards > 1:
+            in_pass = activations + memory.gradients_bytes
+        in_step = memory.gradients_bytes + memory.workspace_bytes
+        if setup.shard == "ddp":  # its buckets stay
+            in_step += memory.communication_bytes
+        phases = {traced.phase: in_pass + memory.communication_bytes, "step": in_step}
+    phase = max(phases, key=lambda key: phases[key])
+    return Peak(activations, memory.weights_bytes + memory.state_bytes + phases[phase], phase)

@@ -1,0 +1,146 @@
+"""The model in question, without its weights: from a preset, a config.json, a folder or a hub name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .presets import NAMES, nearest, preset
+
+# Sizes that a config.json must say itself: transformers would put a default of its own in their place.
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("moe_intermediate_size", "num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank"),
+)
+
+
+def load_config(model: str) -> Any:
+    """transformers configuration of MODEL: a preset, a config.json, a folder with one, or a hub name ("org/name").
+
+    Nothing but the configuration is read.
+
+    Raises:
+        ValueError: an unknown name, an unreadable file, a size that is missing; names it and the way out.
+        ImportError: transformers is not installed.
+    """
+    known = preset(model)
+    if known is not None:
+        return _from_values(known, f"preset {model}")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        return _from_values(_read(path), str(path))
+    if path.name == "config.json" or path.suffix == ".json":
+        raise ValueError(f"{model}: no such file; give a config.json, a folder that holds one, or a preset")
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return _from_hub(model)
+    names = nearest(model)
+    offer = f"did you mean {', '.join(names)}?" if names else f"the presets are {', '.join(NAMES)}"
+    raise ValueError(f"{model}: neither a preset nor a file, a folder or a hub name (org/name); {offer}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f"{path}: has no 'model_type'; give the config.json of a transformers model")
+    return values
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("building a model needs transformers: pip install 'muon8bit[train]'") from None
+    return transformers
+
+
+def _from_values(values: Mapping[str, Any], where: str) -> Any:
+    auto = _transformers().AutoConfig
+    try:
+        config = auto.for_model(**values)
+        default = type(config)()
+    except Exception as error:
+        raise ValueError(f"{where}: transformers rejects it: {' '.join(str(error).split())[:200]}") from None
+    aliases = getattr(config, "attribute_map", {})
+    for size in _SIZES:
+        names = {size, aliases.get(size, size), *(alias for alias, name in aliases.items() if name == size)}
+        if isinstance(getattr(default, size, None), int) and not names & values.keys():
+            raise ValueError(f"{where}: {size!r} is missing, and a {config.model_type} model needs it; add it")
+    return config
+
+
+def _from_hub(name: str) -> Any:
+    auto = _transformers().AutoConfig
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it tells of each attempt, and the error below of the last
+    try:
+        return auto.from_pretrained(name)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name}: its config.json cannot be had from the hub: {reason}") from None
+    finally:
+        log.setLevel(level)
+
+
+def build(config: Any, dtype: torch.dtype, lora_rank: int | None = None) -> nn.Module:
+    """The causal language model on the meta device, in training mode.
+
+    Args:
+        config: of `load_config`.
+        dtype: of its weights.
+        lora_rank: rank of a LoRA adapter on every linear layer but the head (fp32, the base frozen); None: none.
+
+    Raises:
+        ValueError: no causal language model.
+        ImportError: peft, which makes the adapter, is not installed.
+    """
+    config.use_cache = False
+    try:
+        with torch.device("meta"), _quiet():
+            model = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise ValueError(
+            f"{config.model_type}: no causal language model: {' '.join(str(error).split())[:200]}"
+        ) from None
+    if lora_rank is not None:
+        try:
+            import peft
+        except ImportError:
+            raise ImportError("an adapter needs peft: pip install 'muon8bit[train]'") from None
+        adapter: Any = peft.LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        with _quiet():
+            model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    model.train()
+    checked: nn.Module = model
+    return checked
+
+
+def quantized_names(model: nn.Module) -> frozenset[str]:
+    """Names of the weights that QLoRA keeps in NF4: those of the frozen linear layers but the head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return frozenset(
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of libraries about their own next versions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

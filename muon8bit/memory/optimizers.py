@@ -1,0 +1,189 @@
+"""The six optimizers: bytes of their state, and of what a step allocates beyond it, from shapes alone.
+
+`state_bytes` of one tensor of n elements:
+
+    AdamW          8 n + 4                          two fp32 moments, a step counter
+    8-bit AdamW    2 n + 8 ceil(n / 256)            codes, fp32 maxima; under 4096 elements 8 n. Once 2048, the two maps
+    Muon           4 n, 2 n                         fp32 and bf16 momentum
+    Muon8bit       n + 4 rows ceil(cols / block)    codes and scales, fp32 under 8 columns; as `Format.layout` says
+
+Every Muon here has AdamW for what is no hidden matrix: fp32 moments, or with `muon8bit+adamw8bit` 8-bit ones, each with
+a step counter and without the maps, which are no state there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..config import (
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_NS_STEPS,
+    DEFAULT_WORKSPACE_BYTES,
+    Codebook,
+)
+from ..orthogonalize import batch_size, choose, resolve, workspace_bytes
+from ..orthogonalize.coefficients import JORDAN
+from ..report import ADAMW_BYTES, BNB_MIN_ELEMENTS, bnb_bytes
+from ..state import Format
+
+OPTIMIZERS = ("adamw", "adamw8bit", "muon", "muon_bf16", "muon8bit", "muon8bit+adamw8bit")
+LABELS = {
+    "adamw": "AdamW",
+    "adamw8bit": "8-bit AdamW",
+    "muon": "Muon, fp32 state",
+    "muon_bf16": "Muon, bf16 state",
+    "muon8bit": "Muon8bit",
+    "muon8bit+adamw8bit": "Muon8bit + 8-bit AdamW",
+}
+# torch's 0-d fp32 step counter; bitsandbytes counts in an int.
+STEP_BYTES = 4
+# bitsandbytes' two maps of 256 fp32 values, shared by all tensors.
+BNB_MAPS_BYTES = 2 * 256 * 4
+# Of the workspace for sums, norms and tables of addresses; pieces of the passes over the momentum on a CPU.
+_SMALL_BYTES, _CPU_PIECE_BYTES = 2**20, 10 * 2**20
+
+
+@dataclass(frozen=True)
+class Param:
+    """A trained parameter: its name, shape, dtype, and how it is routed. `split`: sizes and dimension of the pieces of
+    its matrices, or None; `flatten`: one matrix of its first dimension by all others."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_muon: bool
+    split: tuple[tuple[int, ...], int] | None = None
+    flatten: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the parameter, or of its gradient."""
+        return self.num_elements * self.dtype.itemsize
+
+
+def momentum_bytes(
+    shape: Sequence[int],
+    *,
+    bits: int = 8,
+    codebook: Codebook = "linear",
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    flatten: bool = False,
+) -> int:
+    """Bytes of Muon8bit's momentum of a parameter of `shape`."""
+    size = torch.Size(shape)
+    layout = Format.of(size, bits, codebook, block_size, flatten).layout(size)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+
+
+def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
+    """Bytes of the state of one of `OPTIMIZERS` after its first step: the true bytes that `state_report` measures."""
+    if optimizer == "adamw":
+        return sum(ADAMW_BYTES * p.num_elements + STEP_BYTES for p in params)
+    if optimizer == "adamw8bit":
+        maps = BNB_MAPS_BYTES if any(p.num_elements >= BNB_MIN_ELEMENTS for p in params) else 0
+        return maps + sum(bnb_bytes(p.num_elements) for p in params)
+    num_bytes = 0
+    for p in params:
+        if not p.is_muon:
+            is_8bit = optimizer == "muon8bit+adamw8bit"
+            num_bytes += STEP_BYTES + (bnb_bytes(p.num_elements) if is_8bit else ADAMW_BYTES * p.num_elements)
+        elif optimizer in ("muon", "muon_bf16"):
+            num_bytes += (4 if optimizer == "muon" else 2) * p.num_elements
+        else:
+            num_bytes += momentum_bytes(p.shape, flatten=p.flatten)
+    return num_bytes
+
+
+def step_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: int = DEFAULT_WORKSPACE_BYTES) -> int:
+    """The most that a step allocates at once beyond state and gradients, freed before it returns.
+
+    torch's AdamW: on CUDA nothing, with fused=True (its default there copies one moment of all tensors); on a CPU two
+    of the largest tensor beside one of the next, if that came before. Muon8bit's AdamW, which `muon_bf16` has on bf16
+    weights too: nothing, or two fp32 copies of what is not fp32. torch.optim.Muon: matrix by matrix, update, two bf16
+    iterates and two small matrices. Muon8bit: batches within `budget`, its `workspace_bytes`. 8-bit AdamW works in
+    place; what bitsandbytes' CPU kernel allocates inside is not counted.
+
+    Args:
+        optimizer: of `OPTIMIZERS`.
+        kind: device kind of `orthogonalize.device_kind`.
+        budget: in bytes.
+    """
+    rest = [p for p in params if optimizer == "adamw" or not p.is_muon]
+    matrices = [p for p in params if p.is_muon]
+    if optimizer == "adamw8bit":
+        return 0
+    if optimizer == "adamw":
+        return _torch_adamw_bytes(rest, kind)
+    if optimizer == "muon":
+        return max(_torch_adamw_bytes(rest, kind), _torch_muon_bytes(matrices))
+    copied = max((p.num_elements for p in rest if p.dtype != torch.float32), default=0)
+    copies = 8 * min(copied, budget // 16)
+    if optimizer == "muon_bf16":
+        in_fp32 = [p for p in rest if p.dtype == torch.float32]
+        return max(copies, _torch_adamw_bytes(in_fp32, kind), _torch_muon_bytes(matrices))
+    return max(copies if optimizer == "muon8bit" else 0, _muon8bit_bytes(matrices, kind, budget))
+
+
+def _torch_adamw_bytes(params: Sequence[Param], kind: str) -> int:
+    if not kind.startswith("cpu"):
+        return 0
+    sizes = sorted((4 * p.num_elements for p in params), reverse=True)
+    return sum(sizes[:1] + sizes[:2])
+
+
+def _matrix_shapes(param: Param) -> Counter[tuple[int, int]]:
+    """How many matrices of each [rows, cols] the parameter holds, splits left out."""
+    if param.flatten:
+        return Counter({(param.shape[0], math.prod(param.shape[1:])): 1})
+    return Counter({(param.shape[-2], param.shape[-1]): math.prod(param.shape[:-2])})
+
+
+def _torch_muon_bytes(params: Sequence[Param]) -> int:
+    most = 0
+    for param in params:
+        for rows, cols in _matrix_shapes(param):
+            update = rows * cols * param.dtype.itemsize  # with bf16 it is the first iterate too
+            most = max(most, update + 2 * (2 * rows * cols + 2 * min(rows, cols) ** 2))
+    return most
+
+
+def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
+    schedule = resolve(JORDAN, DEFAULT_NS_STEPS)
+    whole: Counter[tuple[int, int]] = Counter()
+    cut: Counter[tuple[int, int, tuple[int, ...]]] = Counter()
+    for param in params:
+        for (rows, cols), count in _matrix_shapes(param).items():
+            if param.split is None:
+                whole[rows, cols] += count
+            elif param.split[1] == -2:
+                whole.update({(size, cols): param.split[0].count(size) * count for size in set(param.split[0])})
+            else:
+                cut[rows, cols, param.split[0]] += count
+    most = 0
+    for (rows, cols), count in whole.items():
+        path = choose(rows, cols, schedule, kind)
+        if not path.tiny:
+            together = min(count, batch_size(path, rows, cols, kind, budget - _SMALL_BYTES))
+            most = max(most, together * workspace_bytes(path, rows, cols, kind), _piece_bytes(rows * cols, kind))
+    for (rows, cols, sizes), count in cut.items():
+        half = (budget - _SMALL_BYTES) // 2
+        momenta = min(count, max(1, half // (4 * rows * cols)))
+        for width in set(sizes):
+            path = choose(rows, width, schedule, kind, tiny=False)
+            together = min(momenta, batch_size(path, rows, width, kind, half))
+            most = max(most, momenta * 4 * rows * cols + together * workspace_bytes(path, rows, width, kind))
+    return most
+
+
+def _piece_bytes(num_elements: int, kind: str) -> int:
+    """Newton-Schulz input and the piece of the momentum that is decoded on a CPU."""
+    return 4 * num_elements + min(4 * num_elements, _CPU_PIECE_BYTES) if kind.startswith("cpu") else 0

@@ -1,0 +1,102 @@
+"""What is asked of an estimate: how the model is trained, and on what."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+
+Dtype: TypeAlias = Literal["fp32", "bf16", "mixed"]
+Shard: TypeAlias = Literal["none", "ddp", "fsdp2", "hsdp"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+SHARDS: tuple[str, ...] = get_args(Shard)
+# GPUs of one machine, among which HSDP shards; it replicates over machines.
+GPUS_PER_NODE = 8
+_UNITS = {
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to train.
+
+    Attributes:
+        batch: sequences of a micro-batch, on each GPU.
+        seq: tokens of a sequence.
+        dtype: of weights and gradients: "fp32", "bf16", or "mixed", fp32 computed in bf16 (autocast). With an adapter
+            that of the frozen base: the adapter is fp32 and computes in bf16 unless this is "fp32".
+        checkpointing: recompute activations in the backward pass.
+        lora: rank of an adapter on all linear layers but the head; None trains the model itself.
+        qlora: the frozen base in NF4 with double quantization.
+        release: each gradient is used and freed in the backward pass.
+        loss_chunk: tokens whose logits exist at once; they are recomputed in the backward pass. None: all, kept.
+        num_gpus, shard: on how many GPUs, and what is divided among them.
+        device: "cuda" or "cpu": where the step runs.
+    """
+
+    batch: int = 1
+    seq: int = 2048
+    dtype: Dtype = "bf16"
+    checkpointing: bool = False
+    lora: int | None = None
+    qlora: bool = False
+    release: bool = False
+    loss_chunk: int | None = None
+    num_gpus: int = 1
+    shard: Shard = "none"
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seq", "num_gpus", "lora", "loss_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                option = {"num_gpus": "gpus", "loss_chunk": "loss-chunk"}.get(name, name)
+                raise ValueError(f"--{option} must be at least 1, not {getattr(self, name)}")
+        if self.release and self.shard != "none":
+            raise ValueError(
+                f"--release-gradients does not go with --shard {self.shard}: in the backward pass a GPU sees the "
+                "gradient of its own sequences only; leave one of them out"
+            )
+        if self.shard != "none" and self.num_gpus == 1:
+            raise ValueError(f"--shard {self.shard} divides among several GPUs; give --gpus")
+        if self.shard == "hsdp" and self.num_gpus > GPUS_PER_NODE and self.num_gpus % GPUS_PER_NODE:
+            raise ValueError(f"--shard hsdp takes machines of {GPUS_PER_NODE} GPUs, and --gpus is {self.num_gpus}")
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bf16" or self.qlora else torch.float32
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of the adapter; QLoRA without `lora` has 16."""
+        return 16 if self.qlora and self.lora is None else self.lora
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of automatic mixed precision, None without it."""
+        with_adapter = self.rank is not None and self.dtype != "fp32"
+        return torch.bfloat16 if self.dtype == "mixed" or with_adapter or self.qlora else None
+
+    @property
+    def num_shards(self) -> int:
+        """Among how many GPUs weights, gradients and state are divided."""
+        return {"fsdp2": self.num_gpus, "hsdp": min(self.num_gpus, GPUS_PER_NODE)}.get(self.shard, 1)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `24GiB`, `24 GB`, `1.5TiB`: GB is 1000^3, GiB 1024^3.
+
+    Raises:
+        ValueError: no number, or no unit.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is no size; give one like 24GiB or 24GB")
+    if match[2] not in _UNITS:
+        said = f"has no unit {match[2]!r}" if match[2] else "has no unit"
+        raise ValueError(f"{text!r} {said}; give one of {', '.join(_UNITS)}, for example 24GiB")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,276 @@
+"""`muon8bit estimate`: presets, JSON, budget, picture, and bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_models import LADDER, TINY, config_of, ladder_config
+
+from muon8bit.cli import main
+from muon8bit.memory import LABELS, OPTIMIZERS, Estimator, Memory, Setup, judge, load_config, parse_bytes, print_table
+from muon8bit.memory.advice import changes
+from muon8bit.memory.models import build
+from muon8bit.memory.presets import NAMES
+
+# As published with the weights; a buffer of DeepSeek's router (58 layers of 256) counts as parameters there.
+PUBLISHED = {
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
+    "Llama-3.1-405B": 405_853_388_800,
+    "Llama-2-7B": 6_738_415_616,
+    "Llama-2-13B": 13_015_864_320,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-14B": 14_770_033_664,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen2.5-72B": 72_706_203_648,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
+    "Mistral-7B": 7_241_732_096,
+    "Mixtral-8x7B": 46_702_792_704,
+    "SmolLM2-135M": 134_515_008,
+    "SmolLM2-360M": 361_821_120,
+    "SmolLM2-1.7B": 1_711_376_384,
+    "TinyLlama-1.1B": 1_100_048_384,
+    "DeepSeek-V3": 671_026_419_200 - 58 * 256,
+}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY["llama"]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def estimator() -> Estimator:
+    return Estimator(config_of(TINY["llama"]))
+
+
+def run(capfd: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    capfd.readouterr()
+    code = main([str(word) for word in argv])
+    return code, *capfd.readouterr()
+
+
+def record(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    code, out, _ = run(capfd, "estimate", *argv, "--json")
+    assert code == 0
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_every_preset_has_the_published_number_of_parameters() -> None:
+    assert set(PUBLISHED) == set(NAMES)
+    for name, num_parameters in PUBLISHED.items():
+        model = build(load_config(name.lower()), torch.bfloat16)
+        assert sum(param.numel() for param in model.parameters()) == num_parameters, name
+
+
+def test_ladder_from_a_config_file_has_the_bytes_of_a_hand_count(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(ladder_config("162M")))
+    layers, d, f = LADDER["162M"]
+    hidden = layers * (3 * d * d + d * d + 2 * d * f)
+    scales = layers * (3 * d + d + f + 2 * d) * 4  # one block a row; rows of 3072 have two
+    rest = 2 * 50257 * d + layers * (3 * d + d + f + d + 4 * d) + 2 * d
+    found = record(capfd, path, "--dtype", "fp32", "--seq", 8)
+    muon8bit = found["optimizers"]["muon8bit"]
+    assert muon8bit["state_bytes"] == hidden + scales + 8 * rest + 4 * (2 + layers * 8 + 2)
+    assert found["num_parameters"] == hidden + rest
+    assert muon8bit["gradients_bytes"] == 4 * (hidden + rest)
+    assert set(found["optimizers"]) == set(OPTIMIZERS)
+    for entry in found["optimizers"].values():
+        alive = entry["weights_bytes"] + entry["state_bytes"]
+        assert entry["peak_bytes"] >= alive + entry["gradients_bytes"] + entry["workspace_bytes"]
+        assert entry["peak_bytes"] >= alive + entry["activations_bytes"]
+        assert entry["with_checkpointing"]["activations_bytes"] <= entry["without_checkpointing"]["activations_bytes"]
+
+
+def test_folder_and_file_give_the_same_estimate(capfd: pytest.CaptureFixture[str], llama: Path) -> None:
+    of_file, of_folder = record(capfd, llama), record(capfd, llama.parent)
+    assert of_file.pop("model") != of_folder.pop("model")
+    assert of_file == of_folder
+    assert of_file["setup"]["seq"] == TINY["llama"]["max_position_embeddings"]
+
+
+def test_adapter_and_nf4_train_few_parameters_on_a_small_base(capfd: pytest.CaptureFixture[str], llama: Path) -> None:
+    pytest.importorskip("peft")
+    full, lora, qlora = (record(capfd, llama, *how) for how in ((), ("--lora", 4), ("--qlora", "--lora", 4)))
+    sizes = TINY["llama"]
+    d, f, kv = sizes["hidden_size"], sizes["intermediate_size"], sizes["hidden_size"] // 2
+    matrices = [(d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f)] * sizes["num_hidden_layers"]
+    num_trained = sum(4 * (rows + cols) for rows, cols in matrices)
+    assert lora["num_trained_parameters"] == qlora["num_trained_parameters"] == num_trained
+    one = {name: found["optimizers"]["muon8bit"] for name, found in (("full", full), ("lora", lora), ("qlora", qlora))}
+    assert one["lora"]["gradients_bytes"] == one["qlora"]["gradients_bytes"] == 4 * num_trained
+    assert one["lora"]["weights_bytes"] == one["full"]["weights_bytes"] + 4 * num_trained
+    norms = (2 * sizes["num_hidden_layers"] + 1) * d * 2  # fp32 instead of bf16
+    saved = sum(2 * r * c - (r * c // 2 + r * c // 64 + 4 * -(-r * c // 64 // 256) + 68) for r, c in matrices)
+    assert one["lora"]["weights_bytes"] - one["qlora"]["weights_bytes"] == saved - norms
+
+
+def test_gpus_divide_what_their_way_of_sharding_divides(estimator: Estimator) -> None:
+    def muon8bit(**how: Any) -> Memory:
+        return estimator.estimate(Setup(seq=128, **how)).optimizers["muon8bit"]
+
+    alone = muon8bit()
+    ddp = muon8bit(num_gpus=4, shard="ddp")
+    assert ddp.communication_bytes == alone.gradients_bytes
+    assert ddp.plain.peak_bytes - alone.plain.peak_bytes == alone.gradients_bytes
+    for shard, gpus, parts in (("fsdp2", 4, 4), ("fsdp2", 16, 16), ("hsdp", 16, 8)):
+        part = muon8bit(num_gpus=gpus, shard=shard)
+        assert part.gradients_bytes == alone.gradients_bytes // parts  # all rows divide evenly
+        assert part.state_bytes == pytest.approx(alone.state_bytes / parts, abs=4 * 100)  # step counters do not
+    assert muon8bit(num_gpus=4) == alone
+
+
+def test_released_gradients_are_the_two_largest(capfd: pytest.CaptureFixture[str], llama: Path) -> None:
+    entry = record(capfd, llama, "--release-gradients")["optimizers"]["muon8bit"]
+    table = TINY["llama"]["vocab_size"] * TINY["llama"]["hidden_size"]
+    assert entry["gradients_bytes"] == 2 * 2 * table  # embeddings and head, bf16
+
+
+def test_every_change_that_is_offered_fits_and_no_other(estimator: Estimator) -> None:
+    setup = Setup(seq=128, batch=8)
+    estimate = estimator.estimate(setup)
+    peaks = {name: estimate.peak_bytes(name) for name in OPTIMIZERS}
+    budget = (min(peaks.values()) + max(peaks.values())) // 2
+    verdicts = judge(estimator, estimate, budget)
+    assert {verdict.fits for verdict in verdicts.values()} == {True, False}
+    for name, verdict in verdicts.items():
+        assert verdict.spare_bytes == budget - peaks[name]
+        if verdict.fits:
+            assert verdict.changes == ()
+            continue
+        expected = [f"the optimizer {LABELS[other]}" for other in OPTIMIZERS if peaks[other] <= budget]
+        expected += [w for w, other in changes(setup) if estimator.estimate(other).peak_bytes(name) <= budget]
+        assert list(verdict.changes) == expected
+        assert "--activation-checkpointing" in expected
+    table = StringIO()
+    print_table("a llama", estimate, verdicts, budget, table)
+    for name, verdict in verdicts.items():
+        row = next(line for line in table.getvalue().splitlines() if f" {LABELS[name]} " in line)
+        assert ("fits, " in row, " over" in row) == (verdict.fits, not verdict.fits)
+        assert (f"{LABELS[name]} would fit with: the optimizer" in table.getvalue()) == (not verdict.fits)
+    hopeless = judge(estimator, estimate, 1000)
+    assert all(not verdict.fits and verdict.changes == () for verdict in hopeless.values())
+
+
+def test_budget_is_judged_and_the_picture_is_written(
+    capfd: pytest.CaptureFixture[str], llama: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "memory.png"
+    found = record(capfd, llama, "--budget", "1GiB", "--plot", picture)
+    assert found["budget_bytes"] == 2**30
+    for entry in found["optimizers"].values():
+        assert (entry["fits"], entry["changes"]) == (True, [])
+        assert entry["spare_bytes"] == 2**30 - entry["peak_bytes"]
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("24GiB", 24 * 2**30), ("24 GB", 24 * 10**9), ("1.5TiB", 3 * 2**39), ("512B", 512)]
+)
+def test_sizes_have_the_bytes_of_their_unit(text: str, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("Lama-3.2-3b",), ("Lama-3.2-3b", "Llama-3.2-3B")),
+        (("nowhere/config.json",), ("nowhere/config.json", "no such file")),
+        (("CONFIG", "--budget", "24"), ("24", "unit", "24GiB")),
+        (("CONFIG", "--budget", "24 apples"), ("apples", "GiB")),
+        (("CONFIG", "--budget", "GiB"), ("GiB", "no size")),
+        (("CONFIG", "--seq", "4096"), ("--seq", "4096", "128")),
+        (("CONFIG", "--batch", "0"), ("--batch", "0")),
+        (("CONFIG", "--lora", "0"), ("--lora", "0")),
+        (("CONFIG", "--loss-chunk", "0"), ("--loss-chunk", "0")),
+        (("CONFIG", "--gpus", "0"), ("--gpus", "0")),
+        (("CONFIG", "--shard", "fsdp2"), ("--shard fsdp2", "--gpus")),
+        (("CONFIG", "--gpus", "12", "--shard", "hsdp"), ("hsdp", "12", "8")),
+        (("CONFIG", "--gpus", "2", "--release-gradients"), ("--release-gradients", "ddp")),
+        (("CONFIG", "--plot", "memory.jpg"), ("memory.jpg", ".png")),
+        (("CONFIG", "--plot", "nowhere/memory.png"), ("nowhere/memory.png", "No such file")),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    capfd: pytest.CaptureFixture[str], llama: Path, argv: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    code, out, err = run(capfd, "estimate", *(llama if word == "CONFIG" else word for word in argv), "--json")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in out
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "model_type"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_config_without_a_size_is_refused_by_its_name(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, kind: str, key: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({name: value for name, value in TINY[kind].items() if name != key}))
+    code, _, err = run(capfd, "estimate", path)
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert str(path) in err
+    assert repr(key) in err
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model_type": "nothing_known"}', '{"model_type": "t5"}'])
+def test_file_that_is_no_configuration_is_refused(capfd: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    code, _, err = run(capfd, "estimate", path)
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+
+
+@pytest.mark.parametrize(
+    ("missing", "argv"),
+    [
+        ("transformers", ("--json",)),
+        ("rich", ()),
+        ("matplotlib", ("--json", "--plot", "x.png")),
+        ("peft", ("--lora", "4")),
+    ],
+)
+def test_missing_library_is_told_with_what_to_install(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    llama: Path,
+    missing: str,
+    argv: tuple[str, ...],
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, _, err = run(capfd, "estimate", llama, "--seq", 8, *argv)
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert missing in err
+    assert "pip install 'muon8bit[train]'" in err
+
+
+def test_tiny_models_are_the_ones_their_names_say() -> None:
+    assert [config_of(values).model_type for values in TINY.values()] == list(TINY)

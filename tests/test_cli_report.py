@@ -1,0 +1,153 @@
+"""`muon8bit report`: measured bytes of checkpoints against predicted ones, and what is no checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_models import TINY, config_of
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from muon8bit import Muon8bit, param_groups, state_report
+from muon8bit.cli import main
+
+
+def stepped(*optimizers: torch.optim.Optimizer) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.full_like(param, 1e-3)
+        optimizer.step()
+
+
+def run(capfd: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    capfd.readouterr()
+    code = main(["report", *map(str, argv)])
+    return code, *capfd.readouterr()
+
+
+def record(capfd: pytest.CaptureFixture[str], path: Path) -> dict[str, Any]:
+    code, out, err = run(capfd, path, "--json")
+    assert code == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    built: nn.Module = AutoModelForCausalLM.from_config(config_of(TINY["mixtral"]), dtype=torch.float32)
+    return built
+
+
+OPTIONS = [{}, {"codebook": "dynamic", "block_size": 64}, {"bits": 32}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_checkpoint_of_muon8bit_measures_what_was_predicted(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, model: nn.Module, options: dict[str, Any]
+) -> None:
+    optimizer = Muon8bit(param_groups(model, lr=1e-3), lr=1e-3, **options)
+    stepped(optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
+    save_file({n: p.detach().bfloat16() for n, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    truth, num_parameters = state_report(optimizer).total_bytes, sum(p.numel() for p in model.parameters())
+    for path in (tmp_path, tmp_path / "optimizer.bin"):
+        found = record(capfd, path)
+        assert found["optimizer"] == ("muon" if options.get("bits") == 32 else "muon8bit")
+        assert found["state"] == {
+            "num_parameters": num_parameters,
+            "measured_bytes": truth,
+            "predicted_bytes": truth,
+            "difference_bytes": 0,
+        }
+        for entry in state_report(optimizer).algorithms:
+            assert found["parts"][entry.algorithm]["measured_bytes"] == entry.state_bytes
+    weights = record(capfd, tmp_path)["weights"]
+    assert weights["measured_bytes"] == weights["predicted_bytes"] == 2 * num_parameters
+
+
+def test_baselines_in_a_run_folder_measure_what_was_predicted(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    matrix, table, norm = (nn.Parameter(torch.randn(shape)) for shape in ((64, 96), (300, 64), (64,)))
+    half = nn.Parameter(matrix.detach().bfloat16())
+    arms = {
+        "adamw": ([torch.optim.AdamW([matrix, table, norm])], 8 * (64 * 96 + 300 * 64 + 64) + 12),
+        "adamw8bit": ([bitsandbytes.optim.AdamW8bit([table, norm])], 2 * 19200 + 8 * 75 + 8 * 64 + 2048),
+        "muon": ([torch.optim.Muon([matrix]), torch.optim.AdamW([norm])], 4 * 64 * 96 + 8 * 64 + 4),
+        "muon_bf16": ([torch.optim.Muon([half]), torch.optim.AdamW([norm])], 2 * 64 * 96 + 8 * 64 + 4),
+    }
+    for step, (name, (optimizers, num_bytes)) in enumerate(arms.items(), 1):
+        stepped(*optimizers)
+        folder = tmp_path / "checkpoints" / f"step-{step:07d}"
+        folder.mkdir(parents=True)
+        for index, optimizer in enumerate(optimizers):
+            torch.save(optimizer.state_dict(), folder / ("optimizer.bin" if index == 0 else f"optimizer_{index}.bin"))
+        (folder / "progress.json").write_text("{}")
+        (tmp_path / "checkpoints" / f".step-{step + 1:07d}.partial").mkdir()
+        found = record(capfd, tmp_path)  # the newest complete one
+        assert found["optimizer"] == name
+        assert found["state"]["measured_bytes"] == found["state"]["predicted_bytes"] == num_bytes, name
+    assert found["optimizers"]["muon_bf16"]["state_bytes"] == num_bytes
+
+
+def test_padded_storage_and_wrong_shape_show_as_a_difference(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 96, bias=False))
+    optimizer = Muon8bit(param_groups(model, lr=1e-3), lr=1e-3)
+    stepped(optimizer)
+    saved = optimizer.state_dict()
+    codes = saved["state"][0]["momentum_linear8"]
+    saved["state"][0]["momentum_linear8"] = torch.zeros(10_000, dtype=torch.int8)[: codes.numel()].view(codes.shape)
+    torch.save(saved, tmp_path / "optimizer.bin")
+    assert record(capfd, tmp_path)["state"]["difference_bytes"] == 10_000 - 64 * 96
+    save_file({"0.weight": torch.zeros(96, 128)}, tmp_path / "model.safetensors")  # the shape that the names say
+    assert record(capfd, tmp_path)["state"]["difference_bytes"] == 10_000 - 128 * 96
+    code, out, _ = run(capfd, tmp_path)
+    assert code == 0
+    assert f"{10_000 - 128 * 96:,}" in out
+    for label in ("Muon8bit", "state in all", "weights", "8-bit AdamW, it would be"):
+        assert label in out
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused_in_one_sentence(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cases: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "text.bin": ("no pickle", ("text.bin", "state_dict")),
+        "weights.bin": ({"weight": torch.zeros(3)}, ("weights.bin", "state_dict")),
+        "empty.bin": ({"state": {}, "param_groups": [{"params": [0]}]}, ("empty.bin", "no state")),
+        "sgd.bin": (
+            {"state": {0: {"velocity": torch.zeros(3)}}, "param_groups": [{"params": [0], "param_names": ["head"]}]},
+            ("sgd.bin", "head", "velocity"),
+        ),
+        "object.bin": ({"state": {0: Path("x")}, "param_groups": [{"params": [0]}]}, ("object.bin", "state_dict")),
+    }
+    for name, (content, words) in cases.items():
+        path = tmp_path / name
+        if isinstance(content, str):
+            path.write_text(content)
+        else:
+            torch.save(content, path)
+        check_refused(run(capfd, path), *words)
+    check_refused(run(capfd, tmp_path / "nowhere"), "nowhere", "no such")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    check_refused(run(capfd, folder), "folder", "optimizer.bin")
+    (folder / ".metadata").write_text("")
+    check_refused(run(capfd, folder), "folder", "torch.distributed.checkpoint")
+    torch.save({"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"params": [0]}]}, folder / "optimizer.pt")
+    (folder / "model.safetensors").write_bytes(b"not a header")
+    check_refused(run(capfd, folder), "model.safetensors")
+
+
+def check_refused(outcome: tuple[int, str, str], *words: str) -> None:
+    code, out, err = outcome
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), outcome
+    for word in words:
+        assert word in err

@@ -1,0 +1,143 @@
+"""Predicted state bytes against hand counts and against the true bytes of real steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from memory_models import LADDER, TINY, config_of, ladder_config
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from muon8bit import Muon8bit, param_groups, state_report
+from muon8bit.memory.models import build
+from muon8bit.memory.optimizers import OPTIMIZERS, state_bytes
+from muon8bit.memory.setup import Setup
+from muon8bit.memory.sizes import measure, nf4_bytes
+
+VOCABULARY = 50257
+# facts: decimal GB of the matrices alone, by (layers, d, ffn)
+PUBLISHED = {
+    "162M": {"adamw": 1.2970, "muon": 0.9573, "muon8bit": 0.7029, "muon8bit+adamw8bit": 0.2421},
+    "405M": {"adamw": 3.2393, "muon": 2.0314, "muon8bit": 1.1264, "muon8bit+adamw8bit": 0.5120},
+    "834M": {"adamw": 6.6709, "muon": 3.9530, "muon8bit": 1.9162, "muon8bit+adamw8bit": 0.9947},
+    "1.4B": {"adamw": 11.3105, "muon": 6.4787, "muon8bit": 2.8571, "muon8bit+adamw8bit": 1.6285},
+    "2.7B": {"adamw": 22.1912, "muon": 12.1249, "muon8bit": 4.5820, "muon8bit+adamw8bit": 3.0461},
+}
+
+
+def ceil(numerator: int, denominator: int) -> int:
+    return (numerator + denominator - 1) // denominator
+
+
+def adamw8(n: int) -> int:
+    """Two codes an element and two fp32 maxima per 256; under 4096 elements two fp32 moments."""
+    return 8 * n if n < 4096 else 2 * n + 2 * 4 * ceil(n, 256)
+
+
+def hand_count(layers: int, d: int, f: int) -> tuple[dict[str, int], dict[str, int]]:
+    """State bytes of a GPT-NeoX by column: of everything, and of the matrices alone without step counters."""
+    matrices = [(3 * d, d), (d, d), (f, d), (d, f)] * layers
+    tables = [VOCABULARY * d] * 2
+    small = [3 * d, d, f, d, d, d, d, d] * layers + [d, d]  # biases, two norms a layer, the last norm
+    elements = sum(r * c for r, c in matrices)
+    linear8 = sum(r * c + 4 * r * ceil(c, 2048) for r, c in matrices)
+    fp32 = 8 * (sum(tables) + sum(small)) + 4 * (len(tables) + len(small))
+    int8 = sum(map(adamw8, tables + small)) + 4 * (len(tables) + len(small))
+    every = [r * c for r, c in matrices] + tables + small
+    whole = {
+        "adamw": 8 * sum(every) + 4 * len(every),
+        "adamw8bit": sum(map(adamw8, every)) + 2 * 256 * 4,
+        "muon": 4 * elements + fp32,
+        "muon_bf16": 2 * elements + fp32,
+        "muon8bit": linear8 + fp32,
+        "muon8bit+adamw8bit": linear8 + int8,
+    }
+    alone = {
+        "adamw": 8 * (elements + sum(tables)),
+        "muon": 4 * elements + 8 * sum(tables),
+        "muon8bit": linear8 + 8 * sum(tables),
+        "muon8bit+adamw8bit": linear8 + sum(map(adamw8, tables)),
+    }
+    return whole, alone
+
+
+@pytest.mark.parametrize("size", LADDER)
+def test_state_bytes_of_the_ladder_equal_a_hand_count(size: str) -> None:
+    sizes = measure(build(config_of(ladder_config(size)), torch.float32), Setup())
+    whole, alone = hand_count(*LADDER[size])
+    assert {name: state_bytes(name, sizes.trained) for name in OPTIMIZERS} == whole
+    for name, gigabytes in PUBLISHED[size].items():
+        assert f"{alone[name] / 1e9:.4f}" == f"{gigabytes:.4f}"
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> int:
+    """True bytes of the state after a step."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.full_like(param, 1e-3)
+    optimizer.step()
+    return state_report(optimizer).total_bytes
+
+
+def measured(name: str, model: nn.Module) -> int:
+    """True state bytes of the real optimizers of a column."""
+    groups = param_groups(model, lr=1e-3)
+    if name == "muon8bit":
+        return stepped(Muon8bit(groups, lr=1e-3))
+    if name == "muon":
+        return stepped(Muon8bit(groups, lr=1e-3, bits=32))
+    trained = [param for param in model.parameters() if param.requires_grad]
+    if name == "adamw":
+        return stepped(torch.optim.AdamW(trained, lr=1e-3))
+    if name == "adamw8bit":
+        return stepped(pytest.importorskip("bitsandbytes").optim.AdamW8bit(trained, lr=1e-3))
+    model.bfloat16()  # torch.optim.Muon keeps its momentum in the parameters' dtype, and takes matrices only
+    matrices = [param for group in groups if group["algorithm"] == "muon" for _, param in group["params"]]
+    flat = [nn.Parameter(m) for p in matrices for m in (p.detach().unbind(0) if p.ndim == 3 else [p.detach()])]
+    rest = [group for group in groups if group["algorithm"] == "adamw"]
+    return stepped(torch.optim.Muon(flat, lr=1e-3)) + (stepped(Muon8bit(rest, lr=1e-3)) if rest else 0)
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_predicted_state_bytes_equal_the_measured_ones(kind: str, lora_rank: int | None) -> None:
+    config = config_of(TINY[kind])
+    sizes = measure(build(config, torch.float32, lora_rank), Setup(lora=lora_rank))
+    for name in ("adamw", "adamw8bit", "muon", "muon_bf16", "muon8bit"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if lora_rank is not None:
+            peft = pytest.importorskip("peft")
+            model = peft.get_peft_model(model, peft.LoraConfig(r=lora_rank, target_modules="all-linear"))
+        assert state_bytes(name, sizes.trained) == measured(name, model), name
+        assert sizes.num_parameters == sum(param.numel() for param in model.parameters())
+
+
+def test_state_bytes_of_a_shard_equal_those_of_the_largest_part() -> None:
+    config = config_of(TINY["llama"])
+    whole = measure(build(config, torch.float32), Setup())
+    part = measure(build(config, torch.float32), Setup(num_gpus=3, shard="fsdp2"))
+    shards = [torch.empty(param.shape, device="meta").chunk(3)[0] for param in whole.whole]
+    assert [param.shape for param in part.trained] == [tuple(shard.shape) for shard in shards]
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for param, shard in zip(whole.whole, shards, strict=True):
+        groups[param.is_muon].append(nn.Parameter(torch.zeros(shard.shape)))
+    optimizer = Muon8bit([{"params": groups[True]}, {"params": groups[False], "algorithm": "adamw", "lr": 1e-3}])
+    assert state_bytes("muon8bit", part.trained) == stepped(optimizer)
+
+
+def test_weights_bytes_equal_the_storages_of_a_tied_model() -> None:
+    config = config_of({**TINY["llama"], "tie_word_embeddings": True})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
+    buffers = sum(t.untyped_storage().nbytes() for t in model.buffers())
+    assert measure(build(config, torch.bfloat16), Setup()).weights_bytes == sum(storages.values()) + buffers
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (96, 200), (65, 64)])
+def test_nf4_bytes_equal_the_storages_of_bitsandbytes(shape: tuple[int, int]) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    packed, state = functional.quantize_4bit(torch.randn(shape), quant_type="nf4", compress_statistics=True)
+    tensors = [packed, state.absmax, state.state2.absmax, state.offset, state.code]
+    assert nf4_bytes(math.prod(shape)) == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
