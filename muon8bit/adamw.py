@@ -21,6 +21,12 @@ def step_device(param: Tensor) -> torch.device:
     return param.device if param.device.type == "cuda" else torch.device("cpu")
 
 
+def layout(shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """State key -> shape and dtype of its tensor, for a parameter of `shape`."""
+    moments = (tuple(shape), torch.float32)
+    return {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
+
+
 def init_state(param: Tensor) -> dict[str, Tensor]:
     """torch.optim.AdamW's keys: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (fp32, the parameter's shape)."""
     return {
@@ -36,11 +42,13 @@ def step_(
     states: list[dict[str, Tensor]],
     group: dict[str, Any],
     keys: Sequence[int | None],
+    firsts: Sequence[int],
     options: Options,
 ) -> None:
     """One AdamW step in place. What is not fp32 and contiguous goes through such copies, chunk by chunk.
 
-    `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest. torch's
+    `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest;
+    `firsts`: where these are parts of larger parameters, the index there of the first element. torch's
     fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous here.
     """
     direct: list[int] = []
@@ -48,7 +56,7 @@ def step_(
         if all(t.dtype == torch.float32 and t.is_contiguous() for t in (param, grads[i])):
             direct.append(i)
         else:
-            _step_through_copies(param, grads[i], states[i], group, keys[i], options)
+            _step_through_copies(param, grads[i], states[i], group, keys[i], firsts[i], options)
     if direct:
         of = [params[i] for i in direct], [grads[i] for i in direct], [states[i] for i in direct]
         _adamw(*of, group, options.skip)
@@ -60,6 +68,7 @@ def _step_through_copies(
     state: dict[str, Tensor],
     group: dict[str, Any],
     key: int | None,
+    first: int,
     options: Options,
 ) -> None:
     tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
@@ -68,7 +77,7 @@ def _step_through_copies(
         # Whole vectors of 16: what is left over may be rounded otherwise.
         size = max(16, options.workspace_bytes // _COPY_BYTES // 16 * 16)
         chunks = zip(*(t.view(-1).split(size) for t in tensors), strict=True)
-    before, first = state["step"].clone(), 0  # first: the chunk's first element, in the order of indices, not of memory
+    before = state["step"].clone()  # first: the chunk's first element, in the order of indices, not of memory
     for chunk, chunk_grad, exp_avg, exp_avg_sq in chunks:
         copy = chunk.float().contiguous()
         chunk_state = {"step": state["step"].copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params
 from .nonfinite import NonFiniteGradientError, Verdict
 from .orthogonalize import choose, resolve
 from .orthogonalize.coefficients import JORDAN
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .distributed import Team
 
 
 class Muon8bit(Optimizer):
@@ -74,6 +80,15 @@ class Muon8bit(Optimizer):
         rounding_seed: 0 .. 2**64 - 1; the same on all replicas. Without meaning for `"nearest"`.
         workspace_bytes: what a step may allocate at once beyond its state, freed before it returns; at least 32 MiB.
             Only a single matrix that needs more exceeds it.
+        process_group: of ranks with equal parameters and gradients (DDP): they divide the orthogonalization among them.
+            None: plain parameters need no communication. Beside sharded parameters on a mesh of several dimensions
+            that is not the whole world, a group of just its ranks.
+        shard_state: keep of every momentum only some rows on each rank of `process_group`; AdamW's state stays whole.
+            Then `state_dict()` needs `consolidate_state_dict` or `sharded_state_dict` first.
+
+    Sharded parameters (DTensors, of `fully_shard` or tensor parallelism): every matrix is orthogonalized whole, once,
+    by one rank; the state is sharded like the parameter. All ranks must call `step()` together, with the same groups
+    and gradients for the same parameters.
 
     State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its
     shape with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that
@@ -82,6 +97,7 @@ class Muon8bit(Optimizer):
 
     Raises:
         ValueError: names the parameter or argument and what it may be.
+        NotImplementedError: names a parameter that is sharded as this optimizer cannot take.
     """
 
     def __init__(
@@ -105,6 +121,8 @@ class Muon8bit(Optimizer):
         param_rounding: ParamRounding = "nearest",
         rounding_seed: int = 0,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        process_group: ProcessGroup | None = None,
+        shard_state: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -134,6 +152,15 @@ class Muon8bit(Optimizer):
             raise ValueError(
                 f"workspace_bytes must be an int of at least {MIN_WORKSPACE_BYTES}, not {workspace_bytes!r}"
             )
+        if shard_state and process_group is None:
+            raise ValueError(
+                "shard_state=True shards the momenta of replicated parameters over a process group: pass "
+                "process_group=torch.distributed.group.WORLD, or another"
+            )
+        self.process_group, self.shard_state = process_group, shard_state
+        self._team: Team | None = None
+        self._consolidated: dict[Tensor, dict[str, Tensor]] | None = None
+        self._is_sharded_wanted = False
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self._num_calls = self._num_skipped_steps = 0
@@ -177,18 +204,32 @@ class Muon8bit(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._num_calls += 1
+        self._consolidated = None
         options = Options(self.ns_dtype, self.backend, self.workspace_bytes)
-        work = phases.read(self.param_groups, self.state, options)
-        verdict = Verdict((found for members in work for found in members.found()), self._num_calls)
+        team = self._find_team()
+        if team is not None:
+            team.agree(self.param_groups, (options, self.on_nonfinite, self.shard_state))
+        work = phases.read(self.param_groups, self.state, options, team)
+        verdict = Verdict(phases.found(work, team, options), self._num_calls)
         wait = self.on_nonfinite == "raise_at_once" or not verdict.is_asynchronous
         if wait and (names := verdict.nonfinite_names()):
             self._refuse(names, verdict.step)
             return loss
         pending = None if wait else verdict
-        phases.write(work, self.state, options, pending)
+        phases.write(work, self.state, options, pending, team)
         rounding.advance(self.param_groups)
         self._pending = pending  # only now: settling takes back what was advanced
         return loss
+
+    def _find_team(self) -> Team | None:
+        """The ranks with which matrices are shared; looked for anew, since parameters may be swapped for sharded ones."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if self.process_group is None and not any(hasattr(param, "device_mesh") for param in params):
+            return None
+        from .distributed import team_of  # torch's DTensor takes a second to import, and not every build has it
+
+        self._team = team_of(params, self.process_group, self.shard_state, self._team)
+        return self._team
 
     def _refuse(self, names: list[str], step: int) -> None:
         """Raise, or count, a step with gradients that are not finite."""
@@ -212,19 +253,58 @@ class Muon8bit(Optimizer):
         return self._num_skipped_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's.
+        """As torch's. With `shard_state`, of whole tensors on the CPU, as `consolidate_state_dict` gathered them, or in
+        `sharded_state_dict` of DTensors.
 
         Raises:
             NonFiniteGradientError: if the last step found one and has not told yet (see `on_nonfinite`).
+            RuntimeError: with `shard_state`, where this rank has not got the whole state since the last step.
         """
         self._settle()
-        return super().state_dict()
+        if not self.shard_state or not self.state or self._is_sharded_wanted:
+            return super().state_dict()
+        if self._consolidated is None:
+            raise RuntimeError(
+                "with shard_state=True each rank has a part of the state: call consolidate_state_dict() on all ranks "
+                "after the last step() and before state_dict(), or, for distributed checkpointing, take state_dict() "
+                "in `with optimizer.sharded_state_dict():`"
+            )
+        own, self.state = self.state, self._consolidated  # type: ignore[assignment]
+        try:
+            return super().state_dict()
+        finally:
+            self.state = own
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int | None = None) -> None:
+        """Gather the sharded state for `state_dict()`, valid until the next step; to be called on all ranks. The contract
+        of torch's ZeroRedundancyOptimizer.
+
+        Args:
+            to: the rank in `process_group` that gets it, None for all.
+        """
+        self._settle()
+        team = self._find_team()
+        if team is None or not self.shard_state:
+            return
+        self._consolidated = team.whole(self.state, to)
+
+    @contextmanager
+    def sharded_state_dict(self) -> Iterator[None]:
+        """In this context `state_dict()` gives DTensors where the state is sharded, as distributed checkpointing needs
+        them: `with optimizer.sharded_state_dict(): get_optimizer_state_dict(model, optimizer)`."""
+        before, self._is_sharded_wanted = self._is_sharded_wanted, True
+        try:
+            yield
+        finally:
+            self._is_sharded_wanted = before
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
         own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes"]
-        own += ["_num_calls", "_num_skipped_steps", "_pending"]
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+        own += ["_num_calls", "_num_skipped_steps", "_pending", "process_group", "shard_state", "_is_sharded_wanted"]
+        values = {key: getattr(self, key) for key in own} | {"_team": None, "_consolidated": None}
+        return {**super().__getstate__(), **values}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
@@ -232,7 +312,8 @@ class Muon8bit(Optimizer):
         `backend`, `on_nonfinite`, `param_rounding` and what says how a group is stored and cut (`bits`, `codebook`,
         `block_size`, `flatten`, `split_sizes`, `split_dim`; other saved values are refused) stay the constructor's, all
         other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too; without them there,
-        rounding starts at step 0 of the running seed. torch's own method casts the state to the parameter's dtype.
+        rounding starts at step 0 of the running seed. Of sharded state each rank takes its part, out of whole tensors
+        or of DTensors that lie alike, without communication. torch's own method casts the state to the parameter's dtype.
         What the last step found in its gradients and has not told is dropped.
 
         Raises:
@@ -242,8 +323,8 @@ class Muon8bit(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             hooked = pre_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
-        groups, state = loading.checked(state_dict, self.param_groups)
-        self._pending = None
+        groups, state = loading.checked(state_dict, self.param_groups, self._find_team())
+        self._pending = self._consolidated = None
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

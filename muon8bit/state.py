@@ -18,6 +18,11 @@ _CODES_KEYS: dict[Codebook | None, str] = {
     "dynamic": DYNAMIC_CODES_KEY,
     None: BUFFER_KEY,
 }
+_DTYPES: dict[Codebook | None, torch.dtype] = {
+    "linear": CODE_DTYPES["linear"],
+    "dynamic": CODE_DTYPES["dynamic"],
+    None: torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Format:
 
     def layout(self, shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """State key -> shape and dtype of its tensor, for a parameter of `shape`."""
-        dtype = torch.float32 if self.codebook is None else CODE_DTYPES[self.codebook]
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {_CODES_KEYS[self.codebook]: (tuple(shape), dtype)}
+        codes = tuple(shape), _DTYPES[self.codebook]
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {_CODES_KEYS[self.codebook]: codes}
         if self.codebook is not None:
             first_of_row = 1 if self.flatten else len(shape) - 1
             blocks = num_blocks(prod(shape[first_of_row:]), self.block_size)
@@ -58,9 +63,10 @@ class Momentum:
     format: Format
 
     @classmethod
-    def zeros(cls, shape: torch.Size, format: Format, device: torch.device) -> Momentum:
-        """A zero momentum."""
-        tensors = {k: torch.zeros(s, dtype=d, device=device) for k, (s, d) in format.layout(shape).items()}
+    def zeros(cls, shapes: Mapping[str, Sequence[int]], format: Format, device: torch.device) -> Momentum:
+        """A zero momentum of these shapes, by state key: those of `Format.layout`, or a rank's part of them."""
+        dtypes = {_CODES_KEYS[format.codebook]: _DTYPES[format.codebook], SCALES_KEY: torch.float32}
+        tensors = {k: torch.zeros(tuple(s), dtype=dtypes[k], device=device) for k, s in shapes.items()}
         momentum = cls.from_state(tensors, format)
         if format.codebook is not None:
             momentum.codes.fill_(zero_code(format.codebook))

@@ -1,0 +1,110 @@
+"""One all-gather a step: the sums of squares of every part of every matrix, and one flag for all that is local.
+
+Every rank adds up whole matrices in the order of a single process, so that all have its norms, to the bit where no block
+is cut, and the same verdict on the gradients. Of replicas the first sends its sums, the others only whether theirs are
+finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import Options
+from .matrices import Bundle, sums_of_squares
+from .plan import Region
+from .transport import Transport
+
+
+class _Slot:
+    """What a bundle takes of the gathered numbers: by rank, how many it sends, and of which region."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        held, self.block_size = bundle.matrix.spread.held, bundle.format.block_size
+        self.count, self.shape = len(bundle.members), (bundle.matrix.rows, bundle.blocks)
+        first_holder: dict[Region, int] = {}
+        for rank, region in enumerate(held):
+            if region is not None:
+                first_holder.setdefault(region, rank)
+        self.regions = {rank: region for region, rank in first_holder.items()}
+        self.sizes = [
+            self.count * (self._num_sums(region) if rank in self.regions else 1) if region else 0
+            for rank, region in enumerate(held)
+        ]
+
+    def _spans(self, region: Region) -> tuple[slice, slice]:
+        """Rows, and blocks: those that the region's columns touch."""
+        blocks = region.cols[0] // self.block_size, -(-region.cols[1] // self.block_size)
+        return slice(*region.rows), slice(*blocks)
+
+    def _num_sums(self, region: Region) -> int:
+        rows, blocks = self._spans(region)
+        return (rows.stop - rows.start) * (blocks.stop - blocks.start)
+
+    def contribution(self, sums: Tensor, rank: int) -> Tensor:
+        """What this rank sends: its sums, or whether they are finite, as 0 or not."""
+        return sums.flatten() if rank in self.regions else sums.flatten(1).sum(1)
+
+    def total(self, parts: Sequence[Tensor]) -> Tensor:
+        """Squared norms of the whole matrices, fp32 [members], not finite where any replica's are not."""
+        pieces = []
+        for rank, region in sorted(self.regions.items(), key=lambda item: item[1]):
+            rows, blocks = self._spans(region)
+            shape = self.count, rows.stop - rows.start, blocks.stop - blocks.start
+            pieces.append((rows, blocks, parts[rank].view(shape)))
+        if all(blocks == slice(0, self.shape[1]) for _, blocks, _ in pieces):
+            sums = torch.cat([piece for _, _, piece in pieces], 1)
+        else:
+            sums = parts[0].new_zeros(self.count, *self.shape)
+            for rows, blocks, piece in pieces:
+                sums[:, rows, blocks] += piece
+        totals = sums.flatten(1).sum(1)
+        for rank, size in enumerate(self.sizes):
+            if size and rank not in self.regions:  # 0 times infinity or NaN is NaN
+                totals = totals + parts[rank] * 0
+        return totals
+
+
+def gather(bundles: Sequence[Bundle], flags: Tensor, transport: Transport, options: Options) -> Tensor:
+    """Settle the bundles' norms.
+
+    Args:
+        flags: fp32 [n], 0 where what is local to this rank is finite, of n parameters on which the ranks agree.
+
+    Returns:
+        [n], 0 where it is finite on all ranks.
+    """
+    slots = [_Slot(bundle) for bundle in bundles]
+    mine = [flags]
+    for bundle, slot in zip(bundles, slots, strict=True):
+        if slot.sizes[transport.rank]:
+            mine.append(slot.contribution(sums_of_squares(bundle, options), transport.rank).flatten())
+    lengths = [len(flags) + sum(sizes) for sizes in zip(*(slot.sizes for slot in slots), strict=True)]
+    length = max(lengths, default=len(flags))
+    padding = length - sum(map(len, mine))
+    sent = torch.cat([*mine, flags.new_zeros(padding)])
+    gathered = transport.all_gather(sent)
+    place = [len(flags)] * transport.num_ranks
+    for bundle, slot in zip(bundles, slots, strict=True):
+        parts = [gathered[r, start : start + size] for r, (start, size) in enumerate(zip(place, slot.sizes, strict=True))]
+        bundle.settle(slot.total(parts))
+        place = [start + size for start, size in zip(place, slot.sizes, strict=True)]
+    return gathered[:, : len(flags)].sum(0)
+
+
+def num_gathered(bundles: Sequence[Bundle], num_flags: int) -> list[int]:
+    """By rank, the numbers that it sends in `gather`, without padding: what `plan.gathered_bytes` takes."""
+    sizes = [_Slot(bundle).sizes for bundle in bundles]
+    return [num_flags + sum(of_rank) for of_rank in zip(*sizes, strict=True)]
+
+
+Namer = Callable[[], list[str]]
+
+
+def found(bundles: Sequence[Bundle], describe: Callable[[dict, int, int], str]) -> Iterator[tuple[Namer, Tensor]]:
+    """How to name the parameters of the bundles, and whether their gradients are finite: bool [members]."""
+    for bundle in bundles:
+        group, index, members = bundle.group, bundle.group_index, [member.param_index for member in bundle.members]
+        yield lambda g=group, i=index, m=members: [describe(g, i, j) for j in m], bundle.sumsq.isfinite()

@@ -1,0 +1,269 @@
+"""Second phase of matrices that lie on several ranks: every matrix is orthogonalized whole, once, by its owner.
+
+    X   =  u / norm             of the part that a rank holds, with the new codes and scales        (depart)
+    X  ->  owner:   O = NS(X)   of the whole                                                        (iterate)
+    O  ->  every rank that wants a part, which updates its part of W                                (land)
+
+On the route "gram" the parts stay: R = sum of the parts' Gram matrices goes to the owner, and the factor Q, with which
+O = Q X (or X Q), comes back. While a round is iterated, the next one's parts travel, and the last one's results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import state
+from ..config import Options
+from ..muon import written
+from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, orthogonalize, partial_gram
+from ..stacks import flat
+from ..update import factors, lr_ratio, update_params_
+from .matrices import Bundle, Member, runs
+from .plan import Matrix, Piece, Plan, Region
+from .transport import Transport, typed
+
+
+class Stop(NamedTuple):
+    """One matrix in a round, as planned."""
+
+    number: int
+    owner: int
+    is_gram: bool
+    sources: tuple[Piece, ...]
+    targets: tuple[Piece, ...]
+
+
+# Of one plan: the matrices of every round, by owner.
+Timetable: TypeAlias = list[list[Stop]]
+
+
+def timetable(plan: Plan) -> Timetable:
+    """The rounds of a plan, cut by what a rank may have of them at once."""
+    parts = [part for number in range(len(plan.rounds)) for part in plan.parts(number)]
+    return [
+        sorted(
+            (Stop(i, plan.owners[i], plan.routes[i] == "gram", plan.sources(i), plan.targets(i)) for i in part),
+            key=lambda stop: (stop.owner, stop.number),
+        )
+        for part in parts
+    ]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One matrix in a round, as this rank sees it: the `place`-th of its bundle."""
+
+    stop: Stop
+    bundle: Bundle
+    place: int
+
+    @property
+    def owner(self) -> int:
+        return self.stop.owner
+
+    @property
+    def is_gram(self) -> bool:
+        return self.stop.is_gram
+
+    @property
+    def member(self) -> Member:
+        return self.bundle.members[self.place]
+
+    @property
+    def matrix(self) -> Matrix:
+        return self.bundle.matrix
+
+    @property
+    def is_tall(self) -> bool:
+        return self.matrix.rows > self.matrix.cols
+
+    @property
+    def small(self) -> int:
+        """Rows of its Gram matrix."""
+        return min(self.matrix.rows, self.matrix.cols)
+
+    def sent_shape(self, region: Region) -> tuple[int, int]:
+        return (self.small, self.small) if self.is_gram else _shape(region)
+
+    @property
+    def sent_dtype(self) -> torch.dtype:
+        return torch.float32 if self.is_gram else self.matrix.path.dtype
+
+    def sent_bytes(self, region: Region) -> int:
+        return prod(self.sent_shape(region)) * self.sent_dtype.itemsize
+
+    def returned_bytes(self, region: Region) -> int:
+        return prod(self.sent_shape(region)) * self.matrix.path.dtype.itemsize
+
+
+def _shape(region: Region) -> tuple[int, int]:
+    return region.rows[1] - region.rows[0], region.cols[1] - region.cols[0]
+
+
+def _of_rank(pieces: Sequence[Piece], rank: int) -> Region | None:
+    return next((piece.region for piece in pieces if piece.rank == rank), None)
+
+
+class Round:
+    """Matrices that are moved together. Call `depart`, `iterate` and `land` in this order, and on all ranks alike."""
+
+    def __init__(self, items: Sequence[Item], transport: Transport, options: Options, device: torch.device) -> None:
+        self.items, self.transport, self.options, self.device = items, transport, options, device
+        self.rank = transport.rank
+        self.kept: dict[int, Tensor] = {}  # by matrix, this rank's part of X on the route "gram"
+
+    def depart(self) -> None:
+        """Write the new momenta, and send the parts of X, or their Gram matrices, to the owners."""
+        outgoing: list[list[Tensor]] = [[] for _ in range(self.transport.num_ranks)]
+        for item, X in self._applied():
+            if item.is_gram:  # replicas too, whose parts are not sent, make their parts of O themselves
+                self.kept[item.stop.number] = X
+            if _of_rank(item.stop.sources, self.rank) is not None:
+                outgoing[item.owner].append(partial_gram(X, item.is_tall) if item.is_gram else X)
+        incoming = [0] * self.transport.num_ranks
+        for item in self._owned():
+            for rank, region in item.stop.sources:
+                incoming[rank] += item.sent_bytes(region)
+        self.flight = self.transport.exchange(outgoing, incoming, self.device)
+
+    def _owned(self) -> list[Item]:
+        return [item for item in self.items if item.owner == self.rank]
+
+    def _applied(self) -> Iterator[tuple[Item, Tensor]]:
+        """Write the momenta that this rank holds; their parts of X, in the order of the items."""
+
+        def kind(item: Item) -> tuple[int, object]:
+            return id(item.bundle), item.member.held and item.member.held.layout
+
+        held = [item for item in self.items if item.member.held is not None]
+        for _, run in groupby(held, key=kind):
+            items = list(run)
+            shape = items[0].member.held.momentum.codes.shape[1:]  # type: ignore[union-attr]
+            size = max(1, self.options.workspace_bytes // (8 * prod(shape)))  # X, and copies of gradients
+            for start in range(0, len(items), size):
+                some = items[start : start + size]
+                X = self._apply(some)
+                yield from zip(some, X, strict=True)
+
+    def _apply(self, items: list[Item]) -> Tensor:
+        """The new momenta of these into codes and scales, and their parts of X: [items, rows, cols]."""
+        bundle, (stacks,) = items[0].bundle, runs([item.member for item in items])
+        norms = torch.stack([bundle.norms[item.place] for item in items])
+        shape = stacks[0].momentum.codes.shape[1:]
+        X = torch.empty(len(items), *shape, dtype=bundle.matrix.path.dtype, device=self.device)
+        grads = flat(stack.grad for stack in stacks)
+        how = {"skip": self.options.skip, "backend": self.options.backend}
+        state.apply_([stack.momentum for stack in stacks], grads, norms, X, **bundle.average, **how)
+        return X
+
+    def iterate(self) -> None:
+        """Orthogonalize what this rank owns, and send it, or the factor, to who wants a part."""
+        data, place = self.flight.landed(), [0] * self.transport.num_ranks
+
+        def take(item: Item, piece: Piece) -> Tensor:
+            start = place[piece.rank]
+            place[piece.rank] = stop = start + item.sent_bytes(piece.region)
+            return typed(data[piece.rank][start:stop], item.sent_dtype).view(item.sent_shape(piece.region))
+
+        outgoing: list[list[Tensor]] = [[] for _ in range(self.transport.num_ranks)]
+        owned = self._owned()
+        if owned:
+            for item, O in zip(owned, self._orthogonalized(owned, take), strict=True):
+                for rank, region in item.stop.targets:
+                    part = O if item.is_gram else O[slice(*region.rows), slice(*region.cols)]
+                    outgoing[rank].append(part)
+        incoming = [0] * self.transport.num_ranks
+        for item in self.items:
+            region = _of_rank(item.stop.targets, self.rank)
+            if region is not None:
+                incoming[item.owner] += item.returned_bytes(region)
+        self.flight = self.transport.exchange(outgoing, incoming, self.device)
+
+    def _orthogonalized(self, items: list[Item], take: Callable[[Item, Piece], Tensor]) -> Iterator[Tensor]:
+        """In their order O, or the factor Q; those that can go through the iteration together do."""
+
+        def kind(item: Item) -> tuple[object, ...]:
+            return item.matrix.rows, item.matrix.cols, item.matrix.path, item.bundle.schedule, item.is_gram
+
+        for (rows, cols, path, schedule, is_gram), run in groupby(items, key=kind):
+            together, step = list(run), gram_factor if is_gram else orthogonalize
+            size = batch_size(path, rows, cols, device_kind(self.device), self.options.workspace_bytes)
+            for start in range(0, len(together), size):
+                whole = self._assembled(together[start : start + size], take)
+                yield from step(whole, schedule, path, self.options.backend)
+
+    def _assembled(self, items: list[Item], take: Callable[[Item, Piece], Tensor]) -> Tensor:
+        """X of whole matrices from its parts, or the sums of their Gram matrices in the order of ranks."""
+        first = items[0]
+        shape = (first.small, first.small) if first.is_gram else (first.matrix.rows, first.matrix.cols)
+        new = torch.zeros if first.is_gram else torch.empty
+        whole = new(len(items), *shape, dtype=first.sent_dtype, device=self.device)
+        for matrix, item in zip(whole, items, strict=True):
+            for piece in item.stop.sources:
+                if item.is_gram:
+                    matrix += take(item, piece)
+                else:
+                    matrix[slice(*piece.region.rows), slice(*piece.region.cols)] = take(item, piece)
+        return whole
+
+    def land(self) -> None:
+        """Update this rank's parts of the parameters."""
+        data, place = self.flight.landed(), [0] * self.transport.num_ranks
+
+        def kind(item: Item) -> tuple[object, ...]:
+            param = item.member.param
+            assert param is not None
+            return id(item.bundle), item.owner, param.shape, param.stride(), param.dtype
+
+        wanted = [item for item in self.items if _of_rank(item.stop.targets, self.rank) is not None]
+        for _, run in groupby(wanted, key=kind):
+            items = list(run)
+            region = _of_rank(items[0].stop.targets, self.rank)
+            assert region is not None
+            owner, num_bytes = items[0].owner, len(items) * items[0].returned_bytes(region)
+            start = place[owner]
+            place[owner] += num_bytes
+            shape = len(items), *items[0].sent_shape(region)
+            got = typed(data[owner][start : start + num_bytes], items[0].matrix.path.dtype).view(shape)
+            if items[0].is_gram:
+                X = torch.stack([self.kept[item.stop.number] for item in items])
+                got = apply_factor(got, X, items[0].is_tall)
+            _update([item.member for item in items], got, items[0].bundle, self.options)
+
+
+def _update(members: list[Member], directions: Tensor, bundle: Bundle, options: Options) -> None:
+    """Update the parts of these parameters by `directions` [members, rows, cols], scaled by the whole shape."""
+    group, matrix = bundle.group, bundle.matrix
+    ratio = lr_ratio(matrix.rows, matrix.cols, group["adjust_lr_fn"])
+    decay, scale = factors(lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
+    places = {}
+    if members[0].key is not None:
+        keys, firsts = [member.key for member in members], [member.first for member in members]
+        places = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}
+    with written([member.param for member in members if member.param is not None]) as params:
+        update_params_(params, directions, decay, scale, **places, skip=options.skip, backend=options.backend)
+
+
+def write(
+    bundles: Sequence[Bundle], timetable: Timetable, transport: Transport, options: Options, device: torch.device
+) -> None:
+    """Step all matrices of the bundles, numbered through in their order."""
+    places = [(bundle, place) for bundle in bundles for place in range(len(bundle.members))]
+    landing = flying = None
+    for stops in [*timetable, [], []]:
+        current = None
+        if stops:
+            current = Round([Item(stop, *places[stop.number]) for stop in stops], transport, options, device)
+            current.depart()
+        if flying is not None:
+            flying.iterate()
+        if landing is not None:
+            landing.land()
+        landing, flying = flying, current
