@@ -27,6 +27,7 @@ ALLOWED = {
     "update": {"kernels"},
     "adamw": {"kernels", "config"},
     "rounding": {"kernels"},
+    "distributed": {"orthogonalize"},
     "plan": {"orthogonalize", "config"},
     "orthogonalize": {"kernels"},
     "state": {"kernels", "config"},
