@@ -203,8 +203,8 @@ def write(
             entries = members.entries
             params, grads = [e.local for e in entries], [e.grad for e in entries]
             states = [e.layout.unwrapped(state[e.param]) if e.layout else state[e.param] for e in entries]
-            keys, firsts = [e.key for e in entries], [e.first for e in entries]
-            adamw.step_(params, grads, states, members.group, keys, firsts, _on(params[0].device, options, verdict))
+            keys, places = [e.key for e in entries], [(e.first, e.param.numel()) for e in entries]
+            adamw.step_(params, grads, states, members.group, keys, places, _on(params[0].device, options, verdict))
     if team is not None:
         bundles = [bundle for members in work for bundle in members.bundles]
         team.write(bundles, _on(team.device, options, verdict))

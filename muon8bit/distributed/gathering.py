@@ -7,14 +7,14 @@ finite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..config import Options
 from .matrices import Bundle, sums_of_squares
-from .plan import Region
+from .spread import Region
 from .transport import Transport
 
 
@@ -98,13 +98,3 @@ def num_gathered(bundles: Sequence[Bundle], num_flags: int) -> list[int]:
     """By rank, the numbers that it sends in `gather`, without padding: what `plan.gathered_bytes` takes."""
     sizes = [_Slot(bundle).sizes for bundle in bundles]
     return [num_flags + sum(of_rank) for of_rank in zip(*sizes, strict=True)]
-
-
-Namer = Callable[[], list[str]]
-
-
-def found(bundles: Sequence[Bundle], describe: Callable[[dict, int, int], str]) -> Iterator[tuple[Namer, Tensor]]:
-    """How to name the parameters of the bundles, and whether their gradients are finite: bool [members]."""
-    for bundle in bundles:
-        group, index, members = bundle.group, bundle.group_index, [member.param_index for member in bundle.members]
-        yield lambda g=group, i=index, m=members: [describe(g, i, j) for j in m], bundle.sumsq.isfinite()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from .plan import Region, Span, Spread
+from .spread import Region, Span, Spread
 
 Spans: TypeAlias = tuple[Span, ...]  # of a tensor, one a dimension
 

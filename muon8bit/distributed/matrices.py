@@ -22,7 +22,8 @@ from ..stacks import Stack, chunks, flat
 from ..state import Format, Momentum
 from ..update import frobenius_norm
 from .layout import Layout, Place, Spans, places
-from .plan import Matrix, Region, Span
+from .route import Matrix
+from .spread import Region, Span
 
 
 class Member(NamedTuple):

@@ -10,7 +10,7 @@ O = Q X (or X Q), comes back. While a round is iterated, the next one's parts tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -26,8 +26,10 @@ from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, 
 from ..stacks import flat
 from ..update import factors, lr_ratio, update_params_
 from .matrices import Bundle, Member, runs
-from .plan import Matrix, Piece, Plan, Region
-from .transport import Transport, typed
+from .plan import Plan
+from .route import Matrix, Route, returned_bytes, sent_bytes
+from .spread import Piece, Region
+from .transport import Flight, Transport, typed
 
 
 class Stop(NamedTuple):
@@ -35,25 +37,23 @@ class Stop(NamedTuple):
 
     number: int
     owner: int
-    is_gram: bool
+    route: Route
     sources: tuple[Piece, ...]
     targets: tuple[Piece, ...]
 
 
-# Of one plan: the matrices of every round, by owner.
-Timetable: TypeAlias = list[list[Stop]]
+# Of one plan, round by round: its matrices, those of an owner together, cut into the parts that go back at once.
+Timetable: TypeAlias = list[list[list[Stop]]]
 
 
 def timetable(plan: Plan) -> Timetable:
-    """The rounds of a plan, cut by what a rank may have of them at once."""
-    parts = [part for number in range(len(plan.rounds)) for part in plan.parts(number)]
-    return [
-        sorted(
-            (Stop(i, plan.owners[i], plan.routes[i] == "gram", plan.sources(i), plan.targets(i)) for i in part),
-            key=lambda stop: (stop.owner, stop.number),
-        )
-        for part in parts
-    ]
+    """What `write` does of a plan."""
+
+    def stops(part: Iterable[int]) -> list[Stop]:
+        found = (Stop(i, plan.owners[i], plan.routes[i], plan.sources(i), plan.targets(i)) for i in part)
+        return sorted(found, key=lambda stop: (stop.owner, stop.number))
+
+    return [[stops(part) for part in plan.parts(number)] for number in range(len(plan.rounds))]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Item:
 
     @property
     def is_gram(self) -> bool:
-        return self.stop.is_gram
+        return self.stop.route == "gram"
 
     @property
     def member(self) -> Member:
@@ -97,10 +97,10 @@ class Item:
         return torch.float32 if self.is_gram else self.matrix.path.dtype
 
     def sent_bytes(self, region: Region) -> int:
-        return prod(self.sent_shape(region)) * self.sent_dtype.itemsize
+        return sent_bytes(self.matrix, self.stop.route, region)
 
     def returned_bytes(self, region: Region) -> int:
-        return prod(self.sent_shape(region)) * self.matrix.path.dtype.itemsize
+        return returned_bytes(self.matrix, self.stop.route, region)
 
 
 def _shape(region: Region) -> tuple[int, int]:
@@ -112,29 +112,37 @@ def _of_rank(pieces: Sequence[Piece], rank: int) -> Region | None:
 
 
 class Round:
-    """Matrices that are moved together. Call `depart`, `iterate` and `land` in this order, and on all ranks alike."""
+    """Matrices that are iterated together. Call `depart`, `iterate` and `land` in this order, on all ranks alike.
 
-    def __init__(self, items: Sequence[Item], transport: Transport, options: Options, device: torch.device) -> None:
-        self.items, self.transport, self.options, self.device = items, transport, options, device
+    The parts of X travel all at once: a rank sends no more than its share of its replica's matrices. The results come
+    back part by part, since a rank may want all of every owner's.
+    """
+
+    def __init__(
+        self, parts: list[list[Item]], transport: Transport, options: Options, device: torch.device
+    ) -> None:
+        self.parts, self.items = parts, [item for part in parts for item in part]
+        self.transport, self.options, self.device = transport, options, device
         self.rank = transport.rank
         self.kept: dict[int, Tensor] = {}  # by matrix, this rank's part of X on the route "gram"
+        self.results: list[Tensor] = []  # by matrix that this rank owns, until they have been sent
 
     def depart(self) -> None:
         """Write the new momenta, and send the parts of X, or their Gram matrices, to the owners."""
         outgoing: list[list[Tensor]] = [[] for _ in range(self.transport.num_ranks)]
         for item, X in self._applied():
-            if item.is_gram:  # replicas too, whose parts are not sent, make their parts of O themselves
+            if item.is_gram:
                 self.kept[item.stop.number] = X
             if _of_rank(item.stop.sources, self.rank) is not None:
                 outgoing[item.owner].append(partial_gram(X, item.is_tall) if item.is_gram else X)
         incoming = [0] * self.transport.num_ranks
-        for item in self._owned():
+        for item in self._owned(self.items):
             for rank, region in item.stop.sources:
                 incoming[rank] += item.sent_bytes(region)
         self.flight = self.transport.exchange(outgoing, incoming, self.device)
 
-    def _owned(self) -> list[Item]:
-        return [item for item in self.items if item.owner == self.rank]
+    def _owned(self, items: Iterable[Item]) -> list[Item]:
+        return [item for item in items if item.owner == self.rank]
 
     def _applied(self) -> Iterator[tuple[Item, Tensor]]:
         """Write the momenta that this rank holds; their parts of X, in the order of the items."""
@@ -172,19 +180,23 @@ class Round:
             place[piece.rank] = stop = start + item.sent_bytes(piece.region)
             return typed(data[piece.rank][start:stop], item.sent_dtype).view(item.sent_shape(piece.region))
 
+        self.results = list(self._orthogonalized(self._owned(self.items), take))
+        self.flight = self._returning(self.parts[0])
+
+    def _returning(self, part: list[Item]) -> Flight:
+        """Send what this rank owns of a part, or the factor, to who wants it."""
         outgoing: list[list[Tensor]] = [[] for _ in range(self.transport.num_ranks)]
-        owned = self._owned()
-        if owned:
-            for item, O in zip(owned, self._orthogonalized(owned, take), strict=True):
-                for rank, region in item.stop.targets:
-                    part = O if item.is_gram else O[slice(*region.rows), slice(*region.cols)]
-                    outgoing[rank].append(part)
+        owned = self._owned(part)
+        for item, O in zip(owned, self.results, strict=False):
+            for rank, region in item.stop.targets:
+                outgoing[rank].append(O if item.is_gram else O[slice(*region.rows), slice(*region.cols)])
+        del self.results[: len(owned)]
         incoming = [0] * self.transport.num_ranks
-        for item in self.items:
+        for item in part:
             region = _of_rank(item.stop.targets, self.rank)
             if region is not None:
                 incoming[item.owner] += item.returned_bytes(region)
-        self.flight = self.transport.exchange(outgoing, incoming, self.device)
+        return self.transport.exchange(outgoing, incoming, self.device)
 
     def _orthogonalized(self, items: list[Item], take: Callable[[Item, Piece], Tensor]) -> Iterator[Tensor]:
         """In their order O, or the factor Q; those that can go through the iteration together do."""
@@ -215,14 +227,22 @@ class Round:
 
     def land(self) -> None:
         """Update this rank's parts of the parameters."""
-        data, place = self.flight.landed(), [0] * self.transport.num_ranks
+        for number, part in enumerate(self.parts):
+            data = self.flight.landed()
+            if number + 1 < len(self.parts):
+                self.flight = self._returning(self.parts[number + 1])
+            self._update(part, data)
+
+    def _update(self, part: list[Item], data: list[Tensor]) -> None:
+        """Take a part's results from the bytes that came from each rank."""
+        place = [0] * self.transport.num_ranks
 
         def kind(item: Item) -> tuple[object, ...]:
             param = item.member.param
             assert param is not None
             return id(item.bundle), item.owner, param.shape, param.stride(), param.dtype
 
-        wanted = [item for item in self.items if _of_rank(item.stop.targets, self.rank) is not None]
+        wanted = [item for item in part if _of_rank(item.stop.targets, self.rank) is not None]
         for _, run in groupby(wanted, key=kind):
             items = list(run)
             region = _of_rank(items[0].stop.targets, self.rank)
@@ -257,10 +277,11 @@ def write(
     """Step all matrices of the bundles, numbered through in their order."""
     places = [(bundle, place) for bundle in bundles for place in range(len(bundle.members))]
     landing = flying = None
-    for stops in [*timetable, [], []]:
+    for parts in [*timetable, [], []]:
         current = None
-        if stops:
-            current = Round([Item(stop, *places[stop.number]) for stop in stops], transport, options, device)
+        if parts:
+            items = [[Item(stop, *places[stop.number]) for stop in part] for part in parts]
+            current = Round(items, transport, options, device)
             current.depart()
         if flying is not None:
             flying.iterate()

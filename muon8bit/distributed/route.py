@@ -87,6 +87,8 @@ def choose_route(matrix: Matrix) -> Route:
         return "move"
     if any(held.get(rank) != region for rank, region in wanted.items()):
         return "move"
+    if len(holders(rows, cols, spread)) < len(held):  # replicas would keep their parts of all owners' matrices at once
+        return "move"
 
     def saved(size: Callable[[Matrix, Route, Region], int], region: Region | None) -> int:
         return size(matrix, "move", region) - size(matrix, "gram", region) if region else 0
