@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import traceback
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+# A rank that waits for one that has failed gives up; no check takes a tenth of it.
+TIMEOUT = timedelta(seconds=60)
+
+
 def _run(rank, num_ranks, path, work, args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=num_ranks)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=num_ranks, timeout=TIMEOUT)
     assert dist.get_world_size() == num_ranks
     try:
         work(*args)

@@ -1,0 +1,87 @@
+"""What `tests/distributed` checks on several ranks: functions, each called on all ranks of one group of 4 processes.
+
+A check of fewer ranks leaves the others idle. `CHECKS` has them by name.
+"""
+
+from __future__ import annotations
+
+import traceback
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from sharded_runs import MATRICES, Run, assert_same, on_mesh, raises, whole
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+
+NUM_RANKS = 4
+CHECKS = {}
+
+
+class World:
+    """Meshes of the first 1 to 4 ranks, and of all of them as 2 x 2."""
+
+    def __init__(self):
+        assert dist.get_world_size() == NUM_RANKS
+        self.lines = {n: DeviceMesh("cpu", list(range(n))) for n in range(1, NUM_RANKS)}
+        self.lines[NUM_RANKS] = init_device_mesh("cpu", (NUM_RANKS,))
+        self.square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+
+def check(name, *, ranks=NUM_RANKS):
+    """Register a function of a `World`, to be called on the first `ranks`."""
+
+    def register(function):
+        CHECKS[name] = function, ranks
+        return function
+
+    return register
+
+
+def run_all(folder):
+    """All checks; this rank's errors, by name, into a file of the folder."""
+    world, errors = World(), {}
+    for name, (function, ranks) in CHECKS.items():
+        try:
+            if dist.get_rank() < ranks:
+                function(world)
+        except Exception:
+            errors[name] = traceback.format_exc()
+        dist.barrier()
+    torch.save(errors, f"{folder}/errors{dist.get_rank()}.pt")
+
+
+def arm(world, mode, ranks):
+    """How the parameters of a run lie: placement, and arguments of the optimizer."""
+    if mode == "fsdp":
+        return on_mesh(world.lines[ranks], [Shard(0)]), {}
+    if mode == "hsdp":
+        return on_mesh(world.square, [Replicate(), Shard(0)]), {}
+    group = world.lines[ranks].get_group()
+    return torch.clone, {"process_group": group, "shard_state": mode == "sharded state"}
+
+
+FORMATS = {
+    "fp32 linear": (torch.float32, {}),
+    "fp32 dynamic": (torch.float32, {"codebook": "dynamic"}),
+    "bf16 linear": (torch.bfloat16, {"param_rounding": "stochastic", "rounding_seed": 7}),
+    "bf16 dynamic": (torch.bfloat16, {"codebook": "dynamic"}),
+    "bits=32": (torch.float32, {"bits": 32}),
+}
+
+
+def equals_one_process(world, mode, ranks, format):
+    dtype, options = FORMATS[format]
+    single = Run(MATRICES, dtype, torch.clone, **options).train(range(1, 5))
+    placed, more = arm(world, mode, ranks)
+    shared = Run(MATRICES, dtype, placed, **options, **more).train(range(1, 5))
+    assert_same(shared.state_whole(), single.state_whole())
+    assert_same(shared.params_whole(), single.params_whole())
+    assert shared.optimizer._team.transport.num_ranks == ranks
+
+
+for _mode, _sizes in {"fsdp": (1, 2, 3, 4), "hsdp": (4,), "ddp": (2, 3), "sharded state": (1, 2, 3)}.items():
+    for _ranks in _sizes:
+        for _format in FORMATS if _ranks == 3 or _mode == "hsdp" else list(FORMATS)[1:3]:
+            _check = partial(equals_one_process, mode=_mode, ranks=_ranks, format=_format)
+            check(f"{_mode} on {_ranks}, {_format}, equals one process", ranks=_ranks)(_check)
