@@ -8,7 +8,16 @@ from functools import cache
 from math import prod
 
 import torch
-from muon8bit_kernels import CODE_DTYPES, Backend, Codebook, num_blocks, ops, zero_code
+from muon8bit_kernels import (
+    CODE_DTYPES,
+    Backend,
+    Codebook,
+    momentum_apply_cut,
+    momentum_stats_cut,
+    num_blocks,
+    ops,
+    zero_code,
+)
 from torch import Tensor
 
 from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY, MIN_QUANTIZED_COLUMNS, SCALES_KEY
@@ -121,6 +130,37 @@ def apply_(
     `norms`: fp32 [batch]. `skip`: None, or 0-d fp32 on the device; where it is not 0, nothing is written.
     """
     ops.momentum_apply(*_tensors(momenta), grads, norms, out, beta, nesterov, *_layout(momenta), skip, backend)
+
+
+def cut_stats(
+    momenta: Sequence[Momentum], grads: Sequence[Tensor], *, first_col: int, beta: float, nesterov: bool
+) -> tuple[Tensor, Tensor]:
+    """`stats` where only columns from `first_col` on are here, with scales of whole rows: sums and largest magnitudes
+    of the parts of the blocks that they touch, fp32 [batch, rows, touched blocks]."""
+    codebook, block_size = _layout(momenta)
+    codes, scales = _tensors(momenta)
+    options = {"beta": beta, "nesterov": nesterov, "codebook": codebook, "block_size": block_size}
+    return momentum_stats_cut(codes, scales or None, grads, first_col=first_col, **options)
+
+
+def cut_apply_(
+    momenta: Sequence[Momentum],
+    grads: Sequence[Tensor],
+    new_scales: Tensor | None,
+    norms: Tensor,
+    out: Tensor,
+    *,
+    first_col: int,
+    beta: float,
+    nesterov: bool,
+    skip: Tensor | None,
+) -> None:
+    """`apply_` where only columns from `first_col` on are here. `new_scales`: fp32 [batch, rows, blocks], the largest
+    magnitudes of whole blocks; None where the momenta are fp32."""
+    codebook, block_size = _layout(momenta)
+    codes, scales = _tensors(momenta)
+    options = {"beta": beta, "nesterov": nesterov, "codebook": codebook, "block_size": block_size, "skip": skip}
+    momentum_apply_cut(codes, scales or None, grads, new_scales, norms, out, first_col=first_col, **options)
 
 
 def step_tiny_(

@@ -7,13 +7,13 @@ finite.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..config import Options
-from .matrices import Bundle, sums_of_squares
+from .matrices import Bundle, is_cut, sums_of_squares
 from .spread import Region
 from .transport import Transport
 
@@ -29,42 +29,56 @@ class _Slot:
             if region is not None:
                 first_holder.setdefault(region, rank)
         self.regions = {rank: region for region, rank in first_holder.items()}
+        self.is_cut = any(is_cut(region, bundle.matrix) for region in first_holder)
+        self.num_kinds = 2 if self.is_cut and bundle.format.codebook is not None else 1
         self.sizes = [
-            self.count * (self._num_sums(region) if rank in self.regions else 1) if region else 0
+            self.count * (self.num_kinds * self._num_blocks(region) if rank in self.regions else 1) if region else 0
             for rank, region in enumerate(held)
         ]
 
-    def _spans(self, region: Region) -> tuple[slice, slice]:
+    def _where(self, region: Region) -> tuple[slice, slice]:
         """Rows, and blocks: those that the region's columns touch."""
         blocks = region.cols[0] // self.block_size, -(-region.cols[1] // self.block_size)
         return slice(*region.rows), slice(*blocks)
 
-    def _num_sums(self, region: Region) -> int:
-        rows, blocks = self._spans(region)
+    def _num_blocks(self, region: Region) -> int:
+        rows, blocks = self._where(region)
         return (rows.stop - rows.start) * (blocks.stop - blocks.start)
 
-    def contribution(self, sums: Tensor, rank: int) -> Tensor:
-        """What this rank sends: its sums, or whether they are finite, as 0 or not."""
-        return sums.flatten() if rank in self.regions else sums.flatten(1).sum(1)
+    def contribution(self, numbers: list[Tensor], rank: int) -> Tensor:
+        """What this rank sends: its sums (and maxima), or what is finite where its sums are."""
+        if rank in self.regions:
+            return torch.cat([kind.flatten() for kind in numbers])
+        return numbers[0].flatten(1).sum(1)
+
+    def _pieces(self, parts: Sequence[Tensor], kind: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, blocks and the sums (0) or maxima (1) there, in the order of rows and columns."""
+        for rank, region in sorted(self.regions.items(), key=lambda item: item[1]):
+            rows, blocks = self._where(region)
+            shape = self.num_kinds, self.count, rows.stop - rows.start, blocks.stop - blocks.start
+            yield rows, blocks, parts[rank].view(shape)[kind]
 
     def total(self, parts: Sequence[Tensor]) -> Tensor:
         """Squared norms of the whole matrices, fp32 [members], not finite where any replica's are not."""
-        pieces = []
-        for rank, region in sorted(self.regions.items(), key=lambda item: item[1]):
-            rows, blocks = self._spans(region)
-            shape = self.count, rows.stop - rows.start, blocks.stop - blocks.start
-            pieces.append((rows, blocks, parts[rank].view(shape)))
-        if all(blocks == slice(0, self.shape[1]) for _, blocks, _ in pieces):
-            sums = torch.cat([piece for _, _, piece in pieces], 1)
-        else:
+        if self.is_cut:  # a block may have parts
             sums = parts[0].new_zeros(self.count, *self.shape)
-            for rows, blocks, piece in pieces:
+            for rows, blocks, piece in self._pieces(parts, 0):
                 sums[:, rows, blocks] += piece
+        else:
+            sums = torch.cat([piece for _, _, piece in self._pieces(parts, 0)], 1)
         totals = sums.flatten(1).sum(1)
         for rank, size in enumerate(self.sizes):
             if size and rank not in self.regions:  # 0 times infinity or NaN is NaN
                 totals = totals + parts[rank] * 0
         return totals
+
+    def scales(self, parts: Sequence[Tensor], region: Region) -> Tensor:
+        """The largest magnitudes of the blocks of these rows: fp32 [members, rows, blocks]."""
+        scales = parts[0].new_zeros(self.count, region.rows[1] - region.rows[0], self.shape[1])
+        for rows, blocks, piece in self._pieces(parts, 1):
+            if (rows.start, rows.stop) == region.rows:
+                scales[..., blocks] = torch.maximum(scales[..., blocks], piece)
+        return scales
 
 
 def gather(bundles: Sequence[Bundle], flags: Tensor, transport: Transport, options: Options) -> Tensor:
@@ -79,8 +93,9 @@ def gather(bundles: Sequence[Bundle], flags: Tensor, transport: Transport, optio
     slots = [_Slot(bundle) for bundle in bundles]
     mine = [flags]
     for bundle, slot in zip(bundles, slots, strict=True):
-        if slot.sizes[transport.rank]:
-            mine.append(slot.contribution(sums_of_squares(bundle, options), transport.rank).flatten())
+        region = bundle.matrix.spread.held[transport.rank]
+        if region is not None:
+            mine.append(slot.contribution(sums_of_squares(bundle, region, options), transport.rank))
     lengths = [len(flags) + sum(sizes) for sizes in zip(*(slot.sizes for slot in slots), strict=True)]
     length = max(lengths, default=len(flags))
     padding = length - sum(map(len, mine))
@@ -90,6 +105,9 @@ def gather(bundles: Sequence[Bundle], flags: Tensor, transport: Transport, optio
     for bundle, slot in zip(bundles, slots, strict=True):
         parts = [gathered[r, start : start + size] for r, (start, size) in enumerate(zip(place, slot.sizes, strict=True))]
         bundle.settle(slot.total(parts))
+        region = bundle.matrix.spread.held[transport.rank]
+        if region is not None and slot.num_kinds == 2:
+            bundle.scales = slot.scales(parts, region)
         place = [start + size for start, size in zip(place, slot.sizes, strict=True)]
     return gathered[:, : len(flags)].sum(0)
 

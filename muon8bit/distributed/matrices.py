@@ -40,8 +40,8 @@ class Member(NamedTuple):
 
 @dataclass
 class Bundle:
-    """Matrices of one shape, spread and format. `pitch`: elements between rows of the whole parameters. `norms` and
-    `sumsq` fp32 [members], from `settle`."""
+    """Matrices of one shape, spread and format. From `gather`: `sumsq` and `norms`, fp32 [members], and where columns
+    are cut `scales`, fp32 [members, rows, blocks], the new ones of this rank's rows."""
 
     group: dict[str, Any]
     group_index: int
@@ -51,6 +51,7 @@ class Bundle:
     members: list[Member]
     norms: Tensor
     sumsq: Tensor
+    scales: Tensor | None = None
 
     @property
     def blocks(self) -> int:
@@ -156,12 +157,25 @@ def runs(members: Sequence[Member]) -> Iterator[list[Stack]]:
         yield list(run)
 
 
-def sums_of_squares(bundle: Bundle, options: Options) -> Tensor:
-    """fp32 [members, rows, blocks] of what this rank holds of them: `state.stats` of their momenta."""
-    sums = []
+def sums_of_squares(bundle: Bundle, region: Region, options: Options) -> list[Tensor]:
+    """fp32 [members, rows, blocks] of the region that this rank holds of them: `state.stats` of their momenta; and where
+    its columns are not all, and quantized, the largest magnitudes of the blocks that they touch."""
+    found: list[list[Tensor]] = [[], []]
     for stacks in runs(bundle.members):
         size = max(1, options.workspace_bytes // (4 * prod(stacks[0].grad.shape[1:])))
         for chunk in chunks(stacks, size):
             momenta, grads = [stack.momentum for stack in chunk], flat(stack.grad for stack in chunk)
-            sums.append(state.stats(momenta, grads, **bundle.average, backend=options.backend))
-    return sums[0] if len(sums) == 1 else torch.cat(sums)
+            if is_cut(region, bundle.matrix):
+                numbers = state.cut_stats(momenta, grads, first_col=region.cols[0], **bundle.average)
+                for kind, values in zip(found, numbers, strict=True):
+                    kind.append(values)
+            else:
+                found[0].append(state.stats(momenta, grads, **bundle.average, backend=options.backend))
+    sums, maxima = (values[0] if len(values) == 1 else torch.cat(values) if values else None for values in found)
+    assert sums is not None
+    return [sums] if maxima is None or bundle.format.codebook is None else [sums, maxima]
+
+
+def is_cut(region: Region, matrix: Matrix) -> bool:
+    """Whether these are not all columns."""
+    return region.cols != (0, matrix.cols)

@@ -25,7 +25,7 @@ from ..muon import written
 from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, orthogonalize, partial_gram
 from ..stacks import flat
 from ..update import factors, lr_ratio, update_params_
-from .matrices import Bundle, Member, runs
+from .matrices import Bundle, Member, is_cut, runs
 from .plan import Plan
 from .route import Matrix, Route, returned_bytes, sent_bytes
 from .spread import Piece, Region
@@ -167,8 +167,14 @@ class Round:
         shape = stacks[0].momentum.codes.shape[1:]
         X = torch.empty(len(items), *shape, dtype=bundle.matrix.path.dtype, device=self.device)
         grads = flat(stack.grad for stack in stacks)
-        how = {"skip": self.options.skip, "backend": self.options.backend}
-        state.apply_([stack.momentum for stack in stacks], grads, norms, X, **bundle.average, **how)
+        momenta, skip = [stack.momentum for stack in stacks], self.options.skip
+        region = bundle.matrix.spread.held[self.rank]
+        if region is not None and is_cut(region, bundle.matrix):
+            scales = None if bundle.scales is None else torch.stack([bundle.scales[item.place] for item in items])
+            cut = {"first_col": region.cols[0], "skip": skip}
+            state.cut_apply_(momenta, grads, scales, norms, X, **cut, **bundle.average)
+        else:
+            state.apply_(momenta, grads, norms, X, **bundle.average, skip=skip, backend=self.options.backend)
         return X
 
     def iterate(self) -> None:

@@ -71,6 +71,11 @@ class Team:
                 mine = tuple(param.device_mesh.mesh.flatten().tolist())
                 return layout.sharded(param, name, mine, mine.index(dist.get_rank()))
             found = layout.sharded(param, name, self.ranks, rank)
+            if group["flatten"] and any(spans[1:] != found.held[0][1:] for spans in found.held):
+                raise NotImplementedError(
+                    f"{name} is sharded along another dimension than its first, which flatten=True makes the rows: "
+                    "shard it along dimension 0, or leave it replicated"
+                )
             if cuts_columns and not found.is_local(group["flatten"]):
                 raise NotImplementedError(
                     f"{name} is sharded, and split_dim=-1 cuts its columns: pieces of sharded matrices are cut from "
