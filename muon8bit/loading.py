@@ -125,9 +125,7 @@ def _layout(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, 
     return Format.of(param.shape, *(group[k] for k in FORMAT_KEYS)).layout(param.shape)
 
 
-def _tensors(
-    tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: Layout | None
-) -> dict[str, Tensor]:
+def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: Layout | None) -> dict[str, Tensor]:
     """Checked copies of one parameter's state, or of this rank's part, on its device, contiguous, in their dtypes."""
     if not isinstance(tensors, Mapping):
         raise ValueError(f"state of {name} is a {type(tensors).__name__}, expected a mapping of tensors")

@@ -81,7 +81,10 @@ class Work:
         for indices, sumsq in self._sums():
             for index, value in zip(indices, (sumsq * 0).unbind(), strict=True):
                 by_index[index].append(value)
-        values = [sum(v[1:], v[0]) if v else self.entries[0].grad.new_zeros((), dtype=torch.float32) for v in by_index.values()]
+        values = [
+            sum(v[1:], v[0]) if v else self.entries[0].grad.new_zeros((), dtype=torch.float32)
+            for v in by_index.values()
+        ]
         return list(by_index), values
 
     def namer(self, indices: Sequence[int]) -> Callable[[], list[str]]:
@@ -99,7 +102,9 @@ def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([pair.float().square().sum() for pair in ends])
 
 
-def found(work: Sequence[Work], team: Team | None, options: Options) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
+def found(
+    work: Sequence[Work], team: Team | None, options: Options
+) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
     """What `Verdict` takes, of all groups; with a team it is that of all ranks, and the bundles have their norms."""
     if team is None:
         for members in work:
@@ -189,9 +194,7 @@ def _entries(
         yield Entry(index, param, local, grad, momentum, key, first, layout)
 
 
-def write(
-    work: Sequence[Work], state: State, options: Options, verdict: Verdict | None, team: Team | None
-) -> None:
+def write(work: Sequence[Work], state: State, options: Options, verdict: Verdict | None, team: Team | None) -> None:
     """Second phase; with a verdict that is not yet known, its `skip` keeps the kernels from writing."""
     for members in work:
         for entry in members.entries:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 # A rank that waits for one that has failed gives up; no check takes a tenth of it.
 TIMEOUT = timedelta(seconds=60)
 

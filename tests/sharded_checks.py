@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from sharded_runs import MATRICES, VECTORS, Run, assert_same, on_mesh, raises, whole
+from sharded_runs import MATRICES, VECTORS, Run, assert_same, on_mesh
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.testing import assert_close
@@ -89,12 +89,21 @@ def equals_one_process(world, mode, ranks, format):
     params, expected = shared.params_whole(), single.params_whole()
     if "columns" in mode:  # a norm is added up otherwise where a block is cut: see `is_as_accurate`
         for name in MATRICES:
-            assert_close(params.pop(name), expected.pop(name), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+            assert_close(
+                params.pop(name), expected.pop(name), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+            )
     assert_same(params, expected)
     assert shared.optimizer._team.transport.num_ranks == ranks
 
 
-for _mode, _sizes in {"fsdp": (1, 2, 3, 4), "hsdp": (4,), "ddp": (2, 3), "sharded state": (1, 2, 3), "columns": (2, 3), "rows and columns": (4,)}.items():
+for _mode, _sizes in {
+    "fsdp": (1, 2, 3, 4),
+    "hsdp": (4,),
+    "ddp": (2, 3),
+    "sharded state": (1, 2, 3),
+    "columns": (2, 3),
+    "rows and columns": (4,),
+}.items():
     for _ranks in _sizes:
         for _format in FORMATS if _ranks == 3 or _ranks == 4 else list(FORMATS)[1:3]:
             _check = partial(equals_one_process, mode=_mode, ranks=_ranks, format=_format)

@@ -67,7 +67,9 @@ def whole(tensor):
 
 def on_mesh(mesh, placements):
     """Places copies of tensors on a mesh; vectors, which have but one dimension, by rows or replicated."""
-    return lambda tensor: distribute_tensor(tensor.clone(), mesh, placements(tensor) if callable(placements) else placements)
+    return lambda tensor: distribute_tensor(
+        tensor.clone(), mesh, placements(tensor) if callable(placements) else placements
+    )
 
 
 def assert_same(actual, expected):

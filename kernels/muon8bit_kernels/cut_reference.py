@@ -111,9 +111,7 @@ def momentum_apply_cut(
     inverses = norms.reciprocal().clamp_(max=torch.finfo(torch.float32).max)
     row_inverses, target = inverses.repeat_interleave(rows).view(-1, 1, 1), Rows([out])
     of_rows = None if new_scales is None else new_scales.flatten(0, 1)
-    for state, piece, cols, block, m, scaled_grad in _walk(
-        codes, scales, grads, beta, codebook, first_col, block_size
-    ):
+    for state, piece, cols, block, m, scaled_grad in _walk(codes, scales, grads, beta, codebook, first_col, block_size):
         u = (m * beta).add_(scaled_grad) if nesterov else m.clone()
         target.write(piece.rows, cols, u.mul_(row_inverses[piece.rows]).flatten(1))
         if of_rows is not None and codebook is not None:

@@ -103,7 +103,9 @@ def gather(bundles: Sequence[Bundle], flags: Tensor, transport: Transport, optio
     gathered = transport.all_gather(sent)
     place = [len(flags)] * transport.num_ranks
     for bundle, slot in zip(bundles, slots, strict=True):
-        parts = [gathered[r, start : start + size] for r, (start, size) in enumerate(zip(place, slot.sizes, strict=True))]
+        parts = [
+            gathered[r, start : start + size] for r, (start, size) in enumerate(zip(place, slot.sizes, strict=True))
+        ]
         bundle.settle(slot.total(parts))
         region = bundle.matrix.spread.held[transport.rank]
         if region is not None and slot.num_kinds == 2:

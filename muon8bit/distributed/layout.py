@@ -131,9 +131,7 @@ class Layout:
         """Placements of a state tensor: the parameter's, but scales are replicated where columns are sharded."""
         last = len(shape) - 1
         is_cut = shape != self.shape
-        return [
-            Replicate() if is_cut and _dim_of(placement) == last else placement for placement in self.placements
-        ]
+        return [Replicate() if is_cut and _dim_of(placement) == last else placement for placement in self.placements]
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -212,7 +210,9 @@ def check_placements(param: DTensor, name: str) -> None:
             continue
         others = [
             size
-            for size, other in zip(param.device_mesh.shape[mesh_dim + 1 :], param.placements[mesh_dim + 1 :], strict=True)
+            for size, other in zip(
+                param.device_mesh.shape[mesh_dim + 1 :], param.placements[mesh_dim + 1 :], strict=True
+            )
             if _dim_of(other) == _dim_of(placement)
         ]
         if factor != prod(others) or len([p for p in param.placements if getattr(p, "split_factor", None)]) > 1:

@@ -118,9 +118,7 @@ class Round:
     back part by part, since a rank may want all of every owner's.
     """
 
-    def __init__(
-        self, parts: list[list[Item]], transport: Transport, options: Options, device: torch.device
-    ) -> None:
+    def __init__(self, parts: list[list[Item]], transport: Transport, options: Options, device: torch.device) -> None:
         self.parts, self.items = parts, [item for part in parts for item in part]
         self.transport, self.options, self.device = transport, options, device
         self.rank = transport.rank

@@ -93,9 +93,7 @@ class Team:
             )
         return layout.state_sharded(shape, len(self.ranks), rank, self.mesh)
 
-    def bundled(
-        self, parts: Sequence[Part], group: dict[str, Any], group_index: int, options: Options
-    ) -> list[Bundle]:
+    def bundled(self, parts: Sequence[Part], group: dict[str, Any], group_index: int, options: Options) -> list[Bundle]:
         """The matrices of a group that need other ranks."""
         return bundled(parts, group, group_index, options)
 
