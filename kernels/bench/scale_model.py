@@ -60,7 +60,7 @@ class Row:
     Attributes:
         balance: the most loaded rank's cost over the mean.
         num_rounds, num_parts: of the plan, all-to-alls one way being as many as parts.
-        sums_bytes: of the all-gather of row sums over one replica, received, apart from the bytes above it.
+        sums_bytes: of the all-gather of row sums, received, not in the bytes above; replicas take part, padded.
         gathered_fp32_bytes: received where every rank of a replica gathers every fp32 momentum.
         moonlight_*: see `moonlight`.
         state_bytes, fp32_state_bytes: momentum of the matrices, of the rank that has most.
@@ -177,7 +177,7 @@ def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str,
         mean_bytes=sum(received) / num_gpus,
         most_sent_bytes=max(traffic.totals(traffic.sent)),
         most_received_bytes=max(received),
-        sums_bytes=gathered_bytes([num_sums] * num_shards),
+        sums_bytes=gathered_bytes([num_sums] * num_gpus),
         gathered_fp32_bytes=4 * sum(m.rows * m.cols for m in matrices) * (num_shards - 1) / num_shards,
         moonlight_mean_bytes=sum(their_bytes) / num_shards,
         moonlight_most_bytes=max(*their_bytes, *theirs.totals(theirs.sent)),
