@@ -17,6 +17,8 @@ from muon8bit.orthogonalize import choose, flops, resolve
 # HSDP: a replica is the least power of two of at least one node whose GPUs take this much each of bf16 weights, bf16
 # gradients and 8-bit momentum (an 80 GB card, half of it left for everything else).
 MIN_SHARDS, BYTES_PER_ELEMENT, BYTES_PER_GPU = 8, 5, 40e9
+# Of the default workspace, what a step gives the planner: two rounds are in flight, and one is iterated.
+PLANNED_BYTES = DEFAULT_WORKSPACE_BYTES // 4
 MOONLIGHT_ITEMSIZE = 2  # it gathers in bf16
 
 
@@ -59,7 +61,7 @@ class Row:
 
     Attributes:
         balance: the most loaded rank's cost over the mean.
-        num_rounds, num_parts: of the plan, all-to-alls one way being as many as parts.
+        num_rounds, num_parts: of the plan: all-to-alls of X, and of O.
         sums_bytes: of the all-gather of row sums, received, not in the bytes above; replicas take part, padded.
         gathered_fp32_bytes: received where every rank of a replica gathers every fp32 momentum.
         moonlight_*: see `moonlight`.
@@ -155,7 +157,7 @@ def moonlight(matrices: Sequence[Matrix], num_ranks: int, machine: Machine) -> t
 def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str, machine: Machine) -> Row:
     """Plan one step of `model` on `num_gpus`, in replicas of `num_shards`."""
     matrices = matrices_of(model, num_shards, num_gpus // num_shards, kind)
-    planned = plan(matrices, num_gpus, DEFAULT_WORKSPACE_BYTES)
+    planned = plan(matrices, num_gpus, PLANNED_BYTES)
     traffic = Traffic(num_gpus, machine)
     for index in range(len(matrices)):
         for transfer in planned.transfers(index):

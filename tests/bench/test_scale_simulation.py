@@ -36,7 +36,9 @@ def test_load_of_llama_70b_on_64_gpus_is_balanced():
     for rows, count in ((1024, 160), (28672, 240)):
         small, large = min(rows, m), max(rows, m)
         flops += count * (8 * small**2 * large + 28 * small**3)
-    assert row.arithmetic_ms == pytest.approx((flops + 160 * 30 * m**3) / 64 / 400e9, rel=0.02)
+    mean_ms = (flops + 160 * 30 * m**3) / 64 / 400e9
+    # at least: every round waits for its slowest owner, and the budget leaves one matrix a round to each
+    assert mean_ms <= row.arithmetic_ms <= 1.15 * mean_ms
 
 
 def test_replicas_get_all_of_their_share_of_o():
