@@ -77,12 +77,14 @@ other GPUs of a node of {machine.node_size} and {machine.network_gb_s:g} GB/s ea
 
 - balance: the most loaded rank's arithmetic over the mean. Above 1 it is idle time of the others.
 - GB (10^9 bytes) are of one rank and one step. Ours: X to the owner and O back, in half precision. Row sums: received
-  in the all-gather of norms over one replica, on top. All-gather fp32: received, every momentum to every rank.
+  in the all-gather of which norms are made, on top. All-gather fp32: received, every momentum to every rank of a
+  replica.
 - Moonlight: every rank gathers in bf16 the matrices of which its flat ZeRO-1 range has a part, orthogonalizes each
   whole, and keeps its part (our reading of arXiv 2502.16982), inside each replica. On the row shards of FSDP2 every
   rank has a part of every matrix: half of the all-gather's bytes, and all of the arithmetic on every rank.
 - state: 8-bit momentum of the matrices, of the rank that has most.
-- arithmetic / transfer: of the slowest rank. They overlap but for the first and the last round.
+- arithmetic / transfer: round after round, each as long as its slowest rank takes; all bytes of the slowest rank
+  (row sums aside). They overlap but for the first and the last round.
 
 {table(rows)}"""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from .route import (
     Matrix,
@@ -23,6 +24,10 @@ from .route import (
     targets,
 )
 from .spread import Piece, whole_holders
+
+# More rounds are taken where they are cheaper by this factor, and rounds are even to this factor. Messages and smaller
+# batches have their price too.
+_EVENNESS = 1.1
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def plan(matrices: Sequence[Matrix], num_ranks: int, workspace_bytes: int) -> Pl
     routes = tuple(choose_route(matrix) for matrix in matrices)
     costs = [owner_cost(matrix, route) for matrix, route in zip(matrices, routes, strict=True)]
     owners, load = _assign(matrices, costs, num_ranks)
-    rounds = _rounds(matrices, owners, routes, workspace_bytes)
+    rounds = _rounds(matrices, owners, routes, costs, load, workspace_bytes)
     return Plan(tuple(matrices), owners, routes, rounds, load, workspace_bytes)
 
 
@@ -155,24 +160,44 @@ def _assign(
 
 
 def _rounds(
-    matrices: Sequence[Matrix], owners: Sequence[int], routes: Sequence[Route], workspace_bytes: int
+    matrices: Sequence[Matrix],
+    owners: Sequence[int],
+    routes: Sequence[Route],
+    costs: Sequence[float],
+    load: Sequence[float],
+    workspace_bytes: int,
 ) -> tuple[tuple[int, ...], ...]:
-    """Every owner's matrices, kind by kind, cut by the budget; its n-th cut belongs to round n."""
+    """Every owner's matrices, kind by kind, cut by the budget; its n-th cut belongs to round n.
+
+    A round takes as long as its slowest owner. Where that costs much, costly cuts are cut again, in more rounds.
+    """
 
     def kind(index: int) -> tuple[bool, float, int, int, str, Route]:
         matrix = matrices[index]
         stays = not is_moved(matrix, owners[index])
         return stays, -matrix.path.cost, matrix.rows, matrix.cols, f"{matrix.path}", routes[index]
 
-    rounds: list[list[int]] = []
-    last: dict[int, tuple[object, int, int]] = {}  # by owner: kind, round and bytes of its last cut
-    for key, index in sorted((kind(index), index) for index in range(len(matrices))):
-        owner, size = owners[index], in_flight_bytes(matrices[index], routes[index])
-        last_key, number, num_bytes = last.get(owner, (None, -1, 0))
-        if last_key != key or num_bytes + size > workspace_bytes:
-            number, num_bytes = number + 1, 0
-        if number == len(rounds):
-            rounds.append([])
-        rounds[number].append(index)
-        last[owner] = key, number, num_bytes + size
+    order = sorted((kind(index), index) for index in range(len(matrices)))
+
+    def cut(largest_cost: float) -> tuple[list[list[int]], float]:
+        """Rounds, and their cost one after the other."""
+        rounds, slowest = list[list[int]](), list[float]()
+        last: dict[int, tuple[object, int, int, float]] = {}  # by owner: kind, round, bytes and cost of its last cut
+        for key, index in order:
+            owner, size = owners[index], in_flight_bytes(matrices[index], routes[index])
+            last_key, number, num_bytes, cost = last.get(owner, (None, -1, 0, 0.0))
+            if last_key != key or num_bytes + size > workspace_bytes or cost + costs[index] > largest_cost:
+                number, num_bytes, cost = number + 1, 0, 0.0
+            if number == len(rounds):
+                rounds.append([])
+                slowest.append(0.0)
+            rounds[number].append(index)
+            last[owner] = key, number, num_bytes + size, cost + costs[index]
+            slowest[number] = max(slowest[number], cost + costs[index])
+        return rounds, sum(slowest)
+
+    rounds, cost = cut(inf)
+    if rounds:
+        evener, lower_cost = cut(_EVENNESS * max(*costs, max(load) / len(rounds)))
+        rounds = evener if _EVENNESS * lower_cost < cost else rounds
     return tuple(tuple(sorted(members)) for members in rounds)

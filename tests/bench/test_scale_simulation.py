@@ -31,6 +31,14 @@ def test_load_of_llama_70b_on_64_gpus_is_balanced():
     # X and O in half precision: 63/64 of each matrix there and back, shared by 64 ranks
     assert row.mean_bytes == 2 * 2 * elements * 63 / 64 / 64
     assert row.mean_bytes <= row.most_received_bytes <= 1.01 * row.mean_bytes
+    # Gram form with a restart 8 m^2 n + 28 m^3 (none of them pays for square ones: 30 m^3), m <= n, at 400 TFLOP/s
+    m, flops = 8192, 0.0
+    for rows, count in ((1024, 160), (28672, 240)):
+        small, large = min(rows, m), max(rows, m)
+        flops += count * (8 * small**2 * large + 28 * small**3)
+    mean_ms = (flops + 160 * 30 * m**3) / 64 / 400e9
+    # at least: every round waits for its slowest owner, and the budget leaves one matrix a round to each
+    assert mean_ms <= row.arithmetic_ms <= 1.15 * mean_ms
 
 
 def test_replicas_get_all_of_their_share_of_o():

@@ -296,6 +296,17 @@ def test_rounds_are_as_few_as_the_budget_allows_and_those_that_move_come_first()
     assert plan(matrices, 2, 127).rounds == ((1, 3), (2, 5), (0, 4))
 
 
+def test_rounds_are_evened_out_where_one_owner_would_hold_up_the_others():
+    """Costs of 4 (128 bytes, one a round) and 2 (32 bytes, four a round): 4 + 8 + 4 by the budget alone."""
+    large, small = Matrix(8, 8, sharded(8, 8, 2), path(4.0)), Matrix(4, 4, sharded(4, 4, 2), path(2.0))
+    planned = plan([large] * 3 + [small] * 6, 2, 128)
+    assert planned.owners == (0, 1, 0, 1, 1, 0, 1, 0, 1)
+    assert planned.rounds == ((0, 1), (2, 3, 4), (5, 6, 7, 8))
+    # Not where the others wait as long anyway, nor where it gains little: 448 tiny matrices of two shapes go in two.
+    down, up = Matrix(4, 64, sharded(4, 64, 4), path(1.0)), Matrix(64, 4, sharded(64, 4, 4), path(1.1))
+    assert len(plan([down, up] * 224, 4, 2**20).rounds) == 2
+
+
 def test_parts_keep_the_pieces_of_every_rank_within_the_budget():
     """Two ranks a replica, four replicas: each rank gets half of every O. A matrix is 128 bytes, a piece 64."""
     matrices = [Matrix(8, 8, sharded(8, 8, 2, replicas=4), path())] * 8
