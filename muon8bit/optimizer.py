@@ -178,6 +178,7 @@ class Muon8bit(Optimizer):
                     del group[key]
             check_options(group, f"parameter group {index}: ")
             check_params(group, index)
+            self._check_sharded(group, index)
             if group["algorithm"] == "muon":  # what this dtype cannot hold must not be found out in a step
                 choose(1, 1, resolve(group["ns_coefficients"], group["ns_steps"]), "cpu", self.ns_dtype)
             if "rounding_step" in group:
@@ -220,6 +221,14 @@ class Muon8bit(Optimizer):
         rounding.advance(self.param_groups)
         self._pending = pending  # only now: settling takes back what was advanced
         return loss
+
+    def _check_sharded(self, group: dict[str, Any], index: int) -> None:
+        """Refuse what no step could take, by name."""
+        for place, param in enumerate(group["params"]):
+            if hasattr(param, "device_mesh"):
+                from .distributed import check_placements
+
+                check_placements(param, describe(group, index, place))
 
     def _find_team(self) -> Team | None:
         """The ranks with which matrices are shared; looked for anew, since parameters may be swapped for sharded ones."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import traceback
 from functools import partial
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,8 @@ def check(name, *, ranks=NUM_RANKS):
 
 def run_all(folder):
     """All checks; this rank's errors, by name, into a file of the folder."""
+    for module in ("sharded_checks_more", "sharded_checks_doors"):  # they register their checks
+        import_module(module)
     world, errors = World(), {}
     for name, (function, ranks) in CHECKS.items():
         try:
@@ -96,14 +99,15 @@ def equals_one_process(world, mode, ranks, format):
     assert shared.optimizer._team.transport.num_ranks == ranks
 
 
-for _mode, _sizes in {
+CASES = {
     "fsdp": (1, 2, 3, 4),
     "hsdp": (4,),
     "ddp": (2, 3),
     "sharded state": (1, 2, 3),
     "columns": (2, 3),
     "rows and columns": (4,),
-}.items():
+}
+for _mode, _sizes in CASES.items():
     for _ranks in _sizes:
         for _format in FORMATS if _ranks == 3 or _ranks == 4 else list(FORMATS)[1:3]:
             _check = partial(equals_one_process, mode=_mode, ranks=_ranks, format=_format)

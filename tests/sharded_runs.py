@@ -66,10 +66,13 @@ def whole(tensor):
 
 
 def on_mesh(mesh, placements):
-    """Places copies of tensors on a mesh; vectors, which have but one dimension, by rows or replicated."""
-    return lambda tensor: distribute_tensor(
-        tensor.clone(), mesh, placements(tensor) if callable(placements) else placements
-    )
+    """Places copies of tensors on a mesh, without communication. `placements`: a list, or a function of the tensor."""
+
+    def placed(tensor):
+        found = placements(tensor) if callable(placements) else placements
+        return distribute_tensor(tensor.clone(), mesh, found, src_data_rank=None)
+
+    return placed
 
 
 def assert_same(actual, expected):
@@ -84,7 +87,7 @@ def raises(error, words, work):
     try:
         work()
     except error as found:
-        missing = [word for word in words if word not in str(found)]
-        assert not missing, f"{missing} not in: {found}"
+        if missing := [word for word in words if word not in str(found)]:
+            raise AssertionError(f"{missing} not in: {found}") from None
         return found
     raise AssertionError(f"no {error.__name__} on rank {dist.get_rank()}")

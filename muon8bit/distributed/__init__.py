@@ -8,8 +8,8 @@ transport    collectives, with their bytes counted
 team         all of it for one optimizer
 """
 
-from .layout import Layout
+from .layout import Layout, check_placements
 from .matrices import Bundle
 from .team import Team, team_of
 
-__all__ = ["Bundle", "Layout", "Team", "team_of"]
+__all__ = ["Bundle", "Layout", "Team", "check_placements", "team_of"]

@@ -1,6 +1,8 @@
 """On several ranks, what one process does: see `sharded_checks`, whose checks run in one group of 4 gloo processes."""
 
 import pytest
+import sharded_checks_doors  # noqa: F401  # they register their checks
+import sharded_checks_more  # noqa: F401
 import torch
 from ranks import on_ranks
 from sharded_checks import CHECKS, NUM_RANKS, run_all
