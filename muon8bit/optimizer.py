@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import loading, phases, rounding
@@ -33,14 +31,13 @@ from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params
 from .nonfinite import NonFiniteGradientError, Verdict
 from .orthogonalize import choose, resolve
 from .orthogonalize.coefficients import JORDAN
+from .sharing import SharingOptimizer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .distributed import Team
 
-
-class Muon8bit(Optimizer):
+class Muon8bit(SharingOptimizer):
     """Muon with its momentum in 8 bits, and AdamW for the rest of the model, in one optimizer.
 
     The first nine arguments are torch.optim.Muon's, with its order, defaults and meaning. Source of the method:
@@ -152,20 +149,11 @@ class Muon8bit(Optimizer):
             raise ValueError(
                 f"workspace_bytes must be an int of at least {MIN_WORKSPACE_BYTES}, not {workspace_bytes!r}"
             )
-        if shard_state and process_group is None:
-            raise ValueError(
-                "shard_state=True shards the momenta of replicated parameters over a process group: pass "
-                "process_group=torch.distributed.group.WORLD, or another"
-            )
-        self.process_group, self.shard_state = process_group, shard_state
-        self._team: Team | None = None
-        self._consolidated: dict[Tensor, dict[str, Tensor]] | None = None
-        self._is_sharded_wanted = False
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self._num_calls = self._num_skipped_steps = 0
         self._pending: Verdict | None = None  # of the last step, if that did not wait for it
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, process_group=process_group, shard_state=shard_state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked whole before anything changes. See the class for its keys."""
@@ -222,24 +210,6 @@ class Muon8bit(Optimizer):
         self._pending = pending  # only now: settling takes back what was advanced
         return loss
 
-    def _check_sharded(self, group: dict[str, Any], index: int) -> None:
-        """Refuse what no step could take, by name."""
-        for place, param in enumerate(group["params"]):
-            if hasattr(param, "device_mesh"):
-                from .distributed import check_placements
-
-                check_placements(param, describe(group, index, place))
-
-    def _find_team(self) -> Team | None:
-        """The ranks with which matrices are shared; looked for anew, since parameters may be swapped for sharded ones."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        if self.process_group is None and not any(hasattr(param, "device_mesh") for param in params):
-            return None
-        from .distributed import team_of  # torch's DTensor takes a second to import, and not every build has it
-
-        self._team = team_of(params, self.process_group, self.shard_state, self._team)
-        return self._team
-
     def _refuse(self, names: list[str], step: int) -> None:
         """Raise, or count, a step with gradients that are not finite."""
         if self.on_nonfinite != "skip":
@@ -262,58 +232,19 @@ class Muon8bit(Optimizer):
         return self._num_skipped_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. With `shard_state`, of whole tensors on the CPU, as `consolidate_state_dict` gathered them, or in
-        `sharded_state_dict` of DTensors.
+        """As torch's; with `shard_state` see `SharingOptimizer.state_dict`.
 
         Raises:
             NonFiniteGradientError: if the last step found one and has not told yet (see `on_nonfinite`).
-            RuntimeError: with `shard_state`, where this rank has not got the whole state since the last step.
         """
         self._settle()
-        if not self.shard_state or not self.state or self._is_sharded_wanted:
-            return super().state_dict()
-        if self._consolidated is None:
-            raise RuntimeError(
-                "with shard_state=True each rank has a part of the state: call consolidate_state_dict() on all ranks "
-                "after the last step() and before state_dict(), or, for distributed checkpointing, take state_dict() "
-                "in `with optimizer.sharded_state_dict():`"
-            )
-        own, self.state = self.state, self._consolidated  # type: ignore[assignment]
-        try:
-            return super().state_dict()
-        finally:
-            self.state = own
-
-    @torch.no_grad()
-    def consolidate_state_dict(self, to: int | None = None) -> None:
-        """Gather the sharded state for `state_dict()`, valid until the next step; to be called on all ranks. The contract
-        of torch's ZeroRedundancyOptimizer.
-
-        Args:
-            to: the rank in `process_group` that gets it, None for all.
-        """
-        self._settle()
-        team = self._find_team()
-        if team is None or not self.shard_state:
-            return
-        self._consolidated = team.whole(self.state, to)
-
-    @contextmanager
-    def sharded_state_dict(self) -> Iterator[None]:
-        """In this context `state_dict()` gives DTensors where the state is sharded, as distributed checkpointing needs
-        them: `with optimizer.sharded_state_dict(): get_optimizer_state_dict(model, optimizer)`."""
-        before, self._is_sharded_wanted = self._is_sharded_wanted, True
-        try:
-            yield
-        finally:
-            self._is_sharded_wanted = before
+        return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
         own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes"]
-        own += ["_num_calls", "_num_skipped_steps", "_pending", "process_group", "shard_state", "_is_sharded_wanted"]
-        values = {key: getattr(self, key) for key in own} | {"_team": None, "_consolidated": None}
-        return {**super().__getstate__(), **values}
+        own += ["_num_calls", "_num_skipped_steps", "_pending"]
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
@@ -322,8 +253,8 @@ class Muon8bit(Optimizer):
         `block_size`, `flatten`, `split_sizes`, `split_dim`; other saved values are refused) stay the constructor's, all
         other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too; without them there,
         rounding starts at step 0 of the running seed. Of sharded state each rank takes its part, out of whole tensors
-        or of DTensors that lie alike, without communication. torch's own method casts the state to the parameter's dtype.
-        What the last step found in its gradients and has not told is dropped.
+        or of DTensors that lie alike, without communication. torch's own method casts the state to the parameter's
+        dtype. What the last step found in its gradients and has not told is dropped.
 
         Raises:
             ValueError: names the group, parameter or key that does not fit.

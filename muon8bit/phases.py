@@ -75,17 +75,18 @@ class Work:
             yield [entry.index for entry in members], _sums_of_squares([entry.grad for entry in members], device)
 
     def flags(self) -> tuple[list[int], list[Tensor]]:
-        """The parameters that are no matter of `bundles`, on which ranks agree, and of each whether this rank's gradient
-        is finite: 0-d fp32, 0 or NaN."""
+        """The parameters that are no matter of `bundles`, on which ranks agree, and of each whether this rank's
+        gradient is finite: 0-d fp32, 0 or NaN."""
         by_index: dict[int, list[Tensor]] = {e.index: [] for e in self.entries if not e.is_shared}
         for indices, sumsq in self._sums():
             for index, value in zip(indices, (sumsq * 0).unbind(), strict=True):
                 by_index[index].append(value)
-        values = [
-            sum(v[1:], v[0]) if v else self.entries[0].grad.new_zeros((), dtype=torch.float32)
-            for v in by_index.values()
-        ]
+        values = [sum(flags[1:], flags[0]) if flags else self._no_flag() for flags in by_index.values()]
         return list(by_index), values
+
+    def _no_flag(self) -> Tensor:
+        """Of a parameter without elements on this rank."""
+        return torch.zeros((), dtype=torch.float32, device=self.entries[0].grad.device)
 
     def namer(self, indices: Sequence[int]) -> Callable[[], list[str]]:
         """How to name these parameters of the group."""

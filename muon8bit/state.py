@@ -139,8 +139,16 @@ def cut_stats(
     of the parts of the blocks that they touch, fp32 [batch, rows, touched blocks]."""
     codebook, block_size = _layout(momenta)
     codes, scales = _tensors(momenta)
-    options = {"beta": beta, "nesterov": nesterov, "codebook": codebook, "block_size": block_size}
-    return momentum_stats_cut(codes, scales or None, grads, first_col=first_col, **options)
+    return momentum_stats_cut(
+        codes,
+        scales or None,
+        grads,
+        first_col=first_col,
+        beta=beta,
+        nesterov=nesterov,
+        codebook=codebook,
+        block_size=block_size,
+    )
 
 
 def cut_apply_(
@@ -159,8 +167,20 @@ def cut_apply_(
     magnitudes of whole blocks; None where the momenta are fp32."""
     codebook, block_size = _layout(momenta)
     codes, scales = _tensors(momenta)
-    options = {"beta": beta, "nesterov": nesterov, "codebook": codebook, "block_size": block_size, "skip": skip}
-    momentum_apply_cut(codes, scales or None, grads, new_scales, norms, out, first_col=first_col, **options)
+    momentum_apply_cut(
+        codes,
+        scales or None,
+        grads,
+        new_scales,
+        norms,
+        out,
+        first_col=first_col,
+        beta=beta,
+        nesterov=nesterov,
+        codebook=codebook,
+        block_size=block_size,
+        skip=skip,
+    )
 
 
 def step_tiny_(

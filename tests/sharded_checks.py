@@ -23,11 +23,17 @@ CHECKS = {}
 class World:
     """Meshes of the first 1 to 4 ranks, and of all of them as 2 x 2."""
 
-    def __init__(self):
+    def __init__(self, folder):
+        self._folder, self._num_folders = folder, 0
         assert dist.get_world_size() == NUM_RANKS
         self.lines = {n: DeviceMesh("cpu", list(range(n))) for n in range(1, NUM_RANKS)}
         self.lines[NUM_RANKS] = init_device_mesh("cpu", (NUM_RANKS,))
         self.square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+    def new_folder(self):
+        """The same on all ranks, if all call it alike."""
+        self._num_folders += 1
+        return f"{self._folder}/{self._num_folders}"
 
 
 def check(name, *, ranks=NUM_RANKS):
@@ -44,7 +50,7 @@ def run_all(folder):
     """All checks; this rank's errors, by name, into a file of the folder."""
     for module in ("sharded_checks_more", "sharded_checks_doors"):  # they register their checks
         import_module(module)
-    world, errors = World(), {}
+    world, errors = World(folder), {}
     for name, (function, ranks) in CHECKS.items():
         try:
             if dist.get_rank() < ranks:

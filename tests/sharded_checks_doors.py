@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from functools import partial
 
 import torch
@@ -64,13 +63,6 @@ def everything(model, optimizer):
     return {key: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for key, v in found.items()}
 
 
-def shared_folder():
-    """A new folder, the same on all ranks."""
-    names = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(names)
-    return names[0]
-
-
 def sharded_net(world, kind):
     model = Net()
     if kind == "fsdp":
@@ -107,7 +99,7 @@ def through_checkpoint(world, kind, codebook):
     model = sharded_net(world, kind)
     optimizer = optimizer_of(model, codebook=codebook)
     train(model, optimizer, range(3))
-    folder = shared_folder()
+    folder = world.new_folder()
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder)
     other = sharded_net(world, kind)
@@ -218,7 +210,7 @@ def _(world):
     models = [DistributedDataParallel(Net()) for _ in range(2)]
     optimizers = [optimizer_of(model, **options) for model in models]
     train(models[0], optimizers[0], range(3))
-    folder = shared_folder()
+    folder = world.new_folder()
     with optimizers[0].sharded_state_dict():
         dcp.save({"optimizer": get_optimizer_state_dict(models[0], optimizers[0])}, checkpoint_id=folder)
     models[1].load_state_dict(copy.deepcopy(models[0].state_dict()))

@@ -20,7 +20,7 @@ from muon8bit.distributed.plan import gathered_bytes
 RANK = 2  # whose gradient is bad, or missing
 
 
-def both(world, shapes, placed, ranks, group=None, more=None, dtype=torch.float32):
+def both(shapes, placed, group=None, more=None, dtype=torch.float32):
     """A run of one process and one of several, after four steps."""
     common = {"group": group, "codebook": "dynamic"}
     single = Run(shapes, dtype, torch.clone, **common).train(range(1, 5))
@@ -39,7 +39,7 @@ for _name, (_shapes, _group, _placements) in SHAPES.items():
     @check(f"{_name} on 3 equal one process", ranks=3)
     def _(world, shapes=_shapes, group=_group, placements=_placements):
         placed = on_mesh(world.lines[3], lambda t: placements if tuple(t.shape) in shapes.values() else [Shard(0)])
-        single, shared = both(world, shapes, placed, 3, group)
+        single, shared = both(shapes, placed, group)
         assert_same(shared.state_whole(), single.state_whole())
         for name in shapes:
             torch.testing.assert_close(shared.params_whole()[name], single.params_whole()[name], rtol=1e-5, atol=1e-6)
@@ -49,7 +49,7 @@ for _name, (_shapes, _group, _placements) in SHAPES.items():
 def _(world):
     """A batch of one on the CPU: bitwise, whoever has the expert."""
     shapes = {"experts": (4, 128, 136)}
-    single, shared = both(world, shapes, on_mesh(world.lines[3], [Shard(0)]), 3)
+    single, shared = both(shapes, on_mesh(world.lines[3], [Shard(0)]))
     assert_same(shared.state_whole(), single.state_whole())
     assert_same(shared.params_whole(), single.params_whole())
     traffic = shared.optimizer._team.traffic
@@ -59,7 +59,7 @@ def _(world):
 @check("replicas of experts are divided")
 def _(world):
     """Each of 2 replicas orthogonalizes one half of the experts and sends it to the other."""
-    single, shared = both(world, EXPERTS, on_mesh(world.square, [Replicate(), Shard(0)]), 4)
+    single, shared = both(EXPERTS, on_mesh(world.square, [Replicate(), Shard(0)]))
     assert_same(shared.state_whole(), single.state_whole())
     torch.testing.assert_close(shared.params_whole(), single.params_whole(), rtol=1e-5, atol=1e-6)
     owned = torch.tensor(shared.optimizer._team.traffic.sent)
@@ -76,8 +76,12 @@ def equal_bytes(world, mode, ranks):
     before = (team.traffic.gathered, team.traffic.sent, team.traffic.received)
     run.train([2])
     rank, plan = team.transport.rank, team.plan(bundles, _options(run))
-    counted = [a - b for a, b in zip((team.traffic.gathered, team.traffic.sent, team.traffic.received), before, strict=True)]
-    sums = gathered_bytes(num_gathered(bundles, num_flags=len(run.names) - len({*run.names} & shared_names(bundles, run))))
+    counted = [
+        a - b for a, b in zip((team.traffic.gathered, team.traffic.sent, team.traffic.received), before, strict=True)
+    ]
+    sums = gathered_bytes(
+        num_gathered(bundles, num_flags=len(run.names) - len({*run.names} & shared_names(bundles, run)))
+    )
     assert counted == [sums, plan.bytes_sent()[rank], plan.bytes_received()[rank]]
     assert ranks == 1 or sum(plan.bytes_sent()) > 0
 
@@ -100,12 +104,12 @@ for _mode, _ranks in {"fsdp": 3, "hsdp": 4, "ddp": 3, "sharded state": 2, "colum
     )
 
 
-def is_as_accurate(world, placed, more, shapes, ranks):
+def is_as_accurate(placed, shapes):
     """One step from zero with lr 1: the parameter's change is O. Its distance to float64, over all matrices."""
     options = {"vectors": {}, "lr": 1.0, "group": {"weight_decay": 0.0}, "bits": 32}
     distances = []
-    for place, extra in ((torch.clone, {}), (placed, more)):
-        run = Run(shapes, torch.float32, place, **options, **extra)
+    for place in (torch.clone, placed):
+        run = Run(shapes, torch.float32, place, **options)
         with torch.no_grad():
             for param in run.params.values():
                 param.zero_()
@@ -113,7 +117,7 @@ def is_as_accurate(world, placed, more, shapes, ranks):
         distances.append(0.0)
         for name, grad in values(shapes, torch.float32, 3).items():
             rows, cols = grad.shape
-            expected = -max(1, rows / cols) ** 0.5 * newton_schulz(grad.double().numpy(), [JORDAN] * 5)
+            expected = -(max(1, rows / cols) ** 0.5) * newton_schulz(grad.double().numpy(), [JORDAN] * 5)
             distances[-1] += np.square(run.params_whole()[name].double().numpy() - expected).sum()
     assert distances[1] <= 1.05**2 * distances[0], distances
     return run
@@ -122,23 +126,24 @@ def is_as_accurate(world, placed, more, shapes, ranks):
 @check("matrices whose Gram matrices travel are as accurate", ranks=3)
 def _(world):
     shapes = {f"tall {i}": (700 + i, 96) for i in range(8)}
-    run = is_as_accurate(world, on_mesh(world.lines[3], [Shard(0)]), {}, shapes, 3)
+    run = is_as_accurate(on_mesh(world.lines[3], [Shard(0)]), shapes)
     (plan,) = [plan for plan, _ in run.optimizer._team._plans.values()]
     assert set(plan.routes) == {"gram"}
 
 
 @check("matrices with cut columns are as accurate", ranks=3)
 def _(world):
-    is_as_accurate(world, on_mesh(world.lines[3], last_dim), {}, {f"wide {i}": (40, 91 + i) for i in range(12)}, 3)
+    is_as_accurate(on_mesh(world.lines[3], last_dim), {f"wide {i}": (40, 91 + i) for i in range(12)})
 
 
 @check("other batches are as accurate")
 def _(world):
-    is_as_accurate(world, on_mesh(world.square, [Replicate(), Shard(0)]), {}, {f"same {i}": (40, 70) for i in range(12)}, 4)
+    is_as_accurate(on_mesh(world.square, [Replicate(), Shard(0)]), {f"same {i}": (40, 70) for i in range(12)})
 
 
 def bad_gradients(world, mode, name, policy, is_asynchronous):
-    """A NaN on one rank: all skip, nothing changes, all raise with its name, and the run goes on as if it had not been."""
+    """A NaN on one rank: all skip, nothing changes, all raise with its name, and the run goes on as if it had not
+    been."""
     placed, more = arm(world, mode, 3)
     more = {**more, "on_nonfinite": policy, "param_rounding": "stochastic"}
     shapes = {**MATRICES, **EXPERTS}
@@ -193,7 +198,9 @@ def _(world):
 def _(world):
     momentum = 0.9 if dist.get_rank() == 1 else 0.95
     run = Run(MATRICES, torch.float32, on_mesh(world.lines[3], [Shard(0)]), group={"momentum": momentum})
-    raises(RuntimeError, ["parameter groups", "'momentum': 0.95", "rank 1 has", "'momentum': 0.9,"], lambda: run.train([1]))
+    raises(
+        RuntimeError, ["parameter groups", "'momentum': 0.95", "rank 1 has", "'momentum': 0.9,"], lambda: run.train([1])
+    )
     shapes = MATRICES if dist.get_rank() else {name: MATRICES[name] for name in list(MATRICES)[:-1]}
     run = Run(shapes, torch.float32, on_mesh(world.lines[3], [Shard(0)]))
     raises(RuntimeError, ["parameter groups", "several blocks"], lambda: run.train([1]))
@@ -247,16 +254,20 @@ def _(world):
     )
     raises(NotImplementedError, ["second", "ranks [0, 1, 2, 3]"], lambda: step_of(two))
     cube = DeviceMesh("cpu", [[dist.get_rank()]])
-    raises(NotImplementedError, ["process_group"], lambda: step_of(one(distribute_tensor(whole_matrix, cube, [Shard(0)] * 2))))
+    raises(
+        NotImplementedError,
+        ["process_group"],
+        lambda: step_of(one(distribute_tensor(whole_matrix, cube, [Shard(0)] * 2))),
+    )
 
 
 @check("a matrix on two of four ranks takes the group that is given")
-def _(world):
+def _(_):
     """A mesh of two dimensions that is not the world."""
     ranks = [0, 1] if dist.get_rank() < 2 else [2, 3]
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mesh = DeviceMesh("cpu", [ranks])
     single, shared = both(
-        world, MATRICES, on_mesh(mesh, [Replicate(), Shard(0)]), 2, more={"process_group": groups[dist.get_rank() // 2]}
+        MATRICES, on_mesh(mesh, [Replicate(), Shard(0)]), more={"process_group": groups[dist.get_rank() // 2]}
     )
     assert_same({k: whole(v) for k, v in shared.params_whole().items()}, single.params_whole())

@@ -1,8 +1,8 @@
 """Ranks that are about to communicate agree on what: the groups, their options, and which parameters have a gradient.
 
 Two hashes a rank travel at every step; only where these differ are the texts compared, so that the error can name the
-difference. All ranks see the same hashes, so all raise or none. The host waits for them: by a backend for the CPU if the
-group has one (the default of `init_process_group` has), else by the device's.
+difference. All ranks see the same hashes, so all raise or none. The host waits for them: by a backend for the CPU if
+the group has one (the default of `init_process_group` has), else by the device's.
 """
 
 from __future__ import annotations

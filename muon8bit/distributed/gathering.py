@@ -1,8 +1,8 @@
 """One all-gather a step: the sums of squares of every part of every matrix, and one flag for all that is local.
 
-Every rank adds up whole matrices in the order of a single process, so that all have its norms, to the bit where no block
-is cut, and the same verdict on the gradients. Of replicas the first sends its sums, the others only whether theirs are
-finite.
+Every rank adds up whole matrices in the order of a single process, so that all have its norms, to the bit where no
+block is cut, and the same verdict on the gradients. Of replicas the first sends its sums, the others only whether
+theirs are finite.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Slot:
 
     def _num_blocks(self, region: Region) -> int:
         rows, blocks = self._where(region)
-        return (rows.stop - rows.start) * (blocks.stop - blocks.start)
+        return len(range(rows.start, rows.stop)) * len(range(blocks.start, blocks.stop))
 
     def contribution(self, numbers: list[Tensor], rank: int) -> Tensor:
         """What this rank sends: its sums (and maxima), or what is finite where its sums are."""
@@ -103,14 +103,13 @@ def gather(bundles: Sequence[Bundle], flags: Tensor, transport: Transport, optio
     gathered = transport.all_gather(sent)
     place = [len(flags)] * transport.num_ranks
     for bundle, slot in zip(bundles, slots, strict=True):
-        parts = [
-            gathered[r, start : start + size] for r, (start, size) in enumerate(zip(place, slot.sizes, strict=True))
-        ]
+        ends = [start + size for start, size in zip(place, slot.sizes, strict=True)]
+        parts = [numbers[start:end] for numbers, start, end in zip(gathered, place, ends, strict=True)]
         bundle.settle(slot.total(parts))
         region = bundle.matrix.spread.held[transport.rank]
         if region is not None and slot.num_kinds == 2:
             bundle.scales = slot.scales(parts, region)
-        place = [start + size for start, size in zip(place, slot.sizes, strict=True)]
+        place = ends
     return gathered[:, : len(flags)].sum(0)
 
 

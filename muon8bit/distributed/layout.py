@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from .spread import Region, Span, Spread
+from .spread import Span
 
 Spans: TypeAlias = tuple[Span, ...]  # of a tensor, one a dimension
 
@@ -44,7 +44,7 @@ class Layout:
     @cached_property
     def _has_whole_matrices(self) -> bool:
         leading = [spans[0] for spans in self.held]
-        whole = all(spans[1:] == _whole(self.shape)[1:] for spans in self.held)
+        whole = all(spans[1:] == whole_of(self.shape)[1:] for spans in self.held)
         return len(self.shape) > 2 and whole and all(a[1] <= b[0] for a, b in pairwise(leading))
 
     def is_local(self, flatten: bool) -> bool:
@@ -56,7 +56,7 @@ class Layout:
     def first(self) -> int | None:
         """Index in the whole parameter of this rank's first element; None where its elements are not consecutive."""
         spans = self.wanted[self.rank]
-        if spans[1:] != _whole(self.shape)[1:]:
+        if spans[1:] != whole_of(self.shape)[1:]:
             return None
         return spans[0][0] * prod(self.shape[1:]) if spans else 0
 
@@ -123,8 +123,7 @@ class Layout:
         if not shape:  # AdamW's step
             return local
         placements, stride = self.placements_of(shape), torch.empty(shape, device="meta").stride()
-        of = {"run_check": False, "shape": torch.Size(shape), "stride": stride}
-        wrapped: Tensor = DTensor.from_local(local, self.mesh, placements, **of)
+        wrapped: Tensor = DTensor.from_local(local, self.mesh, placements, shape=torch.Size(shape), stride=stride)
         return wrapped
 
     def placements_of(self, shape: tuple[int, ...]) -> list[Placement]:
@@ -139,7 +138,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole(shape: Sequence[int]) -> Spans:
+def whole_of(shape: Sequence[int]) -> Spans:
     return tuple((0, size) for size in shape)
 
 
@@ -151,7 +150,7 @@ def _dim_of(placement: Placement) -> int | None:
 @cache
 def replicated(shape: tuple[int, ...], num_ranks: int, rank: int) -> Layout:
     """Parameter and state whole on every rank."""
-    everywhere = (_whole(shape),) * num_ranks
+    everywhere = (whole_of(shape),) * num_ranks
     return Layout(shape, everywhere, everywhere, rank)
 
 
@@ -159,7 +158,7 @@ def replicated(shape: tuple[int, ...], num_ranks: int, rank: int) -> Layout:
 def state_sharded(shape: tuple[int, ...], num_ranks: int, rank: int, mesh: DeviceMesh) -> Layout:
     """The parameter whole on every rank, its state by rows of its first dimension, over a mesh of one dimension."""
     held = tuple(_spans(shape, (num_ranks,), (r,), (Shard(0),)) for r in range(num_ranks))
-    return Layout(shape, held, (_whole(shape),) * num_ranks, rank, mesh, (Shard(0),))
+    return Layout(shape, held, (whole_of(shape),) * num_ranks, rank, mesh, (Shard(0),))
 
 
 def sharded(param: DTensor, name: str, ranks: tuple[int, ...], rank: int) -> Layout:
@@ -184,8 +183,8 @@ def sharded(param: DTensor, name: str, ranks: tuple[int, ...], rank: int) -> Lay
     local = tuple(param.to_local().shape)
     if local != tuple(stop - start for start, stop in layout.held[rank]):
         raise NotImplementedError(
-            f"{name} is {local} on this rank, not the part {layout.held[rank]} that its placements {placements} say: only "
-            "torch's own even or uneven chunks are understood. Shard it by fully_shard or distribute_tensor"
+            f"{name} is {local} on this rank, not the part {layout.held[rank]} that its placements {placements} say: "
+            "only torch's own even or uneven chunks are understood. Shard it by fully_shard or distribute_tensor"
         )
     return layout
 
@@ -202,7 +201,7 @@ def check_placements(param: DTensor, name: str) -> None:
     for mesh_dim, placement in enumerate(param.placements):
         if placement.is_partial():
             raise NotImplementedError(
-                f"{name} has the placement {placement}: its values are not there before a reduction. Redistribute it "
+                f"{name} has the placement {placement!r}: its values are not there before a reduction. Redistribute it "
                 "to Shard(0) or Replicate()"
             )
         factor = getattr(placement, "split_factor", None)
@@ -240,7 +239,7 @@ def _spans(
 ) -> Spans:
     """What `torch.chunk`, applied mesh dimension by mesh dimension, leaves at a coordinate of the mesh. FSDP cuts what
     tensor parallelism has left: its strided shards come last."""
-    spans = list(_whole(shape))
+    spans = list(whole_of(shape))
     order = sorted(range(len(placements)), key=lambda d: getattr(placements[d], "split_factor", None) is not None)
     for mesh_dim in order:
         dim = _dim_of(placements[mesh_dim])
@@ -250,48 +249,3 @@ def _spans(
             first = min(start + chunk * coordinate[mesh_dim], stop)
             spans[dim] = (first, min(first + chunk, stop))
     return tuple(spans)
-
-
-@dataclass(frozen=True)
-class Place:
-    """One matrix in a parameter: its place in the leading dimensions (none in a 2-D or flattened parameter), its rows
-    there, and where it lies."""
-
-    lead: tuple[int, ...]
-    rows: Span
-    cols: int
-    spread: Spread
-
-
-@cache
-def places(layout: Layout, flatten: bool, splits: tuple[int, ...] | None) -> tuple[Place, ...]:
-    """The matrices of a parameter that are orthogonalized one by one, in its order. `splits`: sizes of pieces of rows."""
-    shape = layout.shape
-    lead_shape, num_rows = ((), shape[0]) if flatten else (shape[:-2], shape[-2])
-    cols = prod(shape[1:]) if flatten else shape[-1]
-    found, spreads = [], {}
-    for lead in product(*map(range, lead_shape)):
-        start = 0
-        for size in splits or (num_rows,):
-            rows = (start, start + size)
-            start += size
-            spread = Spread(
-                *(
-                    tuple(_region(spans, lead, rows, cols, flatten) for spans in by_rank)
-                    for by_rank in (layout.held, layout.wanted)
-                )
-            )
-            spread = spreads.setdefault(spread, spread)
-            found.append(Place(lead, rows, cols, spread))
-    return tuple(found)
-
-
-def _region(spans: Spans, lead: tuple[int, ...], rows: Span, cols: int, flatten: bool) -> Region | None:
-    """The part of one matrix, in its own coordinates, that lies in these spans of the parameter."""
-    if not all(start <= index < stop for index, (start, stop) in zip(lead, spans, strict=False)):
-        return None
-    row_span, col_span = (spans[0], (0, cols)) if flatten else spans[-2:]
-    start, stop = max(row_span[0], rows[0]) - rows[0], min(row_span[1], rows[1]) - rows[0]
-    if start >= stop or col_span[0] >= col_span[1]:
-        return None
-    return Region((start, stop), col_span)

@@ -21,15 +21,16 @@ from ..orthogonalize import Schedule, choose, device_kind, resolve
 from ..stacks import Stack, chunks, flat
 from ..state import Format, Momentum
 from ..update import frobenius_norm
-from .layout import Layout, Place, Spans, places
+from .layout import Layout, Spans
+from .places import Place, places
 from .route import Matrix
 from .spread import Region, Span
 
 
 class Member(NamedTuple):
-    """One matrix. `held`: this rank's part of its momentum with the gradient there, a stack of one; `param`: its part of
-    the parameter, [1, rows, cols], with `flatten` [1, rows, ...]; None without such a part. `param_index` and `key` as
-    in `Stack`; `first`: index in the whole parameter of the first element of `param`."""
+    """One matrix. `held`: this rank's part of its momentum with the gradient there, a stack of one; `param`: its part
+    of the parameter, [1, rows, cols], with `flatten` [1, rows, ...]; None without such a part. `param_index` and `key`
+    as in `Stack`; `first`: index in the whole parameter of the first element of `param`."""
 
     param_index: int
     key: int | None
@@ -91,7 +92,8 @@ def bundled(parts: Sequence[Part], group: dict[str, Any], group_index: int, opti
     schedule = resolve(group["ns_coefficients"], group["ns_steps"])
     found: dict[Any, Bundle] = {}
     for part in parts:
-        assert part.layout is not None and part.momentum is not None
+        assert part.layout is not None
+        assert part.momentum is not None
         kind, format = device_kind(part.local.device), part.momentum.format
         for place in places(part.layout, group["flatten"], group["split_sizes"]):
             rows, spread = place.rows[1] - place.rows[0], place.spread
@@ -158,8 +160,8 @@ def runs(members: Sequence[Member]) -> Iterator[list[Stack]]:
 
 
 def sums_of_squares(bundle: Bundle, region: Region, options: Options) -> list[Tensor]:
-    """fp32 [members, rows, blocks] of the region that this rank holds of them: `state.stats` of their momenta; and where
-    its columns are not all, and quantized, the largest magnitudes of the blocks that they touch."""
+    """fp32 [members, rows, blocks] of the region that this rank holds of them: `state.stats` of their momenta; and
+    where its columns are not all, and quantized, the largest magnitudes of the blocks that they touch."""
     found: list[list[Tensor]] = [[], []]
     for stacks in runs(bundle.members):
         size = max(1, options.workspace_bytes // (4 * prod(stacks[0].grad.shape[1:])))

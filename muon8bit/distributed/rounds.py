@@ -11,10 +11,9 @@ O = Q X (or X Q), comes back. While a round is iterated, the next one's parts tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,89 +25,9 @@ from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, 
 from ..stacks import flat
 from ..update import factors, lr_ratio, update_params_
 from .matrices import Bundle, Member, is_cut, runs
-from .plan import Plan
-from .route import Matrix, Route, returned_bytes, sent_bytes
-from .spread import Piece, Region
+from .spread import Piece
+from .timetable import Item, Timetable
 from .transport import Flight, Transport, typed
-
-
-class Stop(NamedTuple):
-    """One matrix in a round, as planned."""
-
-    number: int
-    owner: int
-    route: Route
-    sources: tuple[Piece, ...]
-    targets: tuple[Piece, ...]
-
-
-# Of one plan, round by round: its matrices, those of an owner together, cut into the parts that go back at once.
-Timetable: TypeAlias = list[list[list[Stop]]]
-
-
-def timetable(plan: Plan) -> Timetable:
-    """What `write` does of a plan."""
-
-    def stops(part: Iterable[int]) -> list[Stop]:
-        found = (Stop(i, plan.owners[i], plan.routes[i], plan.sources(i), plan.targets(i)) for i in part)
-        return sorted(found, key=lambda stop: (stop.owner, stop.number))
-
-    return [[stops(part) for part in plan.parts(number)] for number in range(len(plan.rounds))]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One matrix in a round, as this rank sees it: the `place`-th of its bundle."""
-
-    stop: Stop
-    bundle: Bundle
-    place: int
-
-    @property
-    def owner(self) -> int:
-        return self.stop.owner
-
-    @property
-    def is_gram(self) -> bool:
-        return self.stop.route == "gram"
-
-    @property
-    def member(self) -> Member:
-        return self.bundle.members[self.place]
-
-    @property
-    def matrix(self) -> Matrix:
-        return self.bundle.matrix
-
-    @property
-    def is_tall(self) -> bool:
-        return self.matrix.rows > self.matrix.cols
-
-    @property
-    def small(self) -> int:
-        """Rows of its Gram matrix."""
-        return min(self.matrix.rows, self.matrix.cols)
-
-    def sent_shape(self, region: Region) -> tuple[int, int]:
-        return (self.small, self.small) if self.is_gram else _shape(region)
-
-    @property
-    def sent_dtype(self) -> torch.dtype:
-        return torch.float32 if self.is_gram else self.matrix.path.dtype
-
-    def sent_bytes(self, region: Region) -> int:
-        return sent_bytes(self.matrix, self.stop.route, region)
-
-    def returned_bytes(self, region: Region) -> int:
-        return returned_bytes(self.matrix, self.stop.route, region)
-
-
-def _shape(region: Region) -> tuple[int, int]:
-    return region.rows[1] - region.rows[0], region.cols[1] - region.cols[0]
-
-
-def _of_rank(pieces: Sequence[Piece], rank: int) -> Region | None:
-    return next((piece.region for piece in pieces if piece.rank == rank), None)
 
 
 class Round:
@@ -131,7 +50,7 @@ class Round:
         for item, X in self._applied():
             if item.is_gram:
                 self.kept[item.stop.number] = X
-            if _of_rank(item.stop.sources, self.rank) is not None:
+            if item.source(self.rank) is not None:
                 outgoing[item.owner].append(partial_gram(X, item.is_tall) if item.is_gram else X)
         incoming = [0] * self.transport.num_ranks
         for item in self._owned(self.items):
@@ -169,8 +88,8 @@ class Round:
         region = bundle.matrix.spread.held[self.rank]
         if region is not None and is_cut(region, bundle.matrix):
             scales = None if bundle.scales is None else torch.stack([bundle.scales[item.place] for item in items])
-            cut = {"first_col": region.cols[0], "skip": skip}
-            state.cut_apply_(momenta, grads, scales, norms, X, **cut, **bundle.average)
+            first_col = region.cols[0]
+            state.cut_apply_(momenta, grads, scales, norms, X, first_col=first_col, **bundle.average, skip=skip)
         else:
             state.apply_(momenta, grads, norms, X, **bundle.average, skip=skip, backend=self.options.backend)
         return X
@@ -191,21 +110,22 @@ class Round:
         """Send what this rank owns of a part, or the factor, to who wants it."""
         outgoing: list[list[Tensor]] = [[] for _ in range(self.transport.num_ranks)]
         owned = self._owned(part)
-        for item, O in zip(owned, self.results, strict=False):
+        for item, result in zip(owned, self.results, strict=False):
             for rank, region in item.stop.targets:
-                outgoing[rank].append(O if item.is_gram else O[slice(*region.rows), slice(*region.cols)])
+                part_of = result if item.is_gram else result[slice(*region.rows), slice(*region.cols)]
+                outgoing[rank].append(part_of)
         del self.results[: len(owned)]
         incoming = [0] * self.transport.num_ranks
         for item in part:
-            region = _of_rank(item.stop.targets, self.rank)
-            if region is not None:
-                incoming[item.owner] += item.returned_bytes(region)
+            wanted = item.target(self.rank)
+            if wanted is not None:
+                incoming[item.owner] += item.returned_bytes(wanted)
         return self.transport.exchange(outgoing, incoming, self.device)
 
     def _orthogonalized(self, items: list[Item], take: Callable[[Item, Piece], Tensor]) -> Iterator[Tensor]:
         """In their order O, or the factor Q; those that can go through the iteration together do."""
 
-        def kind(item: Item) -> tuple[object, ...]:
+        def kind(item: Item) -> tuple[Any, ...]:
             return item.matrix.rows, item.matrix.cols, item.matrix.path, item.bundle.schedule, item.is_gram
 
         for (rows, cols, path, schedule, is_gram), run in groupby(items, key=kind):
@@ -246,10 +166,10 @@ class Round:
             assert param is not None
             return id(item.bundle), item.owner, param.shape, param.stride(), param.dtype
 
-        wanted = [item for item in part if _of_rank(item.stop.targets, self.rank) is not None]
+        wanted = [item for item in part if item.target(self.rank) is not None]
         for _, run in groupby(wanted, key=kind):
             items = list(run)
-            region = _of_rank(items[0].stop.targets, self.rank)
+            region = items[0].target(self.rank)
             assert region is not None
             owner, num_bytes = items[0].owner, len(items) * items[0].returned_bytes(region)
             start = place[owner]
@@ -267,7 +187,7 @@ def _update(members: list[Member], directions: Tensor, bundle: Bundle, options: 
     group, matrix = bundle.group, bundle.matrix
     ratio = lr_ratio(matrix.rows, matrix.cols, group["adjust_lr_fn"])
     decay, scale = factors(lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
-    places = {}
+    places: dict[str, Any] = {}
     if members[0].key is not None:
         keys, firsts = [member.key for member in members], [member.first for member in members]
         places = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}

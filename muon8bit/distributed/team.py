@@ -19,6 +19,7 @@ from .agreement import agree, described
 from .layout import Layout
 from .matrices import Bundle, Part, bundled
 from .plan import Plan, plan
+from .timetable import Timetable, timetable
 from .transport import Traffic, Transport
 
 
@@ -37,14 +38,14 @@ class Team:
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.transport = Transport(group, dist.get_rank(group), len(self.ranks))
         self.mesh = DeviceMesh.from_group(group, device.type) if shard_state else None
-        self._plans: dict[object, tuple[Plan, rounds.Timetable]] = {}
+        self._plans: dict[object, tuple[Plan, Timetable]] = {}
 
     @property
     def traffic(self) -> Traffic:
         """The bytes that this rank has moved."""
         return self.transport.traffic
 
-    def agree(self, groups: Sequence[Mapping[str, Any]], options: Sequence[object]) -> None:
+    def agree(self, groups: Sequence[dict[str, Any]], options: Sequence[object]) -> None:
         """Compare groups, options and the presence of gradients with all ranks.
 
         Raises:
@@ -125,7 +126,7 @@ class Team:
         """Who orthogonalizes what."""
         return self._planned(bundles, options)[0]
 
-    def _planned(self, bundles: Sequence[Bundle], options: Options) -> tuple[Plan, rounds.Timetable]:
+    def _planned(self, bundles: Sequence[Bundle], options: Options) -> tuple[Plan, Timetable]:
         """Made once for the same matrices; hashing their spreads at every step would cost more than the rest of it."""
         of = [(bundle.matrix, len(bundle.members)) for bundle in bundles]
         key = tuple((m.rows, m.cols, id(m.spread), m.path, count) for m, count in of), options.workspace_bytes
@@ -133,7 +134,7 @@ class Team:
             matrices = [matrix for matrix, count in of for _ in range(count)]
             # Two rounds are in flight, and the one that is iterated has its workspace besides.
             made = plan(matrices, len(self.ranks), options.workspace_bytes // 4)
-            self._plans[key] = made, rounds.timetable(made)
+            self._plans[key] = made, timetable(made)
         return self._plans[key]
 
 
