@@ -29,6 +29,7 @@ class World:
         self.lines = {n: DeviceMesh("cpu", list(range(n))) for n in range(1, NUM_RANKS)}
         self.lines[NUM_RANKS] = init_device_mesh("cpu", (NUM_RANKS,))
         self.square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        self.cube = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("replicate", "shard", "one"))
 
     def new_folder(self):
         """The same on all ranks, if all call it alike."""

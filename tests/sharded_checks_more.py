@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from oracle import JORDAN, newton_schulz
 from sharded_checks import arm, check, last_dim
-from sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises, values, whole
-from torch.distributed.device_mesh import DeviceMesh
+from sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises, values
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from muon8bit import Muon8bit, NonFiniteGradientError, nonfinite
@@ -253,21 +252,14 @@ def _(world):
         ]
     )
     raises(NotImplementedError, ["second", "ranks [0, 1, 2, 3]"], lambda: step_of(two))
-    cube = DeviceMesh("cpu", [[dist.get_rank()]])
-    raises(
-        NotImplementedError,
-        ["process_group"],
-        lambda: step_of(one(distribute_tensor(whole_matrix, cube, [Shard(0)] * 2))),
-    )
+    on_two = distribute_tensor(whole_matrix, world.cube["shard", "one"], [Shard(0), Replicate()], src_data_rank=None)
+    raises(NotImplementedError, ["process_group"], lambda: step_of(one(on_two)))
 
 
 @check("a matrix on two of four ranks takes the group that is given")
-def _(_):
+def _(world):
     """A mesh of two dimensions that is not the world."""
-    ranks = [0, 1] if dist.get_rank() < 2 else [2, 3]
-    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    mesh = DeviceMesh("cpu", [ranks])
-    single, shared = both(
-        MATRICES, on_mesh(mesh, [Replicate(), Shard(0)]), more={"process_group": groups[dist.get_rank() // 2]}
-    )
-    assert_same({k: whole(v) for k, v in shared.params_whole().items()}, single.params_whole())
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    placed = on_mesh(world.cube["shard", "one"], [Shard(0), Replicate()])
+    single, shared = both(MATRICES, placed, more={"process_group": groups[dist.get_rank() // 2]})
+    assert_same(shared.params_whole(), single.params_whole())
