@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
 from sharded_checks import arm, check
 from sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises
 from torch.distributed.checkpoint.state_dict import (
@@ -21,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from muon8bit import Muon8bit
+from muon8bit.integrations.accelerate import register
 
 
 class Net(torch.nn.Module):
@@ -233,3 +236,32 @@ def _(world):
     twin = Run(EXPERTS, torch.float32, on_mesh(world.square, [Replicate(), Shard(0)])).train([5])
     twin.optimizer.load_state_dict(saved)
     assert_same(twin.state_whole(), run.state_whole())
+
+
+def in_accelerate(world, register_it):
+    """save_state and load_state of prepared replicas with sharded state."""
+    ranks = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4}
+    os.environ.update({key: str(value) for key, value in ranks.items()}, MASTER_ADDR="localhost", MASTER_PORT="1")
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 4
+    model = Net()
+    optimizer = optimizer_of(model, process_group=dist.group.WORLD, shard_state=True)
+    model, prepared = accelerator.prepare(model, optimizer)
+    train(model, optimizer, range(2))
+    folder = world.new_folder()
+    if not register_it:
+        raises(RuntimeError, ["consolidate_state_dict"], lambda: accelerator.save_state(folder))
+        return
+    handle = register(accelerator, prepared)
+    accelerator.save_state(folder)
+    train(model, optimizer, range(2, 4))
+    expected = everything(model, optimizer)
+    accelerator.load_state(folder)
+    train(model, optimizer, range(2, 4))
+    assert_same(everything(model, optimizer), expected)
+    handle.remove()
+    raises(TypeError, ["SGD"], lambda: register(accelerator, torch.optim.SGD(model.parameters())))
+
+
+check("sharded state through Accelerate's save_state")(partial(in_accelerate, register_it=True))
+check("sharded state without the hook is refused")(partial(in_accelerate, register_it=False))
