@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# A rank that waits for one that has failed gives up; no check takes a tenth of it.
-TIMEOUT = timedelta(seconds=60)
+# A rank that waits for one that has failed gives up; a check takes a second, a busy machine longer to start.
+TIMEOUT = timedelta(seconds=180)
 
 
 def _run(rank, num_ranks, path, work, args):
