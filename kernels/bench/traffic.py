@@ -15,6 +15,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,23 @@ def run(rank: int, num_ranks: int, mode: str, divisor: int, folder: str) -> None
         params.append(torch.nn.Parameter(placed))
     group = {} if mode == "fsdp" else {"process_group": mesh.get_group(), "shard_state": True}
     optimizer = Muon8bit(params, ns_dtype=torch.bfloat16, ns_steps=1, **group)
-    bundles = list[Bundle]()
-    for step in range(2):
+
+    def step() -> None:
         for param in params:
             param.grad = torch.ones_like(param)
-        if step == 1:
-            team = optimizer._find_team()
-            assert team is not None
-            before, gather = vars(team.traffic).copy(), team.gather
-            team.gather = lambda found, *rest: bundles.extend(found) or gather(found, *rest)
         optimizer.step()
+
+    step()
+    team, bundles = optimizer._find_team(), list[Bundle]()
+    assert team is not None
+    before, gather = vars(team.traffic).copy(), team.gather
+
+    def remembering(found: Sequence[Bundle], flags: torch.Tensor, options: Options) -> torch.Tensor:
+        bundles.extend(found)
+        return gather(found, flags, options)
+
+    team.gather = remembering  # type: ignore[method-assign]
+    step()
     counted = {name: value - before[name] for name, value in vars(team.traffic).items()}
     plan = team.plan(bundles, Options(optimizer.ns_dtype, optimizer.backend, optimizer.workspace_bytes))
     sums = gathered_bytes(num_gathered(bundles, num_flags=0))
