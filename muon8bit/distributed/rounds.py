@@ -29,6 +29,11 @@ from .spread import Piece
 from .timetable import Item, Timetable
 from .transport import Flight, Transport, typed
 
+# Of the workspace, the part that each of these may take: of the round that is iterated the bytes received, X with the
+# iteration's own memory, and O; of the next one what is sent, made contiguous, and received; of the last one O, what is
+# sent and what is received. Besides, passes over the momentum take up to 10 MiB on a CPU.
+NUM_SHARES = 12
+
 
 class Round:
     """Matrices that are iterated together. Call `depart`, `iterate` and `land` in this order, on all ranks alike.
@@ -71,7 +76,7 @@ class Round:
         for _, run in groupby(held, key=kind):
             items = list(run)
             shape = items[0].member.held.momentum.codes.shape[1:]  # type: ignore[union-attr]
-            size = max(1, self.options.workspace_bytes // (8 * prod(shape)))  # X, and copies of gradients
+            size = max(1, self.options.workspace_bytes // NUM_SHARES // (8 * prod(shape)))  # X, and copies of gradients
             for start in range(0, len(items), size):
                 some = items[start : start + size]
                 X = self._apply(some)
@@ -130,7 +135,7 @@ class Round:
 
         for (rows, cols, path, schedule, is_gram), run in groupby(items, key=kind):
             together, step = list(run), gram_factor if is_gram else orthogonalize
-            size = batch_size(path, rows, cols, device_kind(self.device), self.options.workspace_bytes)
+            size = batch_size(path, rows, cols, device_kind(self.device), self.options.workspace_bytes // NUM_SHARES)
             for start in range(0, len(together), size):
                 whole = self._assembled(together[start : start + size], take)
                 yield from step(whole, schedule, path, self.options.backend)
