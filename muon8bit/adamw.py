@@ -14,11 +14,19 @@ from .config import Options
 
 # Bytes alive for each element that goes through copies: parameter and gradient in fp32, rounded, compared, chosen.
 _COPY_BYTES = 16
+# Elements that torch's CPU kernel computes as one vector, at most; what is left over may be rounded otherwise.
+_VECTOR = 16
 
 
 def step_device(param: Tensor) -> torch.device:
     """Where `step` lives: with the parameter on CUDA (the fused kernel reads it there), else on the host."""
     return param.device if param.device.type == "cuda" else torch.device("cpu")
+
+
+def layout(shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """State key -> shape and dtype of its tensor, for a parameter of `shape`."""
+    moments = (tuple(shape), torch.float32)
+    return {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
 
 
 def init_state(param: Tensor) -> dict[str, Tensor]:
@@ -36,19 +44,24 @@ def step_(
     states: list[dict[str, Tensor]],
     group: dict[str, Any],
     keys: Sequence[int | None],
+    places: Sequence[tuple[int, int]],
     options: Options,
 ) -> None:
     """One AdamW step in place. What is not fp32 and contiguous goes through such copies, chunk by chunk.
 
-    `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest. torch's
+    `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest;
+    `places`: the index of its first element in the whole parameter, of which it may be a part, and that one's number of
+    elements. torch's
     fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous here.
     """
     direct: list[int] = []
     for i, param in enumerate(params):
-        if all(t.dtype == torch.float32 and t.is_contiguous() for t in (param, grads[i])):
+        if _is_cut_in_vectors(param, grads[i], *places[i]):
+            _step_in_vectors(param, grads[i], states[i], group, keys[i], places[i], options)
+        elif all(t.dtype == torch.float32 and t.is_contiguous() for t in (param, grads[i])):
             direct.append(i)
         else:
-            _step_through_copies(param, grads[i], states[i], group, keys[i], options)
+            _step_through_copies(param, grads[i], states[i], group, keys[i], places[i][0], options)
     if direct:
         of = [params[i] for i in direct], [grads[i] for i in direct], [states[i] for i in direct]
         _adamw(*of, group, options.skip)
@@ -60,15 +73,15 @@ def _step_through_copies(
     state: dict[str, Tensor],
     group: dict[str, Any],
     key: int | None,
+    first: int,
     options: Options,
 ) -> None:
     tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
     chunks: Iterable[tuple[Tensor, ...]] = [tensors]
     if param.is_contiguous() and grad.is_contiguous():
-        # Whole vectors of 16: what is left over may be rounded otherwise.
-        size = max(16, options.workspace_bytes // _COPY_BYTES // 16 * 16)
+        size = max(_VECTOR, options.workspace_bytes // _COPY_BYTES // _VECTOR * _VECTOR)
         chunks = zip(*(t.view(-1).split(size) for t in tensors), strict=True)
-    before, first = state["step"].clone(), 0  # first: the chunk's first element, in the order of indices, not of memory
+    before = state["step"].clone()  # first: the chunk's first element, in the order of indices, not of memory
     for chunk, chunk_grad, exp_avg, exp_avg_sq in chunks:
         copy = chunk.float().contiguous()
         chunk_state = {"step": state["step"].copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -79,6 +92,45 @@ def _step_through_copies(
         if copy.data_ptr() != chunk.data_ptr():
             chunk.copy_(copy)
         first += chunk.numel()
+
+
+def _is_cut_in_vectors(param: Tensor, grad: Tensor, first: int, size: int) -> bool:
+    """Whether this part of a parameter begins or ends where the CPU's kernel, on the whole, has one vector of 16."""
+    stop = first + param.numel()
+    is_aligned = first % _VECTOR == 0 and (stop % _VECTOR == 0 or stop == size)
+    is_flat = param.is_contiguous() and grad.is_contiguous()
+    return param.device.type == "cpu" and is_flat and 0 < param.numel() < size and not is_aligned
+
+
+def _step_in_vectors(
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    key: int | None,
+    place: tuple[int, int],
+    options: Options,
+) -> None:
+    """Step a part of a parameter as in the whole: its first and last elements in the vectors that they share there."""
+    (first, size), before = place, state["step"].clone()
+    stop = first + param.numel()
+    body = min(-(-first // _VECTOR) * _VECTOR, stop), max(stop // _VECTOR * _VECTOR if stop < size else stop, first)
+    flat = [t.view(-1) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])]
+    for start, end in ((first, body[0]), body, (max(body), stop)):
+        if start >= end:
+            continue
+        own = [t[start - first : end - first] for t in flat]
+        low, high = start // _VECTOR * _VECTOR, min(-(-end // _VECTOR) * _VECTOR, size)
+        padded = [t.new_zeros(high - low) for t in own] if (low, high) != (start, end) else own
+        where = slice(start - low, end - low)
+        for inside, t in zip(padded, own, strict=True):
+            if inside is not t:
+                inside[where] = t
+        piece = {"step": state["step"].copy_(before), "exp_avg": padded[2], "exp_avg_sq": padded[3]}
+        step_([padded[0]], [padded[1]], [piece], group, [key], [(low, low + len(padded[0]))], options)
+        for inside, t in zip(padded, own, strict=True):
+            if inside is not t:
+                t.copy_(inside[where])
 
 
 def _adamw(

@@ -134,10 +134,9 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
         if param in seen:
             raise ValueError(f"{name} appears twice in its group: list it once")
         seen.add(param)
+        check_not_partitioned(param, name)
         if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
             raise ValueError(f"{name} is an expanded tensor, whose elements share memory: clone it first")
-        if hasattr(param, "placements"):
-            raise NotImplementedError(f"{name} is a DTensor: sharded parameters are not supported yet; use DDP")
         if param.dtype not in DTYPES:
             raise ValueError(f"{name} is {param.dtype}: Muon8bit takes float32, bfloat16 and float16 parameters")
         if group["algorithm"] == "muon" and param.ndim < 2:
@@ -149,6 +148,20 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
             )
         if group["algorithm"] == "muon" and group["split_sizes"] is not None:
             _check_splits(name, param, group)
+
+
+def check_not_partitioned(param: Tensor, name: str) -> None:
+    """Raise NotImplementedError, by name, for the parameters of DeepSpeed ZeRO and FSDP1, which are flattened parts."""
+    if hasattr(param, "ds_id") or hasattr(param, "ds_tensor"):
+        raise NotImplementedError(
+            f"{name} is partitioned by DeepSpeed ZeRO, which flattens the matrices that Muon needs whole. Shard the "
+            "model by torch.distributed.fsdp.fully_shard (FSDP2), or use DDP"
+        )
+    if type(param).__name__ == "FlatParameter" or hasattr(param, "_is_flat_param"):
+        raise NotImplementedError(
+            f"{name} is flattened by FSDP1: several matrices in one vector. Shard the model by "
+            "torch.distributed.fsdp.fully_shard (FSDP2; in Accelerate fsdp_version: 2)"
+        )
 
 
 def _check_splits(name: str, param: Tensor, group: dict[str, Any]) -> None:

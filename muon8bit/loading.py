@@ -6,7 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY
 from .groups import FORMAT_KEYS, MATRIX_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
 from .state import Format
 
+if TYPE_CHECKING:
+    from .distributed import Layout, Team
+
 _FORMATS = {
     LINEAR_CODES_KEY: "bits=8, codebook='linear'",
     DYNAMIC_CODES_KEY: "bits=8, codebook='dynamic'",
@@ -24,13 +27,14 @@ _FORMATS = {
 
 
 def checked(
-    state_dict: Mapping[str, Any], current: list[dict[str, Any]]
+    state_dict: Mapping[str, Any], current: list[dict[str, Any]], team: Team | None
 ) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Tensor]]]:
     """What to assign: the saved hyper-parameters over the running parameters and format, and copies of the state.
 
     Args:
         state_dict: with `state` and `param_groups`, as `Optimizer.state_dict` gives it.
         current: the running optimizer's groups; not changed.
+        team: the ranks with which it shares its matrices; then of each tensor only this rank's part is kept.
 
     Raises:
         ValueError: names the group, parameter or key that is missing, foreign, or of another value, shape or dtype.
@@ -65,7 +69,8 @@ def checked(
             if tensors is None or tensors == {}:  # state is made lazily
                 without.append(name)
             else:
-                state[param] = _tensors(tensors, param, new, name)
+                layout = team.layout_of(param, new, name) if team else None
+                state[param] = _tensors(tensors, param, new, name, layout)
         if 0 < len(without) < len(new["params"]):
             warnings.warn(
                 f"no saved state for {', '.join(without[:5])}: right if it never had a gradient; it starts at zero",
@@ -117,13 +122,12 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _layout(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     if group["algorithm"] == "adamw":
-        moments = (tuple(param.shape), torch.float32)
-        return {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
+        return adamw.layout(param.shape)
     return Format.of(param.shape, *(group[k] for k in FORMAT_KEYS)).layout(param.shape)
 
 
-def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """Checked copies of one parameter's state on its device, contiguous, in their own dtypes."""
+def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: Layout | None) -> dict[str, Tensor]:
+    """Checked copies of one parameter's state, or of this rank's part, on its device, contiguous, in their dtypes."""
     if not isinstance(tensors, Mapping):
         raise ValueError(f"state of {name} is a {type(tensors).__name__}, expected a mapping of tensors")
     layout = _layout(param, group)
@@ -142,8 +146,12 @@ def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str) -> d
             raise ValueError(f"state of {name}: {key} is a {type(value).__name__}, expected a dense tensor")
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise ValueError(f"state of {name}: {key} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}")
+        if where is not None:
+            value = where.own_part(value, f"state of {name}: {key}")
+        elif hasattr(value, "full_tensor"):
+            raise ValueError(f"state of {name}: {key} is sharded, the parameter is not: load value.full_tensor()")
         if dtype.is_floating_point and not value.isfinite().all():
             raise ValueError(f"state of {name}: {key} holds NaN or Inf: the checkpoint is damaged")
         device = adamw.step_device(param) if key == "step" else param.device
         copies[key] = value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
-    return copies
+    return copies if where is None else where.wrapped(copies, {key: shape for key, (shape, _) in layout.items()})

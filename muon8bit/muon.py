@@ -70,7 +70,7 @@ def _step_whole(batch: Batch, group: dict[str, Any], schedule: Schedule, options
 def _step_tiny(batch: Batch, norms: Tensor, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
     """All of the second phase in one launch, in fp32."""
     places = _places(batch.stacks, 0)
-    with _written(batch.stacks) as params:
+    with written([stack.param for stack in batch.stacks]) as params:
         decay, scale = _factors(params[0].shape, group)
         how = {**_average(group), "decay": decay, "scale": scale, **places, **_how(options)}
         state.step_tiny_(batch.momenta, batch.grads, params, norms, schedule.steps, **how)
@@ -116,7 +116,7 @@ def _update(
     stacks: Sequence[Stack], directions: Tensor, columns: slice, group: dict[str, Any], options: Options
 ) -> None:
     """Update these columns of the parameters by `directions` [batch, rows, cols], scaled by that shape."""
-    with _written(stacks) as params:
+    with written([stack.param for stack in stacks]) as params:
         pieces = params
         if directions.shape[2] < params[0].shape[2]:
             pieces = [param[..., columns] for param in params]
@@ -125,13 +125,13 @@ def _update(
 
 
 @contextmanager
-def _written(stacks: Sequence[Stack]) -> Iterator[list[Tensor]]:
-    """The parameters as [num_matrices, rows, cols], to be written; copies are copied back."""
-    params = flat(stack.param for stack in stacks)
+def written(views: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters of stacks as [num_matrices, rows, cols], to be written; copies are copied back."""
+    params = flat(views)
     yield params
-    for stack, param in zip(stacks, params, strict=True):
-        if param.data_ptr() != stack.param.data_ptr():
-            stack.param.copy_(param.view(stack.param.shape))
+    for view, param in zip(views, params, strict=True):
+        if param.data_ptr() != view.data_ptr():
+            view.copy_(param.view(view.shape))
 
 
 def _factors(shape: Sequence[int], group: dict[str, Any]) -> tuple[Tensor, Tensor]:

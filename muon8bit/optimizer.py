@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import loading, phases, rounding
@@ -32,9 +31,13 @@ from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params
 from .nonfinite import NonFiniteGradientError, Verdict
 from .orthogonalize import choose, resolve
 from .orthogonalize.coefficients import JORDAN
+from .sharing import SharingOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-class Muon8bit(Optimizer):
+class Muon8bit(SharingOptimizer):
     """Muon with its momentum in 8 bits, and AdamW for the rest of the model, in one optimizer.
 
     The first nine arguments are torch.optim.Muon's, with its order, defaults and meaning. Source of the method:
@@ -74,6 +77,15 @@ class Muon8bit(Optimizer):
         rounding_seed: 0 .. 2**64 - 1; the same on all replicas. Without meaning for `"nearest"`.
         workspace_bytes: what a step may allocate at once beyond its state, freed before it returns; at least 32 MiB.
             Only a single matrix that needs more exceeds it.
+        process_group: of ranks with equal parameters and gradients (DDP): they divide the orthogonalization among them.
+            None: plain parameters need no communication. Beside sharded parameters on a mesh of several dimensions
+            that is not the whole world, a group of just its ranks.
+        shard_state: keep of every momentum only some rows on each rank of `process_group`; AdamW's state stays whole.
+            Then `state_dict()` needs `consolidate_state_dict` or `sharded_state_dict` first.
+
+    Sharded parameters (DTensors, of `fully_shard` or tensor parallelism): every matrix is orthogonalized whole, once,
+    by one rank; the state is sharded like the parameter. All ranks must call `step()` together, with the same groups
+    and gradients for the same parameters.
 
     State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its
     shape with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that
@@ -82,6 +94,7 @@ class Muon8bit(Optimizer):
 
     Raises:
         ValueError: names the parameter or argument and what it may be.
+        NotImplementedError: names a parameter that is sharded as this optimizer cannot take.
     """
 
     def __init__(
@@ -105,6 +118,8 @@ class Muon8bit(Optimizer):
         param_rounding: ParamRounding = "nearest",
         rounding_seed: int = 0,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        process_group: ProcessGroup | None = None,
+        shard_state: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -138,7 +153,7 @@ class Muon8bit(Optimizer):
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self._num_calls = self._num_skipped_steps = 0
         self._pending: Verdict | None = None  # of the last step, if that did not wait for it
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, process_group=process_group, shard_state=shard_state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked whole before anything changes. See the class for its keys."""
@@ -151,6 +166,7 @@ class Muon8bit(Optimizer):
                     del group[key]
             check_options(group, f"parameter group {index}: ")
             check_params(group, index)
+            self._check_sharded(group, index)
             if group["algorithm"] == "muon":  # what this dtype cannot hold must not be found out in a step
                 choose(1, 1, resolve(group["ns_coefficients"], group["ns_steps"]), "cpu", self.ns_dtype)
             if "rounding_step" in group:
@@ -177,15 +193,19 @@ class Muon8bit(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._num_calls += 1
+        self._consolidated = None
         options = Options(self.ns_dtype, self.backend, self.workspace_bytes)
-        work = phases.read(self.param_groups, self.state, options)
-        verdict = Verdict((found for members in work for found in members.found()), self._num_calls)
+        team = self._find_team()
+        if team is not None:
+            team.agree(self.param_groups, (options, self.on_nonfinite, self.shard_state))
+        work = phases.read(self.param_groups, self.state, options, team)
+        verdict = Verdict(phases.found(work, team, options), self._num_calls)
         wait = self.on_nonfinite == "raise_at_once" or not verdict.is_asynchronous
         if wait and (names := verdict.nonfinite_names()):
             self._refuse(names, verdict.step)
             return loss
         pending = None if wait else verdict
-        phases.write(work, self.state, options, pending)
+        phases.write(work, self.state, options, pending, team)
         rounding.advance(self.param_groups)
         self._pending = pending  # only now: settling takes back what was advanced
         return loss
@@ -212,7 +232,7 @@ class Muon8bit(Optimizer):
         return self._num_skipped_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's.
+        """As torch's; with `shard_state` see `SharingOptimizer.state_dict`.
 
         Raises:
             NonFiniteGradientError: if the last step found one and has not told yet (see `on_nonfinite`).
@@ -232,8 +252,9 @@ class Muon8bit(Optimizer):
         `backend`, `on_nonfinite`, `param_rounding` and what says how a group is stored and cut (`bits`, `codebook`,
         `block_size`, `flatten`, `split_sizes`, `split_dim`; other saved values are refused) stay the constructor's, all
         other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too; without them there,
-        rounding starts at step 0 of the running seed. torch's own method casts the state to the parameter's dtype.
-        What the last step found in its gradients and has not told is dropped.
+        rounding starts at step 0 of the running seed. Of sharded state each rank takes its part, out of whole tensors
+        or of DTensors that lie alike, without communication. torch's own method casts the state to the parameter's
+        dtype. What the last step found in its gradients and has not told is dropped.
 
         Raises:
             ValueError: names the group, parameter or key that does not fit.
@@ -242,8 +263,8 @@ class Muon8bit(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             hooked = pre_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
-        groups, state = loading.checked(state_dict, self.param_groups)
-        self._pending = None
+        groups, state = loading.checked(state_dict, self.param_groups, self._find_team())
+        self._pending = self._consolidated = None
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -97,9 +97,10 @@ def chunks(stacks: list[Stack], size: int) -> Iterator[list[Stack]]:
 
 
 def stacks_of(
-    index: int, param: Tensor, grad: Tensor, momentum: Momentum, group: dict[str, Any], key: int | None
+    index: int, param: Tensor, grad: Tensor, momentum: Momentum, group: dict[str, Any], key: int | None, first: int = 0
 ) -> Iterator[Stack]:
-    """The stacks of one parameter; none of a parameter without elements."""
+    """The stacks of one parameter; none of a parameter without elements. `first`: where these are some matrices of a
+    larger parameter, the index there of their first element."""
     if param.numel() == 0:
         return
     whole = momentum.stack()
@@ -110,7 +111,8 @@ def stacks_of(
         part = whole
         if (count, rows) != (num_matrices, num_rows):
             part = whole.part(slice(matrices, matrices + count), slice(row, row + rows))
-        yield Stack(index, key, count, view, grad_view, part, (matrices * num_rows + row) * cols, num_rows * cols)
+        start = first + (matrices * num_rows + row) * cols
+        yield Stack(index, key, count, view, grad_view, part, start, num_rows * cols)
         row += rows
         if row == num_rows:
             matrices, row = matrices + count, 0

@@ -8,7 +8,17 @@ from functools import cache
 from math import prod
 
 import torch
-from muon8bit_kernels import CODE_DTYPES, Backend, Codebook, kernels_for, num_blocks, ops, zero_code
+from muon8bit_kernels import (
+    CODE_DTYPES,
+    Backend,
+    Codebook,
+    kernels_for,
+    momentum_apply_cut,
+    momentum_stats_cut,
+    num_blocks,
+    ops,
+    zero_code,
+)
 from torch import Tensor
 
 from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY, MIN_QUANTIZED_COLUMNS, SCALES_KEY
@@ -17,6 +27,11 @@ _CODES_KEYS: dict[Codebook | None, str] = {
     "linear": LINEAR_CODES_KEY,
     "dynamic": DYNAMIC_CODES_KEY,
     None: BUFFER_KEY,
+}
+_DTYPES: dict[Codebook | None, torch.dtype] = {
+    "linear": CODE_DTYPES["linear"],
+    "dynamic": CODE_DTYPES["dynamic"],
+    None: torch.float32,
 }
 
 
@@ -45,8 +60,8 @@ class Format:
 
     def layout(self, shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """State key -> shape and dtype of its tensor, for a parameter of `shape`."""
-        dtype = torch.float32 if self.codebook is None else CODE_DTYPES[self.codebook]
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {_CODES_KEYS[self.codebook]: (tuple(shape), dtype)}
+        codes = tuple(shape), _DTYPES[self.codebook]
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {_CODES_KEYS[self.codebook]: codes}
         if self.codebook is not None:
             first_of_row = 1 if self.flatten else len(shape) - 1
             blocks = num_blocks(prod(shape[first_of_row:]), self.block_size)
@@ -65,9 +80,10 @@ class Momentum:
     format: Format
 
     @classmethod
-    def zeros(cls, shape: torch.Size, format: Format, device: torch.device) -> Momentum:
-        """A zero momentum."""
-        tensors = {k: torch.zeros(s, dtype=d, device=device) for k, (s, d) in format.layout(shape).items()}
+    def zeros(cls, shapes: Mapping[str, Sequence[int]], format: Format, device: torch.device) -> Momentum:
+        """A zero momentum of these shapes, by state key: those of `Format.layout`, or a rank's part of them."""
+        dtypes = {_CODES_KEYS[format.codebook]: _DTYPES[format.codebook], SCALES_KEY: torch.float32}
+        tensors = {k: torch.zeros(tuple(s), dtype=dtypes[k], device=device) for k, s in shapes.items()}
         momentum = cls.from_state(tensors, format)
         if format.codebook is not None:
             momentum.codes.fill_(zero_code(format.codebook))
@@ -148,6 +164,57 @@ def apply_(
     `norms`: fp32 [batch]. `skip`: None, or 0-d fp32 on the device; where it is not 0, nothing is written.
     """
     ops.momentum_apply(*_tensors(momenta), grads, norms, out, beta, nesterov, *_layout(momenta), skip, backend)
+
+
+def cut_stats(
+    momenta: Sequence[Momentum], grads: Sequence[Tensor], *, first_col: int, beta: float, nesterov: bool
+) -> tuple[Tensor, Tensor]:
+    """`stats` where only columns from `first_col` on are here, with scales of whole rows: sums and largest magnitudes
+    of the parts of the blocks that they touch, fp32 [batch, rows, touched blocks]."""
+    codebook, block_size = _layout(momenta)
+    codes, scales = _tensors(momenta)
+    return momentum_stats_cut(
+        codes,
+        scales or None,
+        grads,
+        first_col=first_col,
+        beta=beta,
+        nesterov=nesterov,
+        codebook=codebook,
+        block_size=block_size,
+    )
+
+
+def cut_apply_(
+    momenta: Sequence[Momentum],
+    grads: Sequence[Tensor],
+    new_scales: Tensor | None,
+    norms: Tensor,
+    out: Tensor,
+    *,
+    first_col: int,
+    beta: float,
+    nesterov: bool,
+    skip: Tensor | None,
+) -> None:
+    """`apply_` where only columns from `first_col` on are here. `new_scales`: fp32 [batch, rows, blocks], the largest
+    magnitudes of whole blocks; None where the momenta are fp32."""
+    codebook, block_size = _layout(momenta)
+    codes, scales = _tensors(momenta)
+    momentum_apply_cut(
+        codes,
+        scales or None,
+        grads,
+        new_scales,
+        norms,
+        out,
+        first_col=first_col,
+        beta=beta,
+        nesterov=nesterov,
+        codebook=codebook,
+        block_size=block_size,
+        skip=skip,
+    )
 
 
 def step_tiny_(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from muon8bit import Muon8bit
+from muon8bit import Muon8bit, adamw
+from muon8bit.config import Options
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.97), "eps": 1e-8, "weight_decay": 0.05}
 
@@ -67,3 +68,25 @@ def test_any_dtype_and_stride_keeps_fp32_state_and_rounds_once(dtype, contiguous
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
     np.testing.assert_allclose(state["exp_avg"].double().numpy(), m, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(state["exp_avg_sq"].double().numpy(), v, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dtype", "key"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 77)])
+@pytest.mark.parametrize("size", [5, 17, 39, 64])
+def test_every_part_steps_as_in_the_whole(size, dtype, key):
+    """Bitwise, wherever the cuts are: torch's kernel on the CPU rounds the last few elements otherwise."""
+    generator = torch.Generator().manual_seed(size)
+    group, options = {**OPTIONS, "lr": 1e-2}, Options(None, None, 2**25)
+    start, *grads = (torch.randn(size, generator=generator).to(dtype) for _ in range(4))
+
+    def stepped(first, stop):
+        param = start[first:stop].clone()
+        state = adamw.init_state(param)
+        for grad in grads:
+            adamw.step_([param], [grad[first:stop].clone()], [state], group, [key], [(first, size)], options)
+        return {"param": param, **state}
+
+    whole = stepped(0, size)
+    for first in range(0, size, 3):
+        for stop in range(first + 1, size + 1):
+            for name, value in stepped(first, stop).items():
+                assert torch.equal(value, whole[name] if name == "step" else whole[name][first:stop]), (first, stop)

@@ -182,3 +182,9 @@ def test_deepspeed_in_training_arguments_raises(tmp_path: Path) -> None:
     args.deepspeed_plugin = object()
     with pytest.raises(NotImplementedError, match=r"DeepSpeed.*use DDP"):
         muon8bit_for_trainer(args)
+
+
+def test_sharded_state_is_refused_by_name(tmp_path: Path) -> None:
+    """Trainer asks one rank alone for the state."""
+    with pytest.raises(NotImplementedError, match=r"shard_state=True cannot be used in Trainer.*fully_shard"):
+        trainer(llama(), arguments(tmp_path), shard_state=True).create_optimizer()

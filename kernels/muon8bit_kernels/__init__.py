@@ -2,6 +2,7 @@
 
 from . import ops
 from .codebooks import CODE_DTYPES, Codebook, dynamic_map, zero_code
+from .cut_reference import momentum_apply_cut, momentum_stats_cut
 from .dispatch import Backend, Kernels, kernels_for
 from .reference import num_blocks
 from .rounding import rounding_key
@@ -16,6 +17,8 @@ __all__ = [
     "Kernels",
     "dynamic_map",
     "kernels_for",
+    "momentum_apply_cut",
+    "momentum_stats_cut",
     "num_blocks",
     "ops",
     "rounding_key",

@@ -44,6 +44,7 @@ class Muon8bitFactory:
 
         Raises:
             ValueError: lr missing, an unknown option, or what `param_groups` and `Muon8bit` raise.
+            NotImplementedError: `shard_state=True`.
         """
         if lr is None:
             raise ValueError(
@@ -51,6 +52,12 @@ class Muon8bitFactory:
                 "Use optimizer_cls_and_kwargs=muon8bit_for_trainer(args), or (Muon8bitFactory, {'lr': ...})"
             )
         _check_names(options)
+        if options.get("shard_state"):
+            raise NotImplementedError(
+                "shard_state=True cannot be used in Trainer, which takes state_dict() on one rank alone: use "
+                "fully_shard (fsdp_version 2), whose state is sharded too, or Accelerate with "
+                "muon8bit.integrations.accelerate.register"
+            )
         decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # does not use self
         exempt = [name for name, p in model.named_parameters() if p.ndim > 1 and name not in decayed]
         options["no_decay"] = [*options.get("no_decay", ()), *map(escape, exempt)]

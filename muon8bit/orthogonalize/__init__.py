@@ -12,6 +12,7 @@ from torch import Tensor
 from .coefficients import NAMES, Schedule, resolve
 from .cost import flops
 from .newton_schulz import gram, standard
+from .parts import apply_factor, gram_factor, partial_gram
 from .path import Path, choose, forced_path
 from .precision import accumulating_in_fp32
 from .products import Products
@@ -25,12 +26,15 @@ __all__ = [
     "Path",
     "Rates",
     "Schedule",
+    "apply_factor",
     "batch_size",
     "choose",
     "device_kind",
     "flops",
     "forced_path",
+    "gram_factor",
     "orthogonalize",
+    "partial_gram",
     "resolve",
     "segments",
     "workspace_bytes",

@@ -33,16 +33,15 @@ def gram(X: Tensor, steps: Sequence[Triple], products: Products, segments: Seque
     """All steps in the Gram form, `segments` of them between restarts; X may be overwritten."""
     spare, first = None, 0
     for count in segments:
-        Q = _product_of_steps(X, steps[first : first + count], products)
+        Q = factor(products.symmetric(X, X), steps[first : first + count], products)
         spare, X = X, products.apply(Q, X, spare)
         first += count
         del Q
     return X
 
 
-def _product_of_steps(X: Tensor, steps: Sequence[Triple], products: Products) -> Tensor:
-    """Q of one segment, [..., rows, rows]."""
-    R = products.symmetric(X, X)
+def factor(R: Tensor, steps: Sequence[Triple], products: Products) -> Tensor:
+    """Q of one segment from the Gram matrix of X, [..., rows, rows]; R stays as it is."""
     Q: Tensor | None = None
     for index, (a, b, c) in enumerate(steps):
         Z = products.symmetric(R, R, alpha=c, D=R, beta=b, diagonal=a)

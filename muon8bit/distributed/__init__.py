@@ -1,0 +1,15 @@
+"""Training on several ranks: where tensors lie (`layout`), who orthogonalizes what (`plan`), how it gets there.
+
+agreement    ranks agree on groups, options and gradients, or all raise
+matrices     what lies on several ranks, as this rank sees it
+gathering    norms of whole matrices and the verdict on all gradients: one all-gather
+rounds       the second phase: parts to the owner, Newton-Schulz, parts back
+transport    collectives, with their bytes counted
+team         all of it for one optimizer
+"""
+
+from .layout import Layout, check_placements
+from .matrices import Bundle
+from .team import Team, team_of
+
+__all__ = ["Bundle", "Layout", "Team", "check_placements", "team_of"]

@@ -1,0 +1,57 @@
+"""The matrices in a parameter, and where each of them lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from math import prod
+
+from .layout import Layout, Spans
+from .spread import Region, Span, Spread
+
+
+@dataclass(frozen=True)
+class Place:
+    """One matrix in a parameter: its place in the leading dimensions (none in a 2-D or flattened parameter), its rows
+    there, and where it lies."""
+
+    lead: tuple[int, ...]
+    rows: Span
+    cols: int
+    spread: Spread
+
+
+@cache
+def places(layout: Layout, flatten: bool, splits: tuple[int, ...] | None) -> tuple[Place, ...]:
+    """The matrices of a parameter that are orthogonalized one by one, in its order. `splits`: sizes of pieces of rows,
+    None for one."""
+    shape = layout.shape
+    lead_shape, num_rows = ((), shape[0]) if flatten else (shape[:-2], shape[-2])
+    cols = prod(shape[1:]) if flatten else shape[-1]
+    found, spreads = list[Place](), dict[Spread, Spread]()
+    for lead in product(*map(range, lead_shape)):
+        start = 0
+        for size in splits or (num_rows,):
+            rows = (start, start + size)
+            start += size
+            spread = Spread(
+                *(
+                    tuple(_region(spans, lead, rows, cols, flatten) for spans in by_rank)
+                    for by_rank in (layout.held, layout.wanted)
+                )
+            )
+            spread = spreads.setdefault(spread, spread)
+            found.append(Place(lead, rows, cols, spread))
+    return tuple(found)
+
+
+def _region(spans: Spans, lead: tuple[int, ...], rows: Span, cols: int, flatten: bool) -> Region | None:
+    """The part of one matrix, in its own coordinates, that lies in these spans of the parameter."""
+    if not all(start <= index < stop for index, (start, stop) in zip(lead, spans, strict=False)):
+        return None
+    row_span, col_span = (spans[0], (0, cols)) if flatten else spans[-2:]
+    start, stop = max(row_span[0], rows[0]) - rows[0], min(row_span[1], rows[1]) - rows[0]
+    if start >= stop or col_span[0] >= col_span[1]:
+        return None
+    return Region((start, stop), col_span)

@@ -1,0 +1,170 @@
+"""The ranks with which one optimizer shares its matrices, and what they do together in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ..config import Options
+from ..groups import describe
+from . import gathering, layout, rounds
+from .agreement import agree, described
+from .layout import Layout
+from .matrices import Bundle, Part, bundled
+from .plan import Plan, plan
+from .timetable import Timetable, timetable
+from .transport import Traffic, Transport
+
+
+class Team:
+    """One process group, the flat group: the ranks of the mesh of sharded parameters, or the one that was given.
+
+    Args:
+        group: whose ranks share the matrices.
+        device: of the parameters.
+        replicates: whether plain parameters are replicas on these ranks, that is, whether the user gave the group.
+        shard_state: whether the momenta of replicas are sharded over the group.
+    """
+
+    def __init__(self, group: ProcessGroup, device: torch.device, *, replicates: bool, shard_state: bool) -> None:
+        self.group, self.device, self.replicates = group, device, replicates
+        self.ranks = tuple(dist.get_process_group_ranks(group))
+        self.transport = Transport(group, dist.get_rank(group), len(self.ranks))
+        self.mesh = DeviceMesh.from_group(group, device.type) if shard_state else None
+        self._plans: dict[object, tuple[Plan, Timetable]] = {}
+
+    @property
+    def traffic(self) -> Traffic:
+        """The bytes that this rank has moved."""
+        return self.transport.traffic
+
+    def agree(self, groups: Sequence[dict[str, Any]], options: Sequence[object]) -> None:
+        """Compare groups, options and the presence of gradients with all ranks.
+
+        Raises:
+            RuntimeError: on every rank, naming the first difference.
+        """
+        names = [[describe(group, i, j) for j in range(len(group["params"]))] for i, group in enumerate(groups)]
+        lines = [f"the options {tuple(options)}", *described(groups, names)]
+        params = [param for group in groups for param in group["params"]]
+        flat = [name for members in names for name in members]
+        with_grad = [name for name, param in zip(flat, params, strict=True) if param.grad is not None]
+        agree(self.group, self.device, lines, with_grad)
+
+    def layout_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> Layout | None:
+        """Where a parameter and its state lie; None where both are this rank's own affair.
+
+        Raises:
+            NotImplementedError: names a parameter whose mesh, placements or splits cannot be used.
+        """
+        shape, rank = tuple(param.shape), self.transport.rank
+        is_muon = group["algorithm"] == "muon"
+        cuts_columns = is_muon and group["split_sizes"] is not None and group["split_dim"] == -1
+        if isinstance(param, DTensor):
+            if not is_muon:
+                mine = tuple(param.device_mesh.mesh.flatten().tolist())
+                return layout.sharded(param, name, mine, mine.index(dist.get_rank()))
+            found = layout.sharded(param, name, self.ranks, rank)
+            if group["flatten"] and any(spans[1:] != found.held[0][1:] for spans in found.held):
+                raise NotImplementedError(
+                    f"{name} is sharded along another dimension than its first, which flatten=True makes the rows: "
+                    "shard it along dimension 0, or leave it replicated"
+                )
+            if cuts_columns and not found.is_local(group["flatten"]):
+                raise NotImplementedError(
+                    f"{name} is sharded, and split_dim=-1 cuts its columns: pieces of sharded matrices are cut from "
+                    "rows alone. Leave it replicated, or drop its split_sizes"
+                )
+            return found
+        if not is_muon or not self.replicates:
+            return None
+        if self.mesh is None:
+            return None if cuts_columns else layout.replicated(shape, len(self.ranks), rank)
+        if cuts_columns:
+            raise NotImplementedError(
+                f"{name} has split_dim=-1, and its state would be sharded by rows: use shard_state=False, or drop its "
+                "split_sizes"
+            )
+        return layout.state_sharded(shape, len(self.ranks), rank, self.mesh)
+
+    def bundled(self, parts: Sequence[Part], group: dict[str, Any], group_index: int, options: Options) -> list[Bundle]:
+        """The matrices of a group that need other ranks."""
+        return bundled(parts, group, group_index, options)
+
+    def gather(self, bundles: Sequence[Bundle], flags: Tensor, options: Options) -> Tensor:
+        """See `gathering.gather`."""
+        return gathering.gather(bundles, flags, self.transport, options)
+
+    def write(self, bundles: Sequence[Bundle], options: Options) -> None:
+        """Step all matrices that lie on several ranks."""
+        if bundles:
+            rounds.write(bundles, self._planned(bundles, options)[1], self.transport, options, self.device)
+
+    def whole(
+        self, state: Mapping[Tensor, Mapping[str, Tensor]], to: int | None
+    ) -> dict[Tensor, dict[str, Tensor]] | None:
+        """The state gathered on the CPU of rank `to` of the group, or of all; None on the others."""
+        is_mine = to in (None, self.transport.rank)
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        for param, tensors in state.items():
+            gathered = {}
+            for key, value in tensors.items():
+                full = value.full_tensor() if isinstance(value, DTensor) else value
+                if is_mine:
+                    gathered[key] = full.cpu()
+            found[param] = gathered
+        return found if is_mine else None
+
+    def plan(self, bundles: Sequence[Bundle], options: Options) -> Plan:
+        """Who orthogonalizes what."""
+        return self._planned(bundles, options)[0]
+
+    def _planned(self, bundles: Sequence[Bundle], options: Options) -> tuple[Plan, Timetable]:
+        """Made once for the same matrices; hashing their spreads at every step would cost more than the rest of it."""
+        of = [(bundle.matrix, len(bundle.members)) for bundle in bundles]
+        key = tuple((m.rows, m.cols, id(m.spread), m.path, count) for m, count in of), options.workspace_bytes
+        if key not in self._plans:
+            matrices = [matrix for matrix, count in of for _ in range(count)]
+            made = plan(matrices, len(self.ranks), options.workspace_bytes // rounds.NUM_SHARES)
+            self._plans[key] = made, timetable(made)
+        return self._plans[key]
+
+
+def team_of(
+    params: Iterable[Tensor], process_group: ProcessGroup | None, shard_state: bool, previous: Team | None
+) -> Team | None:
+    """The team for these parameters, `previous` if it is still right; None without sharded parameters and a group.
+
+    Raises:
+        NotImplementedError: for a mesh of several dimensions that is not the whole world, without a process group.
+    """
+    params = list(params)
+    meshes = [param.device_mesh for param in params if isinstance(param, DTensor)]
+    if process_group is None and not meshes:
+        return None
+    group = process_group or flat_group(max(meshes, key=lambda mesh: mesh.size()))
+    device = params[0].device
+    if previous is not None and previous.group is group and previous.device == device:
+        return previous
+    return Team(group, device, replicates=process_group is not None, shard_state=shard_state)
+
+
+def flat_group(mesh: DeviceMesh) -> ProcessGroup:
+    """The process group of all ranks of a mesh."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+    raise NotImplementedError(
+        f"parameters lie on {mesh}, whose ranks are not the whole world: no process group has just these ranks. Make "
+        "one on all of them (torch.distributed.new_group) and pass it as process_group"
+    )

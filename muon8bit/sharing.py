@@ -1,0 +1,115 @@
+"""The optimizer on several ranks: with which it shares its matrices, and how its sharded state is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from .groups import describe
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .distributed import Team
+
+# `distributed` is imported by those who need it: torch's DTensor takes a second, and not every build of torch has it.
+
+
+class SharingOptimizer(Optimizer):
+    """An optimizer whose parameters may lie on several ranks.
+
+    Args:
+        process_group, shard_state: see `Muon8bit`.
+
+    Raises:
+        ValueError: for `shard_state` without a process group.
+    """
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], *, process_group: ProcessGroup | None, shard_state: bool
+    ) -> None:
+        if shard_state and process_group is None:
+            raise ValueError(
+                "shard_state=True shards the momenta of replicated parameters over a process group: pass "
+                "process_group=torch.distributed.group.WORLD, or another"
+            )
+        self.process_group, self.shard_state = process_group, shard_state
+        self._team: Team | None = None
+        self._consolidated: dict[Tensor, dict[str, Tensor]] | None = None  # of the last step
+        self._tells_parts = False
+        super().__init__(params, defaults)
+
+    def _check_sharded(self, group: dict[str, Any], index: int) -> None:
+        """Refuse by name a sharded parameter that no step could take."""
+        for place, param in enumerate(group["params"]):
+            if hasattr(param, "device_mesh"):
+                from .distributed import check_placements
+
+                check_placements(param, describe(group, index, place))
+
+    def _find_team(self) -> Team | None:
+        """The ranks with which matrices are shared, looked for anew: parameters may be swapped for sharded ones.
+
+        Raises:
+            NotImplementedError: for a mesh whose ranks no known process group has.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        if self.process_group is None and not any(hasattr(param, "device_mesh") for param in params):
+            return None
+        from .distributed import team_of
+
+        self._team = team_of(params, self.process_group, self.shard_state, self._team)
+        return self._team
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. With `shard_state`, of whole tensors on the CPU, as `consolidate_state_dict` gathered them, or in
+        `sharded_state_dict` of DTensors.
+
+        Raises:
+            RuntimeError: with `shard_state`, where this rank has not got the whole state since the last step.
+        """
+        if not self.shard_state or not self.state or self._tells_parts:
+            return super().state_dict()
+        if self._consolidated is None:
+            raise RuntimeError(
+                "with shard_state=True each rank has a part of the state: call consolidate_state_dict() on all ranks "
+                "after the last step() and before state_dict(), or, for distributed checkpointing, take state_dict() "
+                "in `with optimizer.sharded_state_dict():`"
+            )
+        own, self.state = self.state, self._consolidated  # type: ignore[assignment]
+        try:
+            return super().state_dict()
+        finally:
+            self.state = own
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int | None = None) -> None:
+        """Gather the sharded state for `state_dict()`, valid until the next step; to be called on all ranks. Without
+        `shard_state` there is nothing to do. The contract of torch's ZeroRedundancyOptimizer.
+
+        Args:
+            to: the rank in `process_group` that gets it, None for all.
+        """
+        team = self._find_team()
+        if team is not None and self.shard_state:
+            self._consolidated = team.whole(self.state, to)
+
+    @contextmanager
+    def sharded_state_dict(self) -> Iterator[None]:
+        """In this context `state_dict()` gives DTensors where the state is sharded, as distributed checkpointing needs
+        them: `with optimizer.sharded_state_dict(): get_optimizer_state_dict(model, optimizer)`."""
+        before, self._tells_parts = self._tells_parts, True
+        try:
+            yield
+        finally:
+            self._tells_parts = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"process_group": self.process_group, "shard_state": self.shard_state, "_tells_parts": self._tells_parts}
+        return {**super().__getstate__(), **own, "_team": None, "_consolidated": None}

@@ -1,0 +1,33 @@
+"""A sharded layer of Llama-3.2-1B: what its plan moves, and that the script counts just that."""
+
+import json
+
+import torch
+from bench import traffic
+from bench.scale_model import matrices_of
+
+from muon8bit.distributed.plan import gathered_bytes, plan
+from muon8bit.orthogonalize import choose, resolve
+
+
+def test_a_layer_in_bf16_moves_a_quarter_of_its_momenta_in_fp32():
+    """On 4 ranks: pieces there and back in bf16, and one fp32 sum a row and block of 2048."""
+    layer, schedule = traffic.LAYER, resolve("jordan", 5)
+    matrices = [
+        matrix._replace(path=choose(matrix.rows, matrix.cols, schedule, "cuda_sm90", torch.bfloat16, tiny=False))
+        for matrix in matrices_of(layer, 4, 1, "cuda_sm90")
+    ]
+    elements = sum(rows * cols for rows, cols in layer.linears())
+    sums = sum(rows // 4 * -(-cols // 2048) for rows, cols in layer.linears())
+    moved = sum(plan(matrices, 4, 2**27).bytes_received()) + 4 * gathered_bytes([sums] * 4)
+    assert moved == 3 * elements * (2 + 2) // 4 * 1 + 4 * 3 * 4 * sums
+    assert moved / (3 * 4 * elements) <= 0.26
+
+
+def test_the_script_counts_what_is_planned(tmp_path):
+    out = tmp_path / "record.json"
+    assert traffic.main(["--ranks", "2", "--divisor", "32", "--modes", "fsdp", "--out", str(out)]) == 0
+    (result,) = json.loads(out.read_text())["results"]
+    assert len(result["ranks"]) == 2
+    assert result["ranks"][0]["counted"]["received"] > 0
+    assert result["ranks"][0]["counted"] == result["ranks"][0]["predicted"]

@@ -1,0 +1,22 @@
+"""On several ranks, what one process does: see `sharded_checks`, whose checks run in one group of 4 gloo processes."""
+
+import pytest
+import sharded_checks_doors  # noqa: F401  # they register their checks
+import sharded_checks_more  # noqa: F401
+import torch
+from ranks import on_ranks
+from sharded_checks import CHECKS, NUM_RANKS, run_all
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    """By rank, the errors by the name of the check."""
+    folder = tmp_path_factory.mktemp("ranks")
+    on_ranks(NUM_RANKS, run_all, str(folder))
+    return [torch.load(folder / f"errors{rank}.pt") for rank in range(NUM_RANKS)]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_ranks(errors, name):
+    found = {rank: of_rank[name] for rank, of_rank in enumerate(errors) if name in of_rank}
+    assert not found, "\n".join(f"rank {rank}: {error}" for rank, error in found.items())

@@ -1,0 +1,39 @@
+"""Spreads of matrices over ranks, as torch's chunking lays shards out."""
+
+from __future__ import annotations
+
+from muon8bit.distributed.spread import Region, Span, Spread
+
+
+def chunks(length: int, num_ranks: int) -> list[Span]:
+    """torch.chunk: all as long as the first, the last shorter, then empty ones."""
+    size = -(-length // num_ranks)
+    return [(min(r * size, length), min((r + 1) * size, length)) for r in range(num_ranks)]
+
+
+def grid(rows: int, cols: int, row_ranks: int, col_ranks: int = 1, replicas: int = 1) -> tuple[Region | None, ...]:
+    """By rank of a mesh [replicas, row_ranks, col_ranks]."""
+    cells = [Region(r, c) for r in chunks(rows, row_ranks) for c in chunks(cols, col_ranks)]
+    return tuple(cell if cell.num_elements else None for cell in cells) * replicas
+
+
+def sharded(rows: int, cols: int, row_ranks: int, col_ranks: int = 1, replicas: int = 1) -> Spread:
+    held = grid(rows, cols, row_ranks, col_ranks, replicas)
+    return Spread(held, held)
+
+
+def replicated(rows: int, cols: int, num_ranks: int) -> Spread:
+    """Data parallel."""
+    return sharded(rows, cols, 1, replicas=num_ranks)
+
+
+def sharded_state(rows: int, cols: int, num_ranks: int) -> Spread:
+    """Data parallel with the momentum sharded over its rows."""
+    return Spread(grid(rows, cols, num_ranks), grid(rows, cols, 1, replicas=num_ranks))
+
+
+def expert(rows: int, cols: int, holders: list[int], num_ranks: int) -> Spread:
+    """Whole, on some of the ranks."""
+    whole = Region((0, rows), (0, cols))
+    held = tuple(whole if rank in holders else None for rank in range(num_ranks))
+    return Spread(held, held)
