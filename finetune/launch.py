@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from finetune.errors import InputError
@@ -20,6 +22,13 @@ SHARDABLE = ("muon8bit", "adamw")
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether parameters are sharded over ranks (FSDP2), so that reading a whole one takes all ranks."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def replicas(accelerator: Accelerator) -> ProcessGroup | None:
+    """The ranks that hold equal parameters (DDP); None for one process, and where parameters are sharded."""
+    if accelerator.num_processes == 1 or is_sharded(accelerator):
+        return None
+    return torch.distributed.group.WORLD
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from finetune.errors import InputError
@@ -22,6 +23,7 @@ def build_optimizers(
     *,
     loraplus_ratio: float | None = None,
     param_rounding: Literal["nearest", "stochastic"] = "nearest",
+    process_group: ProcessGroup | None = None,
 ) -> list[Optimizer]:
     """Optimizers that together train every parameter of the model that requires a gradient.
 
@@ -35,6 +37,7 @@ def build_optimizers(
         recipe: resolved.
         loraplus_ratio: lr of LoRA factors B over that of A, in every arm; None for equal ones.
         param_rounding: of bf16 parameters under `muon8bit`; the others round to nearest.
+        process_group: ranks with equal parameters, among which `muon8bit` divides the orthogonalization; None for none.
 
     Raises:
         InputError: nothing for Muon in the model, no factor B, or bitsandbytes is not installed.
@@ -50,7 +53,7 @@ def build_optimizers(
         raise InputError(option, str(error)) from None
     if recipe.optimizer == "muon8bit":
         options |= {"codebook": recipe.codebook, "block_size": recipe.block_size, "param_rounding": param_rounding}
-        return [Muon8bit(groups, **options)]
+        return [Muon8bit(groups, **options, process_group=process_group)]
     adamw_lr = recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr
     for group in groups:
         group["raise"] = ratio if group["lr"] != (recipe.lr if group["algorithm"] == "muon" else adamw_lr) else 1.0

@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 
 from finetune.bigram import bigram_loss
 from finetune.corpus import open_corpus
+from finetune.launch import replicas
 from finetune.loop import Blocks
 from finetune.models import build_model, check_vocabulary, config_hash, model_config
 from finetune.optimizers import build_optimizers
@@ -60,7 +61,7 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
     tokenizer, cache, facts = first_on_node(accelerator, lambda: _prepare_data(recipe, config, accelerator))
     check_same_run(folder, facts, SAME_RUN)
     model = build_model(recipe, config, tokenizer)
-    optimizers = build_optimizers(model, recipe)
+    optimizers = build_optimizers(model, recipe, process_group=replicas(accelerator))
     schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
     prepared = accelerator.prepare(model, *optimizers)
     run = PretrainRun(

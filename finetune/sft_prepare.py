@@ -15,7 +15,7 @@ from finetune.adapters import add_adapter, checkpoint_trainable_only
 from finetune.bases import base_config, find_base, fingerprint, load_base, pretrained_with, weight_dtype
 from finetune.chat import Parts, load_parts
 from finetune.errors import InputError
-from finetune.launch import is_sharded
+from finetune.launch import is_sharded, replicas
 from finetune.loop import evaluate
 from finetune.masks import ChatEncoding, EncodedExamples, encode_examples
 from finetune.messages import Example
@@ -87,7 +87,9 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
         checkpoint_trainable_only(accelerator)
     rounding: Any = "stochastic" if _rounds_weights(recipe) else "nearest"
     ratio = None if recipe.loraplus_ratio == 1 else recipe.loraplus_ratio
-    optimizers = build_optimizers(model, recipe, loraplus_ratio=ratio, param_rounding=rounding)
+    optimizers = build_optimizers(
+        model, recipe, loraplus_ratio=ratio, param_rounding=rounding, process_group=replicas(accelerator)
+    )
     schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
     prepared = accelerator.prepare(model, *optimizers)
     run = SftRun(

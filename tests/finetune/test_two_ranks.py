@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 
@@ -12,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.models import parameter_hash
-from muon8bit import Muon8bit
 
 
 def call_ranks(work, folder, *args):
@@ -64,13 +62,7 @@ def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, rec
     assert len(set(hashes)) == 1
 
 
-TAKES_SHARDS = "process_group" in inspect.signature(Muon8bit).parameters
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    ["adamw", pytest.param("muon8bit", marks=pytest.mark.skipif(not TAKES_SHARDS, reason="takes no DTensors"))],
-)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon8bit"])
 def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(tmp_path, recipe_file, pretrain, optimizer):
     """The losses of one process with twice the micro-batches are the oracle."""
     args = (tmp_path, str(recipe_file), optimizer)
