@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from bench.workloads import Llama
 from muon8bit.config import DEFAULT_BLOCK_SIZE, DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES
 from muon8bit.distributed.plan import Plan, gathered_bytes, plan
-from muon8bit.distributed.route import Matrix
 from muon8bit.distributed.rounds import NUM_SHARES
+from muon8bit.distributed.route import Matrix
 from muon8bit.distributed.spread import Region, Spread
 from muon8bit.orthogonalize import choose, flops, resolve
 
