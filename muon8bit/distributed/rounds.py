@@ -39,7 +39,8 @@ class Round:
     """Matrices that are iterated together. Call `depart`, `iterate` and `land` in this order, on all ranks alike.
 
     The parts of X travel all at once: a rank sends no more than its share of its replica's matrices. The results come
-    back part by part, since a rank may want all of every owner's.
+    back part by part, since a rank may want all of every owner's. What is sent lies in one buffer: where several ranks
+    want the same, its owner has a copy for each of them there, beyond the workspace if the matrix is large.
     """
 
     def __init__(self, parts: list[list[Item]], transport: Transport, options: Options, device: torch.device) -> None:
