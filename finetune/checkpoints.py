@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +24,7 @@ CHUNK = 1 << 22  # bytes read at a time: files may be larger than memory
 
 def named_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run's folder, oldest first; whether they are undamaged is not looked at."""
-    return sorted((run / "checkpoints").glob("step-*"), key=step_of)
+    return sorted((path for path in _matching(run, r"step-\d+") if path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -38,8 +39,8 @@ def partial_checkpoint(run: Path, step: int) -> Path:
 
 def remove_leftovers(run: Path) -> None:
     """Delete what killed processes left: checkpoints that were never complete, or that had lost their name."""
-    for leftover in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(leftover)
+    for leftover in _matching(run, r"\.step-\d+\.(partial|old|given-up)"):
+        _delete(leftover)
 
 
 def file_names(checkpoint: Path) -> list[str]:
@@ -68,15 +69,18 @@ def complete(partial: Path, files: dict[str, dict[str, Any]]) -> Path:
         The named folder.
 
     Raises:
-        OSError: the disk is full, or fails, or a checkpoint has that name.
+        OSError: the disk is full, or fails, or a checkpoint has that name, or there are other files.
     """
+    if sorted(files) != file_names(partial):
+        raise OSError(f"{partial.name} has not the files that the processes wrote; let all see one file system")
     (partial / MANIFEST).write_text(_manifest_text(files), encoding="ascii")
     sync(partial / MANIFEST)
     for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
         sync(folder)
     final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
     partial.rename(final)
-    sync(final.parent)
+    for folder in (final.parent, final.parent.parent):  # the first checkpoint is new in one, checkpoints/ in the other
+        sync(folder)
     return final
 
 
@@ -85,7 +89,7 @@ def remove(checkpoint: Path) -> None:
     if checkpoint.exists():
         nameless = checkpoint.with_name(f".{checkpoint.name}.old")
         checkpoint.rename(nameless)
-        shutil.rmtree(nameless)
+        _delete(nameless)
 
 
 def find_damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
@@ -129,6 +133,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _matching(run: Path, pattern: str) -> list[Path]:
+    """What carries a name of ours; copies and notes that users put beside do not."""
+    return [path for path in (run / "checkpoints").glob("*") if re.fullmatch(pattern, path.name)]
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder; of a linked one, such as to another disk, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def _entry(path: Path, sync: bool = False) -> dict[str, Any]:

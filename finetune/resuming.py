@@ -20,7 +20,7 @@ def choose_checkpoint(accelerator: Accelerator, folder: RunFolder, recipe: Train
     The ranks share the reading. All see one folder, so all must be given the main process's candidates.
 
     Raises:
-        InputError: all candidates are damaged, or the run was complete at that step; on all ranks.
+        InputError: all candidates are damaged, or nothing is left to do after that step; on all ranks.
     """
     skipped = []
     for candidate in folder.candidates:
@@ -35,7 +35,8 @@ def choose_checkpoint(accelerator: Accelerator, folder: RunFolder, recipe: Train
     if accelerator.is_main_process:
         for text in skipped:
             print(f"skipped the checkpoint {text}", flush=True)
-    if folder.step >= recipe.max_steps and folder.is_finished():
+    unfinished = folder.step == recipe.max_steps and folder.is_evaluated() and not folder.is_finished()
+    if folder.step >= recipe.max_steps and not unfinished:
         raise InputError("--resume", f"{folder.path} is already at step {folder.step}; raise --max-steps")
 
 

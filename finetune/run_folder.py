@@ -65,6 +65,10 @@ class RunFolder:
             return False
         return done and any((self.path / name).is_dir() for name in ("model", "adapter"))
 
+    def is_evaluated(self) -> bool:
+        """Whether the metrics have a validation loss of the checkpoint's step, which the results of a run need."""
+        return any(m["step"] == self.step and m["val_loss"] is not None for m in self.metrics())
+
     def create(self, recipe: Training) -> None:
         """Make the folder and point `runs/latest` to it; for a resumed run, forget steps after its checkpoint.
 
@@ -85,6 +89,7 @@ class RunFolder:
 
     def _begin(self, recipe: Training) -> None:
         write_beside(self.recipe_file, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+        sync(self.path.parent)
         remove_leftovers(self.path)
         for later in named_checkpoints(self.path):
             if step_of(later) > self.step:
@@ -155,9 +160,12 @@ def find_run(resume: str) -> RunFolder:
     Raises:
         InputError: there is no run, or no checkpoint in it.
     """
-    path = (RUNS / "latest" if resume == "latest" else Path(resume).expanduser()).resolve()
+    given = Path(os.path.abspath(RUNS / "latest" if resume == "latest" else Path(resume).expanduser()))
+    # checkpoints/ and what is in it may be links to another disk: looked for where the run has them.
+    path = given if given.parent.name == "checkpoints" else given.resolve()
     if path.parent.name == "checkpoints" and path.is_dir():
-        return RunFolder(path.parent.parent, candidates=(path,))
+        run = path.parent.parent.resolve()
+        return RunFolder(run, candidates=(run / "checkpoints" / path.name,))
     if not (path / "recipe.yaml").is_file():
         hint = " (runs/ lies where the run was started)" if resume == "latest" else ""
         raise InputError("--resume", f"{path} is not a run's folder{hint}; give one that holds recipe.yaml")
@@ -168,9 +176,10 @@ def find_run(resume: str) -> RunFolder:
 
 
 def write_beside(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
+    """Write a text file so that a reader sees the old content or the new, never a part, also after a power failure."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
+    sync(beside)
     beside.replace(path)
 
 

@@ -90,7 +90,7 @@ def resume_command(run: Run, script: str) -> str:
     if accelerator.distributed_type == DistributedType.NO:
         launcher = [sys.executable]
     elif accelerator.distributed_type == DistributedType.FSDP:
-        launcher = ["accelerate", "launch", "--config_file", "CONFIG"]
+        launcher = ["accelerate", "launch", "--config_file", "CONFIG", "--num_processes", str(world)]
     elif local < world:
         nodes = ["--nnodes", str(world // local), "--node_rank", "NODE_RANK", "--master_addr", "ADDRESS"]
         launcher = ["torchrun", *nodes, "--nproc_per_node", str(local)]

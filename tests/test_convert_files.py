@@ -236,6 +236,26 @@ def test_foreign_files_are_named(tmp_path, run, content, words):
     check_nothing_written(tmp_path, "in.pt")
 
 
+def test_a_file_that_was_compressed_later_is_refused(tmp_path, run):
+    """Its checksums are right, and torch.load with mmap=True takes the compressed bytes for codes."""
+    saved(tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "in.pt", "w") as packed:
+        for name in whole.namelist():
+            kind = zipfile.ZIP_DEFLATED if name.endswith("data/0") else zipfile.ZIP_STORED
+            packed.writestr(name, whole.read(name), kind)
+    check_refused(run(tmp_path / "in.pt", tmp_path / "out.pt", "--bits", 32), "in.pt", "compressed", "data/0")
+    check_nothing_written(tmp_path, "whole.pt", "in.pt")
+
+
+def test_a_tensor_that_cannot_be_written_is_refused_by_its_dtype(tmp_path, run):
+    _, optimizer = make()
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"][0]["note"] = torch.zeros(2, dtype=torch.complex64)
+    torch.save(state_dict, tmp_path / "in.pt")
+    check_refused(run(tmp_path / "in.pt", tmp_path / "out.pt", "--bits", 32), "in.pt", "torch.complex64")
+    check_nothing_written(tmp_path, "in.pt")
+
+
 def test_an_error_in_the_last_tensor_leaves_nothing(tmp_path, run):
     state_dict = saved(tmp_path / "in.pt")
     state_dict["state"][4]["exp_avg_sq"][0] = torch.nan

@@ -163,7 +163,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary) / "work").resolve()
-        num_saves = 2 * options.kills + KEEP + 2
+        num_saves = 4 * options.kills + 12  # the rehearsal takes 8, a kill up to 2, a miss as many; some room
         runs = Runs(work, num_saves, options.seed)
         runs.finish(work / "whole")
         record: dict[str, Any] = {

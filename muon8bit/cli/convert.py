@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from ..config import BITS, BLOCK_SIZES, CODEBOOKS
 from ..convert import DIALECTS, EXPORTS, convert_state_dict, files, folders
@@ -99,18 +96,14 @@ def _convert(args: argparse.Namespace) -> None:
         options: dict[str, Any] = {key: getattr(args, key) for key in (*_FORMAT, "momentum", "target")}
         options |= {"source": args.dialect, "like": like, "names": names}
         saved = saved if adamw is None else {"muon": saved, "adamw": adamw}
-
-        def convert(keep: Callable[[Tensor], Any]) -> dict[str, Any]:
-            try:
-                return convert_state_dict(saved, keep=keep, **options)
-            except ValueError as error:
-                raise ValueError(f"{args.source}: {error}") from error
-
-        if is_folder:
-            folders.write(convert(scratch.copy), root, beside)
-        else:
-            with files.written(beside) as writer:
-                writer.finish(convert(writer.keep))
+        try:
+            if is_folder:
+                folders.write(convert_state_dict(saved, keep=scratch.copy, **options), root, beside)
+            else:
+                with files.written(beside) as writer:
+                    writer.finish(convert_state_dict(saved, keep=writer.keep, **options))
+        except ValueError as error:
+            raise ValueError(f"{args.source}: {error}") from error
 
 
 def _check(args: argparse.Namespace, is_folder: bool) -> None:

@@ -52,6 +52,7 @@ def read(path: Path) -> Any:
         raise ValueError(f"{path} is no checkpoint of torch.save: not a zip archive, or its beginning is damaged")
     try:
         with zipfile.ZipFile(path) as archive:
+            packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
             damaged = archive.testzip()
     except OSError:
         raise
@@ -59,6 +60,8 @@ def read(path: Path) -> Any:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
     if damaged is not None:
         raise ValueError(f"{path} is damaged: the checksum of its record {damaged} is wrong; use another checkpoint")
+    if packed:  # torch would map the compressed bytes and take them for values
+        raise ValueError(f"{path} was compressed after it was saved ({packed[0]}): load it and torch.save it again")
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # whatever torch meets in a zip archive that is none of its own
@@ -113,6 +116,8 @@ class Writer:
 
     def keep(self, tensor: Tensor) -> Any:
         """Write the tensor's values; returns what stands for it in `finish`."""
+        if tensor.dtype not in _STORAGES:
+            raise ValueError(f"a tensor of {tensor.dtype} is no part of an optimizer's state: take it out")
         tensor = tensor.detach().cpu().contiguous()
         reference = _Reference(str(self._num_storages), tensor.dtype, tuple(tensor.shape))
         self._num_storages += 1

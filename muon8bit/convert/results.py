@@ -225,7 +225,7 @@ def _dense(entry: Entry, key: str) -> Tensor:
         raise ValueError(
             f"state of {entry.where}: {key} is a DTensor: convert a full state dict (full_state_dict=True)"
         )
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         raise ValueError(f"state of {entry.where}: {key} is a {type(value).__name__}, expected a dense tensor")
     return value.detach()
 

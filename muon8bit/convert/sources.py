@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..config import BUFFER_KEY
-from ..groups import MATRIX_DEFAULTS, RUNNING_KEYS, group_keys
+from ..config import ALGORITHMS, BUFFER_KEY
+from ..groups import MATRIX_DEFAULTS, RUNNING_KEYS, check_options, group_keys
 from .entries import DIALECTS, Dialect, Entry, Group
 
 # What other optimizers' groups need not say; `results` settles it.
@@ -44,12 +44,13 @@ def read(
         states, saved_groups = saved.get("state"), saved.get("param_groups")
         if not isinstance(states, Mapping) or not isinstance(saved_groups, Sequence):
             raise ValueError(f"{part or 'this'} is no optimizer's state dict: it needs `state` and `param_groups`")
-        listed = set()
+        listed: set[int | str] = set()
         for i, group in enumerate(saved_groups):
             where = f"group {i} of {part}" if part else f"group {i}"
-            if not isinstance(group, Mapping) or not isinstance(group.get("params"), Sequence):
-                raise ValueError(f"{where} is no parameter group: it has no list 'params'")
-            listed.update(group["params"])
+            keys = group.get("params") if isinstance(group, Mapping) else None
+            if not isinstance(keys, Sequence) or not all(isinstance(key, int | str) for key in keys):
+                raise ValueError(f"{where} is no parameter group: it has no list 'params' of indices or names")
+            listed.update(keys)
             if dialect == "muon8bit":
                 groups.append(_own_group(group, states, where, given))
             else:
@@ -83,14 +84,15 @@ def _own_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str, 
     if "algorithm" not in group:
         raise ValueError(f"{where} was not saved by Muon8bit: give source (--from) torch or heavy-ball")
     algorithm = group["algorithm"]
-    if algorithm not in _UNSAID:
-        raise ValueError(f"{where}: algorithm {algorithm!r} is not one of {', '.join(_UNSAID)}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"{where}: algorithm {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     if algorithm == "muon":
         options = {**MATRIX_DEFAULTS, **options}
     missing = [key for key in group_keys(algorithm) if key not in options]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
+    check_options(options, f"{where}: ")
     entries = []
     for key, name in zip(group["params"], _names(group, where, given), strict=True):
         described = name or f"parameter {key} of {where}"
@@ -180,6 +182,8 @@ def _names(group: Mapping[str, Any], where: str, given: Iterator[str] | None) ->
             raise ValueError(f"there are fewer names than saved parameters: they end in {where}")
         return list(names)
     saved = group.get("param_names", [key if isinstance(key, str) else None for key in keys])
+    if not isinstance(saved, Sequence) or not all(isinstance(name, str | None) for name in saved):
+        raise ValueError(f"{where} has 'param_names' that are no names: {saved!r}")
     if len(saved) != len(keys):
         raise ValueError(f"{where} has {len(saved)} 'param_names' for {len(keys)} parameters")
     return list(saved)

@@ -79,6 +79,21 @@ def test_a_missing_or_truncated_file_is_named_with_the_reason(checkpoint):
     assert find_damage(checkpoint) == "manifest.json cannot be read (No such file or directory)"
 
 
+@pytest.mark.parametrize("foreign", [True, False])
+def test_files_that_no_process_sealed_or_that_are_not_there_give_no_checkpoint(tmp_path, foreign):
+    """As on machines that do not see one file system: what each lists is not what the main process has."""
+    partial = write(tmp_path, 3)
+    files = seal_files(partial, file_names(partial))
+    path = partial / "random_states_1.pkl"
+    if foreign:
+        path.touch()
+    else:
+        files[path.name] = files["empty"]
+    with pytest.raises(OSError, match="one file system"):
+        complete(partial, files)
+    assert named_checkpoints(tmp_path) == []
+
+
 def test_the_parts_of_several_processes_cover_every_file_once(checkpoint):
     for name in file_names(checkpoint):
         path = checkpoint / name

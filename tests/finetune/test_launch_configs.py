@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from finetune.errors import InputError
 from finetune.launch import check_launch
 from finetune.recipe import DEFAULT_RECIPE, read_recipe
+from finetune.saving import resume_command
 
 CONFIGS = Path(__file__).resolve().parents[2] / "finetune" / "configs"
 KINDS = {"one_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "hsdp": "FSDP"}
@@ -79,3 +82,15 @@ def test_fsdp_that_accelerate_would_not_run_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"--config_file: it asks for FSDP.* NO "):
         check_launch(accelerator, recipe)
+
+
+@pytest.mark.parametrize("processes", [4, 16])
+def test_the_command_that_resumes_a_sharded_run_starts_as_many_processes(processes):
+    """The files say 8 or 16, the user said --num_processes, and another number of processes cannot resume."""
+    accelerator = SimpleNamespace(num_processes=processes, distributed_type=DistributedType.FSDP)
+    run = SimpleNamespace(accelerator=accelerator, folder=SimpleNamespace(path=Path("/a run")))
+    command = shlex.split(resume_command(run, "pretrain.py"))
+    assert command[:2] == ["accelerate", "launch"]
+    args = launch_command_parser().parse_args(command[2:])
+    assert args.num_processes == processes
+    assert [args.training_script, *args.training_script_args] == ["pretrain.py", "--resume", "/a run"]
