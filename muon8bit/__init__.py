@@ -2,7 +2,16 @@
 
 from .nonfinite import NonFiniteGradientError
 from .optimizer import Muon8bit
+from .release import release_gradients
 from .report import StateReport, state_report
 from .routing import ParamGroups, param_groups
 
-__all__ = ["Muon8bit", "NonFiniteGradientError", "ParamGroups", "StateReport", "param_groups", "state_report"]
+__all__ = [
+    "Muon8bit",
+    "NonFiniteGradientError",
+    "ParamGroups",
+    "StateReport",
+    "param_groups",
+    "release_gradients",
+    "state_report",
+]

@@ -28,7 +28,7 @@ from .config import (
     ParamRounding,
 )
 from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
-from .nonfinite import NonFiniteGradientError, Verdict
+from .nonfinite import NonFiniteGradientError, PartialVerdict, Verdict
 from .orthogonalize import choose, resolve
 from .orthogonalize.coefficients import JORDAN
 from .sharing import SharingOptimizer
@@ -97,6 +97,8 @@ class Muon8bit(SharingOptimizer):
         NotImplementedError: names a parameter that is sharded as this optimizer cannot take.
     """
 
+    _step_supports_amp_scaling = False  # for torch's GradScaler; `release` sets it
+
     def __init__(
         self,
         params: ParamsT,
@@ -152,7 +154,7 @@ class Muon8bit(SharingOptimizer):
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self._num_calls = self._num_skipped_steps = 0
-        self._pending: Verdict | None = None  # of the last step, if that did not wait for it
+        self._pending: Verdict | PartialVerdict | None = None  # of the last step, if that did not wait for it
         super().__init__(params, defaults, process_group=process_group, shard_state=shard_state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -221,7 +223,8 @@ class Muon8bit(SharingOptimizer):
         verdict, self._pending = self._pending, None
         names = [] if verdict is None else verdict.nonfinite_names()
         if verdict is not None and names:
-            rounding.advance(self.param_groups, by=-1)
+            if isinstance(verdict, Verdict):
+                rounding.advance(self.param_groups, by=-1)
             self._refuse(names, verdict.step)
 
     @property
