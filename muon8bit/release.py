@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from . import phases
+from . import clipping, phases
 from .config import Options
 from .nonfinite import PartialVerdict, Verdict
 from .optimizer import Muon8bit
@@ -73,6 +73,7 @@ class GradientRelease:
         group = optimizer.param_groups[place.group_index]
         alone = {**group, "params": [param], "param_names": [place.name]}
         options = Options(optimizer.ns_dtype, optimizer.backend, optimizer.workspace_bytes)
+        clipping.clip_matrices_([alone], optimizer.workspace_bytes)
         work = phases.read([alone], optimizer.state, options, None, place.param_index)
         verdict = Verdict(phases.found(work, None, options), optimizer._num_calls + 1)
         self._verdicts[param] = verdict
@@ -118,14 +119,15 @@ def release_gradients(model: nn.Module, optimizer: Muon8bit) -> GradientRelease:
 
     The loop stays as it is: `loss.backward()`, `optimizer.step()`, `scheduler.step()`, `optimizer.zero_grad()`. The
     parameters change in `backward()`, by the learning rates of that moment; `step()`, needed after every `backward()`,
-    closes the step: it counts it. Alive at once is the gradient that is being used and the one that is being made; on a
-    30M Llama the largest sum was that of the two largest. Gradients of parameters outside `optimizer`, and those of a
-    model that `torch.compile` compiled as a whole, whose backward returns all at once, gain nothing. Method: LOMO
-    (arXiv 2306.09782), and "optimizer step in backward" of PyTorch's tutorials.
+    closes the step: it counts it. Of the gradients one is alive at a time (measured on a Llama of 30M), besides what
+    backward itself holds. Those of parameters outside `optimizer` gain nothing, nor those of a model that
+    `torch.compile` compiled as a whole, whose backward returns all at once. Method: LOMO (arXiv 2306.09782), and
+    "optimizer step in backward" of PyTorch's tutorials.
 
-    The result is that of ordinary steps: to the bit on a CPU where these take matrices one by one, else within the
-    rounding of a batched product. It costs the batching of matrices of one shape. Parameters without a gradient are
-    left out, tied ones are stepped once, when all their uses are done.
+    The result is that of ordinary steps: to the bit on a CPU where these take matrices one by one, else a step differs
+    by the rounding of a batched product, which now and then rounds an 8-bit code the other way. It costs the batching
+    of matrices of one shape. Parameters without a gradient are left out, tied ones are stepped once, when all their
+    uses are done.
 
     A gradient that is not finite leaves out its own parameter alone, since others have been stepped by then, and
     `num_skipped_steps` counts the step: `on_nonfinite="skip"` is required. A gradient is gone after its backward:
