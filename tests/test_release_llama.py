@@ -37,6 +37,7 @@ class LiveGradients:
         self.peak = max(self.peak, sum(size for ref, size in self.storages.values() if not ref.expired()))
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # the new name is not in 5.2
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_live_gradients_of_a_30m_llama_are_at_most_the_two_largest(is_checkpointed):
     """Newton-Schulz of one step: how long a gradient lives does not depend on it."""
@@ -53,11 +54,11 @@ def test_live_gradients_of_a_30m_llama_are_at_most_the_two_largest(is_checkpoint
     del ordinary
     live = LiveGradients(model)  # its hooks come before those of release
     release_gradients(model, optimizer)
-    backward(model)  # makes the state
+    backward(model)
     optimizer.step()
-    peak, _ = peak_bytes(lambda: backward(model))
     assert 0 < live.peak <= 1.05 * sum(grads[-2:])
     if is_checkpointed:  # and so is all that the allocator gives out, activations and workspace included
+        peak, _ = peak_bytes(lambda: backward(model))
         assert peak <= 1.05 * sum(grads[-2:])
 
 
