@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+from allocator import peak_bytes
 from oracle import JORDAN, newton_schulz
 from sharded_checks import arm, check, last_dim
 from sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises, values
@@ -263,3 +264,20 @@ def _(world):
     placed = on_mesh(world.cube["shard", "one"], [Shard(0), Replicate()])
     single, shared = both(MATRICES, placed, more={"process_group": groups[dist.get_rank() // 2]})
     assert_same(shared.params_whole(), single.params_whole())
+
+
+def keeps_to_workspace(world, mode, ranks):
+    """64 matrices of 2 MiB in fp32, four times what a step may have at once."""
+    placed, more = arm(world, mode, ranks)
+    shapes = {f"{i}": (64, 4096) for i in range(64)}
+    more = {**more, "workspace_bytes": 32 * 2**20, "block_size": 2048}
+    run = Run(shapes, torch.bfloat16, placed, vectors={}, **more).train([1])
+    run.set_grads(2)
+    peak, _ = peak_bytes(run.optimizer.step)  # gloo's thread may drop its last buffer a moment later
+    assert 2**22 < peak <= 32 * 2**20, peak
+
+
+for _mode, _ranks in {"fsdp": 2, "ddp": 2}.items():
+    check(f"{_mode} on {_ranks}: a step keeps to its workspace", ranks=_ranks)(
+        partial(keeps_to_workspace, mode=_mode, ranks=_ranks)
+    )

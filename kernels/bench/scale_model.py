@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from bench.workloads import Llama
 from muon8bit.config import DEFAULT_BLOCK_SIZE, DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES
 from muon8bit.distributed.plan import Plan, gathered_bytes, plan
+from muon8bit.distributed.rounds import NUM_SHARES
 from muon8bit.distributed.route import Matrix
 from muon8bit.distributed.spread import Region, Spread
 from muon8bit.orthogonalize import choose, flops, resolve
@@ -17,8 +18,7 @@ from muon8bit.orthogonalize import choose, flops, resolve
 # HSDP: a replica is the least power of two of at least one node whose GPUs take this much each of bf16 weights, bf16
 # gradients and 8-bit momentum (an 80 GB card, half of it left for everything else).
 MIN_SHARDS, BYTES_PER_ELEMENT, BYTES_PER_GPU = 8, 5, 40e9
-# Of the default workspace, what a step gives the planner: two rounds are in flight, and one is iterated.
-PLANNED_BYTES = DEFAULT_WORKSPACE_BYTES // 4
+PLANNED_BYTES = DEFAULT_WORKSPACE_BYTES // NUM_SHARES  # what a step gives the planner
 MOONLIGHT_ITEMSIZE = 2  # it gathers in bf16
 
 

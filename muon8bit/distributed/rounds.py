@@ -29,12 +29,18 @@ from .spread import Piece
 from .timetable import Item, Timetable
 from .transport import Flight, Transport, typed
 
+# Of the workspace, the part that each of these may take: of the round that is iterated the bytes received, X with the
+# iteration's own memory, and O; of the next one what is sent, made contiguous, and received; of the last one O, what is
+# sent and what is received. Besides, passes over the momentum take up to 10 MiB on a CPU.
+NUM_SHARES = 12
+
 
 class Round:
     """Matrices that are iterated together. Call `depart`, `iterate` and `land` in this order, on all ranks alike.
 
     The parts of X travel all at once: a rank sends no more than its share of its replica's matrices. The results come
-    back part by part, since a rank may want all of every owner's.
+    back part by part, since a rank may want all of every owner's. What is sent lies in one buffer: where several ranks
+    want the same, its owner has a copy for each of them there, beyond the workspace if the matrix is large.
     """
 
     def __init__(self, parts: list[list[Item]], transport: Transport, options: Options, device: torch.device) -> None:
@@ -71,7 +77,7 @@ class Round:
         for _, run in groupby(held, key=kind):
             items = list(run)
             shape = items[0].member.held.momentum.codes.shape[1:]  # type: ignore[union-attr]
-            size = max(1, self.options.workspace_bytes // (8 * prod(shape)))  # X, and copies of gradients
+            size = max(1, self.options.workspace_bytes // NUM_SHARES // (8 * prod(shape)))  # X, and copies of gradients
             for start in range(0, len(items), size):
                 some = items[start : start + size]
                 X = self._apply(some)
@@ -130,7 +136,7 @@ class Round:
 
         for (rows, cols, path, schedule, is_gram), run in groupby(items, key=kind):
             together, step = list(run), gram_factor if is_gram else orthogonalize
-            size = batch_size(path, rows, cols, device_kind(self.device), self.options.workspace_bytes)
+            size = batch_size(path, rows, cols, device_kind(self.device), self.options.workspace_bytes // NUM_SHARES)
             for start in range(0, len(together), size):
                 whole = self._assembled(together[start : start + size], take)
                 yield from step(whole, schedule, path, self.options.backend)

@@ -132,8 +132,7 @@ class Team:
         key = tuple((m.rows, m.cols, id(m.spread), m.path, count) for m, count in of), options.workspace_bytes
         if key not in self._plans:
             matrices = [matrix for matrix, count in of for _ in range(count)]
-            # Two rounds are in flight, and the one that is iterated has its workspace besides.
-            made = plan(matrices, len(self.ranks), options.workspace_bytes // 4)
+            made = plan(matrices, len(self.ranks), options.workspace_bytes // rounds.NUM_SHARES)
             self._plans[key] = made, timetable(made)
         return self._plans[key]
 
