@@ -37,7 +37,7 @@ class LiveGradients:
         self.peak = max(self.peak, sum(size for ref, size in self.storages.values() if not ref.expired()))
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # the new name is not in 5.2
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_live_gradients_of_a_30m_llama_are_at_most_the_two_largest(is_checkpointed):
     """Newton-Schulz of one step: how long a gradient lives does not depend on it."""
