@@ -3,6 +3,7 @@
 from .convert import convert_state_dict
 from .nonfinite import NonFiniteGradientError
 from .optimizer import Muon8bit
+from .release import release_gradients
 from .report import StateReport, state_report
 from .routing import ParamGroups, param_groups
 
@@ -13,5 +14,6 @@ __all__ = [
     "StateReport",
     "convert_state_dict",
     "param_groups",
+    "release_gradients",
     "state_report",
 ]

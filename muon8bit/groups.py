@@ -24,7 +24,10 @@ from .orthogonalize import resolve
 FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
 MATRIX_DEFAULTS: dict[str, Any] = {"flatten": False, "split_sizes": None, "split_dim": -2}
 RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim")
-MUON_ONLY_KEYS = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", *RUNNING_KEYS)
+MUON_ONLY_KEYS = (
+    *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm"),
+    *RUNNING_KEYS,
+)
 # Of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
 _NO_GROUP_KEYS = (
     *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
@@ -111,6 +114,8 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         require("betas", valid, "two numbers in [0, 1)")
         return
     require("momentum", _is_number(options["momentum"], high=1), "in [0, 1)")
+    clip = options["clip_matrix_norm"]
+    require("clip_matrix_norm", clip is None or (_is_number(clip) and clip > 0), "None or > 0 and finite")
     for key, allowed in (("bits", BITS), ("codebook", CODEBOOKS), ("block_size", BLOCK_SIZES)):
         require(key, (type(options[key]), options[key]) in [(type(v), v) for v in allowed], f"one of {allowed}")
     sizes = options["split_sizes"]

@@ -99,7 +99,7 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
                     "'param_names', or rename these in a load_state_dict pre-hook"
                 )
     if new["algorithm"] == "muon":  # older checkpoints lack these keys, and some formats turn tuples into lists
-        old = {**MATRIX_DEFAULTS, **old}
+        old = {**MATRIX_DEFAULTS, "clip_matrix_norm": new["clip_matrix_norm"], **old}
         old["split_sizes"] = tuple(old["split_sizes"]) if isinstance(old["split_sizes"], list) else old["split_sizes"]
     missing = [key for key in group_keys(new["algorithm"]) if key not in old]
     if missing:

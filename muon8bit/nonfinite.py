@@ -78,3 +78,15 @@ class Verdict:
             return []
         names = [name for namer in self._namers for name in namer()]
         return list(dict.fromkeys(name for name, ok in zip(names, finite, strict=True) if not ok))
+
+
+class PartialVerdict:
+    """Of a step whose parameters were stepped one by one: each was skipped alone where its gradient is not finite, so
+    that the step as a whole was done."""
+
+    def __init__(self, parts: Sequence[Verdict]) -> None:
+        self._parts, self.step = parts, parts[0].step
+
+    def nonfinite_names(self) -> list[str]:
+        """The parameters whose gradients are not finite; waits until the flags are on the host."""
+        return [name for part in self._parts for name in part.nonfinite_names()]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import loading, phases, rounding
+from . import clipping, loading, phases, rounding
 from .config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_EPS,
@@ -28,7 +28,7 @@ from .config import (
     ParamRounding,
 )
 from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
-from .nonfinite import NonFiniteGradientError, Verdict
+from .nonfinite import NonFiniteGradientError, PartialVerdict, Verdict
 from .orthogonalize import choose, resolve
 from .orthogonalize.coefficients import JORDAN
 from .sharing import SharingOptimizer
@@ -47,7 +47,7 @@ class Muon8bit(SharingOptimizer):
         params: tensors of two or more dimensions, `(name, tensor)` pairs, or groups (dicts), which
             `muon8bit.param_groups(model, ...)` makes. float32, bfloat16 or float16. A group with
             `algorithm="adamw"` takes any shape and the keys lr (required), betas, eps, weight_decay. A Muon group
-            takes the arguments below from lr to block_size, and three keys for tensors that hold several matrices.
+            takes the arguments below from lr to clip_matrix_norm, and three keys for tensors of several matrices.
             Three or more dimensions are a stack over the last two; with `flatten=True` one matrix of the first
             dimension by all others (convolutions). `split_sizes` (ints) cuts dimension `split_dim` of each matrix,
             -2 (default) or -1, into pieces orthogonalized and scaled by their own shape (fused QKV, gate/up).
@@ -65,6 +65,8 @@ class Muon8bit(SharingOptimizer):
         bits: 8, or 32 for the same code path with an fp32 momentum.
         codebook: `"linear"` (int8) or `"dynamic"` (uint8, bitsandbytes' signed map; for uneven rows and columns).
         block_size: elements that share one fp32 scale: 64, 128, ... 4096. A block never crosses a row.
+        clip_matrix_norm: Frobenius norm that the gradient of a matrix may have at most: a larger one is scaled down to
+            it, in place, before the step. None: as it is. Not for sharded parameters.
         backend: None (by device), `"reference"` or `"triton"`; a request that cannot be met raises.
         on_nonfinite: `"raise"` or `"skip"` a step with a NaN or Inf in any gradient, AdamW groups included. In
             both cases nothing at all changes. With all parameters on CUDA, where `step()` does not wait for the
@@ -97,6 +99,8 @@ class Muon8bit(SharingOptimizer):
         NotImplementedError: names a parameter that is sharded as this optimizer cannot take.
     """
 
+    _step_supports_amp_scaling = False  # for torch's GradScaler; `release` sets it
+
     def __init__(
         self,
         params: ParamsT,
@@ -112,6 +116,7 @@ class Muon8bit(SharingOptimizer):
         bits: int = 8,
         codebook: Codebook = "linear",
         block_size: int = DEFAULT_BLOCK_SIZE,
+        clip_matrix_norm: float | None = None,
         backend: Backend | None = None,
         on_nonfinite: OnNonfinite = "raise",
         ns_dtype: torch.dtype | None = None,
@@ -133,6 +138,7 @@ class Muon8bit(SharingOptimizer):
             "bits": bits,
             "codebook": codebook,
             "block_size": block_size,
+            "clip_matrix_norm": clip_matrix_norm,
             **rounding.initial(param_rounding, rounding_seed),
             **MATRIX_DEFAULTS,
         }
@@ -152,7 +158,7 @@ class Muon8bit(SharingOptimizer):
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self._num_calls = self._num_skipped_steps = 0
-        self._pending: Verdict | None = None  # of the last step, if that did not wait for it
+        self._pending: Verdict | PartialVerdict | None = None  # of the last step, if that did not wait for it
         super().__init__(params, defaults, process_group=process_group, shard_state=shard_state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -198,6 +204,7 @@ class Muon8bit(SharingOptimizer):
         team = self._find_team()
         if team is not None:
             team.agree(self.param_groups, (options, self.on_nonfinite, self.shard_state))
+        clipping.clip_matrices_(self.param_groups, self.workspace_bytes)
         work = phases.read(self.param_groups, self.state, options, team)
         verdict = Verdict(phases.found(work, team, options), self._num_calls)
         wait = self.on_nonfinite == "raise_at_once" or not verdict.is_asynchronous
@@ -221,7 +228,8 @@ class Muon8bit(SharingOptimizer):
         verdict, self._pending = self._pending, None
         names = [] if verdict is None else verdict.nonfinite_names()
         if verdict is not None and names:
-            rounding.advance(self.param_groups, by=-1)
+            if isinstance(verdict, Verdict):
+                rounding.advance(self.param_groups, by=-1)
             self._refuse(names, verdict.step)
 
     @property

@@ -126,14 +126,18 @@ def found(
 
 
 def read(
-    groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], options: Options, team: Team | None
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[Tensor, dict[str, Any]],
+    options: Options,
+    team: Team | None,
+    num_before: int = 0,
 ) -> list[Work]:
-    """First phase.
+    """First phase. `num_before`: how many parameters of the optimizer are in front of these groups.
 
     Raises:
         ValueError: names a parameter with a gradient or a learning rate that cannot be used.
     """
-    work, num_before = [], 0
+    work = []
     for index, group in enumerate(groups):
         entries = list(_entries(group, index, num_before, state, team))
         num_before += len(group["params"])

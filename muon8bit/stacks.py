@@ -106,7 +106,7 @@ def stacks_of(
     whole = momentum.stack()
     num_matrices, num_rows, cols = whole.codes.shape
     matrices = row = 0
-    for view, grad_view in zip(_cut(param, group), _cut(grad, group), strict=True):
+    for view, grad_view in zip(cut(param, group), cut(grad, group), strict=True):
         count, rows = view.shape[:2]
         part = whole
         if (count, rows) != (num_matrices, num_rows):
@@ -118,7 +118,7 @@ def stacks_of(
             matrices, row = matrices + count, 0
 
 
-def _cut(tensor: Tensor, group: dict[str, Any]) -> list[Tensor]:
+def cut(tensor: Tensor, group: dict[str, Any]) -> list[Tensor]:
     """Parameter or gradient -> views [count, rows, cols], with `flatten` [1, rows, ...]."""
     stacks = _stacks(tensor, group["flatten"])
     if group["split_sizes"] is None or group["split_dim"] != -2:

@@ -1,0 +1,70 @@
+"""Time a step with released gradients against an ordinary one, interleaved, and write a record.
+
+    PYTHONPATH=.:kernels python kernels/bench/release_time.py [--layers 8] [--hidden 512] [--out NAME.json]
+
+Both arms run the same backward, of a loss that costs next to nothing, and `step()`: the seven matrices of each layer of
+a Llama, fp32. Of a CPU only the ratio is printed: absolute times of a shared machine mean little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bench.step_time import cpu_flags, interleaved
+from muon8bit import Muon8bit, release_gradients
+
+
+def arm(layers: int, hidden: int, is_released: bool) -> Callable[[], None]:
+    """One training step of `layers` layers of width `hidden`: backward and `step()`."""
+    torch.manual_seed(0)
+    shapes = [(hidden, hidden)] * 4 + [(4 * hidden, hidden)] * 2 + [(hidden, 4 * hidden)]
+    model = nn.ParameterList([torch.randn(shape) for _ in range(layers) for shape in shapes])
+    optimizer = Muon8bit(model.parameters(), on_nonfinite="skip")
+    if is_released:
+        release_gradients(model, optimizer)
+
+    def step() -> None:
+        torch.stack([param.square().sum() for param in model]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512, help="the other side of a layer's MLP is 4 times that")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each arm")
+    parser.add_argument("--out", type=Path, help="write the record there (JSON)")
+    args = parser.parse_args()
+    arms = {name: arm(args.layers, args.hidden, name == "released") for name in ("ordinary", "released")}
+    times = interleaved(arms, args.rounds)
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "cpu": {"machine": platform.machine(), "flags": cpu_flags(), "threads": torch.get_num_threads()},
+        "unit": "median time of a step with released gradients over that of an ordinary one; above 1: release costs",
+        "layers": args.layers,
+        "hidden": args.hidden,
+        "ratio": round(times["released"] / times["ordinary"], 3),
+    }
+    text = json.dumps(record, indent=2)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
