@@ -202,10 +202,13 @@ class Muon8bit(SharingOptimizer):
         self._consolidated = None
         options = Options(self.ns_dtype, self.backend, self.workspace_bytes)
         team = self._find_team()
-        if team is not None:
-            team.agree(self.param_groups, (options, self.on_nonfinite, self.shard_state))
-        clipping.clip_matrices_(self.param_groups, self.workspace_bytes)
-        work = phases.read(self.param_groups, self.state, options, team)
+
+        def read() -> list[phases.Work]:
+            clipping.clip_matrices_(self.param_groups, self.workspace_bytes)
+            return phases.read(self.param_groups, self.state, options, team)
+
+        of_all = options, self.on_nonfinite, self.shard_state
+        work = team.agree(read, self.param_groups, self.state, of_all) if team else read()
         verdict = Verdict(phases.found(work, team, options), self._num_calls)
         wait = self.on_nonfinite == "raise_at_once" or not verdict.is_asynchronous
         if wait and (names := verdict.nonfinite_names()):

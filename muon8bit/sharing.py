@@ -28,7 +28,7 @@ class SharingOptimizer(Optimizer):
         process_group, shard_state: see `Muon8bit`.
 
     Raises:
-        ValueError: for `shard_state` without a process group.
+        ValueError: for `shard_state` without a process group, or one that this rank is not in.
     """
 
     def __init__(
@@ -39,6 +39,10 @@ class SharingOptimizer(Optimizer):
                 "shard_state=True shards the momenta of replicated parameters over a process group: pass "
                 "process_group=torch.distributed.group.WORLD, or another"
             )
+        if process_group is not None:
+            from .distributed import check_group
+
+            check_group(process_group)
         self.process_group, self.shard_state = process_group, shard_state
         self._team: Team | None = None
         self._consolidated: dict[Tensor, dict[str, Tensor]] | None = None  # of the last step
@@ -111,5 +115,10 @@ class SharingOptimizer(Optimizer):
             self._tells_parts = before
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"process_group": self.process_group, "shard_state": self.shard_state, "_tells_parts": self._tells_parts}
+        if self.process_group is not None:
+            raise TypeError(
+                "an optimizer with a process_group cannot be copied or pickled, since the group belongs to its "
+                "process: construct another one and give it this one's state_dict()"
+            )
+        own = {"process_group": None, "shard_state": False, "_tells_parts": False}
         return {**super().__getstate__(), **own, "_team": None, "_consolidated": None}

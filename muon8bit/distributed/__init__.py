@@ -10,6 +10,6 @@ team         all of it for one optimizer
 
 from .layout import Layout, check_placements
 from .matrices import Bundle
-from .team import Team, team_of
+from .team import Team, check_group, team_of
 
-__all__ = ["Bundle", "Layout", "Team", "check_placements", "team_of"]
+__all__ = ["Bundle", "Layout", "Team", "check_group", "check_placements", "team_of"]

@@ -1,6 +1,7 @@
-"""Ranks that are about to communicate agree on what: the groups, their options, and which parameters have a gradient.
+"""Ranks that are about to communicate agree on what: the groups, their options, which parameters have a gradient and
+which have state; and an error that one of them has met is an error on all.
 
-Two hashes a rank travel at every step; only where these differ are the texts compared, so that the error can name the
+Four hashes a rank travel at every step; only where these differ are the texts compared, so that the error can name the
 difference. All ranks see the same hashes, so all raise or none. The host waits for them: by a backend for the CPU if
 the group has one (the default of `init_process_group` has), else by the device's.
 """
@@ -16,40 +17,63 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..groups import group_keys
 from .transport import all_gather_single
 
+# What may differ besides the groups, and what to do then.
+_PARAMETERS = (
+    ("a gradient", "Every rank must use the same parameters in a step, or give the unused ones a gradient of zeros"),
+    ("state", "Load the same checkpoint on every rank, or on none"),
+)
 
-def agree(group: ProcessGroup, device: torch.device, groups: Sequence[str], with_grad: Sequence[str]) -> None:
+
+def agree(
+    group: ProcessGroup,
+    device: torch.device,
+    groups: Sequence[str],
+    with_grad: Sequence[str],
+    with_state: Sequence[str],
+    failure: Exception | None,
+) -> None:
     """Compare with all ranks of the process group.
 
     Args:
         device: of the parameters.
         groups: what must be equal, one line of text an item, of `described`.
-        with_grad: names of the parameters that have a gradient.
+        with_grad, with_state: names of the parameters that have a gradient, and of those that have state.
+        failure: what kept this rank from going on.
 
     Raises:
-        RuntimeError: on every rank, naming two ranks and the first difference.
+        Exception: `failure`, where there is one.
+        RuntimeError: on every other rank, naming two ranks and the first difference, or a rank and its failure.
     """
-    hashes = [_hash(groups), _hash(with_grad)]
+    failures = [] if failure is None else [f"{type(failure).__name__}: {failure}"]
+    lines = [list(groups), list(with_grad), list(with_state), failures]
+    hashes = [_hash(of) for of in lines]
     if "cpu:" in dist.get_backend_config(group):
         device = torch.device("cpu")
     num_ranks = dist.get_world_size(group)
-    gathered = torch.empty(2 * num_ranks, dtype=torch.int64, device=device)
+    gathered = torch.empty(len(hashes) * num_ranks, dtype=torch.int64, device=device)
     all_gather_single(gathered, torch.tensor(hashes, dtype=torch.int64, device=device), group=group)
-    found = gathered.view(num_ranks, 2).tolist()
-    if any(hashes != found[0] for hashes in found):
-        _refuse(group, [list(groups), list(with_grad)], found)
+    found = gathered.view(num_ranks, len(hashes)).tolist()
+    texts: list[list[list[str]]] = [lines] * num_ranks
+    is_same = all(hashes == found[0] for hashes in found)
+    if not is_same:
+        dist.all_gather_object(texts, lines, group=group)
+    if failure is not None:
+        raise failure
+    if not is_same:
+        _refuse(texts)
 
 
 def _hash(lines: Sequence[str]) -> int:
     return int.from_bytes(blake2b("\n".join(lines).encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _refuse(group: ProcessGroup, lines: list[list[str]], found: list[list[int]]) -> None:
-    texts: list[Any] = [None] * len(found)
-    dist.all_gather_object(texts, lines, group=group)
-    other = next(rank for rank, hashes in enumerate(found) if hashes != found[0])
-    if found[other][0] != found[0][0]:
+def _refuse(texts: list[list[list[str]]]) -> None:
+    """Raise for the first difference. `texts`: of every rank the four lists that were hashed."""
+    other = next(rank for rank, lines in enumerate(texts) if lines != texts[0])
+    if texts[other][0] != texts[0][0]:
         ours, theirs = texts[0][0], texts[other][0]
         place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
         if place is None:
@@ -59,20 +83,27 @@ def _refuse(group: ProcessGroup, lines: list[list[str]], found: list[list[int]])
             f"ranks disagree about the parameter groups: rank 0 has {line}; rank {other} has {other_line}. Build the "
             "same groups, with the same options, on every rank. Nothing changed"
         )
-    only = [sorted(set(texts[a][1]) - set(texts[b][1])) for a, b in ((0, other), (other, 0))]
-    has, has_not, names = (0, other, only[0]) if only[0] else (other, 0, only[1])
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise RuntimeError(
-        f"ranks disagree about which parameters have a gradient: {shown} on rank {has}, not on rank {has_not}. Every "
-        "rank must use the same parameters in a step, or give the unused ones a gradient of zeros. Nothing changed"
-    )
+    for which, (what, way_out) in enumerate(_PARAMETERS, 1):
+        only = [sorted(set(texts[a][which]) - set(texts[b][which])) for a, b in ((0, other), (other, 0))]
+        if not any(only):
+            continue
+        has, has_not, names = (0, other, only[0]) if only[0] else (other, 0, only[1])
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise RuntimeError(
+            f"ranks disagree about which parameters have {what}: {shown} on rank {has}, not on rank {has_not}. "
+            f"{way_out}. Nothing changed"
+        )
+    rank, text = next((rank, lines[3][0]) for rank, lines in enumerate(texts) if lines[3])
+    raise RuntimeError(f"rank {rank} cannot take this step: {text}. Nothing changed")
 
 
 def described(groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> list[str]:
-    """One line a group and one a parameter: everything that must be the same on all ranks."""
+    """One line a group and one a parameter: everything that must be the same on all ranks. Other keys that a group may
+    have, of schedulers or of the user, are their own affair."""
     lines = []
     for number, (group, members) in enumerate(zip(groups, names, strict=True)):
-        options = {k: _value(v) for k, v in sorted(group.items()) if k not in ("params", "param_names")}
+        keys = ("algorithm", *group_keys(group["algorithm"]), "rounding_seed", "rounding_step")
+        options = {key: _value(group[key]) for key in sorted(keys) if key in group}
         lines.append(f"group {number} with {options}")
         for name, param in zip(members, group["params"], strict=True):
             lines.append(f"{name} {tuple(param.shape)} {param.dtype} in group {number}")

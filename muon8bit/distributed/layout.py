@@ -72,14 +72,13 @@ class Layout:
                 f"{name} is sharded by columns: param_rounding='stochastic' numbers the elements of AdamW's parameters "
                 "row by row. Use param_rounding='nearest', or shard it by rows"
             )
-        if isinstance(grad, DTensor):
-            if tuple(grad.placements) != self.placements:
-                raise NotImplementedError(
-                    f"{name} has the placements {self.placements}, its gradient {tuple(grad.placements)}: redistribute "
-                    "the gradient before step()"
-                )
-            grad = grad.to_local()
-        return local_tensor(param), grad, self.first or 0
+        ours, theirs = _where(param), _where(grad)
+        if ours != theirs:
+            raise NotImplementedError(
+                f"{name} is {_in_words(ours)}, its gradient {_in_words(theirs)}: redistribute the "
+                "gradient before step()"
+            )
+        return local_tensor(param), local_tensor(grad), self.first or 0
 
     def parts(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """Shapes of whole state tensors -> those of this rank's parts."""
@@ -136,6 +135,14 @@ class Layout:
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, over the same memory; any other tensor is returned."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _where(tensor: Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]] | None:
+    return (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
+
+
+def _in_words(where: tuple[DeviceMesh, tuple[Placement, ...]] | None) -> str:
+    return "no DTensor" if where is None else f"on {where[0]} as {where[1]}"
 
 
 def whole_of(shape: Sequence[int]) -> Spans:

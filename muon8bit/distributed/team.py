@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ..config import Options
 from ..groups import describe
+from ..orthogonalize import device_kind
 from . import gathering, layout, rounds
 from .agreement import agree, described
 from .layout import Layout
@@ -21,6 +22,8 @@ from .matrices import Bundle, Part, bundled
 from .plan import Plan, plan
 from .timetable import Timetable, timetable
 from .transport import Traffic, Transport
+
+Result = TypeVar("Result")
 
 
 class Team:
@@ -45,18 +48,33 @@ class Team:
         """The bytes that this rank has moved."""
         return self.transport.traffic
 
-    def agree(self, groups: Sequence[dict[str, Any]], options: Sequence[object]) -> None:
-        """Compare groups, options and the presence of gradients with all ranks.
+    def agree(
+        self,
+        read: Callable[[], Result],
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, Mapping[str, Tensor]],
+        options: Sequence[object],
+    ) -> Result:
+        """What `read` returns, which communicates nothing, once all ranks have it and agree about groups, options,
+        device, and the presence of gradients and of state: from here on they communicate alike.
 
         Raises:
-            RuntimeError: on every rank, naming the first difference.
+            Exception: what `read` raised here.
+            RuntimeError: on every other rank, naming the first difference, or that rank with its error.
         """
+        failure: Exception | None = None
+        try:
+            result = read()
+        except Exception as error:  # raised again when all know
+            failure = error
         names = [[describe(group, i, j) for j in range(len(group["params"]))] for i, group in enumerate(groups)]
-        lines = [f"the options {tuple(options)}", *described(groups, names)]
+        lines = [f"the options {tuple(options)} on {device_kind(self.device)}", *described(groups, names)]
         params = [param for group in groups for param in group["params"]]
-        flat = [name for members in names for name in members]
-        with_grad = [name for name, param in zip(flat, params, strict=True) if param.grad is not None]
-        agree(self.group, self.device, lines, with_grad)
+        named = list(zip([name for members in names for name in members], params, strict=True))
+        with_grad = [name for name, param in named if param.grad is not None]
+        with_state = [name for name, param in named if state.get(param)]
+        agree(self.group, self.device, lines, with_grad, with_state, failure)
+        return result
 
     def layout_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> Layout | None:
         """Where a parameter and its state lie; None where both are this rank's own affair.
@@ -137,6 +155,17 @@ class Team:
         return self._plans[key]
 
 
+def check_group(group: object) -> None:
+    """Raise ValueError for what is no process group, or for one that this rank is not in."""
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: this rank is not in it. Make one for every set of ranks, and pass its own")
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(
+            f"process_group must be a torch.distributed.ProcessGroup, not a {type(group).__name__}: of a mesh take "
+            "get_group()"
+        )
+
+
 def team_of(
     params: Iterable[Tensor], process_group: ProcessGroup | None, shard_state: bool, previous: Team | None
 ) -> Team | None:
@@ -150,7 +179,7 @@ def team_of(
     if process_group is None and not meshes:
         return None
     group = process_group or flat_group(max(meshes, key=lambda mesh: mesh.size()))
-    device = params[0].device
+    device = params[0].device if params else torch.device("cpu")
     if previous is not None and previous.group is group and previous.device == device:
         return previous
     return Team(group, device, replicates=process_group is not None, shard_state=shard_state)
