@@ -172,7 +172,5 @@ def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str, wher
             raise ValueError(f"state of {name}: {key} is sharded, the parameter is not: load value.full_tensor()")
         if dtype.is_floating_point and not value.isfinite().all():
             raise ValueError(f"state of {name}: {key} holds NaN or Inf: the checkpoint is damaged")
-        copies[key] = value.detach().to(
-            device=_device(key, param), copy=True, memory_format=torch.contiguous_format
-        )
+        copies[key] = value.detach().to(device=_device(key, param), copy=True, memory_format=torch.contiguous_format)
     return copies if where is None else where.wrapped(copies, {key: shape for key, (shape, _) in layout.items()})

@@ -49,7 +49,11 @@ def check(name, *, ranks=NUM_RANKS):
 
 def run_all(folder):
     """All checks; this rank's errors, by name, into a file of the folder."""
-    for module in ("sharded_checks_more", "sharded_checks_doors", "sharded_checks_reshard"):  # they register their checks
+    for module in (
+        "sharded_checks_more",
+        "sharded_checks_doors",
+        "sharded_checks_reshard",
+    ):  # they register their checks
         import_module(module)
     world, errors = World(folder), {}
     for name, (function, ranks) in CHECKS.items():

@@ -78,9 +78,7 @@ def resharded(world, format, loader):
             if saved is not None:
                 LOADERS[loader](model, optimizer, saved, process_group=group)
             train(model, optimizer, range(2 * place, 2 * place + 2))
-            dcp.save(
-                told(model, optimizer, cpu_offload="offload" in loader), checkpoint_id=folder, process_group=group
-            )
+            dcp.save(told(model, optimizer, cpu_offload="offload" in loader), checkpoint_id=folder, process_group=group)
         dist.barrier()
     if dist.get_rank() == 0:
         single = arm(format)
@@ -131,7 +129,7 @@ def _(world):
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == NUM_RANKS
     model, optimizer = arm("bf16 dynamic", process_group=dist.group.WORLD)
-    prepared, wrapped = accelerator.prepare(model, optimizer)
+    model, _ = accelerator.prepare(model, optimizer)
     train(model, optimizer, range(2))
     folder = world.new_folder()
     accelerator.save_state(folder)

@@ -118,7 +118,9 @@ def _check_files(saved: Metadata, folder: Path) -> None:
     for name, length in lengths.items():
         size = (folder / name).stat().st_size if (folder / name).exists() else None
         if size is None or size < length:
-            raise ValueError(f"{folder / name} is " + ("missing" if size is None else f"cut to {size} of {length} bytes"))
+            raise ValueError(
+                f"{folder / name} is " + ("missing" if size is None else f"cut to {size} of {length} bytes")
+            )
 
 
 def _named(model: nn.Module, optimizer: Muon8bit) -> dict[str, Any]:
