@@ -126,6 +126,26 @@ def _layout(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, 
     return Format.of(param.shape, *(group[k] for k in FORMAT_KEYS)).layout(param.shape)
 
 
+def empty(groups: list[dict[str, Any]], team: Team | None) -> dict[Tensor, dict[str, Tensor]]:
+    """Uninitialized state of every parameter, of the shapes, dtypes and placements that `checked` asks for."""
+    state = {}
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            where = team.layout_of(param, group, describe(group, i, j)) if team else None
+            layout = _layout(param, group)
+            shapes = {key: shape for key, (shape, _) in layout.items()}
+            tensors = {
+                key: torch.empty(shape, dtype=layout[key][1], device=_device(key, param))
+                for key, shape in (shapes if where is None else where.parts(shapes)).items()
+            }
+            state[param] = tensors if where is None else where.wrapped(tensors, shapes)
+    return state
+
+
+def _device(key: str, param: Tensor) -> torch.device:
+    return adamw.step_device(param) if key == "step" else param.device
+
+
 def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: Layout | None) -> dict[str, Tensor]:
     """Checked copies of one parameter's state, or of this rank's part, on its device, contiguous, in their dtypes."""
     if not isinstance(tensors, Mapping):
@@ -152,6 +172,5 @@ def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str, wher
             raise ValueError(f"state of {name}: {key} is sharded, the parameter is not: load value.full_tensor()")
         if dtype.is_floating_point and not value.isfinite().all():
             raise ValueError(f"state of {name}: {key} holds NaN or Inf: the checkpoint is damaged")
-        device = adamw.step_device(param) if key == "step" else param.device
-        copies[key] = value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
+        copies[key] = value.detach().to(device=_device(key, param), copy=True, memory_format=torch.contiguous_format)
     return copies if where is None else where.wrapped(copies, {key: shape for key, (shape, _) in layout.items()})

@@ -270,12 +270,29 @@ class Muon8bit(SharingOptimizer):
         Raises:
             ValueError: names the group, parameter or key that does not fit.
         """
+        self.prepare_load(state_dict)()
+
+    def prepare_load(self, state_dict: dict[str, Any]) -> Callable[[], None]:
+        """`load_state_dict` in two halves, for ranks that must all load or none: checks, and returns what then loads.
+
+        Raises:
+            ValueError: names the group, parameter or key that does not fit.
+        """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             hooked = pre_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
         groups, state = loading.checked(state_dict, self.param_groups, self._find_team())
-        self._pending = self._consolidated = None
-        self.__setstate__({"state": state, "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+
+        def load() -> None:
+            self._pending = self._consolidated = None
+            self.__setstate__({"state": state, "param_groups": groups})
+            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+                post_hook(self)
+
+        return load
+
+    def empty_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Parameter -> what `state` holds of it after a step, with values that mean nothing: for distributed
+        checkpointing to load into. This rank's memory alone, on the state's devices; `state` itself does not change."""
+        return loading.empty(self.param_groups, self._find_team())

@@ -51,8 +51,9 @@ def run_all(folder):
     """All checks; this rank's errors, by name, into a file of the folder."""
     for module in (
         "sharded_checks_more",
-        "sharded_checks_errors",
         "sharded_checks_doors",
+        "sharded_checks_errors",
+        "sharded_checks_reshard",
     ):  # they register their checks
         import_module(module)
     world, errors = World(folder), {}

@@ -52,7 +52,7 @@ def train(model, optimizer, seeds):
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         for param in model.parameters():
-            grad = torch.randn(param.shape, generator=generator)
+            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
             if isinstance(param, DTensor):
                 grad = distribute_tensor(grad, param.device_mesh, param.placements, src_data_rank=None)
             param.grad = grad
