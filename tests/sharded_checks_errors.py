@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from sharded_checks import arm, check
 from sharded_runs import MATRICES, VECTORS, Run, assert_same, on_mesh, raises
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from muon8bit import Muon8bit
 from muon8bit.distributed import team
@@ -194,3 +194,17 @@ def _(world):
     scaler.update()
     assert scaler.get_scale() == 2.0
     assert_same({**run.state_whole(), **run.params_whole()}, before)
+
+
+@check("gradients that are partial sums are reduced", ranks=3)
+def _(world):
+    """As those of norms are in sequence parallelism."""
+    single = Run(MATRICES, torch.float32, torch.clone).train([1])
+    run = Run(MATRICES, torch.float32, on_mesh(world.lines[3], [Replicate()]))
+    run.set_grads(1)
+    for name in ("wide", "bias"):
+        local = run.params[name].grad.to_local() * (dist.get_rank() == RANK)
+        run.params[name].grad = DTensor.from_local(local, world.lines[3], [Partial()])
+    run.optimizer.step()
+    assert_same(run.state_whole(), single.state_whole())
+    assert_same(run.params_whole(), single.params_whole())

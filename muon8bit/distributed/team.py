@@ -56,17 +56,34 @@ class Team:
         options: Sequence[object],
     ) -> Result:
         """What `read` returns, which communicates nothing, once all ranks have it and agree about groups, options,
-        device, and the presence of gradients and of state: from here on they communicate alike.
+        device, and the presence of gradients and of state: from here on they communicate alike. Gradients that are
+        partial sums, as those of norms in sequence parallelism, are reduced first, once they are known to be there.
 
         Raises:
             Exception: what `read` raised here.
             RuntimeError: on every other rank, naming the first difference, or that rank with its error.
         """
         failure: Exception | None = None
+        summands = [param for group in groups for param in group["params"] if _has_partial_grad(param)]
+        if summands:
+            self._compare(groups, state, options, failure)
+            for param in summands:
+                param.grad = param.grad.redistribute(placements=param.placements)
         try:
             result = read()
         except Exception as error:  # raised again when all know
             failure = error
+        self._compare(groups, state, options, failure)
+        return result
+
+    def _compare(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, Mapping[str, Tensor]],
+        options: Sequence[object],
+        failure: Exception | None,
+    ) -> None:
+        """See `agree`."""
         names = [[describe(group, i, j) for j in range(len(group["params"]))] for i, group in enumerate(groups)]
         lines = [f"the options {tuple(options)} on {device_kind(self.device)}", *described(groups, names)]
         params = [param for group in groups for param in group["params"]]
@@ -74,7 +91,6 @@ class Team:
         with_grad = [name for name, param in named if param.grad is not None]
         with_state = [name for name, param in named if state.get(param)]
         agree(self.group, self.device, lines, with_grad, with_state, failure)
-        return result
 
     def layout_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> Layout | None:
         """Where a parameter and its state lie; None where both are this rank's own affair.
@@ -153,6 +169,14 @@ class Team:
             made = plan(matrices, len(self.ranks), options.workspace_bytes // rounds.NUM_SHARES)
             self._plans[key] = made, timetable(made)
         return self._plans[key]
+
+
+def _has_partial_grad(param: Tensor) -> bool:
+    """Whether the gradient lies on the parameter's mesh as sums to be reduced. All ranks see the same."""
+    grad = param.grad
+    if not isinstance(param, DTensor) or not isinstance(grad, DTensor) or grad.device_mesh != param.device_mesh:
+        return False
+    return any(placement.is_partial() for placement in grad.placements)
 
 
 def check_group(group: object) -> None:
