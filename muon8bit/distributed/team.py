@@ -67,8 +67,8 @@ class Team:
         summands = [param for group in groups for param in group["params"] if _has_partial_grad(param)]
         if summands:
             self._compare(groups, state, options, failure)
-            for param in summands:
-                param.grad = param.grad.redistribute(placements=param.placements)
+        for param in summands:
+            param.grad = param.grad.redistribute(placements=param.placements)
         try:
             result = read()
         except Exception as error:  # raised again when all know
