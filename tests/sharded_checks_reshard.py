@@ -139,7 +139,7 @@ def _(world):
     train(model, optimizer, range(2, 4))
     single = arm("bf16 dynamic")
     train(*single, range(4))
-    assert_same(everything(model, optimizer), everything(*single))
+    assert_same(everything(model.module, optimizer), everything(*single))
 
 
 def cut(folder):
