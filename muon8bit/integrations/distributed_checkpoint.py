@@ -9,16 +9,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_values
 
 from muon8bit import Muon8bit
 
@@ -78,7 +79,7 @@ def _agreed(work: Callable[[], T], path: object, group: ProcessGroup | None) -> 
 def _templates(model: nn.Module, optimizer: Muon8bit, folder: Path) -> tuple[dict[str, Any], dict[str, Keys], Any]:
     """Memory to load into, by the checkpoint's flat keys; where these belong; and, by group, its parameters' names."""
     try:
-        saved = dcp.FileSystemReader(folder).read_metadata()
+        saved = FileSystemReader(folder).read_metadata()
     except Exception as error:  # unpickling a damaged file raises anything
         raise ValueError(f"{folder / '.metadata'} cannot be read ({error!r})") from error
     _check_files(saved, folder)
@@ -89,10 +90,11 @@ def _templates(model: nn.Module, optimizer: Muon8bit, folder: Path) -> tuple[dic
     names = _named(model, optimizer)
     for name, tensors in names["state"].items():
         own |= {("optimizer", "state", name, key): value for key, value in tensors.items()}
-    templates, places = {}, {k: place for k, place in saved.planner_data.items() if place[0] in ("model", "optimizer")}
+    templates: dict[str, Any] = {}
+    places = {k: place for k, place in saved.planner_data.items() if place[0] in ("model", "optimizer")}
     for key, place in places.items():
         kind = saved.state_dict_metadata[key]
-        there = (kind.properties.dtype, tuple(kind.size)) if hasattr(kind, "size") else None
+        there = (kind.properties.dtype, tuple(kind.size)) if isinstance(kind, TensorStorageMetadata) else None
         if place[:2] == ("optimizer", "param_groups") and len(place) == 4:  # torch has them all, whatever they are
             templates[key] = 0 if there is None else torch.empty(there[1], dtype=there[0])
             continue
@@ -146,17 +148,17 @@ def _read(
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     """The model's values, and what assigns the optimizer's."""
     try:
-        dcp.load(templates, checkpoint_id=path, process_group=group)
+        load_values(templates, checkpoint_id=path, process_group=group)
     except CheckpointException as error:  # on all ranks, and no Exception
         rank, (cause, _) = next(iter(error.failures.items()))
         raise ValueError(f"reading failed on rank {rank}: {cause!r}") from error
     values: dict[str, Any] = {}
-    state: dict[str, dict[str, Tensor]] = {}
-    groups: dict[int, dict[str, Any]] = {}
+    state: dict[Any, dict[str, Any]] = {}
+    groups: dict[Any, dict[str, Any]] = {}
     for key, place in places.items():
         tree: Any = values
         if place[0] == "optimizer":
-            tree = (state if place[1] == "state" else groups).setdefault(place[2], {})  # type: ignore[attr-defined]
+            tree = (state if place[1] == "state" else groups).setdefault(place[2], {})
         tree[place[-1]] = templates[key]
     ordered = [groups[i] for i in sorted(groups)]
     load = optimizer.prepare_load({"state": state, "param_groups": ordered})
