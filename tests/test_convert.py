@@ -546,6 +546,7 @@ def test_what_torchs_muon_cannot_do_is_refused_by_name():
         ({"params": [("s", stack)]}, "s has 3 dimensions: torch.optim.Muon takes matrices only"),
         ({"params": [("f", fused)], "split_sizes": (8, 8)}, r"f is cut by split_sizes=\(8, 8\)"),
         ({"params": [("f", fused)], "ns_coefficients": "polar_express"}, "'polar_express' differ by step"),
+        ({"params": [("f", fused)], "clip_matrix_norm": 1.0}, "has no clip_matrix_norm: set it to None"),
     ):
         optimizer = Muon8bit([group])
         stack.grad, fused.grad = torch.ones_like(stack), torch.ones_like(fused)

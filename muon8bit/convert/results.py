@@ -56,7 +56,7 @@ def stored(group: Group, format_options: Mapping[str, Any], index: int) -> Group
         warnings.warn(f"group {index} does not say {', '.join(unsaid)}: taken as {taken}", stacklevel=4)
     options = {**unsaid, **group.options}
     if group.algorithm == "muon":
-        options = {**_DEFAULT_FORMAT, **options, **format_options}
+        options = {"clip_matrix_norm": None, **_DEFAULT_FORMAT, **options, **format_options}
     check_options({**options, "algorithm": group.algorithm}, f"group {index}: ")
     return Group(group.algorithm, options, group.entries, group.part)
 
@@ -131,9 +131,11 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """A group's options without those that torch lacks; a schedule of coefficients as one triple.
 
     Raises:
-        ValueError: for coefficients that differ by step.
+        ValueError: for coefficients that differ by step, or clipping.
     """
-    unknown = {*RUNNING_KEYS, "algorithm", "rounding_seed", "rounding_step"}
+    if options.get("clip_matrix_norm") is not None:
+        raise ValueError("torch.optim.Muon has no clip_matrix_norm: set it to None in the groups first")
+    unknown = {*RUNNING_KEYS, "clip_matrix_norm", "algorithm", "rounding_seed", "rounding_step"}
     result = {key: value for key, value in options.items() if key not in unknown}
     if "ns_coefficients" in result:
         schedule = resolve(result["ns_coefficients"], result["ns_steps"])
