@@ -23,6 +23,8 @@ from .orthogonalize import resolve
 # How the running optimizer stores and computes: from the constructor, never from a checkpoint.
 FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
 MATRIX_DEFAULTS: dict[str, Any] = {"flatten": False, "split_sizes": None, "split_dim": -2}
+# Keys of a Muon group that no other optimizer and no older checkpoint has, and what their absence means.
+OWN_DEFAULTS: dict[str, Any] = {**MATRIX_DEFAULTS, "clip_matrix_norm": None}
 RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim")
 MUON_ONLY_KEYS = (
     *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm"),

@@ -18,7 +18,7 @@ from ..config import (
     DYNAMIC_CODES_KEY,
     LINEAR_CODES_KEY,
 )
-from ..groups import FORMAT_KEYS, MATRIX_DEFAULTS, RUNNING_KEYS, check_options
+from ..groups import FORMAT_KEYS, OWN_DEFAULTS, RUNNING_KEYS, check_options
 from ..orthogonalize import resolve
 from ..orthogonalize.coefficients import JORDAN
 from ..state import Format, Momentum
@@ -26,7 +26,7 @@ from .entries import Entry, Group
 
 Keep = Callable[[Tensor], Any]
 
-_DEFAULT_FORMAT = {"bits": 8, "codebook": "linear", "block_size": DEFAULT_BLOCK_SIZE, **MATRIX_DEFAULTS}
+_DEFAULT_FORMAT = {"bits": 8, "codebook": "linear", "block_size": DEFAULT_BLOCK_SIZE, **OWN_DEFAULTS}
 # What torch.optim.Muon and its kin do where their groups do not say.
 _UNSAID: dict[str, dict[str, Any]] = {
     "muon": {
@@ -56,7 +56,7 @@ def stored(group: Group, format_options: Mapping[str, Any], index: int) -> Group
         warnings.warn(f"group {index} does not say {', '.join(unsaid)}: taken as {taken}", stacklevel=4)
     options = {**unsaid, **group.options}
     if group.algorithm == "muon":
-        options = {"clip_matrix_norm": None, **_DEFAULT_FORMAT, **options, **format_options}
+        options = {**_DEFAULT_FORMAT, **options, **format_options}
     check_options({**options, "algorithm": group.algorithm}, f"group {index}: ")
     return Group(group.algorithm, options, group.entries, group.part)
 
@@ -135,7 +135,7 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     if options.get("clip_matrix_norm") is not None:
         raise ValueError("torch.optim.Muon has no clip_matrix_norm: set it to None in the groups first")
-    unknown = {*RUNNING_KEYS, "clip_matrix_norm", "algorithm", "rounding_seed", "rounding_step"}
+    unknown = {*RUNNING_KEYS, *OWN_DEFAULTS, "algorithm", "rounding_seed", "rounding_step"}
     result = {key: value for key, value in options.items() if key not in unknown}
     if "ns_coefficients" in result:
         schedule = resolve(result["ns_coefficients"], result["ns_steps"])

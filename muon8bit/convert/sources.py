@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..config import ALGORITHMS, BUFFER_KEY
-from ..groups import MATRIX_DEFAULTS, RUNNING_KEYS, check_options, group_keys
+from ..groups import OWN_DEFAULTS, RUNNING_KEYS, check_options, group_keys
 from .entries import DIALECTS, Dialect, Entry, Group
 
 # What other optimizers' groups need not say; `results` settles it.
@@ -88,7 +88,7 @@ def _own_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str, 
         raise ValueError(f"{where}: algorithm {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     if algorithm == "muon":
-        options = {**MATRIX_DEFAULTS, "clip_matrix_norm": None, **options}  # older checkpoints lack these keys
+        options = {**OWN_DEFAULTS, **options}
     missing = [key for key in group_keys(algorithm) if key not in options]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
@@ -166,9 +166,7 @@ def _foreign_options(
         raise ValueError(f"{where} was stepped with {', '.join(refused)}, which Muon8bit does not do")
     if algorithm == "muon" and momentum is not None and options.setdefault("momentum", momentum) != momentum:
         raise ValueError(f"{where} has momentum={options['momentum']!r}: leave the option {momentum!r} out")
-    missing = sorted(
-        {*group_keys(algorithm)} - _UNSAID[algorithm] - {*RUNNING_KEYS, "clip_matrix_norm"} - options.keys()
-    )
+    missing = sorted({*group_keys(algorithm)} - _UNSAID[algorithm] - {*RUNNING_KEYS, *OWN_DEFAULTS} - options.keys())
     if missing:
         way_out = "; give its momentum" if missing == ["momentum"] and dialect == "heavy-ball" else ""
         raise ValueError(f"{where} lacks {', '.join(missing)}: is it a group of {algorithm}?{way_out}")
