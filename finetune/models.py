@@ -69,20 +69,21 @@ def check_vocabulary(config: Any, tokenizer: Any, option: str) -> None:
 
 
 def build_model(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
-    """The model in fp32, random from torch's current seed or pretrained.
+    """The model in the recipe's dtype, random from torch's current seed or pretrained.
 
     Raises:
         InputError: the weights cannot be loaded, or the architecture is no causal language model.
     """
     model: Any
     causal: Any = AutoModelForCausalLM
+    dtype = torch.bfloat16 if recipe.dtype == "bf16" else torch.float32
     try:
         if recipe.init_from:
-            model = causal.from_pretrained(recipe.init_from, dtype=torch.float32)
+            model = causal.from_pretrained(recipe.init_from, dtype=dtype)
         else:
             config.eos_token_id = config.bos_token_id = tokenizer.eos_token_id
             config.pad_token_id = tokenizer.pad_token_id
-            model = causal.from_config(config, dtype=torch.float32)
+            model = causal.from_config(config, dtype=dtype)
     except Exception as error:
         option = "--init-from" if recipe.init_from else "--model-config"
         raise InputError(option, f"transformers cannot build the model: {first_line(error)}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +22,6 @@ def build_optimizers(
     recipe: Training,
     *,
     loraplus_ratio: float | None = None,
-    param_rounding: Literal["nearest", "stochastic"] = "nearest",
     process_group: ProcessGroup | None = None,
 ) -> list[Optimizer]:
     """Optimizers that together train every parameter of the model that requires a gradient.
@@ -30,13 +29,13 @@ def build_optimizers(
     `muon8bit` is one optimizer for the whole model; `muon` is torch.optim.Muon (fp32 momentum) for the 2-D weights
     that `param_groups` routes to Muon, fused ones as one matrix, and torch.optim.AdamW for the rest; `adamw` and
     `adamw8bit` (bitsandbytes) take everything. Norms and biases are not decayed in any of them.
-    lr and decay as in `Training`.
+    lr and decay as in `Training`; `muon8bit` rounds bf16 weights stochastically unless it says "nearest", the others
+    to nearest.
 
     Args:
         model: on any device.
         recipe: resolved.
         loraplus_ratio: lr of LoRA factors B over that of A, in every arm; None for equal ones.
-        param_rounding: of bf16 parameters under `muon8bit`; the others round to nearest.
         process_group: ranks with equal parameters, among which `muon8bit` divides the orthogonalization; None for none.
 
     Raises:
@@ -52,7 +51,9 @@ def build_optimizers(
         option = "--loraplus-ratio" if "loraplus" in str(error) else "--optimizer"
         raise InputError(option, str(error)) from None
     if recipe.optimizer == "muon8bit":
-        options |= {"codebook": recipe.codebook, "block_size": recipe.block_size, "param_rounding": param_rounding}
+        has_bf16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+        rounding = recipe.param_rounding or "stochastic" if has_bf16 else "nearest"
+        options |= {"codebook": recipe.codebook, "block_size": recipe.block_size, "param_rounding": rounding}
         return [Muon8bit(groups, **options, process_group=process_group)]
     adamw_lr = recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr
     for group in groups:

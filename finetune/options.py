@@ -37,6 +37,12 @@ class Training:
     optimizer: str = option("muon8bit", "which optimizer trains the model", "muon8bit", "muon", "adamw", "adamw8bit")
     codebook: str = option("linear", "8-bit codebook of muon8bit", "linear", "dynamic")
     block_size: int = option(2048, "elements per scale of muon8bit, a power of two from 64 to 4096")
+    param_rounding: str | None = option(
+        None,
+        "how bf16 weights are rounded, embeddings and head too; stochastic, for muon8bit only, keeps updates that are "
+        "too small for bf16; default: stochastic for muon8bit, else nearest",
+        *("nearest", "stochastic"),
+    )
     lr: float = option(1e-3, "peak learning rate (RMS of an update is 0.2 of it for hidden matrices)")
     adamw_lr: float | None = option(None, "peak lr of the AdamW part of muon8bit and muon; default: --lr")
     weight_decay: float = option(0.1, "decoupled weight decay per unit of lr")
@@ -155,6 +161,10 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         value = getattr(recipe, name)
         if value is not None and value < 0:
             raise InputError(flag(name), f"{value} must not be negative")
+    if recipe.param_rounding == "stochastic" and recipe.optimizer != "muon8bit":
+        raise InputError(
+            "--param-rounding", f"{recipe.optimizer} rounds to nearest; leave it out, or give --optimizer muon8bit"
+        )
     if recipe.tracker and find_spec(recipe.tracker) is None:
         raise InputError("--tracker", f"{recipe.tracker!r} is not installed; install it, or leave it out")
     if recipe.block_size not in (64, 128, 256, 512, 1024, 2048, 4096):

@@ -34,6 +34,7 @@ class Recipe(Training):
     validation_fraction: float = option(0.02, "share of the text held out: by file, or by row hash")
     tokenizer: str | None = option(None, "folder or name of a tokenizer; default: train a byte-level BPE")
     init_from: str | None = option(None, "folder or name of a pretrained model to continue from")
+    dtype: str = option("fp32", "of the weights and their gradients; bf16 has no fp32 copy", "fp32", "bf16")
     seq_len: int = option(256, "tokens per sequence")
 
 

@@ -85,11 +85,8 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     if recipe.has_adapter:
         model = add_adapter(model, recipe, base)
         checkpoint_trainable_only(accelerator)
-    rounding: Any = "stochastic" if _rounds_weights(recipe) else "nearest"
     ratio = None if recipe.loraplus_ratio == 1 else recipe.loraplus_ratio
-    optimizers = build_optimizers(
-        model, recipe, loraplus_ratio=ratio, param_rounding=rounding, process_group=replicas(accelerator)
-    )
+    optimizers = build_optimizers(model, recipe, loraplus_ratio=ratio, process_group=replicas(accelerator))
     schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
     prepared = accelerator.prepare(model, *optimizers)
     run = SftRun(

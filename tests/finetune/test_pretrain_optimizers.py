@@ -33,3 +33,19 @@ def test_every_parameter_of_a_mixture_of_experts_is_trained_once(kind):
     is_muon = [type(optimizer).__name__ == "Muon" for optimizer in optimizers]
     stacked = {i for i, o in enumerate(optimizers) for g in o.param_groups for p in g["params"] if p.ndim == 3}
     assert not any(is_muon[i] for i in stacked)
+
+
+@pytest.mark.parametrize(("rounding", "moved"), [(None, True), ("stochastic", True), ("nearest", False)])
+def test_updates_too_small_for_bf16_move_its_weights_unless_rounded_to_nearest(rounding, moved):
+    torch.manual_seed(0)
+    model = mixtral().bfloat16()
+    recipe = Recipe(name="moe", model=SIZES, lr=1e-6, weight_decay=0.0, param_rounding=rounding)
+    (optimizer,) = build_optimizers(model, recipe)
+    large = [param for param in model.parameters() if param.ndim == 1 or param.ndim == 3]
+    for param in large:  # half a unit in the last place of 1 is 2e-3
+        torch.nn.init.ones_(param)
+        param.grad = torch.randn_like(param)
+    before = [param.detach().clone() for param in large]
+    for _ in range(20):
+        optimizer.step()
+    assert any(not torch.equal(old, new) for old, new in zip(before, large, strict=True)) == moved

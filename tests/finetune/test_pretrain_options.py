@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--schedule", "warmup_stable_decay"], ["--decay-steps", "above 0"]),
         (["--validation-fraction", "1"], ["--validation-fraction"]),
         (["--block-size", "100"], ["--block-size", "100"]),
+        (["--optimizer", "muon", "--param-rounding", "stochastic"], ["--param-rounding", "muon8bit"]),
         (["--recipe", "no_such"], ["--recipe", "no_such", "llama_4m"]),
         (["--model-config", "no_such.json"], ["--model-config", "no_such.json"]),
         (["--tracker", "paper"], ["--tracker", "tensorboard"]),

@@ -36,7 +36,9 @@ def weights(folder):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [["muon8bit"], ["muon8bit", "--codebook", "dynamic"], ["muon"], ["adamw"]], ids=" ".join
+    "optimizer",
+    [["muon8bit"], ["muon8bit", "--codebook", "dynamic"], ["muon8bit", "--dtype", "bf16"], ["muon"], ["adamw"]],
+    ids=" ".join,
 )
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(pretrain, tmp_path, optimizer):
     options = ["--optimizer", *optimizer]
