@@ -41,17 +41,14 @@ def run(folder: Path, arm: str, seed: int) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: validation loss of every arm and seed, mean gap to fp32; below it the ratio of the mean gaps."""
+    """Markdown, over the seeds that every arm has: validation losses, mean gap to fp32; the ratio of the mean gaps."""
     losses = {(record["arm"], record["seed"]): record["val_loss"] for record in records}
-    lines = [
-        "| weights | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " | mean gap |",
-        "| --- " * (len(SEEDS) + 2) + "|",
-    ]
-    gaps = {}
-    for arm in ARMS:
-        of = [losses[arm, seed] for seed in SEEDS]
-        gaps[arm] = statistics.mean(loss - losses["fp32", seed] for loss, seed in zip(of, SEEDS, strict=True))
-        lines.append(f"| {arm} | " + " | ".join(f"{loss:.4f}" for loss in of) + f" | {gaps[arm]:+.4f} |")
+    seeds = [seed for seed in SEEDS if all((arm, seed) in losses for arm in ARMS)]
+    lines = ["| weights | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean gap |"]
+    lines.append("| --- " * (len(seeds) + 2) + "|")
+    gaps = {arm: statistics.mean(losses[arm, seed] - losses["fp32", seed] for seed in seeds) for arm in ARMS}
+    for arm, gap in gaps.items():
+        lines.append(f"| {arm} | " + " | ".join(f"{losses[arm, seed]:.4f}" for seed in seeds) + f" | {gap:+.4f} |")
     lines.append(f"\ngap of stochastic over gap of nearest: {gaps['bf16 stochastic'] / gaps['bf16 nearest']:.3f}")
     return "\n".join(lines)
 
