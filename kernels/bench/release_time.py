@@ -1,6 +1,6 @@
 """Time a step with released gradients against an ordinary one, interleaved, and write a record.
 
-    PYTHONPATH=.:kernels python kernels/bench/release_time.py [--layers 8] [--hidden 512] [--out NAME.json]
+    PYTHONPATH=.:kernels python kernels/bench/release_time.py [--out NAME.json]
 
 Both arms run the same backward, of a loss that costs next to nothing, and `step()`: the seven matrices of each layer of
 a Llama, fp32. Of a CPU only the ratio is printed: absolute times of a shared machine mean little.
@@ -23,6 +23,9 @@ from torch import nn
 from bench.step_time import cpu_flags, interleaved
 from muon8bit import Muon8bit, release_gradients
 
+ARMS = ("ordinary", "released")
+CASES = ((24, 64), (8, 512), (4, 1024))  # layers, width; the other side of a layer's MLP is 4 times that
+
 
 def arm(layers: int, hidden: int, is_released: bool) -> Callable[[], None]:
     """One training step of `layers` layers of width `hidden`: backward and `step()`."""
@@ -43,22 +46,20 @@ def arm(layers: int, hidden: int, is_released: bool) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512, help="the other side of a layer's MLP is 4 times that")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each arm")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each arm")
     parser.add_argument("--out", type=Path, help="write the record there (JSON)")
     args = parser.parse_args()
-    arms = {name: arm(args.layers, args.hidden, name == "released") for name in ("ordinary", "released")}
-    times = interleaved(arms, args.rounds)
+    rows = []
+    for layers, hidden in CASES:
+        times = interleaved({name: arm(layers, hidden, name == "released") for name in ARMS}, args.rounds)
+        rows.append({"layers": layers, "hidden": hidden, "ratio": round(times["released"] / times["ordinary"], 3)})
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "cpu": {"machine": platform.machine(), "flags": cpu_flags(), "threads": torch.get_num_threads()},
         "unit": "median time of a step with released gradients over that of an ordinary one; above 1: release costs",
-        "layers": args.layers,
-        "hidden": args.hidden,
-        "ratio": round(times["released"] / times["ordinary"], 3),
+        "rows": rows,
     }
     text = json.dumps(record, indent=2)
     print(text)
