@@ -15,16 +15,15 @@ from finetune.adapters import add_adapter, checkpoint_trainable_only
 from finetune.bases import base_config, find_base, fingerprint, load_base, pretrained_with, weight_dtype
 from finetune.chat import Parts, load_parts
 from finetune.errors import InputError
-from finetune.launch import is_sharded, replicas
+from finetune.launch import is_sharded
 from finetune.loop import evaluate
 from finetune.masks import ChatEncoding, EncodedExamples, encode_examples
 from finetune.messages import Example
 from finetune.models import check_vocabulary, config_hash
-from finetune.optimizers import build_optimizers
 from finetune.packing import Rows, check_isolation
 from finetune.ranks import first_on_node
 from finetune.resuming import check_same_run
-from finetune.run import make_accelerator, make_scheduler, versions
+from finetune.run import make_accelerator, prepare_training, versions
 from finetune.run_folder import RunFolder
 from finetune.sft_recipe import SftRecipe, resolve
 from finetune.sft_run import Sample, SftRun
@@ -86,17 +85,15 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
         model = add_adapter(model, recipe, base)
         checkpoint_trainable_only(accelerator)
     ratio = None if recipe.loraplus_ratio == 1 else recipe.loraplus_ratio
-    optimizers = build_optimizers(model, recipe, loraplus_ratio=ratio, process_group=replicas(accelerator))
-    schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
-    prepared = accelerator.prepare(model, *optimizers)
+    prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model, ratio)
     run = SftRun(
         accelerator=accelerator,
         recipe=recipe,
         folder=folder,
         facts=facts,
         tokenizer=tokenizer,
-        model=prepared[0],
-        optimizers=list(prepared[1:]),
+        model=prepared,
+        optimizers=optimizers,
         schedulers=schedulers,
         train=train,
         validation=validation,
@@ -211,6 +208,8 @@ def _look_before(run: SftRun) -> None:
     if run.folder.checkpoint:
         run.facts["val_loss_before"] = run.folder.progress()["facts"]["val_loss_before"]
         return
-    run.facts["val_loss_before"] = evaluate(run.accelerator, run.model, run.validation, run.recipe.batch_size)
+    recipe = run.recipe
+    val_loss = evaluate(run.accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
+    run.facts["val_loss_before"] = val_loss
     run.say(f"before: validation {run.val_loss_before:.4f} nats per target")
     run.write_answers("before")

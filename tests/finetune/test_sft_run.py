@@ -98,9 +98,10 @@ def test_a_full_run_leaves_everything_it_promises(sft, tmp_path, chats):
     [
         ["--mode", "full"],
         ["--mode", "full", "--dtype", "bf16"],
+        ["--mode", "full", "--dtype", "bf16", "--release-gradients", "--clip", "0", "--loss-chunk", "24", "--packing"],
         ["--lora-dropout", "0.2", "--codebook", "dynamic"],
         ["--optimizer", "muon", "--dora", "--packing", "--activation-checkpointing"],
-        ["--mode", "qlora", "--optimizer", "adamw", "--loraplus-ratio", "4"],
+        ["--mode", "qlora", "--optimizer", "adamw", "--loraplus-ratio", "4", "--loss-chunk", "24"],
     ],
     ids=" ".join,
 )
