@@ -43,10 +43,11 @@ def build_optimizers(
     """
     ratio = loraplus_ratio
     options: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    more: Any = {"adamw_lr": recipe.adamw_lr, "adamw_betas": BETAS}
+    if recipe.adamw_bits != 32:
+        more["adamw_bits"] = recipe.adamw_bits
     try:
-        groups = param_groups(
-            model, **options, adamw_lr=recipe.adamw_lr, adamw_betas=BETAS, loraplus_ratio=loraplus_ratio
-        )
+        groups = param_groups(model, **options, **more, loraplus_ratio=loraplus_ratio)
     except ValueError as error:
         option = "--loraplus-ratio" if "loraplus" in str(error) else "--optimizer"
         raise InputError(option, str(error)) from None
@@ -55,6 +56,8 @@ def build_optimizers(
         rounding = recipe.param_rounding or "stochastic" if has_bf16 else "nearest"
         options |= {"codebook": recipe.codebook, "block_size": recipe.block_size, "param_rounding": rounding}
         options |= {"clip_matrix_norm": recipe.clip_matrix_norm, "process_group": process_group}
+        if recipe.state_device != "device":
+            options["state_device"] = recipe.state_device
         return [Muon8bit(groups, **options, on_nonfinite="skip" if recipe.release_gradients else "raise")]
     adamw_lr = recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr
     for group in groups:

@@ -43,6 +43,10 @@ class Training:
         "too small for bf16; default: stochastic for muon8bit, else nearest",
         *("nearest", "stochastic"),
     )
+    adamw_bits: int = option(32, "bits of the moments of muon8bit's AdamW part; 8 needs bitsandbytes", 8, 32)
+    state_device: str = option(
+        "device", "where muon8bit keeps its state: beside the parameters, or in host memory", "device", "cpu"
+    )
     lr: float = option(1e-3, "peak learning rate (RMS of an update is 0.2 of it for hidden matrices)")
     adamw_lr: float | None = option(None, "peak lr of the AdamW part of muon8bit and muon; default: --lr")
     weight_decay: float = option(0.1, "decoupled weight decay per unit of lr")
@@ -194,6 +198,8 @@ def _check_muon8bit_only(recipe: Training) -> None:
         "--param-rounding": recipe.param_rounding == "stochastic",
         "--clip-matrix-norm": recipe.clip_matrix_norm is not None,
         "--release-gradients": recipe.release_gradients,
+        "--adamw-bits": recipe.adamw_bits != 32,
+        "--state-device": recipe.state_device != "device",
     }
     for name, is_asked in asked.items():
         if is_asked and recipe.optimizer != "muon8bit":

@@ -12,7 +12,15 @@ import torch
 from accelerate.utils import set_seed
 
 from finetune.adapters import add_adapter, checkpoint_trainable_only
-from finetune.bases import base_config, find_base, fingerprint, load_base, pretrained_with, weight_dtype
+from finetune.bases import (
+    base_config,
+    compute_precision,
+    find_base,
+    fingerprint,
+    load_base,
+    pretrained_with,
+    weight_dtype,
+)
 from finetune.chat import Parts, load_parts
 from finetune.errors import InputError
 from finetune.launch import is_sharded
@@ -50,10 +58,7 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     Raises:
         InputError: bad input, on all ranks alike; nothing was written but the cache.
     """
-    precision = recipe.mixed_precision
-    if recipe.mode == "qlora" and precision == "auto" and weight_dtype(recipe) == torch.bfloat16:
-        precision = "bf16"
-    accelerator, folder = make_accelerator(recipe, folder, precision)
+    accelerator, folder = make_accelerator(recipe, folder, compute_precision(recipe))
     if is_sharded(accelerator) and recipe.has_adapter:
         raise InputError(
             "--mode", f"{recipe.mode} under FSDP is not supported; launch with ddp.yaml, or give --mode full"
