@@ -8,7 +8,6 @@ import shlex
 
 import pytest
 from bench import recipe_peaks
-from conftest import run_main
 from finetune_chat import make_base
 
 from finetune.sft_recipe import SFT_RECIPES
@@ -40,9 +39,7 @@ def test_estimate_of_a_recipes_own_options_is_what_it_says_and_fits(name, capsys
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_tiny_model_trains_with_a_recipes_options_and_resumes_to_the_bit(name, tmp_path, chats, capfd):
-    from finetune.sft import main
-
+def test_a_tiny_model_trains_with_a_recipes_options_and_resumes_to_the_bit(name, tmp_path, chats, sft):
     base = make_base(tmp_path / "base", tie_word_embeddings="3b" in name)
     shorter = {
         "--max-steps": 4,
@@ -52,12 +49,12 @@ def test_a_tiny_model_trains_with_a_recipes_options_and_resumes_to_the_bit(name,
         "--validation-fraction": 0.2,
     }
     own = {"--model": base, "--dataset": chats, "--max-length": 96, "--num-answers": 1, "--answer-tokens": 4}
-    options = [str(word) for pair in {**own, **shorter}.items() for word in pair]
+    options = [word for pair in {**own, **shorter}.items() for word in pair]
     for folder in ("whole", "crashed"):
-        outcome = run_main(main, ["--recipe", name, *options, "--output-dir", folder], capfd)
+        outcome = sft("--recipe", name, *options, "--output-dir", folder)
         assert outcome.code == 0, outcome.err
     (tmp_path / "crashed" / "checkpoints" / "step-0000004").rename(tmp_path / "lost")
-    resumed = run_main(main, ["--resume", "crashed"], capfd)
+    resumed = sft("--resume", "crashed")
     assert resumed.code == 0, resumed.err
     whole, crashed = (
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
