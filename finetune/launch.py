@@ -41,15 +41,18 @@ def check_launch(accelerator: Accelerator, recipe: Training) -> None:
 
     Raises:
         InputError: FSDP version 1 or without a GPU, DeepSpeed, Megatron-LM; an optimizer that cannot be sharded;
-            gradient release in several processes, or the norms of sharded matrices.
+            gradient release or state on the host in several processes, or the norms of sharded matrices.
     """
     kind = accelerator.distributed_type.value
-    if recipe.release_gradients and accelerator.num_processes > 1:
-        raise InputError(
-            "--release-gradients",
-            f"here are {accelerator.num_processes} processes, and a gradient is used before they have added theirs; "
-            "launch one, or leave it out",
-        )
+    alone = {
+        "--release-gradients": (recipe.release_gradients, "a gradient is used before they have added theirs"),
+        "--state-device": (recipe.state_device != "device", "what they share is stepped where it is computed"),
+    }
+    for name, (is_asked, reason) in alone.items():
+        if is_asked and accelerator.num_processes > 1:
+            raise InputError(
+                name, f"here are {accelerator.num_processes} processes, and {reason}; launch one, or leave it out"
+            )
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and not is_sharded(accelerator):
         raise InputError("--config_file", f"it asks for FSDP, which Accelerate would run as {kind} here; take another")

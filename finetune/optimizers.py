@@ -39,13 +39,11 @@ def build_optimizers(
         process_group: ranks with equal parameters, among which `muon8bit` divides the orthogonalization; None for none.
 
     Raises:
-        InputError: nothing for Muon in the model, no factor B, or bitsandbytes is not installed.
+        InputError: nothing for Muon in the model, no factor B, or bitsandbytes is missing or too old.
     """
     ratio = loraplus_ratio
     options: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    more: Any = {"adamw_lr": recipe.adamw_lr, "adamw_betas": BETAS}
-    if recipe.adamw_bits != 32:
-        more["adamw_bits"] = recipe.adamw_bits
+    more: Any = {"adamw_lr": recipe.adamw_lr, "adamw_betas": BETAS, "adamw_bits": recipe.adamw_bits}
     try:
         groups = param_groups(model, **options, **more, loraplus_ratio=loraplus_ratio)
     except ValueError as error:
@@ -56,9 +54,11 @@ def build_optimizers(
         rounding = recipe.param_rounding or "stochastic" if has_bf16 else "nearest"
         options |= {"codebook": recipe.codebook, "block_size": recipe.block_size, "param_rounding": rounding}
         options |= {"clip_matrix_norm": recipe.clip_matrix_norm, "process_group": process_group}
-        if recipe.state_device != "device":
-            options["state_device"] = recipe.state_device
-        return [Muon8bit(groups, **options, on_nonfinite="skip" if recipe.release_gradients else "raise")]
+        options |= {"state_device": None if recipe.state_device == "device" else recipe.state_device}
+        try:
+            return [Muon8bit(groups, **options, on_nonfinite="skip" if recipe.release_gradients else "raise")]
+        except (ImportError, NotImplementedError) as error:  # of bitsandbytes, which adamw_bits=8 needs
+            raise InputError("--adamw-bits", str(error)) from None
     adamw_lr = recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr
     for group in groups:
         group["raise"] = ratio if group["lr"] != (recipe.lr if group["algorithm"] == "muon" else adamw_lr) else 1.0

@@ -69,6 +69,7 @@ def replicated(rank: int, folder: Path, recipe: str) -> None:
     script("--recipe", recipe, "--output-dir", "whole")
     script("--recipe", recipe, "--output-dir", "chunked", "--loss-chunk", 24)
     script("--recipe", recipe, "--output-dir", "refused", "--release-gradients", "--clip", 0)
+    script("--recipe", recipe, "--output-dir", "refused", "--state-device", "cpu")
     started, one_step = job.STARTED, job._one_step
     if rank == 1:
         job.STARTED -= 1e6

@@ -70,6 +70,7 @@ def setup_of(recipe: SftRecipe) -> Setup:
         qlora=recipe.mode == "qlora",
         release=recipe.release_gradients,
         loss_chunk=recipe.loss_chunk,
+        state_device="cpu" if recipe.state_device == "cpu" else "device",
     )
 
 

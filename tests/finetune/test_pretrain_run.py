@@ -42,6 +42,8 @@ def weights(folder):
         ["muon8bit", "--codebook", "dynamic"],
         ["muon8bit", "--dtype", "bf16"],
         ["muon8bit", "--release-gradients", "--clip", "0", "--clip-matrix-norm", "0.01", "--loss-chunk", "24"],
+        ["muon8bit", "--adamw-bits", "8"],
+        ["muon8bit", "--state-device", "cpu"],
         ["muon"],
         ["adamw"],
     ],

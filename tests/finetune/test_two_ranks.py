@@ -53,13 +53,15 @@ def check_equal_training(run, expected):
 
 def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, recipe_file):
     calls = call_ranks(finetune_ranks.replicated, tmp_path, str(recipe_file))
-    whole, chunked, refused, timed_out, stopped, full, resumed = calls
+    whole, chunked, refused, staged, timed_out, stopped, full, resumed = calls
     assert codes(whole) == [0, 0]
     assert result(tmp_path / "whole")["world_size"] == 2
     assert codes(chunked) == [0, 0], chunked
     check_equal_training(tmp_path / "chunked", tmp_path / "whole")
     assert codes(refused) == [2, 2]
     assert "--release-gradients: here are 2 processes" in refused[0]["err"]
+    assert codes(staged) == [2, 2]
+    assert "--state-device: here are 2 processes" in staged[0]["err"]
     assert codes(timed_out) == [124, 124]
     assert "torchrun --nproc_per_node 2" in timed_out[0]["out"]
     assert codes(stopped) == [143, 143]
