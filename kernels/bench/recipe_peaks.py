@@ -98,33 +98,45 @@ def random_batch(recipe: SftRecipe, vocab_size: int, device: torch.device) -> Ba
     return collate([[conversation() for _ in range(num)] for _ in range(recipe.batch_size)], device)
 
 
-def train(recipe: SftRecipe, config: Any) -> int:
-    """Take two steps as `finetune.sft` does; the most bytes that CUDA had allocated in them, 0 on a CPU."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with tempfile.TemporaryDirectory() as folder:
-        accelerator, _ = make_accelerator(recipe, RunFolder(Path(folder)), compute_precision(recipe))
-        on_gpu = accelerator.device.type == "cuda"
-        torch.manual_seed(0)
-        with accelerator.device:
-            causal: Any = AutoModelForCausalLM
-            causal.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        model = load_base(folder, recipe, accelerator.device)
-    if recipe.has_adapter:
-        model = add_adapter(model, recipe, recipe.model)
-    model, optimizers, _ = prepare_training(accelerator, recipe, model)
+class Training:
+    """A recipe set up as `finetune.sft` does it, on a model of `config` with random weights in bf16."""
+
+    def __init__(self, recipe: SftRecipe, config: Any) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.recipe = recipe
+        with tempfile.TemporaryDirectory() as folder:
+            self.accelerator, _ = make_accelerator(recipe, RunFolder(Path(folder)), compute_precision(recipe))
+            self.device = self.accelerator.device
+            torch.manual_seed(0)
+            with self.device:
+                causal: Any = AutoModelForCausalLM
+                causal.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+            model = load_base(folder, recipe, self.device)
+        if recipe.has_adapter:
+            model = add_adapter(model, recipe, recipe.model)
+        self.model, self.optimizers, _ = prepare_training(self.accelerator, recipe, model)
+        micro_batches = min(recipe.gradient_accumulation, MICRO_BATCHES)
+        self.batches = [random_batch(recipe, config.vocab_size, self.device)] * micro_batches
+
+    def step(self) -> None:
+        """One optimizer step, as `finetune.job` takes it."""
+        accumulate_gradients(self.accelerator, self.model, self.batches, self.recipe.loss_chunk)
+        if not self.recipe.release_gradients:
+            clip_gradients(self.model, self.recipe.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def allocated_bytes(training: Training) -> int:
+    """The most bytes that CUDA has allocated in two steps; 0 on a CPU."""
+    on_gpu = training.device.type == "cuda"
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    batches = [random_batch(recipe, config.vocab_size, accelerator.device)]
-    batches *= min(recipe.gradient_accumulation, MICRO_BATCHES)
-    for _ in range(2):
-        accumulate_gradients(accelerator, model, batches, recipe.loss_chunk)
-        if not recipe.release_gradients:
-            clip_gradients(model, recipe.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+    training.step()
+    training.step()
     return torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
@@ -135,7 +147,7 @@ def measure(name: str, dry: bool) -> dict[str, Any]:
         config.update(TINY)
         recipe = replace(recipe, max_length=64)
     estimated = Estimator(config).estimate(setup_of(recipe)).peak_bytes(column_of(recipe))
-    measured = train(recipe, config)
+    measured = allocated_bytes(Training(recipe, config))
     return {
         "recipe": name,
         "optimizer": column_of(recipe),

@@ -71,6 +71,6 @@ def test_moments_in_8_bits_and_state_on_the_host_reach_the_optimizer(bits, expec
 def test_bitsandbytes_that_is_missing_is_an_error_of_the_option(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     adamw8.check_available.cache_clear()
-    with pytest.raises(InputError, match="--adamw-bits: .*bitsandbytes"):
+    with pytest.raises(InputError, match=r"--adamw-bits: .*bitsandbytes"):
         build_optimizers(mixtral(), Recipe(name="moe", model=SIZES, adamw_bits=8))
     adamw8.check_available.cache_clear()

@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
+import torch
 from bench import recipe_peaks
 from finetune_chat import make_base
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from finetune.sft_recipe import SFT_RECIPES
 from muon8bit.cli import main as muon8bit
-from muon8bit.memory import LABELS, Setup
+from muon8bit.memory import LABELS, Estimator, Setup, load_config
 
 NAMES = tuple(recipe_peaks.MOST)
+SMALL = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,6 +76,24 @@ def test_a_tiny_model_trains_with_a_recipes_options_and_resumes_to_the_bit(name,
         json.loads((tmp_path / run / "result.json").read_text())["parameter_hashes"] for run in ("whole", "crashed")
     ]
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "full" in name])
+def test_steps_of_a_recipe_take_the_estimates_memory(name):
+    """All tensors of a small model on a CPU, in the second step: within 10% (without stochastic rounding's own 1%)."""
+    recipe, config = recipe_peaks.recipe_of(name), load_config(recipe_peaks.preset_of(recipe_peaks.recipe_of(name)))
+    config.update({**recipe_peaks.TINY, **SMALL})
+    recipe = replace(recipe, max_length=256, loss_chunk=64)
+    estimate = Estimator(config).estimate(replace(recipe_peaks.setup_of(recipe), device="cpu"))
+    training = recipe_peaks.Training(recipe, config)
+    training.step()
+    tracker = MemTracker()
+    optimizers = [optimizer.optimizer for optimizer in training.optimizers]
+    tracker.track_external(training.model, *optimizers, *training.batches[0].values())
+    with tracker:
+        training.step()
+    measured = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert measured == pytest.approx(estimate.peak_bytes(recipe_peaks.column_of(recipe)), rel=0.1)
 
 
 def test_the_measurement_of_their_peaks_goes_through_dry(tmp_path, monkeypatch):
