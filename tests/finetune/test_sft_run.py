@@ -99,7 +99,7 @@ def test_a_full_run_leaves_everything_it_promises(sft, tmp_path, chats):
         ["--mode", "full"],
         ["--mode", "full", "--dtype", "bf16", "--adamw-bits", "8", "--state-device", "cpu"],
         ["--mode", "full", "--dtype", "bf16", "--release-gradients", "--clip", "0", "--loss-chunk", "24", "--packing"],
-        ["--lora-dropout", "0.2", "--codebook", "dynamic"],
+        ["--lora-dropout", "0.2", "--codebook", "dynamic", "--release-gradients", "--clip", "0"],
         ["--optimizer", "muon", "--dora", "--packing", "--activation-checkpointing"],
         ["--mode", "qlora", "--optimizer", "adamw", "--loraplus-ratio", "4", "--loss-chunk", "24"],
     ],
