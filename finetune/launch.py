@@ -43,15 +43,15 @@ def check_launch(accelerator: Accelerator, recipe: Training) -> None:
         InputError: FSDP version 1 or without a GPU, DeepSpeed, Megatron-LM; an optimizer that cannot be sharded;
             gradient release or state on the host in several processes, or the norms of sharded matrices.
     """
-    kind = accelerator.distributed_type.value
+    kind, num = accelerator.distributed_type.value, accelerator.num_processes
     alone = {
         "--release-gradients": (recipe.release_gradients, "a gradient is used before they have added theirs"),
-        "--state-device": (recipe.state_device != "device", "what they share is stepped where it is computed"),
+        "--state-device": (recipe.state_device != "device", "steps that they share do not fetch state from the host"),
     }
     for name, (is_asked, reason) in alone.items():
-        if is_asked and accelerator.num_processes > 1:
+        if is_asked and (num > 1 or is_sharded(accelerator)):
             raise InputError(
-                name, f"here are {accelerator.num_processes} processes, and {reason}; launch one, or leave it out"
+                name, f"here are {num} processes ({kind}), and {reason}; launch a single one, or leave it out"
             )
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and not is_sharded(accelerator):

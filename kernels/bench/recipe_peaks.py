@@ -3,9 +3,10 @@
     PYTHONPATH=.:kernels python kernels/bench/recipe_peaks.py [--only NAME ...] [--out FILE.json]
     PYTHONPATH=.:kernels python kernels/bench/recipe_peaks.py --dry-run      # tiny models on a CPU, no figures
 
-Each recipe takes two steps, as `finetune.sft` does, after the model has been saved with random weights and loaded (up
-to 16 GB on disk, TMPDIR says where): the first one makes the state, the second one runs beside all of it. Measured is
-`max_memory_allocated`, without the CUDA context. The exit status is 1 if a peak exceeds the most that it may be.
+Each recipe takes two steps, as `finetune.sft` does: the first one makes the state, the second one runs beside all of it.
+Measured is their `max_memory_allocated`, without the CUDA context. Before, the model is made on the GPU, saved and loaded:
+up to 16 GB of the GPU, of the disk (TMPDIR says where) and of the host's memory. The exit status is 1 if a peak exceeds
+the most that it may be.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ class Training:
             with self.device:
                 causal: Any = AutoModelForCausalLM
                 causal.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+            gc.collect()
             model = load_base(folder, recipe, self.device)
         if recipe.has_adapter:
             model = add_adapter(model, recipe, recipe.model)
