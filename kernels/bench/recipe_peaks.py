@@ -3,10 +3,10 @@
     PYTHONPATH=.:kernels python kernels/bench/recipe_peaks.py [--only NAME ...] [--out FILE.json]
     PYTHONPATH=.:kernels python kernels/bench/recipe_peaks.py --dry-run      # tiny models on a CPU, no figures
 
-Each recipe takes two steps, as `finetune.sft` does: the first makes the state, the second runs beside all of it. Measured
-is their `max_memory_allocated`, without the CUDA context. Before that the model is made on the GPU, saved and loaded: up
-to 16 GB of the GPU, of the host's memory and of the disk (TMPDIR says where). The exit status is 1 if a peak exceeds the
-most that it may be.
+Each recipe takes two steps, as `finetune.sft` does: the first makes the state, the second runs beside all of it.
+Measured is their `max_memory_allocated`, without the CUDA context. Before that the model is made on the GPU, saved
+and loaded: up to 16 GB of the GPU, of the host's memory and of the disk (TMPDIR says where). The exit status is 1 if
+a peak exceeds the most that it may be.
 """
 
 from __future__ import annotations
