@@ -18,20 +18,20 @@ from .config import (
     DEFAULT_NS_STEPS,
     DEFAULT_WEIGHT_DECAY,
     DEFAULT_WORKSPACE_BYTES,
-    MIN_WORKSPACE_BYTES,
-    ON_NONFINITE,
-    PARAM_ROUNDINGS,
     Backend,
     Codebook,
     OnNonfinite,
     Options,
     ParamRounding,
+    StateDevice,
+    check_running,
 )
 from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
 from .nonfinite import NonFiniteGradientError, PartialVerdict, Verdict
 from .orthogonalize import choose, resolve
 from .orthogonalize.coefficients import JORDAN
 from .sharing import SharingOptimizer
+from .staging import Staging
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,6 +79,11 @@ class Muon8bit(SharingOptimizer):
         rounding_seed: 0 .. 2**64 - 1; the same on all replicas. Without meaning for `"nearest"`.
         workspace_bytes: what a step may allocate at once beyond its state, freed before it returns; at least 32 MiB.
             Only a single matrix that needs more exceeds it.
+        state_device: None: the state lies with its parameter. `"cpu"`: in host memory, pinned where parameters are on
+            CUDA, and each step brings it, batch by batch: 3 bytes over the bus for an element of a Muon parameter, 16
+            of an AdamW one. Bitwise the same training. On the device two batches of it are staged beside
+            `workspace_bytes`; see `muon8bit/staging.py`. Read it by `state_dict()`, which waits for the copies. Not
+            with sharded parameters or a `process_group`.
         process_group: of ranks with equal parameters and gradients (DDP): they divide the orthogonalization among them.
             None: plain parameters need no communication. Beside sharded parameters on a mesh of several dimensions
             that is not the whole world, a group of just its ranks.
@@ -96,7 +101,8 @@ class Muon8bit(SharingOptimizer):
 
     Raises:
         ValueError: names the parameter or argument and what it may be.
-        NotImplementedError: names a parameter that is sharded as this optimizer cannot take.
+        NotImplementedError: names a parameter that is sharded as this optimizer cannot take; or for `state_device`
+            with a `process_group` or sharded parameters.
     """
 
     _step_supports_amp_scaling = False  # for torch's GradScaler; `release` sets it
@@ -123,6 +129,7 @@ class Muon8bit(SharingOptimizer):
         param_rounding: ParamRounding = "nearest",
         rounding_seed: int = 0,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        state_device: StateDevice | None = None,
         process_group: ProcessGroup | None = None,
         shard_state: bool = False,
     ) -> None:
@@ -143,23 +150,22 @@ class Muon8bit(SharingOptimizer):
             **MATRIX_DEFAULTS,
         }
         check_options({**defaults, "rounding_seed": rounding_seed})
-        if param_rounding not in PARAM_ROUNDINGS:
-            raise ValueError(f"param_rounding must be one of {PARAM_ROUNDINGS}, not {param_rounding!r}")
-        if on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, not {on_nonfinite!r}")
-        if ns_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"ns_dtype must be None, torch.float32, torch.float16 or torch.bfloat16, not {ns_dtype}")
-        if backend not in (None, "reference", "triton"):
-            raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
-        if type(workspace_bytes) is not int or workspace_bytes < MIN_WORKSPACE_BYTES:
-            raise ValueError(
-                f"workspace_bytes must be an int of at least {MIN_WORKSPACE_BYTES}, not {workspace_bytes!r}"
-            )
+        check_running(
+            param_rounding=param_rounding,
+            on_nonfinite=on_nonfinite,
+            ns_dtype=ns_dtype,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            state_device=state_device,
+        )
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
+        self._staging = Staging(state_device)
         self._num_calls = self._num_skipped_steps = 0
         self._pending: Verdict | PartialVerdict | None = None  # of the last step, if that did not wait for it
-        super().__init__(params, defaults, process_group=process_group, shard_state=shard_state)
+        super().__init__(
+            params, defaults, process_group=process_group, shard_state=shard_state, state_device=state_device
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked whole before anything changes. See the class for its keys."""
@@ -205,7 +211,7 @@ class Muon8bit(SharingOptimizer):
 
         def read() -> list[phases.Work]:
             clipping.clip_matrices_(self.param_groups, self.workspace_bytes)
-            return phases.read(self.param_groups, self.state, options, team)
+            return phases.read(self.param_groups, self.state, options, team, self._staging)
 
         of_all = options, self.on_nonfinite, self.shard_state
         work = team.agree(read, self.param_groups, self.state, of_all) if team else read()
@@ -215,7 +221,7 @@ class Muon8bit(SharingOptimizer):
             self._refuse(names, verdict.step)
             return loss
         pending = None if wait else verdict
-        phases.write(work, self.state, options, pending, team)
+        phases.write(work, self.state, options, pending, team, self._staging)
         rounding.advance(self.param_groups)
         self._pending = pending  # only now: settling takes back what was advanced
         return loss
@@ -249,13 +255,22 @@ class Muon8bit(SharingOptimizer):
             NonFiniteGradientError: if the last step found one and has not told yet (see `on_nonfinite`).
         """
         self._settle()
+        self._staging.synchronize()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes"]
+        self._staging.synchronize()
+        own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes", "_staging"]
         own += ["_num_calls", "_num_skipped_steps", "_pending"]
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of loading, copying and pickling, which all leave tensors in pageable memory."""
+        super().__setstate__(state)
+        for param, tensors in self.state.items():
+            for key, tensor in tensors.items():
+                tensors[key] = self._staging.at_home(tensor, param.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
@@ -282,7 +297,7 @@ class Muon8bit(SharingOptimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             hooked = pre_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
-        groups, state = loading.checked(state_dict, self.param_groups, self._find_team())
+        groups, state = loading.checked(state_dict, self.param_groups, self._find_team(), self._staging)
 
         def load() -> None:
             self._pending = self._consolidated = None
@@ -295,4 +310,4 @@ class Muon8bit(SharingOptimizer):
     def empty_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Parameter -> what `state` holds of it after a step, with values that mean nothing: for distributed
         checkpointing to load into. This rank's memory alone, on the state's devices; `state` itself does not change."""
-        return loading.empty(self.param_groups, self._find_team())
+        return loading.empty(self.param_groups, self._find_team(), self._staging)

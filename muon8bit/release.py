@@ -74,13 +74,13 @@ class GradientRelease:
         alone = {**group, "params": [param], "param_names": [place.name]}
         options = Options(optimizer.ns_dtype, optimizer.backend, optimizer.workspace_bytes)
         clipping.clip_matrices_([alone], optimizer.workspace_bytes)
-        work = phases.read([alone], optimizer.state, options, None, place.param_index)
+        work = phases.read([alone], optimizer.state, options, None, optimizer._staging, place.param_index)
         verdict = Verdict(phases.found(work, None, options), optimizer._num_calls + 1)
         self._verdicts[param] = verdict
         if verdict.is_asynchronous:
-            phases.write(work, optimizer.state, options, verdict, None)
+            phases.write(work, optimizer.state, options, verdict, None, optimizer._staging)
         elif not verdict.nonfinite_names():
-            phases.write(work, optimizer.state, options, None, None)
+            phases.write(work, optimizer.state, options, None, None, optimizer._staging)
         param.grad = None
 
     def _check_rest(self, optimizer: Optimizer, *_: Any) -> None:
