@@ -182,13 +182,18 @@ class Staging:
         return self._lanes[device]
 
 
+def aligned_bytes(num_bytes: int) -> int:
+    """What a tensor of so many bytes takes in a buffer."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
 def buffer_bytes(jobs: Sequence[int]) -> list[int]:
     """Bytes of the buffers for jobs whose state takes these bytes: at most `NUM_BUFFERS`, none for no job."""
     return [max(jobs[i::NUM_BUFFERS]) for i in range(min(NUM_BUFFERS, len(jobs)))]
 
 
 def _run_staged(lane: Lane, jobs: Sequence[Job]) -> None:
-    sizes = buffer_bytes([sum(map(_aligned_bytes, job.tensors)) for job in jobs])
+    sizes = buffer_bytes([sum(aligned_bytes(t.numel() * t.itemsize) for t in job.tensors) for job in jobs])
     buffers = [torch.empty(size, dtype=torch.uint8, device=lane.device) for size in sizes]
 
     def fetch(index: int) -> tuple[list[Tensor], Any]:
@@ -210,17 +215,13 @@ def _run_staged(lane: Lane, jobs: Sequence[Job]) -> None:
         lane.end()
 
 
-def _aligned_bytes(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.itemsize // _ALIGNMENT) * _ALIGNMENT
-
-
 def _carve(buffer: Tensor, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     """Contiguous tensors like these in a buffer of bytes."""
     start = 0
     for tensor in tensors:
         size = tensor.numel() * tensor.itemsize
         yield buffer[start : start + size].view(tensor.dtype).view(tensor.shape)
-        start += _aligned_bytes(tensor)
+        start += aligned_bytes(size)
 
 
 def _copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

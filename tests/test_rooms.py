@@ -16,7 +16,7 @@ ALLOWED = {
     "examples": {"muon8bit", "integrations"},
     "integrations": {"muon8bit"},
     "cli": {"muon8bit", "convert", "memory", "config"},
-    "memory": {"routing", "report", "state", "groups", "orthogonalize", "config"},
+    "memory": {"routing", "report", "staging", "state", "groups", "orthogonalize", "config"},
     "muon8bit": {"convert", "optimizer", "nonfinite", "release", "report", "routing"},
     "convert": {"groups", "orthogonalize", "state", "config"},
     "release": {"optimizer", "clipping", "phases", "nonfinite", "config"},
