@@ -95,35 +95,42 @@ def _packed(pieces: Iterable[Piece], num_bytes: int) -> Iterator[list[Piece]]:
 
 
 def _job(pieces: Sequence[Piece], group: dict[str, Any], options: Options) -> Job:
-    """A step counter goes back with the last part alone: every part must start from the old one."""
-    written: list[Tensor] = []
-    read: list[Tensor] = []
-    places: list[dict[str, tuple[bool, int]]] = []
+    tensors = [(piece, tensor) for piece in pieces for tensor in piece.state.values()]
+    written = [tensor for piece, tensor in tensors if tensor.ndim > 0 or (piece.is_last and _is_counter_staged(piece))]
+    # Each part starts from the old counter, so that only the last may write it.
+    read = [tensor for piece, tensor in tensors if tensor.ndim == 0 and not piece.is_last and _is_counter_staged(piece)]
+    return Job(pieces[0].param.device, partial(_step, pieces, group, options, len(written)), written, read)
+
+
+def _is_counter_staged(piece: Piece) -> bool:
+    """Where torch's fused kernel reads the counter on the device; else it is advanced on the host."""
+    return "exp_avg" in piece.state and adamw.step_device(piece.param).type != "cpu"
+
+
+def _states(pieces: Sequence[Piece], written: Iterator[Tensor], read: Iterator[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Their states, of staged tensors in the order of `_job`."""
     for piece in pieces:
-        place = {}
+        state = {}
         for name, tensor in piece.state.items():
-            is_written = piece.is_last or tensor.ndim > 0
-            to = written if is_written else read
-            place[name] = is_written, len(to)
-            to.append(tensor)
-        places.append(place)
-    return Job(pieces[0].param.device, partial(_step, pieces, places, len(written), group, options), written, read)
+            if tensor.ndim > 0:
+                state[name] = next(written)
+            elif _is_counter_staged(piece):
+                state[name] = next(written if piece.is_last else read)
+            else:
+                state[name] = tensor if piece.is_last else tensor.clone()
+        yield state
 
 
 def _step(
     pieces: Sequence[Piece],
-    places: Sequence[dict[str, tuple[bool, int]]],
-    num_written: int,
     group: dict[str, Any],
     options: Options,
+    num_written: int,
     staged: Sequence[Tensor] | None,
 ) -> None:
     states = [piece.state for piece in pieces]
     if staged is not None:
-        states = [
-            {name: staged[index if is_written else num_written + index] for name, (is_written, index) in place.items()}
-            for place in places
-        ]
+        states = list(_states(pieces, iter(staged[:num_written]), iter(staged[num_written:])))
     adamw.step_(
         [piece.param for piece in pieces],
         [piece.grad for piece in pieces],

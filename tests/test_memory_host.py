@@ -11,7 +11,7 @@ from lanes import force  # noqa: F401  # a fixture
 from memory_models import TINY, config_of
 from transformers import AutoModelForCausalLM
 
-from muon8bit import Muon8bit, param_groups, staging
+from muon8bit import Muon8bit, param_groups, pieces, staging
 from muon8bit.cli import main
 from muon8bit.memory import OPTIMIZERS, Estimator, Setup, load_config
 from muon8bit.memory.host import bus_bytes, host_bytes, staging_bytes
@@ -36,6 +36,7 @@ def test_staged_and_moved_bytes_are_those_of_a_real_step(kind, budget, force, mo
             super()._copy(copies, is_waited_for)
 
     force(Counted)
+    monkeypatch.setattr(pieces, "_is_counter_staged", lambda _: True)  # as on CUDA
     config = config_of(TINY.get(kind, LLAMA))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = Muon8bit(param_groups(model, lr=1e-3), state_device="cpu")
