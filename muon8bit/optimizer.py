@@ -81,9 +81,9 @@ class Muon8bit(SharingOptimizer):
             Only a single matrix that needs more exceeds it.
         state_device: None: the state lies with its parameter. `"cpu"`: in host memory, pinned where parameters are on
             CUDA, and each step brings it, batch by batch: 3 bytes over the bus for an element of a Muon parameter, 16
-            of an AdamW one. Bitwise the same training. On the device two batches of it are staged beside
-            `workspace_bytes`; see `muon8bit/staging.py`. Read it by `state_dict()`, which waits for the copies. Not
-            with sharded parameters or a `process_group`.
+            of an AdamW one. Bitwise the same training, and checkpoint. Beside `workspace_bytes` two batches of it are
+            on the device during a step: see `muon8bit/staging.py`. Read it from `state_dict()`, which waits for the
+            copies, and before the next step. Not with sharded parameters or a `process_group`.
         process_group: of ranks with equal parameters and gradients (DDP): they divide the orthogonalization among them.
             None: plain parameters need no communication. Beside sharded parameters on a mesh of several dimensions
             that is not the whole world, a group of just its ranks.
