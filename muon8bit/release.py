@@ -127,8 +127,8 @@ def release_gradients(model: nn.Module, optimizer: Muon8bit) -> GradientRelease:
     The result is that of ordinary steps: to the bit on a CPU where these take matrices one by one, else a step differs
     by the rounding of a batched product, which now and then rounds an 8-bit code the other way. It costs the batching
     of matrices of one shape. With `state_device="cpu"` the state of a parameter comes when its gradient is complete,
-    not ahead: on CUDA the backward pass waits for all these copies. Parameters without a gradient are left out, tied ones are stepped once, when all their
-    uses are done.
+    not ahead: on CUDA the backward pass waits for all these copies. Parameters without a gradient are left out, tied
+    ones are stepped once, when all their uses are done.
 
     A gradient that is not finite leaves out its own parameter alone, since others have been stepped by then, and
     `num_skipped_steps` counts the step: `on_nonfinite="skip"` is required. A gradient is gone after its backward:
