@@ -190,7 +190,7 @@ def _entries(
                 shapes = {name: shape for name, (shape, _) in format.layout(param.shape).items()}
                 momentum = Momentum.zeros(layout.parts(shapes) if layout else shapes, format, local.device)
         expected = layout.parts({"": param.shape})[""] if layout else param.shape
-        if stored and (shape := (momentum.codes if momentum else stored["exp_avg"]).shape) != expected:
+        if stored and (shape := (momentum.codes if momentum else adamw.codes_of(stored)).shape) != expected:
             name = describe(group, group_index, index)
             raise ValueError(
                 f"{name} is {tuple(expected)} now, with a momentum of shape {tuple(shape)}: delete its entry in the "
@@ -204,7 +204,7 @@ def write(work: Sequence[Work], state: State, options: Options, verdict: Verdict
     for members in work:
         for entry in members.entries:
             if not state.get(entry.param):
-                state[entry.param] = _new_state(entry)
+                state[entry.param] = _new_state(entry, members.group)
         for batch in members.batches:
             muon.step_(batch, members.group, _on(batch.sumsq.device, options, verdict))
         if members.group["algorithm"] == "adamw" and members.entries:
@@ -213,15 +213,18 @@ def write(work: Sequence[Work], state: State, options: Options, verdict: Verdict
             states = [e.layout.unwrapped(state[e.param]) if e.layout else state[e.param] for e in entries]
             keys, places = [e.key for e in entries], [(e.first, e.param.numel()) for e in entries]
             adamw.step_(params, grads, states, members.group, keys, places, _on(params[0].device, options, verdict))
+            if verdict is not None:
+                verdict.advanced += [s["step"] for s in states if adamw.is_8bit(s)]
     if team is not None:
         bundles = [bundle for members in work for bundle in members.bundles]
         team.write(bundles, _on(team.device, options, verdict))
 
 
-def _new_state(entry: Entry) -> dict[str, Tensor]:
+def _new_state(entry: Entry, group: dict[str, Any]) -> dict[str, Tensor]:
     """What the optimizer keeps for a parameter."""
     if entry.momentum is None:
-        new, layout = adamw.init_state(entry.local), adamw.layout(entry.param.shape)
+        bits = group["adamw_bits"]
+        new, layout = adamw.init_state(entry.local, entry.param, bits), adamw.layout(entry.param.shape, bits)
     else:
         new, layout = entry.momentum.to_state(), entry.momentum.format.layout(entry.param.shape)
     if entry.layout is None:
