@@ -33,7 +33,9 @@ def layout(shape: Sequence[int], bits: int = 32) -> dict[str, tuple[tuple[int, .
     those of `adamw8.layout`.
     """
     moments = (tuple(shape), torch.float32)
-    of_moments = adamw8.layout(shape) if adamw8.is_8bit(shape, bits) else {EXP_AVG_KEY: moments, EXP_AVG_SQ_KEY: moments}
+    of_moments = (
+        adamw8.layout(shape) if adamw8.is_8bit(shape, bits) else {EXP_AVG_KEY: moments, EXP_AVG_SQ_KEY: moments}
+    )
     return {"step": ((), torch.float32), **of_moments}
 
 
@@ -67,8 +69,8 @@ def step_(
     places: Sequence[tuple[int, int]],
     options: Options,
 ) -> None:
-    """One AdamW step in place. What is not fp32 and contiguous goes through such copies, chunk by chunk. State in 8 bits
-    is that of whole parameters, or of flat parts that begin at multiples of 256 elements.
+    """One AdamW step in place. What is not fp32 and contiguous goes through such copies, chunk by chunk. Of state in 8
+    bits a part begins at a multiple of 256 elements.
 
     `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest;
     `places`: the index of its first element in the whole parameter, of which it may be a part, and that one's number of

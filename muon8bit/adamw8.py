@@ -73,8 +73,8 @@ def check_available(device_type: str) -> None:
     name = "bitsandbytes::optimizer_update_8bit_blockwise"
     if key is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
         raise NotImplementedError(
-            f"adamw_bits=8: this bitsandbytes has no blockwise update on {device_type}; on a CPU it needs 0.50: upgrade "
-            "it, or use adamw_bits=32"
+            f"adamw_bits=8: this version of bitsandbytes has no blockwise update on {device_type} (on a CPU since "
+            "0.50): upgrade it, or use adamw_bits=32"
         )
 
 
@@ -91,8 +91,8 @@ def step_(
 
     Args:
         param, grad: float32, bfloat16 or float16; if one is not contiguous, both are copied whole.
-        state: the tensors of `layout`, contiguous or flat, and `step`, on the host. `step` is advanced in any case; where
-            `options.skip` turns out not to be 0, the caller takes that back.
+        state: the tensors of `layout`, contiguous or flat, and `step`, on the host, which is advanced in any case:
+            where `options.skip` turns out not to be 0, the caller takes that back.
         key: of stochastic rounding, bfloat16 only; None for rounding to nearest.
         first: index of its first element in the whole parameter.
     """
@@ -165,7 +165,7 @@ def _default_stream(device: torch.device) -> Iterator[None]:
 def encode(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `layout` that store finite fp32 `exp_avg` and `exp_avg_sq`, each by its nearest code; a second
     moment never by 0."""
-    result = {}
+    result: dict[str, Tensor] = {}
     for (key, codes_key, scales_key), values in zip(_KEYS, (dynamic_map(), unsigned_dynamic_map()), strict=True):
         moment = moments[key]
         codes, scales = _encode(moment.reshape(-1), values.to(moment.device))
@@ -190,7 +190,7 @@ def _encode(values: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
 def decode(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """fp32 `exp_avg` and `exp_avg_sq`, exactly, of the tensors of `layout`."""
-    result = {}
+    result: dict[str, Tensor] = {}
     for (key, codes_key, scales_key), values in zip(_KEYS, (dynamic_map(), unsigned_dynamic_map()), strict=True):
         codes, scales = state[codes_key], state[scales_key].reshape(-1)
         moment = values.to(codes.device).index_select(0, codes.reshape(-1).int())

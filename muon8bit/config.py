@@ -48,7 +48,7 @@ DEFAULT_NS_STEPS = 5
 # team's own ladder); eps is torch.optim.AdamW's.
 DEFAULT_ADAMW_BETAS = (0.9, 0.95)
 DEFAULT_ADAMW_EPS = 1e-8
-DEFAULT_ADAMW_BITS = 32
+DEFAULT_ADAMW_BITS: Bits = 32
 
 # Bytes that a step may allocate at once beyond its state; a single larger matrix exceeds it.
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20

@@ -111,8 +111,8 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
     for key in RUNNING_KEYS:
         if old.get(key) != new.get(key):
             raise ValueError(
-                f"{where}: saved with {key}={old[key]!r}, the optimizer has {new[key]!r}: construct "
-                f"{'its' if key == 'adamw_bits' else 'it or its'} group with {key}={old[key]!r}, or convert the checkpoint, with "
+                f"{where}: saved with {key}={old[key]!r}, the optimizer has {new[key]!r}: construct it "
+                f"or its group with {key}={old[key]!r}, or convert the checkpoint, with "
                 "muon8bit.convert_state_dict(..., like=optimizer) or the command `muon8bit convert`"
             )
     own = {key: new[key] for key in ("params", "param_names") if key in new}
@@ -176,5 +176,7 @@ def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str, wher
             raise ValueError(f"state of {name}: {key} is sharded, the parameter is not: load value.full_tensor()")
         if dtype.is_floating_point and not value.isfinite().all():
             raise ValueError(f"state of {name}: {key} holds NaN or Inf: the checkpoint is damaged")
-        copies[key] = value.detach().to(device=_device(key, param, group), copy=True, memory_format=torch.contiguous_format)
+        copies[key] = value.detach().to(
+            device=_device(key, param, group), copy=True, memory_format=torch.contiguous_format
+        )
     return copies if where is None else where.wrapped(copies, {key: shape for key, (shape, _) in layout.items()})

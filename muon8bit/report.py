@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from ._table import collapse, format_bytes, render, template
-from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY, MIN_QUANTIZED_COLUMNS
+from .config import (
+    ADAMW8_BLOCK_SIZE,
+    BUFFER_KEY,
+    DYNAMIC_CODES_KEY,
+    EXP_AVG_CODES_KEY,
+    EXP_AVG_KEY,
+    LINEAR_CODES_KEY,
+    MIN_ADAMW8_ELEMENTS,
+    MIN_QUANTIZED_COLUMNS,
+)
 
 ADAMW_BYTES = 8  # per element: two fp32 moments
-# bitsandbytes' AdamW8bit: two codes per element, two fp32 maxima per 256 elements, under 4096 elements fp32
-# (its `min_8bit_size`); the two 1 KiB maps that all tensors share are left out.
-BNB_BLOCK_SIZE = 256
-BNB_MIN_ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class ParamNote:
 @dataclass(frozen=True)
 class StateReport:
     """What `state_report` returns. `baselines` maps an optimizer to the bytes it would take for the same
-    parameters; `kept_32bit` lists matrices too narrow for 8 bits; `without_state` those that no step has
+    parameters; `kept_32bit` lists tensors too small for the 8 bits asked for; `without_state` those that no step has
     reached; `is_sharded`: some tensor is a DTensor, and every figure is of this rank's part."""
 
     algorithms: tuple[AlgorithmBytes, ...]
@@ -109,8 +114,8 @@ class StateReport:
         if self.is_sharded:
             lines.append("sharded: every figure is of this rank's local tensors")
         if self.kept_32bit:
-            title = f"left in 32 bits though bits=8 (under {MIN_QUANTIZED_COLUMNS} columns)"
-            lines.append(f"{title}: {_listed(self.kept_32bit)}")
+            sizes = f"under {MIN_QUANTIZED_COLUMNS} columns, AdamW's under {MIN_ADAMW8_ELEMENTS} elements"
+            lines.append(f"left in 32 bits though 8 are asked for ({sizes}): {_listed(self.kept_32bit)}")
         if self.without_state and self.total_bytes:
             lines.append(f"no state yet: {_listed(self.without_state)}")
         return "\n".join(lines)
@@ -153,7 +158,9 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
         note = ParamNote(name, tuple(local.shape), num_bytes)
         if not any(True for _ in _tensors(state)):
             missing.append(note)
-        elif is_muon and BUFFER_KEY in state and group.get("bits", 8 if has_codes else 32) == 8:
+        elif (is_muon and BUFFER_KEY in state and group.get("bits", 8 if has_codes else 32) == 8) or (
+            EXP_AVG_KEY in state and group.get("adamw_bits") == 8
+        ):
             kept.append(note)
     known = {param for _, param, _ in entries}
     strays = _storage_bytes([state for key, state in optimizer.state.items() if key not in known], seen)
@@ -181,7 +188,7 @@ def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], optimizer: ob
     name = type(optimizer).__name__.lower()
     if LINEAR_CODES_KEY in state or DYNAMIC_CODES_KEY in state or "muon" in name:
         return "muon"
-    return "adamw" if "exp_avg_sq" in state or "adamw" in name else "other"
+    return "adamw" if EXP_AVG_KEY in state or EXP_AVG_CODES_KEY in state or "adamw" in name else "other"
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -219,10 +226,11 @@ def _storage_bytes(value: object, seen: set[tuple[torch.device, int]]) -> int:
 
 
 def bnb_bytes(num_elements: int) -> int:
-    """State bytes of one tensor in bitsandbytes' AdamW8bit, the maps left out."""
-    if num_elements < BNB_MIN_ELEMENTS:
+    """State bytes of one tensor in bitsandbytes' AdamW8bit: two codes per element, two fp32 maxima per 256 elements,
+    under 4096 elements (its `min_8bit_size`) fp32. The two 1 KiB maps that all tensors share are left out."""
+    if num_elements < MIN_ADAMW8_ELEMENTS:
         return ADAMW_BYTES * num_elements
-    return 2 * num_elements + 8 * math.ceil(num_elements / BNB_BLOCK_SIZE)
+    return 2 * num_elements + 8 * math.ceil(num_elements / ADAMW8_BLOCK_SIZE)
 
 
 def _cells(num_bytes: int, num_elements: int) -> tuple[str, str, str]:
