@@ -4,7 +4,9 @@
     exp_avg_sq = unsigned dynamic map[codes] * scale     its code 0 is never stored: see `_update_`
 
 Source: Dettmers et al., arXiv 2110.02861; `bitsandbytes.optim.AdamW8bit`, whose parameters ours equal bit for bit on a
-CPU.
+CPU. There its quantizer looks codes up in a table of 2^16 bins over [-1, 1]: moments under 2^-15 of their block's
+largest get codes of about that size, and an element without a gradient in a block that has some drifts (0.25 lr in 100
+steps, measured). On CUDA codes are the nearest.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ def with_scales(layout: Layout, name: str) -> Layout:
     found = _with_scales(layout)
     if found is None:
         raise NotImplementedError(
-            f"{name} {layout.shape} is sharded as {layout.placements}, which cuts blocks of {ADAMW8_BLOCK_SIZE} elements "
-            "that share a scale of adamw_bits=8: put it into a group of its own with adamw_bits=32, or shard it so that "
-            "every part has a multiple of so many, in the order of its elements"
+            f"{name} {layout.shape} is sharded as {layout.placements}, which cuts blocks of {ADAMW8_BLOCK_SIZE} "
+            "elements that share a scale of adamw_bits=8: put it into a group of its own with adamw_bits=32, or shard "
+            "it so that every part has a multiple of so many, in the order of its elements"
         )
     return found
 
