@@ -91,7 +91,7 @@ def test_each_step_is_that_of_float64_from_the_stored_moments(dtype, contiguous,
         for value, found, codebook in zip((m, v), stored, (SIGNED, UNSIGNED), strict=True):
             assert_neighbours(value, found, codebook, more=2**-15 if device == "cpu" else 0)
         m, v = stored
-    assert optimizer.state[param]["exp_avg_sq_dynamic8"].min() == 1
+    assert optimizer.state[param]["exp_avg_sq_dynamic8"].min() >= 1
     assert optimizer.state[param]["step"].item() == 5
 
 
