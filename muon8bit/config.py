@@ -33,6 +33,11 @@ DEFAULT_BLOCK_SIZE = 2048
 # Under this many columns a scale per row costs more than half a byte per element: the state stays fp32.
 MIN_QUANTIZED_COLUMNS = 8
 
+# AdamW's moments in 8 bits, as bitsandbytes' AdamW8bit has them: elements that share one fp32 scale, in the order of
+# indices; under so many elements both moments stay fp32.
+ADAMW8_BLOCK_SIZE = 256
+MIN_ADAMW8_ELEMENTS = 4096
+
 # torch.optim.Muon's defaults. `lr` is the RMS (match_rms_adamw: 0.2 of it) or spectral norm of one update;
 # `weight_decay` is per unit of lr; `eps` is a lower bound of the Frobenius norm that divides the momentum.
 DEFAULT_LR = 1e-3
@@ -45,6 +50,7 @@ DEFAULT_NS_STEPS = 5
 # team's own ladder); eps is torch.optim.AdamW's.
 DEFAULT_ADAMW_BETAS = (0.9, 0.95)
 DEFAULT_ADAMW_EPS = 1e-8
+DEFAULT_ADAMW_BITS: Bits = 32
 
 # Bytes that a step may allocate at once beyond its state; a single larger matrix exceeds it.
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
@@ -69,6 +75,12 @@ LINEAR_CODES_KEY = "momentum_linear8"  # int8, the parameter's shape
 DYNAMIC_CODES_KEY = "momentum_dynamic8"  # uint8, the parameter's shape
 SCALES_KEY = "momentum_scales"  # fp32, [..., rows, ceil(cols / block_size)]
 BUFFER_KEY = "momentum_buffer"  # fp32, the parameter's shape; bits=32, or too few columns
+EXP_AVG_KEY = "exp_avg"  # fp32, the parameter's shape; adamw_bits=32, or too few elements
+EXP_AVG_SQ_KEY = "exp_avg_sq"
+EXP_AVG_CODES_KEY = "exp_avg_dynamic8"  # uint8, the parameter's shape; adamw_bits=8: codes of the signed dynamic map
+EXP_AVG_SQ_CODES_KEY = "exp_avg_sq_dynamic8"  # uint8, the parameter's shape: codes of the unsigned dynamic map
+EXP_AVG_SCALES_KEY = "exp_avg_scales"  # fp32, [..., cols / 256] where that is whole, else [ceil(elements / 256)]
+EXP_AVG_SQ_SCALES_KEY = "exp_avg_sq_scales"
 
 
 def check_running(

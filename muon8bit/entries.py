@@ -89,7 +89,7 @@ def entries_of(
                 momentum = Momentum.zeros(shapes, format, staging.home(local.device))
                 momentum = momentum.on(staging.at_home(tensor, local.device) for tensor in momentum.tensors)
         expected = layout.parts({"": param.shape})[""] if layout else param.shape
-        if stored and (shape := (momentum.codes if momentum else stored["exp_avg"]).shape) != expected:
+        if stored and (shape := (momentum.codes if momentum else adamw.codes_of(stored)).shape) != expected:
             name = describe(group, group_index, index)
             raise ValueError(
                 f"{name} is {tuple(expected)} now, with a momentum of shape {tuple(shape)}: delete its entry in the "
@@ -98,14 +98,15 @@ def entries_of(
         yield Entry(index, param, local, grad, momentum, key, first, layout)
 
 
-def new_state(entry: Entry, staging: Staging) -> dict[str, Tensor]:
+def new_state(entry: Entry, group: dict[str, Any], staging: Staging) -> dict[str, Tensor]:
     """What the optimizer keeps for a parameter."""
     if entry.momentum is None:
-        local, device = entry.local, entry.local.device
+        local, device, bits = entry.local, entry.local.device, group["adamw_bits"]
+        whole = entry.param
         if staging.moves(device):  # one like it at home, without memory: the state must not come to be on the device
-            local = torch.empty((), dtype=local.dtype, device=staging.home(device)).expand(local.shape)
-        new = {key: staging.at_home(tensor, device) for key, tensor in adamw.init_state(local).items()}
-        layout = adamw.layout(entry.param.shape)
+            local = whole = torch.empty((), dtype=local.dtype, device=staging.home(device)).expand(local.shape)
+        new = {key: staging.at_home(t, device) for key, t in adamw.init_state(local, whole, bits).items()}
+        layout = adamw.layout(entry.param.shape, bits)
     else:
         new, layout = entry.momentum.to_state(), entry.momentum.format.layout(entry.param.shape)
     if entry.layout is None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import adamw, rounding
-from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY
-from .groups import FORMAT_KEYS, MATRIX_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
+from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, EXP_AVG_CODES_KEY, EXP_AVG_KEY, LINEAR_CODES_KEY
+from .groups import FORMAT_KEYS, OWN_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
 from .state import Format
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ _FORMATS = {
     LINEAR_CODES_KEY: "bits=8, codebook='linear'",
     DYNAMIC_CODES_KEY: "bits=8, codebook='dynamic'",
     BUFFER_KEY: "bits=32",
+    EXP_AVG_CODES_KEY: "adamw_bits=8",
+    EXP_AVG_KEY: "adamw_bits=32",
 }
 
 
@@ -100,8 +102,10 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
                     f"{where}: the state of {theirs} would go to {ours}; build the groups in the order of the saved "
                     "'param_names', or rename these in a load_state_dict pre-hook"
                 )
-    if new["algorithm"] == "muon":  # older checkpoints lack these keys, and some formats turn tuples into lists
-        old = {**MATRIX_DEFAULTS, "clip_matrix_norm": new["clip_matrix_norm"], **old}
+    # Older checkpoints lack these keys, and some formats turn tuples into lists.
+    kept = {key: new[key] for key in ("clip_matrix_norm",) if key in new}
+    old = {**OWN_DEFAULTS[new["algorithm"]], **kept, **old}
+    if new["algorithm"] == "muon":
         old["split_sizes"] = tuple(old["split_sizes"]) if isinstance(old["split_sizes"], list) else old["split_sizes"]
     missing = [key for key in group_keys(new["algorithm"]) if key not in old]
     if missing:
@@ -124,7 +128,7 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _layout(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     if group["algorithm"] == "adamw":
-        return adamw.layout(param.shape)
+        return adamw.layout(param.shape, group["adamw_bits"])
     return Format.of(param.shape, *(group[k] for k in FORMAT_KEYS)).layout(param.shape)
 
 
@@ -137,15 +141,15 @@ def empty(groups: list[dict[str, Any]], team: Team | None, staging: Staging) -> 
             layout = _layout(param, group)
             shapes = {key: shape for key, (shape, _) in layout.items()}
             tensors = {
-                key: torch.empty(shape, dtype=layout[key][1], device=_device(key, param, staging))
+                key: torch.empty(shape, dtype=layout[key][1], device=_device(key, param, group, staging))
                 for key, shape in (shapes if where is None else where.parts(shapes)).items()
             }
             state[param] = tensors if where is None else where.wrapped(tensors, shapes)
     return state
 
 
-def _device(key: str, param: Tensor, staging: Staging) -> torch.device:
-    return staging.home(adamw.step_device(param) if key == "step" else param.device)
+def _device(key: str, param: Tensor, group: dict[str, Any], staging: Staging) -> torch.device:
+    return staging.home(adamw.step_device(param, group["adamw_bits"]) if key == "step" else param.device)
 
 
 def _tensors(
@@ -176,6 +180,6 @@ def _tensors(
             raise ValueError(f"state of {name}: {key} is sharded, the parameter is not: load value.full_tensor()")
         if dtype.is_floating_point and not value.isfinite().all():
             raise ValueError(f"state of {name}: {key} holds NaN or Inf: the checkpoint is damaged")
-        device = _device(key, param, staging)
+        device = _device(key, param, group, staging)
         copies[key] = value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
     return copies if where is None else where.wrapped(copies, {key: shape for key, (shape, _) in layout.items()})

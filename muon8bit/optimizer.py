@@ -237,6 +237,7 @@ class Muon8bit(SharingOptimizer):
         verdict, self._pending = self._pending, None
         names = [] if verdict is None else verdict.nonfinite_names()
         if verdict is not None and names:
+            verdict.take_back()
             if isinstance(verdict, Verdict):
                 rounding.advance(self.param_groups, by=-1)
             self._refuse(names, verdict.step)

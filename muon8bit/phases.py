@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import muon, pieces
+from . import adamw, muon, pieces
 from .config import Options
 from .entries import Entry, entries_of, new_state
 from .groups import describe
@@ -146,12 +146,14 @@ def write(
     for members in work:
         for entry in members.entries:
             if not state.get(entry.param):
-                state[entry.param] = new_state(entry, staging)
+                state[entry.param] = new_state(entry, members.group, staging)
         for batch in members.batches:
             jobs += muon.jobs(batch, members.group, _on(batch.sumsq.device, options, verdict))
         for device, of_device in _pieces(members, state).items():
             how = _on(device, options, verdict)
             jobs += pieces.jobs(of_device, members.group, how, is_staged=staging.moves(device))
+            if verdict is not None:
+                verdict.advanced += [piece.state["step"] for piece in of_device if adamw.is_8bit(piece.state)]
     staging.run(jobs)
     if team is not None:
         bundles = [bundle for members in work for bundle in members.bundles]

@@ -104,7 +104,7 @@ def _job(pieces: Sequence[Piece], group: dict[str, Any], options: Options) -> Jo
 
 def _is_counter_staged(piece: Piece) -> bool:
     """Where torch's fused kernel reads the counter on the device; else it is advanced on the host."""
-    return "exp_avg" in piece.state and adamw.step_device(piece.param).type != "cpu"
+    return not adamw.is_8bit(piece.state) and adamw.step_device(piece.param).type != "cpu"
 
 
 def _states(pieces: Sequence[Piece], written: Iterator[Tensor], read: Iterator[Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -45,6 +45,7 @@ def make(dtype=torch.float32, workspace_bytes=MIB + 2**17, device="cpu", **optio
         {"params": [nn.Parameter(convolution)], "flatten": True},
         {"params": params((900, 130), (33,), (), (7, 5)), **adamw},
         {"params": [nn.Parameter(convolution.clone(memory_format=torch.preserve_format))], **adamw},
+        {"params": params((900, 512), (70, 70), (3000,), (50, 5, 100)), "adamw_bits": 8, **adamw},
     ]
     optimizer = Muon8bit(groups, lr=0.02, **options)
     optimizer.workspace_bytes = workspace_bytes  # the constructor refuses so little
@@ -341,7 +342,7 @@ def test_new_state_of_parameters_elsewhere_is_made_on_the_host():
     num_found = 0
     for group in optimizer.param_groups:
         for entry in entries_of(group, 0, 0, {}, None, staged):
-            new = new_state(entry, staged)
+            new = new_state(entry, group, staged)
             assert {tensor.device.type for tensor in new.values()} == {"cpu"}
             assert all(tensor.is_contiguous() for tensor in new.values())
             num_found += 1

@@ -11,10 +11,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from ..config import DEFAULT_BLOCK_SIZE, DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES
+from ..config import (
+    ADAMW8_BLOCK_SIZE,
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_NS_STEPS,
+    DEFAULT_WORKSPACE_BYTES,
+    MIN_ADAMW8_ELEMENTS,
+)
 from ..orthogonalize import batch_size, choose, resolve
 from ..orthogonalize.coefficients import JORDAN
-from ..report import BNB_BLOCK_SIZE, BNB_MIN_ELEMENTS
 from ..staging import NUM_BUFFERS, aligned_bytes, buffer_bytes
 from ..state import Format
 from .optimizers import STEP_BYTES, Param
@@ -129,6 +134,6 @@ def _tensors(optimizer: str, param: Param) -> list[int]:
 
 def _adamw_tensors(optimizer: str, num_elements: int, of: int) -> list[int]:
     """Of so many elements of a parameter of `of`."""
-    if optimizer == "muon8bit+adamw8bit" and of >= BNB_MIN_ELEMENTS:
-        return [STEP_BYTES, *[num_elements, 4 * math.ceil(num_elements / BNB_BLOCK_SIZE)] * 2]
+    if optimizer == "muon8bit+adamw8bit" and of >= MIN_ADAMW8_ELEMENTS:
+        return [STEP_BYTES, *[num_elements, 4 * math.ceil(num_elements / ADAMW8_BLOCK_SIZE)] * 2]
     return [STEP_BYTES, 4 * num_elements, 4 * num_elements]
