@@ -46,7 +46,8 @@ class Muon8bit(SharingOptimizer):
     Args:
         params: tensors of two or more dimensions, `(name, tensor)` pairs, or groups (dicts), which
             `muon8bit.param_groups(model, ...)` makes. float32, bfloat16 or float16. A group with
-            `algorithm="adamw"` takes any shape and the keys lr (required), betas, eps, weight_decay. A Muon group
+            `algorithm="adamw"` takes any shape and the keys lr (required), betas, eps, weight_decay, and adamw_bits:
+            32, or 8 for both moments in 8 bits (by bitsandbytes) in tensors of 4096 elements and more. A Muon group
             takes the arguments below from lr to clip_matrix_norm, and three keys for tensors of several matrices.
             Three or more dimensions are a stack over the last two; with `flatten=True` one matrix of the first
             dimension by all others (convolutions). `split_sizes` (ints) cuts dimension `split_dim` of each matrix,
@@ -97,12 +98,15 @@ class Muon8bit(SharingOptimizer):
     State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its
     shape with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that
     matrix); or `momentum_buffer` (fp32) with bits=32 or fewer than 8 columns. Splits do not change it. Of an AdamW
-    parameter: `step`, `exp_avg`, `exp_avg_sq` (fp32).
+    parameter: `step`, `exp_avg`, `exp_avg_sq` (fp32); in 8 bits `step`, on the host, `exp_avg_dynamic8` and
+    `exp_avg_sq_dynamic8` (uint8) of its shape, `exp_avg_scales` and `exp_avg_sq_scales` (fp32) [..., cols / 256] where
+    that is whole, else [ceil(elements / 256)].
 
     Raises:
         ValueError: names the parameter or argument and what it may be.
-        NotImplementedError: names a parameter that is sharded as this optimizer cannot take; or for `state_device`
-            with a `process_group` or sharded parameters.
+        ImportError: adamw_bits=8 without bitsandbytes.
+        NotImplementedError: names a parameter that is sharded as this optimizer cannot take; adamw_bits=8 where this
+            version of bitsandbytes has no kernel; `state_device` with a `process_group` or sharded parameters.
     """
 
     _step_supports_amp_scaling = False  # for torch's GradScaler; `release` sets it
@@ -277,7 +281,7 @@ class Muon8bit(SharingOptimizer):
         """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
 
         `backend`, `on_nonfinite`, `param_rounding` and what says how a group is stored and cut (`bits`, `codebook`,
-        `block_size`, `flatten`, `split_sizes`, `split_dim`; other saved values are refused) stay the constructor's, all
+        `block_size`, `flatten`, `split_sizes`, `split_dim`, `adamw_bits`; other saved values are refused) stay the constructor's, all
         other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too; without them there,
         rounding starts at step 0 of the running seed. Of sharded state each rank takes its part, out of whole tensors
         or of DTensors that lie alike, without communication. torch's own method casts the state to the parameter's
