@@ -74,13 +74,15 @@ def step_(
 
     `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest;
     `places`: the index of its first element in the whole parameter, of which it may be a part, and that one's number of
-    elements. torch's
-    fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous here.
+    elements. torch's fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous
+    here.
     """
     direct: list[int] = []
+    # A number for bitsandbytes, once: on a device it has to be waited for.
+    group8 = {**group, "lr": float(group["lr"])} if any(map(is_8bit, states)) else group
     for i, param in enumerate(params):
         if is_8bit(states[i]):
-            adamw8.step_(param, grads[i], states[i], group, keys[i], places[i][0], options)
+            adamw8.step_(param, grads[i], states[i], group8, keys[i], places[i][0], options)
         elif _is_cut_in_vectors(param, grads[i], *places[i]):
             _step_in_vectors(param, grads[i], states[i], group, keys[i], places[i], options)
         elif all(t.dtype == torch.float32 and t.is_contiguous() for t in (param, grads[i])):

@@ -95,11 +95,12 @@ def step_(
         param, grad: float32, bfloat16 or float16; if one is not contiguous, both are copied whole.
         state: the tensors of `layout`, contiguous or flat, and `step`, on the host, which is advanced in any case:
             where `options.skip` turns out not to be 0, the caller takes that back.
+        group: with its learning rate as a number.
         key: of stochastic rounding, bfloat16 only; None for rounding to nearest.
         first: index of its first element in the whole parameter.
     """
     num_steps = int(state["step"].add_(1))
-    moments = [state[key] for _, codes, scales in _KEYS for key in (codes, scales)]
+    moments = [state[name] for _, *names in _KEYS for name in names]
     pieces: Any = [(param, grad, *moments)]
     if param.is_contiguous() and grad.is_contiguous():
         size = chunk_size(param.device.type, options.workspace_bytes)
@@ -136,9 +137,9 @@ def _update_(param: Tensor, grad: Tensor, moments: Sequence[Tensor], group: Mapp
     Weight decay comes first, as in torch: bitsandbytes' CUDA kernel multiplies by it last. That kernel rounds to the
     nearest code too, so that the second moment of an element whose gradients are under 4e-4 of its block's largest
     becomes 0. At the next zero gradient, as most rows of an embedding have it, its first moment would be divided by
-    `eps`: a step of hundreds of learning rates. So it is kept at the smallest code that is not 0.
+    `eps`: with gradients of 1e-2 a step of hundreds of learning rates. So it is kept at the smallest code but 0.
     """
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    lr, (beta1, beta2) = group["lr"], group["betas"]
     if group["weight_decay"]:
         param.mul_(1 - lr * group["weight_decay"])
     codes, scales, codes_sq, scales_sq = moments

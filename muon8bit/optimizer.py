@@ -281,11 +281,11 @@ class Muon8bit(SharingOptimizer):
         """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
 
         `backend`, `on_nonfinite`, `param_rounding` and what says how a group is stored and cut (`bits`, `codebook`,
-        `block_size`, `flatten`, `split_sizes`, `split_dim`, `adamw_bits`; other saved values are refused) stay the constructor's, all
-        other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too; without them there,
-        rounding starts at step 0 of the running seed. Of sharded state each rank takes its part, out of whole tensors
-        or of DTensors that lie alike, without communication. torch's own method casts the state to the parameter's
-        dtype. What the last step found in its gradients and has not told is dropped.
+        `block_size`, `flatten`, `split_sizes`, `split_dim`, `adamw_bits`; other saved values are refused) stay the
+        constructor's, all other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too;
+        without them there, rounding starts at step 0 of the running seed. Of sharded state each rank takes its part,
+        out of whole tensors or of DTensors that lie alike, without communication. torch's own method casts the state to
+        the parameter's dtype. What the last step found in its gradients and has not told is dropped.
 
         Raises:
             ValueError: names the group, parameter or key that does not fit.

@@ -52,6 +52,8 @@ def test_checkpoint_of_muon8bit_measures_what_was_predicted(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, model: nn.Module, options: dict[str, Any]
 ) -> None:
     adamw_bits = options.get("adamw_bits", 32)
+    if adamw_bits == 8:
+        pytest.importorskip("bitsandbytes")
     groups = param_groups(model, lr=1e-3, adamw_bits=adamw_bits)
     optimizer = Muon8bit(groups, lr=1e-3, **{k: v for k, v in options.items() if k != "adamw_bits"})
     stepped(optimizer)

@@ -83,6 +83,8 @@ def stepped(optimizer: torch.optim.Optimizer) -> int:
 
 def measured(name: str, model: nn.Module) -> int:
     """True state bytes of the real optimizers of a column."""
+    if name.endswith("adamw8bit"):
+        pytest.importorskip("bitsandbytes")
     groups = param_groups(model, lr=1e-3, adamw_bits=8 if name == "muon8bit+adamw8bit" else 32)
     if name.startswith("muon8bit"):
         return stepped(Muon8bit(groups, lr=1e-3))
