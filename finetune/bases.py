@@ -120,6 +120,13 @@ def weight_dtype(recipe: SftRecipe) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
+def compute_precision(recipe: SftRecipe) -> str:
+    """Mixed precision to ask Accelerate for, `auto`, `no` or `bf16`: what an NF4 base multiplies in, if it is bf16."""
+    if recipe.mode == "qlora" and recipe.mixed_precision == "auto" and weight_dtype(recipe) == torch.bfloat16:
+        return "bf16"
+    return recipe.mixed_precision
+
+
 def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
     """The pretrained model in training mode; for an adapter frozen, for `qlora` with NF4 matrices in its layers.
 

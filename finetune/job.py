@@ -47,7 +47,8 @@ def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
         if code == 0:
             _finish(run, finish)
     except (FloatingPointError, NonFiniteGradientError) as error:
-        _complain(run, f"step {run.step + 1}: {error}; start anew with a lower --lr, or with --clip")
+        clip = "--clip-matrix-norm" if run.recipe.release_gradients else "--clip"
+        _complain(run, f"step {run.step + 1}: {error}; start anew with a lower --lr, or with {clip}")
         code = 1
     except StorageError as error:
         _complain(run, f"step {run.step}: {error}; {_free_space(run)}")
@@ -106,7 +107,9 @@ def _train(run: Run, script: str) -> int:
             done = run.step == recipe.max_steps
             stopped = stop.agreed(accelerator)
             if done or (run.step % recipe.eval_every == 0 and not stopped):
-                record["val_loss"] = evaluate(accelerator, run.model, run.validation, recipe.batch_size)
+                record["val_loss"] = evaluate(
+                    accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk
+                )
             _log(run, stop, record, bar)
             if done or stopped or run.step % recipe.save_every == 0:
                 stop.agreed(accelerator)  # a checkpoint must not say that metrics are there which the disk did not take
@@ -124,13 +127,15 @@ def _one_step(run: Run) -> dict[str, Any]:
     started = time.perf_counter()
     num = recipe.gradient_accumulation
     batches = list(step_batches(run.train, accelerator, run.position, recipe.batch_size, num))
-    lr = run.optimizers[0].param_groups[0]["lr"]
-    loss = accumulate_gradients(accelerator, run.model, batches)
-    grad_norm = clip_gradients(run.model, recipe.clip)
+    lr, num_skipped = run.optimizers[0].param_groups[0]["lr"], _num_skipped(run)
+    loss = accumulate_gradients(accelerator, run.model, batches, recipe.loss_chunk)
+    grad_norm = None if recipe.release_gradients else clip_gradients(run.model, recipe.clip)
     for optimizer, scheduler in zip(run.optimizers, run.schedulers, strict=True):
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+    if _num_skipped(run) > num_skipped:
+        _note_skipped(run, loss)
     run.step += 1
     run.position += num * recipe.batch_size * accelerator.num_processes
     run.tokens += total_targets(accelerator, batches)
@@ -140,12 +145,36 @@ def _one_step(run: Run) -> dict[str, Any]:
         "loss": loss,
         "lr": float(lr),
         "grad_norm": grad_norm,
+        **run.release_facts,
         "val_loss": None,
         "tokens": run.tokens,
         "seconds": round(run.seconds, 3),
         "corpus": run.facts["corpus"],
         "python": run.facts["python"],
     }
+
+
+def _num_skipped(run: Run) -> int:
+    """Steps that the optimizer has skipped in this process; without gradient release it raises instead."""
+    wrapper: Any = run.optimizers[0]
+    return int(wrapper.optimizer.num_skipped_steps) if run.recipe.release_gradients else 0
+
+
+def _note_skipped(run: Run, loss: float) -> None:
+    """Tell of a gradient that was not finite, before its step is counted. One may be an accident.
+
+    Raises:
+        FloatingPointError: the loss is not finite either, or the step before had such a gradient too.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError("the loss and its gradient are not finite")
+    if run.step in run.skipped:
+        raise FloatingPointError("a gradient is not finite, as in the step before; without release it would be named")
+    run.skipped.append(run.step + 1)
+    run.say(
+        f"step {run.step + 1}: a gradient was not finite, and its parameter was left out ({len(run.skipped)} such "
+        "steps so far; a second one in a row ends the run)"
+    )
 
 
 def _log(run: Run, stop: Stop, record: dict[str, Any], bar: Any) -> None:
@@ -158,7 +187,8 @@ def _log(run: Run, stop: Stop, record: dict[str, Any], bar: Any) -> None:
     speed = run.tokens / run.seconds
     bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.2e}", tok_s=f"{speed:.0f}", refresh=False)
     bar.update()
-    scalars = {key: record[key] for key in ("loss", "lr", "grad_norm", "val_loss") if record[key] is not None}
+    keys = ("loss", "lr", "grad_norm", "num_skipped_steps", "val_loss")
+    scalars = {key: record[key] for key in keys if record.get(key) is not None}
     run.accelerator.log(scalars, step=run.step)
     if record["val_loss"] is not None:
         run.say(f"step {run.step}: validation {run.describe(record['val_loss'])}")

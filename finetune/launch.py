@@ -40,9 +40,19 @@ def check_launch(accelerator: Accelerator, recipe: Training) -> None:
     """Refuse launches under which an optimizer would not see what it needs.
 
     Raises:
-        InputError: FSDP version 1 or without a GPU, DeepSpeed, Megatron-LM; an optimizer that cannot be sharded.
+        InputError: FSDP version 1 or without a GPU, DeepSpeed, Megatron-LM; an optimizer that cannot be sharded;
+            gradient release or state on the host in several processes, or the norms of sharded matrices.
     """
-    kind = accelerator.distributed_type.value
+    kind, num = accelerator.distributed_type.value, accelerator.num_processes
+    alone = {
+        "--release-gradients": (recipe.release_gradients, "a gradient is used before they have added theirs"),
+        "--state-device": (recipe.state_device != "device", "steps that they share do not fetch state from the host"),
+    }
+    for name, (is_asked, reason) in alone.items():
+        if is_asked and (num > 1 or is_sharded(accelerator)):
+            raise InputError(
+                name, f"here are {num} processes ({kind}), and {reason}; launch a single one, or leave it out"
+            )
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and not is_sharded(accelerator):
         raise InputError("--config_file", f"it asks for FSDP, which Accelerate would run as {kind} here; take another")
@@ -52,6 +62,8 @@ def check_launch(accelerator: Accelerator, recipe: Training) -> None:
         return
     if not accelerator.is_fsdp2:
         raise InputError("--config_file", "FSDP version 1 flattens parameters; set fsdp_version: 2, as in fsdp2.yaml")
+    if recipe.clip_matrix_norm is not None:
+        raise InputError("--clip-matrix-norm", "FSDP2 shards the matrices whose norms it needs; give --clip instead")
     if recipe.optimizer not in SHARDABLE:
         raise InputError(
             "--optimizer",

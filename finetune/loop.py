@@ -6,24 +6,21 @@ import math
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from finetune.errors import StorageError
 from finetune.launch import whole
+from finetune.loss import IGNORED, Batch, summed_nats
 from finetune.tokens import Tokens
 
-# `targets` [batch, seq_len] int64, -100 where nothing is to be predicted; the rest are arguments of the model.
-Batch: TypeAlias = Mapping[str, Tensor]
-IGNORED = -100
 TIME_IS_UP = 124  # exit code: that of timeout(1), so that a script which knows that one knows ours
 
 
@@ -93,14 +90,6 @@ def step_batches(
         yield sequences.batch(indices, accelerator.device)
 
 
-def summed_nats(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy summed over the targets of a batch: fp32 scalar, in nats."""
-    arguments = {key: value for key, value in batch.items() if key != "targets"}
-    logits = model(**arguments, use_cache=False).logits
-    flat = logits.float().flatten(0, -2)
-    return cross_entropy(flat, batch["targets"].flatten(), ignore_index=IGNORED, reduction="sum")
-
-
 def num_targets(batch: Batch) -> Tensor:
     """Targets of a batch that count: int64 scalar."""
     return (batch["targets"] != IGNORED).sum()
@@ -111,7 +100,9 @@ def total_targets(accelerator: Accelerator, batches: Sequence[Batch]) -> int:
     return int(_sum(accelerator, torch.stack([num_targets(batch) for batch in batches]).sum()))
 
 
-def accumulate_gradients(accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch]) -> float:
+def accumulate_gradients(
+    accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch], loss_chunk: int | None = None
+) -> float:
     """Add the gradient of one optimizer step's loss to `.grad` and return that loss.
 
     The loss is the sum over targets divided by the targets of the *whole* step, all micro-batches and ranks, so it
@@ -121,6 +112,7 @@ def accumulate_gradients(accelerator: Accelerator, model: nn.Module, batches: Se
         accelerator: with gradient_accumulation_steps 1; the cutting is done here.
         model: a prepared causal language model.
         batches: this rank's micro-batches; all ranks have equally many.
+        loss_chunk: of `summed_nats`.
 
     Returns:
         Loss in nats per target, equal on all ranks.
@@ -130,7 +122,7 @@ def accumulate_gradients(accelerator: Accelerator, model: nn.Module, batches: Se
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            nats = summed_nats(model, batch)
+            nats = summed_nats(model, batch, loss_chunk)
             # Data parallelism averages gradients over ranks: undo its division.
             accelerator.backward(nats * (accelerator.num_processes / max(targets, 1)))
         total += nats.detach()
@@ -166,8 +158,10 @@ def _peak(grad: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, sequences: Sequences, batch_size: int) -> float:
-    """Cross-entropy over all sequences in nats per target, equal on all ranks."""
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, sequences: Sequences, batch_size: int, loss_chunk: int | None = None
+) -> float:
+    """Cross-entropy over all sequences in nats per target, equal on all ranks; `loss_chunk` as in `summed_nats`."""
     was_training = model.training
     model.eval()
     stride = batch_size * accelerator.num_processes
@@ -180,7 +174,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, sequences: Sequences, b
         if accelerator.num_processes == 1:
             indices = [i for i in indices if i >= 0]
         batch = sequences.batch(indices, accelerator.device)
-        nats += summed_nats(model, batch)
+        nats += summed_nats(model, batch, loss_chunk)
         targets += num_targets(batch)
     model.train(was_training)
     return float(_sum(accelerator, nats)) / max(int(_sum(accelerator, targets)), 1)

@@ -30,7 +30,7 @@ def build_optimizers(
     that `param_groups` routes to Muon, fused ones as one matrix, and torch.optim.AdamW for the rest; `adamw` and
     `adamw8bit` (bitsandbytes) take everything. Norms and biases are not decayed in any of them.
     lr and decay as in `Training`; `muon8bit` rounds bf16 weights stochastically unless it says "nearest", the others
-    to nearest.
+    to nearest. With gradient release `muon8bit` skips and counts gradients that are not finite; else it raises.
 
     Args:
         model: on any device.
@@ -39,14 +39,13 @@ def build_optimizers(
         process_group: ranks with equal parameters, among which `muon8bit` divides the orthogonalization; None for none.
 
     Raises:
-        InputError: nothing for Muon in the model, no factor B, or bitsandbytes is not installed.
+        InputError: nothing for Muon in the model, no factor B, or bitsandbytes is missing or too old.
     """
     ratio = loraplus_ratio
     options: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    more: Any = {"adamw_lr": recipe.adamw_lr, "adamw_betas": BETAS, "adamw_bits": recipe.adamw_bits}
     try:
-        groups = param_groups(
-            model, **options, adamw_lr=recipe.adamw_lr, adamw_betas=BETAS, loraplus_ratio=loraplus_ratio
-        )
+        groups = param_groups(model, **options, **more, loraplus_ratio=loraplus_ratio)
     except ValueError as error:
         option = "--loraplus-ratio" if "loraplus" in str(error) else "--optimizer"
         raise InputError(option, str(error)) from None
@@ -54,7 +53,12 @@ def build_optimizers(
         has_bf16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
         rounding = recipe.param_rounding or "stochastic" if has_bf16 else "nearest"
         options |= {"codebook": recipe.codebook, "block_size": recipe.block_size, "param_rounding": rounding}
-        return [Muon8bit(groups, **options, process_group=process_group)]
+        options |= {"clip_matrix_norm": recipe.clip_matrix_norm, "process_group": process_group}
+        options |= {"state_device": None if recipe.state_device == "device" else recipe.state_device}
+        try:
+            return [Muon8bit(groups, **options, on_nonfinite="skip" if recipe.release_gradients else "raise")]
+        except (ImportError, NotImplementedError) as error:  # of bitsandbytes, which adamw_bits=8 needs
+            raise InputError("--adamw-bits", str(error)) from None
     adamw_lr = recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr
     for group in groups:
         group["raise"] = ratio if group["lr"] != (recipe.lr if group["algorithm"] == "muon" else adamw_lr) else 1.0

@@ -20,7 +20,7 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvc
 RESUME_MAY_CHANGE = ("dataset", "max_steps", "save_every", "eval_every", "keep_checkpoints", "max_minutes", "tracker")
 
 
-def option(default: Any, text: str, *choices: str) -> Any:
+def option(default: Any, text: str, *choices: Any) -> Any:
     """A field of a recipe that is also a command-line option with this help and these choices."""
     return field(default=default, metadata={"help": text, "choices": choices or None})
 
@@ -43,10 +43,25 @@ class Training:
         "too small for bf16; default: stochastic for muon8bit, else nearest",
         *("nearest", "stochastic"),
     )
+    adamw_bits: int = option(32, "bits of the moments of muon8bit's AdamW part; 8 needs bitsandbytes", 8, 32)
+    state_device: str = option(
+        "device", "where muon8bit keeps its state: beside the parameters, or in host memory", "device", "cpu"
+    )
     lr: float = option(1e-3, "peak learning rate (RMS of an update is 0.2 of it for hidden matrices)")
     adamw_lr: float | None = option(None, "peak lr of the AdamW part of muon8bit and muon; default: --lr")
     weight_decay: float = option(0.1, "decoupled weight decay per unit of lr")
     clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off")
+    clip_matrix_norm: float | None = option(
+        None, "largest Frobenius norm of the gradient of each of muon8bit's matrices; default: no limit"
+    )
+    release_gradients: bool = option(
+        False,
+        "step each parameter in the backward pass and free its gradient at once: muon8bit in one process, without "
+        "--gradient-accumulation, and with --clip 0",
+    )
+    loss_chunk: int | None = option(
+        None, "tokens whose logits exist at once, recomputed in the backward pass; default: all, kept"
+    )
     schedule: str = option(
         "cosine",
         "learning-rate schedule of transformers",
@@ -129,7 +144,7 @@ def build(kind: type[R], values: Mapping[str, Any], origin: str) -> R:
     for key, f in options.items():
         choices, value = f.metadata["choices"], getattr(recipe, key)
         if choices and value is not None and value not in choices:
-            raise InputError(flag(key), f"{value!r} is not one of {', '.join(choices)}")
+            raise InputError(flag(key), f"{value!r} is not one of {', '.join(map(str, choices))}")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(flag(key), f"{value} is not a finite number")
     return recipe
@@ -153,7 +168,7 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         InputError: names the option.
     """
     positive = ("lr", "adamw_lr", "batch_size", "gradient_accumulation", "max_steps", "eval_every", "save_every")
-    for name in (*positive, "keep_checkpoints", *more_positive):
+    for name in (*positive, "keep_checkpoints", "clip_matrix_norm", "loss_chunk", *more_positive):
         value = getattr(recipe, name)
         if value is not None and value <= 0:
             raise InputError(flag(name), f"{value} must be above 0")
@@ -161,10 +176,8 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         value = getattr(recipe, name)
         if value is not None and value < 0:
             raise InputError(flag(name), f"{value} must not be negative")
-    if recipe.param_rounding == "stochastic" and recipe.optimizer != "muon8bit":
-        raise InputError(
-            "--param-rounding", f"{recipe.optimizer} rounds to nearest; leave it out, or give --optimizer muon8bit"
-        )
+    _check_muon8bit_only(recipe)
+    _check_release(recipe)
     if recipe.tracker and find_spec(recipe.tracker) is None:
         raise InputError("--tracker", f"{recipe.tracker!r} is not installed; install it, or leave it out")
     if recipe.block_size not in (64, 128, 256, 512, 1024, 2048, 4096):
@@ -177,3 +190,33 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         )
     if recipe.schedule == "warmup_stable_decay" and recipe.decay_steps == 0:
         raise InputError("--decay-steps", "warmup_stable_decay needs it above 0")
+
+
+def _check_muon8bit_only(recipe: Training) -> None:
+    """Refuse what the other optimizers cannot do."""
+    asked = {
+        "--param-rounding": recipe.param_rounding == "stochastic",
+        "--clip-matrix-norm": recipe.clip_matrix_norm is not None,
+        "--release-gradients": recipe.release_gradients,
+        "--adamw-bits": recipe.adamw_bits != 32,
+        "--state-device": recipe.state_device != "device",
+    }
+    for name, is_asked in asked.items():
+        if is_asked and recipe.optimizer != "muon8bit":
+            raise InputError(name, f"{recipe.optimizer} cannot do it; leave it out, or give --optimizer muon8bit")
+
+
+def _check_release(recipe: Training) -> None:
+    """Refuse what needs all gradients, or several of one parameter, at once; `check_launch` refuses several ranks."""
+    if recipe.release_gradients and recipe.gradient_accumulation > 1:
+        raise InputError(
+            "--release-gradients",
+            f"a gradient is used and freed in its own backward pass, so that --gradient-accumulation "
+            f"{recipe.gradient_accumulation} has nothing to add to; give --gradient-accumulation 1, or leave it out",
+        )
+    if recipe.release_gradients and recipe.clip:
+        raise InputError(
+            "--release-gradients",
+            f"the global norm of --clip, here {recipe.clip:g}, needs all gradients at once; give --clip 0, and "
+            "--clip-matrix-norm where a limit is wanted",
+        )

@@ -63,6 +63,7 @@ def write_results(run: Run, more: Mapping[str, Any], reference: tuple[str, float
         "val_loss": metrics[-1]["val_loss"],
         "tokens": run.tokens,
         "seconds": run.seconds,
+        **run.release_facts,
         **more,
         **run.facts,
     }

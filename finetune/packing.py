@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from finetune.errors import InputError
-from finetune.loop import IGNORED, Batch, Sequences
+from finetune.loop import Sequences
+from finetune.loss import IGNORED, Batch
 from finetune.masks import Encoded
 
 

@@ -12,14 +12,12 @@ from accelerate.utils import set_seed
 
 from finetune.bigram import bigram_loss
 from finetune.corpus import open_corpus
-from finetune.launch import replicas
 from finetune.loop import Blocks
 from finetune.models import build_model, check_vocabulary, config_hash, model_config
-from finetune.optimizers import build_optimizers
 from finetune.ranks import first_on_node
 from finetune.recipe import Recipe
 from finetune.resuming import check_same_run
-from finetune.run import Run, make_accelerator, make_scheduler, versions
+from finetune.run import Run, make_accelerator, prepare_training, versions
 from finetune.run_folder import RunFolder
 from finetune.tokens import TokenCache, check_size, load_tokenizer, token_cache, train_tokenizer
 
@@ -61,17 +59,16 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
     tokenizer, cache, facts = first_on_node(accelerator, lambda: _prepare_data(recipe, config, accelerator))
     check_same_run(folder, facts, SAME_RUN)
     model = build_model(recipe, config, tokenizer)
-    optimizers = build_optimizers(model, recipe, process_group=replicas(accelerator))
-    schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
-    prepared = accelerator.prepare(model, *optimizers)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model)
     run = PretrainRun(
         accelerator=accelerator,
         recipe=recipe,
         folder=folder,
         facts=facts,
         tokenizer=tokenizer,
-        model=prepared[0],
-        optimizers=list(prepared[1:]),
+        model=prepared,
+        optimizers=optimizers,
         schedulers=schedulers,
         train=Blocks(cache.train, recipe.seq_len, recipe.seed),
         validation=Blocks(cache.validation, recipe.seq_len),
@@ -81,7 +78,7 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
         folder.create(recipe)
         run.bigram, weight = bigram_loss(cache.train, cache.validation, len(tokenizer))
         facts |= {"bigram_val_loss": run.bigram, "bigram_weight": weight}
-        _introduce(run, sum(p.numel() for p in model.parameters()))
+        _introduce(run, num_parameters)
     if recipe.tracker:
         accelerator.init_trackers(recipe.name)
     return run

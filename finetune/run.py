@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -21,11 +21,14 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import get_scheduler
 
 from finetune.errors import InputError
-from finetune.launch import check_launch
+from finetune.launch import check_launch, replicas
 from finetune.loop import Sequences
+from finetune.loss import check_head
+from finetune.optimizers import build_optimizers
 from finetune.options import Training
 from finetune.resuming import choose_checkpoint
 from finetune.run_folder import RunFolder
+from muon8bit import Muon8bit, release_gradients
 
 # Training a tokenizer and writing a large cache take longer than the usual limit of a collective.
 DATA_TIMEOUT = timedelta(hours=12)
@@ -37,7 +40,7 @@ class Run(ABC):
 
     `facts` go into result.json and the checkpoints; `corpus` and `python` of them into every record. `position` counts
     sequences of the shuffled order, `tokens` the targets that were trained on (`unit` is their name in the log),
-    `seconds` the time of steps only.
+    `seconds` the time of steps only. `skipped`: with gradient release, the steps in which a gradient was not finite.
     """
 
     unit: ClassVar[str] = "tokens"
@@ -55,10 +58,16 @@ class Run(ABC):
     position: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped: list[int] = field(default_factory=list)
 
     @abstractmethod
     def describe(self, val_loss: float) -> str:
         """A validation loss in words, with whatever compares it."""
+
+    @property
+    def release_facts(self) -> dict[str, int]:
+        """What gradient release adds to records and results."""
+        return {"num_skipped_steps": len(self.skipped)} if self.recipe.release_gradients else {}
 
     def say(self, text: str) -> None:
         """Print a line on the main process, above the progress bar."""
@@ -111,6 +120,32 @@ def versions(accelerator: Accelerator) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
     }
+
+
+def prepare_training(
+    accelerator: Accelerator, recipe: Training, model: nn.Module, loraplus_ratio: float | None = None
+) -> tuple[nn.Module, list[Optimizer], list[LRScheduler]]:
+    """A model as Accelerate and the recipe want it, with its optimizers and their schedules.
+
+    Args:
+        accelerator: of `make_accelerator`.
+        recipe: resolved.
+        model: on any device, with its adapter.
+        loraplus_ratio: of `build_optimizers`.
+
+    Raises:
+        InputError: the model, or what is installed, does not allow what the recipe asks for.
+    """
+    if recipe.loss_chunk is not None:
+        check_head(model)
+    optimizers = build_optimizers(model, recipe, loraplus_ratio=loraplus_ratio, process_group=replicas(accelerator))
+    schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
+    prepared, *wrapped = accelerator.prepare(model, *optimizers)
+    if recipe.release_gradients:
+        (muon,) = optimizers
+        assert isinstance(muon, Muon8bit)
+        release_gradients(prepared, muon)
+    return prepared, wrapped, schedulers
 
 
 def make_scheduler(recipe: Training, optimizer: Optimizer) -> LRScheduler:

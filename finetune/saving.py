@@ -53,6 +53,7 @@ def _write_files(run: Run, partial: Path) -> None:
             "position": run.position,
             "tokens": run.tokens,
             "seconds": run.seconds,
+            "skipped": run.skipped,
             "optimizer": run.recipe.optimizer,
             "schedulers": [scheduler.state_dict() for scheduler in run.schedulers],
             "facts": run.facts,
@@ -79,6 +80,7 @@ def restore(run: Run) -> None:
         scheduler.load_state_dict(state)
     run.step, run.position = record["step"], record["position"]
     run.tokens, run.seconds = record["tokens"], record["seconds"]
+    run.skipped = record.get("skipped", [])  # older checkpoints are of runs that skip nothing
     run.say(f"resumed from {run.folder.checkpoint} at step {run.step}")
 
 

@@ -12,19 +12,26 @@ import torch
 from accelerate.utils import set_seed
 
 from finetune.adapters import add_adapter, checkpoint_trainable_only
-from finetune.bases import base_config, find_base, fingerprint, load_base, pretrained_with, weight_dtype
+from finetune.bases import (
+    base_config,
+    compute_precision,
+    find_base,
+    fingerprint,
+    load_base,
+    pretrained_with,
+    weight_dtype,
+)
 from finetune.chat import Parts, load_parts
 from finetune.errors import InputError
-from finetune.launch import is_sharded, replicas
+from finetune.launch import is_sharded
 from finetune.loop import evaluate
 from finetune.masks import ChatEncoding, EncodedExamples, encode_examples
 from finetune.messages import Example
 from finetune.models import check_vocabulary, config_hash
-from finetune.optimizers import build_optimizers
 from finetune.packing import Rows, check_isolation
 from finetune.ranks import first_on_node
 from finetune.resuming import check_same_run
-from finetune.run import make_accelerator, make_scheduler, versions
+from finetune.run import make_accelerator, prepare_training, versions
 from finetune.run_folder import RunFolder
 from finetune.sft_recipe import SftRecipe, resolve
 from finetune.sft_run import Sample, SftRun
@@ -51,10 +58,7 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     Raises:
         InputError: bad input, on all ranks alike; nothing was written but the cache.
     """
-    precision = recipe.mixed_precision
-    if recipe.mode == "qlora" and precision == "auto" and weight_dtype(recipe) == torch.bfloat16:
-        precision = "bf16"
-    accelerator, folder = make_accelerator(recipe, folder, precision)
+    accelerator, folder = make_accelerator(recipe, folder, compute_precision(recipe))
     if is_sharded(accelerator) and recipe.has_adapter:
         raise InputError(
             "--mode", f"{recipe.mode} under FSDP is not supported; launch with ddp.yaml, or give --mode full"
@@ -86,17 +90,15 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
         model = add_adapter(model, recipe, base)
         checkpoint_trainable_only(accelerator)
     ratio = None if recipe.loraplus_ratio == 1 else recipe.loraplus_ratio
-    optimizers = build_optimizers(model, recipe, loraplus_ratio=ratio, process_group=replicas(accelerator))
-    schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
-    prepared = accelerator.prepare(model, *optimizers)
+    prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model, ratio)
     run = SftRun(
         accelerator=accelerator,
         recipe=recipe,
         folder=folder,
         facts=facts,
         tokenizer=tokenizer,
-        model=prepared[0],
-        optimizers=list(prepared[1:]),
+        model=prepared,
+        optimizers=optimizers,
         schedulers=schedulers,
         train=train,
         validation=validation,
@@ -211,6 +213,8 @@ def _look_before(run: SftRun) -> None:
     if run.folder.checkpoint:
         run.facts["val_loss_before"] = run.folder.progress()["facts"]["val_loss_before"]
         return
-    run.facts["val_loss_before"] = evaluate(run.accelerator, run.model, run.validation, run.recipe.batch_size)
+    recipe = run.recipe
+    val_loss = evaluate(run.accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
+    run.facts["val_loss_before"] = val_loss
     run.say(f"before: validation {run.val_loss_before:.4f} nats per target")
     run.write_answers("before")

@@ -1,8 +1,8 @@
-"""AdamW for what Muon does not take (embeddings, head, norms, biases): torch's own, with fp32 state."""
+"""AdamW for what Muon does not take (embeddings, head, norms, biases): torch's own with fp32 state, or in 8 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from muon8bit_kernels import ops
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .config import Options
+from . import adamw8
+from .config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY, Options
 
 # Bytes alive for each element that goes through copies: parameter and gradient in fp32, rounded, compared, chosen.
 _COPY_BYTES = 16
@@ -18,24 +19,45 @@ _COPY_BYTES = 16
 _VECTOR = 16
 
 
-def step_device(param: Tensor) -> torch.device:
-    """Where `step` lives: with the parameter on CUDA (the fused kernel reads it there), else on the host."""
-    return param.device if param.device.type == "cuda" else torch.device("cpu")
+def step_device(param: Tensor, bits: int = 32) -> torch.device:
+    """Where `step` lives: with the parameter on CUDA (the fused kernel reads it there), else on the host; with
+    `adamw_bits=bits` 8 on the host, since bitsandbytes takes a number. `param`: the whole parameter."""
+    is_read_there = param.device.type == "cuda" and not adamw8.is_8bit(param.shape, bits)
+    return param.device if is_read_there else torch.device("cpu")
 
 
-def layout(shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """State key -> shape and dtype of its tensor, for a parameter of `shape`."""
+def layout(shape: Sequence[int], bits: int = 32) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """State key -> shape and dtype of its tensor, for a whole parameter of `shape` in a group with `adamw_bits=bits`.
+
+    torch.optim.AdamW's keys: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (fp32, the parameter's shape); or `step` and
+    those of `adamw8.layout`.
+    """
     moments = (tuple(shape), torch.float32)
-    return {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
+    of_moments = (
+        adamw8.layout(shape) if adamw8.is_8bit(shape, bits) else {EXP_AVG_KEY: moments, EXP_AVG_SQ_KEY: moments}
+    )
+    return {"step": ((), torch.float32), **of_moments}
 
 
-def init_state(param: Tensor) -> dict[str, Tensor]:
-    """torch.optim.AdamW's keys: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (fp32, the parameter's shape)."""
+def init_state(local: Tensor, param: Tensor | None = None, bits: int = 32) -> dict[str, Tensor]:
+    """Zeros as `layout` says: for `local`, all of a parameter or this rank's part of `param`."""
+    whole = local if param is None else param
+    is_8bit = adamw8.is_8bit(whole.shape, bits)
+    shapes = {"step": ((), torch.float32), **adamw8.layout(local.shape)} if is_8bit else layout(local.shape)
     return {
-        "step": torch.zeros((), dtype=torch.float32, device=step_device(param)),
-        "exp_avg": torch.zeros(param.shape, dtype=torch.float32, device=param.device),
-        "exp_avg_sq": torch.zeros(param.shape, dtype=torch.float32, device=param.device),
+        key: torch.zeros(shape, dtype=dtype, device=step_device(whole, bits) if key == "step" else local.device)
+        for key, (shape, dtype) in shapes.items()
     }
+
+
+def codes_of(state: Mapping[str, Tensor]) -> Tensor:
+    """The first moment or its codes: of the parameter's shape."""
+    return state[EXP_AVG_CODES_KEY] if EXP_AVG_CODES_KEY in state else state[EXP_AVG_KEY]
+
+
+def is_8bit(state: Mapping[str, Tensor]) -> bool:
+    """Whether these moments are in 8 bits. Then `step` is advanced on the host even where `skip` forbids the rest."""
+    return EXP_AVG_CODES_KEY in state
 
 
 def step_(
@@ -47,16 +69,21 @@ def step_(
     places: Sequence[tuple[int, int]],
     options: Options,
 ) -> None:
-    """One AdamW step in place. What is not fp32 and contiguous goes through such copies, chunk by chunk.
+    """One AdamW step in place. What is not fp32 and contiguous goes through such copies, chunk by chunk. Of state in 8
+    bits a part begins at a multiple of 256 elements.
 
     `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest;
     `places`: the index of its first element in the whole parameter, of which it may be a part, and that one's number of
-    elements. torch's
-    fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous here.
+    elements. torch's fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous
+    here.
     """
     direct: list[int] = []
+    # A number for bitsandbytes, once: on a device it has to be waited for.
+    group8 = {**group, "lr": float(group["lr"])} if any(map(is_8bit, states)) else group
     for i, param in enumerate(params):
-        if _is_cut_in_vectors(param, grads[i], *places[i]):
+        if is_8bit(states[i]):
+            adamw8.step_(param, grads[i], states[i], group8, keys[i], places[i][0], options)
+        elif _is_cut_in_vectors(param, grads[i], *places[i]):
             _step_in_vectors(param, grads[i], states[i], group, keys[i], places[i], options)
         elif all(t.dtype == torch.float32 and t.is_contiguous() for t in (param, grads[i])):
             direct.append(i)

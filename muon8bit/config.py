@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ AdjustLR: TypeAlias = Literal["original", "match_rms_adamw"]
 ParamRounding: TypeAlias = Literal["nearest", "stochastic"]
 Algorithm: TypeAlias = Literal["muon", "adamw"]
 Bits: TypeAlias = Literal[8, 32]
+StateDevice: TypeAlias = Literal["cpu"]
 
 CODEBOOKS: tuple[str, ...] = get_args(Codebook)
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -23,6 +24,7 @@ ADJUST_LR: tuple[str, ...] = get_args(AdjustLR)
 PARAM_ROUNDINGS: tuple[str, ...] = get_args(ParamRounding)
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 BITS: tuple[int, ...] = get_args(Bits)
+STATE_DEVICES: tuple[str, ...] = get_args(StateDevice)
 
 # Block sizes in elements: those that bitsandbytes' CUDA kernels accept.
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -30,6 +32,11 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCK_SIZE = 2048
 # Under this many columns a scale per row costs more than half a byte per element: the state stays fp32.
 MIN_QUANTIZED_COLUMNS = 8
+
+# AdamW's moments in 8 bits, as bitsandbytes' AdamW8bit has them: elements that share one fp32 scale, in the order of
+# indices; under so many elements both moments stay fp32.
+ADAMW8_BLOCK_SIZE = 256
+MIN_ADAMW8_ELEMENTS = 4096
 
 # torch.optim.Muon's defaults. `lr` is the RMS (match_rms_adamw: 0.2 of it) or spectral norm of one update;
 # `weight_decay` is per unit of lr; `eps` is a lower bound of the Frobenius norm that divides the momentum.
@@ -43,6 +50,7 @@ DEFAULT_NS_STEPS = 5
 # team's own ladder); eps is torch.optim.AdamW's.
 DEFAULT_ADAMW_BETAS = (0.9, 0.95)
 DEFAULT_ADAMW_EPS = 1e-8
+DEFAULT_ADAMW_BITS: Bits = 32
 
 # Bytes that a step may allocate at once beyond its state; a single larger matrix exceeds it.
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
@@ -67,3 +75,40 @@ LINEAR_CODES_KEY = "momentum_linear8"  # int8, the parameter's shape
 DYNAMIC_CODES_KEY = "momentum_dynamic8"  # uint8, the parameter's shape
 SCALES_KEY = "momentum_scales"  # fp32, [..., rows, ceil(cols / block_size)]
 BUFFER_KEY = "momentum_buffer"  # fp32, the parameter's shape; bits=32, or too few columns
+EXP_AVG_KEY = "exp_avg"  # fp32, the parameter's shape; adamw_bits=32, or too few elements
+EXP_AVG_SQ_KEY = "exp_avg_sq"
+EXP_AVG_CODES_KEY = "exp_avg_dynamic8"  # uint8, the parameter's shape; adamw_bits=8: codes of the signed dynamic map
+EXP_AVG_SQ_CODES_KEY = "exp_avg_sq_dynamic8"  # uint8, the parameter's shape: codes of the unsigned dynamic map
+EXP_AVG_SCALES_KEY = "exp_avg_scales"  # fp32, [..., cols / 256] where that is whole, else [ceil(elements / 256)]
+EXP_AVG_SQ_SCALES_KEY = "exp_avg_sq_scales"
+
+
+def check_running(
+    *,
+    param_rounding: Any,
+    on_nonfinite: Any,
+    ns_dtype: Any,
+    backend: Any,
+    workspace_bytes: Any,
+    state_device: Any,
+) -> None:
+    """Check what the optimizer as a whole is asked for, besides its groups.
+
+    Raises:
+        ValueError: names the argument and what it may be.
+    """
+    if param_rounding not in PARAM_ROUNDINGS:
+        raise ValueError(f"param_rounding must be one of {PARAM_ROUNDINGS}, not {param_rounding!r}")
+    if on_nonfinite not in ON_NONFINITE:
+        raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, not {on_nonfinite!r}")
+    if ns_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"ns_dtype must be None, torch.float32, torch.float16 or torch.bfloat16, not {ns_dtype}")
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
+    if type(workspace_bytes) is not int or workspace_bytes < MIN_WORKSPACE_BYTES:
+        raise ValueError(f"workspace_bytes must be an int of at least {MIN_WORKSPACE_BYTES}, not {workspace_bytes!r}")
+    if state_device is not None and not (isinstance(state_device, str) and state_device in STATE_DEVICES):
+        raise ValueError(
+            f"state_device must be None, which keeps the state with the parameters, or 'cpu', not {state_device!r}: it "
+            "comes from host memory to the device for the step, and from nowhere else"
+        )

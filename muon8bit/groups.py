@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import adamw8
 from .config import (
     ADJUST_LR,
     ALGORITHMS,
@@ -16,6 +17,7 @@ from .config import (
     BLOCK_SIZES,
     CODEBOOKS,
     DEFAULT_ADAMW_BETAS,
+    DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
 )
 from .orthogonalize import resolve
@@ -23,13 +25,18 @@ from .orthogonalize import resolve
 # How the running optimizer stores and computes: from the constructor, never from a checkpoint.
 FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
 MATRIX_DEFAULTS: dict[str, Any] = {"flatten": False, "split_sizes": None, "split_dim": -2}
-# Keys of a Muon group that no other optimizer and no older checkpoint has, and what their absence means.
-OWN_DEFAULTS: dict[str, Any] = {**MATRIX_DEFAULTS, "clip_matrix_norm": None}
-RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim")
+# Keys of a group, by algorithm, that no other optimizer and no older checkpoint has, and what their absence means.
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "muon": {**MATRIX_DEFAULTS, "clip_matrix_norm": None},
+    "adamw": {"adamw_bits": DEFAULT_ADAMW_BITS},
+}
+RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")
 MUON_ONLY_KEYS = (
     *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm"),
-    *RUNNING_KEYS,
+    *FORMAT_KEYS,
+    *("split_sizes", "split_dim"),
 )
+_ADAMW_ONLY_KEYS = ("betas", "adamw_bits")
 # Of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
 _NO_GROUP_KEYS = (
     *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
@@ -41,7 +48,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def group_keys(algorithm: str) -> tuple[str, ...]:
     """Hyper-parameters that a group of this algorithm holds."""
-    return ("lr", "weight_decay", "eps", *(("betas",) if algorithm == "adamw" else MUON_ONLY_KEYS))
+    return ("lr", "weight_decay", "eps", *(_ADAMW_ONLY_KEYS if algorithm == "adamw" else MUON_ONLY_KEYS))
 
 
 def describe(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -72,13 +79,20 @@ def complete_group(group: dict[str, Any], group_index: int) -> dict[str, Any]:
         if close:
             raise ValueError(f"{where}: unknown key {key!r}, did you mean {close[0]!r}?")
     if group["algorithm"] == "muon":
-        foreign = [key for key in ("betas", *_NO_GROUP_KEYS) if key in group]
+        foreign = [key for key in (*_ADAMW_ONLY_KEYS, *_NO_GROUP_KEYS) if key in group]
     else:
+        if group.get("adamw_bits") == 8 and group.get("codebook") == "linear":
+            raise ValueError(
+                f"{where}: codebook='linear' beside adamw_bits=8 is refused: linear 8 bits store the second moment of "
+                "small gradients as 0, by which the step is then divided, and it blows up. AdamW's moments are in the "
+                "dynamic maps: leave codebook out, or use adamw_bits=32"
+            )
         foreign = [key for key in (*MUON_ONLY_KEYS, *_NO_GROUP_KEYS) if key in group]
         if "lr" not in group:
             raise ValueError(f"{where}: a group with algorithm='adamw' needs its own 'lr' (Muon's rarely fits it)")
         group.setdefault("betas", DEFAULT_ADAMW_BETAS)
         group.setdefault("eps", DEFAULT_ADAMW_EPS)
+        group.setdefault("adamw_bits", DEFAULT_ADAMW_BITS)
     if foreign:
         raise ValueError(f"{where}: {', '.join(foreign)} has no meaning in a group of {group['algorithm']!r}")
     return group
@@ -114,6 +128,8 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         betas = options["betas"]
         valid = isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b, high=1) for b in betas)
         require("betas", valid, "two numbers in [0, 1)")
+        bits = options["adamw_bits"]
+        require("adamw_bits", type(bits) is int and bits in BITS, f"one of {BITS}")
         return
     require("momentum", _is_number(options["momentum"], high=1), "in [0, 1)")
     clip = options["clip_matrix_norm"]
@@ -146,6 +162,8 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
             raise ValueError(f"{name} is an expanded tensor, whose elements share memory: clone it first")
         if param.dtype not in DTYPES:
             raise ValueError(f"{name} is {param.dtype}: Muon8bit takes float32, bfloat16 and float16 parameters")
+        if group.get("adamw_bits") == 8:
+            adamw8.check_available(param.device.type)
         if group["algorithm"] == "muon" and param.ndim < 2:
             raise ValueError(
                 f"{name} has {param.ndim} dimension(s): Muon takes weight matrices. Build the groups with "

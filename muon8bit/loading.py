@@ -12,22 +12,25 @@ import torch
 from torch import Tensor
 
 from . import adamw, rounding
-from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY
-from .groups import FORMAT_KEYS, MATRIX_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
+from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, EXP_AVG_CODES_KEY, EXP_AVG_KEY, LINEAR_CODES_KEY
+from .groups import FORMAT_KEYS, OWN_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
 from .state import Format
 
 if TYPE_CHECKING:
     from .distributed import Layout, Team
+    from .staging import Staging
 
 _FORMATS = {
     LINEAR_CODES_KEY: "bits=8, codebook='linear'",
     DYNAMIC_CODES_KEY: "bits=8, codebook='dynamic'",
     BUFFER_KEY: "bits=32",
+    EXP_AVG_CODES_KEY: "adamw_bits=8",
+    EXP_AVG_KEY: "adamw_bits=32",
 }
 
 
 def checked(
-    state_dict: Mapping[str, Any], current: list[dict[str, Any]], team: Team | None
+    state_dict: Mapping[str, Any], current: list[dict[str, Any]], team: Team | None, staging: Staging
 ) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Tensor]]]:
     """What to assign: the saved hyper-parameters over the running parameters and format, and copies of the state.
 
@@ -35,6 +38,7 @@ def checked(
         state_dict: with `state` and `param_groups`, as `Optimizer.state_dict` gives it.
         current: the running optimizer's groups; not changed.
         team: the ranks with which it shares its matrices; then of each tensor only this rank's part is kept.
+        staging: where its state lives.
 
     Raises:
         ValueError: names the group, parameter or key that is missing, foreign, or of another value, shape or dtype.
@@ -70,7 +74,7 @@ def checked(
                 without.append(name)
             else:
                 layout = team.layout_of(param, new, name) if team else None
-                state[param] = _tensors(tensors, param, new, name, layout)
+                state[param] = _tensors(tensors, param, new, name, layout, staging)
         if 0 < len(without) < len(new["params"]):
             warnings.warn(
                 f"no saved state for {', '.join(without[:5])}: right if it never had a gradient; it starts at zero",
@@ -98,8 +102,10 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
                     f"{where}: the state of {theirs} would go to {ours}; build the groups in the order of the saved "
                     "'param_names', or rename these in a load_state_dict pre-hook"
                 )
-    if new["algorithm"] == "muon":  # older checkpoints lack these keys, and some formats turn tuples into lists
-        old = {**MATRIX_DEFAULTS, "clip_matrix_norm": new["clip_matrix_norm"], **old}
+    # Older checkpoints lack these keys, and some formats turn tuples into lists.
+    kept = {key: new[key] for key in ("clip_matrix_norm",) if key in new}
+    old = {**OWN_DEFAULTS[new["algorithm"]], **kept, **old}
+    if new["algorithm"] == "muon":
         old["split_sizes"] = tuple(old["split_sizes"]) if isinstance(old["split_sizes"], list) else old["split_sizes"]
     missing = [key for key in group_keys(new["algorithm"]) if key not in old]
     if missing:
@@ -122,11 +128,11 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _layout(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     if group["algorithm"] == "adamw":
-        return adamw.layout(param.shape)
+        return adamw.layout(param.shape, group["adamw_bits"])
     return Format.of(param.shape, *(group[k] for k in FORMAT_KEYS)).layout(param.shape)
 
 
-def empty(groups: list[dict[str, Any]], team: Team | None) -> dict[Tensor, dict[str, Tensor]]:
+def empty(groups: list[dict[str, Any]], team: Team | None, staging: Staging) -> dict[Tensor, dict[str, Tensor]]:
     """Uninitialized state of every parameter, of the shapes, dtypes and placements that `checked` asks for."""
     state = {}
     for i, group in enumerate(groups):
@@ -135,18 +141,20 @@ def empty(groups: list[dict[str, Any]], team: Team | None) -> dict[Tensor, dict[
             layout = _layout(param, group)
             shapes = {key: shape for key, (shape, _) in layout.items()}
             tensors = {
-                key: torch.empty(shape, dtype=layout[key][1], device=_device(key, param))
+                key: torch.empty(shape, dtype=layout[key][1], device=_device(key, param, group, staging))
                 for key, shape in (shapes if where is None else where.parts(shapes)).items()
             }
             state[param] = tensors if where is None else where.wrapped(tensors, shapes)
     return state
 
 
-def _device(key: str, param: Tensor) -> torch.device:
-    return adamw.step_device(param) if key == "step" else param.device
+def _device(key: str, param: Tensor, group: dict[str, Any], staging: Staging) -> torch.device:
+    return staging.home(adamw.step_device(param, group["adamw_bits"]) if key == "step" else param.device)
 
 
-def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: Layout | None) -> dict[str, Tensor]:
+def _tensors(
+    tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: Layout | None, staging: Staging
+) -> dict[str, Tensor]:
     """Checked copies of one parameter's state, or of this rank's part, on its device, contiguous, in their dtypes."""
     if not isinstance(tensors, Mapping):
         raise ValueError(f"state of {name} is a {type(tensors).__name__}, expected a mapping of tensors")
@@ -172,5 +180,6 @@ def _tensors(tensors: Any, param: Tensor, group: dict[str, Any], name: str, wher
             raise ValueError(f"state of {name}: {key} is sharded, the parameter is not: load value.full_tensor()")
         if dtype.is_floating_point and not value.isfinite().all():
             raise ValueError(f"state of {name}: {key} holds NaN or Inf: the checkpoint is damaged")
-        copies[key] = value.detach().to(device=_device(key, param), copy=True, memory_format=torch.contiguous_format)
+        device = _device(key, param, group, staging)
+        copies[key] = value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
     return copies if where is None else where.wrapped(copies, {key: shape for key, (shape, _) in layout.items()})

@@ -1,4 +1,4 @@
-"""One Muon step of a group in two phases: `read` changes nothing, `step_` writes momentum and parameters.
+"""One Muon step of a group in two phases: `read` changes nothing, the `jobs` write momentum and parameters.
 
 All matrices of one shape go through each kernel together, as many at once as the workspace budget allows. Pieces of
 rows (`split_sizes`) are matrices of their own. Blocks of the momentum may straddle pieces of columns: such a matrix is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -18,53 +19,79 @@ from torch import Tensor
 from . import state
 from .config import Options
 from .orthogonalize import Schedule, batch_size, choose, device_kind, orthogonalize, resolve
-from .stacks import Batch, Stack, chunks, flat
+from .stacks import Batch, Stack, chunks, flat, momenta_on, momentum_tensors
+from .staging import Job, Staging
 from .update import factors, frobenius_norm, lr_ratio, update_params_
 
 # Of the workspace, for sums, norms and tables of addresses.
 _SMALL_BYTES = 2**20
 
 
-def read(stacks: Sequence[Stack], group: dict[str, Any], options: Options) -> list[Batch]:
+def read(stacks: Sequence[Stack], group: dict[str, Any], options: Options, staging: Staging) -> list[Batch]:
     """First phase: sort stacks into batches, with the statistics of their new momenta."""
     sorted_stacks: dict[Hashable, list[Stack]] = {}
     for stack in stacks:
         sorted_stacks.setdefault(stack.layout, []).append(stack)
-    batches = []
+    jobs: list[Job] = []
+    sums: list[list[Tensor]] = []
     for members in sorted_stacks.values():
         # Room for copies, since a channels_last gradient is flattened into one.
         size = max(1, options.workspace_bytes // (4 * prod(members[0].grad.shape[1:])))
-        sums = []
+        sums.append([])
         for chunk in chunks(members, size):
-            momenta, grads = [stack.momentum for stack in chunk], flat(stack.grad for stack in chunk)
-            sums.append(state.stats(momenta, grads, **_average(group), backend=options.backend).flatten(1).sum(1))
-        batches.append(Batch(members, sums[0] if len(sums) == 1 else torch.cat(sums)))
-    return batches
+            run = partial(_stats, chunk, group, options, sums[-1])
+            jobs.append(Job(chunk[0].param.device, run, read=momentum_tensors(chunk)))
+    staging.run(jobs)
+    return [
+        Batch(members, found[0] if len(found) == 1 else torch.cat(found))
+        for members, found in zip(sorted_stacks.values(), sums, strict=True)
+    ]
 
 
-def step_(batch: Batch, group: dict[str, Any], options: Options) -> None:
-    """Second phase: write the new momenta, orthogonalize their exact values, update the parameters."""
+def _stats(
+    stacks: list[Stack], group: dict[str, Any], options: Options, sums: list[Tensor], staged: Sequence[Tensor] | None
+) -> None:
+    """Add the squared norms of the Newton-Schulz inputs, fp32 [count]."""
+    momenta, grads = [s.momentum for s in momenta_on(stacks, staged)], flat(stack.grad for stack in stacks)
+    sums.append(state.stats(momenta, grads, **_average(group), backend=options.backend).flatten(1).sum(1))
+
+
+def jobs(batch: Batch, group: dict[str, Any], options: Options) -> Iterator[Job]:
+    """Second phase: each writes the new momenta of a part of the batch, orthogonalizes their exact values, updates the
+    parameters. Together they are bitwise the same wherever the momenta lie."""
     schedule = resolve(group["ns_coefficients"], group["ns_steps"])
-    if group["split_sizes"] is not None and group["split_dim"] == -1:
-        _step_columns(batch, group, schedule, options)
-    else:
-        _step_whole(batch, group, schedule, options)
-
-
-def _step_whole(batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
     _, rows, cols = batch.stacks[0].momentum.codes.shape
-    device, kind = batch.sumsq.device, device_kind(batch.sumsq.device)
-    path = choose(rows, cols, schedule, kind, options.ns_dtype)
-    for part in batch.split(batch_size(path, rows, cols, kind, options.workspace_bytes - _SMALL_BYTES)):
-        norms = frobenius_norm(part.sumsq, eps=group["eps"], factor=schedule.norm_factor)
-        if path.tiny:
-            _step_tiny(part, norms, group, schedule, options)
-            continue
-        X = torch.empty(len(part.sumsq), rows, cols, dtype=path.dtype, device=device)
-        _apply(part, norms, X, group, options)
-        X = orthogonalize(X, schedule, path, options.backend)
-        _update(part.stacks, X, slice(0, cols), group, options)
-        del X  # before the next one is made
+    kind = device_kind(batch.sumsq.device)
+    if group["split_sizes"] is not None and group["split_dim"] == -1:
+        size, step = max(1, _half(options) // (4 * rows * cols)), _step_columns
+    else:
+        path = choose(rows, cols, schedule, kind, options.ns_dtype)
+        size, step = batch_size(path, rows, cols, kind, options.workspace_bytes - _SMALL_BYTES), _step_whole
+    for part in batch.split(size):
+        run = partial(step, part, group, schedule, options)
+        yield Job(batch.sumsq.device, run, written=momentum_tensors(part.stacks))
+
+
+def _half(options: Options) -> int:
+    """Of the workspace budget, in bytes."""
+    return (options.workspace_bytes - _SMALL_BYTES) // 2
+
+
+def _step_whole(
+    batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options, staged: Sequence[Tensor] | None
+) -> None:
+    batch = batch.on(staged)
+    _, rows, cols = batch.stacks[0].momentum.codes.shape
+    device = batch.sumsq.device
+    path = choose(rows, cols, schedule, device_kind(device), options.ns_dtype)
+    norms = frobenius_norm(batch.sumsq, eps=group["eps"], factor=schedule.norm_factor)
+    if path.tiny:
+        _step_tiny(batch, norms, group, schedule, options)
+        return
+    X = torch.empty(len(batch.sumsq), rows, cols, dtype=path.dtype, device=device)
+    _apply(batch, norms, X, group, options)
+    X = orthogonalize(X, schedule, path, options.backend)
+    _update(batch.stacks, X, slice(0, cols), group, options)
 
 
 def _step_tiny(batch: Batch, norms: Tensor, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
@@ -76,35 +103,33 @@ def _step_tiny(batch: Batch, norms: Tensor, group: dict[str, Any], schedule: Sch
         state.step_tiny_(batch.momenta, batch.grads, params, norms, schedule.steps, **how)
 
 
-def _step_columns(batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
+def _step_columns(
+    batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options, staged: Sequence[Tensor] | None
+) -> None:
     """The momenta whole into fp32, then cut, each piece normalized by its own norm.
 
     The fp32 momenta get one half of the workspace budget, Newton-Schulz the other.
     """
+    batch = batch.on(staged)
     _, rows, cols = batch.stacks[0].momentum.codes.shape
-    device, kind, half = (
-        batch.sumsq.device,
-        device_kind(batch.sumsq.device),
-        (options.workspace_bytes - _SMALL_BYTES) // 2,
-    )
-    for part in batch.split(max(1, half // (4 * rows * cols))):
-        U = torch.empty(len(part.sumsq), rows, cols, dtype=torch.float32, device=device)
-        _apply(part, torch.ones_like(part.sumsq), U, group, options)
-        start = 0
-        for width in group["split_sizes"]:
-            columns = slice(start, start + width)
-            start += width
-            path = choose(rows, width, schedule, kind, options.ns_dtype, tiny=False)
-            sumsq = torch.linalg.vector_norm(U[..., columns], dim=(-2, -1)).square()
-            norms = frobenius_norm(sumsq, eps=group["eps"], factor=schedule.norm_factor)
-            done = 0
-            for chunk in chunks(part.stacks, batch_size(path, rows, width, kind, half)):
-                which = slice(done, done + sum(stack.num_matrices for stack in chunk))
-                done = which.stop
-                X = U[which, :, columns].div_(norms[which].view(-1, 1, 1)).to(path.dtype).contiguous()
-                X = orthogonalize(X, schedule, path, options.backend)
-                _update(chunk, X, columns, group, options)
-                del X  # before the next one is made
+    device, kind = batch.sumsq.device, device_kind(batch.sumsq.device)
+    U = torch.empty(len(batch.sumsq), rows, cols, dtype=torch.float32, device=device)
+    _apply(batch, torch.ones_like(batch.sumsq), U, group, options)
+    start = 0
+    for width in group["split_sizes"]:
+        columns = slice(start, start + width)
+        start += width
+        path = choose(rows, width, schedule, kind, options.ns_dtype, tiny=False)
+        sumsq = torch.linalg.vector_norm(U[..., columns], dim=(-2, -1)).square()
+        norms = frobenius_norm(sumsq, eps=group["eps"], factor=schedule.norm_factor)
+        done = 0
+        for chunk in chunks(batch.stacks, batch_size(path, rows, width, kind, _half(options))):
+            which = slice(done, done + sum(stack.num_matrices for stack in chunk))
+            done = which.stop
+            X = U[which, :, columns].div_(norms[which].view(-1, 1, 1)).to(path.dtype).contiguous()
+            X = orthogonalize(X, schedule, path, options.backend)
+            _update(chunk, X, columns, group, options)
+            del X  # before the next one is made
 
 
 def _apply(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:

@@ -56,6 +56,7 @@ class Verdict:
         self._on_host = [flags.to("cpu", non_blocking=True) for flags in finite]  # from CUDA into pinned memory
         self._copied = [torch.cuda.current_stream(d).record_event() for d in by_device if d.type == "cuda"]
         self._skips: dict[torch.device, Tensor] = {}
+        self.advanced: list[Tensor] = []  # step counters on the host, before it knew
 
     @property
     def is_asynchronous(self) -> bool:
@@ -79,6 +80,11 @@ class Verdict:
         names = [name for namer in self._namers for name in namer()]
         return list(dict.fromkeys(name for name, ok in zip(names, finite, strict=True) if not ok))
 
+    def take_back(self) -> None:
+        """Of a step that was not done: set back the counters that it advanced."""
+        for step in self.advanced:
+            step.sub_(1)
+
 
 class PartialVerdict:
     """Of a step whose parameters were stepped one by one: each was skipped alone where its gradient is not finite, so
@@ -90,3 +96,9 @@ class PartialVerdict:
     def nonfinite_names(self) -> list[str]:
         """The parameters whose gradients are not finite; waits until the flags are on the host."""
         return [name for part in self._parts for name in part.nonfinite_names()]
+
+    def take_back(self) -> None:
+        """Set back the counters of the parameters that were skipped."""
+        for part in self._parts:
+            if part.nonfinite_names():
+                part.take_back()

@@ -18,20 +18,20 @@ from .config import (
     DEFAULT_NS_STEPS,
     DEFAULT_WEIGHT_DECAY,
     DEFAULT_WORKSPACE_BYTES,
-    MIN_WORKSPACE_BYTES,
-    ON_NONFINITE,
-    PARAM_ROUNDINGS,
     Backend,
     Codebook,
     OnNonfinite,
     Options,
     ParamRounding,
+    StateDevice,
+    check_running,
 )
 from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
 from .nonfinite import NonFiniteGradientError, PartialVerdict, Verdict
 from .orthogonalize import choose, resolve
 from .orthogonalize.coefficients import JORDAN
 from .sharing import SharingOptimizer
+from .staging import Staging
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,7 +46,8 @@ class Muon8bit(SharingOptimizer):
     Args:
         params: tensors of two or more dimensions, `(name, tensor)` pairs, or groups (dicts), which
             `muon8bit.param_groups(model, ...)` makes. float32, bfloat16 or float16. A group with
-            `algorithm="adamw"` takes any shape and the keys lr (required), betas, eps, weight_decay. A Muon group
+            `algorithm="adamw"` takes any shape and the keys lr (required), betas, eps, weight_decay, and adamw_bits:
+            32, or 8 for both moments in 8 bits (by bitsandbytes) in tensors of 4096 elements and more. A Muon group
             takes the arguments below from lr to clip_matrix_norm, and three keys for tensors of several matrices.
             Three or more dimensions are a stack over the last two; with `flatten=True` one matrix of the first
             dimension by all others (convolutions). `split_sizes` (ints) cuts dimension `split_dim` of each matrix,
@@ -79,6 +80,11 @@ class Muon8bit(SharingOptimizer):
         rounding_seed: 0 .. 2**64 - 1; the same on all replicas. Without meaning for `"nearest"`.
         workspace_bytes: what a step may allocate at once beyond its state, freed before it returns; at least 32 MiB.
             Only a single matrix that needs more exceeds it.
+        state_device: None: the state lies with its parameter. `"cpu"`: in host memory, pinned where parameters are on
+            CUDA, and each step brings it, batch by batch: 3 bytes over the bus for an element of a Muon parameter, 16
+            of an AdamW one. Bitwise the same training, and checkpoint. Beside `workspace_bytes` two batches of it are
+            on the device during a step: see `muon8bit/staging.py`. Read it from `state_dict()`, which waits for the
+            copies, and before the next step. Not with sharded parameters or a `process_group`.
         process_group: of ranks with equal parameters and gradients (DDP): they divide the orthogonalization among them.
             None: plain parameters need no communication. Beside sharded parameters on a mesh of several dimensions
             that is not the whole world, a group of just its ranks.
@@ -92,11 +98,15 @@ class Muon8bit(SharingOptimizer):
     State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its
     shape with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that
     matrix); or `momentum_buffer` (fp32) with bits=32 or fewer than 8 columns. Splits do not change it. Of an AdamW
-    parameter: `step`, `exp_avg`, `exp_avg_sq` (fp32).
+    parameter: `step`, `exp_avg`, `exp_avg_sq` (fp32); in 8 bits `step`, on the host, `exp_avg_dynamic8` and
+    `exp_avg_sq_dynamic8` (uint8) of its shape, `exp_avg_scales` and `exp_avg_sq_scales` (fp32) [..., cols / 256] where
+    that is whole, else [ceil(elements / 256)].
 
     Raises:
         ValueError: names the parameter or argument and what it may be.
-        NotImplementedError: names a parameter that is sharded as this optimizer cannot take.
+        ImportError: adamw_bits=8 without bitsandbytes.
+        NotImplementedError: names a parameter that is sharded as this optimizer cannot take; adamw_bits=8 where this
+            version of bitsandbytes has no kernel; `state_device` with a `process_group` or sharded parameters.
     """
 
     _step_supports_amp_scaling = False  # for torch's GradScaler; `release` sets it
@@ -123,6 +133,7 @@ class Muon8bit(SharingOptimizer):
         param_rounding: ParamRounding = "nearest",
         rounding_seed: int = 0,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        state_device: StateDevice | None = None,
         process_group: ProcessGroup | None = None,
         shard_state: bool = False,
     ) -> None:
@@ -143,23 +154,22 @@ class Muon8bit(SharingOptimizer):
             **MATRIX_DEFAULTS,
         }
         check_options({**defaults, "rounding_seed": rounding_seed})
-        if param_rounding not in PARAM_ROUNDINGS:
-            raise ValueError(f"param_rounding must be one of {PARAM_ROUNDINGS}, not {param_rounding!r}")
-        if on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, not {on_nonfinite!r}")
-        if ns_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"ns_dtype must be None, torch.float32, torch.float16 or torch.bfloat16, not {ns_dtype}")
-        if backend not in (None, "reference", "triton"):
-            raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
-        if type(workspace_bytes) is not int or workspace_bytes < MIN_WORKSPACE_BYTES:
-            raise ValueError(
-                f"workspace_bytes must be an int of at least {MIN_WORKSPACE_BYTES}, not {workspace_bytes!r}"
-            )
+        check_running(
+            param_rounding=param_rounding,
+            on_nonfinite=on_nonfinite,
+            ns_dtype=ns_dtype,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            state_device=state_device,
+        )
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
+        self._staging = Staging(state_device)
         self._num_calls = self._num_skipped_steps = 0
         self._pending: Verdict | PartialVerdict | None = None  # of the last step, if that did not wait for it
-        super().__init__(params, defaults, process_group=process_group, shard_state=shard_state)
+        super().__init__(
+            params, defaults, process_group=process_group, shard_state=shard_state, state_device=state_device
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked whole before anything changes. See the class for its keys."""
@@ -205,7 +215,7 @@ class Muon8bit(SharingOptimizer):
 
         def read() -> list[phases.Work]:
             clipping.clip_matrices_(self.param_groups, self.workspace_bytes)
-            return phases.read(self.param_groups, self.state, options, team)
+            return phases.read(self.param_groups, self.state, options, team, self._staging)
 
         of_all = options, self.on_nonfinite, self.shard_state
         work = team.agree(read, self.param_groups, self.state, of_all) if team else read()
@@ -215,7 +225,7 @@ class Muon8bit(SharingOptimizer):
             self._refuse(names, verdict.step)
             return loss
         pending = None if wait else verdict
-        phases.write(work, self.state, options, pending, team)
+        phases.write(work, self.state, options, pending, team, self._staging)
         rounding.advance(self.param_groups)
         self._pending = pending  # only now: settling takes back what was advanced
         return loss
@@ -231,6 +241,7 @@ class Muon8bit(SharingOptimizer):
         verdict, self._pending = self._pending, None
         names = [] if verdict is None else verdict.nonfinite_names()
         if verdict is not None and names:
+            verdict.take_back()
             if isinstance(verdict, Verdict):
                 rounding.advance(self.param_groups, by=-1)
             self._refuse(names, verdict.step)
@@ -249,23 +260,32 @@ class Muon8bit(SharingOptimizer):
             NonFiniteGradientError: if the last step found one and has not told yet (see `on_nonfinite`).
         """
         self._settle()
+        self._staging.synchronize()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes"]
+        self._staging.synchronize()
+        own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes", "_staging"]
         own += ["_num_calls", "_num_skipped_steps", "_pending"]
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of loading, copying and pickling, which all leave tensors in pageable memory."""
+        super().__setstate__(state)
+        for param, tensors in self.state.items():
+            for key, tensor in tensors.items():
+                tensors[key] = self._staging.at_home(tensor, param.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
 
         `backend`, `on_nonfinite`, `param_rounding` and what says how a group is stored and cut (`bits`, `codebook`,
-        `block_size`, `flatten`, `split_sizes`, `split_dim`; other saved values are refused) stay the constructor's, all
-        other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too; without them there,
-        rounding starts at step 0 of the running seed. Of sharded state each rank takes its part, out of whole tensors
-        or of DTensors that lie alike, without communication. torch's own method casts the state to the parameter's
-        dtype. What the last step found in its gradients and has not told is dropped.
+        `block_size`, `flatten`, `split_sizes`, `split_dim`, `adamw_bits`; other saved values are refused) stay the
+        constructor's, all other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too;
+        without them there, rounding starts at step 0 of the running seed. Of sharded state each rank takes its part,
+        out of whole tensors or of DTensors that lie alike, without communication. torch's own method casts the state to
+        the parameter's dtype. What the last step found in its gradients and has not told is dropped.
 
         Raises:
             ValueError: names the group, parameter or key that does not fit.
@@ -282,7 +302,7 @@ class Muon8bit(SharingOptimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             hooked = pre_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
-        groups, state = loading.checked(state_dict, self.param_groups, self._find_team())
+        groups, state = loading.checked(state_dict, self.param_groups, self._find_team(), self._staging)
 
         def load() -> None:
             self._pending = self._consolidated = None
@@ -295,4 +315,4 @@ class Muon8bit(SharingOptimizer):
     def empty_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Parameter -> what `state` holds of it after a step, with values that mean nothing: for distributed
         checkpointing to load into. This rank's memory alone, on the state's devices; `state` itself does not change."""
-        return loading.empty(self.param_groups, self._find_team())
+        return loading.empty(self.param_groups, self._find_team(), self._staging)

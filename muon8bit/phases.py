@@ -9,43 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import adamw, muon, rounding
+from . import adamw, muon, pieces
 from .config import Options
-from .groups import FORMAT_KEYS, describe
+from .entries import Entry, entries_of, new_state
+from .groups import describe
 from .nonfinite import Verdict
+from .pieces import Piece
 from .stacks import Batch, Stack, stacks_of
-from .state import Format, Momentum
+from .staging import Job, Staging
 
 if TYPE_CHECKING:
-    from .distributed import Bundle, Layout, Team
+    from .distributed import Bundle, Team
 
 State = MutableMapping[Tensor, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A parameter that has a gradient, by its place in its group; its momentum, None in an AdamW group; and `key`,
-    None where rounding is to nearest.
-
-    `param` is what the state is kept for; `local`, `grad` and `momentum` are this rank's tensors; `first` is the index
-    in the whole parameter of the first element here. `layout`: where all of it lies, None where that is here.
-    """
-
-    index: int
-    param: Tensor
-    local: Tensor
-    grad: Tensor
-    momentum: Momentum | None
-    key: int | None
-    first: int
-    layout: Layout | None
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether its matrices need other ranks."""
-        if self.layout is None or self.momentum is None:
-            return False
-        return not self.layout.is_local(self.momentum.format.flatten)
 
 
 @dataclass(frozen=True)
@@ -130,16 +106,21 @@ def read(
     state: Mapping[Tensor, dict[str, Any]],
     options: Options,
     team: Team | None,
+    staging: Staging,
     num_before: int = 0,
 ) -> list[Work]:
-    """First phase. `num_before`: how many parameters of the optimizer are in front of these groups.
+    """First phase.
+
+    Args:
+        staging: where the state is.
+        num_before: how many parameters of the optimizer are in front of these groups.
 
     Raises:
         ValueError: names a parameter with a gradient or a learning rate that cannot be used.
     """
     work = []
     for index, group in enumerate(groups):
-        entries = list(_entries(group, index, num_before, state, team))
+        entries = list(entries_of(group, index, num_before, state, team, staging))
         num_before += len(group["params"])
         stacks: list[Stack] = []
         for entry in entries:
@@ -148,85 +129,46 @@ def read(
                 stacks += stacks_of(*of)
         shared = [entry for entry in entries if entry.is_shared]
         bundles = team.bundled(shared, group, index, options) if team and shared else []
-        work.append(Work(group, index, entries, muon.read(stacks, group, options), bundles))
+        work.append(Work(group, index, entries, muon.read(stacks, group, options, staging), bundles))
     return work
 
 
-def _entries(
-    group: dict[str, Any],
-    group_index: int,
-    num_before: int,
-    state: Mapping[Tensor, dict[str, Any]],
+def write(
+    work: Sequence[Work],
+    state: State,
+    options: Options,
+    verdict: Verdict | None,
     team: Team | None,
-) -> Iterator[Entry]:
-    """The parameters of a group that have a gradient now."""
-    lr, is_muon, is_rounded = group["lr"], group["algorithm"] == "muon", "rounding_seed" in group
-    lr_device = lr.device if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
-    form = [group[key] for key in FORMAT_KEYS] if is_muon else []
-    for index, param in enumerate(group["params"]):
-        grad, local, layout, first = param.grad, param, None, 0
-        if grad is None:
-            continue
-        if grad.is_sparse:
-            name = describe(group, group_index, index)
-            raise ValueError(f"{name} has a sparse gradient: use sparse=False in its embedding")
-        if lr_device not in (None, param.device):
-            name = describe(group, group_index, index)
-            raise ValueError(f"lr is a tensor on {lr_device}, {name} is on {param.device}: keep lr on the CPU")
-        momentum = key = None
-        stored = state.get(param)
-        if is_rounded:
-            key = rounding.key_of(param, describe(group, group_index, index), num_before + index, group)
-        if team is not None:
-            name = describe(group, group_index, index)
-            layout = team.layout_of(param, group, name)
-        if layout is not None:
-            local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
-            stored = layout.unwrapped(stored) if stored else stored
-        if is_muon:
-            format = Format.of(param.shape, *form)
-            momentum = Momentum.from_state(stored, format) if stored else None
-            if momentum is None:
-                shapes = {name: shape for name, (shape, _) in format.layout(param.shape).items()}
-                momentum = Momentum.zeros(layout.parts(shapes) if layout else shapes, format, local.device)
-        expected = layout.parts({"": param.shape})[""] if layout else param.shape
-        if stored and (shape := (momentum.codes if momentum else stored["exp_avg"]).shape) != expected:
-            name = describe(group, group_index, index)
-            raise ValueError(
-                f"{name} is {tuple(expected)} now, with a momentum of shape {tuple(shape)}: delete its entry in the "
-                "optimizer's state, and its momentum starts at zero"
-            )
-        yield Entry(index, param, local, grad, momentum, key, first, layout)
-
-
-def write(work: Sequence[Work], state: State, options: Options, verdict: Verdict | None, team: Team | None) -> None:
+    staging: Staging,
+) -> None:
     """Second phase; with a verdict that is not yet known, its `skip` keeps the kernels from writing."""
+    jobs: list[Job] = []
     for members in work:
         for entry in members.entries:
             if not state.get(entry.param):
-                state[entry.param] = _new_state(entry)
+                state[entry.param] = new_state(entry, members.group, staging)
         for batch in members.batches:
-            muon.step_(batch, members.group, _on(batch.sumsq.device, options, verdict))
-        if members.group["algorithm"] == "adamw" and members.entries:
-            entries = members.entries
-            params, grads = [e.local for e in entries], [e.grad for e in entries]
-            states = [e.layout.unwrapped(state[e.param]) if e.layout else state[e.param] for e in entries]
-            keys, places = [e.key for e in entries], [(e.first, e.param.numel()) for e in entries]
-            adamw.step_(params, grads, states, members.group, keys, places, _on(params[0].device, options, verdict))
+            jobs += muon.jobs(batch, members.group, _on(batch.sumsq.device, options, verdict))
+        for device, of_device in _pieces(members, state).items():
+            how = _on(device, options, verdict)
+            jobs += pieces.jobs(of_device, members.group, how, is_staged=staging.moves(device))
+            if verdict is not None:
+                verdict.advanced += [piece.state["step"] for piece in of_device if adamw.is_8bit(piece.state)]
+    staging.run(jobs)
     if team is not None:
         bundles = [bundle for members in work for bundle in members.bundles]
         team.write(bundles, _on(team.device, options, verdict))
 
 
-def _new_state(entry: Entry) -> dict[str, Tensor]:
-    """What the optimizer keeps for a parameter."""
-    if entry.momentum is None:
-        new, layout = adamw.init_state(entry.local), adamw.layout(entry.param.shape)
-    else:
-        new, layout = entry.momentum.to_state(), entry.momentum.format.layout(entry.param.shape)
-    if entry.layout is None:
-        return new
-    return entry.layout.wrapped(new, {key: shape for key, (shape, _) in layout.items()})
+def _pieces(work: Work, state: State) -> dict[torch.device, list[Piece]]:
+    """The parameters of an AdamW group, by their devices."""
+    by_device: dict[torch.device, list[Piece]] = {}
+    for e in work.entries:
+        if e.momentum is None:
+            own = e.layout.unwrapped(state[e.param]) if e.layout else state[e.param]
+            piece = Piece(e.local, e.grad, own, e.key, e.first, e.param.numel())
+            by_device.setdefault(e.local.device, []).append(piece)
+    return by_device
 
 
 def _on(device: torch.device, options: Options, verdict: Verdict | None) -> Options:

@@ -62,6 +62,7 @@ class GradientRelease:
         optimizer, place = self._optimizer, self._places[param]
         if not self._verdicts:
             _check_alone()
+            optimizer._settle()  # the last step's skips count before this step's numbers are read
         if param in self._verdicts:
             param.grad = None
             raise RuntimeError(
@@ -74,13 +75,13 @@ class GradientRelease:
         alone = {**group, "params": [param], "param_names": [place.name]}
         options = Options(optimizer.ns_dtype, optimizer.backend, optimizer.workspace_bytes)
         clipping.clip_matrices_([alone], optimizer.workspace_bytes)
-        work = phases.read([alone], optimizer.state, options, None, place.param_index)
+        work = phases.read([alone], optimizer.state, options, None, optimizer._staging, place.param_index)
         verdict = Verdict(phases.found(work, None, options), optimizer._num_calls + 1)
         self._verdicts[param] = verdict
         if verdict.is_asynchronous:
-            phases.write(work, optimizer.state, options, verdict, None)
+            phases.write(work, optimizer.state, options, verdict, None, optimizer._staging)
         elif not verdict.nonfinite_names():
-            phases.write(work, optimizer.state, options, None, None)
+            phases.write(work, optimizer.state, options, None, None, optimizer._staging)
         param.grad = None
 
     def _check_rest(self, optimizer: Optimizer, *_: Any) -> None:
@@ -126,8 +127,9 @@ def release_gradients(model: nn.Module, optimizer: Muon8bit) -> GradientRelease:
 
     The result is that of ordinary steps: to the bit on a CPU where these take matrices one by one, else a step differs
     by the rounding of a batched product, which now and then rounds an 8-bit code the other way. It costs the batching
-    of matrices of one shape. Parameters without a gradient are left out, tied ones are stepped once, when all their
-    uses are done.
+    of matrices of one shape. With `state_device="cpu"` the state of a parameter comes when its gradient is complete,
+    not ahead: on CUDA the backward pass waits for all these copies. Parameters without a gradient are left out, tied
+    ones are stepped once, when all their uses are done.
 
     A gradient that is not finite leaves out its own parameter alone, since others have been stepped by then, and
     `num_skipped_steps` counts the step: `on_nonfinite="skip"` is required. A gradient is gone after its backward:

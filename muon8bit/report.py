@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from ._table import collapse, format_bytes, render, template
-from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY, MIN_QUANTIZED_COLUMNS
+from .config import (
+    ADAMW8_BLOCK_SIZE,
+    BUFFER_KEY,
+    DYNAMIC_CODES_KEY,
+    EXP_AVG_CODES_KEY,
+    EXP_AVG_KEY,
+    LINEAR_CODES_KEY,
+    MIN_ADAMW8_ELEMENTS,
+    MIN_QUANTIZED_COLUMNS,
+)
 
 ADAMW_BYTES = 8  # per element: two fp32 moments
-# bitsandbytes' AdamW8bit: two codes per element, two fp32 maxima per 256 elements, under 4096 elements fp32
-# (its `min_8bit_size`); the two 1 KiB maps that all tensors share are left out.
-BNB_BLOCK_SIZE = 256
-BNB_MIN_ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,14 @@ class ParamNote:
 @dataclass(frozen=True)
 class StateReport:
     """What `state_report` returns. `baselines` maps an optimizer to the bytes it would take for the same
-    parameters; `kept_32bit` lists matrices too narrow for 8 bits; `without_state` those that no step has
+    parameters; `kept_32bit` lists matrices too narrow for 8 bits, `adamw_kept_32bit`
+    AdamW's tensors too small for adamw_bits=8; `without_state` those that no step has
     reached; `is_sharded`: some tensor is a DTensor, and every figure is of this rank's part."""
 
     algorithms: tuple[AlgorithmBytes, ...]
     baselines: dict[str, int]
     kept_32bit: tuple[ParamNote, ...]
+    adamw_kept_32bit: tuple[ParamNote, ...]
     without_state: tuple[ParamNote, ...]
     is_sharded: bool
 
@@ -69,8 +76,8 @@ class StateReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able. Keys: `total_bytes`, `num_parameters` (elements), `bytes_per_parameter`, `is_sharded`,
         `algorithms` ({"muon" | "adamw" | "other": {num_tensors, num_parameters, state_bytes,
-        bytes_per_parameter}}), `baselines` ({name: bytes}), `kept_32bit` and `without_state` (lists of {name,
-        shape, state_bytes}), `note` (str)."""
+        bytes_per_parameter}}), `baselines` ({name: bytes}), `kept_32bit`, `adamw_kept_32bit` and `without_state` (lists
+        of {name, shape, state_bytes}), `note` (str)."""
         total = AlgorithmBytes("", 0, self.num_parameters, self.total_bytes)
         algorithms = {}
         for entry in self.algorithms:
@@ -83,8 +90,10 @@ class StateReport:
             "is_sharded": self.is_sharded,
             "algorithms": algorithms,
             "baselines": dict(self.baselines),
-            "kept_32bit": [asdict(note) | {"shape": list(note.shape)} for note in self.kept_32bit],
-            "without_state": [asdict(note) | {"shape": list(note.shape)} for note in self.without_state],
+            **{
+                key: [asdict(note) | {"shape": list(note.shape)} for note in getattr(self, key)]
+                for key in ("kept_32bit", "adamw_kept_32bit", "without_state")
+            },
             "note": self.note,
         }
 
@@ -111,6 +120,9 @@ class StateReport:
         if self.kept_32bit:
             title = f"left in 32 bits though bits=8 (under {MIN_QUANTIZED_COLUMNS} columns)"
             lines.append(f"{title}: {_listed(self.kept_32bit)}")
+        if self.adamw_kept_32bit:
+            title = f"left in 32 bits though adamw_bits=8 (under {MIN_ADAMW8_ELEMENTS} elements)"
+            lines.append(f"{title}: {_listed(self.adamw_kept_32bit)}")
         if self.without_state and self.total_bytes:
             lines.append(f"no state yet: {_listed(self.without_state)}")
         return "\n".join(lines)
@@ -138,7 +150,7 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     seen: set[tuple[torch.device, int]] = set()
     counts: dict[str, list[int]] = {}
     baselines = {"muon_fp32": 0, "muon_bf16": 0, "adamw_fp32": 0, "adamw_8bit": 0}
-    kept, missing = [], []
+    kept, adamw_kept, missing = [], [], []
     for (name, param, group), state in zip(entries, states, strict=True):
         local, algorithm = _local(param), _algorithm(group, state, optimizer)
         num_bytes, num_elements = _storage_bytes(state, seen), local.numel()
@@ -155,6 +167,8 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
             missing.append(note)
         elif is_muon and BUFFER_KEY in state and group.get("bits", 8 if has_codes else 32) == 8:
             kept.append(note)
+        elif EXP_AVG_KEY in state and group.get("adamw_bits") == 8:
+            adamw_kept.append(note)
     known = {param for _, param, _ in entries}
     strays = _storage_bytes([state for key, state in optimizer.state.items() if key not in known], seen)
     if strays:
@@ -164,7 +178,7 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     is_sharded = any(hasattr(param, "to_local") for _, param, _ in entries)
     order = [algorithm for algorithm in ("muon", "adamw", "other") if algorithm in counts]
     algorithms = tuple(AlgorithmBytes(algorithm, *counts[algorithm]) for algorithm in order)
-    return StateReport(algorithms, baselines, tuple(kept), tuple(missing), is_sharded)
+    return StateReport(algorithms, baselines, tuple(kept), tuple(adamw_kept), tuple(missing), is_sharded)
 
 
 def _params(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
@@ -181,7 +195,7 @@ def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], optimizer: ob
     name = type(optimizer).__name__.lower()
     if LINEAR_CODES_KEY in state or DYNAMIC_CODES_KEY in state or "muon" in name:
         return "muon"
-    return "adamw" if "exp_avg_sq" in state or "adamw" in name else "other"
+    return "adamw" if EXP_AVG_KEY in state or EXP_AVG_CODES_KEY in state or "adamw" in name else "other"
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -219,10 +233,11 @@ def _storage_bytes(value: object, seen: set[tuple[torch.device, int]]) -> int:
 
 
 def bnb_bytes(num_elements: int) -> int:
-    """State bytes of one tensor in bitsandbytes' AdamW8bit, the maps left out."""
-    if num_elements < BNB_MIN_ELEMENTS:
+    """State bytes of one tensor in bitsandbytes' AdamW8bit: two codes per element, two fp32 maxima per 256 elements,
+    under 4096 elements (its `min_8bit_size`) fp32. The two 1 KiB maps that all tensors share are left out."""
+    if num_elements < MIN_ADAMW8_ELEMENTS:
         return ADAMW_BYTES * num_elements
-    return 2 * num_elements + 8 * math.ceil(num_elements / BNB_BLOCK_SIZE)
+    return 2 * num_elements + 8 * math.ceil(num_elements / ADAMW8_BLOCK_SIZE)
 
 
 def _cells(num_bytes: int, num_elements: int) -> tuple[str, str, str]:

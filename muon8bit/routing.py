@@ -14,14 +14,19 @@ from ._roles import Route, check_whole, default_route, find_ends
 from ._route_checks import check_patterns, check_ratio, why_no_matrix
 from ._table import collapse, format_bytes, render, template
 from .config import (
+    ADAMW8_BLOCK_SIZE,
     ADJUST_LR,
+    BITS,
     DEFAULT_ADAMW_BETAS,
+    DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
     DEFAULT_BLOCK_SIZE,
     DEFAULT_WEIGHT_DECAY,
+    MIN_ADAMW8_ELEMENTS,
     MIN_QUANTIZED_COLUMNS,
     AdjustLR,
     Algorithm,
+    Bits,
 )
 
 
@@ -44,7 +49,10 @@ class ParamGroups(list[dict[str, Any]]):
         )
         totals = [line for kind in ("muon", "adamw", None) if (line := _total(self.routes, kind))]
         state = sum(route.state_bytes for route in self.routes)
-        totals.append(f"state in all: {format_bytes(state)}, predicted for bits=8, block_size={DEFAULT_BLOCK_SIZE}")
+        predicted = f"bits=8, block_size={DEFAULT_BLOCK_SIZE}"
+        if any(group.get("adamw_bits") == 8 for group in self):
+            predicted += ", adamw_bits=8"
+        totals.append(f"state in all: {format_bytes(state)}, predicted for {predicted}")
         num_flagged = sum(bool(route.flag) for route in self.routes)
         if num_flagged:
             totals.append(f"flagged with '!': {num_flagged} tensors; `patterns` can reroute them")
@@ -60,6 +68,7 @@ def param_groups(
     adjust_lr_fn: AdjustLR | None = "match_rms_adamw",
     adamw_betas: tuple[float, float] = DEFAULT_ADAMW_BETAS,
     adamw_eps: float = DEFAULT_ADAMW_EPS,
+    adamw_bits: Bits = DEFAULT_ADAMW_BITS,
     patterns: Sequence[tuple[str, Algorithm]] = (),
     no_decay: Sequence[str] = (),
     loraplus_ratio: float | None = None,
@@ -88,6 +97,8 @@ def param_groups(
         adamw_lr: of the AdamW groups. None: `lr`, which is right only with match_rms_adamw.
         adjust_lr_fn: how Muon scales lr by the matrix's shape, as in torch.optim.Muon.
         adamw_betas, adamw_eps: of the AdamW groups; defaults and their sources in `config`.
+        adamw_bits: of the AdamW groups: 32, or 8, with which tensors of 4096 elements and more keep both moments in 8
+            bits (needs bitsandbytes).
         patterns: `(pattern, "muon" | "adamw")`, fnmatch over the whole qualified name, case-sensitive; the
             first match wins. A tied tensor is matched by any of its names. Patterns do not unfreeze. "muon" takes
             a convolution flattened, any other tensor of three or more dimensions as a stack over its last two.
@@ -116,13 +127,15 @@ def param_groups(
             "AdamW lr is not (usual values differ tenfold and more): give adamw_lr, or use "
             "adjust_lr_fn='match_rms_adamw'"
         )
+    if adamw_bits not in BITS:
+        raise ValueError(f"adamw_bits is {adamw_bits!r}; it must be one of {BITS}")
     routes, params = _route_all(model, patterns, no_decay)
     if not any(route.algorithm == "muon" for route in routes):
         raise ValueError(why_no_matrix(routes))
     check_ratio(loraplus_ratio, routes)
     muon = {"algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn}
     adamw = {"algorithm": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "weight_decay": weight_decay}
-    adamw |= {"betas": adamw_betas, "eps": adamw_eps}
+    adamw |= {"betas": adamw_betas, "eps": adamw_eps, "adamw_bits": adamw_bits}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     done: list[Route] = []
     for route, param in zip(routes, params, strict=True):
@@ -138,7 +151,7 @@ def param_groups(
             kind = (route.algorithm == "adamw", bool(keys), is_raised, not route.decays)  # sorts as documented
             group = groups.setdefault((*kind, *keys.items()), group)
             group["params"].append((route.name, param))
-            state = _predicted_bytes(route)
+            state = _predicted_bytes(route, adamw_bits)
             route = replace(route, lr=group["lr"], weight_decay=group["weight_decay"], state_bytes=state)
         done.append(route)
     return ParamGroups([groups[key] for key in sorted(groups, key=lambda key: key[:4])], done)
@@ -187,9 +200,11 @@ def _overridden(route: Route, pattern: str, algorithm: Algorithm) -> Route:
     return replace(route, algorithm=algorithm, reason=f"pattern {pattern!r}", flag=flag)
 
 
-def _predicted_bytes(route: Route) -> int:
+def _predicted_bytes(route: Route, adamw_bits: int) -> int:
     """State bytes at the defaults: codes, a scale per row and block; fp32 buffer; AdamW's two moments."""
     if route.algorithm == "adamw":
+        if adamw_bits == 8 and route.num_elements >= MIN_ADAMW8_ELEMENTS:
+            return 2 * (route.num_elements + 4 * math.ceil(route.num_elements / ADAMW8_BLOCK_SIZE))
         return 8 * route.num_elements
     first_of_row = 1 if route.flatten else len(route.shape) - 1
     rows, cols = math.prod(route.shape[:first_of_row]), math.prod(route.shape[first_of_row:])

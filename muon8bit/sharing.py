@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from .config import StateDevice
 from .groups import describe
 
 if TYPE_CHECKING:
@@ -25,21 +26,30 @@ class SharingOptimizer(Optimizer):
     """An optimizer whose parameters may lie on several ranks.
 
     Args:
-        process_group, shard_state: see `Muon8bit`.
+        process_group, shard_state, state_device: see `Muon8bit`.
 
     Raises:
         ValueError: for `shard_state` without a process group, or one that this rank is not in.
+        NotImplementedError: for `state_device` with a process group, or with a sharded parameter, by name.
     """
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], *, process_group: ProcessGroup | None, shard_state: bool
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        process_group: ProcessGroup | None,
+        shard_state: bool,
+        state_device: StateDevice | None,
     ) -> None:
+        self.state_device = state_device
         if shard_state and process_group is None:
             raise ValueError(
                 "shard_state=True shards the momenta of replicated parameters over a process group: pass "
                 "process_group=torch.distributed.group.WORLD, or another"
             )
         if process_group is not None:
+            self._check_unshared("a process_group")
             from .distributed import check_group
 
             check_group(process_group)
@@ -55,17 +65,28 @@ class SharingOptimizer(Optimizer):
             if hasattr(param, "device_mesh"):
                 from .distributed import check_placements
 
+                self._check_unshared(f"{describe(group, index, place)}, which is sharded")
                 check_placements(param, describe(group, index, place))
+
+    def _check_unshared(self, what: str) -> None:
+        """Refuse to share state that lies on the host."""
+        if self.state_device is not None:
+            raise NotImplementedError(
+                f"state_device={self.state_device!r} does not go with {what}: matrices that several ranks share are "
+                "stepped in rounds of messages, which do not fetch state from the host. Leave state_device out; "
+                "fully_shard, or shard_state=True on replicas, divides the state among the GPUs instead"
+            )
 
     def _find_team(self) -> Team | None:
         """The ranks with which matrices are shared, looked for anew: parameters may be swapped for sharded ones.
 
         Raises:
-            NotImplementedError: for a mesh whose ranks no known process group has.
+            NotImplementedError: for a mesh whose ranks no known process group has, or with `state_device`.
         """
         params = [param for group in self.param_groups for param in group["params"]]
         if self.process_group is None and not any(hasattr(param, "device_mesh") for param in params):
             return None
+        self._check_unshared("sharded parameters")
         from .distributed import team_of
 
         self._team = team_of(params, self.process_group, self.shard_state, self._team)
@@ -120,5 +141,5 @@ class SharingOptimizer(Optimizer):
                 "an optimizer with a process_group cannot be copied or pickled, since the group belongs to its "
                 "process: construct another one and give it this one's state_dict()"
             )
-        own = {"process_group": None, "shard_state": False, "_tells_parts": False}
+        own = {"process_group": None, "shard_state": False, "_tells_parts": False, "state_device": self.state_device}
         return {**super().__getstate__(), **own, "_team": None, "_consolidated": None}

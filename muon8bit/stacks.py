@@ -7,7 +7,7 @@ their own shape.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,6 +70,10 @@ class Batch:
         """The gradient of each stack, [count, rows, cols]."""
         return flat(stack.grad for stack in self.stacks)
 
+    def on(self, tensors: Sequence[Tensor] | None) -> Batch:
+        """With the momenta in `tensors`; see `momenta_on`."""
+        return Batch(momenta_on(self.stacks, tensors), self.sumsq)
+
     def split(self, size: int) -> Iterator[Batch]:
         """Its matrices in their order, `size` at a time."""
         done = 0
@@ -77,6 +81,20 @@ class Batch:
             count = sum(stack.num_matrices for stack in stacks)
             yield Batch(stacks, self.sumsq[done : done + count])
             done += count
+
+
+def momentum_tensors(stacks: Iterable[Stack]) -> list[Tensor]:
+    """Codes and scales of each stack, as `momenta_on` takes them."""
+    return [tensor for stack in stacks for tensor in stack.momentum.tensors]
+
+
+def momenta_on(stacks: list[Stack], tensors: Sequence[Tensor] | None) -> list[Stack]:
+    """The stacks with their momenta in other tensors of the same shapes, as `momentum_tensors` orders them; with None
+    as they are."""
+    if tensors is None:
+        return stacks
+    given = iter(tensors)
+    return [stack._replace(momentum=stack.momentum.on(given)) for stack in stacks]
 
 
 def chunks(stacks: list[Stack], size: int) -> Iterator[list[Stack]]:

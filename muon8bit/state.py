@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -98,6 +98,15 @@ class Momentum:
         """Its tensors under their public keys."""
         state = {_CODES_KEYS[self.format.codebook]: self.codes}
         return state if self.scales is None else {**state, SCALES_KEY: self.scales}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Codes and, if quantized, scales."""
+        return [self.codes] if self.scales is None else [self.codes, self.scales]
+
+    def on(self, tensors: Iterator[Tensor]) -> Momentum:
+        """The same in the next ones of `tensors`, as `tensors` orders them."""
+        return Momentum(next(tensors), None if self.scales is None else next(tensors), self.format)
 
     @classmethod
     def encode(cls, values: Tensor, format: Format) -> Momentum:

@@ -55,16 +55,15 @@ def make_tokenizer() -> Any:
 
 
 def make_base(folder: Path, seed: int = 0, **sizes: int) -> Path:
-    """A random Llama of about 60 thousand parameters, tied head, saved with the tokenizer."""
+    """A random Llama of about 60 thousand parameters, its head tied by default, saved with the tokenizer."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | sizes
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": True} | sizes
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

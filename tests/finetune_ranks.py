@@ -67,6 +67,9 @@ def replicated(rank: int, folder: Path, recipe: str) -> None:
 
     script = Script(rank, folder)
     script("--recipe", recipe, "--output-dir", "whole")
+    script("--recipe", recipe, "--output-dir", "chunked", "--loss-chunk", 24)
+    script("--recipe", recipe, "--output-dir", "refused", "--release-gradients", "--clip", 0)
+    script("--recipe", recipe, "--output-dir", "refused", "--state-device", "cpu")
     started, one_step = job.STARTED, job._one_step
     if rank == 1:
         job.STARTED -= 1e6
@@ -104,10 +107,12 @@ def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
     script.on_main(lambda: flip_a_bit(folder / "run/checkpoints/step-0000006/optimizer_0/__1_0.distcp"))
     script("--resume", "run")
     script("--recipe", recipe, "--optimizer", "muon", "--output-dir", "refused")
+    script("--recipe", recipe, "--clip-matrix-norm", 1, "--output-dir", "refused")
+    script(*options, "--output-dir", "chunked", "--loss-chunk", 24)
     accumulate = job.accumulate_gradients
 
-    def poisoned(accelerator, model, batches):
-        loss = accumulate(accelerator, model, batches)
+    def poisoned(accelerator, model, batches, loss_chunk):
+        loss = accumulate(accelerator, model, batches, loss_chunk)
         grad = model.get_parameter("model.layers.0.mlp.up_proj.weight").grad.to_local()
         if rank == 1:
             grad[0, 0] = math.inf

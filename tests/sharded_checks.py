@@ -54,6 +54,7 @@ def run_all(folder):
         "sharded_checks_doors",
         "sharded_checks_errors",
         "sharded_checks_reshard",
+        "sharded_checks_adamw8",
     ):  # they register their checks
         import_module(module)
     world, errors = World(folder), {}

@@ -31,14 +31,14 @@ def values(shapes, dtype, seed):
 class Run:
     """Parameters with an optimizer; `placed` puts a whole tensor where this run has it."""
 
-    def __init__(self, shapes, dtype, placed, *, vectors=VECTORS, group=None, **options):
+    def __init__(self, shapes, dtype, placed, *, vectors=VECTORS, group=None, adamw=None, **options):
         self.names, self.dtype, self.placed = {**shapes, **vectors}, dtype, placed
         whole = values(self.names, dtype, 0)
         self.params = {name: torch.nn.Parameter(placed(value)) for name, value in whole.items()}
         groups = [{"params": [(name, self.params[name]) for name in shapes], **(group or {})}]
         if vectors:
             of = [(name, self.params[name]) for name in vectors]
-            groups.append({"params": of, "algorithm": "adamw", "lr": 0.01})
+            groups.append({"params": of, "algorithm": "adamw", "lr": 0.01, **(adamw or {})})
         options = {"lr": 0.02, "block_size": 64, "ns_dtype": torch.float32, **options}
         self.optimizer = Muon8bit(groups, **options)
 

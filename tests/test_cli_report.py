@@ -44,21 +44,26 @@ def model() -> nn.Module:
     return built
 
 
-OPTIONS = [{}, {"codebook": "dynamic", "block_size": 64}, {"bits": 32}]
+OPTIONS = [{}, {"codebook": "dynamic", "block_size": 64}, {"bits": 32}, {"adamw_bits": 8}]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_checkpoint_of_muon8bit_measures_what_was_predicted(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, model: nn.Module, options: dict[str, Any]
 ) -> None:
-    optimizer = Muon8bit(param_groups(model, lr=1e-3), lr=1e-3, **options)
+    adamw_bits = options.get("adamw_bits", 32)
+    if adamw_bits == 8:
+        pytest.importorskip("bitsandbytes")
+    groups = param_groups(model, lr=1e-3, adamw_bits=adamw_bits)
+    optimizer = Muon8bit(groups, lr=1e-3, **{k: v for k, v in options.items() if k != "adamw_bits"})
     stepped(optimizer)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
     save_file({n: p.detach().bfloat16() for n, p in model.named_parameters()}, tmp_path / "model.safetensors")
     truth, num_parameters = state_report(optimizer).total_bytes, sum(p.numel() for p in model.parameters())
     for path in (tmp_path, tmp_path / "optimizer.bin"):
         found = record(capfd, path)
-        assert found["optimizer"] == ("muon" if options.get("bits") == 32 else "muon8bit")
+        name = "muon" if options.get("bits") == 32 else "muon8bit"
+        assert found["optimizer"] == (f"{name}+adamw8bit" if adamw_bits == 8 else name)
         assert found["state"] == {
             "num_parameters": num_parameters,
             "measured_bytes": truth,

@@ -185,7 +185,7 @@ def test_groups_hold_only_what_their_algorithm_uses_and_the_users_dict_is_untouc
     optimizer = Muon8bit([{"params": [param_with_grad()], "bits": 32}, mine])
     muon, adamw = optimizer.param_groups
     assert muon["bits"] == 32
-    assert set(adamw) == {"params", "algorithm", "lr", "weight_decay", "betas", "eps", "tag"}
+    assert set(adamw) == {"params", "algorithm", "lr", "weight_decay", "betas", "eps", "adamw_bits", "tag"}
     assert set(mine) == {"params", "algorithm", "lr", "tag"}
 
 

@@ -325,11 +325,17 @@ def test_frozen_parameters_are_listed_and_in_no_group() -> None:
 
 def test_group_values_follow_the_arguments() -> None:
     muon, decay, no_decay = param_groups(
-        causal_lm("llama"), lr=0.02, weight_decay=0.3, adamw_lr=1e-4, adjust_lr_fn="original", adamw_eps=1e-6
+        causal_lm("llama"),
+        lr=0.02,
+        weight_decay=0.3,
+        adamw_lr=1e-4,
+        adjust_lr_fn="original",
+        adamw_eps=1e-6,
+        adamw_bits=8,
     )
     for group in (muon, decay, no_decay):
         del group["params"]
-    adamw = {"algorithm": "adamw", "lr": 1e-4, "betas": DEFAULT_ADAMW_BETAS, "eps": 1e-6}
+    adamw = {"algorithm": "adamw", "lr": 1e-4, "betas": DEFAULT_ADAMW_BETAS, "eps": 1e-6, "adamw_bits": 8}
     assert muon == {"algorithm": "muon", "lr": 0.02, "weight_decay": 0.3, "adjust_lr_fn": "original"}
     assert (decay, no_decay) == (adamw | {"weight_decay": 0.3}, adamw | {"weight_decay": 0.0})
 

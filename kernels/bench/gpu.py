@@ -1,4 +1,4 @@
-"""Correctness, floors, step time and memory on a CUDA GPU; writes `<gpu>_<date>.csv` and a short `.md` beside it.
+"""Correctness, floors, step time and memory, state on the host, on a CUDA GPU; writes `<gpu>_<date>.csv` and an `.md`.
 
     PYTHONPATH=.:kernels python kernels/bench/gpu.py [--only steps shapes] [--out kernels/bench/results]
     PYTHONPATH=.:kernels python kernels/bench/gpu.py --dry-run --out FOLDER      # tiny shapes on a CPU, no figures
@@ -25,14 +25,14 @@ from pathlib import Path
 
 import torch
 
-from bench import products, rates, steps
+from bench import host_state, products, rates, steps
 from bench.record import Record
 from bench.report import markdown
 from bench.timing import Clock
 from muon8bit.orthogonalize import device_kind
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = ("correctness", "momentum", "products", "paths", "steps", "shapes")
+SECTIONS = ("correctness", "momentum", "products", "paths", "steps", "shapes", "host")
 # A dry run takes one module, whose GPU tests skip themselves.
 TESTS, DRY_TESTS = "tests", "tests/kernels/test_reference.py"
 TESTS_LIMIT_S = 400
@@ -129,8 +129,10 @@ def main() -> int:
             products.paths(clock, record)
         elif section == "steps":
             steps.steps(clock, record, measured)
-        else:
+        elif section == "shapes":
             steps.shapes(clock, record)
+        else:
+            host_state.host_state(clock, record)
         finish(section, start)
     print(record.path.with_suffix(".md").read_text())
     return 0 if good and not record.failed() else 1

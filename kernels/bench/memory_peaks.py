@@ -37,19 +37,23 @@ LLAMA_30M = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 1024,
 }
-MEASURED = ("adamw", "adamw8bit", "muon", "muon_bf16", "muon8bit")
+MEASURED = ("adamw", "adamw8bit", "muon", "muon_bf16", "muon8bit", "muon8bit+adamw8bit")
 # (sequences, tokens): the peak in the step, and in the backward pass.
 BATCHES = ((1, 64), (4, 256))
 
 
 def optimizers(name: str, model: torch.nn.Module) -> list[Optimizer]:
     """Optimizers that together are the column `name` of the estimate."""
-    return _optimizers(name, param_groups(model, lr=1e-3))
+    return _optimizers(name, _groups(name, model))
+
+
+def _groups(name: str, model: torch.nn.Module) -> list[dict[str, Any]]:
+    return param_groups(model, lr=1e-3, adamw_bits=8 if name == "muon8bit+adamw8bit" else 32)
 
 
 def _optimizers(name: str, groups: list[dict[str, Any]]) -> list[Optimizer]:
     everything = [param for group in groups for _, param in group["params"]]
-    if name == "muon8bit":
+    if name.startswith("muon8bit"):
         return [Muon8bit(groups, lr=1e-3)]
     if name == "adamw":
         return [torch.optim.AdamW(everything, lr=1e-3)]
@@ -70,7 +74,7 @@ def _optimizers(name: str, groups: list[dict[str, Any]]) -> list[Optimizer]:
 def released(name: str, model: torch.nn.Module) -> list[Optimizer]:
     """An optimizer for each parameter, which steps and frees its gradient in the backward pass."""
     found = []
-    for group in param_groups(model, lr=1e-3):
+    for group in _groups(name, model):
         for pair in group["params"]:
             (optimizer,) = _optimizers(name, [{**group, "params": [pair]}])
             found.append(optimizer)

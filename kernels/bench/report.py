@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bench.arms import ARMS, LINEAR, MUON_BF16
+from bench.host_state import COPY, ON_HOST, PLACES
 from bench.products import rates_row
 from bench.record import ABOUT, Record, as_number
 from bench.steps import FLOOR
@@ -35,9 +36,8 @@ def markdown(record: Record) -> str:
     parts.append(
         _table(["target", "asked", "reached", ""], [(v.name, v.target, v.reached, v.verdict) for v in verdicts(record)])
     )
-    parts += [
-        part for section in (_ceilings, _steps, _shapes, _momentum, _products, _paths) for part in section(record)
-    ]
+    sections = (_ceilings, _steps, _shapes, _host, _momentum, _products, _paths)
+    parts += [part for section in sections for part in section(record)]
     return "\n".join(parts)
 
 
@@ -88,6 +88,27 @@ def _shapes(record: Record) -> list[str]:
         for case in cases
     ]
     return ["## Shape classes alone, ms\n", _table(["", *arms, f"{MUON_BF16} over {LINEAR}"], lines)]
+
+
+def _host(record: Record) -> list[str]:
+    cases = [case for case in _cases(record, "host") if case != COPY]
+    if not cases:
+        return []
+    head = ["", *[f"{arm}: {metric}" for metric in ("ms", "MiB at the peak") for arm in PLACES], "ratio of times"]
+    lines = [
+        [
+            case,
+            *[_short(record.text("host", metric, case, arm)) for metric in ("time", "peak") for arm in PLACES],
+            _short(record.text("host", "ratio", case, ON_HOST)),
+        ]
+        for case in cases
+    ]
+    rates = ", ".join(f"{_short(row.value)} GB/s {row.arm}" for row in record.find("host", "rate", case=COPY))
+    return [
+        "## State on the host\n",
+        _table(head, lines),
+        f"The peak is above parameters and gradients. Copies of pinned memory alone: {rates}.\n",
+    ]
 
 
 def _momentum(record: Record) -> list[str]:

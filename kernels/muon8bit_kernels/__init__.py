@@ -1,7 +1,7 @@
 """Kernels of muon8bit: codebooks, the torch reference, Triton kernels and the dispatch between them."""
 
 from . import ops
-from .codebooks import CODE_DTYPES, Codebook, dynamic_map, zero_code
+from .codebooks import CODE_DTYPES, Codebook, dynamic_map, unsigned_dynamic_map, zero_code
 from .cut_reference import momentum_apply_cut, momentum_stats_cut
 from .dispatch import Backend, Kernels, kernels_for
 from .reference import num_blocks
@@ -22,5 +22,6 @@ __all__ = [
     "num_blocks",
     "ops",
     "rounding_key",
+    "unsigned_dynamic_map",
     "zero_code",
 ]

@@ -1,7 +1,8 @@
 """The two 8-bit codebooks: what a code means once its block's scale is taken out.
 
 `linear`: int8 codes -127..127, value `code / 127`. `dynamic`: uint8 codes 0..255 into the signed dynamic-tree
-map of Dettmers et al. (arXiv 2110.02861): seven decades of 1, 2, 4, ... 64 levels a sign, zero, and one.
+map of Dettmers et al. (arXiv 2110.02861): seven decades of 1, 2, 4, ... 64 levels a sign, zero, and one. For what is
+never negative there is the unsigned one: seven decades of 2, 4, 8, ... 128 levels, zero, and one.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ SCALE_FLOOR = torch.finfo(torch.float32).tiny
 _DECADES = 7
 
 
-def _dynamic_values() -> Tensor:
+def _dynamic_values(signed: bool = True) -> Tensor:
     def fp32(*values: float) -> Tensor:  # whatever default dtype and device the caller's process has set
         return torch.tensor(values, dtype=torch.float32, device="cpu")
 
     one_tenth = fp32(0.1).item()  # fp32, held in fp64: each boundary below is rounded to fp32 once
     values = [fp32(0.0, 1.0)]
     for decade in range(_DECADES):
-        levels = 2**decade
+        levels = 2**decade if signed else 2 ** (decade + 1)
         step = (fp32(1.0) - fp32(0.1)).item() / levels
         index = torch.arange(levels + 1, dtype=torch.float64, device="cpu")
         from_below, from_above = one_tenth + index * step, 1.0 - (levels - index) * step
         boundaries = torch.where(index < (levels + 1) // 2, from_below, from_above).float()
         means = (boundaries[:-1] + boundaries[1:]) / 2
         means = means * fp32(10.0 ** (decade - _DECADES + 1))
-        values += [means, -means]
+        values += [means, -means] if signed else [means]
     return torch.cat(values).sort().values
 
 
@@ -54,6 +55,7 @@ def _dynamic_prefix_codes() -> Tensor:
 
 # Built at import, so that no mode of a later caller (fake tensors, inference) gets into them.
 _VALUES = _dynamic_values()
+_UNSIGNED_VALUES = _dynamic_values(signed=False)
 _MIDPOINTS = _dynamic_midpoints()
 _PREFIX_CODES = _dynamic_prefix_codes()
 _copies: dict[tuple[int, torch.device], Tensor] = {}
@@ -80,6 +82,14 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     depend on another library's version.
     """
     return _on(_VALUES, device)
+
+
+def unsigned_dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """The unsigned dynamic map, fp32 [256], ascending from 0.0 and 3.25e-7 to 1.0. Do not write to it.
+
+    Equal bit for bit to `bitsandbytes.functional.create_dynamic_map(signed=False)`.
+    """
+    return _on(_UNSIGNED_VALUES, device)
 
 
 def dynamic_midpoints(device: torch.device | str = "cpu") -> Tensor:

@@ -14,7 +14,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_FORMAT = ("bits", "codebook", "block_size")
+_FORMAT = ("bits", "codebook", "block_size", "adamw_bits")
 _DESCRIPTION = """Write the checkpoint of an optimizer in another format. IN is a file of torch.save, such as
 Accelerate's optimizer.bin, or a folder of torch.distributed.checkpoint, and is not changed; OUT, of the same kind,
 must not exist, and appears when it is complete; of a folder it has the optimizer only. Tensors are converted one by
@@ -36,6 +36,9 @@ def add_parser(subparsers: _Subparsers) -> None:
     parser.add_argument("--bits", type=int, choices=BITS, help="of the momentum; default: as saved, 8 for imports")
     parser.add_argument("--codebook", choices=CODEBOOKS, help="of 8 bits; default: as saved, linear for imports")
     parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="elements a scale; default: as saved, 2048")
+    parser.add_argument(
+        "--adamw-bits", type=int, choices=BITS, help="of AdamW's moments; default: as saved, 32 for imports"
+    )
     parser.add_argument(
         "--from", dest="dialect", choices=DIALECTS, default="muon8bit", help="who saved IN (default: muon8bit)"
     )
@@ -114,4 +117,4 @@ def _check(args: argparse.Namespace, is_folder: bool) -> None:
         raise ValueError(f"{args.source} is a folder, and --to torch writes two state dicts: give a file of torch.save")
     asked = [args.like, args.names, *(getattr(args, key) for key in _FORMAT)]
     if args.dialect == args.target == "muon8bit" and all(value is None for value in asked):
-        raise ValueError("nothing to do: give --bits, --codebook, --block-size, --like, --from or --to")
+        raise ValueError("nothing to do: give --bits, --codebook, --block-size, --adamw-bits, --like, --from or --to")

@@ -40,6 +40,12 @@ def add_parser(subparsers: _Subparsers) -> None:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many GPUs (default 1)")
     parser.add_argument("--shard", choices=("none", "ddp", "fsdp2", "hsdp"), help="what they divide (default ddp)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where the step runs (default cuda)")
+    parser.add_argument(
+        "--state-device",
+        choices=("device", "cpu"),
+        default="device",
+        help="where Muon8bit keeps its state: with the parameters, or in host memory (default device)",
+    )
     parser.add_argument("--budget", metavar="SIZE", help="memory of a GPU, as 24GiB: does it fit, and what would help")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of the peaks")
@@ -76,6 +82,7 @@ def _run(args: argparse.Namespace) -> int:
         num_gpus=args.gpus,
         shard=args.shard or ("none" if args.gpus == 1 else "ddp"),
         device=args.device,
+        state_device=args.state_device,
     )
     estimator = Estimator(config)
     estimate = estimator.estimate(setup)

@@ -26,6 +26,7 @@ def convert_state_dict(
     bits: int | None = None,
     codebook: str | None = None,
     block_size: int | None = None,
+    adamw_bits: int | None = None,
     momentum: float | None = None,
     names: Sequence[str] | None = None,
     keep: Keep | None = None,
@@ -36,8 +37,9 @@ def convert_state_dict(
 
     From 8 to 32 bits the values are decoded exactly: the next step is bitwise that of the 8-bit optimizer. To 8 bits
     they are rounded as a step rounds them, by at most half a step of the codebook times the block's scale. Linear to 32
-    bits and back keeps every code, and every scale to a unit in its last place. What need not change is shared, not
-    copied. Nothing given is changed.
+    bits and back keeps every code, and every scale to a unit in its last place. AdamW's moments in 8 bits are decoded
+    exactly, and encoded to the nearest codes, of the second moment never 0. What need not change is shared, not copied.
+    Nothing given is changed.
 
     Args:
         state_dict: as `Optimizer.state_dict` gives it. Saved by others: of torch.optim.Muon, of torch.optim.AdamW, both
@@ -48,8 +50,8 @@ def convert_state_dict(
         source: who saved it: `"muon8bit"`; `"torch"`: Muon with an EMA momentum, as torch.optim.Muon;
             `"heavy-ball"`: b <- beta b + g, whose values are larger by 1 / (1 - beta).
         target: `"muon8bit"`, or `"torch"`: a dict with `muon`, `adamw` or both.
-        bits, codebook, block_size: the format of the result, as for `Muon8bit`; None: as saved, or the defaults (8,
-            `"linear"`, 2048) if others saved it. Not beside `like` or target="torch".
+        bits, codebook, block_size, adamw_bits: the format of the result, as for `Muon8bit` and its AdamW groups; None:
+            as saved, or the defaults (8, `"linear"`, 2048, 32) if others saved it. Not beside `like` or target="torch".
         momentum: beta of a heavy-ball checkpoint whose groups do not say it.
         names: one a saved parameter, in the saved order, Muon's before AdamW's, for checkpoints without `param_names`.
         keep: called with every finished tensor of the state, one after the other; what it returns goes into the result
@@ -63,7 +65,7 @@ def convert_state_dict(
     """
     if target not in EXPORTS:
         raise ValueError(f"target must be one of {EXPORTS}, not {target!r}")
-    chosen = {"bits": bits, "codebook": codebook, "block_size": block_size}
+    chosen = {"bits": bits, "codebook": codebook, "block_size": block_size, "adamw_bits": adamw_bits}
     format_options = {key: value for key, value in chosen.items() if value is not None}
     if format_options and (like is not None or target == "torch"):
         raise ValueError(f"{', '.join(format_options)}: the format is that of `like`, or torch's; leave it out")
@@ -75,8 +77,8 @@ def convert_state_dict(
     groups = [stored(group, format_options, i) for i, group in enumerate(groups)]
     write = own if target == "muon8bit" else torchs
     result, changes = write(groups, keep or _same)
-    for before, after in sorted(changes):
-        warnings.warn(f"the momentum was converted from {before} to {after}", stacklevel=2)
+    for what, before, after in sorted(changes):
+        warnings.warn(f"{what} converted from {before} to {after}", stacklevel=2)
     return result
 
 

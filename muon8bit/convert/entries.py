@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
+from torch import Tensor
+
 Dialect: TypeAlias = Literal["muon8bit", "torch", "heavy-ball"]
 DIALECTS: tuple[str, ...] = get_args(Dialect)
 EXPORTS = ("muon8bit", "torch")
+Change: TypeAlias = tuple[str, str, str]  # what was converted, from which format, to which
 
 
 @dataclass(frozen=True)
@@ -43,3 +47,20 @@ class Group:
     options: dict[str, Any]
     entries: list[Entry]
     part: str = ""
+
+
+def dense(entry: Entry, key: str) -> Tensor:
+    """A tensor of the entry's state that is whole and dense."""
+    value = entry.tensors[key]
+    if hasattr(value, "placements"):
+        raise ValueError(
+            f"state of {entry.where}: {key} is a DTensor: convert a full state dict (full_state_dict=True)"
+        )
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        raise ValueError(f"state of {entry.where}: {key} is a {type(value).__name__}, expected a dense tensor")
+    return value.detach()
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or Inf; without temporaries, which isfinite() has."""
+    return values.numel() == 0 or all(bool(bound.isfinite()) for bound in values.aminmax())

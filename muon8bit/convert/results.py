@@ -22,11 +22,15 @@ from ..groups import FORMAT_KEYS, OWN_DEFAULTS, RUNNING_KEYS, check_options
 from ..orthogonalize import resolve
 from ..orthogonalize.coefficients import JORDAN
 from ..state import Format, Momentum
-from .entries import Entry, Group
+from .entries import Change, Entry, Group, dense, is_finite
+from .moments import moments
 
 Keep = Callable[[Tensor], Any]
 
-_DEFAULT_FORMAT = {"bits": 8, "codebook": "linear", "block_size": DEFAULT_BLOCK_SIZE, **OWN_DEFAULTS}
+_DEFAULT_FORMAT: dict[str, dict[str, Any]] = {
+    "muon": {"bits": 8, "codebook": "linear", "block_size": DEFAULT_BLOCK_SIZE, **OWN_DEFAULTS["muon"]},
+    "adamw": OWN_DEFAULTS["adamw"],
+}
 # What torch.optim.Muon and its kin do where their groups do not say.
 _UNSAID: dict[str, dict[str, Any]] = {
     "muon": {
@@ -40,7 +44,6 @@ _UNSAID: dict[str, dict[str, Any]] = {
 }
 _WORDS = {"torch": "torch.optim.Muon's", "heavy-ball": "heavy-ball Muon's"}
 _CODES_KEYS = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY)
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def stored(group: Group, format_options: Mapping[str, Any], index: int) -> Group:
@@ -54,17 +57,17 @@ def stored(group: Group, format_options: Mapping[str, Any], index: int) -> Group
     if unsaid:
         taken = ", ".join(f"{key}={value!r}" for key, value in unsaid.items())
         warnings.warn(f"group {index} does not say {', '.join(unsaid)}: taken as {taken}", stacklevel=4)
-    options = {**unsaid, **group.options}
-    if group.algorithm == "muon":
-        options = {**_DEFAULT_FORMAT, **options, **format_options}
+    defaults = _DEFAULT_FORMAT[group.algorithm]
+    asked = {key: value for key, value in format_options.items() if key in defaults}
+    options = {**defaults, **unsaid, **group.options, **asked}
     check_options({**options, "algorithm": group.algorithm}, f"group {index}: ")
     return Group(group.algorithm, options, group.entries, group.part)
 
 
-def own(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+def own(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[Change]]:
     """Muon8bit's state dict, and which formats became which."""
     result: dict[str, Any] = {"state": {}, "param_groups": []}
-    changes: set[tuple[str, str]] = set()
+    changes: set[Change] = set()
     keys = _keys(groups)
     for group in groups:
         ids = [next(keys) for _ in group.entries]
@@ -75,11 +78,11 @@ def own(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[tuple[
     return result, changes
 
 
-def torchs(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+def torchs(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[Change]]:
     """State dicts of torch.optim.Muon and torch.optim.AdamW under 'muon' and 'adamw', either only if it has a group."""
     optimizers = {"muon": torch.optim.Muon([torch.empty(1, 1)]), "adamw": torch.optim.AdamW([torch.empty(1)])}
     result: dict[str, Any] = {}
-    changes: set[tuple[str, str]] = set()
+    changes: set[Change] = set()
     for part, optimizer in optimizers.items():
         members = [group for group in groups if group.algorithm == part]
         if not members:
@@ -113,17 +116,17 @@ def _named(group: Group) -> dict[str, Any]:
     return {**group.options, **({"param_names": names} if names and None not in names else {})}
 
 
-def _torch_state(entry: Entry, options: Mapping[str, Any], changes: set[tuple[str, str]]) -> dict[str, Tensor]:
+def _torch_state(entry: Entry, options: Mapping[str, Any], changes: set[Change]) -> dict[str, Tensor]:
     """One parameter's state as torch stores it; its Muon takes whole matrices only."""
     if entry.algorithm == "adamw":
-        return _moments(entry)
+        return moments(entry, 32, changes)
     if options["split_sizes"] is not None:
         raise ValueError(f"{entry.where} is cut by split_sizes={options['split_sizes']}: torch.optim.Muon cannot")
     momentum, source = _momentum(entry)
     if momentum.codes.ndim != 2:
         raise ValueError(f"{entry.where} has {momentum.codes.ndim} dimensions: torch.optim.Muon takes matrices only")
     if entry.dialect != "torch":
-        changes.add((source, _WORDS["torch"]))
+        changes.add(("the momentum was", source, _WORDS["torch"]))
     return {BUFFER_KEY: _values(entry, momentum)}
 
 
@@ -135,7 +138,8 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     if options.get("clip_matrix_norm") is not None:
         raise ValueError("torch.optim.Muon has no clip_matrix_norm: set it to None in the groups first")
-    unknown = {*RUNNING_KEYS, *OWN_DEFAULTS, "algorithm", "rounding_seed", "rounding_step"}
+    own = {*RUNNING_KEYS, *OWN_DEFAULTS["muon"], *OWN_DEFAULTS["adamw"]}
+    unknown = {*own, "algorithm", "rounding_seed", "rounding_step"}
     result = {key: value for key, value in options.items() if key not in unknown}
     if "ns_coefficients" in result:
         schedule = resolve(result["ns_coefficients"], result["ns_steps"])
@@ -145,17 +149,17 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _state(entry: Entry, options: Mapping[str, Any], changes: set[tuple[str, str]]) -> dict[str, Tensor]:
+def _state(entry: Entry, options: Mapping[str, Any], changes: set[Change]) -> dict[str, Tensor]:
     """One parameter's state in the format of `options`."""
     if entry.algorithm == "adamw":
-        return _moments(entry)
+        return moments(entry, options["adamw_bits"], changes)
     momentum, source = _momentum(entry)
     shape = momentum.codes.shape
     format = Format.of(shape, *(options[key] for key in FORMAT_KEYS))
     # Block sizes are powers of two: where the layouts are equal, so are the blocks.
     if entry.dialect == "muon8bit" and format.layout(shape) == momentum.format.layout(shape):
         return momentum.to_state()
-    changes.add((source, format.options))
+    changes.add(("the momentum was", source, format.options))
     return Momentum.encode(_values(entry, momentum), format).to_state()
 
 
@@ -164,7 +168,7 @@ def _values(entry: Entry, momentum: Momentum) -> Tensor:
     values = momentum.decode()
     if entry.dialect == "heavy-ball":
         values = values * (1 - entry.options["momentum"])
-    if not _is_finite(values):
+    if not is_finite(values):
         raise ValueError(f"state of {entry.where}: its momentum holds NaN or Inf: the checkpoint is damaged")
     return values
 
@@ -175,7 +179,7 @@ def _momentum(entry: Entry) -> tuple[Momentum, str]:
     if len(found) != 1 or (entry.dialect != "muon8bit" and found != [BUFFER_KEY]):
         listed = ", ".join(map(str, entry.tensors))
         raise ValueError(f"state of {entry.where} has {listed}: that is no momentum of {entry.dialect}'s")
-    codes = _dense(entry, found[0])
+    codes = dense(entry, found[0])
     if entry.dialect == "muon8bit":
         format = Format.of(codes.shape, *(entry.options[key] for key in FORMAT_KEYS))
         words = format.options
@@ -191,47 +195,11 @@ def _momentum(entry: Entry) -> tuple[Momentum, str]:
         )
     tensors = {found[0]: codes}
     for key, (shape, dtype) in layout.items():
-        value = tensors.setdefault(key, _dense(entry, key))
+        value = tensors.setdefault(key, dense(entry, key))
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise ValueError(
                 f"state of {entry.where}: {key} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}"
             )
-        if dtype.is_floating_point and not _is_finite(value):
+        if dtype.is_floating_point and not is_finite(value):
             raise ValueError(f"state of {entry.where}: {key} holds NaN or Inf: the checkpoint is damaged")
     return Momentum.from_state(tensors, format), words
-
-
-def _moments(entry: Entry) -> dict[str, Tensor]:
-    """AdamW's state: step 0-d, moments fp32."""
-    if entry.tensors.keys() != {*_MOMENTS}:
-        listed = ", ".join(map(str, entry.tensors))
-        raise ValueError(f"state of {entry.where} has {listed}; AdamW's has {', '.join(_MOMENTS)}")
-    step = entry.tensors["step"]
-    if isinstance(step, int | float):
-        step = torch.tensor(step, dtype=torch.float32)
-    elif not isinstance(step, Tensor) or step.numel() != 1:
-        raise ValueError(f"state of {entry.where}: step is {step!r}, expected a number")
-    state = {"step": step.detach().float().reshape(())} | {key: _dense(entry, key).float() for key in _MOMENTS[1:]}
-    if state["exp_avg"].shape != state["exp_avg_sq"].shape:
-        raise ValueError(f"state of {entry.where}: exp_avg and exp_avg_sq differ in shape")
-    for key, value in state.items():
-        if not _is_finite(value):
-            raise ValueError(f"state of {entry.where}: {key} holds NaN or Inf: the checkpoint is damaged")
-    return state
-
-
-def _dense(entry: Entry, key: str) -> Tensor:
-    """A tensor of the entry's state that is whole and dense."""
-    value = entry.tensors[key]
-    if hasattr(value, "placements"):
-        raise ValueError(
-            f"state of {entry.where}: {key} is a DTensor: convert a full state dict (full_state_dict=True)"
-        )
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-        raise ValueError(f"state of {entry.where}: {key} is a {type(value).__name__}, expected a dense tensor")
-    return value.detach()
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or Inf; without temporaries, which isfinite() has."""
-    return values.numel() == 0 or all(bool(bound.isfinite()) for bound in values.aminmax())

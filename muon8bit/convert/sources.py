@@ -87,8 +87,7 @@ def _own_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str, 
     if algorithm not in ALGORITHMS:
         raise ValueError(f"{where}: algorithm {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    if algorithm == "muon":
-        options = {**OWN_DEFAULTS, **options}
+    options = {**OWN_DEFAULTS[algorithm], **options}
     missing = [key for key in group_keys(algorithm) if key not in options]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
@@ -166,7 +165,8 @@ def _foreign_options(
         raise ValueError(f"{where} was stepped with {', '.join(refused)}, which Muon8bit does not do")
     if algorithm == "muon" and momentum is not None and options.setdefault("momentum", momentum) != momentum:
         raise ValueError(f"{where} has momentum={options['momentum']!r}: leave the option {momentum!r} out")
-    missing = sorted({*group_keys(algorithm)} - _UNSAID[algorithm] - {*RUNNING_KEYS, *OWN_DEFAULTS} - options.keys())
+    unneeded = {*RUNNING_KEYS, *OWN_DEFAULTS[algorithm]}
+    missing = sorted({*group_keys(algorithm)} - _UNSAID[algorithm] - unneeded - options.keys())
     if missing:
         way_out = "; give its momentum" if missing == ["momentum"] and dialect == "heavy-ball" else ""
         raise ValueError(f"{where} lacks {', '.join(missing)}: is it a group of {algorithm}?{way_out}")

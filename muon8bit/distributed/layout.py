@@ -31,7 +31,9 @@ class Layout:
         shape: of the whole parameter.
         held, wanted: by rank, the part of the state and of the parameter (and its gradient) that it has.
         rank: this process's, in the flat group.
+        ranks: global ranks of the flat group, in its order; of sharded parameters.
         mesh, placements: of the state as DTensors; None where it is plain tensors.
+        scales_shape, scales_part: of AdamW's scales in 8 bits, which have the parameter's placements: see `blocks`.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +42,9 @@ class Layout:
     rank: int
     mesh: DeviceMesh | None = None
     placements: tuple[Placement, ...] = ()
+    ranks: tuple[int, ...] = ()
+    scales_shape: tuple[int, ...] | None = None
+    scales_part: Spans = ()
 
     @cached_property
     def _has_whole_matrices(self) -> bool:
@@ -80,14 +85,23 @@ class Layout:
             )
         return local_tensor(param), local_tensor(grad), self.first or 0
 
+    def like(self, shape: tuple[int, ...]) -> Layout:
+        """Of a tensor of another shape that is sharded by the same placements."""
+        assert self.mesh is not None
+        found = _sharded(shape, self.mesh, self.placements, self.ranks, self.rank)
+        assert found is not None
+        return found
+
     def parts(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """Shapes of whole state tensors -> those of this rank's parts."""
         return {key: tuple(stop - start for start, stop in self.part(shape)) for key, shape in shapes.items()}
 
     def part(self, shape: Sequence[int]) -> Spans:
         """This rank's part of a state tensor: of the parameter's shape, or of scales [..., rows, blocks], of which a
-        rank has whole rows even where it has but some columns of the codes."""
+        rank has whole rows even where it has but some columns of the codes (Muon's)."""
         held = self.held[self.rank]
+        if tuple(shape) == self.scales_shape:
+            return self.scales_part
         if tuple(shape) == self.shape or not shape:
             return held[: len(shape)]
         return (*held[: len(shape) - 1], (0, shape[-1]))
@@ -126,9 +140,9 @@ class Layout:
         return wrapped
 
     def placements_of(self, shape: tuple[int, ...]) -> list[Placement]:
-        """Placements of a state tensor: the parameter's, but scales are replicated where columns are sharded."""
+        """Placements of a state tensor: the parameter's, but Muon's scales are replicated where columns are sharded."""
         last = len(shape) - 1
-        is_cut = shape != self.shape
+        is_cut = shape not in (self.shape, self.scales_shape)
         return [Replicate() if is_cut and _dim_of(placement) == last else placement for placement in self.placements]
 
 
@@ -238,7 +252,7 @@ def _sharded(
         return None
     coordinates = dict(zip(numbers, product(*map(range, sizes)), strict=True))
     held = tuple(_spans(shape, sizes, coordinates[number], placements) for number in ranks)
-    return Layout(shape, held, held, rank, mesh, placements)
+    return Layout(shape, held, held, rank, mesh, placements, ranks)
 
 
 def _spans(

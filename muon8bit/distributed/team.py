@@ -12,10 +12,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from .. import adamw8
 from ..config import Options
 from ..groups import describe
 from ..orthogonalize import device_kind
-from . import gathering, layout, rounds
+from . import blocks, gathering, layout, rounds
 from .agreement import agree, described
 from .layout import Layout
 from .matrices import Bundle, Part, bundled
@@ -104,7 +105,8 @@ class Team:
         if isinstance(param, DTensor):
             if not is_muon:
                 mine = tuple(param.device_mesh.mesh.flatten().tolist())
-                return layout.sharded(param, name, mine, mine.index(dist.get_rank()))
+                found = layout.sharded(param, name, mine, mine.index(dist.get_rank()))
+                return found if not adamw8.is_8bit(shape, group["adamw_bits"]) else blocks.with_scales(found, name)
             found = layout.sharded(param, name, self.ranks, rank)
             if group["flatten"] and any(spans[1:] != found.held[0][1:] for spans in found.held):
                 raise NotImplementedError(

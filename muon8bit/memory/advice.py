@@ -52,6 +52,8 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "--activation-checkpointing", replace(setup, checkpointing=True)
     if not setup.release and setup.shard == "none":
         yield "--release-gradients", replace(setup, release=True)
+    if setup.state_device == "device" and setup.device == "cuda" and setup.shard in ("none", "ddp"):
+        yield "--state-device cpu", replace(setup, state_device="cpu")
     if setup.loss_chunk is None and setup.batch * setup.seq > LOSS_CHUNK:
         yield f"--loss-chunk {LOSS_CHUNK}", replace(setup, loss_chunk=LOSS_CHUNK)
     if setup.weight_dtype.itemsize > 2:
@@ -64,7 +66,7 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "--lora 16", replace(setup, lora=16)
     if not setup.qlora:
         yield "--qlora", replace(setup, qlora=True)
-    if not setup.release:
+    if not setup.release and setup.state_device == "device":
         for num_gpus in (2, 4, 8):
             if num_gpus > setup.num_shards:
                 yield f"--gpus {num_gpus} --shard fsdp2", replace(setup, num_gpus=num_gpus, shard="fsdp2")

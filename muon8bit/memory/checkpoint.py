@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY
+from ..config import BUFFER_KEY, DYNAMIC_CODES_KEY, EXP_AVG_CODES_KEY, EXP_AVG_KEY, LINEAR_CODES_KEY
 from ..groups import FORMAT_KEYS
-from ..report import BNB_MIN_ELEMENTS, bnb_bytes
-from .optimizers import BNB_MAPS_BYTES, OPTIMIZERS, STEP_BYTES, Param, momentum_bytes, state_bytes
+from ..report import bnb_bytes
+from .optimizers import BNB_MAPS_BYTES, OPTIMIZERS, STEP_BYTES, Param, moments_bytes, momentum_bytes, state_bytes
 
 # What Accelerate and transformers' Trainer call an optimizer's file; a second optimizer is optimizer_1.bin.
 _OPTIMIZER_FILES = ("optimizer*.bin", "optimizer*.pt")
@@ -95,11 +95,7 @@ def report(path: Path) -> Report:
     if not entries:
         raise ValueError(f"{files[0]}: the optimizer has no state yet; save it after a step")
     parts = []
-    maps = (
-        BNB_MAPS_BYTES
-        if any(e.format == "adamw8bit" and e.param.num_elements >= BNB_MIN_ELEMENTS for e in entries)
-        else 0
-    )
+    maps = BNB_MAPS_BYTES if any("qmap1" in entry.tensors for entry in entries) else 0
     seen: set[int] = set()
     for name in ("muon", "adamw"):
         members = [entry for entry in entries if entry.param.is_muon == (name == "muon")]
@@ -162,14 +158,16 @@ def _entries(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Ent
 def _entry(where: str, shape: tuple[int, ...] | None, state: Mapping[str, Any], group: Mapping[str, Any]) -> _Entry:
     """What is known of one parameter's state, by its keys."""
     tensors = {**state, **state.get(_BNB_KEY, {})}
-    keys = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY, "exp_avg", "state1")
+    keys = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY, EXP_AVG_KEY, EXP_AVG_CODES_KEY, "state1")
     key = next((key for key in keys if isinstance(tensors.get(key), Tensor)), None)
     if key is None:
         raise ValueError(f"{where}: its state ({', '.join(map(str, state)) or 'empty'}) is of no optimizer known here")
     first = tensors[key]
     shape = tuple(first.shape) if shape is None else shape
     num_elements, is_ours = math.prod(shape), "algorithm" in group
-    if key == "exp_avg":
+    if key == EXP_AVG_CODES_KEY:
+        name, predicted = "adamw8bit", moments_bytes(shape, 8)
+    elif key == EXP_AVG_KEY:
         step = STEP_BYTES if isinstance(state.get("step"), Tensor) else 0
         name, predicted = "adamw", 2 * num_elements * first.dtype.itemsize + step
     elif key == "state1":

@@ -2,11 +2,13 @@
 
     peak = weights + state + max(pass, step)
     pass = communication + activations with the gradients finished by then, at the worst operation
-    step = gradients + workspace
+    step = gradients + workspace + staging
+
+State on the host is not in the peak, which is the GPU's; what a step stages of it is `staging`, else 0.
 
 Sharded: pass = communication + all activations + the part's gradients. With gradient release there is no step of its
 own: pass = max(activations, activations when a gradient is finished + its own workspace), and `gradients_bytes` are the
-two largest, of which `activations` hold those that are in the making.
+two largest, of which `activations` hold those that are in the making; staging is a parameter's, as workspace is.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import nn
 from ..orthogonalize import device_kind
 from . import models
 from .activations import Pass, trace
+from .host import bus_bytes, host_bytes, is_on_host, staging_bytes
 from .optimizers import OPTIMIZERS, state_bytes, step_bytes
 from .setup import Setup
 from .sizes import Sizes, measure
@@ -36,7 +39,12 @@ class Peak:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one optimizer on one GPU; `plain` without activation checkpointing, `checkpointed` with it."""
+    """Bytes of one optimizer on one GPU; `plain` without activation checkpointing, `checkpointed` with it.
+
+    `state_bytes` is the size of the state, wherever it is. With it on the host `host_state_bytes` is the pinned memory
+    that it takes there, more than the state, `staging_bytes` what a step stages of it on the GPU, and `bus_bytes` what
+    a step moves between them; else they are 0.
+    """
 
     weights_bytes: int
     gradients_bytes: int
@@ -45,6 +53,14 @@ class Memory:
     communication_bytes: int
     plain: Peak
     checkpointed: Peak | None
+    host_state_bytes: int = 0
+    staging_bytes: int = 0
+    bus_bytes: int = 0
+
+    @property
+    def resident_state_bytes(self) -> int:
+        """Of the state that is on the GPU all the time."""
+        return 0 if self.host_state_bytes else self.state_bytes
 
     def peak(self, checkpointing: bool) -> Peak:
         """That of a run with or without activation checkpointing; without, if the model does not support it."""
@@ -67,11 +83,12 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able. Keys: `num_parameters`, `num_trained_parameters`, `setup`, and `optimizers`, by the names of
         `OPTIMIZERS`: {state_bytes, weights_bytes, gradients_bytes, workspace_bytes, communication_bytes,
-        activations_bytes, peak_bytes, peak_phase} as set up, and {activations_bytes, peak_bytes, peak_phase} under
-        `without_checkpointing` and `with_checkpointing` (None where the model does not support it)."""
+        host_state_bytes, staging_bytes, bus_bytes, activations_bytes, peak_bytes, peak_phase} as set up, and
+        {activations_bytes, peak_bytes, peak_phase} under `without_checkpointing` and `with_checkpointing` (None where
+        the model does not support it)."""
         optimizers = {}
         for name, memory in self.optimizers.items():
-            sizes = ("state", "weights", "gradients", "workspace", "communication")
+            sizes = ("state", "weights", "gradients", "workspace", "communication", "host_state", "staging", "bus")
             optimizers[name] = {
                 **{f"{size}_bytes": getattr(memory, f"{size}_bytes") for size in sizes},
                 **_peak_dict(memory.peak(self.setup.checkpointing)),
@@ -157,6 +174,10 @@ def _memory(name: str, sizes: Sizes, setup: Setup, plain: Pass, checkpointed: Pa
     if setup.release:
         workspace = max((step_bytes(name, [param], kind) for param in taken), default=0)
         gradients = sum(sorted(param.num_bytes for param in sizes.trained)[-2:])
+    on_host, staging = is_on_host(name, setup), 0
+    if on_host:
+        together = [[param] for param in taken] if setup.release else [taken]
+        staging = max((staging_bytes(name, params, kind) for params in together), default=0)
     memory = Memory(
         weights_bytes=sizes.weights_bytes,
         gradients_bytes=gradients,
@@ -165,6 +186,9 @@ def _memory(name: str, sizes: Sizes, setup: Setup, plain: Pass, checkpointed: Pa
         communication_bytes=sizes.communication_bytes,
         plain=Peak(0, 0, ""),
         checkpointed=None,
+        host_state_bytes=host_bytes(name, sizes.trained) if on_host else 0,
+        staging_bytes=staging,
+        bus_bytes=bus_bytes(name, sizes.trained) if on_host else 0,
     )
     with_plain = replace(memory, plain=_peak(name, memory, plain, sizes, setup, kind))
     if checkpointed is None:
@@ -177,15 +201,18 @@ def _peak(name: str, memory: Memory, traced: Pass, sizes: Sizes, setup: Setup, k
     activations = traced.activations_bytes + more
     phases: dict[str, int] = {}
     if setup.release:
-        stepping = max(traced.at_gradients[p.name] + step_bytes(name, [p], kind) for p in sizes.whole)
+        stepping = 0
+        for p in sizes.whole:
+            staging = staging_bytes(name, [p], kind) if memory.host_state_bytes else 0
+            stepping = max(stepping, traced.at_gradients[p.name] + step_bytes(name, [p], kind) + staging)
         phases = {"backward": max(activations, stepping + more)}
     else:
         in_pass = traced.with_gradients_bytes + more
         if setup.num_shards > 1:
             in_pass = activations + memory.gradients_bytes
-        in_step = memory.gradients_bytes + memory.workspace_bytes
+        in_step = memory.gradients_bytes + memory.workspace_bytes + memory.staging_bytes
         if setup.shard == "ddp":  # its buckets stay
             in_step += memory.communication_bytes
         phases = {traced.phase: in_pass + memory.communication_bytes, "step": in_step}
     phase = max(phases, key=lambda key: phases[key])
-    return Peak(activations, memory.weights_bytes + memory.state_bytes + phases[phase], phase)
+    return Peak(activations, memory.weights_bytes + memory.resident_state_bytes + phases[phase], phase)

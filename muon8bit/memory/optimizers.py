@@ -20,15 +20,18 @@ from dataclasses import dataclass
 
 import torch
 
+from ..adamw import layout as adamw_layout
+from ..adamw8 import chunk_size
 from ..config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_NS_STEPS,
     DEFAULT_WORKSPACE_BYTES,
+    MIN_ADAMW8_ELEMENTS,
     Codebook,
 )
 from ..orthogonalize import batch_size, choose, resolve, workspace_bytes
 from ..orthogonalize.coefficients import JORDAN
-from ..report import ADAMW_BYTES, BNB_MIN_ELEMENTS, bnb_bytes
+from ..report import ADAMW_BYTES, bnb_bytes
 from ..state import Format
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon", "muon_bf16", "muon8bit", "muon8bit+adamw8bit")
@@ -84,18 +87,22 @@ def momentum_bytes(
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
 
 
+def moments_bytes(shape: Sequence[int], bits: int) -> int:
+    """Bytes of Muon8bit's AdamW state of a parameter of `shape` in a group with `adamw_bits=bits`."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in adamw_layout(shape, bits).values())
+
+
 def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
     """Bytes of the state of one of `OPTIMIZERS` after its first step: the true bytes that `state_report` measures."""
     if optimizer == "adamw":
         return sum(ADAMW_BYTES * p.num_elements + STEP_BYTES for p in params)
     if optimizer == "adamw8bit":
-        maps = BNB_MAPS_BYTES if any(p.num_elements >= BNB_MIN_ELEMENTS for p in params) else 0
+        maps = BNB_MAPS_BYTES if any(p.num_elements >= MIN_ADAMW8_ELEMENTS for p in params) else 0
         return maps + sum(bnb_bytes(p.num_elements) for p in params)
     num_bytes = 0
     for p in params:
         if not p.is_muon:
-            is_8bit = optimizer == "muon8bit+adamw8bit"
-            num_bytes += STEP_BYTES + (bnb_bytes(p.num_elements) if is_8bit else ADAMW_BYTES * p.num_elements)
+            num_bytes += moments_bytes(p.shape, 8 if optimizer == "muon8bit+adamw8bit" else 32)
         elif optimizer in ("muon", "muon_bf16"):
             num_bytes += (4 if optimizer == "muon" else 2) * p.num_elements
         else:
@@ -109,8 +116,9 @@ def step_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: in
     torch's AdamW: on CUDA nothing, with fused=True (its default there copies one moment of all tensors); on a CPU two
     of the largest tensor beside one of the next, if that came before. Muon8bit's AdamW, which `muon_bf16` has on bf16
     weights too: nothing, or two fp32 copies of what is not fp32. torch.optim.Muon: matrix by matrix, update, two bf16
-    iterates and two small matrices. Muon8bit: batches within `budget`, its `workspace_bytes`. 8-bit AdamW works in
-    place; what bitsandbytes' CPU kernel allocates inside is not counted.
+    iterates and two small matrices. Muon8bit: batches within `budget`, its `workspace_bytes`. bitsandbytes' 8-bit AdamW
+    works in place; Muon8bit's too, on pieces that it copies: on CUDA, where the verdict on the gradients is not waited
+    for, always, on a CPU what is not fp32. What bitsandbytes' CPU kernel allocates inside is not counted.
 
     Args:
         optimizer: of `OPTIMIZERS`.
@@ -130,7 +138,17 @@ def step_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: in
     if optimizer == "muon_bf16":
         in_fp32 = [p for p in rest if p.dtype == torch.float32]
         return max(copies, _torch_adamw_bytes(in_fp32, kind), _torch_muon_bytes(matrices))
-    return max(copies if optimizer == "muon8bit" else 0, _muon8bit_bytes(matrices, kind, budget))
+    if optimizer == "muon8bit+adamw8bit":
+        copies = max((_adamw8_bytes(p, kind, budget) for p in rest), default=0)
+    return max(copies, _muon8bit_bytes(matrices, kind, budget))
+
+
+def _adamw8_bytes(param: Param, kind: str, budget: int) -> int:
+    """Of a piece: fp32 parameter and gradient, or on CUDA fp32 parameter, codes, and what is chosen of one of them."""
+    device_type = "cpu" if kind.startswith("cpu") else kind
+    if device_type == "cpu" and param.dtype == torch.float32:
+        return 0
+    return (8 if device_type == "cpu" else 10) * min(param.num_elements, chunk_size(device_type, budget))
 
 
 def _torch_adamw_bytes(params: Sequence[Param], kind: str) -> int:

@@ -37,6 +37,8 @@ class Setup:
         loss_chunk: tokens whose logits exist at once; they are recomputed in the backward pass. None: all, kept.
         num_gpus, shard: on how many GPUs, and what is divided among them.
         device: "cuda" or "cpu": where the step runs.
+        state_device: "device", with the parameters, or "cpu", in host memory: of Muon8bit alone, others have no such
+            option and stay as they are.
     """
 
     batch: int = 1
@@ -50,6 +52,7 @@ class Setup:
     num_gpus: int = 1
     shard: Shard = "none"
     device: Literal["cuda", "cpu"] = "cuda"
+    state_device: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "num_gpus", "lora", "loss_chunk"):
@@ -60,6 +63,11 @@ class Setup:
             raise ValueError(
                 f"--release-gradients does not go with --shard {self.shard}: in the backward pass a GPU sees the "
                 "gradient of its own sequences only; leave one of them out"
+            )
+        if self.state_device == "cpu" and self.shard in ("fsdp2", "hsdp"):
+            raise ValueError(
+                f"--state-device cpu does not go with --shard {self.shard}: the step of matrices that several GPUs "
+                "share does not fetch state from the host; leave one of them out"
             )
         if self.shard != "none" and self.num_gpus == 1:
             raise ValueError(f"--shard {self.shard} divides among several GPUs; give --gpus")

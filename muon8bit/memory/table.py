@@ -13,6 +13,8 @@ from .optimizers import LABELS
 from .setup import Setup
 
 GIB = 2**30
+# Bytes a second that PCIe 4.0 x16 carries, about.
+_BUS = 25e9
 
 
 def gib(num_bytes: int) -> str:
@@ -49,7 +51,9 @@ def print_table(
     first = next(iter(estimate.optimizers.values()))
     table = _rich()[1](title=title, title_justify="left", caption_justify="left", caption=_basis(estimate))
     table.add_column("optimizer")
+    is_on_host = any(memory.host_state_bytes for memory in estimate.optimizers.values())
     names = ["weights", "gradients", "state", "workspace", *(["for other GPUs"] if first.communication_bytes else [])]
+    names[3:3] = ["on the host", "staged"] if is_on_host else []
     for name in [*names, "activations", "peak", "with checkpointing"]:
         table.add_column(name, justify="right")
     if budget is not None:
@@ -57,7 +61,8 @@ def print_table(
     for name, memory in estimate.optimizers.items():
         other = None if setup.checkpointing else memory.checkpointed
         chosen = memory.peak(setup.checkpointing)
-        sizes = [memory.weights_bytes, memory.gradients_bytes, memory.state_bytes, memory.workspace_bytes]
+        sizes = [memory.weights_bytes, memory.gradients_bytes, memory.resident_state_bytes, memory.workspace_bytes]
+        sizes[3:3] = [memory.host_state_bytes, memory.staging_bytes] if is_on_host else []
         sizes += [memory.communication_bytes] if memory.communication_bytes else []
         cells = [LABELS[name], *map(gib, [*sizes, chosen.activations_bytes])]
         cells += [f"{gib(chosen.peak_bytes)} ({chosen.phase})", "chosen" if other is None else gib(other.peak_bytes)]
@@ -110,6 +115,8 @@ def describe(setup: Setup) -> str:
         words.append("gradients released")
     if setup.loss_chunk is not None:
         words.append(f"loss by {setup.loss_chunk} tokens")
+    if setup.state_device == "cpu":
+        words.append("Muon8bit's state on the host")
     if setup.num_gpus > 1:
         words.append(f"{setup.num_gpus} GPUs, {setup.shard}: each GPU's own")
     return ", ".join(words)
@@ -126,6 +133,16 @@ def _basis(estimate: Estimate) -> str:
         lines.append(f"AdamW is torch's with fused=True: by default it copies a moment of all tensors, {more} more.")
     if estimate.setup.dtype == "bf16" and estimate.setup.rank is None:
         lines.append("AdamW's moments count as fp32; torch.optim.AdamW on bf16 weights keeps bf16 ones, half of that.")
+    moved = [memory.bus_bytes for memory in estimate.optimizers.values() if memory.bus_bytes]
+    if moved:
+        lines.append(
+            f"State on the host: Muon8bit's, the others have no such option; {min(moved) / 1e9:,.1f} to "
+            f"{max(moved) / 1e9:,.1f} GB over the bus in a step, {min(moved) / _BUS:.2g} to {max(moved) / _BUS:.2g} s "
+            "at 25 GB/s (PCIe 4.0 x16, an estimate), of which the update hides a part. torch rounds each pinned tensor "
+            "up to a power of two bytes."
+        )
+    elif estimate.setup.state_device == "cpu":
+        lines.append("State on the host changes nothing on a CPU, where it is already.")
     if estimate.setup.num_shards > 1:
         lines.append("Sharded figures were not checked against a run.")
     return "\n".join(lines)
@@ -161,6 +178,6 @@ def plot(path: Path, title: str, estimate: Estimate, budget: int | None) -> None
 
 
 def _part(memory: Memory, part: str, setup: Setup) -> int:
-    known: dict[str, Any] = {"weights": memory.weights_bytes, "state": memory.state_bytes}
+    known: dict[str, Any] = {"weights": memory.weights_bytes, "state": memory.resident_state_bytes}
     peak = memory.peak(setup.checkpointing).peak_bytes
-    return int(known.get(part, peak - memory.weights_bytes - memory.state_bytes))
+    return int(known.get(part, peak - memory.weights_bytes - memory.resident_state_bytes))

@@ -1,7 +1,8 @@
 """On several ranks, what one process does: see `sharded_checks`, whose checks run in one group of 4 gloo processes."""
 
 import pytest
-import sharded_checks_doors  # noqa: F401  # they register their checks
+import sharded_checks_adamw8  # noqa: F401  # they register their checks
+import sharded_checks_doors  # noqa: F401
 import sharded_checks_errors  # noqa: F401
 import sharded_checks_more  # noqa: F401
 import sharded_checks_reshard  # noqa: F401

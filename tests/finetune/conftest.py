@@ -136,13 +136,13 @@ def sft_options(chat_base: Path, chats: Path) -> dict[str, object]:
 
 @pytest.fixture
 def sft(sft_options: dict[str, object], capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run the script's `main` with the tiny options (unless resuming), which further ones override."""
+    """Run the script's `main` with the tiny options (unless with a recipe or resuming), which further ones override."""
 
     def run(*args: object) -> Outcome:
         from finetune.sft import main
 
         given = [str(a) for a in args]
-        defaults = {} if "--resume" in given else sft_options
+        defaults = {} if "--resume" in given or "--recipe" in given else sft_options
         options = [str(x) for key, value in defaults.items() if key not in given for x in (key, value)]
         return run_main(main, [*options, *given], capfd)
 

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune.errors import InputError
-from finetune.loop import IGNORED, accumulate_gradients, num_targets, summed_nats
+from finetune.loop import accumulate_gradients, num_targets
+from finetune.loss import IGNORED, summed_nats
 from finetune.masks import Encoded
 from finetune.packing import Rows, check_isolation, collate, pack
 

@@ -1,19 +1,23 @@
-"""The baselines train a model with stacked experts too."""
+"""The baselines train a model with stacked experts too, and options reach the optimizer."""
+
+import sys
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from finetune.errors import InputError
 from finetune.optimizers import build_optimizers
 from finetune.recipe import Recipe
+from muon8bit import adamw8
 
 SIZES = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_local_experts": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "model_type": "mixtral"}
 
 
-def mixtral() -> nn.Module:
-    config = AutoConfig.for_model(**SIZES)
+def mixtral(**more) -> nn.Module:
+    config = AutoConfig.for_model(**SIZES | more)
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -49,3 +53,24 @@ def test_updates_too_small_for_bf16_move_its_weights_unless_rounded_to_nearest(r
     for _ in range(20):
         optimizer.step()
     assert any(not torch.equal(old, new) for old, new in zip(before, large, strict=True)) == moved
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(8, 2 * 4800 + 2 * 4 * 19), (32, 8 * 4800)])
+def test_moments_in_8_bits_and_state_on_the_host_reach_the_optimizer(bits, expected):
+    """By hand: two codes an element and two fp32 scales for 256 elements, or two fp32 moments."""
+    model = mixtral(vocab_size=300)  # 4800 elements in the embedding
+    (optimizer,) = build_optimizers(model, Recipe(name="moe", model=SIZES, adamw_bits=bits, state_device="cpu"))
+    assert optimizer.state_device == "cpu"
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    state = optimizer.state[model.get_input_embeddings().weight]
+    assert sum(value.nbytes for key, value in state.items() if key != "step") == expected
+
+
+def test_bitsandbytes_that_is_missing_is_an_error_of_the_option(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    adamw8.check_available.cache_clear()
+    with pytest.raises(InputError, match=r"--adamw-bits: .*bitsandbytes"):
+        build_optimizers(mixtral(), Recipe(name="moe", model=SIZES, adamw_bits=8))
+    adamw8.check_available.cache_clear()

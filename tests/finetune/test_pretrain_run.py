@@ -37,7 +37,16 @@ def weights(folder):
 
 @pytest.mark.parametrize(
     "optimizer",
-    [["muon8bit"], ["muon8bit", "--codebook", "dynamic"], ["muon8bit", "--dtype", "bf16"], ["muon"], ["adamw"]],
+    [
+        ["muon8bit"],
+        ["muon8bit", "--codebook", "dynamic"],
+        ["muon8bit", "--dtype", "bf16"],
+        ["muon8bit", "--release-gradients", "--clip", "0", "--clip-matrix-norm", "0.01", "--loss-chunk", "24"],
+        ["muon8bit", "--adamw-bits", "8"],
+        ["muon8bit", "--state-device", "cpu"],
+        ["muon"],
+        ["adamw"],
+    ],
     ids=" ".join,
 )
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(pretrain, tmp_path, optimizer):
@@ -232,8 +241,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_parameter(pre
 
     accumulate = job.accumulate_gradients
 
-    def poisoned(accelerator, model, batches):
-        loss = accumulate(accelerator, model, batches)
+    def poisoned(accelerator, model, batches, loss_chunk):
+        loss = accumulate(accelerator, model, batches, loss_chunk)
         model.get_parameter("model.layers.0.mlp.up_proj.weight").grad[0, 0] = math.inf
         return loss
 

@@ -41,10 +41,27 @@ def codes(call):
     return [rank["code"] for rank in call]
 
 
+def check_equal_training(run, expected):
+    """The same losses and gradient norms, summed in another order."""
+    one, two = metrics(expected), metrics(run)
+    assert [m["tokens"] for m in one] == [m["tokens"] for m in two]
+    for key in ("loss", "grad_norm"):
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-5)
+        assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-3)
+    assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-3)
+
+
 def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, recipe_file):
-    whole, timed_out, stopped, full, resumed = call_ranks(finetune_ranks.replicated, tmp_path, str(recipe_file))
+    calls = call_ranks(finetune_ranks.replicated, tmp_path, str(recipe_file))
+    whole, chunked, refused, staged, timed_out, stopped, full, resumed = calls
     assert codes(whole) == [0, 0]
     assert result(tmp_path / "whole")["world_size"] == 2
+    assert codes(chunked) == [0, 0], chunked
+    check_equal_training(tmp_path / "chunked", tmp_path / "whole")
+    assert codes(refused) == [2, 2]
+    assert "--release-gradients: here are 2 processes" in refused[0]["err"]
+    assert codes(staged) == [2, 2]
+    assert "--state-device: here are 2 processes" in staged[0]["err"]
     assert codes(timed_out) == [124, 124]
     assert "torchrun --nproc_per_node 2" in timed_out[0]["out"]
     assert codes(stopped) == [143, 143]
@@ -66,15 +83,12 @@ def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, rec
 def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(tmp_path, recipe_file, pretrain, optimizer):
     """The losses of one process with twice the micro-batches are the oracle."""
     args = (tmp_path, str(recipe_file), optimizer)
-    whole, first, resumed, refused, bad = call_ranks(finetune_ranks.sharded, *args)
+    whole, first, resumed, refused, unclipped, chunked, bad = call_ranks(finetune_ranks.sharded, *args)
     assert codes(whole) == codes(first) == codes(resumed) == [0, 0], (whole, first, resumed)
     assert pretrain("--output-dir", "one", "--optimizer", optimizer, "--gradient-accumulation", 2).code == 0
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "whole")
-    assert [m["tokens"] for m in one] == [m["tokens"] for m in two]
-    for key in ("loss", "grad_norm"):
-        assert two[0][key] == pytest.approx(one[0][key], rel=1e-5)
-        assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-3)
-    assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-3)
+    check_equal_training(tmp_path / "whole", tmp_path / "one")
+    assert codes(chunked) == [0, 0], chunked
+    check_equal_training(tmp_path / "chunked", tmp_path / "one")
     hashes = result(tmp_path / "whole")["parameter_hashes"]
     assert result(tmp_path / "whole")["parallelism"] == "FSDP"
     assert hashes[0] == hashes[1] == parameter_hash(AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model"))
@@ -83,5 +97,7 @@ def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(tmp_p
     assert result(tmp_path / "run")["parameter_hashes"] == hashes
     assert codes(refused) == [2, 2]
     assert "--optimizer: muon does not run on FSDP2" in refused[0]["err"]
+    assert codes(unclipped) == [2, 2]
+    assert "--clip-matrix-norm: FSDP2 shards" in unclipped[0]["err"]
     assert codes(bad) == [1, 1]
     assert "the gradient of model.layers.0.mlp.up_proj.weight is not finite" in bad[0]["err"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import numpy as np
 import pytest
 import torch
-from muon8bit_kernels import CODE_DTYPES, codebooks, dynamic_map, reference, zero_code
+from muon8bit_kernels import CODE_DTYPES, codebooks, dynamic_map, reference, unsigned_dynamic_map, zero_code
 from muon8bit_kernels.codebooks import dynamic_midpoints, dynamic_prefix_codes
 
+# Of the 256 fp32 values, little-endian: codes in checkpoints mean these.
+UNSIGNED_MAP = "305f002cc11278fb769d13b25b9fd0c7c83c8402c40a878fe086f4039fde6398"
 BLOCK_SIZES = [64, 128, 256, 512, 1024, 2048, 4096]
 
 
@@ -19,6 +23,22 @@ def bitsandbytes():
 def test_dynamic_map_equals_bitsandbytes_bitwise(bitsandbytes):
     theirs = bitsandbytes.create_dynamic_map(signed=True)
     assert torch.equal(dynamic_map().view(torch.int32), theirs.view(torch.int32))
+
+
+def test_unsigned_dynamic_map_equals_bitsandbytes_bitwise(bitsandbytes):
+    theirs = bitsandbytes.create_dynamic_map(signed=False)
+    assert torch.equal(unsigned_dynamic_map().view(torch.int32), theirs.view(torch.int32))
+
+
+def test_unsigned_dynamic_map_is_what_the_checkpoint_format_says():
+    """Decade d of 7 has 2^(d+1) levels: the means of neighbours of that many and one even steps from 0.1 to 1, times
+    10^(d-6); in float64, to a unit of fp32 in each boundary."""
+    values = unsigned_dynamic_map()
+    decades = [np.linspace(0.1, 1, 2 ** (d + 1) + 1) * 10.0 ** (d - 6) for d in range(7)]
+    exact = np.sort(np.concatenate([[0.0, 1.0], *((edges[:-1] + edges[1:]) / 2 for edges in decades)]))
+    assert values.shape == exact.shape == (256,)
+    np.testing.assert_allclose(values.double().numpy(), exact, rtol=2**-22, atol=0)
+    assert sha256(values.numpy().tobytes()).hexdigest() == UNSIGNED_MAP
 
 
 def test_dynamic_map_is_what_the_checkpoint_format_says():
@@ -38,6 +58,7 @@ def test_dynamic_map_ignores_the_default_dtype_and_device():
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
+            unsigned_values = codebooks._dynamic_values(signed=False)
             values, midpoints, prefix_codes = (
                 codebooks._dynamic_values(),
                 codebooks._dynamic_midpoints(),
@@ -46,6 +67,7 @@ def test_dynamic_map_ignores_the_default_dtype_and_device():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(values, dynamic_map())
+    assert torch.equal(unsigned_values, unsigned_dynamic_map())
     assert torch.equal(midpoints, dynamic_midpoints())
     assert torch.equal(prefix_codes, dynamic_prefix_codes())
     assert values.dtype == midpoints.dtype == torch.float32

@@ -1,0 +1,45 @@
+"""AdamW's moments, fp32 or in 8 bits, checked and in the asked format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .. import adamw, adamw8
+from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY
+from .entries import Change, Entry, dense, is_finite
+
+
+def moments(entry: Entry, bits: int, changes: set[Change]) -> dict[str, Tensor]:
+    """AdamW's state as a group with `adamw_bits=bits` stores it: step 0-d."""
+    state = {key: dense(entry, key) for key in entry.tensors if key != "step"}
+    _check(entry, state)
+    step = entry.tensors.get("step")
+    if isinstance(step, int | float):
+        step = torch.tensor(step, dtype=torch.float32)
+    elif not isinstance(step, Tensor) or step.numel() != 1:
+        raise ValueError(f"state of {entry.where}: step is {step!r}, expected a number")
+    saved_bits = 8 if adamw.is_8bit(state) else 32
+    state = state if saved_bits == 8 else {key: value.float() for key, value in state.items()}
+    if adamw8.is_8bit(adamw.codes_of(state).shape, bits) != (saved_bits == 8):
+        state = adamw8.decode(state) if saved_bits == 8 else adamw8.encode(state)
+        changes.add(("AdamW's moments were", f"adamw_bits={saved_bits}", f"adamw_bits={40 - saved_bits}"))
+    return {"step": step.detach().float().reshape(()), **state}
+
+
+def _check(entry: Entry, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for what is not AdamW's two moments: floats or, saved by Muon8bit, in 8 bits."""
+    listed = ", ".join(map(str, entry.tensors))
+    if EXP_AVG_CODES_KEY in state and entry.dialect == "muon8bit":
+        expected = adamw8.layout(state[EXP_AVG_CODES_KEY].shape)
+        if {key: (tuple(value.shape), value.dtype) for key, value in state.items()} != expected:
+            raise ValueError(f"state of {entry.where} has {listed}; in 8 bits, AdamW's has {expected}")
+    elif state.keys() != {EXP_AVG_KEY, EXP_AVG_SQ_KEY}:
+        raise ValueError(f"state of {entry.where} has {listed}; AdamW's has step, exp_avg, exp_avg_sq")
+    elif state[EXP_AVG_KEY].shape != state[EXP_AVG_SQ_KEY].shape:
+        raise ValueError(f"state of {entry.where}: exp_avg and exp_avg_sq differ in shape")
+    for key, value in state.items():
+        if not is_finite(value):
+            raise ValueError(f"state of {entry.where}: {key} holds NaN or Inf: the checkpoint is damaged")

@@ -1,0 +1,114 @@
+"""The parameters of a group that have a gradient at this step, their state, and the state of those that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import adamw, rounding
+from .groups import FORMAT_KEYS, describe
+from .staging import Staging
+from .state import Format, Momentum
+
+if TYPE_CHECKING:
+    from .distributed import Layout, Team
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter that has a gradient, by its place in its group; its momentum, None in an AdamW group; and `key`,
+    None where rounding is to nearest.
+
+    `param` is what the state is kept for; `local`, `grad` and `momentum` are this rank's tensors; `first` is the index
+    in the whole parameter of the first element here. `layout`: where all of it lies, None where that is here.
+    """
+
+    index: int
+    param: Tensor
+    local: Tensor
+    grad: Tensor
+    momentum: Momentum | None
+    key: int | None
+    first: int
+    layout: Layout | None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its matrices need other ranks."""
+        if self.layout is None or self.momentum is None:
+            return False
+        return not self.layout.is_local(self.momentum.format.flatten)
+
+
+def entries_of(
+    group: dict[str, Any],
+    group_index: int,
+    num_before: int,
+    state: Mapping[Tensor, dict[str, Any]],
+    team: Team | None,
+    staging: Staging,
+) -> Iterator[Entry]:
+    """The parameters of a group that have a gradient now. `num_before`: of the optimizer, in front of this group.
+
+    Raises:
+        ValueError: names a parameter with a gradient or a learning rate that cannot be used.
+    """
+    lr, is_muon, is_rounded = group["lr"], group["algorithm"] == "muon", "rounding_seed" in group
+    lr_device = lr.device if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
+    form = [group[key] for key in FORMAT_KEYS] if is_muon else []
+    for index, param in enumerate(group["params"]):
+        grad, local, layout, first = param.grad, param, None, 0
+        if grad is None:
+            continue
+        if grad.is_sparse:
+            name = describe(group, group_index, index)
+            raise ValueError(f"{name} has a sparse gradient: use sparse=False in its embedding")
+        if lr_device not in (None, param.device):
+            name = describe(group, group_index, index)
+            raise ValueError(f"lr is a tensor on {lr_device}, {name} is on {param.device}: keep lr on the CPU")
+        momentum = key = None
+        stored = state.get(param)
+        if is_rounded:
+            key = rounding.key_of(param, describe(group, group_index, index), num_before + index, group)
+        if team is not None:
+            name = describe(group, group_index, index)
+            layout = team.layout_of(param, group, name)
+        if layout is not None:
+            local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
+            stored = layout.unwrapped(stored) if stored else stored
+        if is_muon:
+            format = Format.of(param.shape, *form)
+            momentum = Momentum.from_state(stored, format) if stored else None
+            if momentum is None:
+                shapes = {name: shape for name, (shape, _) in format.layout(param.shape).items()}
+                shapes = layout.parts(shapes) if layout else shapes
+                momentum = Momentum.zeros(shapes, format, staging.home(local.device))
+                momentum = momentum.on(staging.at_home(tensor, local.device) for tensor in momentum.tensors)
+        expected = layout.parts({"": param.shape})[""] if layout else param.shape
+        if stored and (shape := (momentum.codes if momentum else adamw.codes_of(stored)).shape) != expected:
+            name = describe(group, group_index, index)
+            raise ValueError(
+                f"{name} is {tuple(expected)} now, with a momentum of shape {tuple(shape)}: delete its entry in the "
+                "optimizer's state, and its momentum starts at zero"
+            )
+        yield Entry(index, param, local, grad, momentum, key, first, layout)
+
+
+def new_state(entry: Entry, group: dict[str, Any], staging: Staging) -> dict[str, Tensor]:
+    """What the optimizer keeps for a parameter."""
+    if entry.momentum is None:
+        local, device, bits = entry.local, entry.local.device, group["adamw_bits"]
+        whole = entry.param
+        if staging.moves(device):  # one like it at home, without memory: the state must not come to be on the device
+            local = whole = torch.empty((), dtype=local.dtype, device=staging.home(device)).expand(local.shape)
+        new = {key: staging.at_home(t, device) for key, t in adamw.init_state(local, whole, bits).items()}
+        layout = adamw.layout(entry.param.shape, bits)
+    else:
+        new, layout = entry.momentum.to_state(), entry.momentum.format.layout(entry.param.shape)
+    if entry.layout is None:
+        return new
+    return entry.layout.wrapped(new, {key: shape for key, (shape, _) in layout.items()})
