@@ -4,9 +4,9 @@
     exp_avg_sq = unsigned dynamic map[codes] * scale     its code 0 is never stored: see `_update_`
 
 Source: Dettmers et al., arXiv 2110.02861; `bitsandbytes.optim.AdamW8bit`, whose parameters ours equal bit for bit on a
-CPU. There its quantizer looks codes up in a table of 2^16 bins over [-1, 1]: moments under 2^-15 of their block's
-largest get codes of about that size, and an element without a gradient in a block that has some drifts (0.25 lr in 100
-steps, measured). On CUDA codes are the nearest.
+CPU. There its quantizer is coarse (0.50, measured): moments under 2^-15 of their block's largest get codes of about
+that size, so that an element without a gradient, in a block that has some, drifts by 0.25 lr in 100 steps. On CUDA
+codes are the nearest.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def layout(shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype
 
 
 @cache
-def check_available(device_type: str) -> None:
-    """Raise ImportError or NotImplementedError, naming the option, where bitsandbytes or its kernel is missing."""
+def check_available(device_type: str = "") -> None:
+    """Raise ImportError where bitsandbytes, or NotImplementedError where its kernel for a device is missing, naming the
+    option. A new group is not asked for its device, since models are moved."""
     try:
         import bitsandbytes  # noqa: F401  # optional, and slow to import
     except Exception as error:  # it loads a library, which can fail in many ways

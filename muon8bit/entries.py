@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import adamw, rounding
+from . import adamw, adamw8, rounding
 from .groups import FORMAT_KEYS, describe
 from .staging import Staging
 from .state import Format, Momentum
@@ -70,6 +70,8 @@ def entries_of(
         if lr_device not in (None, param.device):
             name = describe(group, group_index, index)
             raise ValueError(f"lr is a tensor on {lr_device}, {name} is on {param.device}: keep lr on the CPU")
+        if group.get("adamw_bits") == 8:
+            adamw8.check_available(param.device.type)
         momentum = key = None
         stored = state.get(param)
         if is_rounded:

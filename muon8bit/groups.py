@@ -151,6 +151,8 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
 
 def check_params(group: dict[str, Any], group_index: int) -> None:
     """Check that the group's algorithm can take each of its parameters; the error names it and the way out."""
+    if group.get("adamw_bits") == 8:
+        adamw8.check_available()
     seen = set()
     for index, param in enumerate(group["params"]):
         name = describe(group, group_index, index)
@@ -162,8 +164,6 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
             raise ValueError(f"{name} is an expanded tensor, whose elements share memory: clone it first")
         if param.dtype not in DTYPES:
             raise ValueError(f"{name} is {param.dtype}: Muon8bit takes float32, bfloat16 and float16 parameters")
-        if group.get("adamw_bits") == 8:
-            adamw8.check_available(param.device.type)
         if group["algorithm"] == "muon" and param.ndim < 2:
             raise ValueError(
                 f"{name} has {param.ndim} dimension(s): Muon takes weight matrices. Build the groups with "

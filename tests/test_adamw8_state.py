@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import warnings
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from bitwise import assert_bitwise
 from test_state_dict import edit, snapshot, through_file, train
 
-from muon8bit import Muon8bit, convert_state_dict, param_groups
+from muon8bit import Muon8bit, adamw8, convert_state_dict, param_groups
 from muon8bit.cli import main
 
 bitsandbytes = pytest.importorskip("bitsandbytes.functional")
@@ -86,6 +87,18 @@ def test_a_copy_of_the_optimizer_continues_bitwise():
         for some, stepped in ((one, its), (twin_params, twin)):
             train(some, stepped, 2, seed=2)
         assert_same(snapshot(one, its), snapshot(twin_params, twin))
+
+
+def test_an_unpickled_optimizer_without_bitsandbytes_says_so_and_changes_nothing(monkeypatch):
+    params, optimizer = make()
+    train(params, optimizer, 1, seed=1)
+    before = snapshot(params, optimizer)
+    adamw8.check_available.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(ImportError, match="adamw_bits=8 needs bitsandbytes"):
+            train(params, optimizer, 1, seed=2)
+    assert_same(before, snapshot(params, optimizer))
 
 
 def test_a_checkpoint_that_does_not_say_adamw_bits_has_32():

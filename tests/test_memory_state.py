@@ -129,6 +129,17 @@ def test_state_bytes_of_a_shard_equal_those_of_the_largest_part() -> None:
     assert state_bytes("muon8bit", part.trained) == stepped(optimizer)
 
 
+def test_8_bit_moments_of_a_shard_are_those_of_the_whole_parameter() -> None:
+    """A table of 512 x 64 is in 8 bits, and so is a part of it with under 4096 elements."""
+    whole = measure(build(config_of(TINY["llama"]), torch.float32), Setup())
+    part = measure(build(config_of(TINY["llama"]), torch.float32), Setup(num_gpus=16, shard="fsdp2"))
+    tables = [p for p in part.trained if p.whole_elements == 512 * 64]
+    assert [p.shape for p in tables] == [(32, 64)] * 2
+    assert state_bytes("muon8bit+adamw8bit", tables) == 2 * (4 + 2 * (32 * 64 + 4 * 8))
+    norms = [p for p in whole.trained if p.num_elements == 64]
+    assert state_bytes("muon8bit+adamw8bit", norms) == len(norms) * (4 + 8 * 64)
+
+
 def test_weights_bytes_equal_the_storages_of_a_tied_model() -> None:
     config = config_of({**TINY["llama"], "tie_word_embeddings": True})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

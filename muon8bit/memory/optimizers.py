@@ -20,8 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adamw import layout as adamw_layout
-from ..adamw8 import chunk_size
+from ..adamw8 import chunk_size, is_8bit, layout
 from ..config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_NS_STEPS,
@@ -54,7 +53,8 @@ _SMALL_BYTES, _CPU_PIECE_BYTES = 2**20, 10 * 2**20
 @dataclass(frozen=True)
 class Param:
     """A trained parameter: its name, shape, dtype, and how it is routed. `split`: sizes and dimension of the pieces of
-    its matrices, or None; `flatten`: one matrix of its first dimension by all others."""
+    its matrices, or None; `flatten`: one matrix of its first dimension by all others. Of a part of a parameter,
+    `whole_elements` is the number of all its elements."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,6 +62,7 @@ class Param:
     is_muon: bool
     split: tuple[tuple[int, ...], int] | None = None
     flatten: bool = False
+    whole_elements: int | None = None
 
     @property
     def num_elements(self) -> int:
@@ -87,9 +88,12 @@ def momentum_bytes(
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
 
 
-def moments_bytes(shape: Sequence[int], bits: int) -> int:
-    """Bytes of Muon8bit's AdamW state of a parameter of `shape` in a group with `adamw_bits=bits`."""
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in adamw_layout(shape, bits).values())
+def moments_bytes(shape: Sequence[int], bits: int, whole_elements: int | None = None) -> int:
+    """Bytes of Muon8bit's AdamW state of a parameter of `shape`, or of such a part of one, in a group with
+    `adamw_bits=bits`."""
+    if not is_8bit(shape if whole_elements is None else (whole_elements,), bits):
+        return ADAMW_BYTES * math.prod(shape) + STEP_BYTES
+    return STEP_BYTES + sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout(shape).values())
 
 
 def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
@@ -102,7 +106,7 @@ def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
     num_bytes = 0
     for p in params:
         if not p.is_muon:
-            num_bytes += moments_bytes(p.shape, 8 if optimizer == "muon8bit+adamw8bit" else 32)
+            num_bytes += moments_bytes(p.shape, 8 if optimizer == "muon8bit+adamw8bit" else 32, p.whole_elements)
         elif optimizer in ("muon", "muon_bf16"):
             num_bytes += (4 if optimizer == "muon" else 2) * p.num_elements
         else:

@@ -65,7 +65,9 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
         else:
             itemsize = 4 if setup.qlora and id(tensor) in norms else tensor.dtype.itemsize
             weights += math.prod(shape) * itemsize
-    trained = tuple(replace(param, shape=_part(param.shape, num_shards)) for param in whole)
+    trained = tuple(
+        replace(param, shape=_part(param.shape, num_shards), whole_elements=param.num_elements) for param in whole
+    )
     communication = 0
     if setup.shard == "ddp":  # its buckets are copies of the gradients
         communication = sum(param.num_bytes for param in whole)
