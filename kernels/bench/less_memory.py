@@ -1,17 +1,18 @@
-"""What bf16 weights cost the default recipe, rounded to nearest and stochastically, beside fp32 weights.
+"""What less memory costs the default recipe: bf16 weights, rounded stochastically and to nearest; 8-bit AdamW.
 
-    python kernels/bench/weight_rounding.py --runs runs/rounding          # runs what is not recorded yet
-    python kernels/bench/weight_rounding.py --table
+    python kernels/bench/less_memory.py --runs runs/less_memory          # runs what is not recorded yet
+    python kernels/bench/less_memory.py --table
 
 Every run is `finetune/pretrain.py` with the recipe of `make pretrain` and the same initial weights, in bf16 rounded
 once; its record goes into --record as soon as it is done. The gap of an arm is its loss minus that of fp32 weights,
-seed by seed. The figure asked for is the mean gap of stochastic rounding over that of rounding to nearest.
+seed by seed. The last line is the mean gap of stochastic rounding over that of rounding to nearest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -20,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = Path(__file__).parent / "results" / "weight_rounding.json"
+RECORD = Path(__file__).parent / "results" / "less_memory.json"
 ARMS = {
     "fp32": ["--dtype", "fp32"],
     "bf16 stochastic": ["--dtype", "bf16", "--param-rounding", "stochastic"],
     "bf16 nearest": ["--dtype", "bf16", "--param-rounding", "nearest"],
+    "fp32, 8-bit AdamW": ["--adamw-bits", "8"],
+    "bf16 stochastic, 8-bit AdamW": ["--dtype", "bf16", "--adamw-bits", "8"],
 }
 SEEDS = (0, 1, 2)
 KEPT = ("val_loss", "step", "tokens", "corpus", "tokenizer", "model_config", "python", "torch", "transformers")
@@ -56,17 +59,18 @@ def table(records: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "rounding", help="folder of the runs")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "less_memory", help="folder of the runs")
     parser.add_argument("--record", type=Path, default=RECORD, help="the JSON file with a record of each run")
     parser.add_argument("--seed", type=int, choices=SEEDS, action="append", help="only these; default: all, in turn")
+    parser.add_argument("--arm", choices=ARMS, action="append", help="only these; default: all")
     parser.add_argument("--table", action="store_true", help="print the table of what is recorded, and run nothing")
     options = parser.parse_args()
     file: Path = options.record
     for seed in () if options.table else options.seed or SEEDS:
-        for arm in ARMS:
+        for arm in options.arm or ARMS:
             records = json.loads(file.read_text()) if file.exists() else []
             if not any((record["arm"], record["seed"]) == (arm, seed) for record in records):
-                new = run(options.runs.resolve() / f"{arm.replace(' ', '-')}-seed{seed}", arm, seed)
+                new = run(options.runs.resolve() / f"{re.sub('[ ,]+', '-', arm)}-seed{seed}", arm, seed)
                 file.write_text(json.dumps([*records, new], indent=1) + "\n")
     print(table(json.loads(file.read_text())))
 
