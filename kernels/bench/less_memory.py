@@ -47,6 +47,8 @@ def table(records: list[dict[str, Any]]) -> str:
     """Markdown, over the seeds that every arm has: validation losses, mean gap to fp32; the ratio of the mean gaps."""
     losses = {(record["arm"], record["seed"]): record["val_loss"] for record in records}
     seeds = [seed for seed in SEEDS if all((arm, seed) in losses for arm in ARMS)]
+    if not seeds:
+        return "no seed has every arm yet"
     lines = ["| weights | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean gap |"]
     lines.append("| --- " * (len(seeds) + 2) + "|")
     gaps = {arm: statistics.mean(losses[arm, seed] - losses["fp32", seed] for seed in seeds) for arm in ARMS}
