@@ -101,7 +101,7 @@ def step_(
         first: index of its first element in the whole parameter.
     """
     num_steps = int(state["step"].add_(1))
-    moments = [state[name] for _, *names in _KEYS for name in names]
+    moments = [state[name].view(-1) for _, *names in _KEYS for name in names]  # bitsandbytes gives scales flat
     pieces: Any = [(param, grad, *moments)]
     if param.is_contiguous() and grad.is_contiguous():
         size = chunk_size(param.device.type, options.workspace_bytes)
@@ -113,7 +113,7 @@ def step_(
         is_copied = options.skip is not None or chunk.dtype != torch.float32 or not chunk.is_contiguous()
         copy = chunk.to(torch.float32, copy=True, memory_format=torch.contiguous_format) if is_copied else chunk
         new = own if options.skip is None else [t.clone() for t in own]
-        _update_(copy, chunk_grad.float().contiguous(), new, group, num_steps)
+        _update_(copy.view(-1), chunk_grad.float().contiguous().view(-1), new, group, num_steps)
         if key is not None:
             rounded = ops.round_stochastic(copy, key, first, options.backend)
             copy = torch.where(copy == chunk, chunk, rounded)  # as in `adamw`
@@ -133,7 +133,7 @@ def chunk_size(device_type: str, workspace_bytes: int) -> int:
 
 
 def _update_(param: Tensor, grad: Tensor, moments: Sequence[Tensor], group: Mapping[str, Any], num_steps: int) -> None:
-    """The equations, in place: fp32 contiguous parameter and gradient; codes and scales of both moments.
+    """The equations, in place: fp32 parameter and gradient, codes and scales of both moments, all flat.
 
     Weight decay comes first, as in torch: bitsandbytes' CUDA kernel multiplies by it last. That kernel rounds to the
     nearest code too, so that the second moment of an element whose gradients are under 4e-4 of its block's largest

@@ -66,13 +66,13 @@ def test_parameters_and_state_equal_bitsandbytes_bitwise(shape):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_each_step_is_that_of_float64_from_the_stored_moments(dtype, contiguous, device, monkeypatch):
+@pytest.mark.parametrize("shape", [(70, 100), (14, 512)])
+def test_each_step_is_that_of_float64_from_the_stored_moments(dtype, contiguous, shape, device, monkeypatch):
     """The parameter is rounded once; each stored moment is a neighbour in its map of the exact one, the floor of the
     second moment included."""
     monkeypatch.setattr(adamw8, "_CPU_CHUNK", 1024)
     torch.manual_seed(0)
-    shape = (70, 100)
-    start = (torch.randn(shape) if contiguous else torch.randn(100, 70).T).to(device, dtype)
+    start = (torch.randn(shape) if contiguous else torch.randn(*shape[::-1]).T).to(device, dtype)
     param = torch.nn.Parameter(start.clone(memory_format=torch.preserve_format))
     assert param.is_contiguous() == contiguous
     optimizer = optimizer_for(param)
