@@ -165,6 +165,8 @@ def test_bad_arguments_are_named(arguments, message):
         ({"params": [param_with_grad()], "block_size": 7}, "group 1: block_size"),
         ({"params": [param_with_grad()], "algorithm": "adamw", "lr": 1.0, "beta": (0.9, 0.9)}, "did you mean 'betas'"),
         ({"params": [param_with_grad()], "backend": "triton"}, "backend has no meaning"),
+        ({"params": [param_with_grad()], "state_device": "cpu"}, "state_device has no meaning"),
+        ({"params": [param_with_grad()], "shard_state": True}, "shard_state has no meaning"),
         ({"params": [param_with_grad()], "algorithm": "adamw", "lr": 1.0, "amsgrad": True}, "amsgrad has no meaning"),
         ({"params": [TWICE, TWICE]}, "parameter 1 of group 1.*twice"),
         ({"params": [torch.nn.Parameter(torch.zeros(1, 16).expand(8, 16))]}, "expanded"),
