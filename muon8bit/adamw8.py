@@ -72,7 +72,7 @@ def check_available(device_type: str = "") -> None:
             f"adamw_bits=8 needs bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes, or use "
             "adamw_bits=32"
         ) from error
-    key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device_type)
+    key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}.get(device_type)
     name = "bitsandbytes::optimizer_update_8bit_blockwise"
     if key is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
         raise NotImplementedError(

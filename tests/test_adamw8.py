@@ -118,7 +118,7 @@ def test_every_part_from_a_multiple_of_256_steps_as_in_the_whole(dtype, key, mon
 
     def stepped(cuts):
         param = start.clone()
-        state = adamw.init_state(param, bits=8)
+        state = {key: torch.zeros(shape, dtype=of) for key, (shape, of) in adamw.layout(param.shape, 8).items()}
         for grad in grads:
             before = state["step"].clone()
             for first, stop in cuts:
@@ -182,7 +182,7 @@ def test_a_small_second_moment_is_not_lost_to_the_nearest_code_of_zero(monkeypat
     largest = {}
     for arm in ("alone", "ours"):
         param = torch.zeros(32, 256)
-        state = adamw.init_state(param, bits=8)
+        state = {key: torch.zeros(shape, dtype=of) for key, (shape, of) in adamw.layout(param.shape, 8).items()}
         largest[arm] = 0.0
         for step in range(30):
             before, grad = param.clone(), seldom(32, step)
@@ -323,6 +323,11 @@ def test_what_a_group_cannot_mean_is_refused(message):
     group = {"params": [torch.nn.Parameter(torch.ones(64, 64))], "algorithm": "adamw", "lr": 0.1, **GROUPS[message]}
     with pytest.raises(ValueError, match=f"parameter group 0: {message}"):
         Muon8bit([group])
+
+
+def test_a_device_without_the_update_is_told_before_anything_is_written():
+    with pytest.raises(NotImplementedError, match=r"adamw_bits=8.*on mps"):
+        adamw8.check_available("mps")
 
 
 def test_without_bitsandbytes_the_error_names_the_option_and_32_bits_work(monkeypatch):
