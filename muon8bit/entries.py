@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,15 +102,39 @@ def entries_of(
 
 def new_state(entry: Entry, group: dict[str, Any], staging: Staging) -> dict[str, Tensor]:
     """What the optimizer keeps for a parameter."""
-    if entry.momentum is None:
-        local, device, bits = entry.local, entry.local.device, group["adamw_bits"]
-        whole = entry.param
-        if staging.moves(device):  # one like it at home, without memory: the state must not come to be on the device
-            local = whole = torch.empty((), dtype=local.dtype, device=staging.home(device)).expand(local.shape)
-        new = {key: staging.at_home(t, device) for key, t in adamw.init_state(local, whole, bits).items()}
-        layout = adamw.layout(entry.param.shape, bits)
-    else:
-        new, layout = entry.momentum.to_state(), entry.momentum.format.layout(entry.param.shape)
-    if entry.layout is None:
-        return new
-    return entry.layout.wrapped(new, {key: shape for key, (shape, _) in layout.items()})
+    param, where = entry.param, entry.layout
+    if entry.momentum is not None:
+        new = entry.momentum.to_state()
+        shapes = {key: shape for key, (shape, _) in layout_of(param, group).items()}
+        return new if where is None else where.wrapped(new, shapes)
+    new = made(torch.zeros, param, group, where, staging)
+    return {key: staging.at_home(tensor, param.device) for key, tensor in new.items()}
+
+
+def layout_of(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """State key -> shape and dtype of its tensor, for a whole parameter."""
+    if group["algorithm"] == "adamw":
+        return adamw.layout(param.shape, group["adamw_bits"])
+    return Format.of(param.shape, *(group[k] for k in FORMAT_KEYS)).layout(param.shape)
+
+
+def made(
+    make: Callable[..., Tensor],
+    param: Tensor,
+    group: dict[str, Any],
+    where: Layout | None,
+    staging: Staging,
+) -> dict[str, Tensor]:
+    """A parameter's state by torch.zeros or torch.empty, where it lives; of sharded parameters this rank's part."""
+    layout = layout_of(param, group)
+    shapes = {key: shape for key, (shape, _) in layout.items()}
+    tensors = {
+        key: make(shape, dtype=layout[key][1], device=home(key, param, group, staging))
+        for key, shape in (shapes if where is None else where.parts(shapes)).items()
+    }
+    return tensors if where is None else where.wrapped(tensors, shapes)
+
+
+def home(key: str, param: Tensor, group: dict[str, Any], staging: Staging) -> torch.device:
+    """Where a tensor of a parameter's state lives."""
+    return staging.home(adamw.step_device(param, group["adamw_bits"]) if key == "step" else param.device)
