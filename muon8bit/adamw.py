@@ -45,11 +45,6 @@ def layout(shape: Sequence[int], bits: int = 32) -> dict[str, tuple[tuple[int, .
     return {"step": ((), torch.float32), **of_moments}
 
 
-def codes_of(state: Mapping[str, Tensor]) -> Tensor:
-    """The first moment or its codes: of the parameter's shape."""
-    return state[EXP_AVG_CODES_KEY] if EXP_AVG_CODES_KEY in state else state[EXP_AVG_KEY]
-
-
 def is_8bit(state: Mapping[str, Tensor]) -> bool:
     """Whether these moments are in 8 bits. Then `step` is advanced on the host even where `skip` forbids the rest."""
     return EXP_AVG_CODES_KEY in state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,7 @@ def entries_of(
     """The parameters of a group that have a gradient now. `num_before`: of the optimizer, in front of this group.
 
     Raises:
-        ValueError: names a parameter with a gradient or a learning rate that cannot be used.
+        ValueError: names a parameter with a gradient, learning rate or state that cannot be used.
     """
     lr, is_muon, is_rounded = group["lr"], group["algorithm"] == "muon", "rounding_seed" in group
     lr_device = lr.device if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
@@ -82,21 +83,22 @@ def entries_of(
         if layout is not None:
             local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
             stored = layout.unwrapped(stored) if stored else stored
-        if is_muon:
-            format = Format.of(param.shape, *form)
-            momentum = Momentum.from_state(stored, format) if stored else None
-            if momentum is None:
-                shapes = {name: shape for name, (shape, _) in format.layout(param.shape).items()}
-                shapes = layout.parts(shapes) if layout else shapes
-                momentum = Momentum.zeros(shapes, format, staging.home(local.device))
-                momentum = momentum.on(staging.at_home(tensor, local.device) for tensor in momentum.tensors)
-        expected = layout.parts({"": param.shape})[""] if layout else param.shape
-        if stored and (shape := (momentum.codes if momentum else adamw.codes_of(stored)).shape) != expected:
+        shapes = {k: shape for k, (shape, _) in layout_of(param, group).items()}
+        shapes = layout.parts(shapes) if layout else shapes
+        found = {k: tuple(tensor.shape) for k, tensor in stored.items()} if stored else shapes
+        if not shapes.items() <= found.items():
             name = describe(group, group_index, index)
             raise ValueError(
-                f"{name} is {tuple(expected)} now, with a momentum of shape {tuple(shape)}: delete its entry in the "
-                "optimizer's state, and its momentum starts at zero"
+                f"{name} is {tuple(local.shape)} now, in a group that asks for a state of {shapes}, and has one of "
+                f"{found}: undo that, or delete its entry in the optimizer's state, which then starts at zero"
             )
+        if is_muon:
+            format = Format.of(param.shape, *form)
+            if stored:
+                momentum = Momentum.from_state(stored, format)
+            else:
+                momentum = Momentum.zeros(shapes, format, staging.home(local.device))
+                momentum = momentum.on(staging.at_home(tensor, local.device) for tensor in momentum.tensors)
         yield Entry(index, param, local, grad, momentum, key, first, layout)
 
 
@@ -114,8 +116,16 @@ def new_state(entry: Entry, group: dict[str, Any], staging: Staging) -> dict[str
 def layout_of(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """State key -> shape and dtype of its tensor, for a whole parameter."""
     if group["algorithm"] == "adamw":
-        return adamw.layout(param.shape, group["adamw_bits"])
-    return Format.of(param.shape, *(group[k] for k in FORMAT_KEYS)).layout(param.shape)
+        return _moments(param.shape, group["adamw_bits"])
+    return _momentum(param.shape, *(group[key] for key in FORMAT_KEYS))
+
+
+_moments = cache(adamw.layout)
+
+
+@cache
+def _momentum(shape: torch.Size, *form: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return Format.of(shape, *form).layout(shape)
 
 
 def made(

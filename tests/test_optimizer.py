@@ -396,10 +396,32 @@ def test_a_parameter_of_a_new_shape_is_refused_by_name(shape, algorithm):
     param.grad = None
     param.data = torch.ones(shape)
     param.grad = torch.ones(shape)
-    with pytest.raises(ValueError, match=r"layer.weight .*momentum of shape \(16, 24\)"):
+    with pytest.raises(ValueError, match=r"layer.weight .*has one of .*\(16, 24\)"):
         optimizer.step()
     assert torch.equal(param, torch.ones(shape))
     assert all(torch.equal(tensor, before[key]) for key, tensor in optimizer.state[param].items())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "key", "value"),
+    [("muon", "bits", 32), ("muon", "codebook", "dynamic"), ("muon", "block_size", 64), ("adamw", "adamw_bits", 8)],
+)
+def test_a_format_changed_by_hand_is_refused_by_name(algorithm, key, value):
+    """The state would not be what the checkpoint says of it, nor load; and scales of other blocks would be read."""
+    param = torch.nn.Parameter(torch.ones(32, 256))
+    param.grad = torch.ones(32, 256)
+    optimizer = Muon8bit([{"params": [("layer.weight", param)], "algorithm": algorithm, "lr": 0.1}])
+    optimizer.step()
+    saved, before = optimizer.param_groups[0][key], param.detach().clone()
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=r"layer.weight .*asks for a state of .*and has one of"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.param_groups[0][key] = saved
+    optimizer.step()
+    optimizer.param_groups[0][key] = value
+    del optimizer.state[param]
+    optimizer.step()
 
 
 @pytest.mark.parametrize("sizes", [None, (8, 16)])
