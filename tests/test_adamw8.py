@@ -280,6 +280,25 @@ def test_a_bad_first_step_leaves_a_state_of_zeros(monkeypatch):
     assert not any(value.any() for value in optimizer.state[param].values())
 
 
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_bad_step_leaves_no_trace_in_its_own_state_loaded_again(loads, monkeypatch):
+    """Whether that can be loaded or not."""
+    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", True)
+    param = torch.nn.Parameter(torch.ones(40, 256))
+    optimizer = optimizer_for(param, on_nonfinite="skip")
+    for value in (1.0, torch.nan, 1.0):
+        param.grad = torch.full_like(param, value)
+        optimizer.step()
+        if value == 1.0:
+            own = optimizer.state_dict()
+        elif loads:
+            optimizer.load_state_dict(own)
+        else:
+            with pytest.raises(ValueError, match="0 parameter groups"):
+                optimizer.load_state_dict({**own, "param_groups": []})
+    assert optimizer.state[param]["step"].item() == 2
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_released_steps_equal_ordinary_steps_bitwise_and_skip_alone(asynchronous, monkeypatch):
     """Where one parameter's gradient is not finite, the other is stepped; both go on as if that had not been."""
