@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -85,12 +85,9 @@ def entries_of(
             stored = layout.unwrapped(stored) if stored else stored
         shapes = {k: shape for k, (shape, _) in layout_of(param, group).items()}
         shapes = layout.parts(shapes) if layout else shapes
-        found = {k: tuple(tensor.shape) for k, tensor in stored.items()} if stored else shapes
-        if not shapes.items() <= found.items():
-            name = describe(group, group_index, index)
+        if stored and (problem := _misfit(stored, shapes, staging.home(local.device))):
             raise ValueError(
-                f"{name} is {tuple(local.shape)} now, in a group that asks for a state of {shapes}, and has one of "
-                f"{found}: undo that, or delete its entry in the optimizer's state, which then starts at zero"
+                f"{describe(group, group_index, index)} is {tuple(local.shape)} on {local.device} {problem}"
             )
         if is_muon:
             format = Format.of(param.shape, *form)
@@ -100,6 +97,20 @@ def entries_of(
                 momentum = Momentum.zeros(shapes, format, staging.home(local.device))
                 momentum = momentum.on(staging.at_home(tensor, local.device) for tensor in momentum.tensors)
         yield Entry(index, param, local, grad, momentum, key, first, layout)
+
+
+def _misfit(stored: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], device: torch.device) -> str:
+    """Why this is not the state that a parameter needs, and the way out; or nothing. Kernels do not look."""
+    found = {key: tuple(tensor.shape) for key, tensor in stored.items()}
+    if not shapes.items() <= found.items():
+        return (
+            f"now, in a group that asks for a state of {shapes}, and has one of {found}: undo that, or delete its "
+            "entry in the optimizer's state, which then starts at zero"
+        )
+    where = next((stored[key].device for key in shapes if found[key] and stored[key].device != device), None)
+    if where is None:
+        return ""
+    return f"now, its state on {where}: optimizer.load_state_dict(optimizer.state_dict()) brings it along"
 
 
 def new_state(entry: Entry, group: dict[str, Any], staging: Staging) -> dict[str, Tensor]:

@@ -424,6 +424,24 @@ def test_a_format_changed_by_hand_is_refused_by_name(algorithm, key, value):
     optimizer.step()
 
 
+@pytest.mark.parametrize(
+    "group", [{"algorithm": "muon"}, {"algorithm": "adamw"}, {"algorithm": "adamw", "adamw_bits": 8}]
+)
+def test_a_state_that_a_parameter_has_left_behind_is_refused_by_name(group):
+    """Of a model moved after its first steps; a kernel would read addresses of another device."""
+    param = torch.nn.Parameter(torch.ones(32, 256))
+    param.grad = torch.ones(32, 256)
+    optimizer = Muon8bit([{"params": [("layer.weight", param)], "lr": 0.1, **group}])
+    optimizer.step()
+    kept, before = optimizer.state[param], param.detach().clone()
+    optimizer.state[param] = {key: tensor.to("meta") for key, tensor in kept.items()}
+    with pytest.raises(ValueError, match=r"layer.weight .* on cpu now, its state on meta: .*load_state_dict"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.state[param] = kept
+    optimizer.step()
+
+
 @pytest.mark.parametrize("sizes", [None, (8, 16)])
 def test_zero_gradients_move_nothing_however_small_eps_is(sizes):
     """fp32 cannot hold this eps, which would be a division by zero."""
