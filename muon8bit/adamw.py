@@ -1,4 +1,10 @@
-"""AdamW for what Muon does not take (embeddings, head, norms, biases): torch's own with fp32 state, or in 8 bits."""
+"""AdamW for what Muon does not take (embeddings, head, norms, biases): torch's own with fp32 state, or in 8 bits.
+
+    m  =  beta1 * m + (1 - beta1) * g,   v  =  beta2 * v + (1 - beta2) * g^2              exp_avg, exp_avg_sq
+    W  =  (1 - lr * weight_decay) * W  -  lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+
+Source: Loshchilov and Hutter, arXiv 1711.05101, as torch.optim.AdamW.
+"""
 
 from __future__ import annotations
 
@@ -37,22 +43,6 @@ def layout(shape: Sequence[int], bits: int = 32) -> dict[str, tuple[tuple[int, .
         adamw8.layout(shape) if adamw8.is_8bit(shape, bits) else {EXP_AVG_KEY: moments, EXP_AVG_SQ_KEY: moments}
     )
     return {"step": ((), torch.float32), **of_moments}
-
-
-def init_state(local: Tensor, param: Tensor | None = None, bits: int = 32) -> dict[str, Tensor]:
-    """Zeros as `layout` says: for `local`, all of a parameter or this rank's part of `param`."""
-    whole = local if param is None else param
-    is_8bit = adamw8.is_8bit(whole.shape, bits)
-    shapes = {"step": ((), torch.float32), **adamw8.layout(local.shape)} if is_8bit else layout(local.shape)
-    return {
-        key: torch.zeros(shape, dtype=dtype, device=step_device(whole, bits) if key == "step" else local.device)
-        for key, (shape, dtype) in shapes.items()
-    }
-
-
-def codes_of(state: Mapping[str, Tensor]) -> Tensor:
-    """The first moment or its codes: of the parameter's shape."""
-    return state[EXP_AVG_CODES_KEY] if EXP_AVG_CODES_KEY in state else state[EXP_AVG_KEY]
 
 
 def is_8bit(state: Mapping[str, Tensor]) -> bool:

@@ -6,7 +6,8 @@
 Source: Dettmers et al., arXiv 2110.02861; `bitsandbytes.optim.AdamW8bit`, whose parameters ours equal bit for bit on a
 CPU. There its quantizer is coarse (0.50, measured): moments under 2^-15 of their block's largest get codes of about
 that size, so that an element without a gradient, in a block that has some, drifts by 0.25 lr in 100 steps. On CUDA
-codes are the nearest.
+(read in its kernel) codes are the nearest of the moment's sign: an element that had a gradient once keeps 5.5e-7 of its
+block's largest first moment, and drifts by some 0.001 lr a step while others there have one.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def check_available(device_type: str = "") -> None:
             f"adamw_bits=8 needs bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes, or use "
             "adamw_bits=32"
         ) from error
-    key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device_type)
+    key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}.get(device_type)
     name = "bitsandbytes::optimizer_update_8bit_blockwise"
     if key is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
         raise NotImplementedError(
@@ -101,7 +102,7 @@ def step_(
         first: index of its first element in the whole parameter.
     """
     num_steps = int(state["step"].add_(1))
-    moments = [state[name] for _, *names in _KEYS for name in names]
+    moments = [state[name].view(-1) for _, *names in _KEYS for name in names]  # bitsandbytes gives scales flat
     pieces: Any = [(param, grad, *moments)]
     if param.is_contiguous() and grad.is_contiguous():
         size = chunk_size(param.device.type, options.workspace_bytes)
@@ -113,7 +114,7 @@ def step_(
         is_copied = options.skip is not None or chunk.dtype != torch.float32 or not chunk.is_contiguous()
         copy = chunk.to(torch.float32, copy=True, memory_format=torch.contiguous_format) if is_copied else chunk
         new = own if options.skip is None else [t.clone() for t in own]
-        _update_(copy, chunk_grad.float().contiguous(), new, group, num_steps)
+        _update_(copy.view(-1), chunk_grad.float().contiguous().view(-1), new, group, num_steps)
         if key is not None:
             rounded = ops.round_stochastic(copy, key, first, options.backend)
             copy = torch.where(copy == chunk, chunk, rounded)  # as in `adamw`
@@ -133,7 +134,7 @@ def chunk_size(device_type: str, workspace_bytes: int) -> int:
 
 
 def _update_(param: Tensor, grad: Tensor, moments: Sequence[Tensor], group: Mapping[str, Any], num_steps: int) -> None:
-    """The equations, in place: fp32 contiguous parameter and gradient; codes and scales of both moments.
+    """The equations, in place: fp32 parameter and gradient, codes and scales of both moments, all flat.
 
     Weight decay comes first, as in torch: bitsandbytes' CUDA kernel multiplies by it last. That kernel rounds to the
     nearest code too, so that the second moment of an element whose gradients are under 4e-4 of its block's largest

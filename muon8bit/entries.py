@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,7 @@ def entries_of(
     """The parameters of a group that have a gradient now. `num_before`: of the optimizer, in front of this group.
 
     Raises:
-        ValueError: names a parameter with a gradient or a learning rate that cannot be used.
+        ValueError: names a parameter with a gradient, learning rate or state that cannot be used.
     """
     lr, is_muon, is_rounded = group["lr"], group["algorithm"] == "muon", "rounding_seed" in group
     lr_device = lr.device if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
@@ -82,35 +83,79 @@ def entries_of(
         if layout is not None:
             local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
             stored = layout.unwrapped(stored) if stored else stored
+        shapes = {k: shape for k, (shape, _) in layout_of(param, group).items()}
+        shapes = layout.parts(shapes) if layout else shapes
+        if stored and (problem := _misfit(stored, shapes, staging.home(local.device))):
+            raise ValueError(
+                f"{describe(group, group_index, index)} is {tuple(local.shape)} on {local.device} {problem}"
+            )
         if is_muon:
             format = Format.of(param.shape, *form)
-            momentum = Momentum.from_state(stored, format) if stored else None
-            if momentum is None:
-                shapes = {name: shape for name, (shape, _) in format.layout(param.shape).items()}
-                shapes = layout.parts(shapes) if layout else shapes
+            if stored:
+                momentum = Momentum.from_state(stored, format)
+            else:
                 momentum = Momentum.zeros(shapes, format, staging.home(local.device))
                 momentum = momentum.on(staging.at_home(tensor, local.device) for tensor in momentum.tensors)
-        expected = layout.parts({"": param.shape})[""] if layout else param.shape
-        if stored and (shape := (momentum.codes if momentum else adamw.codes_of(stored)).shape) != expected:
-            name = describe(group, group_index, index)
-            raise ValueError(
-                f"{name} is {tuple(expected)} now, with a momentum of shape {tuple(shape)}: delete its entry in the "
-                "optimizer's state, and its momentum starts at zero"
-            )
         yield Entry(index, param, local, grad, momentum, key, first, layout)
+
+
+def _misfit(stored: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], device: torch.device) -> str:
+    """Why this is not the state that a parameter needs, and the way out; or nothing. Kernels do not look."""
+    found = {key: tuple(tensor.shape) for key, tensor in stored.items()}
+    if not shapes.items() <= found.items():
+        return (
+            f"now, in a group that asks for a state of {shapes}, and has one of {found}: undo that, or delete its "
+            "entry in the optimizer's state, which then starts at zero"
+        )
+    where = next((stored[key].device for key in shapes if found[key] and stored[key].device != device), None)
+    if where is None:
+        return ""
+    return f"now, its state on {where}: optimizer.load_state_dict(optimizer.state_dict()) brings it along"
 
 
 def new_state(entry: Entry, group: dict[str, Any], staging: Staging) -> dict[str, Tensor]:
     """What the optimizer keeps for a parameter."""
-    if entry.momentum is None:
-        local, device, bits = entry.local, entry.local.device, group["adamw_bits"]
-        whole = entry.param
-        if staging.moves(device):  # one like it at home, without memory: the state must not come to be on the device
-            local = whole = torch.empty((), dtype=local.dtype, device=staging.home(device)).expand(local.shape)
-        new = {key: staging.at_home(t, device) for key, t in adamw.init_state(local, whole, bits).items()}
-        layout = adamw.layout(entry.param.shape, bits)
-    else:
-        new, layout = entry.momentum.to_state(), entry.momentum.format.layout(entry.param.shape)
-    if entry.layout is None:
-        return new
-    return entry.layout.wrapped(new, {key: shape for key, (shape, _) in layout.items()})
+    param, where = entry.param, entry.layout
+    if entry.momentum is not None:
+        new = entry.momentum.to_state()
+        shapes = {key: shape for key, (shape, _) in layout_of(param, group).items()}
+        return new if where is None else where.wrapped(new, shapes)
+    new = made(torch.zeros, param, group, where, staging)
+    return {key: staging.at_home(tensor, param.device) for key, tensor in new.items()}
+
+
+def layout_of(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """State key -> shape and dtype of its tensor, for a whole parameter."""
+    if group["algorithm"] == "adamw":
+        return _moments(param.shape, group["adamw_bits"])
+    return _momentum(param.shape, *(group[key] for key in FORMAT_KEYS))
+
+
+_moments = cache(adamw.layout)
+
+
+@cache
+def _momentum(shape: torch.Size, *form: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return Format.of(shape, *form).layout(shape)
+
+
+def made(
+    make: Callable[..., Tensor],
+    param: Tensor,
+    group: dict[str, Any],
+    where: Layout | None,
+    staging: Staging,
+) -> dict[str, Tensor]:
+    """A parameter's state by torch.zeros or torch.empty, where it lives; of sharded parameters this rank's part."""
+    layout = layout_of(param, group)
+    shapes = {key: shape for key, (shape, _) in layout.items()}
+    tensors = {
+        key: make(shape, dtype=layout[key][1], device=home(key, param, group, staging))
+        for key, shape in (shapes if where is None else where.parts(shapes)).items()
+    }
+    return tensors if where is None else where.wrapped(tensors, shapes)
+
+
+def home(key: str, param: Tensor, group: dict[str, Any], staging: Staging) -> torch.device:
+    """Where a tensor of a parameter's state lives."""
+    return staging.home(adamw.step_device(param, group["adamw_bits"]) if key == "step" else param.device)

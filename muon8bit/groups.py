@@ -40,7 +40,7 @@ _ADAMW_ONLY_KEYS = ("betas", "adamw_bits")
 # Of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
 _NO_GROUP_KEYS = (
     *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
-    "workspace_bytes",
+    *("workspace_bytes", "state_device", "process_group", "shard_state"),
     *("amsgrad", "maximize", "fused", "foreach", "capturable"),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

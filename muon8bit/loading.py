@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import adamw, rounding
+from . import rounding
 from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, EXP_AVG_CODES_KEY, EXP_AVG_KEY, LINEAR_CODES_KEY
-from .groups import FORMAT_KEYS, OWN_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
-from .state import Format
+from .entries import home, layout_of, made
+from .groups import OWN_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
 
 if TYPE_CHECKING:
     from .distributed import Layout, Team
@@ -126,30 +126,14 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
     return group
 
 
-def _layout(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    if group["algorithm"] == "adamw":
-        return adamw.layout(param.shape, group["adamw_bits"])
-    return Format.of(param.shape, *(group[k] for k in FORMAT_KEYS)).layout(param.shape)
-
-
 def empty(groups: list[dict[str, Any]], team: Team | None, staging: Staging) -> dict[Tensor, dict[str, Tensor]]:
     """Uninitialized state of every parameter, of the shapes, dtypes and placements that `checked` asks for."""
     state = {}
     for i, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
             where = team.layout_of(param, group, describe(group, i, j)) if team else None
-            layout = _layout(param, group)
-            shapes = {key: shape for key, (shape, _) in layout.items()}
-            tensors = {
-                key: torch.empty(shape, dtype=layout[key][1], device=_device(key, param, group, staging))
-                for key, shape in (shapes if where is None else where.parts(shapes)).items()
-            }
-            state[param] = tensors if where is None else where.wrapped(tensors, shapes)
+            state[param] = made(torch.empty, param, group, where, staging)
     return state
-
-
-def _device(key: str, param: Tensor, group: dict[str, Any], staging: Staging) -> torch.device:
-    return staging.home(adamw.step_device(param, group["adamw_bits"]) if key == "step" else param.device)
 
 
 def _tensors(
@@ -158,7 +142,7 @@ def _tensors(
     """Checked copies of one parameter's state, or of this rank's part, on its device, contiguous, in their dtypes."""
     if not isinstance(tensors, Mapping):
         raise ValueError(f"state of {name} is a {type(tensors).__name__}, expected a mapping of tensors")
-    layout = _layout(param, group)
+    layout = layout_of(param, group)
     missing = [key for key in layout if key not in tensors]
     foreign = [key for key in tensors if key not in layout]
     if missing or foreign:
@@ -180,6 +164,7 @@ def _tensors(
             raise ValueError(f"state of {name}: {key} is sharded, the parameter is not: load value.full_tensor()")
         if dtype.is_floating_point and not value.isfinite().all():
             raise ValueError(f"state of {name}: {key} holds NaN or Inf: the checkpoint is damaged")
-        device = _device(key, param, group, staging)
-        copies[key] = value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
+        copies[key] = value.detach().to(
+            device=home(key, param, group, staging), copy=True, memory_format=torch.contiguous_format
+        )
     return copies if where is None else where.wrapped(copies, {key: shape for key, (shape, _) in layout.items()})

@@ -81,9 +81,9 @@ class Verdict:
         return list(dict.fromkeys(name for name, ok in zip(names, finite, strict=True) if not ok))
 
     def take_back(self) -> None:
-        """Of a step that was not done: set back the counters that it advanced."""
-        for step in self.advanced:
-            step.sub_(1)
+        """Of a step that was not done: set back the counters that it advanced, once."""
+        while self.advanced:
+            self.advanced.pop().sub_(1)
 
 
 class PartialVerdict:

@@ -302,6 +302,8 @@ class Muon8bit(SharingOptimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             hooked = pre_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
+        if self._pending is not None and self._pending.nonfinite_names():
+            self._pending.take_back()  # what is loaded may be the running state itself
         groups, state = loading.checked(state_dict, self.param_groups, self._find_team(), self._staging)
 
         def load() -> None:

@@ -14,7 +14,6 @@ from ._roles import Route, check_whole, default_route, find_ends
 from ._route_checks import check_patterns, check_ratio, why_no_matrix
 from ._table import collapse, format_bytes, render, template
 from .config import (
-    ADAMW8_BLOCK_SIZE,
     ADJUST_LR,
     BITS,
     DEFAULT_ADAMW_BETAS,
@@ -22,12 +21,12 @@ from .config import (
     DEFAULT_ADAMW_EPS,
     DEFAULT_BLOCK_SIZE,
     DEFAULT_WEIGHT_DECAY,
-    MIN_ADAMW8_ELEMENTS,
     MIN_QUANTIZED_COLUMNS,
     AdjustLR,
     Algorithm,
     Bits,
 )
+from .report import ADAMW_BYTES, bnb_bytes
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -203,9 +202,7 @@ def _overridden(route: Route, pattern: str, algorithm: Algorithm) -> Route:
 def _predicted_bytes(route: Route, adamw_bits: int) -> int:
     """State bytes at the defaults: codes, a scale per row and block; fp32 buffer; AdamW's two moments."""
     if route.algorithm == "adamw":
-        if adamw_bits == 8 and route.num_elements >= MIN_ADAMW8_ELEMENTS:
-            return 2 * (route.num_elements + 4 * math.ceil(route.num_elements / ADAMW8_BLOCK_SIZE))
-        return 8 * route.num_elements
+        return bnb_bytes(route.num_elements) if adamw_bits == 8 else ADAMW_BYTES * route.num_elements
     first_of_row = 1 if route.flatten else len(route.shape) - 1
     rows, cols = math.prod(route.shape[:first_of_row]), math.prod(route.shape[first_of_row:])
     if cols < MIN_QUANTIZED_COLUMNS:

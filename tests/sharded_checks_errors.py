@@ -33,7 +33,7 @@ def state_of_another_shape(world, mode):
     run.set_grads(2)
     if dist.get_rank() == RANK:
         state[wide], kept = state[run.params["several blocks"]], state[wide]
-    here = ["wide", "momentum of shape"]
+    here = ["wide", "asks for a state of"]
     raises(
         *((ValueError, here) if dist.get_rank() == RANK else (RuntimeError, [f"rank {RANK}", *here])),
         run.optimizer.step,

@@ -80,7 +80,7 @@ def test_every_part_steps_as_in_the_whole(size, dtype, key):
 
     def stepped(first, stop):
         param = start[first:stop].clone()
-        state = adamw.init_state(param)
+        state = {key: torch.zeros(shape, dtype=of) for key, (shape, of) in adamw.layout(param.shape).items()}
         for grad in grads:
             adamw.step_([param], [grad[first:stop].clone()], [state], group, [key], [(first, size)], options)
         return {"param": param, **state}

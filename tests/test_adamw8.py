@@ -66,13 +66,13 @@ def test_parameters_and_state_equal_bitsandbytes_bitwise(shape):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_each_step_is_that_of_float64_from_the_stored_moments(dtype, contiguous, device, monkeypatch):
+@pytest.mark.parametrize("shape", [(70, 100), (14, 512)])
+def test_each_step_is_that_of_float64_from_the_stored_moments(dtype, contiguous, shape, device, monkeypatch):
     """The parameter is rounded once; each stored moment is a neighbour in its map of the exact one, the floor of the
     second moment included."""
     monkeypatch.setattr(adamw8, "_CPU_CHUNK", 1024)
     torch.manual_seed(0)
-    shape = (70, 100)
-    start = (torch.randn(shape) if contiguous else torch.randn(100, 70).T).to(device, dtype)
+    start = (torch.randn(shape) if contiguous else torch.randn(*shape[::-1]).T).to(device, dtype)
     param = torch.nn.Parameter(start.clone(memory_format=torch.preserve_format))
     assert param.is_contiguous() == contiguous
     optimizer = optimizer_for(param)
@@ -118,7 +118,7 @@ def test_every_part_from_a_multiple_of_256_steps_as_in_the_whole(dtype, key, mon
 
     def stepped(cuts):
         param = start.clone()
-        state = adamw.init_state(param, bits=8)
+        state = {key: torch.zeros(shape, dtype=of) for key, (shape, of) in adamw.layout(param.shape, 8).items()}
         for grad in grads:
             before = state["step"].clone()
             for first, stop in cuts:
@@ -182,7 +182,7 @@ def test_a_small_second_moment_is_not_lost_to_the_nearest_code_of_zero(monkeypat
     largest = {}
     for arm in ("alone", "ours"):
         param = torch.zeros(32, 256)
-        state = adamw.init_state(param, bits=8)
+        state = {key: torch.zeros(shape, dtype=of) for key, (shape, of) in adamw.layout(param.shape, 8).items()}
         largest[arm] = 0.0
         for step in range(30):
             before, grad = param.clone(), seldom(32, step)
@@ -280,6 +280,25 @@ def test_a_bad_first_step_leaves_a_state_of_zeros(monkeypatch):
     assert not any(value.any() for value in optimizer.state[param].values())
 
 
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_bad_step_leaves_no_trace_in_its_own_state_loaded_again(loads, monkeypatch):
+    """Whether that can be loaded or not."""
+    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", True)
+    param = torch.nn.Parameter(torch.ones(40, 256))
+    optimizer = optimizer_for(param, on_nonfinite="skip")
+    for value in (1.0, torch.nan, 1.0):
+        param.grad = torch.full_like(param, value)
+        optimizer.step()
+        if value == 1.0:
+            own = optimizer.state_dict()
+        elif loads:
+            optimizer.load_state_dict(own)
+        else:
+            with pytest.raises(ValueError, match="0 parameter groups"):
+                optimizer.load_state_dict({**own, "param_groups": []})
+    assert optimizer.state[param]["step"].item() == 2
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_released_steps_equal_ordinary_steps_bitwise_and_skip_alone(asynchronous, monkeypatch):
     """Where one parameter's gradient is not finite, the other is stepped; both go on as if that had not been."""
@@ -323,6 +342,11 @@ def test_what_a_group_cannot_mean_is_refused(message):
     group = {"params": [torch.nn.Parameter(torch.ones(64, 64))], "algorithm": "adamw", "lr": 0.1, **GROUPS[message]}
     with pytest.raises(ValueError, match=f"parameter group 0: {message}"):
         Muon8bit([group])
+
+
+def test_a_device_without_the_update_is_told_before_anything_is_written():
+    with pytest.raises(NotImplementedError, match=r"adamw_bits=8.*on mps"):
+        adamw8.check_available("mps")
 
 
 def test_without_bitsandbytes_the_error_names_the_option_and_32_bits_work(monkeypatch):

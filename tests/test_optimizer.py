@@ -165,6 +165,8 @@ def test_bad_arguments_are_named(arguments, message):
         ({"params": [param_with_grad()], "block_size": 7}, "group 1: block_size"),
         ({"params": [param_with_grad()], "algorithm": "adamw", "lr": 1.0, "beta": (0.9, 0.9)}, "did you mean 'betas'"),
         ({"params": [param_with_grad()], "backend": "triton"}, "backend has no meaning"),
+        ({"params": [param_with_grad()], "state_device": "cpu"}, "state_device has no meaning"),
+        ({"params": [param_with_grad()], "shard_state": True}, "shard_state has no meaning"),
         ({"params": [param_with_grad()], "algorithm": "adamw", "lr": 1.0, "amsgrad": True}, "amsgrad has no meaning"),
         ({"params": [TWICE, TWICE]}, "parameter 1 of group 1.*twice"),
         ({"params": [torch.nn.Parameter(torch.zeros(1, 16).expand(8, 16))]}, "expanded"),
@@ -394,10 +396,50 @@ def test_a_parameter_of_a_new_shape_is_refused_by_name(shape, algorithm):
     param.grad = None
     param.data = torch.ones(shape)
     param.grad = torch.ones(shape)
-    with pytest.raises(ValueError, match=r"layer.weight .*momentum of shape \(16, 24\)"):
+    with pytest.raises(ValueError, match=r"layer.weight .*has one of .*\(16, 24\)"):
         optimizer.step()
     assert torch.equal(param, torch.ones(shape))
     assert all(torch.equal(tensor, before[key]) for key, tensor in optimizer.state[param].items())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "key", "value"),
+    [("muon", "bits", 32), ("muon", "codebook", "dynamic"), ("muon", "block_size", 64), ("adamw", "adamw_bits", 8)],
+)
+def test_a_format_changed_by_hand_is_refused_by_name(algorithm, key, value):
+    """The state would not be what the checkpoint says of it, nor load; and scales of other blocks would be read."""
+    param = torch.nn.Parameter(torch.ones(32, 256))
+    param.grad = torch.ones(32, 256)
+    optimizer = Muon8bit([{"params": [("layer.weight", param)], "algorithm": algorithm, "lr": 0.1}])
+    optimizer.step()
+    saved, before = optimizer.param_groups[0][key], param.detach().clone()
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=r"layer.weight .*asks for a state of .*and has one of"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.param_groups[0][key] = saved
+    optimizer.step()
+    optimizer.param_groups[0][key] = value
+    del optimizer.state[param]
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "group", [{"algorithm": "muon"}, {"algorithm": "adamw"}, {"algorithm": "adamw", "adamw_bits": 8}]
+)
+def test_a_state_that_a_parameter_has_left_behind_is_refused_by_name(group):
+    """Of a model moved after its first steps; a kernel would read addresses of another device."""
+    param = torch.nn.Parameter(torch.ones(32, 256))
+    param.grad = torch.ones(32, 256)
+    optimizer = Muon8bit([{"params": [("layer.weight", param)], "lr": 0.1, **group}])
+    optimizer.step()
+    kept, before = optimizer.state[param], param.detach().clone()
+    optimizer.state[param] = {key: tensor.to("meta") for key, tensor in kept.items()}
+    with pytest.raises(ValueError, match=r"layer.weight .* on cpu now, its state on meta: .*load_state_dict"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.state[param] = kept
+    optimizer.step()
 
 
 @pytest.mark.parametrize("sizes", [None, (8, 16)])

@@ -23,7 +23,7 @@ def moments(entry: Entry, bits: int, changes: set[Change]) -> dict[str, Tensor]:
         raise ValueError(f"state of {entry.where}: step is {step!r}, expected a number")
     saved_bits = 8 if adamw.is_8bit(state) else 32
     state = state if saved_bits == 8 else {key: value.float() for key, value in state.items()}
-    if adamw8.is_8bit(adamw.codes_of(state).shape, bits) != (saved_bits == 8):
+    if adamw8.is_8bit(state[EXP_AVG_CODES_KEY if saved_bits == 8 else EXP_AVG_KEY].shape, bits) != (saved_bits == 8):
         state = adamw8.decode(state) if saved_bits == 8 else adamw8.encode(state)
         changes.add(("AdamW's moments were", f"adamw_bits={saved_bits}", f"adamw_bits={40 - saved_bits}"))
     return {"step": step.detach().float().reshape(()), **state}
