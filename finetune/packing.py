@@ -128,13 +128,14 @@ def check_isolation(model: nn.Module, num_rows: int = 1) -> None:
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    param = next(model.parameters())
     length, num_rows = 8, min(num_rows, 2)
     logits = []
     for first in (1, 2):
         halves = [Encoded(np.full(length, i, np.int32), np.zeros(length, np.bool_), "trial") for i in (first, 3)]
-        batch = collate([halves] * num_rows, device)
-        outcome = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        batch = collate([halves] * num_rows, param.device)
+        with torch.autocast(param.device.type, torch.bfloat16, enabled=param.dtype == torch.bfloat16):
+            outcome = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
         logits.append(outcome.logits[:, length:].float())
     model.train(was_training)
     change = (logits[0] - logits[1]).abs().max() / logits[0].std().clamp_min(torch.finfo(torch.float32).tiny)

@@ -106,7 +106,7 @@ SMALLEST += ["--packing", "--activation-checkpointing"]
         ["--mode", "full", "--dtype", "bf16", *SMALLEST],
         ["--lora-dropout", "0.2", "--codebook", "dynamic", "--release-gradients", "--clip", "0"],
         ["--optimizer", "muon", "--dora", "--packing", "--activation-checkpointing"],
-        ["--mode", "qlora", "--optimizer", "adamw", "--loraplus-ratio", "4", "--loss-chunk", "24"],
+        ["--mode", "qlora", "--optimizer", "adamw", "--loraplus-ratio", "4", "--loss-chunk", "24", "--packing"],
     ],
     ids=" ".join,
 )
