@@ -13,7 +13,8 @@ from bench import recipe_peaks
 from finetune_chat import make_base
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from finetune.sft_recipe import SFT_RECIPES
+from finetune.sft import parse
+from finetune.sft_recipe import SFT_RECIPES, resolve
 from muon8bit.cli import main as muon8bit
 from muon8bit.memory import LABELS, Estimator, Setup, load_config
 
@@ -46,6 +47,18 @@ def test_estimate_of_a_recipes_own_options_is_what_it_says_and_fits(name, capsys
     gib = int(name.rpartition("_")[2].removesuffix("gb"))
     assert f"GPU of {gib} GiB" in head
     assert peaks[column] <= recipe_peaks.MOST[name] <= gib - 1.5  # the CUDA context and fragmentation need room
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "full" in name])
+def test_the_run_to_keep_beside_a_recipe_is_adamws_own(name):
+    """The options that its first lines give are taken together with it, and are those of a run without the recipe."""
+    head = (SFT_RECIPES / f"{name}.yaml").read_text().split("\nmodel:")[0]
+    options = next(line.removeprefix("#").split() for line in head.splitlines() if "--optimizer" in line)
+    recipe, _ = parse(["--recipe", name, *options])
+    default, _ = resolve(parse(["--model", recipe.model, "--mode", "full", "--optimizer", "adamw"])[0], 1000, 1)
+    for key in ("optimizer", "lr", "param_rounding", "adamw_bits", "release_gradients", "mixed_precision"):
+        assert getattr(recipe, key) == getattr(default, key), key
+    assert recipe.dtype == "fp32"  # AdamW's updates are too small for bf16 weights rounded to nearest
 
 
 @pytest.mark.parametrize("name", NAMES)
