@@ -14,6 +14,7 @@ from finetune.errors import InputError
 from finetune.loop import Sequences
 from finetune.loss import IGNORED, Batch
 from finetune.masks import Encoded
+from finetune.models import logits_of
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -128,15 +129,14 @@ def check_isolation(model: nn.Module, num_rows: int = 1) -> None:
     """
     was_training = model.training
     model.eval()
-    param = next(model.parameters())
+    device = next(model.parameters()).device
     length, num_rows = 8, min(num_rows, 2)
     logits = []
     for first in (1, 2):
         halves = [Encoded(np.full(length, i, np.int32), np.zeros(length, np.bool_), "trial") for i in (first, 3)]
-        batch = collate([halves] * num_rows, param.device)
-        with torch.autocast(param.device.type, torch.bfloat16, enabled=param.dtype == torch.bfloat16):
-            outcome = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-        logits.append(outcome.logits[:, length:].float())
+        batch = collate([halves] * num_rows, device)
+        found = logits_of(model, input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+        logits.append(found[:, length:])
     model.train(was_training)
     change = (logits[0] - logits[1]).abs().max() / logits[0].std().clamp_min(torch.finfo(torch.float32).tiny)
     if not change < 1e-2:
