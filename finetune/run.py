@@ -136,11 +136,8 @@ def prepare_training(
     Raises:
         InputError: the model, or what is installed, does not allow what the recipe asks for.
     """
-    if not is_sharded(accelerator):
-        model.to(accelerator.device)  # there it is looked whether bitsandbytes has a kernel
-    elif accelerator.mixed_precision != "no" and any(
-        p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
-    ):
+    has_bf16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+    if has_bf16 and is_sharded(accelerator) and accelerator.mixed_precision != "no":
         raise InputError(
             "--dtype", "FSDP2 with mixed precision would make bf16 weights fp32; give --mixed-precision no, or fp32"
         )

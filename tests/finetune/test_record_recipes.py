@@ -56,7 +56,7 @@ def test_the_run_to_keep_beside_a_recipe_is_adamws_own(name):
     options = next(line.removeprefix("#").split() for line in head.splitlines() if "--optimizer" in line)
     recipe, _ = parse(["--recipe", name, *options])
     default, _ = resolve(parse(["--model", recipe.model, "--mode", "full", "--optimizer", "adamw"])[0], 1000, 1)
-    for key in ("optimizer", "lr", "param_rounding", "adamw_bits", "release_gradients", "mixed_precision"):
+    for key in ("optimizer", "lr", "clip", "param_rounding", "adamw_bits", "release_gradients", "mixed_precision"):
         assert getattr(recipe, key) == getattr(default, key), key
     assert recipe.dtype == "fp32"  # AdamW's updates are too small for bf16 weights rounded to nearest
 
