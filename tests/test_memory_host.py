@@ -156,6 +156,7 @@ def test_command_tells_host_bytes_and_offers_it(llama, capfd):
     out = capfd.readouterr().out
     assert "on the host" in out
     assert "GB over the bus in a step" in out
+    assert " 0.0 to 0.0 GB" not in out
     assert "Muon8bit's state on the host" in out
 
 
