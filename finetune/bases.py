@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.errors import InputError
-from finetune.models import checkpoint_activations, first_line
+from finetune.models import checkpoint_activations, first_line, logits_of
 from finetune.run_folder import folder_beside
 from finetune.sft_recipe import SftRecipe
 from finetune.tokens import cache_root
@@ -184,8 +184,7 @@ def _check_causal(model: Any, base: str) -> None:
     """Two inputs that differ in their last token must have equal logits before it."""
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
     model.eval()
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        logits = model(input_ids=ids, use_cache=False).logits.float()
+    logits = logits_of(model, input_ids=ids)
     gap = (logits[0, :-1] - logits[1, :-1]).abs().max()
     if not bool(gap <= 1e-3 * logits.abs().max()):
         raise InputError("--model", f"{base} is not causal: a later token changes its earlier logits")

@@ -19,9 +19,9 @@ from finetune.run_folder import RunFolder
 STARTED = time.monotonic()  # s; before torch is imported, which counts against --max-minutes
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 a gradient was not finite, or the disk is full; 2 bad input; 124 --max-minutes have passed; "
-    "130 or 143 Ctrl-C or SIGTERM came. After 124, 130 and 143 the run is saved and not complete. torchrun and "
-    "accelerate launch make 1 of all but 0; a complete run has a result.json."
+    "Exit codes: 0 done; 1 a gradient or a validation loss was not finite, or the disk is full; 2 bad input; 124 "
+    "--max-minutes have passed; 130 or 143 Ctrl-C or SIGTERM came. After 124, 130 and 143 the run is saved and not "
+    "complete. torchrun and accelerate launch make 1 of all but 0; a complete run has a result.json."
 )
 
 

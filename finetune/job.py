@@ -34,8 +34,8 @@ def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
         script: path of the script, for the command that resumes.
 
     Returns:
-        Exit code: 0 done, 1 a gradient was not finite or the disk is full, 124 --max-minutes have passed, 128 + signal
-        number when stopped.
+        Exit code: 0 done, 1 a gradient or a validation loss was not finite or the disk is full, 124 --max-minutes have
+        passed, 128 + signal number when stopped.
 
     Raises:
         InputError: the checkpoint cannot be loaded.
@@ -107,9 +107,11 @@ def _train(run: Run, script: str) -> int:
             done = run.step == recipe.max_steps
             stopped = stop.agreed(accelerator)
             if done or (run.step % recipe.eval_every == 0 and not stopped):
-                record["val_loss"] = evaluate(
-                    accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk
-                )
+                val_loss = evaluate(accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
+                if not math.isfinite(val_loss):
+                    run.step -= 1  # it is this step that went wrong
+                    raise FloatingPointError("the weights that it leaves have no finite validation loss")
+                record["val_loss"] = val_loss
             _log(run, stop, record, bar)
             if done or stopped or run.step % recipe.save_every == 0:
                 stop.agreed(accelerator)  # a checkpoint must not say that metrics are there which the disk did not take

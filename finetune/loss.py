@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedModel
 
 from finetune.errors import InputError
+from finetune.models import logits_of
 
 # `targets` [batch, seq_len] int64, -100 where nothing is to be predicted; the rest are arguments of the model.
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -87,14 +88,11 @@ def check_head(model: nn.Module) -> None:
     given: list[Tensor] = []
     head = _head(model)
     handle = head.register_forward_hook(lambda _module, _args, out: given.append(out))
-    param = next(model.parameters())
-    ids = torch.arange(1, 9, device=param.device).view(2, 4)
     try:
-        with torch.autocast(param.device.type, torch.bfloat16, enabled=param.dtype == torch.bfloat16):
-            logits = model(input_ids=ids, use_cache=False).logits
+        logits = logits_of(model, input_ids=torch.arange(1, 9, device=next(model.parameters()).device).view(2, 4))
     finally:
         handle.remove()
-    if len(given) != 1 or not torch.equal(given[0].float(), logits.float()):
+    if len(given) != 1 or not torch.equal(given[0].float(), logits):
         raise InputError("--loss-chunk", f"{_name(model)} changes the logits that its head gives; leave it out")
 
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from finetune.errors import InputError
@@ -91,6 +91,15 @@ def build_model(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
         checkpoint_activations(model)
     model.train()
     return model
+
+
+def logits_of(model: nn.Module, **arguments: Tensor) -> Tensor:
+    """Logits of a causal language model that Accelerate has not prepared, fp32: fp32 norms or adapters among bf16
+    weights, as those of an NF4 base, need automatic mixed precision."""
+    param = next(model.parameters())
+    with torch.autocast(param.device.type, torch.bfloat16, enabled=param.dtype == torch.bfloat16):
+        logits: Tensor = model(**arguments, use_cache=False).logits
+    return logits.float()
 
 
 def checkpoint_activations(model: Any) -> None:

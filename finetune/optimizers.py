@@ -39,7 +39,8 @@ def build_optimizers(
         process_group: ranks with equal parameters, among which `muon8bit` divides the orthogonalization; None for none.
 
     Raises:
-        InputError: nothing for Muon in the model, no factor B, or bitsandbytes is missing or too old.
+        InputError: nothing for Muon in the model, no factor B, no bf16 weight to round stochastically, or bitsandbytes
+            is missing or too old.
     """
     ratio = loraplus_ratio
     options: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
@@ -50,15 +51,7 @@ def build_optimizers(
         option = "--loraplus-ratio" if "loraplus" in str(error) else "--optimizer"
         raise InputError(option, str(error)) from None
     if recipe.optimizer == "muon8bit":
-        has_bf16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
-        rounding = recipe.param_rounding or "stochastic" if has_bf16 else "nearest"
-        options |= {"codebook": recipe.codebook, "block_size": recipe.block_size, "param_rounding": rounding}
-        options |= {"clip_matrix_norm": recipe.clip_matrix_norm, "process_group": process_group}
-        options |= {"state_device": None if recipe.state_device == "device" else recipe.state_device}
-        try:
-            return [Muon8bit(groups, **options, on_nonfinite="skip" if recipe.release_gradients else "raise")]
-        except (ImportError, NotImplementedError) as error:  # of bitsandbytes, which adamw_bits=8 needs
-            raise InputError("--adamw-bits", str(error)) from None
+        return [_muon8bit(groups, recipe, process_group)]
     adamw_lr = recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr
     for group in groups:
         group["raise"] = ratio if group["lr"] != (recipe.lr if group["algorithm"] == "muon" else adamw_lr) else 1.0
@@ -83,6 +76,30 @@ def build_optimizers(
         group["params"] = [param for _, param in group["params"]]
     adamw8bit: Any = vars(optim)["AdamW8bit"]
     return [adamw8bit(everything, lr=recipe.lr, betas=BETAS)]
+
+
+def _muon8bit(groups: list[dict[str, Any]], recipe: Training, process_group: ProcessGroup | None) -> Muon8bit:
+    has_bf16 = any(param.dtype == torch.bfloat16 for group in groups for _, param in group["params"])
+    if recipe.param_rounding == "stochastic" and not has_bf16:
+        raise InputError(
+            "--param-rounding",
+            "the weights that are trained here are fp32, as an adapter's always are, and stochastic rounds bf16 ones; "
+            "leave it out, or train bf16 weights by --dtype bf16",
+        )
+    options: Any = {
+        "lr": recipe.lr,
+        "weight_decay": recipe.weight_decay,
+        "codebook": recipe.codebook,
+        "block_size": recipe.block_size,
+        "clip_matrix_norm": recipe.clip_matrix_norm,
+        "param_rounding": recipe.param_rounding or ("stochastic" if has_bf16 else "nearest"),
+        "state_device": None if recipe.state_device == "device" else recipe.state_device,
+        "on_nonfinite": "skip" if recipe.release_gradients else "raise",
+    }
+    try:
+        return Muon8bit(groups, **options, process_group=process_group)
+    except (ImportError, NotImplementedError) as error:  # of bitsandbytes, which adamw_bits=8 needs
+        raise InputError("--adamw-bits", str(error)) from None
 
 
 def _plain(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:

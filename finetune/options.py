@@ -194,16 +194,18 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
 
 def _check_muon8bit_only(recipe: Training) -> None:
     """Refuse what the other optimizers cannot do."""
+    if recipe.optimizer == "muon8bit":
+        return
     asked = {
-        "--param-rounding": recipe.param_rounding == "stochastic",
-        "--clip-matrix-norm": recipe.clip_matrix_norm is not None,
-        "--release-gradients": recipe.release_gradients,
-        "--adamw-bits": recipe.adamw_bits != 32,
-        "--state-device": recipe.state_device != "device",
+        "--param-rounding": (recipe.param_rounding == "stochastic", "give nearest"),
+        "--clip-matrix-norm": (recipe.clip_matrix_norm is not None, "leave it out"),
+        "--release-gradients": (recipe.release_gradients, "give --no-release-gradients"),
+        "--adamw-bits": (recipe.adamw_bits != 32, "give 32"),
+        "--state-device": (recipe.state_device != "device", "give device"),
     }
-    for name, is_asked in asked.items():
-        if is_asked and recipe.optimizer != "muon8bit":
-            raise InputError(name, f"{recipe.optimizer} cannot do it; leave it out, or give --optimizer muon8bit")
+    for name, (is_asked, way_out) in asked.items():
+        if is_asked:
+            raise InputError(name, f"{recipe.optimizer} cannot do it; {way_out}, or --optimizer muon8bit")
 
 
 def _check_release(recipe: Training) -> None:
@@ -212,7 +214,8 @@ def _check_release(recipe: Training) -> None:
         raise InputError(
             "--release-gradients",
             f"a gradient is used and freed in its own backward pass, so that --gradient-accumulation "
-            f"{recipe.gradient_accumulation} has nothing to add to; give --gradient-accumulation 1, or leave it out",
+            f"{recipe.gradient_accumulation} has nothing to add to; give --gradient-accumulation 1, or "
+            "--no-release-gradients",
         )
     if recipe.release_gradients and recipe.clip:
         raise InputError(

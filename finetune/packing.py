@@ -14,6 +14,7 @@ from finetune.errors import InputError
 from finetune.loop import Sequences
 from finetune.loss import IGNORED, Batch
 from finetune.masks import Encoded
+from finetune.models import logits_of
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -134,8 +135,8 @@ def check_isolation(model: nn.Module, num_rows: int = 1) -> None:
     for first in (1, 2):
         halves = [Encoded(np.full(length, i, np.int32), np.zeros(length, np.bool_), "trial") for i in (first, 3)]
         batch = collate([halves] * num_rows, device)
-        outcome = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-        logits.append(outcome.logits[:, length:].float())
+        found = logits_of(model, input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+        logits.append(found[:, length:])
     model.train(was_training)
     change = (logits[0] - logits[1]).abs().max() / logits[0].std().clamp_min(torch.finfo(torch.float32).tiny)
     if not change < 1e-2:

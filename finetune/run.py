@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import get_scheduler
 
 from finetune.errors import InputError
-from finetune.launch import check_launch, replicas
+from finetune.launch import check_launch, is_sharded, replicas
 from finetune.loop import Sequences
 from finetune.loss import check_head
 from finetune.optimizers import build_optimizers
@@ -136,6 +136,11 @@ def prepare_training(
     Raises:
         InputError: the model, or what is installed, does not allow what the recipe asks for.
     """
+    has_bf16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+    if has_bf16 and is_sharded(accelerator) and accelerator.mixed_precision != "no":
+        raise InputError(
+            "--dtype", "FSDP2 with mixed precision would make bf16 weights fp32; give --mixed-precision no, or fp32"
+        )
     if recipe.loss_chunk is not None:
         check_head(model)
     optimizers = build_optimizers(model, recipe, loraplus_ratio=loraplus_ratio, process_group=replicas(accelerator))

@@ -168,11 +168,6 @@ def _samples(examples: Sequence[Example], encoding: ChatEncoding) -> list[Sample
     return samples
 
 
-def _rounds_weights(recipe: SftRecipe) -> bool:
-    """Whether bf16 weights are trained, in which small updates are lost when rounded to nearest."""
-    return recipe.mode == "full" and weight_dtype(recipe) == torch.bfloat16
-
-
 def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:
     """What a practitioner should know about this combination."""
     notes = []
@@ -182,8 +177,9 @@ def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:
             "note: this base was pretrained with Adam; tuning all weights of such a model, Muon usually trails AdamW "
             "(arXiv 2605.10468, 2502.16982): keep a run with --optimizer adamw beside it"
         )
-    if _rounds_weights(recipe):
-        how = "stochastically" if recipe.optimizer == "muon8bit" else "to nearest, which loses small updates"
+    if recipe.mode == "full" and weight_dtype(recipe) == torch.bfloat16:
+        is_stochastic = recipe.optimizer == "muon8bit" and recipe.param_rounding != "nearest"
+        how = "stochastically" if is_stochastic else "to nearest, which loses small updates"
         notes.append(f"note: bf16 weights are trained; {recipe.optimizer} rounds them {how}")
     if recipe.mode == "qlora" and recipe.merge:
         notes.append("note: --merge folds the adapter into the base's own weights, not into the NF4 ones it learns on")

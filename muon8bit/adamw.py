@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from muon8bit_kernels import ops
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from . import adamw8
 from .config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY, Options
+from .rounding import rounded
 
 # Bytes alive for each element that goes through copies: parameter and gradient in fp32, rounded, compared, chosen.
 _COPY_BYTES = 16
@@ -104,8 +104,7 @@ def _step_through_copies(
         chunk_state = {"step": state["step"].copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         _adamw([copy], [chunk_grad.float().contiguous()], [chunk_state], group, options.skip)
         if key is not None:
-            rounded = ops.round_stochastic(copy, key, first, options.backend)
-            copy = torch.where(copy == chunk, chunk, rounded)  # lr 0 loses the sign of a zero, but no bit may change
+            copy = rounded(copy, chunk, key, first, options.backend)
         if copy.data_ptr() != chunk.data_ptr():
             chunk.copy_(copy)
         first += chunk.numel()

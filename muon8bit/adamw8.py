@@ -19,7 +19,7 @@ from math import prod
 from typing import Any
 
 import torch
-from muon8bit_kernels import dynamic_map, ops, unsigned_dynamic_map
+from muon8bit_kernels import dynamic_map, unsigned_dynamic_map
 from torch import Tensor
 
 from .config import (
@@ -33,6 +33,7 @@ from .config import (
     MIN_ADAMW8_ELEMENTS,
     Options,
 )
+from .rounding import rounded
 
 # Elements stepped at once: on a CPU few, since bitsandbytes makes five fp32 copies of them; on CUDA many, as each takes
 # a dozen launches. There parameter, gradient, codes and what is chosen of them take 16 bytes an element.
@@ -116,8 +117,7 @@ def step_(
         new = own if options.skip is None else [t.clone() for t in own]
         _update_(copy.view(-1), chunk_grad.float().contiguous().view(-1), new, group, num_steps)
         if key is not None:
-            rounded = ops.round_stochastic(copy, key, first, options.backend)
-            copy = torch.where(copy == chunk, chunk, rounded)  # as in `adamw`
+            copy = rounded(copy, chunk, key, first, options.backend)
         if options.skip is not None:
             for tensor, changed in zip((chunk, *own), (copy, *new), strict=True):
                 tensor.copy_(torch.where(options.skip != 0, tensor, changed.to(tensor.dtype)))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from muon8bit_kernels import rounding_key
+from muon8bit_kernels import ops, rounding_key
 from torch import Tensor
 
 
@@ -40,6 +40,16 @@ def key_of(param: Tensor, name: str, param_index: int, group: Mapping[str, Any])
     if param.dtype != torch.bfloat16:
         return None
     return rounding_key(group["rounding_seed"], group["rounding_step"], param_index)
+
+
+def rounded(values: Tensor, old: Tensor, key: int, first: int, backend: str | None) -> Tensor:
+    """Contiguous fp32 `values` in bf16, rounded stochastically; `old`, bf16 of their shape, where that is equal to it:
+    a step with lr 0 loses the sign of a zero, but no bit may change. Takes 3 bytes an element.
+
+    `key`: of `key_of`; `first`: index of the first value in the whole parameter.
+    """
+    new: Tensor = ops.round_stochastic(values, key, first, backend)
+    return torch.where(new == old, old, new, out=new)
 
 
 def advance(groups: Iterable[dict[str, Any]], by: int = 1) -> None:

@@ -108,6 +108,7 @@ def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
     script("--resume", "run")
     script("--recipe", recipe, "--optimizer", "muon", "--output-dir", "refused")
     script("--recipe", recipe, "--clip-matrix-norm", 1, "--output-dir", "refused")
+    script(*options, "--dtype", "bf16", "--mixed-precision", "bf16", "--output-dir", "refused")
     script(*options, "--output-dir", "chunked", "--loss-chunk", 24)
     accumulate = job.accumulate_gradients
 

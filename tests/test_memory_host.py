@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocator import peak_bytes
 from lanes import force  # noqa: F401  # a fixture
 from memory_models import TINY, config_of
 from transformers import AutoModelForCausalLM
 
-from muon8bit import Muon8bit, param_groups, pieces, staging
+from muon8bit import Muon8bit, adamw8, param_groups, pieces, staging
 from muon8bit.cli import main
 from muon8bit.memory import OPTIMIZERS, Estimator, Setup, load_config
 from muon8bit.memory.host import bus_bytes, host_bytes, staging_bytes
 from muon8bit.memory.models import build
-from muon8bit.memory.optimizers import Param, state_bytes
+from muon8bit.memory.optimizers import Param, state_bytes, step_bytes
 from muon8bit.memory.sizes import measure
 from muon8bit.orthogonalize import device_kind
 
@@ -52,6 +53,23 @@ def test_staged_and_moved_bytes_are_those_of_a_real_step(kind, budget, force, mo
     assert abs(estimated / max(map(sum, buffers)) - 1) <= 0.10
     num_pieces = 64  # of the table, which read the step counter again
     assert 0 <= sum(moved) - bus_bytes("muon8bit", params) <= 4 * num_pieces
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_copies_of_an_adamw_weight_beside_its_staged_state_are_those_of_a_real_step(bits, force, monkeypatch):  # noqa: F811
+    """With 8 bits bitsandbytes' own memory on a CPU is left out."""
+    force(staging.Lane)
+    monkeypatch.setattr(pieces, "_is_counter_staged", lambda _: True)  # as on CUDA
+    monkeypatch.setattr(adamw8, "_update_", lambda *_: None)
+    budget, weight = 2**25, torch.nn.Parameter(torch.randn(5 * 2**20).bfloat16())
+    weight.grad = torch.randn_like(weight)
+    group = {"params": [weight], "algorithm": "adamw", "lr": 1e-3, "adamw_bits": bits}
+    optimizer = Muon8bit([group], state_device="cpu", workspace_bytes=budget)
+    optimizer.step()
+    peak, _ = peak_bytes(optimizer.step)
+    name, params = ("muon8bit+adamw8bit" if bits == 8 else "muon8bit"), [Param("", weight.shape, weight.dtype, False)]
+    workspace = step_bytes(name, params, "cpu", budget=budget, is_staged=True)
+    assert peak == pytest.approx(workspace + staging_bytes(name, params, "cpu", budget=budget), rel=0.01)
 
 
 def test_host_and_bus_bytes_by_hand():
@@ -138,6 +156,7 @@ def test_command_tells_host_bytes_and_offers_it(llama, capfd):
     out = capfd.readouterr().out
     assert "on the host" in out
     assert "GB over the bus in a step" in out
+    assert " 0.0 to 0.0 GB" not in out
     assert "Muon8bit's state on the host" in out
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from allocator import peak_bytes
+from muon8bit_kernels import ops
 
-from muon8bit import Muon8bit
+from muon8bit import Muon8bit, adamw, adamw8
+from muon8bit.config import Options
 
 MIB = 2**20
 
@@ -38,6 +40,26 @@ def test_a_step_keeps_to_its_budget_and_frees_all(name, budget):
     optimizer = optimizer_of(shapes, dtype, budget, **group)
     peak, left = peak_bytes(optimizer.step)
     assert budget / 4 < peak <= budget
+    assert left == 0
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_rounding_adamws_weights_takes_no_more_than_its_copies(bits, monkeypatch):
+    """By hand, for each element of a piece: parameter and gradient in fp32, and in 8 bits, with the verdict not waited
+    for, the codes. Rounding and bitsandbytes' update, replaced here, allocate nothing else in their kernels."""
+    monkeypatch.setattr(ops, "round_stochastic", lambda values, *_: values.bfloat16())
+    monkeypatch.setattr(adamw8, "_update_", lambda *_: None)
+    budget = 32 * MIB
+    size = adamw8.chunk_size("cpu", budget) if bits == 8 else budget // 16
+    param, grad = torch.randn(2, 3 * size).bfloat16()
+    state = adamw.init_state(param, bits=bits)
+    group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    options = Options(None, None, budget, torch.zeros(()) if bits == 8 else None)
+    step = ([param], [grad], [state], group, [7], [(0, param.numel())], options)
+    adamw.step_(*step)  # what a process allocates once
+    peak, left = peak_bytes(lambda: adamw.step_(*step))
+    per_element = 4 + 4 + (2 + 8 / adamw8.ADAMW8_BLOCK_SIZE if bits == 8 else 0)
+    assert per_element * size <= peak <= per_element * size + 1024
     assert left == 0
 
 

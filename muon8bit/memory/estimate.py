@@ -170,13 +170,12 @@ def _memory(name: str, sizes: Sizes, setup: Setup, plain: Pass, checkpointed: Pa
     kind = "cuda" if setup.device == "cuda" else device_kind(torch.device("cpu"))
     # Newton-Schulz takes whole matrices, AdamW what lies here.
     taken = [p if p.is_muon and "muon" in name else q for p, q in zip(sizes.whole, sizes.trained, strict=True)]
-    workspace, gradients = step_bytes(name, taken, kind), sizes.gradients_bytes
+    on_host, staging, gradients = is_on_host(name, setup), 0, sizes.gradients_bytes
+    together = [[param] for param in taken] if setup.release else [taken]
+    workspace = max((step_bytes(name, params, kind, is_staged=on_host) for params in together), default=0)
     if setup.release:
-        workspace = max((step_bytes(name, [param], kind) for param in taken), default=0)
         gradients = sum(sorted(param.num_bytes for param in sizes.trained)[-2:])
-    on_host, staging = is_on_host(name, setup), 0
     if on_host:
-        together = [[param] for param in taken] if setup.release else [taken]
         staging = max((staging_bytes(name, params, kind) for params in together), default=0)
     memory = Memory(
         weights_bytes=sizes.weights_bytes,
@@ -201,10 +200,11 @@ def _peak(name: str, memory: Memory, traced: Pass, sizes: Sizes, setup: Setup, k
     activations = traced.activations_bytes + more
     phases: dict[str, int] = {}
     if setup.release:
-        stepping = 0
+        stepping, on_host = 0, is_on_host(name, setup)
         for p in sizes.whole:
-            staging = staging_bytes(name, [p], kind) if memory.host_state_bytes else 0
-            stepping = max(stepping, traced.at_gradients[p.name] + step_bytes(name, [p], kind) + staging)
+            taken = step_bytes(name, [p], kind, is_staged=on_host)
+            taken += staging_bytes(name, [p], kind) if on_host else 0
+            stepping = max(stepping, traced.at_gradients[p.name] + taken)
         phases = {"backward": max(activations, stepping + more)}
     else:
         in_pass = traced.with_gradients_bytes + more

@@ -114,7 +114,14 @@ def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
     return num_bytes
 
 
-def step_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: int = DEFAULT_WORKSPACE_BYTES) -> int:
+def step_bytes(
+    optimizer: str,
+    params: Sequence[Param],
+    kind: str,
+    *,
+    budget: int = DEFAULT_WORKSPACE_BYTES,
+    is_staged: bool = False,
+) -> int:
     """The most that a step allocates at once beyond state and gradients, freed before it returns.
 
     torch's AdamW: on CUDA nothing, with fused=True (its default there copies one moment of all tensors); on a CPU two
@@ -128,6 +135,7 @@ def step_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: in
         optimizer: of `OPTIMIZERS`.
         kind: device kind of `orthogonalize.device_kind`.
         budget: in bytes.
+        is_staged: Muon8bit's state comes from the host; its AdamW part then leaves half of the budget to that.
     """
     rest = [p for p in params if optimizer == "adamw" or not p.is_muon]
     matrices = [p for p in params if p.is_muon]
@@ -138,12 +146,13 @@ def step_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: in
     if optimizer == "muon":
         return max(_torch_adamw_bytes(rest, kind), _torch_muon_bytes(matrices))
     copied = max((p.num_elements for p in rest if p.dtype != torch.float32), default=0)
-    copies = 8 * min(copied, budget // 16)
+    adamw_budget = budget // 2 if is_staged else budget
+    copies = 8 * min(copied, adamw_budget // 16)
     if optimizer == "muon_bf16":
         in_fp32 = [p for p in rest if p.dtype == torch.float32]
         return max(copies, _torch_adamw_bytes(in_fp32, kind), _torch_muon_bytes(matrices))
     if optimizer == "muon8bit+adamw8bit":
-        copies = max((_adamw8_bytes(p, kind, budget) for p in rest), default=0)
+        copies = max((_adamw8_bytes(p, kind, adamw_budget) for p in rest), default=0)
     return max(copies, _muon8bit_bytes(matrices, kind, budget))
 
 

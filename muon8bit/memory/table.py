@@ -136,8 +136,8 @@ def _basis(estimate: Estimate) -> str:
     moved = [memory.bus_bytes for memory in estimate.optimizers.values() if memory.bus_bytes]
     if moved:
         lines.append(
-            f"State on the host: Muon8bit's, the others have no such option; {min(moved) / 1e9:,.1f} to "
-            f"{max(moved) / 1e9:,.1f} GB over the bus in a step, {min(moved) / _BUS:.2g} to {max(moved) / _BUS:.2g} s "
+            f"State on the host: Muon8bit's, the others have no such option; {min(moved) / 1e9:.3g} to "
+            f"{max(moved) / 1e9:.3g} GB over the bus in a step, {min(moved) / _BUS:.2g} to {max(moved) / _BUS:.2g} s "
             "at 25 GB/s (PCIe 4.0 x16, an estimate), of which the update hides a part. torch rounds each pinned tensor "
             "up to a power of two bytes."
         )

@@ -254,6 +254,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_parameter(pre
     assert metrics(tmp_path / "bad") == []
 
 
+@pytest.mark.parametrize("release", [(), ("--release-gradients", "--clip", 0)], ids=["", "released"])
+def test_a_last_step_that_breaks_the_weights_is_no_complete_run(pretrain, tmp_path, release):
+    outcome = pretrain("--output-dir", "bad", "--lr", 1e38, "--max-steps", 1, "--warmup-steps", 0, *release)
+    assert outcome.code == 1
+    assert "step 1: the weights that it leaves have no finite validation loss" in outcome.err
+    assert metrics(tmp_path / "bad") == []
+    assert not any((tmp_path / "bad" / name).exists() for name in ("result.json", "model", "checkpoints"))
+
+
 def test_sigterm_finishes_the_step_saves_and_prints_the_command_that_resumes(recipe_file, pretrain, tmp_path):
     options = ["--recipe", str(recipe_file), "--output-dir", "run", "--max-steps", "100000", "--eval-every", "100000"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}

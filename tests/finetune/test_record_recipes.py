@@ -13,7 +13,8 @@ from bench import recipe_peaks
 from finetune_chat import make_base
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from finetune.sft_recipe import SFT_RECIPES
+from finetune.sft import parse
+from finetune.sft_recipe import SFT_RECIPES, resolve
 from muon8bit.cli import main as muon8bit
 from muon8bit.memory import LABELS, Estimator, Setup, load_config
 
@@ -48,6 +49,18 @@ def test_estimate_of_a_recipes_own_options_is_what_it_says_and_fits(name, capsys
     assert peaks[column] <= recipe_peaks.MOST[name] <= gib - 1.5  # the CUDA context and fragmentation need room
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "full" in name])
+def test_the_run_to_keep_beside_a_recipe_is_adamws_own(name):
+    """The options that its first lines give are taken together with it, and are those of a run without the recipe."""
+    head = (SFT_RECIPES / f"{name}.yaml").read_text().split("\nmodel:")[0]
+    options = next(line.removeprefix("#").split() for line in head.splitlines() if "--optimizer" in line)
+    recipe, _ = parse(["--recipe", name, *options])
+    default, _ = resolve(parse(["--model", recipe.model, "--mode", "full", "--optimizer", "adamw"])[0], 1000, 1)
+    for key in ("optimizer", "lr", "clip", "param_rounding", "adamw_bits", "release_gradients", "mixed_precision"):
+        assert getattr(recipe, key) == getattr(default, key), key
+    assert recipe.dtype == "fp32"  # AdamW's updates are too small for bf16 weights rounded to nearest
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tiny_model_trains_with_a_recipes_options_and_resumes_to_the_bit(name, tmp_path, chats, sft):
     base = make_base(tmp_path / "base", tie_word_embeddings="3b" in name)
@@ -80,8 +93,7 @@ def test_a_tiny_model_trains_with_a_recipes_options_and_resumes_to_the_bit(name,
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "full" in name])
 def test_steps_of_a_recipe_take_the_estimates_memory(name):
-    """All tensors of a small model on a CPU, in the second step. What stochastic rounding takes, a byte for
-    each element that it rounds at once, is not in the estimate: 4% of this one."""
+    """All tensors of a small model on a CPU, in the second step: 1.0001 and 1.0020 of it on a CPU with AVX-512."""
     recipe, config = recipe_peaks.recipe_of(name), load_config(recipe_peaks.preset_of(recipe_peaks.recipe_of(name)))
     config.update({**recipe_peaks.TINY, **SMALL})
     recipe = replace(recipe, max_length=256, loss_chunk=64)
@@ -94,7 +106,7 @@ def test_steps_of_a_recipe_take_the_estimates_memory(name):
     with tracker:
         training.step()
     measured = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    assert measured == pytest.approx(estimate.peak_bytes(recipe_peaks.column_of(recipe)), rel=0.1)
+    assert measured == pytest.approx(estimate.peak_bytes(recipe_peaks.column_of(recipe)), rel=0.02)
 
 
 def test_the_measurement_of_their_peaks_goes_through_dry(tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--epochs", "2"], ["--epochs", "--max-steps"]),
         (["--warmup-steps", "7"], ["--warmup-steps", "--max-steps"]),
         (["--release-gradients"], ["--release-gradients", "--clip 0"]),
+        (["--param-rounding", "stochastic"], ["--param-rounding", "an adapter's", "--dtype bf16"]),
         (["--dataset", "stdlib", "--limit", "5"], ["--limit", "leave it out"]),
         (["--model", "no_such.gguf"], ["--model", "no_such.gguf"]),
         (["--model", "./no_such"], ["--model", "no_such"]),

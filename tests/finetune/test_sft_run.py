@@ -93,6 +93,16 @@ def test_a_full_run_leaves_everything_it_promises(sft, tmp_path, chats):
     assert loss < result(folder)["val_loss_before"] - 0.1
 
 
+@pytest.mark.parametrize(
+    ("rounding", "how"), [("stochastic", "stochastically"), ("nearest", "to nearest, which loses small updates")]
+)
+def test_the_log_tells_how_bf16_weights_are_rounded(sft, rounding, how):
+    options = ("--mode", "full", "--dtype", "bf16", "--param-rounding", rounding, "--num-answers", 0)
+    outcome = sft(*options, "--max-steps", 1, "--warmup-steps", 0)
+    assert outcome.code == 0, outcome.err
+    assert f"note: bf16 weights are trained; muon8bit rounds them {how}\n" in outcome.out
+
+
 # All that makes memory less, together.
 SMALLEST = ["--release-gradients", "--clip", "0", "--loss-chunk", "24", "--adamw-bits", "8", "--state-device", "cpu"]
 SMALLEST += ["--packing", "--activation-checkpointing"]
@@ -106,7 +116,7 @@ SMALLEST += ["--packing", "--activation-checkpointing"]
         ["--mode", "full", "--dtype", "bf16", *SMALLEST],
         ["--lora-dropout", "0.2", "--codebook", "dynamic", "--release-gradients", "--clip", "0"],
         ["--optimizer", "muon", "--dora", "--packing", "--activation-checkpointing"],
-        ["--mode", "qlora", "--optimizer", "adamw", "--loraplus-ratio", "4", "--loss-chunk", "24"],
+        ["--mode", "qlora", "--optimizer", "adamw", "--loraplus-ratio", "4", "--loss-chunk", "24", "--packing"],
     ],
     ids=" ".join,
 )

@@ -83,7 +83,7 @@ def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, rec
 def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(tmp_path, recipe_file, pretrain, optimizer):
     """The losses of one process with twice the micro-batches are the oracle."""
     args = (tmp_path, str(recipe_file), optimizer)
-    whole, first, resumed, refused, unclipped, chunked, bad = call_ranks(finetune_ranks.sharded, *args)
+    whole, first, resumed, refused, unclipped, widened, chunked, bad = call_ranks(finetune_ranks.sharded, *args)
     assert codes(whole) == codes(first) == codes(resumed) == [0, 0], (whole, first, resumed)
     assert pretrain("--output-dir", "one", "--optimizer", optimizer, "--gradient-accumulation", 2).code == 0
     check_equal_training(tmp_path / "whole", tmp_path / "one")
@@ -99,5 +99,7 @@ def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(tmp_p
     assert "--optimizer: muon does not run on FSDP2" in refused[0]["err"]
     assert codes(unclipped) == [2, 2]
     assert "--clip-matrix-norm: FSDP2 shards" in unclipped[0]["err"]
+    assert codes(widened) == [2, 2]
+    assert "--dtype: FSDP2 with mixed precision would make bf16 weights fp32" in widened[0]["err"]
     assert codes(bad) == [1, 1]
     assert "the gradient of model.layers.0.mlp.up_proj.weight is not finite" in bad[0]["err"]
