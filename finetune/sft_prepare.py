@@ -183,7 +183,8 @@ def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:
             "(arXiv 2605.10468, 2502.16982): keep a run with --optimizer adamw beside it"
         )
     if _rounds_weights(recipe):
-        how = "stochastically" if recipe.optimizer == "muon8bit" else "to nearest, which loses small updates"
+        is_unbiased = recipe.optimizer == "muon8bit" and recipe.param_rounding != "nearest"
+        how = "stochastically" if is_unbiased else "to nearest, which loses small updates"
         notes.append(f"note: bf16 weights are trained; {recipe.optimizer} rounds them {how}")
     if recipe.mode == "qlora" and recipe.merge:
         notes.append("note: --merge folds the adapter into the base's own weights, not into the NF4 ones it learns on")
