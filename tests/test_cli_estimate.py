@@ -267,6 +267,12 @@ def test_file_that_is_no_configuration_is_refused(capfd: pytest.CaptureFixture[s
     assert (code, len(err.strip().splitlines())) == (2, 1), err
 
 
+def test_folder_without_a_configuration_is_refused_by_name(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = run(capfd, "estimate", tmp_path)
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert f"{tmp_path}: this folder holds no config.json" in err
+
+
 @pytest.mark.parametrize(
     ("missing", "argv"),
     [
