@@ -130,7 +130,7 @@ def _basis(estimate: Estimate) -> str:
     lines = [
         f"{estimate.num_parameters:,} parameters, {estimate.num_trained:,} of them trained. State, weights and "
         "gradients: exact. Activations: counted over one pass of the modeling code on tensors without content.",
-        "The peak is what is alive at once in the phase that it names, less than the sum of its row.",
+        "The peak is what is alive at once in the phase that it names, at most the sum of its row.",
         "Not counted: the CUDA context (about 0.5 GiB), fragmentation, libraries' own buffers.",
     ]
     if estimate.setup.device == "cuda":
