@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,25 @@ def test_every_change_that_is_offered_fits_and_no_other(estimator: Estimator) ->
         assert (f"{LABELS[name]} would fit with: the optimizer" in table.getvalue()) == (not verdict.fits)
     hopeless = judge(estimator, estimate, 1000)
     assert all(not verdict.fits and verdict.changes == () for verdict in hopeless.values())
+    assert all(verdict.together is None for verdict in hopeless.values())
+
+
+def test_options_offered_together_fit_and_without_the_last_do_not(
+    capfd: pytest.CaptureFixture[str], llama: Path, estimator: Estimator
+) -> None:
+    setup = Setup(seq=128, batch=8, dtype="fp32", loss_chunk=512)
+    estimate = estimator.estimate(setup)
+    budget = estimator.estimate(replace(setup, checkpointing=True, batch=1)).peak_bytes("muon8bit")
+    verdict = judge(estimator, estimate, budget)["muon8bit"]
+    assert verdict.together == "--activation-checkpointing --batch 1"
+    assert not any(words.startswith(("--act", "--batch", "--release", "--dtype")) for words in verdict.changes)
+    own = ("--seq", 128, "--dtype", "fp32", "--loss-chunk", 512, "--budget", f"{budget}B")
+    for batch, fits in ((1, True), (8, False)):
+        entry = record(capfd, llama, "--activation-checkpointing", "--batch", batch, *own)["optimizers"]["muon8bit"]
+        assert entry["fits"] == fits
+    table = StringIO()
+    print_table("a llama", estimate, dict.fromkeys(OPTIMIZERS, verdict), budget, table)
+    assert f"would fit with: {verdict.together}\n" in table.getvalue()
 
 
 def test_budget_is_judged_and_the_picture_is_written(
@@ -245,6 +265,12 @@ def test_file_that_is_no_configuration_is_refused(capfd: pytest.CaptureFixture[s
     path.write_text(text)
     code, _, err = run(capfd, "estimate", path)
     assert (code, len(err.strip().splitlines())) == (2, 1), err
+
+
+def test_folder_without_a_configuration_is_refused_by_name(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = run(capfd, "estimate", tmp_path)
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert f"{tmp_path}: this folder holds no config.json" in err
 
 
 @pytest.mark.parametrize(

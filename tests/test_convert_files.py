@@ -382,6 +382,11 @@ def test_a_flipped_bit_in_a_folder_is_named(tmp_path, run):
 def test_other_folders_are_named(tmp_path, run):
     (tmp_path / "empty").mkdir()
     check_refused(run(tmp_path / "empty", tmp_path / "out", "--bits", 32), "empty", "no .metadata")
+    newest = tmp_path / "run" / "checkpoints" / "step-0000020" / "optimizer.bin"
+    for path in (newest, newest.parent.with_name("step-0000010") / "optimizer.bin"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    check_refused(run(tmp_path / "run", tmp_path / "out", "--bits", 32), "no .metadata", f"give {newest}")
     folder(tmp_path / "in")
     check_refused(run(tmp_path / "in", tmp_path / "out", "--to", "torch"), "in is a folder", "--to torch")
     (tmp_path / "in" / ".metadata").write_bytes(b"\x80\x02damaged")
@@ -390,4 +395,4 @@ def test_other_folders_are_named(tmp_path, run):
         warnings.simplefilter("ignore", UserWarning)
         dcp.save({"model": {"weight": torch.zeros(3)}}, checkpoint_id=tmp_path / "model", no_dist=True)
     check_refused(run(tmp_path / "model", tmp_path / "out", "--bits", 32), "'param_groups' of 0 optimizers")
-    check_nothing_written(tmp_path, "empty", "in", "model")
+    check_nothing_written(tmp_path, "empty", "in", "model", "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +85,8 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
         state_device=args.state_device,
     )
+    # It warns on some CPUs that a 4-bit product will be slow, and none is taken here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     estimator = Estimator(config)
     estimate = estimator.estimate(setup)
     verdicts = None if budget is None else judge(estimator, estimate, budget)
@@ -91,6 +94,7 @@ def _run(args: argparse.Namespace) -> int:
         record = {"model": args.model, **estimate.to_dict(), "budget_bytes": budget}
         for name, verdict in (verdicts or {}).items():
             found = {"fits": verdict.fits, "spare_bytes": verdict.spare_bytes, "changes": list(verdict.changes)}
+            found["together"] = verdict.together
             record["optimizers"][name] |= found
         print(json.dumps(record, indent=1))
     else:

@@ -58,7 +58,10 @@ def read(path: Path, scratch: Scratch) -> tuple[dict[str, Any], tuple[str, ...]]
     try:
         metadata = FileSystemReader(path).read_metadata()
     except FileNotFoundError:
-        raise ValueError(f"{path} is no folder of torch.distributed.checkpoint: it has no .metadata") from None
+        # A checkpoint of Accelerate's, or a run of the scripts.
+        files = [*sorted(path.glob("checkpoints/*/optimizer.bin")), *path.glob("optimizer.bin")]
+        offer = f"; give {files[-1]}" if files else ""
+        raise ValueError(f"{path} is no folder of torch.distributed.checkpoint: it has no .metadata{offer}") from None
     except Exception as error:  # whatever a damaged pickle raises
         raise ValueError(f"{path}: its .metadata is damaged: {error}") from error
     paths: dict[str, tuple[Any, ...]] = metadata.planner_data or {}

@@ -1,4 +1,4 @@
-"""Whether a setup fits a budget, by how much, and which single changes would make it fit."""
+"""Whether a setup fits a budget, by how much, and which single changes, or else several, would make it fit."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from .setup import Setup
 
 # Tokens whose logits take about as much as a layer's activations.
 LOSS_CHUNK = 512
+# Options that leave what is trained and on how many GPUs, those first that change least. The last is Muon8bit's alone.
+_ALONE = (
+    *("--activation-checkpointing", "--loss-chunk", "--batch", "--release-gradients", "--dtype"),
+    "--state-device",
+)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Of one optimizer: `spare_bytes` is the budget less the peak, negative where it does not fit; `changes` are the
-    single changes with which it would fit."""
+    single changes with which it would fit; where none of them leaves what is trained and on how many GPUs, `together`
+    are options with which it would."""
 
     spare_bytes: int
     changes: tuple[str, ...]
+    together: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -43,6 +50,22 @@ def judge(estimator: Estimator, estimate: Estimate, budget: int) -> dict[str, Ve
             found = [f"the optimizer {LABELS[other]}" for other in OPTIMIZERS if spare[other] >= 0]
             found += [words for words, other in changed if other.peak_bytes(name) <= budget]
         verdicts[name] = Verdict(spare[name], tuple(found))
+    pending = [
+        name
+        for name in OPTIMIZERS
+        if spare[name] < 0 and not any(words.startswith(_ALONE) for words in verdicts[name].changes)
+    ]
+    for words, setup in combined(estimate.setup) if pending else ():
+        try:
+            peak_bytes = estimator.estimate(setup).peak_bytes
+        except ValueError:
+            continue
+        for name in [name for name in pending if peak_bytes(name) <= budget]:
+            pending.remove(name)
+            if words not in verdicts[name].changes:
+                verdicts[name] = replace(verdicts[name], together=words)
+        if not pending:
+            break
     return verdicts
 
 
@@ -70,3 +93,15 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         for num_gpus in (2, 4, 8):
             if num_gpus > setup.num_shards:
                 yield f"--gpus {num_gpus} --shard fsdp2", replace(setup, num_gpus=num_gpus, shard="fsdp2")
+
+
+def combined(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """Changes of _ALONE on top of each other, on the same GPUs and sequences; then the same upon QLoRA."""
+    for start in ((), ("--qlora",)):
+        words: list[str] = []
+        now = setup
+        for wanted in (*start, *_ALONE):
+            for option, changed in changes(now):
+                if option.split()[0] == wanted:
+                    words, now = [*words, option], changed
+                    yield " ".join(words), now

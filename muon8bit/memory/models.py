@@ -37,6 +37,8 @@ def load_config(model: str) -> Any:
     path = Path(model).expanduser()
     if path.is_dir():
         path = path / "config.json"
+        if not path.exists():
+            raise ValueError(f"{model}: this folder holds no config.json; give a model's folder, or a preset")
     if path.is_file():
         return _from_values(_read(path), str(path))
     if path.name == "config.json" or path.suffix == ".json":

@@ -73,11 +73,15 @@ def print_table(
             )
         table.add_row(*cells)
     lines = [
-        f"{LABELS[name]} would fit with: {', or '.join(verdict.changes) or 'no single change that was tried'}"
+        f"{LABELS[name]} would fit with: {', or '.join(_ways(verdict)) or 'nothing that was tried'}"
         for name, verdict in (verdicts or {}).items()
         if not verdict.fits
     ]
     _print(file, table, *lines)
+
+
+def _ways(verdict: Verdict) -> list[str]:
+    return [*verdict.changes, *([verdict.together] if verdict.together else [])]
 
 
 def print_report(report: Report, file: IO[str]) -> None:
@@ -126,6 +130,7 @@ def _basis(estimate: Estimate) -> str:
     lines = [
         f"{estimate.num_parameters:,} parameters, {estimate.num_trained:,} of them trained. State, weights and "
         "gradients: exact. Activations: counted over one pass of the modeling code on tensors without content.",
+        "The peak is what is alive at once in the phase that it names, at most the sum of its row.",
         "Not counted: the CUDA context (about 0.5 GiB), fragmentation, libraries' own buffers.",
     ]
     if estimate.setup.device == "cuda":
@@ -133,6 +138,10 @@ def _basis(estimate: Estimate) -> str:
         lines.append(f"AdamW is torch's with fused=True: by default it copies a moment of all tensors, {more} more.")
     if estimate.setup.dtype == "bf16" and estimate.setup.rank is None:
         lines.append("AdamW's moments count as fp32; torch.optim.AdamW on bf16 weights keeps bf16 ones, half of that.")
+    if estimate.setup.release:
+        lines.append(
+            "Gradients released: by muon8bit.release_gradients for Muon8bit; the others need code of your own."
+        )
     moved = [memory.bus_bytes for memory in estimate.optimizers.values() if memory.bus_bytes]
     if moved:
         lines.append(
