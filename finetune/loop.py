@@ -101,7 +101,7 @@ def total_targets(accelerator: Accelerator, batches: Sequence[Batch]) -> int:
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch], loss_chunk: int | None = None
+    accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch], loss_chunk: int = 0
 ) -> float:
     """Add the gradient of one optimizer step's loss to `.grad` and return that loss.
 
@@ -159,7 +159,7 @@ def _peak(grad: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, sequences: Sequences, batch_size: int, loss_chunk: int | None = None
+    accelerator: Accelerator, model: nn.Module, sequences: Sequences, batch_size: int, loss_chunk: int = 0
 ) -> float:
     """Cross-entropy over all sequences in nats per target, equal on all ranks; `loss_chunk` as in `summed_nats`."""
     was_training = model.training

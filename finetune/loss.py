@@ -24,18 +24,18 @@ Batch: TypeAlias = Mapping[str, Tensor]
 IGNORED = -100
 
 
-def summed_nats(model: nn.Module, batch: Batch, chunk: int | None = None) -> Tensor:
+def summed_nats(model: nn.Module, batch: Batch, chunk: int = 0) -> Tensor:
     """Cross-entropy summed over the targets of a batch: fp32 scalar, in nats.
 
     Args:
         model: causal language model, wrapped or not.
         batch: on the model's device.
         chunk: tokens whose logits exist at once and are recomputed in the backward pass, for a model that
-            `check_head` takes; None: all, kept. bf16 gradients of the head are then summed in bf16, chunk by chunk.
+            `check_head` takes; 0: all, kept. bf16 gradients of the head are then summed in bf16, chunk by chunk.
     """
     targets = batch["targets"]
     arguments = {key: value for key, value in batch.items() if key != "targets"}
-    if chunk is None:
+    if not chunk:
         logits = model(**arguments, use_cache=False).logits
         return _nats(logits, targets, "sum")
     with _nats_for_logits(_head(model), targets, chunk):
@@ -93,7 +93,7 @@ def check_head(model: nn.Module) -> None:
     finally:
         handle.remove()
     if len(given) != 1 or not torch.equal(given[0].float(), logits):
-        raise InputError("--loss-chunk", f"{_name(model)} changes the logits that its head gives; leave it out")
+        raise InputError("--loss-chunk", f"{_name(model)} changes the logits that its head gives; give 0")
 
 
 def _head(model: nn.Module) -> nn.Module:
@@ -104,7 +104,7 @@ def _head(model: nn.Module) -> nn.Module:
             head = causal.get_output_embeddings()
             break
     if not isinstance(head, nn.Module):
-        raise InputError("--loss-chunk", f"{_name(model)} tells of no head (get_output_embeddings); leave it out")
+        raise InputError("--loss-chunk", f"{_name(model)} tells of no head (get_output_embeddings); give 0")
     return head
 
 

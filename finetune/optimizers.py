@@ -39,8 +39,8 @@ def build_optimizers(
         process_group: ranks with equal parameters, among which `muon8bit` divides the orthogonalization; None for none.
 
     Raises:
-        InputError: nothing for Muon in the model, no factor B, no bf16 weight to round stochastically, or bitsandbytes
-            is missing or too old.
+        InputError: nothing for Muon in the model, no factor B, no bf16 weight to round stochastically, nothing for
+            AdamW in 8 bits, or bitsandbytes is missing.
     """
     ratio = loraplus_ratio
     options: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
@@ -86,19 +86,21 @@ def _muon8bit(groups: list[dict[str, Any]], recipe: Training, process_group: Pro
             "the weights that are trained here are fp32, as an adapter's always are, and stochastic rounds bf16 ones; "
             "leave it out, or train bf16 weights by --dtype bf16",
         )
+    if recipe.adamw_bits == 8 and all(group["algorithm"] == "muon" for group in groups):
+        raise InputError("--adamw-bits", "AdamW trains nothing here, as with most adapters; give 32")
     options: Any = {
         "lr": recipe.lr,
         "weight_decay": recipe.weight_decay,
         "codebook": recipe.codebook,
         "block_size": recipe.block_size,
-        "clip_matrix_norm": recipe.clip_matrix_norm,
+        "clip_matrix_norm": recipe.clip_matrix_norm or None,
         "param_rounding": recipe.param_rounding or ("stochastic" if has_bf16 else "nearest"),
         "state_device": None if recipe.state_device == "device" else recipe.state_device,
         "on_nonfinite": "skip" if recipe.release_gradients else "raise",
     }
     try:
         return Muon8bit(groups, **options, process_group=process_group)
-    except (ImportError, NotImplementedError) as error:  # of bitsandbytes, which adamw_bits=8 needs
+    except ImportError as error:  # of bitsandbytes, which adamw_bits=8 needs
         raise InputError("--adamw-bits", str(error)) from None
 
 

@@ -51,17 +51,15 @@ class Training:
     adamw_lr: float | None = option(None, "peak lr of the AdamW part of muon8bit and muon; default: --lr")
     weight_decay: float = option(0.1, "decoupled weight decay per unit of lr")
     clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off")
-    clip_matrix_norm: float | None = option(
-        None, "largest Frobenius norm of the gradient of each of muon8bit's matrices; default: no limit"
+    clip_matrix_norm: float = option(
+        0.0, "largest Frobenius norm of the gradient of each of muon8bit's matrices; 0 is no limit"
     )
     release_gradients: bool = option(
         False,
         "step each parameter in the backward pass and free its gradient at once: muon8bit in one process, without "
         "--gradient-accumulation, and with --clip 0",
     )
-    loss_chunk: int | None = option(
-        None, "tokens whose logits exist at once, recomputed in the backward pass; default: all, kept"
-    )
+    loss_chunk: int = option(0, "tokens whose logits exist at once, recomputed in the backward pass; 0 keeps all")
     schedule: str = option(
         "cosine",
         "learning-rate schedule of transformers",
@@ -168,11 +166,12 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         InputError: names the option.
     """
     positive = ("lr", "adamw_lr", "batch_size", "gradient_accumulation", "max_steps", "eval_every", "save_every")
-    for name in (*positive, "keep_checkpoints", "clip_matrix_norm", "loss_chunk", *more_positive):
+    for name in (*positive, "keep_checkpoints", *more_positive):
         value = getattr(recipe, name)
         if value is not None and value <= 0:
             raise InputError(flag(name), f"{value} must be above 0")
-    for name in ("weight_decay", "clip", "warmup_steps", "decay_steps", "max_minutes", "seed"):
+    not_negative = ("weight_decay", "clip", "clip_matrix_norm", "loss_chunk", "warmup_steps", "decay_steps", "seed")
+    for name in (*not_negative, "max_minutes"):
         value = getattr(recipe, name)
         if value is not None and value < 0:
             raise InputError(flag(name), f"{value} must not be negative")
@@ -198,7 +197,7 @@ def _check_muon8bit_only(recipe: Training) -> None:
         return
     asked = {
         "--param-rounding": (recipe.param_rounding == "stochastic", "give nearest"),
-        "--clip-matrix-norm": (recipe.clip_matrix_norm is not None, "leave it out"),
+        "--clip-matrix-norm": (recipe.clip_matrix_norm > 0, "give 0"),
         "--release-gradients": (recipe.release_gradients, "give --no-release-gradients"),
         "--adamw-bits": (recipe.adamw_bits != 32, "give 32"),
         "--state-device": (recipe.state_device != "device", "give device"),

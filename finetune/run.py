@@ -141,7 +141,7 @@ def prepare_training(
         raise InputError(
             "--dtype", "FSDP2 with mixed precision would make bf16 weights fp32; give --mixed-precision no, or fp32"
         )
-    if recipe.loss_chunk is not None:
+    if recipe.loss_chunk:
         check_head(model)
     optimizers = build_optimizers(model, recipe, loraplus_ratio=loraplus_ratio, process_group=replicas(accelerator))
     schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]

@@ -70,7 +70,7 @@ def setup_of(recipe: SftRecipe) -> Setup:
         lora=recipe.lora_rank if recipe.has_adapter else None,
         qlora=recipe.mode == "qlora",
         release=recipe.release_gradients,
-        loss_chunk=recipe.loss_chunk,
+        loss_chunk=recipe.loss_chunk or None,
         state_device="cpu" if recipe.state_device == "cpu" else "device",
     )
 

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--warmup-steps", "7"], ["--warmup-steps", "--max-steps"]),
         (["--release-gradients"], ["--release-gradients", "--clip 0"]),
         (["--param-rounding", "stochastic"], ["--param-rounding", "an adapter's", "--dtype bf16"]),
+        (["--adamw-bits", "8"], ["--adamw-bits", "AdamW trains nothing", "give 32"]),
         (["--dataset", "stdlib", "--limit", "5"], ["--limit", "leave it out"]),
         (["--model", "no_such.gguf"], ["--model", "no_such.gguf"]),
         (["--model", "./no_such"], ["--model", "no_such"]),
@@ -90,11 +91,3 @@ def test_a_recipe_is_overridden_by_options_and_its_template_lies_beside_it(chat_
     assert (recipe.lora_rank, recipe.lr, recipe.model) == (4, 2e-4, str(chat_base))
     assert Path(recipe.chat_template).is_file()
     assert recipe.name == "llama_3b_lora"
-
-
-@pytest.mark.parametrize(("rounding", "words"), [("nearest", "to nearest, which"), ("stochastic", "stochastically")])
-def test_the_note_on_bf16_weights_says_the_rounding_that_was_asked_for(sft, tmp_path, rounding, words):
-    options = ["--mode", "full", "--dtype", "bf16", "--max-steps", 1, "--num-answers", 0]
-    outcome = sft(*options, "--param-rounding", rounding, "--output-dir", tmp_path / rounding)
-    assert outcome.code == 0, outcome.err
-    assert f"muon8bit rounds them {words}" in outcome.out
