@@ -45,6 +45,8 @@ class Verdict:
         step: the number of the call of `step()`.
     """
 
+    is_whole = True  # where a gradient is not finite, nothing of the step was done
+
     def __init__(self, found: Iterable[tuple[Callable[[], list[str]], Tensor]], step: int) -> None:
         self.step = step
         by_device: dict[torch.device, list[tuple[Callable[[], list[str]], Tensor]]] = {}
@@ -89,6 +91,8 @@ class Verdict:
 class PartialVerdict:
     """Of a step whose parameters were stepped one by one: each was skipped alone where its gradient is not finite, so
     that the step as a whole was done."""
+
+    is_whole = False
 
     def __init__(self, parts: Sequence[Verdict]) -> None:
         self._parts, self.step = parts, parts[0].step

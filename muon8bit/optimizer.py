@@ -242,7 +242,7 @@ class Muon8bit(SharingOptimizer):
         names = [] if verdict is None else verdict.nonfinite_names()
         if verdict is not None and names:
             verdict.take_back()
-            if isinstance(verdict, Verdict):
+            if verdict.is_whole:
                 rounding.advance(self.param_groups, by=-1)
             self._refuse(names, verdict.step)
 
