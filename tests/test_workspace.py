@@ -52,7 +52,8 @@ def test_rounding_adamws_weights_takes_no_more_than_its_copies(bits, monkeypatch
     budget = 32 * MIB
     size = adamw8.chunk_size("cpu", budget) if bits == 8 else budget // 16
     param, grad = torch.randn(2, 3 * size).bfloat16()
-    state = adamw.init_state(param, bits=bits)
+    layout = adamw.layout(param.shape, bits)
+    state = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
     group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     options = Options(None, None, budget, torch.zeros(()) if bits == 8 else None)
     step = ([param], [grad], [state], group, [7], [(0, param.numel())], options)
