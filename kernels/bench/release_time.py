@@ -9,18 +9,13 @@ a Llama, fp32. Of a CPU only the ratio is printed: absolute times of a shared ma
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
-import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from bench.step_time import cpu_flags, interleaved
+from bench.step_time import interleaved, write_record
 from muon8bit import Muon8bit, release_gradients
 
 ARMS = ("ordinary", "released")
@@ -53,18 +48,8 @@ def main() -> None:
     for layers, hidden in CASES:
         times = interleaved({name: arm(layers, hidden, name == "released") for name in ARMS}, args.rounds)
         rows.append({"layers": layers, "hidden": hidden, "ratio": round(times["released"] / times["ordinary"], 3)})
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "cpu": {"machine": platform.machine(), "flags": cpu_flags(), "threads": torch.get_num_threads()},
-        "unit": "median time of a step with released gradients over that of an ordinary one; above 1: release costs",
-        "rows": rows,
-    }
-    text = json.dumps(record, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    unit = "median time of a step with released gradients over that of an ordinary one; above 1: release costs"
+    write_record({"rows": rows}, unit, args.out)
 
 
 if __name__ == "__main__":

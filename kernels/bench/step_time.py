@@ -48,6 +48,24 @@ def interleaved(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: median(values) for name, values in seconds.items()}
 
 
+def write_record(figures: dict[str, Any], unit: str, out: Path | None) -> None:
+    """Print figures with what they depend on, as JSON, and write them to `out`."""
+    import torch
+
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "cpu": {"machine": platform.machine(), "flags": cpu_flags(), "threads": torch.get_num_threads()},
+        "unit": unit,
+        **figures,
+    }
+    text = json.dumps(record, indent=2)
+    print(text)
+    if out:
+        out.write_text(text + "\n")
+
+
 def measure(shapes: list[tuple[int, int]], rounds: int) -> dict[str, float]:
     """Of one optimizer for all these matrices: the ratio of torch.optim.Muon's median step time to that of each of
     ours (above 1: ours is faster)."""
@@ -78,27 +96,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the record there (JSON)")
     args = parser.parse_args()
     if args.isa:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = args.isa
-    import torch
-
+        os.environ["ONEDNN_MAX_CPU_ISA"] = args.isa  # before torch is imported
     ratios = {f"{rows}x{cols}": measure([(rows, cols)], args.rounds) for rows, cols in SHAPES}
     lora = measure(LORA, args.rounds)
     means = {arm: exp(fmean(log(r[arm]) for r in ratios.values())) for arm in next(iter(ratios.values()))}
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "cpu": {"machine": platform.machine(), "flags": cpu_flags(), "threads": torch.get_num_threads()},
+    figures = {
         "onednn_max_cpu_isa": args.isa,
-        "unit": "median time of torch.optim.Muon over ours, interleaved; above 1: ours is faster",
         "ratios": {shape: {arm: round(v, 3) for arm, v in r.items()} for shape, r in ratios.items()},
         "geometric_mean": {arm: round(v, 3) for arm, v in means.items()},
         "lora_64_matrices": {arm: round(v, 3) for arm, v in lora.items()},
     }
-    text = json.dumps(record, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    unit = "median time of torch.optim.Muon over ours, interleaved; above 1: ours is faster"
+    write_record(figures, unit, args.out)
 
 
 if __name__ == "__main__":
