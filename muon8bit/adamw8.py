@@ -19,7 +19,7 @@ from math import prod
 from typing import Any
 
 import torch
-from muon8bit_kernels import dynamic_map, unsigned_dynamic_map
+from muon8bit_kernels import dynamic_map, dynamic_midpoints, unsigned_dynamic_map, unsigned_dynamic_midpoints
 from torch import Tensor
 
 from .config import (
@@ -171,18 +171,19 @@ def encode(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `layout` that store finite fp32 `exp_avg` and `exp_avg_sq`, each by its nearest code; a second
     moment never by 0."""
     result: dict[str, Tensor] = {}
-    for (key, codes_key, scales_key), values in zip(_KEYS, (dynamic_map(), unsigned_dynamic_map()), strict=True):
+    for (key, codes_key, scales_key), midpoints in zip(
+        _KEYS, (dynamic_midpoints, unsigned_dynamic_midpoints), strict=True
+    ):
         moment = moments[key]
-        codes, scales = _encode(moment.reshape(-1), values.to(moment.device))
+        codes, scales = _encode(moment.reshape(-1), midpoints(moment.device))
         if key == EXP_AVG_SQ_KEY:
             codes.clamp_(min=1)
         result |= {codes_key: codes.view(moment.shape), scales_key: scales.view(scales_shape(moment.shape))}
     return result
 
 
-def _encode(values: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+def _encode(values: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, and the largest magnitudes of the blocks, of flat fp32 values."""
-    midpoints = ((codebook[:-1].double() + codebook[1:].double()) / 2).float()
     codes, scales = [], []
     for piece in values.split(_CHUNK):
         blocks = torch.nn.functional.pad(piece, (0, -len(piece) % ADAMW8_BLOCK_SIZE)).view(-1, ADAMW8_BLOCK_SIZE)
@@ -196,9 +197,9 @@ def _encode(values: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 def decode(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """fp32 `exp_avg` and `exp_avg_sq`, exactly, of the tensors of `layout`."""
     result: dict[str, Tensor] = {}
-    for (key, codes_key, scales_key), values in zip(_KEYS, (dynamic_map(), unsigned_dynamic_map()), strict=True):
+    for (key, codes_key, scales_key), values in zip(_KEYS, (dynamic_map, unsigned_dynamic_map), strict=True):
         codes, scales = state[codes_key], state[scales_key].reshape(-1)
-        moment = values.to(codes.device).index_select(0, codes.reshape(-1).int())
+        moment = values(codes.device).index_select(0, codes.reshape(-1).int())
         for block, scale in zip(moment.split(_CHUNK), scales.split(_CHUNK // ADAMW8_BLOCK_SIZE), strict=True):
             block.mul_(scale.repeat_interleave(ADAMW8_BLOCK_SIZE)[: len(block)])
         result[key] = moment.view(codes.shape)

@@ -1,7 +1,15 @@
 """Kernels of muon8bit: codebooks, the torch reference, Triton kernels and the dispatch between them."""
 
 from . import ops
-from .codebooks import CODE_DTYPES, Codebook, dynamic_map, unsigned_dynamic_map, zero_code
+from .codebooks import (
+    CODE_DTYPES,
+    Codebook,
+    dynamic_map,
+    dynamic_midpoints,
+    unsigned_dynamic_map,
+    unsigned_dynamic_midpoints,
+    zero_code,
+)
 from .cut_reference import momentum_apply_cut, momentum_stats_cut
 from .dispatch import Backend, Kernels, kernels_for
 from .reference import num_blocks
@@ -16,6 +24,7 @@ __all__ = [
     "Codebook",
     "Kernels",
     "dynamic_map",
+    "dynamic_midpoints",
     "kernels_for",
     "momentum_apply_cut",
     "momentum_stats_cut",
@@ -23,5 +32,6 @@ __all__ = [
     "ops",
     "rounding_key",
     "unsigned_dynamic_map",
+    "unsigned_dynamic_midpoints",
     "zero_code",
 ]

@@ -39,8 +39,8 @@ def _dynamic_values(signed: bool = True) -> Tensor:
     return torch.cat(values).sort().values
 
 
-def _dynamic_midpoints() -> Tensor:
-    values = _VALUES.double()
+def _dynamic_midpoints(signed: bool = True) -> Tensor:
+    values = (_VALUES if signed else _UNSIGNED_VALUES).double()
     midpoints = ((values[:-1] + values[1:]) / 2).float()
     return torch.cat([midpoints, midpoints.new_tensor([torch.inf])])
 
@@ -57,6 +57,7 @@ def _dynamic_prefix_codes() -> Tensor:
 _VALUES = _dynamic_values()
 _UNSIGNED_VALUES = _dynamic_values(signed=False)
 _MIDPOINTS = _dynamic_midpoints()
+_UNSIGNED_MIDPOINTS = _dynamic_midpoints(signed=False)
 _PREFIX_CODES = _dynamic_prefix_codes()
 _copies: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -99,6 +100,11 @@ def dynamic_midpoints(device: torch.device | str = "cpu") -> Tensor:
     exact mean rounded to fp32, hence within one fp32 unit of it either neighbour may be chosen.
     """
     return _on(_MIDPOINTS, device)
+
+
+def unsigned_dynamic_midpoints(device: torch.device | str = "cpu") -> Tensor:
+    """Decision thresholds of the unsigned map, as `dynamic_midpoints`."""
+    return _on(_UNSIGNED_MIDPOINTS, device)
 
 
 def dynamic_prefix_codes(device: torch.device | str = "cpu") -> Tensor:
