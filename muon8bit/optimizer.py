@@ -164,12 +164,10 @@ class Muon8bit(SharingOptimizer):
         )
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
-        self._staging = Staging(state_device)
         self._num_calls = self._num_skipped_steps = 0
         self._pending: Verdict | PartialVerdict | None = None  # of the last step, if that did not wait for it
-        super().__init__(
-            params, defaults, process_group=process_group, shard_state=shard_state, state_device=state_device
-        )
+        staging = Staging(state_device)
+        super().__init__(params, defaults, process_group=process_group, shard_state=shard_state, staging=staging)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked whole before anything changes. See the class for its keys."""
@@ -266,7 +264,7 @@ class Muon8bit(SharingOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
         self._staging.synchronize()
-        own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes", "_staging"]
+        own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes"]
         own += ["_num_calls", "_num_skipped_steps", "_pending"]
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from .config import StateDevice
 from .groups import describe
+from .staging import Staging
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,7 +26,8 @@ class SharingOptimizer(Optimizer):
     """An optimizer whose parameters may lie on several ranks.
 
     Args:
-        process_group, shard_state, state_device: see `Muon8bit`.
+        process_group, shard_state: see `Muon8bit`.
+        staging: where the state lives.
 
     Raises:
         ValueError: for `shard_state` without a process group, or one that this rank is not in.
@@ -40,9 +41,9 @@ class SharingOptimizer(Optimizer):
         *,
         process_group: ProcessGroup | None,
         shard_state: bool,
-        state_device: StateDevice | None,
+        staging: Staging,
     ) -> None:
-        self.state_device = state_device
+        self._staging = staging
         if shard_state and process_group is None:
             raise ValueError(
                 "shard_state=True shards the momenta of replicated parameters over a process group: pass "
@@ -58,6 +59,11 @@ class SharingOptimizer(Optimizer):
         self._consolidated: dict[Tensor, dict[str, Tensor]] | None = None  # of the last step
         self._tells_parts = False
         super().__init__(params, defaults)
+
+    @property
+    def state_device(self) -> str | None:
+        """Of the constructor."""
+        return self._staging.state_device
 
     def _check_sharded(self, group: dict[str, Any], index: int) -> None:
         """Refuse by name a sharded parameter that no step could take."""
@@ -141,5 +147,5 @@ class SharingOptimizer(Optimizer):
                 "an optimizer with a process_group cannot be copied or pickled, since the group belongs to its "
                 "process: construct another one and give it this one's state_dict()"
             )
-        own = {"process_group": None, "shard_state": False, "_tells_parts": False, "state_device": self.state_device}
+        own = {"process_group": None, "shard_state": False, "_tells_parts": False, "_staging": self._staging}
         return {**super().__getstate__(), **own, "_team": None, "_consolidated": None}

@@ -16,7 +16,7 @@ ALLOWED = {
     "examples": {"muon8bit", "integrations"},
     "integrations": {"muon8bit"},
     "cli": {"muon8bit", "convert", "memory", "config"},
-    "memory": {"routing", "report", "adamw8", "staging", "state", "groups", "orthogonalize", "config"},
+    "memory": {"routing", "report", "adamw8", "pieces", "staging", "state", "groups", "orthogonalize", "config"},
     "muon8bit": {"convert", "optimizer", "nonfinite", "release", "report", "routing"},
     "convert": {"groups", "adamw", "adamw8", "orthogonalize", "state", "config"},
     "release": {"optimizer", "clipping", "phases", "nonfinite", "config"},
@@ -25,7 +25,7 @@ ALLOWED = {
         *("phases", "sharing", "nonfinite", "loading", "groups", "config", "orthogonalize", "rounding", "clipping"),
         "staging",
     },
-    "sharing": {"distributed", "groups", "config"},
+    "sharing": {"distributed", "groups", "staging"},
     "phases": {
         "entries",
         "adamw",
