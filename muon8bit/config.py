@@ -56,6 +56,8 @@ DEFAULT_ADAMW_BITS: Bits = 32
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
 # Less makes no sense: on a CPU the passes over the momentum work on pieces of up to 10 MiB.
 MIN_WORKSPACE_BYTES = 32 * 2**20
+# Of the workspace, for sums, norms and tables of addresses.
+SMALL_WORKSPACE_BYTES = 2**20
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from . import state
-from .config import Options
+from .config import SMALL_WORKSPACE_BYTES, Options
 from .orthogonalize import Schedule, batch_size, choose, device_kind, orthogonalize, resolve
 from .stacks import Batch, Stack, chunks, flat, momenta_on, momentum_tensors
 from .staging import Job, Staging
 from .update import factors, frobenius_norm, lr_ratio, update_params_
-
-# Of the workspace, for sums, norms and tables of addresses.
-_SMALL_BYTES = 2**20
 
 
 def read(stacks: Sequence[Stack], group: dict[str, Any], options: Options, staging: Staging) -> list[Batch]:
@@ -66,7 +63,7 @@ def jobs(batch: Batch, group: dict[str, Any], options: Options) -> Iterator[Job]
         size, step = max(1, _half(options) // (4 * rows * cols)), _step_columns
     else:
         path = choose(rows, cols, schedule, kind, options.ns_dtype)
-        size, step = batch_size(path, rows, cols, kind, options.workspace_bytes - _SMALL_BYTES), _step_whole
+        size, step = batch_size(path, rows, cols, kind, options.workspace_bytes - SMALL_WORKSPACE_BYTES), _step_whole
     for part in batch.split(size):
         run = partial(step, part, group, schedule, options)
         yield Job(batch.sumsq.device, run, written=momentum_tensors(part.stacks))
@@ -74,7 +71,7 @@ def jobs(batch: Batch, group: dict[str, Any], options: Options) -> Iterator[Job]
 
 def _half(options: Options) -> int:
     """Of the workspace budget, in bytes."""
-    return (options.workspace_bytes - _SMALL_BYTES) // 2
+    return (options.workspace_bytes - SMALL_WORKSPACE_BYTES) // 2
 
 
 def _step_whole(

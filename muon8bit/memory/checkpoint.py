@@ -21,7 +21,7 @@ from torch import Tensor
 from ..config import BUFFER_KEY, DYNAMIC_CODES_KEY, EXP_AVG_CODES_KEY, EXP_AVG_KEY, LINEAR_CODES_KEY
 from ..groups import FORMAT_KEYS
 from ..report import bnb_bytes
-from .optimizers import BNB_MAPS_BYTES, OPTIMIZERS, STEP_BYTES, Param, moments_bytes, momentum_bytes, state_bytes
+from .optimizers import BNB_MAPS_BYTES, OPTIMIZERS, STEP_BYTES, Param, moments_sizes, momentum_sizes, state_bytes
 
 # What Accelerate and transformers' Trainer call an optimizer's file; a second optimizer is optimizer_1.bin.
 _OPTIMIZER_FILES = ("optimizer*.bin", "optimizer*.pt")
@@ -166,7 +166,7 @@ def _entry(where: str, shape: tuple[int, ...] | None, state: Mapping[str, Any], 
     shape = tuple(first.shape) if shape is None else shape
     num_elements, is_ours = math.prod(shape), "algorithm" in group
     if key == EXP_AVG_CODES_KEY:
-        name, predicted = "adamw8bit", moments_bytes(shape, 8)
+        name, predicted = "adamw8bit", sum(moments_sizes(shape, 8))
     elif key == EXP_AVG_KEY:
         step = STEP_BYTES if isinstance(state.get("step"), Tensor) else 0
         name, predicted = "adamw", 2 * num_elements * first.dtype.itemsize + step
@@ -175,7 +175,7 @@ def _entry(where: str, shape: tuple[int, ...] | None, state: Mapping[str, Any], 
     elif is_ours:
         bits, codebook, block_size, flatten = (group[key] for key in FORMAT_KEYS)
         name = "muon8bit" if bits == 8 else "muon"
-        predicted = momentum_bytes(shape, bits=bits, codebook=codebook, block_size=block_size, flatten=flatten)
+        predicted = sum(momentum_sizes(shape, bits=bits, codebook=codebook, block_size=block_size, flatten=flatten))
     else:
         name, predicted = ("muon" if first.dtype == torch.float32 else "muon_bf16"), num_elements * first.dtype.itemsize
     param = Param(where, shape, torch.float32, name.startswith("muon"), flatten=bool(group.get("flatten")))

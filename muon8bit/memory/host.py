@@ -5,29 +5,18 @@ Of the six only `muon8bit` and `muon8bit+adamw8bit` can, and on CUDA alone: a ru
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
-
-from ..config import (
-    ADAMW8_BLOCK_SIZE,
-    DEFAULT_BLOCK_SIZE,
-    DEFAULT_NS_STEPS,
-    DEFAULT_WORKSPACE_BYTES,
-    MIN_ADAMW8_ELEMENTS,
-)
+from ..config import DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES
 from ..orthogonalize import batch_size, choose, resolve
 from ..orthogonalize.coefficients import JORDAN
+from ..pieces import ALIGNMENT
 from ..staging import NUM_BUFFERS, aligned_bytes, buffer_bytes
-from ..state import Format
-from .optimizers import STEP_BYTES, Param
+from .optimizers import Param, adamw_bits, matrix_shapes, moments_sizes, momentum_sizes
 from .setup import Setup
 
 STAGED = ("muon8bit", "muon8bit+adamw8bit")
-# Of the workspace, for sums, norms and tables of addresses; elements of which pieces of AdamW's state are multiples.
-_SMALL_BYTES, _PIECE = 2**20, 4096
 
 
 def is_on_host(optimizer: str, setup: Setup) -> bool:
@@ -64,14 +53,14 @@ def staging_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget:
             if col_sizes is None:
                 written += _cut(_matrix_bytes(size, cols), num, _together(size, cols, kind, budget))
         if col_sizes is not None:
-            written += _cut(one, count, (budget - _SMALL_BYTES) // 2 // (4 * rows * cols))
+            written += _cut(one, count, (budget - SMALL_WORKSPACE_BYTES) // 2 // (4 * rows * cols))
     written += _adamw_jobs(optimizer, [p for p in params if not p.is_muon], budget // 2 // NUM_BUFFERS)
     return max(sum(buffer_bytes(read)), sum(buffer_bytes(written)))
 
 
 def _together(rows: int, cols: int, kind: str, budget: int) -> int:
     path = choose(rows, cols, resolve(JORDAN, DEFAULT_NS_STEPS), kind)
-    return batch_size(path, rows, cols, kind, budget - _SMALL_BYTES)
+    return batch_size(path, rows, cols, kind, budget - SMALL_WORKSPACE_BYTES)
 
 
 def _cut(num_bytes: int, count: int, size: int) -> list[int]:
@@ -86,19 +75,15 @@ def _matrices(
     """How many matrices of each [rows, cols], with the pieces of their rows or of their columns."""
     counts: Counter[tuple[int, int, tuple[int, ...] | None, tuple[int, ...] | None]] = Counter()
     for param in params:
-        rows, cols, count = param.shape[-2], param.shape[-1], math.prod(param.shape[:-2])
-        if param.flatten:
-            rows, cols, count = param.shape[0], math.prod(param.shape[1:]), 1
         sizes, dim = param.split or (None, -2)
-        counts[rows, cols, sizes if dim == -2 else None, sizes if dim == -1 else None] += count
+        for (rows, cols), count in matrix_shapes(param).items():
+            counts[rows, cols, sizes if dim == -2 else None, sizes if dim == -1 else None] += count
     return counts
 
 
 def _matrix_bytes(rows: int, cols: int) -> int:
     """Codes and scales of one matrix in a buffer."""
-    shape = torch.Size((rows, cols))
-    layout = Format.of(shape, 8, "linear", DEFAULT_BLOCK_SIZE, False).layout(shape)
-    return sum(aligned_bytes(math.prod(shape) * dtype.itemsize) for shape, dtype in layout.values())
+    return sum(map(aligned_bytes, momentum_sizes((rows, cols))))
 
 
 def _adamw_jobs(optimizer: str, params: Iterable[Param], buffer: int) -> list[int]:
@@ -117,23 +102,14 @@ def _adamw_jobs(optimizer: str, params: Iterable[Param], buffer: int) -> list[in
 
 def _pieces(optimizer: str, param: Param, buffer: int) -> Iterator[int]:
     whole, num_elements = sum(_tensors(optimizer, param)), param.num_elements
-    size = max(_PIECE, buffer * num_elements // whole // _PIECE * _PIECE)
+    size = max(ALIGNMENT, buffer * num_elements // whole // ALIGNMENT * ALIGNMENT)
     for start in range(0, max(1, num_elements), size):
         part = min(size, num_elements - start)
-        yield sum(aligned_bytes(n) for n in _adamw_tensors(optimizer, part, num_elements))
+        yield sum(map(aligned_bytes, moments_sizes((part,), adamw_bits(optimizer), num_elements)))
 
 
 def _tensors(optimizer: str, param: Param) -> list[int]:
     """Bytes of each tensor of a parameter's state."""
-    if not param.is_muon:
-        return _adamw_tensors(optimizer, param.num_elements, param.num_elements)
-    shape = torch.Size(param.shape)
-    layout = Format.of(shape, 8, "linear", DEFAULT_BLOCK_SIZE, param.flatten).layout(shape)
-    return [math.prod(shape) * dtype.itemsize for shape, dtype in layout.values()]
-
-
-def _adamw_tensors(optimizer: str, num_elements: int, of: int) -> list[int]:
-    """Of so many elements of a parameter of `of`."""
-    if optimizer == "muon8bit+adamw8bit" and of >= MIN_ADAMW8_ELEMENTS:
-        return [STEP_BYTES, *[num_elements, 4 * math.ceil(num_elements / ADAMW8_BLOCK_SIZE)] * 2]
-    return [STEP_BYTES, 4 * num_elements, 4 * num_elements]
+    if param.is_muon:
+        return momentum_sizes(param.shape, flatten=param.flatten)
+    return moments_sizes(param.shape, adamw_bits(optimizer))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from ..config import (
     DEFAULT_NS_STEPS,
     DEFAULT_WORKSPACE_BYTES,
     MIN_ADAMW8_ELEMENTS,
+    SMALL_WORKSPACE_BYTES,
     Codebook,
 )
 from ..orthogonalize import batch_size, choose, resolve, workspace_bytes
@@ -46,8 +47,8 @@ LABELS = {
 STEP_BYTES = 4
 # bitsandbytes' two maps of 256 fp32 values, shared by all tensors.
 BNB_MAPS_BYTES = 2 * 256 * 4
-# Of the workspace for sums, norms and tables of addresses; pieces of the passes over the momentum on a CPU.
-_SMALL_BYTES, _CPU_PIECE_BYTES = 2**20, 10 * 2**20
+# Pieces of the passes over the momentum on a CPU.
+_CPU_PIECE_BYTES = 10 * 2**20
 
 
 @dataclass(frozen=True)
@@ -74,26 +75,34 @@ class Param:
         return self.num_elements * self.dtype.itemsize
 
 
-def momentum_bytes(
+def momentum_sizes(
     shape: Sequence[int],
     *,
     bits: int = 8,
     codebook: Codebook = "linear",
     block_size: int = DEFAULT_BLOCK_SIZE,
     flatten: bool = False,
-) -> int:
-    """Bytes of Muon8bit's momentum of a parameter of `shape`."""
+) -> list[int]:
+    """Bytes of each tensor of Muon8bit's momentum of a parameter of `shape`."""
     size = torch.Size(shape)
-    layout = Format.of(size, bits, codebook, block_size, flatten).layout(size)
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+    return _sizes(Format.of(size, bits, codebook, block_size, flatten).layout(size))
 
 
-def moments_bytes(shape: Sequence[int], bits: int, whole_elements: int | None = None) -> int:
-    """Bytes of Muon8bit's AdamW state of a parameter of `shape`, or of such a part of one, in a group with
-    `adamw_bits=bits`."""
-    if not is_8bit(shape if whole_elements is None else (whole_elements,), bits):
-        return ADAMW_BYTES * math.prod(shape) + STEP_BYTES
-    return STEP_BYTES + sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout(shape).values())
+def moments_sizes(shape: Sequence[int], bits: int, whole_elements: int | None = None) -> list[int]:
+    """Bytes of each tensor of Muon8bit's AdamW state of a parameter of `shape`, or of such a part of one, in a group
+    with `adamw_bits=bits`."""
+    if is_8bit(shape if whole_elements is None else (whole_elements,), bits):
+        return [STEP_BYTES, *_sizes(layout(shape))]
+    return [STEP_BYTES, *[ADAMW_BYTES // 2 * math.prod(shape)] * 2]
+
+
+def adamw_bits(optimizer: str) -> int:
+    """Of the AdamW part of one of `OPTIMIZERS` that is a Muon."""
+    return 8 if optimizer == "muon8bit+adamw8bit" else 32
+
+
+def _sizes(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> list[int]:
+    return [math.prod(shape) * dtype.itemsize for shape, dtype in layout.values()]
 
 
 def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
@@ -106,11 +115,11 @@ def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
     num_bytes = 0
     for p in params:
         if not p.is_muon:
-            num_bytes += moments_bytes(p.shape, 8 if optimizer == "muon8bit+adamw8bit" else 32, p.whole_elements)
+            num_bytes += sum(moments_sizes(p.shape, adamw_bits(optimizer), p.whole_elements))
         elif optimizer in ("muon", "muon_bf16"):
             num_bytes += (4 if optimizer == "muon" else 2) * p.num_elements
         else:
-            num_bytes += momentum_bytes(p.shape, flatten=p.flatten)
+            num_bytes += sum(momentum_sizes(p.shape, flatten=p.flatten))
     return num_bytes
 
 
@@ -171,7 +180,7 @@ def _torch_adamw_bytes(params: Sequence[Param], kind: str) -> int:
     return sum(sizes[:1] + sizes[:2])
 
 
-def _matrix_shapes(param: Param) -> Counter[tuple[int, int]]:
+def matrix_shapes(param: Param) -> Counter[tuple[int, int]]:
     """How many matrices of each [rows, cols] the parameter holds, splits left out."""
     if param.flatten:
         return Counter({(param.shape[0], math.prod(param.shape[1:])): 1})
@@ -181,7 +190,7 @@ def _matrix_shapes(param: Param) -> Counter[tuple[int, int]]:
 def _torch_muon_bytes(params: Sequence[Param]) -> int:
     most = 0
     for param in params:
-        for rows, cols in _matrix_shapes(param):
+        for rows, cols in matrix_shapes(param):
             update = rows * cols * param.dtype.itemsize  # with bf16 it is the first iterate too
             most = max(most, update + 2 * (2 * rows * cols + 2 * min(rows, cols) ** 2))
     return most
@@ -192,7 +201,7 @@ def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
     whole: Counter[tuple[int, int]] = Counter()
     cut: Counter[tuple[int, int, tuple[int, ...]]] = Counter()
     for param in params:
-        for (rows, cols), count in _matrix_shapes(param).items():
+        for (rows, cols), count in matrix_shapes(param).items():
             if param.split is None:
                 whole[rows, cols] += count
             elif param.split[1] == -2:
@@ -203,10 +212,10 @@ def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
     for (rows, cols), count in whole.items():
         path = choose(rows, cols, schedule, kind)
         if not path.tiny:
-            together = min(count, batch_size(path, rows, cols, kind, budget - _SMALL_BYTES))
+            together = min(count, batch_size(path, rows, cols, kind, budget - SMALL_WORKSPACE_BYTES))
             most = max(most, together * workspace_bytes(path, rows, cols, kind), _piece_bytes(rows * cols, kind))
     for (rows, cols, sizes), count in cut.items():
-        half = (budget - _SMALL_BYTES) // 2
+        half = (budget - SMALL_WORKSPACE_BYTES) // 2
         momenta = min(count, max(1, half // (4 * rows * cols)))
         for width in set(sizes):
             path = choose(rows, width, schedule, kind, tiny=False)
