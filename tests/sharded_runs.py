@@ -52,6 +52,17 @@ class Run:
             self.optimizer.step()
         return self
 
+    def continue_from(self, single, seeds):
+        """Take over what one process has, out of its plain state dict, and train both on: equal state, to the bit."""
+        with torch.no_grad():
+            for name, param in self.params.items():
+                param.copy_(self.placed(single.params[name].detach()))
+        self.optimizer.load_state_dict(single.optimizer.state_dict())
+        assert_same(self.state_whole(), single.state_whole())
+        for run in (single, self):
+            run.train(seeds)
+        assert_same(self.state_whole(), single.state_whole())
+
     def params_whole(self):
         return {name: whole(param.detach()) for name, param in self.params.items()}
 
