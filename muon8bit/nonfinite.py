@@ -55,7 +55,8 @@ class Verdict:
         self._namers = [names for members in by_device.values() for names, _ in members]
         finite = [torch.cat([flags for _, flags in members]) for members in by_device.values()]
         self._bad = [~flags.all() for flags in finite]
-        self._on_host = [flags.to("cpu", non_blocking=True) for flags in finite]  # from CUDA into pinned memory
+        # Into pinned memory, and only from CUDA, where the event below tells when the flags are there to be read.
+        self._on_host = [flags.to("cpu", non_blocking=flags.device.type == "cuda") for flags in finite]
         self._copied = [torch.cuda.current_stream(d).record_event() for d in by_device if d.type == "cuda"]
         self._skips: dict[torch.device, Tensor] = {}
         self.advanced: list[Tensor] = []  # step counters on the host, before it knew

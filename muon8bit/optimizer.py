@@ -200,7 +200,9 @@ class Muon8bit(SharingOptimizer):
 
         Raises:
             NonFiniteGradientError: by this step, before anything was written, or on CUDA by the one before.
+            RuntimeError: while a CUDA graph is captured.
         """
+        phases.check_not_captured()
         self._settle()
         loss = None
         if closure is not None:

@@ -101,6 +101,19 @@ def found(
             yield members.namer([member.param_index for member in bundle.members]), bundle.sumsq.isfinite()
 
 
+def check_not_captured() -> None:
+    """Raise RuntimeError while a CUDA graph is captured.
+
+    What a step reads on the host would be the same in every replay: the learning rate, the keys of stochastic rounding,
+    and the addresses in tables that are freed when the step returns.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step of Muon8bit cannot be captured in a CUDA graph: every replay would take the learning rate and the "
+            "addresses of this one. Capture forward and backward alone, and call optimizer.step() after the replay"
+        )
+
+
 def read(
     groups: Sequence[dict[str, Any]],
     state: Mapping[Tensor, dict[str, Any]],

@@ -59,6 +59,7 @@ class GradientRelease:
     @torch.no_grad()
     def _take(self, param: Tensor) -> None:
         """Step a parameter whose gradient is complete, and free the gradient."""
+        phases.check_not_captured()
         optimizer, place = self._optimizer, self._places[param]
         if not self._verdicts:
             _check_alone()

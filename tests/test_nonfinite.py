@@ -8,8 +8,9 @@ import weakref
 import pytest
 import torch
 from muon8bit_kernels import ops
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from muon8bit import Muon8bit, NonFiniteGradientError, nonfinite
+from muon8bit import Muon8bit, NonFiniteGradientError, nonfinite, release_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +162,44 @@ def test_the_kernels_get_the_flag_and_not_the_host(monkeypatch):
     optimizer.step()
     assert [name for name, _ in calls] == ["momentum_apply", "update_params"]
     assert all(skip.shape == () and skip.dtype == torch.float32 and skip == 1 for _, skip in calls)
+
+
+@pytest.mark.parametrize("method", ["step", "backward"])
+def test_a_captured_step_is_refused_and_changes_nothing(method, monkeypatch):
+    params, optimizer = make(on_nonfinite="skip")
+    set_grads(params, 0)
+    loss = sum(param.float().sum() for param in params.values())
+    call = optimizer.step if method == "step" else loss.backward
+    if method == "backward":
+        release_gradients(torch.nn.ParameterDict({**params}), optimizer)
+    before = copy.deepcopy((list(params.values()), optimizer.state_dict()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"captured in a CUDA graph.*Capture forward and backward alone"):
+        call()
+    monkeypatch.undo()
+    assert all(map(torch.equal, params.values(), before[0]))
+    assert optimizer.state_dict() == before[1]
+
+
+class _Copies(TorchDispatchMode):
+    """What is copied to the CPU, and whether it was waited for. A meta tensor is a device of its own kind: all ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited_for = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+            self.waited_for.append(not kwargs.get("non_blocking", False))
+            return torch.ones(args[0].shape, dtype=args[0].dtype)
+        return function(*args, **kwargs)
+
+
+def test_flags_are_waited_for_where_no_event_tells_of_them():
+    """On MPS and XPU a copy that is not waited for is read before it has arrived."""
+    with _Copies() as copies:
+        verdict = nonfinite.Verdict([(lambda: ["a"], torch.ones(1, dtype=torch.bool, device="meta"))], 1)
+        assert verdict.nonfinite_names() == []
+    assert copies.waited_for == [True]

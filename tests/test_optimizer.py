@@ -3,11 +3,12 @@
 import copy
 import inspect
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from muon8bit import Muon8bit, NonFiniteGradientError
+from muon8bit import Muon8bit, NonFiniteGradientError, convert_state_dict, state_report
 from muon8bit.orthogonalize import NAMES
 
 
@@ -346,7 +347,7 @@ def test_unavailable_backend_raises_and_says_the_way_out(monkeypatch):
         Muon8bit([param_with_grad()], backend="triton").step()
 
 
-def mixed_optimizer(seed=0):
+def mixed_optimizer(seed=0, **options):
     torch.manual_seed(seed)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 12), (8, 12), (2, 9, 20), (5,))]
     params += [torch.nn.Parameter(torch.randn(8, 12).bfloat16())]
@@ -357,7 +358,7 @@ def mixed_optimizer(seed=0):
     ]
     for param in params:
         param.grad = torch.randn(param.shape).to(param.dtype)
-    return params, Muon8bit(groups, param_rounding="stochastic")
+    return params, Muon8bit(groups, param_rounding="stochastic", **options)
 
 
 def test_a_compiled_training_step_equals_the_eager_one():
@@ -374,14 +375,23 @@ def test_a_compiled_training_step_equals_the_eager_one():
         assert torch.equal(left, right)
 
 
-def test_the_default_device_does_not_matter():
-    """torch.set_default_device is where tensors without a device are made; no tensor of a step is one."""
-    params, optimizer = mixed_optimizer()
-    twins, twin = mixed_optimizer()
-    with torch.device("meta"):
-        optimizer.step()
-    twin.step()
-    for left, right in zip(params, twins, strict=True):
+@pytest.mark.parametrize("options", [{}, {"codebook": "dynamic"}, {"bits": 32}])
+def test_the_default_device_does_not_matter(options):
+    """torch.set_default_device is where tensors without a device are made; none of a step or a checkpoint is one."""
+    runs = []
+    for device in ("cpu", "meta"):
+        params, optimizer = mixed_optimizer(**options)
+        with torch.device(device):
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.step()
+            with pytest.warns(UserWarning, match="converted from") if options.get("bits") != 32 else nullcontext():
+                converted = convert_state_dict(optimizer.state_dict(), bits=32)
+            report = str(state_report(optimizer))
+        runs.append(([*params, *(value for state in converted["state"].values() for value in state.values())], report))
+    (tensors, report), (twins, twin_report) = runs
+    assert report == twin_report
+    for left, right in zip(tensors, twins, strict=True):
         assert torch.equal(left, right)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from . import reference
 from .codebooks import Codebook
+from .self_check import self_check
 
 Backend: TypeAlias = Literal["reference", "triton"]
 
@@ -126,17 +126,27 @@ def kernels_for(device: torch.device, backend: str | None = None) -> Kernels:
             f"backend='triton' cannot run on {device}: use a CUDA device, set TRITON_INTERPRET=1 before Python "
             "starts (tests only), or pass backend='reference'"
         )
-    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
-        _check_compiler(torch.cuda.get_device_capability(device), importlib.metadata.version("triton"))
     from . import triton_kernels  # needs triton, which CPU installations lack
 
+    if device.type == "cuda" and torch.cuda.is_available():
+        if torch.version.hip is None:
+            _check_compiler(torch.cuda.get_device_capability(device))
+        self_check(triton_kernels, device)
     return triton_kernels
 
 
-def _check_compiler(capability: tuple[int, int], version: str) -> None:
-    """Raise RuntimeError where the compiler fuses operations that must be rounded one by one."""
-    if capability[0] >= 10 and tuple(int(part) for part in version.split(".")[:2]) < (3, 7):
+def _check_compiler(capability: tuple[int, int]) -> None:
+    """Raise RuntimeError where the compiler fuses operations that must be rounded one by one.
+
+    Reads triton's own version: its distribution has other names on Windows and in nightly builds.
+    """
+    if capability[0] < 10:
+        return
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7):
         raise RuntimeError(
-            f"triton {version} fuses multiplications and additions on compute capability {capability[0]} although told "
-            "not to: states would not be those of other devices. Install triton >= 3.7, or pass backend='reference'"
+            f"triton {triton.__version__} fuses multiplications and additions on compute capability {capability[0]} "
+            "although told not to: states would not be those of other devices. Upgrade torch to a release that brings "
+            "triton >= 3.7, or pass backend='reference'"
         )

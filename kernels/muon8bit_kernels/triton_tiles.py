@@ -131,7 +131,7 @@ def addresses(stacks: Sequence[Tensor]) -> list[int]:
 def table_of(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """int64 [matrices, columns] on `device`, sent there without waiting for it."""
     numbers = list(chain.from_iterable(zip(*columns, strict=True)))
-    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.view(-1, len(columns)).to(device, non_blocking=True)
 
 

@@ -78,9 +78,9 @@ def update_params(
     Args:
         params: stacks [count, rows, cols] of one dtype, fp32, bf16 or fp16, any strides.
         directions: [batch, rows, cols], any of these dtypes, any strides.
-        decay: 1 - lr * weight_decay; a float, or a 0-d fp32 tensor on the parameters' device.
-        scale: lr times the factor of the shape; as `decay`. Where it is 0, `directions` is not looked at, so that
-            with decay 1 every bit stays, the sign of a zero too.
+        decay: 1 - lr * weight_decay; a float, rounded to fp32, or a 0-d fp32 tensor on the parameters' device.
+        scale: lr times the factor of the shape; as `decay`. Where it is 0 in fp32, `directions` is not looked at, so
+            that with decay 1 every bit stays, the sign of a zero too.
         keys: of `rounding_key`, one a matrix: round bf16 stochastically. None: to nearest, ties to even.
         firsts: with keys, the global index of element [0, 0] of each matrix; None: 0.
         pitch: difference of the global indices of elements [1, 0] and [0, 0]; None: cols.
@@ -92,6 +92,8 @@ def update_params(
     check_rounding(params[0], keys)
     if skip is not None and skip.item() != 0:
         return
+    if not isinstance(scale, Tensor):  # in fp32, as a kernel gets it: 1e-46 is 0 there
+        scale = torch.tensor(scale, dtype=torch.float32, device="cpu").item()
     batch, rows, cols = batch_shape(params)
     old, towards, device, every = Rows(params), Rows([directions]), directions.device, slice(0, cols)
     if keys is not None:

@@ -35,13 +35,13 @@ class Scratch:
         """A new contiguous tensor with zeros."""
         num_elements = torch.Size(shape).numel()
         if num_elements == 0:
-            return torch.empty(*shape, dtype=dtype)
+            return torch.empty(*shape, dtype=dtype, device="cpu")
         self._num_files += 1
         path = self._folder / str(self._num_files)
         if hasattr(os, "posix_fallocate"):  # else a full disk would be found by writing to memory, which is fatal
             with path.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, num_elements * dtype.itemsize)
-        return torch.from_file(str(path), shared=True, size=num_elements, dtype=dtype).view(tuple(shape))
+        return torch.from_file(str(path), shared=True, size=num_elements, dtype=dtype, device="cpu").view(tuple(shape))
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A contiguous copy of a tensor."""

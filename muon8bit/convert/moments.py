@@ -18,7 +18,7 @@ def moments(entry: Entry, bits: int, changes: set[Change]) -> dict[str, Tensor]:
     _check(entry, state)
     step = entry.tensors.get("step")
     if isinstance(step, int | float):
-        step = torch.tensor(step, dtype=torch.float32)
+        step = torch.tensor(step, dtype=torch.float32, device="cpu")
     elif not isinstance(step, Tensor) or step.numel() != 1:
         raise ValueError(f"state of {entry.where}: step is {step!r}, expected a number")
     saved_bits = 8 if adamw.is_8bit(state) else 32

@@ -96,7 +96,7 @@ def _templates(model: nn.Module, optimizer: Muon8bit, folder: Path) -> tuple[dic
         kind = saved.state_dict_metadata[key]
         there = (kind.properties.dtype, tuple(kind.size)) if isinstance(kind, TensorStorageMetadata) else None
         if place[:2] == ("optimizer", "param_groups") and len(place) == 4:  # torch has them all, whatever they are
-            templates[key] = 0 if there is None else torch.empty(there[1], dtype=there[0])
+            templates[key] = 0 if there is None else torch.empty(there[1], dtype=there[0], device="cpu")
             continue
         if place not in own:
             raise ValueError(f"{key}, saved there, is unknown here: build model and optimizer as they were saved")

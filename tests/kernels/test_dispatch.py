@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 
 import pytest
@@ -57,8 +58,42 @@ def test_an_unknown_backend_raises(device, backend):
         kernels_for(device, backend)
 
 
-def test_a_compiler_that_fuses_on_blackwell_is_refused():
-    dispatch._check_compiler((10, 0), "3.7.1")
-    dispatch._check_compiler((9, 0), "3.6.0")
-    with pytest.raises(RuntimeError, match=r"triton 3\.6\.0 fuses.*capability 10.*triton >= 3\.7.*backend='reference'"):
-        dispatch._check_compiler((10, 0), "3.6.0")
+def test_a_compiler_that_fuses_on_blackwell_is_refused(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    dispatch._check_compiler((10, 0))
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    dispatch._check_compiler((9, 0))
+    with pytest.raises(RuntimeError, match=r"triton 3\.6\.0 fuses.*capability 10.*Upgrade torch.*backend='reference'"):
+        dispatch._check_compiler((10, 0))
+
+
+def _on_a_gpu(monkeypatch, capability):
+    """Make this process see a CUDA device, whose kernels are the reference."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    checked = []
+    monkeypatch.setattr(dispatch, "self_check", lambda _, device: checked.append(device))
+    return checked
+
+
+def test_triton_of_a_distribution_with_another_name_runs(triton_kernels, monkeypatch):
+    """As on Windows and in nightly builds."""
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for capability in ((9, 0), (10, 0)):
+        dispatch.kernels_for.cache_clear()
+        _on_a_gpu(monkeypatch, capability)
+        assert kernels_for(CUDA) is triton_kernels
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_kernels_are_checked_once_a_device(monkeypatch):
+    checked = _on_a_gpu(monkeypatch, (9, 0))
+    for index in (0, 1, 0, 1):
+        kernels_for(torch.device("cuda", index))
+    kernels_for(torch.device("cuda", 0), "reference")
+    assert checked == [torch.device("cuda", 0), torch.device("cuda", 1)]

@@ -15,6 +15,7 @@ from bitwise import assert_bitwise
 from layouts import laid_out
 from muon8bit_kernels import reference
 from muon8bit_kernels.codebooks import dynamic_midpoints
+from muon8bit_kernels.self_check import self_check
 
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("no GPU: test_interpreted.py runs it under TRITON_INTERPRET=1", allow_module_level=True)
@@ -117,3 +118,8 @@ def test_what_the_kernels_cannot_do_raises(triton_kernels, device):
         triton_kernels.dequantize(codes.t().contiguous().t(), scales, codebook="linear", block_size=64)
     with pytest.raises(ValueError, match="power of two"):
         triton_kernels.dequantize(codes, scales, codebook="linear", block_size=48)
+
+
+def test_self_check_passes(triton_kernels, device):
+    """What runs once before the first step on a device."""
+    self_check(triton_kernels, device)

@@ -174,3 +174,10 @@ def test_compiled_updates_equal_reference_bitwise_on_large_shapes(
     params = random_stacks([1, 1], rows, cols, dtype)
     (directions,) = random_stacks([2], rows, cols, torch.bfloat16, layout, seed=1)
     check(triton_kernels, device, params, directions, keys=keys)
+
+
+@pytest.mark.parametrize("scale", [1e-46, torch.tensor(1e-46, dtype=torch.float64).float()])
+def test_a_scale_that_is_0_in_fp32_keeps_the_sign_of_a_zero(triton_kernels, device, scale):
+    params = [torch.tensor([[[-0.0, 0.0, 1.0]]])]
+    check(triton_kernels, device, params, torch.tensor([[[-1.0, 1.0, 1.0]]]), decay=1.0, scale=scale)
+    assert bits(params[0]).tolist() == bits(torch.tensor([[[-0.0, 0.0, 1.0]]])).tolist()

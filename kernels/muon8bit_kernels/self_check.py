@@ -1,0 +1,79 @@
+"""One look at every new device: whether its compiler and it give the bits of the reference.
+
+Compilers have miscompiled kernels for single architectures before. Such a fault shows in no error, but in a momentum
+that is slightly wrong for weeks. A few tiles of what is most exposed to it (one-byte stores, exact divisions, products
+on tensor cores) cost a second, most of it compilation that the first step needs anyway.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+if TYPE_CHECKING:
+    from .dispatch import Kernels
+
+# More than one tile each way, and a ragged end of rows and columns.
+_ROWS, _COLS, _BLOCK = 10, 2048 + 72, 2048
+_N, _K = 136, 192
+
+
+def self_check(kernels: Kernels, device: torch.device) -> None:
+    """Compare quantization, both phases of the momentum and one symmetric product with the reference, bit for bit.
+
+    Args:
+        kernels: the backend that is checked.
+        device: where it runs. The reference runs on the CPU.
+
+    Raises:
+        RuntimeError: names the first kernel whose result differs, the device, and the way out.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = torch.randn(_ROWS, _COLS, generator=generator, device="cpu")
+    values *= torch.logspace(-30, 3, _ROWS, device="cpu").unsqueeze(1)
+    values[1], values[2, ::3] = 0.0, 0.0
+    grad = torch.randn(1, _ROWS, _COLS, generator=generator, device="cpu").to(torch.bfloat16)
+    for codebook in ("linear", "dynamic"):
+        _compare(
+            _momentum(reference, values, grad, codebook), _momentum(kernels, values, grad, codebook, device), device
+        )
+    # Sums of few ones and minus ones: fp16 holds them exactly, in whatever order they are added.
+    A = torch.randint(-1, 2, (1, _N, _K), generator=generator, device="cpu").half()
+    ours = {"symmetric_product": kernels.symmetric_product(A.to(device), A.to(device))}
+    _compare({"symmetric_product": reference.symmetric_product(A, A)}, ours, device)
+
+
+def _momentum(
+    kernels: Kernels, values: Tensor, grad: Tensor, codebook: str, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """What quantization and one step of the momentum make of `values` and `grad`, by the kernel that makes it."""
+    form = {"codebook": codebook, "block_size": _BLOCK}
+    codes, scales = kernels.quantize(values.to(device), **form)  # type: ignore[arg-type]
+    made = {"quantize": codes.clone(), "quantize (scales)": scales.clone()}
+    made["dequantize"] = kernels.dequantize(codes, scales, **form)  # type: ignore[arg-type]
+    stacks = [codes.unsqueeze(0)], [scales.unsqueeze(0)], [grad.to(device)]
+    how = {"beta": 0.95, "nesterov": True, **form}
+    made["momentum_stats"] = kernels.momentum_stats(*stacks, **how)  # type: ignore[arg-type]
+    out, norms = torch.empty(grad.shape, device=device), torch.full((1,), 3.0, device=device)
+    kernels.momentum_apply(*stacks, norms, out, **how)  # type: ignore[arg-type]
+    return {**made, "momentum_apply": codes, "momentum_apply (scales)": scales, "momentum_apply (out)": out}
+
+
+def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], device: torch.device) -> None:
+    for kernel, wanted in expected.items():
+        ours = found[kernel].cpu()
+        if kernel == "momentum_stats":  # a sum: its order is the backend's, a bound says that nothing else differs
+            is_right = torch.allclose(ours, wanted, rtol=1e-4, atol=0.0)
+        else:
+            is_right = torch.equal(ours, wanted)
+        if not is_right:
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+            raise RuntimeError(
+                f"the kernel {kernel} on {device} ({name}) does not give the bits of the reference: a fault of the "
+                "compiler or of the device, by which training would be wrong without a word. Upgrade torch, which "
+                "brings triton; until then pass backend='reference' (slower)"
+            )

@@ -1,0 +1,67 @@
+"""The look at a new device: what is right passes, and each kernel that is not is named."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from muon8bit_kernels import reference
+from muon8bit_kernels.self_check import self_check
+
+CPU = torch.device("cpu")
+
+
+def _kernels(**changed):
+    return SimpleNamespace(**{name: getattr(reference, name) for name in reference.__all__} | changed)
+
+
+def _first_bit(tensor):
+    """Flip the lowest bit of the last element, in place."""
+    tensor.view(-1)[-1:].view(torch.uint8)[0] ^= 1
+    return tensor
+
+
+def _quantize(values, **form):
+    codes, scales = reference.quantize(values, **form)
+    return _first_bit(codes), scales
+
+
+def _quantize_scales(values, **form):
+    codes, scales = reference.quantize(values, **form)
+    return codes, _first_bit(scales)
+
+
+def _apply(place):
+    def momentum_apply(codes, scales, grads, norms, out, **how):
+        reference.momentum_apply(codes, scales, grads, norms, out, **how)
+        _first_bit((codes[0], scales[0], out)[place])
+
+    return momentum_apply
+
+
+WRONG = {
+    "quantize": {"quantize": _quantize},
+    r"quantize \(scales\)": {"quantize": _quantize_scales},
+    "dequantize": {"dequantize": lambda *args, **form: _first_bit(reference.dequantize(*args, **form))},
+    "momentum_stats": {"momentum_stats": lambda *args, **how: reference.momentum_stats(*args, **how) * 1.001},
+    "momentum_apply": {"momentum_apply": _apply(0)},
+    r"momentum_apply \(scales\)": {"momentum_apply": _apply(1)},
+    r"momentum_apply \(out\)": {"momentum_apply": _apply(2)},
+    "symmetric_product": {"symmetric_product": lambda A, B: _first_bit(reference.symmetric_product(A, B))},
+}
+
+
+def test_right_kernels_pass():
+    self_check(_kernels(), CPU)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_kernel_with_one_wrong_bit_is_named_with_the_way_out(name):
+    with pytest.raises(RuntimeError, match=rf"the kernel {name} on cpu .*Upgrade torch.*backend='reference'"):
+        self_check(_kernels(**WRONG[name]), CPU)
+
+
+def test_the_default_device_does_not_matter():
+    with torch.device("meta"):
+        self_check(_kernels(), CPU)
