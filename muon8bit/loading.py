@@ -15,6 +15,7 @@ from . import rounding
 from .config import BUFFER_KEY, DYNAMIC_CODES_KEY, EXP_AVG_CODES_KEY, EXP_AVG_KEY, LINEAR_CODES_KEY
 from .entries import home, layout_of, made
 from .groups import OWN_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
+from .names import is_same
 
 if TYPE_CHECKING:
     from .distributed import Layout, Team
@@ -97,7 +98,7 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
         )
     if "param_names" in old and "param_names" in new:
         for theirs, ours in zip(old["param_names"], new["param_names"], strict=True):
-            if theirs != ours:
+            if not is_same(theirs, ours):
                 raise ValueError(
                     f"{where}: the state of {theirs} would go to {ours}; build the groups in the order of the saved "
                     "'param_names', or rename these in a load_state_dict pre-hook"

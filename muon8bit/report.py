@@ -21,6 +21,7 @@ from .config import (
     MIN_ADAMW8_ELEMENTS,
     MIN_QUANTIZED_COLUMNS,
 )
+from .names import unwrapper
 
 ADAMW_BYTES = 8  # per element: two fp32 moments
 
@@ -183,9 +184,10 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
 
 def _params(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
     """Name, parameter and group of every parameter in the groups."""
+    unwrapped = unwrapper(name for group in optimizer.param_groups for name in group.get("param_names") or ())
     for i, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
-        yield from ((name, param, group) for name, param in zip(names, group["params"], strict=True))
+        yield from ((unwrapped(name), param, group) for name, param in zip(names, group["params"], strict=True))
 
 
 def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], optimizer: object) -> str:

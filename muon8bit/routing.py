@@ -26,6 +26,7 @@ from .config import (
     Algorithm,
     Bits,
 )
+from .names import unwrapper
 from .report import ADAMW_BYTES, bnb_bytes
 
 
@@ -99,7 +100,8 @@ def param_groups(
         adamw_bits: of the AdamW groups: 32, or 8, with which tensors of 4096 elements and more keep both moments in 8
             bits (needs bitsandbytes).
         patterns: `(pattern, "muon" | "adamw")`, fnmatch over the whole qualified name, case-sensitive; the
-            first match wins. A tied tensor is matched by any of its names. Patterns do not unfreeze. "muon" takes
+            first match wins. A tied tensor is matched by any of its names, and one of a wrapped model with the
+            wrapper's prefix (`_orig_mod.`, `module.`) or without it. Patterns do not unfreeze. "muon" takes
             a convolution flattened, any other tensor of three or more dimensions as a stack over its last two.
         no_decay: patterns of further parameters whose weight decay is 0, Muon's too.
         loraplus_ratio: lr of every LoRA factor B over that of its A (LoRA+, where 16 is usual); None for equal ones.
@@ -108,7 +110,8 @@ def param_groups(
     Returns:
         ParamGroups: dicts in the order muon before adamw, without before with splits or flatten (each kind by first
         appearance), others before LoRA's raised B, decay before none; empty ones left out; `params` as (name,
-        Parameter) pairs in the model's order. A tied tensor appears once, under its first name.
+        Parameter) pairs in the model's order, named as in the model that a wrapper holds. A tied tensor appears
+        once, under its first name.
 
     Raises:
         ValueError: an unknown mode; adamw_lr missing with `original`; a pattern that matches nothing or sends
@@ -160,20 +163,26 @@ def _route_all(
     model: nn.Module, patterns: Sequence[tuple[str, Algorithm]], no_decay: Sequence[str]
 ) -> tuple[list[Route], list[nn.Parameter]]:
     """One route per distinct parameter with the patterns applied, and the parameters in the same order."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    unwrapped = unwrapper(name for name, _ in named)
     names: dict[nn.Parameter, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        names.setdefault(param, []).append(name)
-    check_patterns(patterns, no_decay, [alias for aliases in names.values() for alias in aliases])
-    modules, ends, routes = dict(model.named_modules(remove_duplicate=False)), find_ends(model), []
+    wrapped: dict[nn.Parameter, list[str]] = {}  # a pattern may name a parameter either way
+    for name, param in named:
+        names.setdefault(param, []).append(unwrapped(name))
+        wrapped.setdefault(param, []).append(name)
+    check_patterns(patterns, no_decay, [*(unwrapped(name) for name, _ in named), *(name for name, _ in named)])
+    modules = {unwrapped(path): module for path, module in model.named_modules(remove_duplicate=False)}  # inner last
+    ends, routes = find_ends(model), []
     owners: dict[tuple[Any, ...], str] = {}  # of memory: peft ties adapters by parameters that are views of each other
     for param, (name, *aliases) in names.items():
         check_whole(name, param, modules[name.rpartition(".")[0]])
         route = default_route(name, param, modules, ends)
+        of_param = (name, *aliases, *wrapped[param])
         for pattern, algorithm in patterns:
-            if any(fnmatchcase(alias, pattern) for alias in (name, *aliases)):
+            if any(fnmatchcase(alias, pattern) for alias in of_param):
                 route = _overridden(route, pattern, algorithm)
                 break
-        if route.decays and any(fnmatchcase(alias, pattern) for alias in (name, *aliases) for pattern in no_decay):
+        if route.decays and any(fnmatchcase(alias, pattern) for alias in of_param for pattern in no_decay):
             route = replace(route, decays=False, reason=f"{route.reason}, no decay as asked")
         if not param.requires_grad:
             route = replace(route, algorithm=None, reason="frozen", flag="")

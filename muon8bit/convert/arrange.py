@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..groups import RUNNING_KEYS
+from ..names import unwrapper
 from .entries import Entry, Group
 
 Like = Optimizer | Mapping[str, Any]
@@ -56,14 +57,15 @@ def arrange(groups: Sequence[Group], wanted: Sequence[Group]) -> list[Group]:
     saved = [entry for group in groups for entry in group.entries]
     asked = [entry for group in wanted for entry in group.entries]
     if all(entry.name for entry in (*saved, *asked)):
-        by_name: dict[str | None, Entry] = {}
-        for entry in saved:
-            if by_name.setdefault(entry.name, entry) is not entry:
+        saved_names, asked_names = _plain_names(saved), _plain_names(asked)
+        by_name: dict[str, Entry] = {}
+        for name, entry in zip(saved_names, saved, strict=True):
+            if by_name.setdefault(name, entry) is not entry:
                 raise ValueError(f"{entry.name} is saved twice: give the names of one model's parameters")
-        lost = by_name.keys() - {entry.name for entry in asked}
+        lost = by_name.keys() - set(asked_names)
         if lost:
-            raise ValueError(f"{min(map(str, lost))} is saved, but `like` does not have it: build both from one model")
-        matched = [by_name.get(entry.name) for entry in asked]
+            raise ValueError(f"{min(lost)} is saved, but `like` does not have it: build both from one model")
+        matched = [by_name.get(name) for name in asked_names]
     else:
         if [(g.algorithm, len(g.entries)) for g in groups] != [(g.algorithm, len(g.entries)) for g in wanted]:
             raise ValueError(
@@ -73,6 +75,12 @@ def arrange(groups: Sequence[Group], wanted: Sequence[Group]) -> list[Group]:
         matched = list(saved)
     found = iter(matched)
     return [_filled(group, [next(found) for _ in group.entries]) for group in wanted]
+
+
+def _plain_names(entries: Sequence[Entry]) -> list[str]:
+    """Return the names of entries that all have one, as the model has them that a wrapper holds."""
+    names = [str(entry.name) for entry in entries]
+    return list(map(unwrapper(names), names))
 
 
 def _filled(group: Group, found: Sequence[Entry | None]) -> Group:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import BUFFER_KEY, DYNAMIC_CODES_KEY, EXP_AVG_CODES_KEY, EXP_AVG_KEY, LINEAR_CODES_KEY
 from ..groups import FORMAT_KEYS
+from ..names import unwrapper
 from ..report import bnb_bytes
 from .optimizers import BNB_MAPS_BYTES, OPTIMIZERS, STEP_BYTES, Param, moments_sizes, momentum_sizes, state_bytes
 
@@ -150,9 +151,11 @@ def _entries(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Ent
     except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{file}: no optimizer's state_dict as torch.save writes it ({reason})") from None
+    unwrapped, unwrapped_weight = unwrapper(str(name) for _, name, _ in named), unwrapper(shapes)
+    shapes = {unwrapped_weight(name): shape for name, shape in shapes.items()}
     for index, name, group in named:
         if index in state:
-            yield _entry(f"{file}: parameter {name}", shapes.get(str(name)), state[index], group)
+            yield _entry(f"{file}: parameter {name}", shapes.get(unwrapped(str(name))), state[index], group)
 
 
 def _entry(where: str, shape: tuple[int, ...] | None, state: Mapping[str, Any], group: Mapping[str, Any]) -> _Entry:
