@@ -22,6 +22,7 @@ from finetune.errors import InputError
 from finetune.models import first_line
 from finetune.outputs import save_model
 from finetune.sft_recipe import SftRecipe
+from finetune.texts import read_text
 
 # What a checkpoint holds of a run whose base is frozen.
 TRAINABLE_FILE = "trainable.safetensors"
@@ -64,9 +65,9 @@ def add_adapter(model: Any, recipe: SftRecipe, base: str) -> Any:
 
 def _load_adapter(model: Any, path: Path, base: str) -> Any:
     try:
-        config = json.loads((path / "adapter_config.json").read_text())
+        config = json.loads(read_text(path / "adapter_config.json", "--adapter"))
         made_for = str(config["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError("--adapter", f"cannot read {path / 'adapter_config.json'}: {error}") from None
     if config.get("peft_type") != "LORA":
         raise InputError("--adapter", f"{path} is of type {config.get('peft_type')}; give a LoRA or DoRA adapter")

@@ -19,6 +19,7 @@ from finetune.errors import InputError
 from finetune.models import checkpoint_activations, first_line, logits_of
 from finetune.run_folder import folder_beside
 from finetune.sft_recipe import SftRecipe
+from finetune.texts import ENCODING
 from finetune.tokens import cache_root
 
 # Bump when a GGUF file would become another folder.
@@ -206,7 +207,7 @@ def pretrained_with(base: str, config: Any) -> str | None:
     record = Path(base).parent / "result.json"
     if record.is_file():
         try:
-            return str(json.loads(record.read_text())["optimizer"])
-        except (ValueError, KeyError):
+            return str(json.loads(record.read_text(encoding=ENCODING))["optimizer"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # another program's result.json
             return None
     return "adam" if str(config.model_type).startswith(ADAM_FAMILIES) else None

@@ -26,7 +26,7 @@ import numpy as np
 from finetune.errors import InputError
 from finetune.instructions import standard_library
 from finetune.messages import COLUMNS, FORMS, Example, example_from_row
-from finetune.rows import is_saved_dataset, jsonl_objects, open_hub, parquet_objects
+from finetune.rows import is_saved_dataset, jsonl_objects, open_hub, opened_rows, parquet_objects
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -118,17 +118,22 @@ def load_examples(
         raise InputError("--dataset", f"{dataset} has {names}; it needs {FORMS}")
     drawn = _drawn(len(opened), limit, seed)
     chosen = opened.select_columns(kept).select(drawn)
-    return [example_from_row(row, f"row {i + 1} of {dataset}") for i, row in zip(drawn, chosen, strict=True)]
+    numbered = opened_rows(chosen, dataset, (i + 1 for i in drawn))
+    return [example_from_row(row, f"row {number} of {dataset}") for number, row in numbered]
 
 
 def _local_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    files = sorted(filter(_has_rows, path.rglob("*"))) if path.is_dir() else [path]
     if not files or files[0].suffix.lower() not in SUFFIXES:
         raise InputError("--dataset", f"{path} is no .jsonl or .parquet file, and no folder with one; give such a file")
     for file in files:
         is_jsonl = file.suffix.lower() == ".jsonl"
         for number, row in jsonl_objects(file) if is_jsonl else parquet_objects(file, COLUMNS):
             yield row, f"row {number} of {file}"
+
+
+def _has_rows(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.is_dir()
 
 
 def _drawn(num_rows: int, limit: int | None, seed: int) -> list[int]:

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from finetune.errors import InputError
 from finetune.recipe import Recipe
 from finetune.rows import hub_rows, is_saved_dataset, jsonl_rows, parquet_rows
+from finetune.texts import BYTE_ORDER_MARK, not_utf8
 
 Part: TypeAlias = Literal["train", "validation"]
 
@@ -93,7 +94,7 @@ def open_corpus(recipe: Recipe) -> Corpus:
         return _local_corpus([path], path.parent, recipe.dataset, recipe)
     if path.is_dir() and not is_saved_dataset(path):
         known = {".txt", *ROW_SUFFIXES}
-        files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix.lower() in known]
+        files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in known and not p.is_dir()]
         return _local_corpus(files, path, recipe.dataset, recipe)
     identity, rows = hub_rows(recipe)
     digest = hashlib.sha256(f"{identity}\0{recipe.validation_fraction}".encode()).hexdigest()
@@ -108,9 +109,9 @@ def _local_corpus(files: Sequence[Path], root: Path, label: str, recipe: Recipe)
     digest = hashlib.sha256(f"{recipe.text_column}\0{recipe.validation_fraction}".encode())
     texts, row_files, seen = [], [], set()
     for file in files:
-        content = _file_digest(file)
+        content, start = _file_digest(file)
         size = file.stat().st_size
-        if content in seen or size == 0:
+        if content in seen or size == start:
             continue
         seen.add(content)
         name = file.relative_to(root).as_posix()
@@ -118,7 +119,7 @@ def _local_corpus(files: Sequence[Path], root: Path, label: str, recipe: Recipe)
         if file.suffix.lower() in ROW_SUFFIXES:
             row_files.append(file)
         else:
-            texts.append(Stretch(name, file, 0, size))
+            texts.append(Stretch(name, file, start, size))
     if not seen:
         raise InputError("--dataset", f"{label} is empty; give files with text in them")
     if len(texts) == 1 and not row_files:
@@ -137,15 +138,19 @@ def _local_corpus(files: Sequence[Path], root: Path, label: str, recipe: Recipe)
     return Corpus(label, digest.hexdigest(), pieces)
 
 
-def _file_digest(file: Path) -> str:
-    digest = hashlib.sha256()
+def _file_digest(file: Path) -> tuple[str, int]:
+    """Return the SHA-256 of a file's content, and where that begins: behind a byte order mark, if there is one."""
+    digest, start = hashlib.sha256(), 0
     try:
         with file.open("rb") as opened:
+            if opened.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
+                start = len(BYTE_ORDER_MARK)
+            opened.seek(start)
             while chunk := opened.read(2**20):
                 digest.update(chunk)
     except OSError as error:
         raise InputError("--dataset", f"cannot read {file}: {error.strerror}") from None
-    return digest.hexdigest()
+    return digest.hexdigest(), start
 
 
 def _is_utf8(file: Path) -> bool:
@@ -174,33 +179,43 @@ def _held_out(texts: Sequence[Stretch], fraction: float) -> set[str]:
 
 def _cut(stretch: Stretch) -> list[Stretch]:
     """Cut a file into about `STRETCHES` stretches, each ending with a line (lines over `PIECE_BYTES` are cut)."""
-    bounds = [0]
+    bounds = [stretch.start]
     with stretch.path.open("rb") as file:
         for i in range(1, STRETCHES):
-            file.seek(max(stretch.end * i // STRETCHES, bounds[-1]))
+            file.seek(max(stretch.start + (stretch.end - stretch.start) * i // STRETCHES, bounds[-1]))
             file.readline(PIECE_BYTES)
-            if bounds[-1] < file.tell() < stretch.end:
-                bounds.append(file.tell())
+            bound = file.tell() + _rest_of_character(file.read(3))
+            if bounds[-1] < bound < stretch.end:
+                bounds.append(bound)
     bounds.append(stretch.end)
     return [Stretch(f"{stretch.name}#{i}", stretch.path, start, end) for i, (start, end) in enumerate(pairwise(bounds))]
+
+
+def _rest_of_character(following: bytes) -> int:
+    """Count the bytes, before the next character, that continue one in UTF-8: 0 unless a long line is cut inside it."""
+    return next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
 
 def _text_pieces(stretch: Stretch, part: Part) -> Iterator[Piece]:
     """Text of a stretch in pieces that end with a line wherever there is one."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, left = "", stretch.end - stretch.start
+    rest, left, undecoded = "", stretch.end - stretch.start, 0
     try:
         with stretch.path.open("rb") as file:
             file.seek(stretch.start)
             while left > 0:
                 raw = file.read(min(PIECE_BYTES, left))
                 left = left - len(raw) if raw else 0
+                undecoded = len(decoder.getstate()[0]) + len(raw)
                 rest += decoder.decode(raw, final=left == 0)
                 cut = len(rest) if left == 0 else (rest.rfind("\n") + 1 or len(rest))
                 yield Piece(part, rest[:cut], ends=left == 0)
                 rest = rest[cut:]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("--dataset", f"cannot read {stretch.path} as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise InputError("--dataset", f"cannot read {stretch.path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        place = stretch.end - left - undecoded + error.start + 1
+        raise InputError("--dataset", f"byte {place} of {stretch.path} {not_utf8(stretch.path)}") from None
 
 
 def _row_pieces(rows: Iterator[str], fraction: float) -> Iterator[Piece]:
@@ -209,7 +224,7 @@ def _row_pieces(rows: Iterator[str], fraction: float) -> Iterator[Piece]:
     for text in rows:
         if not text.strip():
             continue
-        digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
+        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
         if digest in seen:
             continue
         if len(seen) < REMEMBERED_ROWS:

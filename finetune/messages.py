@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypedDict, cast, get_args
 
 from finetune.errors import InputError
+from finetune.texts import check_characters
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 # Keys of a message that change what the assistant says, and that nothing here renders.
@@ -52,7 +53,8 @@ def example_from_row(row: Any, where: str) -> Example:
         where: its origin, to be shown to people.
 
     Raises:
-        InputError: a missing column, something that is no text, an unknown role, no answer, or an empty one.
+        InputError: a missing column, something that is no text, half a character, an unknown role, no answer, or an
+            empty one.
     """
     if not isinstance(row, Mapping):
         raise InputError("--dataset", f"{where} is no object with columns; it needs {FORMS}")
@@ -74,13 +76,14 @@ def example_from_row(row: Any, where: str) -> Example:
 
 def _side(value: Any, column: str, role: Role, where: str) -> Sequence[Message]:
     if isinstance(value, str):
-        return [Message(role=role, content=value)]
+        return [Message(role=role, content=_text(value, column, where))]
     return _messages(value, column, where)
 
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise InputError("--dataset", f"`{column}` of {where} holds {type(value).__name__}, not text")
+    check_characters(value, f"`{column}` of {where}")
     return value
 
 

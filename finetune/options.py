@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from finetune.errors import InputError
+from finetune.texts import read_text
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 # Options that a resumed run may change; every other one is part of what makes the run bitwise the same.
@@ -115,11 +117,12 @@ def read_values(name_or_path: str, folder: Path) -> tuple[dict[str, Any], str]:
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise InputError("--recipe", f"no recipe {name_or_path!r}; give one of {known}, or a YAML file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError("--recipe", f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        values = yaml.safe_load(read_text(path, "--recipe"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a day like 2024-13-45
+        raise InputError("--recipe", f"cannot read {path}: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(values, dict):
         raise InputError("--recipe", f"{path} holds no mapping of options")
+    values = {str(key): value for key, value in values.items()}
     values.setdefault("name", path.stem)
     return values, str(path)
 
@@ -154,6 +157,8 @@ def _typed(key: str, value: Any, kind: type, origin: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    if kind is str and type(value) is datetime.date:  # YAML's reading of an unquoted 2024-07-26
+        return value.isoformat()
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(flag(key), f"{value!r} in {origin} is not of type {kind.__name__}")
     return value

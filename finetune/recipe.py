@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.errors import InputError
 from finetune.options import Training, build, check_ranges, option, read_values
+from finetune.texts import read_text
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = "llama_4m"
@@ -74,8 +75,8 @@ def read_model_config(path: str) -> dict[str, Any]:
     file = Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(read_text(file, "--model-config"))
+    except (ValueError, RecursionError) as error:
         raise InputError("--model-config", f"cannot read {file}: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError("--model-config", f"{file} has no `model_type`; give a transformers config.json")

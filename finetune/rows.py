@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
 from finetune.recipe import Recipe
+from finetune.texts import ENCODING, check_characters, not_utf8
 
 PARQUET_ROWS = 256  # rows decoded at a time
 
@@ -18,18 +20,27 @@ def jsonl_objects(file: Path) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line of a .jsonl file that is not blank, one in memory at a time.
 
     Raises:
-        InputError: unreadable, or a line that is no JSON.
+        InputError: unreadable, or a line that is no JSON, or not UTF-8.
     """
     number = 0
     try:
-        with file.open(encoding="utf-8") as lines:
+        # Bytes that are no UTF-8 become lone surrogates, so that their line can be named.
+        with file.open(encoding=ENCODING, errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, json.loads(line)
+                text = line.removeprefix("\ufeff")  # inside the file, where files with a mark were joined
+                if not text.isascii():
+                    text.encode()
+                if text.strip():
+                    yield number, json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError("--dataset", f"line {number} of {file} is no JSON: {error}") from None
-    except (OSError, ValueError) as error:
-        raise InputError("--dataset", f"cannot read {file} as JSON lines: {error}") from None
+        reason = f"{error.msg}, character {error.pos + 1}"
+        raise InputError("--dataset", f"line {number} of {file} is no JSON: {reason}") from None
+    except UnicodeEncodeError:
+        raise InputError("--dataset", f"line {number} of {file} {not_utf8(file)}") from None
+    except OSError as error:
+        raise InputError("--dataset", f"cannot read {file} as JSON lines: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists a thousand deep
+        raise InputError("--dataset", f"line {number} of {file} cannot be read as JSON: {error}") from None
 
 
 def jsonl_rows(file: Path, column: str) -> Iterator[str]:
@@ -50,27 +61,40 @@ def parquet_objects(file: Path, columns: Collection[str]) -> Iterator[tuple[int,
         columns: those wanted; the file may lack some. If it lacks all of them, every column is read.
 
     Raises:
-        InputError: not a parquet file.
+        InputError: not a parquet file, damaged, or a text in it that is not UTF-8.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
         with pq.ParquetFile(file) as opened:
             wanted = [name for name in opened.schema_arrow.names if name in columns]
-            number = 0
             for batch in opened.iter_batches(PARQUET_ROWS, columns=wanted or None):
-                for row in batch.to_pylist():
+                for row in _python_rows(batch):
                     number += 1
                     yield number, row
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise InputError("--dataset", f"cannot read {file} as parquet: {str(error).splitlines()[0]}") from None
+    except UnicodeDecodeError:
+        raise InputError("--dataset", f"row {number + 1} of {file} holds text that is not UTF-8") from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        after = f" after its row {number}" if number else ""
+        raise InputError("--dataset", f"cannot read {file} as parquet{after}: {_reason(error)}") from None
+
+
+def _python_rows(batch: Any) -> Iterable[dict[str, Any]]:
+    """Rows of a record batch; if one cannot be decoded, those before it come first, so that it can be named."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        return (batch.slice(i, 1).to_pylist()[0] for i in range(batch.num_rows))
+    return rows
 
 
 def parquet_rows(file: Path, column: str) -> Iterator[str]:
     """Texts of a .parquet file, `PARQUET_ROWS` rows in memory at a time.
 
     Raises:
-        InputError: not a parquet file, or no such column of text.
+        InputError: as `parquet_objects`, or no such column of text.
     """
     for number, row in parquet_objects(file, [column]):
         yield _text(row, column, f"row {number} of {file}")
@@ -95,8 +119,35 @@ def open_hub(dataset: str, config: str | None, split: str, streaming: bool = Fal
             return opened[split] if isinstance(opened, datasets.DatasetDict) else opened
         return datasets.load_dataset(dataset, config, split=split, streaming=streaming)
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError("--dataset", f"`datasets` cannot open {dataset!r}, split {split!r}: {reason}") from None
+        what = f"{dataset!r}, split {split!r}"
+        raise InputError("--dataset", f"`datasets` cannot open {what}: {_reason(error)}") from None
+
+
+def opened_rows(opened: Any, dataset: str, numbers: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """(number, row) of what `open_hub` gave, or of a selection from it.
+
+    Args:
+        opened: what to iterate over.
+        dataset: its name, to be shown to people.
+        numbers: of the rows, from 1; at least as many as there are rows.
+
+    Raises:
+        InputError: `datasets` cannot read a row.
+    """
+    rows = iter(opened)
+    for number in numbers:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            what = f"row {number} of {dataset}"
+            raise InputError("--dataset", f"`datasets` cannot read {what}: {_reason(error)}") from None
+        yield number, row
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def hub_rows(recipe: Recipe) -> tuple[str, Callable[[], Iterator[str]]]:
@@ -115,20 +166,23 @@ def hub_rows(recipe: Recipe) -> tuple[str, Callable[[], Iterator[str]]]:
     fingerprint = where if recipe.streaming else str(opened._fingerprint)
 
     def rows() -> Iterator[str]:
-        for row in opened:
-            yield _text(row, recipe.text_column, recipe.dataset)
+        for number, row in opened_rows(opened, recipe.dataset, count(1)):
+            yield _text(row, recipe.text_column, f"row {number} of {recipe.dataset}")
 
     identity = hashlib.sha256(f"{fingerprint}\0{recipe.text_column}".encode()).hexdigest()
     return identity, rows
 
 
 def _text(row: Any, column: str, where: str) -> str:
-    if not isinstance(row, dict) or column not in row:
-        names = list(row) if isinstance(row, dict) else []
-        raise InputError("--text-column", _no_column(column, where, names))
+    if not isinstance(row, dict):
+        what = f"{type(row).__name__}, no object with columns"
+        raise InputError("--dataset", f"{where} holds {what}; each row must be one like {{{column!r}: text}}")
+    if column not in row:
+        raise InputError("--text-column", _no_column(column, where, list(row)))
     value = row[column]
     if value is not None and not isinstance(value, str):
         raise InputError("--text-column", f"{column!r} of {where} holds {type(value).__name__}, not text")
+    check_characters(value or "", f"{column!r} of {where}")
     return value or ""
 
 

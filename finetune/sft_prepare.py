@@ -35,6 +35,7 @@ from finetune.run import make_accelerator, prepare_training, versions
 from finetune.run_folder import RunFolder
 from finetune.sft_recipe import SftRecipe, resolve
 from finetune.sft_run import Sample, SftRun
+from finetune.texts import read_text
 from finetune.tokens import load_tokenizer
 
 SAME_RUN = {"model": ("--model", "model"), "corpus": ("--dataset", "dataset"), "tokenizer": ("--model", "tokenizer")}
@@ -119,10 +120,7 @@ def _prepare_data(recipe: SftRecipe, config: Any, tokenizer: Any) -> _Data:
     if longest is not None and recipe.max_length > longest:
         raise InputError("--max-length", f"{recipe.max_length} exceeds the model's max_position_embeddings {longest}")
     if recipe.chat_template:
-        try:
-            tokenizer.chat_template = Path(recipe.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError("--chat-template", f"cannot read {recipe.chat_template}: {error}") from None
+        tokenizer.chat_template = read_text(Path(recipe.chat_template), "--chat-template")
     turns: Any = recipe.turns
     encoding = ChatEncoding(tokenizer, date=recipe.date, turns=turns)
     parts = load_parts(

@@ -171,7 +171,7 @@ def _write_tokens(corpus: Corpus, tokenizer: Any, folder: Path, budget: int | No
                 files[piece.part].write(ids.tobytes())
                 count = counts[piece.part]
                 count["tokens"] += len(ids)
-                count["bytes"] += len(piece.text.encode("utf-8", "replace"))
+                count["bytes"] += len(piece.text.encode())
                 count["documents"] += piece.ends
             if budget is not None and counts["train"]["tokens"] >= budget:
                 break

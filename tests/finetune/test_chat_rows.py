@@ -135,7 +135,7 @@ def test_a_bad_row_is_named_in_one_sentence(tmp_path, row, words):
         ("no.jsonl", None, "there is no {file}"),
         ("empty.jsonl", b"\n", "{file} is empty"),
         ("bad.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2 of {file} is no JSON"),
-        ("latin.jsonl", b'{"prompt": "caf\xe9"}\n', "cannot read {file}"),
+        ("latin.jsonl", b'{"prompt": "caf\xe9"}\n', "line 1 of {file} is not UTF-8"),
         ("bad.parquet", b"PAR1 no", "cannot read {file} as parquet"),
         ("data.csv", b"prompt,completion\n", "{file} is no .jsonl or .parquet file"),
         ("folder", "folder", "{file} is no .jsonl or .parquet file, and no folder with one"),
