@@ -17,7 +17,7 @@ def test_three_kills_at_random_moments_of_saving_lose_nothing_but_that_save(tmp_
     script = str(ROOT / "kernels" / "bench" / "kill_saves.py")
     options = ["--kills", "3", "--disk", "none", "--work", str(tmp_path / "work"), "--record", str(tmp_path / "record")]
     done = subprocess.run(
-        [sys.executable, script, *options], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, script, *options], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     killed = json.loads((tmp_path / "record").read_text())["killed"]

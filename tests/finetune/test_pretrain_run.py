@@ -279,7 +279,7 @@ def test_sigterm_finishes_the_step_saves_and_prints_the_command_that_resumes(rec
         while process.poll() is None and not (file.exists() and file.read_text().count("\n") >= 3):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM, log.read_text()
+        assert process.wait(600) == 128 + signal.SIGTERM, log.read_text()
     steps = metrics(tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{steps[-1]['step']:07}"
@@ -302,7 +302,7 @@ def test_two_ranks_train_one_model_on_the_data_of_one(recipe_file, pretrain, tmp
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "world size 2" in done.stdout

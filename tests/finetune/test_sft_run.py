@@ -209,7 +209,7 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut_up(sft, tmp_path, sft_opt
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     ranks = result(tmp_path / "ranks")
