@@ -83,6 +83,14 @@ EXP_AVG_CODES_KEY = "exp_avg_dynamic8"  # uint8, the parameter's shape; adamw_bi
 EXP_AVG_SQ_CODES_KEY = "exp_avg_sq_dynamic8"  # uint8, the parameter's shape: codes of the unsigned dynamic map
 EXP_AVG_SCALES_KEY = "exp_avg_scales"  # fp32, [..., cols / 256] where that is whole, else [ceil(elements / 256)]
 EXP_AVG_SQ_SCALES_KEY = "exp_avg_sq_scales"
+STEP_KEY = "step"  # fp32, 0-d: AdamW's steps so far
+# Other keys are those of wrappers, which keep what they need beside ours.
+STATE_KEYS = frozenset(
+    {
+        *(LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, SCALES_KEY, BUFFER_KEY, STEP_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY),
+        *(EXP_AVG_CODES_KEY, EXP_AVG_SQ_CODES_KEY, EXP_AVG_SCALES_KEY, EXP_AVG_SQ_SCALES_KEY),
+    }
+)
 
 
 def check_running(

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from . import adamw, adamw8, rounding
-from .groups import FORMAT_KEYS, describe
+from .config import STATE_KEYS
+from .dense import is_overlapping, why_not_dense
+from .groups import DTYPES, FORMAT_KEYS, describe
 from .staging import Staging
 from .state import Format, Momentum
 
 if TYPE_CHECKING:
     from .distributed import Layout, Team
+
+
+_WAY_OUT = "undo that, or delete its entry in the optimizer's state, which then starts at zero"
 
 
 @dataclass(frozen=True)
@@ -65,16 +70,15 @@ def entries_of(
         grad, local, layout, first = param.grad, param, None, 0
         if grad is None:
             continue
-        if grad.is_sparse:
-            name = describe(group, group_index, index)
-            raise ValueError(f"{name} has a sparse gradient: use sparse=False in its embedding")
+        if problem := _unusable(param, grad, group):
+            raise ValueError(f"{describe(group, group_index, index)} {problem}")
         if lr_device not in (None, param.device):
             name = describe(group, group_index, index)
             raise ValueError(f"lr is a tensor on {lr_device}, {name} is on {param.device}: keep lr on the CPU")
         if group.get("adamw_bits") == 8:
             adamw8.check_available(param.device.type)
         momentum = key = None
-        stored = state.get(param)
+        stored = own_state(state.get(param))
         if is_rounded:
             key = rounding.key_of(param, describe(group, group_index, index), num_before + index, group)
         if team is not None:
@@ -84,8 +88,9 @@ def entries_of(
             local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
             stored = layout.unwrapped(stored) if stored else stored
         shapes = {k: shape for k, (shape, _) in layout_of(param, group).items()}
+        dtypes = {k: dtype for k, (_, dtype) in layout_of(param, group).items()}
         shapes = layout.parts(shapes) if layout else shapes
-        if stored and (problem := _misfit(stored, shapes, staging.home(local.device))):
+        if stored and (problem := _misfit(stored, shapes, dtypes, staging.home(local.device))):
             raise ValueError(
                 f"{describe(group, group_index, index)} is {tuple(local.shape)} on {local.device} {problem}"
             )
@@ -99,14 +104,48 @@ def entries_of(
         yield Entry(index, param, local, grad, momentum, key, first, layout)
 
 
-def _misfit(stored: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], device: torch.device) -> str:
+def _unusable(param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> str:
+    """Return why a step cannot take a parameter as it is now, or its gradient, and the way out; or nothing."""
+    if param.dtype not in DTYPES:
+        return (
+            f"is {param.dtype} now: Muon8bit takes float32, bfloat16 and float16 parameters, and does not cut others. "
+            "Convert the model back, to what it was when the optimizer was made"
+        )
+    if kind := why_not_dense(grad):
+        way_out = "use sparse=False in its embedding" if "sparse" in kind else "a step takes dense ones"
+        return f"has a {kind} gradient: {way_out}"
+    if grad.dtype not in DTYPES:
+        return f"has a gradient of {grad.dtype}: convert it to {param.dtype}, as backward does unless told otherwise"
+    if group.get("clip_matrix_norm") is not None and is_overlapping(grad):
+        return (
+            "has a gradient whose elements share memory, as expand() makes it, and clip_matrix_norm scales gradients "
+            "in place: assign a clone of it"
+        )
+    return ""
+
+
+def own_state(stored: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """Return the optimizer's own tensors in the state of a parameter; wrappers keep others beside them."""
+    return {key: value for key, value in stored.items() if key in STATE_KEYS} if stored else {}
+
+
+def _misfit(
+    stored: Mapping[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+) -> str:
     """Why this is not the state that a parameter needs, and the way out; or nothing. Kernels do not look."""
+    strange = next((key for key, value in stored.items() if not isinstance(value, Tensor)), None)
+    if strange is not None:
+        return f"now, and {strange} in its state is a {type(stored[strange]).__name__}: {_WAY_OUT}"
     found = {key: tuple(tensor.shape) for key, tensor in stored.items()}
     if not shapes.items() <= found.items():
-        return (
-            f"now, in a group that asks for a state of {shapes}, and has one of {found}: undo that, or delete its "
-            "entry in the optimizer's state, which then starts at zero"
-        )
+        return f"now, in a group that asks for a state of {shapes}, and has one of {found}: {_WAY_OUT}"
+    for key in shapes:
+        if stored[key].dtype != dtypes[key] or not stored[key].is_contiguous():
+            kind = f"{stored[key].dtype}{'' if stored[key].is_contiguous() else ', not contiguous'}"
+            return f"now, and {key} in its state is {kind}, where it has to be contiguous {dtypes[key]}: {_WAY_OUT}"
     where = next((stored[key].device for key in shapes if found[key] and stored[key].device != device), None)
     if where is None:
         return ""

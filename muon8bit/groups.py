@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
-from math import inf, prod
+from math import inf, isfinite, prod
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from .config import (
     DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
 )
-from .orthogonalize import resolve
+from .dense import is_fake, is_overlapping, why_not_dense
+from .orthogonalize import choose, resolve
 
 # How the running optimizer stores and computes: from the constructor, never from a checkpoint.
 FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
@@ -44,6 +47,7 @@ _NO_GROUP_KEYS = (
     *("amsgrad", "maximize", "fused", "foreach", "capturable"),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TINY = torch.finfo(torch.float32).tiny  # the smallest normal number
 
 
 def group_keys(algorithm: str) -> tuple[str, ...]:
@@ -99,8 +103,57 @@ def complete_group(group: dict[str, Any], group_index: int) -> dict[str, Any]:
 
 
 def _is_number(value: Any, low: float = 0.0, high: float = inf) -> bool:
-    """A finite int or float (no bool) with low <= value < high."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value < high
+    """Whether it is a finite real number, numpy's included (no bool), with low <= value < high."""
+    return not isinstance(value, bool) and isinstance(value, Real) and low <= float(value) < high
+
+
+def _is_choice(value: Any, allowed: Sequence[Any]) -> bool:
+    """Whether it is one of these values, of the same type: True is no 1."""
+    return any(type(value) is type(choice) and value == choice for choice in allowed)
+
+
+def _is_rate(lr: Any) -> bool:
+    """Whether it is a number, or a tensor of one, that a step can take. One on a device is not waited for."""
+    if not isinstance(lr, Tensor):
+        return _is_number(lr)
+    if lr.numel() != 1 or not lr.is_floating_point():
+        return False
+    return lr.device.type != "cpu" or is_fake(lr) or (lr.item() >= 0 and isfinite(lr.item()))
+
+
+def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None, *, is_rounded: bool) -> None:
+    """Check what groups say now: since they were made, a scheduler or a hand may have written into them.
+
+    Reads only what is on the host. To be called before a step changes anything.
+
+    Args:
+        groups: all of an optimizer's, complete.
+        ns_dtype: of Newton-Schulz, as for `Muon8bit`.
+        is_rounded: whether parameters are rounded stochastically.
+
+    Raises:
+        ValueError: names the group, the key, its value, and what it may be.
+    """
+    for index, group in enumerate(groups):
+        where = f"parameter group {index}: "
+        check_options(group, where)
+        if is_rounded:
+            _check_present(group, ("rounding_seed", "rounding_step"), where)
+        if group.get("algorithm") == "adamw":
+            continue
+        try:  # what this dtype cannot hold must not be found out while parameters are written
+            choose(1, 1, resolve(group["ns_coefficients"], group["ns_steps"]), "cpu", ns_dtype)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        if group["split_sizes"] is not None:
+            for place, param in enumerate(group["params"]):
+                _check_splits(describe(group, index, place), param, group)
+
+
+def _check_present(options: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    missing = [key for key in keys if key not in options]
+    if missing:
+        raise ValueError(f"{where}{', '.join(missing)} missing: a group holds every option it was made with")
 
 
 def check_options(options: dict[str, Any], where: str = "") -> None:
@@ -114,35 +167,37 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         if not valid:
             raise ValueError(f"{where}{key} must be {allowed}, not {options[key]!r}")
 
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        require("lr", lr.numel() == 1 and lr.is_floating_point(), "a number or a 1-element float tensor")
-    else:
-        require("lr", _is_number(lr), ">= 0 and finite")
+    algorithm = options.get("algorithm", "muon")
+    require("algorithm", _is_choice(algorithm, ALGORITHMS), f"one of {ALGORITHMS}")
+    _check_present(options, group_keys(algorithm), where)
+    is_tensor = isinstance(options["lr"], Tensor)
+    require("lr", _is_rate(options["lr"]), "a 1-element float tensor " * is_tensor + ">= 0 and finite")
     require("weight_decay", _is_number(options["weight_decay"]), ">= 0 and finite")
     require("eps", _is_number(options["eps"]) and options["eps"] > 0, "> 0 and finite")
     for key in ("rounding_seed", "rounding_step"):
         value = options.get(key, 0)
         require(key, type(value) is int and 0 <= value < 2**64, "an int in 0 .. 2**64 - 1")
-    if options.get("algorithm") == "adamw":
+    if algorithm == "adamw":
+        require("eps", options["eps"] >= _TINY, f"at least {_TINY:.4g}, below which fp32 may divide by zero")
         betas = options["betas"]
         valid = isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b, high=1) for b in betas)
         require("betas", valid, "two numbers in [0, 1)")
         bits = options["adamw_bits"]
-        require("adamw_bits", type(bits) is int and bits in BITS, f"one of {BITS}")
+        require("adamw_bits", _is_choice(bits, BITS), f"one of {BITS}")
         return
     require("momentum", _is_number(options["momentum"], high=1), "in [0, 1)")
     clip = options["clip_matrix_norm"]
     require("clip_matrix_norm", clip is None or (_is_number(clip) and clip > 0), "None or > 0 and finite")
+    require("nesterov", _is_choice(options["nesterov"], (True, False, 0, 1)), "True or False")
     for key, allowed in (("bits", BITS), ("codebook", CODEBOOKS), ("block_size", BLOCK_SIZES)):
-        require(key, (type(options[key]), options[key]) in [(type(v), v) for v in allowed], f"one of {allowed}")
+        require(key, _is_choice(options[key], allowed), f"one of {allowed}")
     sizes = options["split_sizes"]
     is_sizes = isinstance(sizes, tuple | list) and len(sizes) > 0 and all(type(n) is int and n > 0 for n in sizes)
     require("split_sizes", sizes is None or is_sizes, "None or positive ints")
-    require("split_dim", options["split_dim"] in (-2, -1), "one of (-2, -1), a dimension of the matrix")
+    require("split_dim", _is_choice(options["split_dim"], (-2, -1)), "one of (-2, -1), a dimension of the matrix")
     require("flatten", isinstance(options["flatten"], bool), "True or False")
     require("split_dim", not (sizes and options["flatten"] and options["split_dim"] == -1), "-2 beside flatten=True")
-    require("adjust_lr_fn", options["adjust_lr_fn"] in (None, *ADJUST_LR), f"None or one of {ADJUST_LR}")
+    require("adjust_lr_fn", _is_choice(options["adjust_lr_fn"], (None, *ADJUST_LR)), f"None or one of {ADJUST_LR}")
     try:
         resolve(options["ns_coefficients"], options["ns_steps"])
     except (TypeError, ValueError) as error:
@@ -160,7 +215,9 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
             raise ValueError(f"{name} appears twice in its group: list it once")
         seen.add(param)
         check_not_partitioned(param, name)
-        if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+        if problem := why_not_dense(param):
+            raise ValueError(f"{name} is a {problem} tensor: Muon8bit takes dense parameters")
+        if is_overlapping(param):
             raise ValueError(f"{name} is an expanded tensor, whose elements share memory: clone it first")
         if param.dtype not in DTYPES:
             raise ValueError(f"{name} is {param.dtype}: Muon8bit takes float32, bfloat16 and float16 parameters")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from .config import (
     DEFAULT_NS_STEPS,
     DEFAULT_WEIGHT_DECAY,
     DEFAULT_WORKSPACE_BYTES,
+    STATE_KEYS,
     Backend,
     Codebook,
     OnNonfinite,
@@ -26,7 +27,15 @@ from .config import (
     StateDevice,
     check_running,
 )
-from .groups import MATRIX_DEFAULTS, MUON_ONLY_KEYS, check_options, check_params, complete_group, describe
+from .groups import (
+    MATRIX_DEFAULTS,
+    MUON_ONLY_KEYS,
+    check_groups,
+    check_options,
+    check_params,
+    complete_group,
+    describe,
+)
 from .nonfinite import NonFiniteGradientError, PartialVerdict, Verdict
 from .orthogonalize import choose, resolve
 from .orthogonalize.coefficients import JORDAN
@@ -200,6 +209,8 @@ class Muon8bit(SharingOptimizer):
 
         Raises:
             NonFiniteGradientError: by this step, before anything was written, or on CUDA by the one before.
+            ValueError: names a group and what was written into it, or a parameter whose gradient cannot be taken;
+                nothing has changed.
             RuntimeError: while a CUDA graph is captured.
         """
         phases.check_not_captured()
@@ -214,6 +225,7 @@ class Muon8bit(SharingOptimizer):
         team = self._find_team()
 
         def read() -> list[phases.Work]:
+            self._check_groups()
             clipping.clip_matrices_(self.param_groups, self.workspace_bytes)
             return phases.read(self.param_groups, self.state, options, team, self._staging)
 
@@ -229,6 +241,10 @@ class Muon8bit(SharingOptimizer):
         rounding.advance(self.param_groups)
         self._pending = pending  # only now: settling takes back what was advanced
         return loss
+
+    def _check_groups(self) -> None:
+        """Raise ValueError for what a hand or a scheduler has written into a group since it was made."""
+        check_groups(self.param_groups, self.ns_dtype, is_rounded=self.param_rounding == "stochastic")
 
     def _refuse(self, names: list[str], step: int) -> None:
         """Raise, or count, a step with gradients that are not finite."""
@@ -274,8 +290,8 @@ class Muon8bit(SharingOptimizer):
         """Of loading, copying and pickling, which all leave tensors in pageable memory."""
         super().__setstate__(state)
         for param, tensors in self.state.items():
-            for key, tensor in tensors.items():
-                tensors[key] = self._staging.at_home(tensor, param.device)
+            for key in STATE_KEYS & tensors.keys():
+                tensors[key] = self._staging.at_home(tensors[key], param.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
@@ -298,6 +314,8 @@ class Muon8bit(SharingOptimizer):
         Raises:
             ValueError: names the group, parameter or key that does not fit.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"a state dict is needed, as state_dict() gives it, not a {type(state_dict).__name__}")
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             hooked = pre_hook(self, state_dict)

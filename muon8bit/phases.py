@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import adamw, muon, pieces
 from .config import Options
-from .entries import Entry, entries_of, new_state
+from .entries import Entry, entries_of, new_state, own_state
 from .groups import describe
 from .nonfinite import Verdict
 from .pieces import Piece
@@ -158,8 +158,8 @@ def write(
     jobs: list[Job] = []
     for members in work:
         for entry in members.entries:
-            if not state.get(entry.param):
-                state[entry.param] = new_state(entry, members.group, staging)
+            if not own_state(state.get(entry.param)):
+                state.setdefault(entry.param, {}).update(new_state(entry, members.group, staging))
         for batch in members.batches:
             jobs += muon.jobs(batch, members.group, _on(batch.sumsq.device, options, verdict))
         for device, of_device in _pieces(members, state).items():
@@ -178,7 +178,8 @@ def _pieces(work: Work, state: State) -> dict[torch.device, list[Piece]]:
     by_device: dict[torch.device, list[Piece]] = {}
     for e in work.entries:
         if e.momentum is None:
-            own = e.layout.unwrapped(state[e.param]) if e.layout else state[e.param]
+            own = own_state(state[e.param])
+            own = e.layout.unwrapped(own) if e.layout else own
             piece = Piece(e.local, e.grad, own, e.key, e.first, e.param.numel())
             by_device.setdefault(e.local.device, []).append(piece)
     return by_device

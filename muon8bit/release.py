@@ -63,6 +63,7 @@ class GradientRelease:
         optimizer, place = self._optimizer, self._places[param]
         if not self._verdicts:
             _check_alone()
+            optimizer._check_groups()
             optimizer._settle()  # the last step's skips count before this step's numbers are read
         if param in self._verdicts:
             param.grad = None

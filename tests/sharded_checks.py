@@ -55,6 +55,7 @@ def run_all(folder):
         "sharded_checks_errors",
         "sharded_checks_reshard",
         "sharded_checks_adamw8",
+        "sharded_checks_values",
     ):  # they register their checks
         import_module(module)
     world, errors = World(folder), {}

@@ -219,7 +219,7 @@ CODES = ("state", 0, "momentum_linear8")
         (edit(("param_groups", 0, "momentum"), None), "lacks momentum"),
         (edit(("param_groups", 0, "momentum"), 1.5), "group 0 of the state dict: momentum"),
         (edit(CODES, None), "a: missing .'momentum_linear8'"),
-        (edit(("state", 0, "extra"), torch.zeros(1)), "a: .*foreign .'extra'"),
+        (edit(("state", 0, "exp_avg"), torch.zeros(16, 40)), "a: .*foreign .'exp_avg'.*adamw_bits=32"),
         (edit(CODES, lambda t: t.to(torch.uint8)), "a: momentum_linear8 is torch.uint8"),
         (edit(CODES, lambda t: t[:, :-1]), r"a: .*\(16, 39\)"),
         (edit(("state", 0, "momentum_scales"), lambda t: t / 0), "momentum_scales holds NaN or Inf"),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import adamw, adamw8
 from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY
-from .entries import Change, Entry, dense, is_finite
+from ..damage import why_damaged
+from .entries import Change, Entry, dense
 
 
 def moments(entry: Entry, bits: int, changes: set[Change]) -> dict[str, Tensor]:
@@ -26,7 +27,10 @@ def moments(entry: Entry, bits: int, changes: set[Change]) -> dict[str, Tensor]:
     if adamw8.is_8bit(state[EXP_AVG_CODES_KEY if saved_bits == 8 else EXP_AVG_KEY].shape, bits) != (saved_bits == 8):
         state = adamw8.decode(state) if saved_bits == 8 else adamw8.encode(state)
         changes.add(("AdamW's moments were", f"adamw_bits={saved_bits}", f"adamw_bits={40 - saved_bits}"))
-    return {"step": step.detach().float().reshape(()), **state}
+    step = step.detach()
+    if problem := why_damaged("step", step):
+        raise ValueError(f"state of {entry.where}: step holds {problem}: the checkpoint is damaged")
+    return {"step": step.float().reshape(()), **state}
 
 
 def _check(entry: Entry, state: Mapping[str, Tensor]) -> None:
@@ -41,5 +45,5 @@ def _check(entry: Entry, state: Mapping[str, Tensor]) -> None:
     elif state[EXP_AVG_KEY].shape != state[EXP_AVG_SQ_KEY].shape:
         raise ValueError(f"state of {entry.where}: exp_avg and exp_avg_sq differ in shape")
     for key, value in state.items():
-        if not is_finite(value):
-            raise ValueError(f"state of {entry.where}: {key} holds NaN or Inf: the checkpoint is damaged")
+        if problem := why_damaged(key, value):
+            raise ValueError(f"state of {entry.where}: {key} holds {problem}: the checkpoint is damaged")

@@ -18,6 +18,7 @@ from ..config import (
     DYNAMIC_CODES_KEY,
     LINEAR_CODES_KEY,
 )
+from ..damage import why_damaged
 from ..groups import FORMAT_KEYS, OWN_DEFAULTS, RUNNING_KEYS, check_options
 from ..orthogonalize import resolve
 from ..orthogonalize.coefficients import JORDAN
@@ -200,6 +201,6 @@ def _momentum(entry: Entry) -> tuple[Momentum, str]:
             raise ValueError(
                 f"state of {entry.where}: {key} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}"
             )
-        if dtype.is_floating_point and not is_finite(value):
-            raise ValueError(f"state of {entry.where}: {key} holds NaN or Inf: the checkpoint is damaged")
+        if problem := why_damaged(key, value):
+            raise ValueError(f"state of {entry.where}: {key} holds {problem}: the checkpoint is damaged")
     return Momentum.from_state(tensors, format), words

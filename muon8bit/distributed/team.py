@@ -154,7 +154,7 @@ class Team:
             for key, value in tensors.items():
                 full = value.full_tensor() if isinstance(value, DTensor) else value
                 if is_mine:
-                    gathered[key] = full.cpu()
+                    gathered[key] = full.cpu() if isinstance(full, Tensor) else full
             found[param] = gathered
         return found if is_mine else None
 

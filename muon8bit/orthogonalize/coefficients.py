@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 from typing import Any, TypeAlias
 
 Triple: TypeAlias = tuple[float, float, float]
@@ -47,6 +49,8 @@ NAMES = ("jordan", *_NAMED)
 
 
 def _triple(value: Any) -> Triple:
+    if not all(isinstance(v, Real) and isfinite(v) for v in value):
+        raise ValueError(f"ns_coefficients must be finite numbers, not {value!r}")
     a, b, c = (float(v) for v in value)
     return a, b, c
 
@@ -60,9 +64,9 @@ def resolve(ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]], 
         ns_steps: number of Newton-Schulz steps, 1 to 99.
 
     Raises:
-        ValueError: unknown name, wrong length, or not numbers.
+        ValueError: names the argument: an unknown name, a wrong length, what is no finite number.
     """
-    if not isinstance(ns_steps, int) or not 1 <= ns_steps < 100:
+    if type(ns_steps) is not int or not 1 <= ns_steps < 100:
         raise ValueError(f"ns_steps must be an integer from 1 to 99, not {ns_steps!r}")
     if isinstance(ns_coefficients, str):
         if ns_coefficients == "jordan":

@@ -6,6 +6,7 @@ import sharded_checks_doors  # noqa: F401
 import sharded_checks_errors  # noqa: F401
 import sharded_checks_more  # noqa: F401
 import sharded_checks_reshard  # noqa: F401
+import sharded_checks_values  # noqa: F401
 import torch
 from ranks import on_ranks
 from sharded_checks import CHECKS, NUM_RANKS, run_all

@@ -1,0 +1,39 @@
+"""Tensors that only look like dense ones with values of their own, told apart before their memory is touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake as _is_fake
+
+
+def why_not_dense(tensor: Tensor) -> str:
+    """Return what a tensor is instead of a strided one: `"sparse"`, `"sparse_csr"`, `"nested"`; empty for none."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout == torch.strided:
+        return ""
+    kind = str(tensor.layout).removeprefix("torch.")
+    return {"sparse_coo": "sparse"}.get(kind, kind)
+
+
+def is_overlapping(tensor: Tensor) -> bool:
+    """Whether elements of a strided tensor may share memory, as those of an expanded one do.
+
+    Each stride must step over all that the smaller ones span. Layouts that interleave without sharing fail that too,
+    but no operation of torch makes them.
+    """
+    if tensor.numel() < 2:
+        return False
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                return True
+            span += stride * (size - 1)
+    return False
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has no values: on the meta device, or of a FakeTensorMode; of a DTensor, whether its part is so."""
+    return tensor.is_meta or bool(_is_fake(tensor))
