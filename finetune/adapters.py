@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,13 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from finetune.bases import weight_dtype
+from finetune.bases import load_base_weights, weight_dtype
 from finetune.errors import InputError
-from finetune.models import first_line
 from finetune.outputs import save_model
 from finetune.sft_recipe import SftRecipe
 from finetune.texts import read_text
+from finetune.weights import beside_text, first_line
 
 # What a checkpoint holds of a run whose base is frozen.
 TRAINABLE_FILE = "trainable.safetensors"
@@ -53,6 +53,7 @@ def add_adapter(model: Any, recipe: SftRecipe, base: str) -> Any:
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # a float is a scale like any other
         lora_dropout=recipe.lora_dropout,
         target_modules=targets,
+        exclude_modules=_all_of(beside_text(model)),
         use_dora=recipe.dora,
         task_type="CAUSAL_LM",
     )
@@ -61,6 +62,11 @@ def add_adapter(model: Any, recipe: SftRecipe, base: str) -> Any:
             return get_peft_model(model, config)
     except ValueError as error:
         raise InputError("--lora-targets", f"peft refuses {recipe.lora_targets!r}: {first_line(error)}") from None
+
+
+def _all_of(modules: Sequence[str]) -> str | None:
+    """A pattern, as peft takes it, that matches these modules and all that is in them; None for no modules."""
+    return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else None
 
 
 def _load_adapter(model: Any, path: Path, base: str) -> Any:
@@ -135,8 +141,7 @@ def save_merged(base: str, adapter: Path, path: Path, recipe: SftRecipe, tokeniz
 
     An adapter of an NF4 base is folded into the base's own weights, which NF4 only approximates.
     """
-    causal: Any = AutoModelForCausalLM
-    model = causal.from_pretrained(base, dtype=weight_dtype(recipe))
+    model = load_base_weights(base, dtype=weight_dtype(recipe))
     with _quiet():
         merged: Any = PeftModel.from_pretrained(model, str(adapter))
     save_model(path, merged.merge_and_unload(safe_merge=True), None, tokenizer)

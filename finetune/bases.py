@@ -16,16 +16,28 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.errors import InputError
-from finetune.models import checkpoint_activations, first_line, logits_of
+from finetune.models import checkpoint_activations, logits_of
 from finetune.run_folder import folder_beside
 from finetune.sft_recipe import SftRecipe
 from finetune.texts import ENCODING
 from finetune.tokens import cache_root
+from finetune.weights import (
+    beside_text,
+    first_line,
+    freeze_beside_text,
+    load_whole,
+    model_class,
+    refuse_part,
+    text_config,
+)
 
 # Bump when a GGUF file would become another folder.
 FORMAT = 1
 # Elements of each weight that a fingerprint looks at.
 SAMPLED = 256
+# How the names of architectures end that predict the next token, and of those whose configuration nests a text part.
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+CAUSAL_WITH_IMAGES = ("ForConditionalGeneration",)
 # Known to be pretrained with Adam (papers or reports of the families); a run of ours says it in its result.json.
 ADAM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "smollm3", "olmo", "gpt2", "gpt_neox", "opt")
 
@@ -37,7 +49,8 @@ def find_base(model: str) -> str:
         model: a folder, a hub name, a GGUF file, or `package:NAME`, an installed package that brings one GGUF file.
 
     Raises:
-        InputError: no such package, not one GGUF file in it, or a file that transformers cannot read.
+        InputError: no such package, not one GGUF file in it, or a file that transformers cannot read or that lacks
+            weights.
     """
     path = Path(model)
     if model.startswith("package:"):
@@ -50,6 +63,7 @@ def find_base(model: str) -> str:
             raise InputError("--model", f"the package {name!r} holds {len(files)} GGUF files, not one; give the file")
         path = files[0]
     if path.suffix.lower() == ".gguf":
+        refuse_part(path, "--model")
         return str(_gguf_folder(path))
     if path.is_dir() and not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
@@ -64,21 +78,23 @@ def _gguf_folder(file: Path) -> Path:
     transformers takes a GGUF model for frozen and quantized: it would not save it, and NF4 on top fails.
     """
     digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(2**22):
-            digest.update(chunk)
+    try:
+        with file.open("rb") as opened:
+            while chunk := opened.read(2**22):
+                digest.update(chunk)
+    except OSError as error:
+        raise InputError("--model", f"cannot read {file}: {error.strerror}") from None
     folder = cache_root() / "models" / f"gguf{FORMAT}-{file.stem}-{digest.hexdigest()[:24]}"
     if folder.is_dir():
         return folder
     print(f"{file.name}: dequantizing to bf16 into {folder}", flush=True)
     config: Any = getattr(transformers, "GgufConfig", None)  # before it came, transformers always dequantized
     more = {} if config is None else {"quantization_config": config(dequantize=True)}
-    causal: Any = AutoModelForCausalLM
+    model = load_whole(AutoModelForCausalLM, file.parent, "--model", gguf_file=file.name, dtype=torch.bfloat16, **more)
     try:
-        model = causal.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **more)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:
-        raise InputError("--model", f"transformers cannot read {file}: {first_line(error)}") from None
+        raise InputError("--model", f"transformers cannot read the tokenizer of {file}: {first_line(error)}") from None
     with folder_beside(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
@@ -96,21 +112,19 @@ def base_config(base: str) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(base)
+        kind = model_class(config)
     except Exception as error:
         raise InputError("--model", f"transformers cannot open {base!r}: {first_line(error)}") from None
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     names = [known] if isinstance(known, str) else list(known or ())
     architectures = config.architectures or names
-    if not names or config.is_encoder_decoder or not any(_is_causal(a, names) for a in architectures):
+    endings = CAUSAL if text_config(config) is config else (*CAUSAL, *CAUSAL_WITH_IMAGES)
+    if kind is None or not any(name in names or name.endswith(endings) for name in architectures):
         what = ", ".join(config.architectures or [config.model_type])
         raise InputError("--model", f"{base} is {what}, no causal language model; give one like LlamaForCausalLM")
     if getattr(config, "quantization_config", None) is not None:
         raise InputError("--model", f"{base} is quantized already; give the unquantized model (qlora makes it NF4)")
     return config
-
-
-def _is_causal(architecture: str, names: list[str]) -> bool:
-    return architecture in names or architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def weight_dtype(recipe: SftRecipe) -> torch.dtype:
@@ -131,22 +145,21 @@ def compute_precision(recipe: SftRecipe) -> str:
 def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
     """The pretrained model in training mode; for an adapter frozen, for `qlora` with NF4 matrices in its layers.
 
+    What a model has beside its language model, such as a vision tower, is frozen, and stays in what is saved.
+
     Of an NF4 base only the norms are cast to fp32: embeddings and head keep `weight_dtype`, on an 8B model 2 GB
     instead of the 4 GB that peft's prepare_model_for_kbit_training makes of them.
 
     Raises:
-        InputError: the weights cannot be loaded, or later tokens change earlier logits.
+        InputError: weights are missing or cannot be loaded, or later tokens change earlier logits.
     """
     dtype = weight_dtype(recipe)
     more: dict[str, Any] = {}
     if recipe.mode == "qlora":
         more = {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
-    causal: Any = AutoModelForCausalLM
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model = causal.from_pretrained(base, dtype=dtype, **more)
-    except Exception as error:
-        raise InputError("--model", f"transformers cannot load {base!r}: {first_line(error)}") from None
+    model = load_base_weights(base, dtype=dtype, **more)
+    freeze_beside_text(model)
     for module in model.modules() if recipe.mode == "qlora" else ():
         if "Norm" in type(module).__name__:
             module.float()
@@ -161,6 +174,15 @@ def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
         checkpoint_activations(model)
     model.train()
     return model
+
+
+def load_base_weights(base: str, **more: Any) -> Any:
+    """The whole pretrained model of a base, by the class that fits its configuration; `more` is for transformers.
+
+    Raises:
+        InputError: as `finetune.weights.load_whole`.
+    """
+    return load_whole(model_class(base_config(base)), base, "--model", **more)
 
 
 def nf4_config(dtype: torch.dtype) -> Any:
@@ -184,8 +206,12 @@ def nf4_config(dtype: torch.dtype) -> Any:
 def _check_causal(model: Any, base: str) -> None:
     """Two inputs that differ in their last token must have equal logits before it."""
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
-    model.eval()
-    logits = logits_of(model, input_ids=ids)
+    try:
+        if beside_text(model):  # some want to be told in training which tokens are images
+            logits_of(model.train(), input_ids=ids)
+        logits = logits_of(model.eval(), input_ids=ids)
+    except Exception as error:
+        raise InputError("--model", f"{base} does not take text alone: {first_line(error)}") from None
     gap = (logits[0, :-1] - logits[1, :-1]).abs().max()
     if not bool(gap <= 1e-3 * logits.abs().max()):
         raise InputError("--model", f"{base} is not causal: a later token changes its earlier logits")

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import TemplateError
 
 from finetune.errors import InputError
 from finetune.messages import Example, Message
@@ -84,7 +83,8 @@ class ChatEncoding:
     Args:
         tokenizer: a fast transformers tokenizer; not changed.
         date: the day that a template sees as today, `YYYY-MM-DD`.
-        chat_template: Jinja text that replaces the tokenizer's own; None keeps that.
+        chat_template: Jinja text that replaces the tokenizer's own, or the name of one of several that it has; None
+            keeps its own, of several the one named `default`.
         turns: "all" assistant turns carry loss, or the "last" of each conversation.
 
     Raises:
@@ -100,6 +100,10 @@ class ChatEncoding:
             raise InputError("--date", f"{date!r} is no day; write it as 2024-07-26") from None
         if chat_template is None and not tokenizer.chat_template:
             raise InputError("--model", "its tokenizer has no chat template; give one by --chat-template FILE")
+        if chat_template is None and isinstance(tokenizer.chat_template, dict):
+            names = ", ".join(sorted(tokenizer.chat_template))
+            if "default" not in tokenizer.chat_template:
+                raise InputError("--chat-template", f"the tokenizer has several, and no default; give one of {names}")
         text = tokenizer.get_chat_template(chat_template)
         self.tokenizer, self.turns = tokenizer, turns
         own = chat_template is None
@@ -208,6 +212,6 @@ def _trl_template(tokenizer: Any) -> str | None:
         return None
     try:
         text: str | None = get_training_chat_template(tokenizer)
-    except (ValueError, TemplateError):  # a template that it does not know, or that refuses its trials
+    except Exception:  # a template that it does not know, or that fails in its trials
         return None
     return text

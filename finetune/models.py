@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from finetune.errors import InputError
 from finetune.launch import whole
 from finetune.recipe import Recipe
+from finetune.weights import first_line, freeze_beside_text, load_whole, longest_of, model_class, text_config
 
 
 def model_config(recipe: Recipe) -> Any:
-    """transformers configuration of the model to train.
+    """transformers configuration of the model to train; of a new one that also takes images, that of its text part.
 
     Raises:
         InputError: transformers does not know it, or rejects a value.
@@ -30,11 +31,12 @@ def model_config(recipe: Recipe) -> Any:
         else:
             config = AutoConfig.for_model(**recipe.model)
             _check_keys(recipe.model, type(config)().to_dict())
+            config = text_config(config)
     except InputError:
         raise
     except Exception as error:
         raise InputError(option, f"transformers rejects it: {first_line(error)}") from None
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_of(config)
     if longest is not None and recipe.seq_len > longest:
         raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
     return config
@@ -60,10 +62,11 @@ def check_vocabulary(config: Any, tokenizer: Any, option: str) -> None:
     Raises:
         InputError: the tokenizer is larger than the model's vocabulary.
     """
-    if len(tokenizer) > config.vocab_size:
+    vocab_size = text_config(config).vocab_size
+    if len(tokenizer) > vocab_size:
         raise InputError(
             option,
-            f"it has {len(tokenizer)} tokens and the model's vocab_size is {config.vocab_size}; "
+            f"it has {len(tokenizer)} tokens and the model's vocab_size is {vocab_size}; "
             "give a smaller tokenizer, or a --model-config with a larger vocabulary",
         )
 
@@ -72,21 +75,22 @@ def build_model(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
     """The model in the recipe's dtype, random from torch's current seed or pretrained.
 
     Raises:
-        InputError: the weights cannot be loaded, or the architecture is no causal language model.
+        InputError: weights are missing or cannot be loaded, or the architecture is no causal language model.
     """
     model: Any
     causal: Any = AutoModelForCausalLM
     dtype = torch.bfloat16 if recipe.dtype == "bf16" else torch.float32
-    try:
-        if recipe.init_from:
-            model = causal.from_pretrained(recipe.init_from, dtype=dtype)
-        else:
-            config.eos_token_id = config.bos_token_id = tokenizer.eos_token_id
-            config.pad_token_id = tokenizer.pad_token_id
+    if recipe.init_from:
+        model = load_whole(model_class(config) or causal, recipe.init_from, "--init-from", dtype=dtype)
+        freeze_beside_text(model)
+    else:
+        config.eos_token_id = config.bos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        try:
             model = causal.from_config(config, dtype=dtype)
-    except Exception as error:
-        option = "--init-from" if recipe.init_from else "--model-config"
-        raise InputError(option, f"transformers cannot build the model: {first_line(error)}") from None
+        except Exception as error:
+            reason = f"transformers cannot build the model: {first_line(error)}"
+            raise InputError("--model-config", reason) from None
     if recipe.activation_checkpointing:
         checkpoint_activations(model)
     model.train()
@@ -103,12 +107,19 @@ def logits_of(model: nn.Module, **arguments: Tensor) -> Tensor:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Let a transformers model recompute activations in the backward pass."""
+    """Let a transformers model recompute activations in the backward pass.
+
+    Raises:
+        InputError: the architecture cannot.
+    """
     options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:  # its name in earlier versions of transformers
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    try:
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:  # its name in earlier versions of transformers
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    except ValueError as error:
+        raise InputError("--activation-checkpointing", f"{first_line(error)}; leave it out") from None
 
 
 def parameter_hash(model: nn.Module) -> str:
@@ -123,8 +134,3 @@ def parameter_hash(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(whole(param.detach()).float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """The start of an error's text, on one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -61,7 +61,7 @@ def recipe_from(values: dict[str, Any], origin: str) -> Recipe:
     if not 0 < recipe.validation_fraction < 1:
         raise InputError("--validation-fraction", f"{recipe.validation_fraction} is not between 0 and 1")
     longest = recipe.model.get("max_position_embeddings")
-    if recipe.init_from is None and isinstance(longest, int) and recipe.seq_len > longest:
+    if recipe.init_from is None and isinstance(longest, int) and 0 < longest < recipe.seq_len:
         raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
     return recipe
 

@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from finetune.errors import InputError
 from finetune.messages import Example, Message
 from finetune.templates import TRAINING_TEMPLATES
+from finetune.weights import first_line
 
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What a template may ask of a date; the time of day is that of its first second.
@@ -60,7 +61,7 @@ class ChatTemplate:
             self._render(text, [Message(role="user", content="Hello")])
         except TemplateSyntaxError as error:
             raise InputError("--chat-template", f"no valid template: {error.message}, line {error.lineno}") from None
-        except TemplateError:
+        except Exception:
             pass  # it is valid, and says what it asks of a conversation when one is rendered
 
     def render(self, messages: Sequence[Message], where: str, *, generation_prompt: bool = False) -> str:
@@ -77,7 +78,10 @@ class ChatTemplate:
         try:
             return self._render(self.text, messages, generation_prompt=generation_prompt)[0]
         except TemplateError as error:
-            raise InputError("--dataset", f"the chat template refuses {where}: {error}") from None
+            raise InputError("--dataset", f"the chat template refuses {where}: {first_line(error)}") from None
+        except Exception as error:  # of what the template does with a value, such as a sum of text and a number
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError("--chat-template", f"the chat template fails at {where}: {reason}") from None
 
     def answers(self, example: Example, last_only: bool) -> Rendered:
         """Text of a conversation, and its answers that carry loss.
@@ -146,7 +150,7 @@ class ChatTemplate:
                 return None
             rest = [message for message in example.messages if message["role"] != "system"]
             return (rendered, spans) if self._render(candidate, rest)[0] == self._render(self.text, rest)[0] else None
-        except TemplateError:
+        except Exception:  # another family's template, tried on a conversation that is not of its form
             return None
 
     def _difference(self, text: str, answer: int, example: Example) -> tuple[int, int]:

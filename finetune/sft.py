@@ -96,7 +96,9 @@ def _check_paths(recipe: SftRecipe) -> None:
         raise InputError("--dataset", f"there is no {recipe.dataset}; give a file, a folder or a name for `datasets`")
     if recipe.adapter and not (Path(recipe.adapter) / "adapter_config.json").is_file():
         raise InputError("--adapter", f"{recipe.adapter} holds no adapter_config.json; give the folder of an adapter")
-    if recipe.chat_template and not Path(recipe.chat_template).is_file():
+    template = Path(recipe.chat_template or ".")
+    is_name = template.name == str(template) and not template.suffix  # of one of a tokenizer's templates
+    if recipe.chat_template and not is_name and not template.is_file():
         raise InputError("--chat-template", f"there is no file {recipe.chat_template}")
 
 

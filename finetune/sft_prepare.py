@@ -37,6 +37,7 @@ from finetune.sft_recipe import SftRecipe, resolve
 from finetune.sft_run import Sample, SftRun
 from finetune.texts import read_text
 from finetune.tokens import load_tokenizer
+from finetune.weights import beside_text, longest_of
 
 SAME_RUN = {"model": ("--model", "model"), "corpus": ("--dataset", "dataset"), "tokenizer": ("--model", "tokenizer")}
 
@@ -83,6 +84,11 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     if recipe.packing:
         check_isolation(model, num_rows=recipe.batch_size)
     notes += _warnings(recipe, base, config)
+    if aside := beside_text(model):
+        notes.append(
+            f"note: the text part alone is trained; {', '.join(aside)} are saved as they were. The files of an image "
+            "processor are the base's: copy them where images are to be taken"
+        )
     num_answers = recipe.num_answers
     if is_sharded(accelerator) and num_answers:
         notes.append("note: no answers are generated, since the model is sharded")
@@ -116,11 +122,11 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
 
 
 def _prepare_data(recipe: SftRecipe, config: Any, tokenizer: Any) -> _Data:
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_of(config)
     if longest is not None and recipe.max_length > longest:
         raise InputError("--max-length", f"{recipe.max_length} exceeds the model's max_position_embeddings {longest}")
     if recipe.chat_template:
-        tokenizer.chat_template = read_text(Path(recipe.chat_template), "--chat-template")
+        tokenizer.chat_template = read_template(recipe.chat_template, tokenizer.chat_template)
     turns: Any = recipe.turns
     encoding = ChatEncoding(tokenizer, date=recipe.date, turns=turns)
     parts = load_parts(
@@ -138,6 +144,27 @@ def _prepare_data(recipe: SftRecipe, config: Any, tokenizer: Any) -> _Data:
         if not encoded.rows:
             raise InputError("--max-length", f"{recipe.max_length} leaves no {part} example; give more")
     return _Data(parts, encoding, train, validation)
+
+
+def read_template(given: str, own: str | dict[str, str] | None) -> str:
+    """The text of a file, or that of the tokenizer's template with this name.
+
+    Args:
+        given: path or name.
+        own: the tokenizer's template, or several by their names.
+
+    Raises:
+        InputError: neither, or a file that is not text.
+    """
+    if Path(given).is_file():
+        return read_text(Path(given), "--chat-template")
+    if isinstance(own, dict) and given in own:
+        return own[given]
+    if isinstance(own, dict):
+        names = f"the tokenizer's templates are {', '.join(sorted(own))}; give one of them, or a file"
+    else:
+        names = "the tokenizer has a single template or none, without a name; give a file"
+    raise InputError("--chat-template", f"there is no file {given}, and {names}")
 
 
 def _rows(recipe: SftRecipe, encoded: EncodedExamples, tokenizer: Any) -> Rows:

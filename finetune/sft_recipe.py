@@ -65,7 +65,9 @@ class SftRecipe(Training):
     packing: bool = option(False, "put several examples into a row of --max-length, kept apart")
     drop_truncated: bool = option(False, "leave out examples whose answer --max-length cuts off, instead of stopping")
     turns: str = option("all", "which assistant turns carry loss", "all", "last")
-    chat_template: str | None = option(None, "a Jinja file that replaces the tokenizer's chat template")
+    chat_template: str | None = option(
+        None, "a Jinja file that replaces the tokenizer's chat template, or the name of one of several that it has"
+    )
     date: str = option("2024-07-26", "the day that a chat template sees as today")
     epochs: float = option(1.0, "passes over the training examples, without --max-steps")
     num_answers: int = option(3, "answers to held-out prompts generated before and after")
@@ -88,15 +90,16 @@ class SftRecipe(Training):
 def read_sft_recipe(name_or_path: str) -> dict[str, Any]:
     """Values of a recipe: a name in `finetune/recipes/sft/`, or the path of a YAML file; not checked yet.
 
-    A chat template's path is taken relative to the recipe.
+    A chat template's path is taken relative to the recipe, if there is such a file; else it is a template's name.
 
     Raises:
         InputError: no such recipe, or not a YAML mapping.
     """
     values, origin = read_values(name_or_path, SFT_RECIPES)
     template = values.get("chat_template")
-    if isinstance(template, str):
-        values["chat_template"] = str(Path(origin).resolve().parent / template)
+    beside = Path(origin).resolve().parent
+    if isinstance(template, str) and (Path(template).suffix or (beside / template).is_file()):
+        values["chat_template"] = str(beside / template)
     return values
 
 

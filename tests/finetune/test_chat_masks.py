@@ -15,6 +15,7 @@ from finetune.errors import InputError
 from finetune.masks import ChatEncoding, encode_examples
 from finetune.messages import Example
 from finetune.packing import collate
+from finetune.sft_prepare import read_template
 
 DATE = "2024-07-26"
 SYSTEM = ("system", "You are terse.")
@@ -245,6 +246,24 @@ BAD = [
     ),
     (MARKED + "{% oops", ALL, "--chat-template", "no valid template"),
     (template_text("mistral"), [ASK, ASK, TURNS[1]], "--dataset", "refuses row 7 of some.jsonl: After the optional"),
+    (
+        UNKNOWN + "{{ messages[0].content.split('#')[1] + 1 }}",
+        [("user", "a#b"), TURNS[1]],
+        "--chat-template",
+        "fails at row 7 of some.jsonl: TypeError: ",
+    ),
+    (
+        UNKNOWN + "{{ messages[9].content.upper() }}",
+        ALL,
+        "--dataset",
+        "refuses row 7 of some.jsonl: ",
+    ),
+    (
+        MARKED + "{{ 1 // (messages|length - 5) }}",
+        [SYSTEM, *TURNS],
+        "--chat-template",
+        "fails at row 7 of some.jsonl: ZeroDivisionError: ",
+    ),
 ]
 
 
@@ -289,6 +308,22 @@ def test_a_tokenizer_without_a_template_and_a_bad_date_are_refused(monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(InputError, match="has no chat template; give one by --chat-template FILE"):
         ChatEncoding(tokenizer, date=DATE)
+
+
+def test_of_several_templates_one_is_named_or_the_default(monkeypatch):
+    tokenizer = make_tokenizer("chatml")
+    own = tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", {"default": own, "rag": MARKED})
+    assert encode(conversation(*TURNS), tokenizer).sources == {"shipped": 1}
+    assert encode(conversation(*TURNS), tokenizer, chat_template="rag").sources == {"markers": 1}
+    assert read_template("rag", tokenizer.chat_template) == MARKED
+    with pytest.raises(InputError, match=r"--chat-template: there is no file rug, .* templates are default, rag; give"):
+        read_template("rug", tokenizer.chat_template)
+    with pytest.raises(InputError, match=r"--chat-template: there is no file rug, and the tokenizer has a single"):
+        read_template("rug", own)
+    monkeypatch.setattr(tokenizer, "chat_template", {"tools": own, "rag": MARKED})
+    with pytest.raises(InputError, match=r"--chat-template: the tokenizer has several, and no default; .* rag, tools"):
+        encode(conversation(*TURNS), tokenizer)
 
 
 def test_truncation_keeps_the_beginning_and_is_counted():

@@ -192,10 +192,30 @@ class Forgetful(nn.Module):
             return SimpleNamespace(logits=self.model.get_output_embeddings()(hidden))
         if self.kind == "one row" and len(input_ids) > 1:
             position_ids = None
-        return self.model(input_ids=input_ids, position_ids=position_ids, **more)
+        output = self.model(input_ids=input_ids, position_ids=position_ids, **more)
+        if self.kind == "carries over":  # as a short convolution does: one token sees a little of the one before it
+            hidden = self.model.get_input_embeddings()(input_ids).roll(1, 1)
+            output.logits = output.logits + 2e-3 * self.model.get_output_embeddings()(hidden)
+        if self.kind == "rounds by batch":  # as grouped products do, whose sizes follow from all tokens
+            spread = torch.randn(output.logits.shape, generator=torch.Generator().manual_seed(int(input_ids.sum())))
+            output.logits = output.logits * (1 + 1e-2 * spread)
+        return output
 
 
-@pytest.mark.parametrize(("kind", "num_rows"), [("mask", 1), ("cumulative", 1), ("one row", 2)])
+def test_a_model_whose_rounding_depends_on_the_batch_passes():
+    """Its logits move as much where conversations have rows of their own."""
+    check_isolation(Forgetful("rounds by batch"), num_rows=2)
+
+
+def test_a_model_that_takes_no_packed_rows_is_refused_in_one_sentence():
+    model = tiny_llama()
+    model.forward = lambda input_ids: input_ids
+    with pytest.raises(InputError, match=r"--packing: LlamaForCausalLM does not take packed rows: .*--no-packing"):
+        check_isolation(model)
+    assert model.training
+
+
+@pytest.mark.parametrize(("kind", "num_rows"), [("mask", 1), ("cumulative", 1), ("carries over", 1), ("one row", 2)])
 def test_a_model_that_does_not_isolate_is_refused(kind, num_rows):
     with pytest.raises(InputError, match="--packing: Forgetful lets a packed conversation see the one before it"):
         check_isolation(Forgetful(kind), num_rows)

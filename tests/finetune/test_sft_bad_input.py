@@ -182,3 +182,21 @@ def test_a_resumed_run_refuses_what_would_make_it_another(sft, tmp_path, chat_ba
     outcome = sft("--resume", "done", "--max-steps", "8")
     assert (outcome.code, "another model" in outcome.err) == (2, True), outcome.err
     assert {p: p.read_bytes() for p in (tmp_path / "done").rglob("*") if p.is_file()} == before
+
+
+def test_one_of_several_templates_is_taken_by_its_name_and_kept_by_a_resumed_run(sft, tmp_path, chat_base):
+    tokenizer = AutoTokenizer.from_pretrained(chat_base)
+    own = tokenizer.chat_template
+    short = own.replace("<|im_start|>' + m['role']", "<|im_start|>' + m['role'][:1]").replace("assistant\n", "a\n")
+    shutil.copytree(chat_base, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template*"))
+    tokenizer.chat_template = {"tools": own, "short": short}
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = ["--model", "base", "--num-answers", 0, "--output-dir", "run"]
+    check_refused_unwritten(sft(*options), tmp_path, "--chat-template", "no default", "short, tools")
+    refused = sft(*options, "--chat-template", "long")
+    check_refused_unwritten(refused, tmp_path, "--chat-template", "no file long", "short, tools")
+    done = sft(*options, "--chat-template", "short", "--max-steps", 3)
+    assert done.code == 0, done.err
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == short
+    resumed = sft("--resume", "run", "--max-steps", 4)
+    assert resumed.code == 0, resumed.err

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.bases import find_base, fingerprint
+from finetune.errors import InputError
 from finetune.tokens import cache_root
 
 BLOCK = 32  # elements per scale of Q8_0
@@ -45,8 +46,9 @@ def gguf_name(name):
     return name
 
 
-def write_gguf(file, base):
-    """The tiny Llama as llama.cpp would store it: matrices in Q8_0, vectors in fp32, a byte-level BPE."""
+def write_gguf(file, base, leave_out="nothing"):
+    """The tiny Llama as llama.cpp would store it: matrices in Q8_0, vectors in fp32, a byte-level BPE; without the
+    weights whose names have `leave_out`."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     config, writer = model.config, gguf.GGUFWriter(file, "llama")
     writer.add_name("tiny")
@@ -71,7 +73,8 @@ def write_gguf(file, base):
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)
-    for name, param in model.named_parameters():
+    kept = ((name, param) for name, param in model.named_parameters() if leave_out not in name)
+    for name, param in kept:
         array = param.detach().numpy()
         if "q_proj" in name or "k_proj" in name:
             array = permuted(array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
@@ -109,6 +112,25 @@ def test_a_gguf_becomes_an_ordinary_folder_with_its_weights_once(gguf_file, chat
     assert ours.apply_chat_template(turns)["input_ids"] == theirs.apply_chat_template(turns)["input_ids"]
     assert find_base(str(gguf_file)) == folder
     assert "dequantizing" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tiny-00001-of-00002.gguf", ["part 1 of 2 of a split GGUF", "--merge"]),
+        ("renamed.gguf", ["missing model.layers.1.", "and 8 more", "renamed.gguf"]),
+    ],
+)
+def test_a_part_of_a_gguf_is_refused_before_anything_is_cached(chat_base, tmp_path, name, words):
+    """Its missing layers would be random."""
+    write_gguf(tmp_path / name, chat_base, leave_out="layers.1.")
+    before = sorted(cache_root().rglob("*"))
+    for _ in range(2):
+        with pytest.raises(InputError) as caught:
+            find_base(str(tmp_path / name))
+        assert caught.value.args[0] == "--model"
+        assert all(word in str(caught.value) for word in words), caught.value
+    assert sorted(cache_root().rglob("*")) == before
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
