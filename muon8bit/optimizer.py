@@ -68,7 +68,7 @@ class Muon8bit(SharingOptimizer):
         nesterov: orthogonalize the blend of gradient and momentum instead of the momentum.
         ns_coefficients: one triple, a schedule of `ns_steps` triples, or `"jordan"`, `"you"` (5 steps),
             `"polar_express"` (5), `"deepseek_v4"` (10).
-        eps: lower bound of the Frobenius norm that divides the Newton-Schulz input.
+        eps: lower bound of the Frobenius norm that divides the Newton-Schulz input. At least 2^-60 (8.7e-19) is taken.
         ns_steps: number of Newton-Schulz steps.
         adjust_lr_fn: None or `"original"`: sqrt(max(1, rows / cols)); `"match_rms_adamw"`:
             0.2 sqrt(max(rows, cols)), with which AdamW's lr and weight decay carry over.

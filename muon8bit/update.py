@@ -18,6 +18,8 @@ import torch
 from muon8bit_kernels import Backend, ops
 from torch import Tensor
 
+_LEAST_NORM = 2.0**-60  # of a Newton-Schulz input that counts as one: see `frobenius_norm`
+
 
 def lr_ratio(rows: int, cols: int, adjust_lr_fn: str | None) -> float:
     """Factor of lr by shape.
@@ -29,9 +31,12 @@ def lr_ratio(rows: int, cols: int, adjust_lr_fn: str | None) -> float:
 
 
 def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
-    """The divisors of Newton-Schulz inputs, fp32, the shape of `sumsq`: factor * max(sqrt(sumsq), eps). An eps
-    under the smallest normal fp32 counts as that: a divisor is never 0."""
-    return sumsq.sqrt().clamp(min=max(eps, torch.finfo(torch.float32).tiny)).mul(factor)
+    """Return the divisors of Newton-Schulz inputs, fp32, the shape of `sumsq`: factor * max(sqrt(sumsq), eps).
+
+    An eps under 2^-60 counts as that. Elements under 2^-74.5 have squares that are 0 in fp32, so that a matrix of up to
+    2^29 of them may have a norm of 2^-60 where `sumsq` is 0; divided by less, Newton-Schulz would blow it up.
+    """
+    return sumsq.sqrt().clamp(min=max(eps, _LEAST_NORM)).mul(factor)
 
 
 def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[Tensor, Tensor]:

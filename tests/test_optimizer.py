@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 from contextlib import nullcontext
 
@@ -269,6 +270,24 @@ def test_batches_scale_like_single_steps_on_tall_and_wide_shapes(shape):
     for left, right in zip(together, alone, strict=True):
         Muon8bit([right], lr=1.0).step()
         torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 32}, {"codebook": "dynamic"}, {"ns_coefficients": "polar_express"}])
+@pytest.mark.parametrize("size", [1e-17, 1e-21, 1e-23, 1e-26, 1e-38])
+@pytest.mark.parametrize("split", [None, (8, 24)])
+def test_a_tiny_eps_does_not_blow_up_gradients_whose_squares_vanish(size, options, split):
+    """Their norm is then at most that of a whole update, sqrt(rows) and the schedule's own excess."""
+    grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)) * size
+    param = torch.nn.Parameter(torch.zeros(16, 32))
+    group = {"params": [param], "split_sizes": split, "split_dim": -1}
+    optimizer = Muon8bit([group], lr=1.0, weight_decay=0.0, eps=1e-40, **options)
+    for _ in range(3):
+        param.data.zero_()
+        param.grad = grad.clone()
+        optimizer.step()
+        assert param.norm() <= 1.3 * math.sqrt(16 * (1 if split is None else 2))
+    if size >= 1e-17:  # these squares are fp32 numbers: the direction is a whole one
+        assert param.norm() > 0.6 * math.sqrt(16)
 
 
 def test_eps_bounds_the_norm_from_below():
