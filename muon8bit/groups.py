@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from math import inf, isfinite, prod
 from numbers import Real
@@ -62,8 +62,11 @@ def describe(group: dict[str, Any], group_index: int, index: int) -> str:
     return f"parameter {index} of group {group_index}, shape {tuple(group['params'][index].shape)}"
 
 
-def complete_group(group: dict[str, Any], group_index: int) -> dict[str, Any]:
+def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the user's group with its parameters as a list and AdamW's defaults filled in.
+
+    Args:
+        arguments: of the optimizer, which wrappers may have put into the group.
 
     Raises:
         ValueError: for an unknown algorithm, an AdamW group without its own lr, or keys of the other algorithm.
@@ -98,7 +101,13 @@ def complete_group(group: dict[str, Any], group_index: int) -> dict[str, Any]:
         group.setdefault("eps", DEFAULT_ADAMW_EPS)
         group.setdefault("adamw_bits", DEFAULT_ADAMW_BITS)
     if foreign:
-        raise ValueError(f"{where}: {', '.join(foreign)} has no meaning in a group of {group['algorithm']!r}")
+        hint = ""
+        if all(key in arguments and type(group[key]) is type(arguments[key]) for key in foreign):
+            hint = (
+                ". If it is there by ZeroRedundancyOptimizer, which puts its arguments into every group: give them in "
+                "the groups of their algorithm, or use Muon8bit without it, with process_group and shard_state=True"
+            )
+        raise ValueError(f"{where}: {', '.join(foreign)} has no meaning in a group of {group['algorithm']!r}{hint}")
     return group
 
 

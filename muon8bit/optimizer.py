@@ -181,7 +181,8 @@ class Muon8bit(SharingOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked whole before anything changes. See the class for its keys."""
         index = len(self.param_groups)
-        group = complete_group(param_group, index)
+        own = ("backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes", "state_device")
+        group = complete_group(param_group, index, {**self.defaults, **{key: getattr(self, key) for key in own}})
         super().add_param_group(group)
         try:
             if group["algorithm"] == "adamw":

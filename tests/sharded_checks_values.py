@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 import torch.distributed as dist
 from bad_values import (
     BY_HAND,
@@ -19,6 +20,10 @@ from bad_values import (
     written,
 )
 from sharded_checks import check as on_ranks
+from sharded_runs import raises
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from muon8bit import Muon8bit
 
 
 @on_ranks("bad values on one rank are refused on both, and the step is taken once they are gone", ranks=2)
@@ -52,3 +57,58 @@ def _(world):
     optimizer.load_state_dict(saved)
     optimizer.step()
     assert all(param.isfinite().all() for param in params.values())
+
+
+def _mixed(make=Muon8bit, **options):
+    """Shapes that no batch shares, so that every split among ranks computes the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 16), (6, 24), (10, 12), (9, 5), (7,), (3,)]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    groups = [
+        {"params": params[:3], "weight_decay": 0.2, "codebook": "dynamic"},
+        {"params": params[3:], "algorithm": "adamw", "lr": 0.01, "eps": 1e-6},
+    ]
+    return params, make(groups, lr=0.05, **options)
+
+
+def _train(params, optimizer, seeds):
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+
+
+@on_ranks("ZeroRedundancyOptimizer takes groups of both algorithms, and its state dict loads into Muon8bit", ranks=2)
+def _(world):
+    sharing = {"optimizer_class": Muon8bit, "process_group": world.lines[2].get_group()}
+    params, optimizer = _mixed(ZeroRedundancyOptimizer, **sharing)
+    plain_params, plain = _mixed()
+    _train(params, optimizer, [1, 2])
+    _train(plain_params, plain, [1, 2])
+    optimizer.consolidate_state_dict(to=0)
+    saved = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(saved, src=0, group=sharing["process_group"])
+    loaded_params, loaded = _mixed()
+    loaded.load_state_dict(copy.deepcopy(saved[0]))
+    for ours, theirs in zip(loaded_params, plain_params, strict=True):
+        for key, value in plain.state[theirs].items():
+            assert torch.equal(loaded.state[ours][key], value), key
+    others, resumed = _mixed(ZeroRedundancyOptimizer, **sharing)
+    with torch.no_grad():
+        for ours, theirs in zip(others, params, strict=True):
+            ours.copy_(theirs)
+    resumed.load_state_dict(saved[0])
+    _train(others, resumed, [3])
+    _train(plain_params, plain, [3])
+    for ours, theirs in zip(others, plain_params, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@on_ranks("what ZeroRedundancyOptimizer puts into groups that cannot have it is refused by its name", ranks=2)
+def _(world):
+    sharing = {"optimizer_class": Muon8bit, "process_group": world.lines[2].get_group()}
+    words = ["has no meaning", "ZeroRedundancyOptimizer", "shard_state=True"]
+    for key, value in (("momentum", 0.9), ("param_rounding", "stochastic"), ("on_nonfinite", "skip")):
+        options = {**sharing, key: value}
+        raises(ValueError, [key, *words], lambda options=options: _mixed(ZeroRedundancyOptimizer, **options))
