@@ -84,6 +84,13 @@ def step_(
         _adamw(*of, group, options.skip)
 
 
+def copied_bytes(param: Tensor, grad: Tensor, options: Options) -> int:
+    """Return the bytes of the fp32 copies of a parameter and its gradient that `step_` has at once, if any."""
+    if all(t.dtype == torch.float32 and t.is_contiguous() for t in (param, grad)):
+        return 0
+    return 8 * min(param.numel(), options.workspace_bytes // _COPY_BYTES)
+
+
 def _step_through_copies(
     param: Tensor,
     grad: Tensor,

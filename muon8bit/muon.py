@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from . import state
+from .commit import Commit
 from .config import SMALL_WORKSPACE_BYTES, Options
-from .orthogonalize import Schedule, batch_size, choose, device_kind, orthogonalize, resolve
+from .orthogonalize import Schedule, batch_size, choose, device_kind, orthogonalize, resolve, workspace_bytes
 from .stacks import Batch, Stack, chunks, flat, momenta_on, momentum_tensors
 from .staging import Job, Staging
 from .update import factors, frobenius_norm, lr_ratio, update_params_
@@ -53,20 +54,23 @@ def _stats(
     sums.append(state.stats(momenta, grads, **_average(group), backend=options.backend).flatten(1).sum(1))
 
 
-def jobs(batch: Batch, group: dict[str, Any], options: Options) -> Iterator[Job]:
+def jobs(batch: Batch, group: dict[str, Any], options: Options, commit: Commit) -> Iterator[Job]:
     """Second phase: each writes the new momenta of a part of the batch, orthogonalizes their exact values, updates the
-    parameters. Together they are bitwise the same wherever the momenta lie."""
+    parameters. Together they are bitwise the same wherever the momenta lie. The first one writes nothing before its
+    Newton-Schulz has returned."""
     schedule = resolve(group["ns_coefficients"], group["ns_steps"])
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     kind = device_kind(batch.sumsq.device)
     if group["split_sizes"] is not None and group["split_dim"] == -1:
         size, step = max(1, _half(options) // (4 * rows * cols)), _step_columns
+        one = 4 * rows * cols
     else:
         path = choose(rows, cols, schedule, kind, options.ns_dtype)
         size, step = batch_size(path, rows, cols, kind, options.workspace_bytes - SMALL_WORKSPACE_BYTES), _step_whole
+        one = 0 if path.tiny else workspace_bytes(path, rows, cols, kind)
     for part in batch.split(size):
-        run = partial(step, part, group, schedule, options)
-        yield Job(batch.sumsq.device, run, written=momentum_tensors(part.stacks))
+        run, count = partial(step, part, group, schedule, options, commit), len(part.sumsq)
+        yield Job(batch.sumsq.device, run, written=momentum_tensors(part.stacks), workspace_bytes=count * one)
 
 
 def _half(options: Options) -> int:
@@ -75,19 +79,28 @@ def _half(options: Options) -> int:
 
 
 def _step_whole(
-    batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options, staged: Sequence[Tensor] | None
+    batch: Batch,
+    group: dict[str, Any],
+    schedule: Schedule,
+    options: Options,
+    commit: Commit,
+    staged: Sequence[Tensor] | None,
 ) -> None:
-    batch = batch.on(staged)
+    batch, is_first = batch.on(staged), staged is None and not commit.is_done
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     device = batch.sumsq.device
     path = choose(rows, cols, schedule, device_kind(device), options.ns_dtype)
     norms = frobenius_norm(batch.sumsq, eps=group["eps"], factor=schedule.norm_factor)
     if path.tiny:
         _step_tiny(batch, norms, group, schedule, options)
+        commit()  # only now: what fails in one launch has not been launched
         return
     X = torch.empty(len(batch.sumsq), rows, cols, dtype=path.dtype, device=device)
-    _apply(batch, norms, X, group, options)
+    (_apply_to_copies if is_first else _apply)(batch, norms, X, group, options)
     X = orthogonalize(X, schedule, path, options.backend)
+    commit()
+    if is_first:
+        _write_momenta(batch, norms, path.dtype, group, options)
     _update(batch.stacks, X, slice(0, cols), group, options)
 
 
@@ -101,17 +114,22 @@ def _step_tiny(batch: Batch, norms: Tensor, group: dict[str, Any], schedule: Sch
 
 
 def _step_columns(
-    batch: Batch, group: dict[str, Any], schedule: Schedule, options: Options, staged: Sequence[Tensor] | None
+    batch: Batch,
+    group: dict[str, Any],
+    schedule: Schedule,
+    options: Options,
+    commit: Commit,
+    staged: Sequence[Tensor] | None,
 ) -> None:
     """The momenta whole into fp32, then cut, each piece normalized by its own norm.
 
     The fp32 momenta get one half of the workspace budget, Newton-Schulz the other.
     """
-    batch = batch.on(staged)
+    batch, is_first = batch.on(staged), staged is None and not commit.is_done
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     device, kind = batch.sumsq.device, device_kind(batch.sumsq.device)
-    U = torch.empty(len(batch.sumsq), rows, cols, dtype=torch.float32, device=device)
-    _apply(batch, torch.ones_like(batch.sumsq), U, group, options)
+    U, ones = torch.empty(len(batch.sumsq), rows, cols, device=device), torch.ones_like(batch.sumsq)
+    (_apply_to_copies if is_first else _apply)(batch, ones, U, group, options)
     start = 0
     for width in group["split_sizes"]:
         columns = slice(start, start + width)
@@ -125,6 +143,10 @@ def _step_columns(
             done = which.stop
             X = U[which, :, columns].div_(norms[which].view(-1, 1, 1)).to(path.dtype).contiguous()
             X = orthogonalize(X, schedule, path, options.backend)
+            commit()
+            if is_first:
+                _apply(batch, ones, U, group, options)  # U again, and now the momenta
+                is_first = False
             _update(chunk, X, columns, group, options)
             del X  # before the next one is made
 
@@ -132,6 +154,28 @@ def _step_columns(
 def _apply(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
     """The new momenta into codes and scales, and u / norm into `out` [batch, rows, cols]."""
     state.apply_(batch.momenta, batch.grads, norms, out, **_average(group), **_how(options))
+
+
+def _apply_to_copies(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
+    """Write what `_apply` writes into `out`, and leave the momenta as they are."""
+    for part, which in _parts(batch):
+        _apply(part.copied(), norms[which], out[which], group, options)
+
+
+def _write_momenta(batch: Batch, norms: Tensor, dtype: torch.dtype, group: dict[str, Any], options: Options) -> None:
+    """Write the new momenta alone; u / norm, which comes out beside them, has been used by now."""
+    _, rows, cols = batch.stacks[0].momentum.codes.shape
+    for part, which in _parts(batch):
+        unused = torch.empty(len(part.sumsq), rows, cols, dtype=dtype, device=norms.device)
+        _apply(part, norms[which], unused, group, options)
+
+
+def _parts(batch: Batch) -> Iterator[tuple[Batch, slice]]:
+    """Cut the first batch of a step, so that what it takes beside its input fits into the workspace."""
+    start = 0
+    for part in batch.split(max(1, len(batch.sumsq) // 8)):
+        yield part, slice(start, start + len(part.sumsq))
+        start += len(part.sumsq)
 
 
 def _update(

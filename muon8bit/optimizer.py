@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import clipping, loading, phases, rounding
+from .commit import Commit
 from .config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_EPS,
@@ -175,6 +177,7 @@ class Muon8bit(SharingOptimizer):
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self._num_calls = self._num_skipped_steps = 0
         self._pending: Verdict | PartialVerdict | None = None  # of the last step, if that did not wait for it
+        self._failure: str | None = None  # of a step that had begun to write
         staging = Staging(state_device)
         super().__init__(params, defaults, process_group=process_group, shard_state=shard_state, staging=staging)
 
@@ -212,16 +215,19 @@ class Muon8bit(SharingOptimizer):
             NonFiniteGradientError: by this step, before anything was written, or on CUDA by the one before.
             ValueError: names a group and what was written into it, or a parameter whose gradient cannot be taken;
                 nothing has changed.
-            RuntimeError: while a CUDA graph is captured.
+            RuntimeError: while a CUDA graph is captured; after a step that failed when it had begun to write.
+            Exception: whatever fails, as torch.OutOfMemoryError. Up to the first Newton-Schulz nothing has changed, and
+                the step can be tried again. Later parameters and state belong to different steps: `step()` and
+                `state_dict()` then refuse, until a state is loaded.
         """
         phases.check_not_captured()
+        self._check_whole()
         self._settle()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._num_calls += 1
-        self._consolidated = None
         options = Options(self.ns_dtype, self.backend, self.workspace_bytes)
         team = self._find_team()
 
@@ -238,10 +244,32 @@ class Muon8bit(SharingOptimizer):
             self._refuse(names, verdict.step)
             return loss
         pending = None if wait else verdict
-        phases.write(work, self.state, options, pending, team, self._staging)
-        rounding.advance(self.param_groups)
-        self._pending = pending  # only now: settling takes back what was advanced
+        with self._committing() as commit:
+            phases.write(work, self.state, options, pending, team, self._staging, commit)
+            rounding.advance(self.param_groups)
+            self._pending = pending  # only now: settling takes back what was advanced
+            self._consolidated = None
         return loss
+
+    @contextmanager
+    def _committing(self, *, has_begun: bool = False) -> Iterator[Commit]:
+        """Mark the optimizer where a step fails after its `Commit`, or, with `has_begun`, at all."""
+        commit = Commit()
+        try:
+            yield commit
+        except BaseException as error:
+            if commit.is_done or has_begun:
+                self._failure = f"{type(error).__name__}: {error}"
+            raise
+
+    def _check_whole(self) -> None:
+        """Raise RuntimeError after a step that failed when it had begun to write."""
+        if self._failure is not None:
+            raise RuntimeError(
+                f"a step failed when it had begun to write ({self._failure}): some parameters and their state are a "
+                "step ahead of the others. Load a checkpoint into the model, and its optimizer state by "
+                "load_state_dict(), which makes this optimizer usable again"
+            )
 
     def _check_groups(self) -> None:
         """Raise ValueError for what a hand or a scheduler has written into a group since it was made."""
@@ -275,16 +303,19 @@ class Muon8bit(SharingOptimizer):
 
         Raises:
             NonFiniteGradientError: if the last step found one and has not told yet (see `on_nonfinite`).
+            RuntimeError: after a step that failed when it had begun to write.
         """
+        self._check_whole()
         self._settle()
         self._staging.synchronize()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_whole()
         self._settle()
         self._staging.synchronize()
         own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes"]
-        own += ["_num_calls", "_num_skipped_steps", "_pending"]
+        own += ["_num_calls", "_num_skipped_steps", "_pending", "_failure"]
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -326,7 +357,7 @@ class Muon8bit(SharingOptimizer):
         groups, state = loading.checked(state_dict, self.param_groups, self._find_team(), self._staging)
 
         def load() -> None:
-            self._pending = self._consolidated = None
+            self._pending = self._consolidated = self._failure = None
             self.__setstate__({"state": state, "param_groups": groups})
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import adamw, muon, pieces
+from .commit import Commit
 from .config import Options
 from .entries import Entry, entries_of, new_state, own_state
 from .groups import describe
@@ -153,27 +154,46 @@ def write(
     verdict: Verdict | None,
     team: Team | None,
     staging: Staging,
+    commit: Commit,
 ) -> None:
-    """Second phase; with a verdict that is not yet known, its `skip` keeps the kernels from writing."""
+    """Second phase; with a verdict that is not yet known, its `skip` keeps the kernels from writing.
+
+    State is made, memory is tried, and the first matrices are orthogonalized before `commit`: what raises until then
+    has changed nothing.
+    """
+    new = {
+        entry.param: new_state(entry, members.group, staging)
+        for members in work
+        for entry in members.entries
+        if not own_state(state.get(entry.param))
+    }
+
+    def keep_new() -> None:
+        for param, tensors in new.items():
+            state.setdefault(param, {}).update(tensors)
+
+    commit.then(keep_new)
     jobs: list[Job] = []
     for members in work:
-        for entry in members.entries:
-            if not own_state(state.get(entry.param)):
-                state.setdefault(entry.param, {}).update(new_state(entry, members.group, staging))
         for batch in members.batches:
-            jobs += muon.jobs(batch, members.group, _on(batch.sumsq.device, options, verdict))
-        for device, of_device in _pieces(members, state).items():
+            jobs += muon.jobs(batch, members.group, _on(batch.sumsq.device, options, verdict), commit)
+    for members in work:  # after all matrices: AdamW cannot be computed before it is written
+        for device, of_device in _pieces(members, {**state, **new}).items():
             how = _on(device, options, verdict)
-            jobs += pieces.jobs(of_device, members.group, how, is_staged=staging.moves(device))
+            jobs += pieces.jobs(of_device, members.group, how, commit, is_staged=staging.moves(device))
             if verdict is not None:
                 verdict.advanced += [piece.state["step"] for piece in of_device if adamw.is_8bit(piece.state)]
+    for device in {job.device for job in jobs}:  # the allocator keeps it for the jobs
+        size = max(job.workspace_bytes for job in jobs if job.device == device)
+        torch.empty(size, dtype=torch.uint8, device=device)
     staging.run(jobs)
+    commit()
     if team is not None:
         bundles = [bundle for members in work for bundle in members.bundles]
         team.write(bundles, _on(team.device, options, verdict))
 
 
-def _pieces(work: Work, state: State) -> dict[torch.device, list[Piece]]:
+def _pieces(work: Work, state: Mapping[Tensor, dict[str, Any]]) -> dict[torch.device, list[Piece]]:
     """The parameters of an AdamW group, by their devices."""
     by_device: dict[torch.device, list[Piece]] = {}
     for e in work.entries:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from . import adamw
+from .commit import Commit
 from .config import Options
 from .staging import NUM_BUFFERS, Job
 
@@ -67,18 +68,20 @@ def _cut(tensor: Tensor, start: int, stop: int, num_elements: int) -> Tensor:
     return tensor.view(-1)[start // per : -(-stop // per)]
 
 
-def jobs(pieces: Sequence[Piece], group: dict[str, Any], options: Options, *, is_staged: bool) -> Iterator[Job]:
+def jobs(
+    pieces: Sequence[Piece], group: dict[str, Any], options: Options, commit: Commit, *, is_staged: bool
+) -> Iterator[Job]:
     """The step of parameters of one device, together where they are small. Of `options.workspace_bytes` staged state
     takes one half, the copies that AdamW makes the other; the result is bitwise the same."""
     if not pieces:
         return
     if not is_staged:
-        yield _job(pieces, group, options)
+        yield _job(pieces, group, options, commit)
         return
     buffer = options.workspace_bytes // 2 // NUM_BUFFERS
     options = replace(options, workspace_bytes=options.workspace_bytes // 2)
     for together in _packed((part for piece in pieces for part in piece.split(buffer)), buffer):
-        yield _job(together, group, options)
+        yield _job(together, group, options, commit)
 
 
 def _packed(pieces: Iterable[Piece], num_bytes: int) -> Iterator[list[Piece]]:
@@ -94,12 +97,14 @@ def _packed(pieces: Iterable[Piece], num_bytes: int) -> Iterator[list[Piece]]:
     yield together
 
 
-def _job(pieces: Sequence[Piece], group: dict[str, Any], options: Options) -> Job:
+def _job(pieces: Sequence[Piece], group: dict[str, Any], options: Options, commit: Commit) -> Job:
     tensors = [(piece, tensor) for piece in pieces for tensor in piece.state.values()]
     written = [tensor for piece, tensor in tensors if tensor.ndim > 0 or (piece.is_last and _is_counter_staged(piece))]
     # Each part starts from the old counter, so that only the last may write it.
     read = [tensor for piece, tensor in tensors if tensor.ndim == 0 and not piece.is_last and _is_counter_staged(piece)]
-    return Job(pieces[0].param.device, partial(_step, pieces, group, options, len(written)), written, read)
+    run = partial(_step, pieces, group, options, commit, len(written))
+    copies = max(adamw.copied_bytes(piece.param, piece.grad, options) for piece in pieces)
+    return Job(pieces[0].param.device, run, written, read, copies)
 
 
 def _is_counter_staged(piece: Piece) -> bool:
@@ -125,9 +130,11 @@ def _step(
     pieces: Sequence[Piece],
     group: dict[str, Any],
     options: Options,
+    commit: Commit,
     num_written: int,
     staged: Sequence[Tensor] | None,
 ) -> None:
+    commit()
     states = [piece.state for piece in pieces]
     if staged is not None:
         states = list(_states(pieces, iter(staged[:num_written]), iter(staged[num_written:])))

@@ -6,6 +6,7 @@ is refused where it can be seen.
 
 from __future__ import annotations
 
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class GradientRelease:
     def __init__(self, optimizer: Muon8bit, places: dict[Tensor, _Place]) -> None:
         self._optimizer, self._places = optimizer, places
         self._verdicts: dict[Tensor, Verdict] = {}  # of the parameters whose gradients this step has taken
+        self._lock = RLock()  # autograd has a thread for every device
         hooks: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._take) for p in places]
         hooks.append(optimizer.register_step_pre_hook(self._check_rest))
         hooks.append(optimizer.register_step_post_hook(lambda *_: self._close()))
@@ -59,10 +61,15 @@ class GradientRelease:
     @torch.no_grad()
     def _take(self, param: Tensor) -> None:
         """Step a parameter whose gradient is complete, and free the gradient."""
+        with self._lock:
+            self._take_alone(param)
+
+    def _take_alone(self, param: Tensor) -> None:
         phases.check_not_captured()
         optimizer, place = self._optimizer, self._places[param]
         if not self._verdicts:
             _check_alone()
+            optimizer._check_whole()
             optimizer._check_groups()
             optimizer._settle()  # the last step's skips count before this step's numbers are read
         if param in self._verdicts:
@@ -76,19 +83,20 @@ class GradientRelease:
         group = optimizer.param_groups[place.group_index]
         alone = {**group, "params": [param], "param_names": [place.name]}
         options = Options(optimizer.ns_dtype, optimizer.backend, optimizer.workspace_bytes)
-        clipping.clip_matrices_([alone], optimizer.workspace_bytes)
-        work = phases.read([alone], optimizer.state, options, None, optimizer._staging, place.param_index)
-        verdict = Verdict(phases.found(work, None, options), optimizer._num_calls + 1)
-        self._verdicts[param] = verdict
-        if verdict.is_asynchronous:
-            phases.write(work, optimizer.state, options, verdict, None, optimizer._staging)
-        elif not verdict.nonfinite_names():
-            phases.write(work, optimizer.state, options, None, None, optimizer._staging)
+        with optimizer._committing(has_begun=bool(self._verdicts)) as commit:
+            clipping.clip_matrices_([alone], optimizer.workspace_bytes)
+            work = phases.read([alone], optimizer.state, options, None, optimizer._staging, place.param_index)
+            verdict = Verdict(phases.found(work, None, options), optimizer._num_calls + 1)
+            if verdict.is_asynchronous or not verdict.nonfinite_names():
+                pending = verdict if verdict.is_asynchronous else None
+                phases.write(work, optimizer.state, options, pending, None, optimizer._staging, commit)
+            self._verdicts[param] = verdict
         param.grad = None
 
     def _check_rest(self, optimizer: Optimizer, *_: Any) -> None:
         """Before `step()`: it closes the step, or finds gradients that were given by hand, as distributed
         checkpointing does, and no others."""
+        self._optimizer._check_whole()
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 "a GradScaler scales the loss, but release_gradients has stepped by the scaled gradients before it "

@@ -74,6 +74,10 @@ class Batch:
         """With the momenta in `tensors`; see `momenta_on`."""
         return Batch(momenta_on(self.stacks, tensors), self.sumsq)
 
+    def copied(self) -> Batch:
+        """With copies of the momenta, so that what is written there changes no state."""
+        return self.on([tensor.clone() for tensor in momentum_tensors(self.stacks)])
+
     def split(self, size: int) -> Iterator[Batch]:
         """Its matrices in their order, `size` at a time."""
         done = 0
