@@ -67,11 +67,11 @@ def _pieces(rows: int, cols: int, block_size: int) -> Iterator[_Piece]:
 
 
 def _buffers(num: int, rows: int, cols: int, device: torch.device) -> Tensor:
-    """fp32 [num, elements of the largest piece], used by one piece after the other: fresh memory costs more than
-    arithmetic."""
-    return torch.empty(
-        num, min(rows, max(1, _CHUNK_ELEMENTS // max(1, cols))) * cols, device=device, dtype=torch.float32
-    )
+    """Return fp32 [num, elements], room for any piece of [rows, cols] or of some of its columns.
+
+    The pieces use it one after the other: fresh memory costs more than arithmetic.
+    """
+    return torch.empty(num, min(rows * cols, max(_CHUNK_ELEMENTS, cols)), device=device, dtype=torch.float32)
 
 
 def _decode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:

@@ -12,16 +12,16 @@ BLOCK = 64
 OPTIONS = {"beta": 0.9, "block_size": BLOCK}
 
 
-def matrices(codebook, cols, count=3, rows=5):
+def matrices(codebook, cols, count=3, rows=5, block_size=BLOCK):
     """Stacks of one, two and more matrices: codes, scales, gradients; a zero block and a tiny one among them."""
     generator = torch.Generator().manual_seed(cols)
     old = torch.randn(count, rows, cols, generator=generator)
     grads = torch.randn(count, rows, cols, generator=generator).bfloat16()
     old[0, 1], grads[0, 1] = 0.0, 0.0
-    old[1, 2], grads[1, 2] = 1e-40, 0.0
+    old[-1, 2], grads[-1, 2] = 1e-40, 0.0
     if codebook is None:
         return old, None, grads
-    pairs = [quantize(matrix, codebook=codebook, block_size=BLOCK) for matrix in old]
+    pairs = [quantize(matrix, codebook=codebook, block_size=block_size) for matrix in old]
     return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]), grads
 
 
@@ -84,3 +84,43 @@ def test_a_bad_gradient_shows_in_the_sum_of_its_block(bad):
     options = {**OPTIONS, "nesterov": True, "codebook": "dynamic"}
     sums, _ = momentum_stats_cut([codes], [scales], [grads], first_col=0, **options)
     assert (~sums.isfinite()).nonzero().tolist() == [[1, 2, 1]]
+
+
+@pytest.mark.parametrize("codebook", ["linear", None])
+@pytest.mark.parametrize(
+    ("rows", "cols", "num_parts"),
+    [
+        (1024, 3584, 2),
+        (1024, 3584, 4),
+        (1024, 3584, 8),
+        (300, 14336, 2),
+        (300, 14336, 4),
+        (300, 14336, 8),
+        (600, 5331, 3),
+    ],
+)
+def test_columns_of_large_matrices_match_the_whole(codebook, rows, cols, num_parts):
+    """Row-parallel layers as they are: a block is cut, and each part has more elements than one pass works on."""
+    options = {"beta": 0.9, "nesterov": True, "codebook": codebook, "block_size": 2048}
+    codes, scales, grads = matrices(codebook, cols, count=1, rows=rows, block_size=2048)
+    width = cols // num_parts
+    spans = [slice(start, start + width) for start in range(0, cols, width)]
+    maxima = torch.zeros(1, rows, num_blocks(cols, 2048))
+    for span in spans:
+        stacks = [codes[..., span]], None if scales is None else [scales], [grads[..., span]]
+        _, found = momentum_stats_cut(*stacks, first_col=span.start, **options)
+        blocks = slice(span.start // 2048, -(-span.stop // 2048))
+        maxima[..., blocks] = torch.maximum(maxima[..., blocks], found)
+    parts, outs = [codes[..., span].clone() for span in spans], []
+    for part, span in zip(parts, spans, strict=True):
+        outs.append(torch.empty(1, rows, width))
+        stacks = [part], None if scales is None else [scales.clone()], [grads[..., span]]
+        new_scales = None if scales is None else maxima
+        momentum_apply_cut(*stacks, new_scales, torch.ones(1), outs[-1], first_col=span.start, **options)
+    out = torch.empty(1, rows, cols)
+    whole = [codes], None if scales is None else [scales], [grads]
+    momentum_apply(*whole, torch.ones(1), out, **options)
+    assert_bitwise(torch.cat(parts, -1), codes)
+    assert_bitwise(torch.cat(outs, -1), out)
+    if scales is not None:
+        assert_bitwise(maxima, scales)
