@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +99,7 @@ class RunFolder:
         kept = [record for record in self.metrics() if record["step"] <= self.step]
         write_beside(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
         if self.link is not None:
-            beside = self.link.with_name(f".{self.link.name}.{os.getpid()}")
+            beside = scratch_beside(self.link)
             beside.symlink_to(self.path.name)
             beside.replace(self.link)
 
@@ -175,9 +177,17 @@ def find_run(resume: str) -> RunFolder:
     return RunFolder(path, candidates=tuple(reversed(checkpoints)))
 
 
+def scratch_beside(path: Path) -> Path:
+    """Return a hidden path beside `path` that no other process takes, on this machine or on one that shares the disk.
+
+    Process ids do not tell machines or containers apart.
+    """
+    return path.with_name(f".{path.name[:80]}.{platform.node()[:64]}.{uuid.uuid4().hex}")
+
+
 def write_beside(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part, also after a power failure."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = scratch_beside(path)
     beside.write_text(text, encoding="utf-8")
     sync(beside)
     beside.replace(path)
@@ -186,9 +196,8 @@ def write_beside(path: Path, text: str) -> None:
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
     """A new folder that takes the name `path` when the block ends without an error; another writer may win."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside = scratch_beside(path)
+    beside.mkdir(parents=True, exist_ok=False)
     try:
         yield beside
         try:

@@ -126,7 +126,7 @@ def token_cache(corpus: Corpus, tokenizer: Any, budget: int | None = None) -> To
         budget: training tokens after which a stream is left, or None to read everything.
 
     Raises:
-        InputError: the corpus is unreadable, or leaves no token.
+        InputError: the corpus is unreadable, or leaves no token; the cache is damaged.
     """
     tokenizer_hash = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     key = hashlib.sha256(f"{FORMAT}\0{tokenizer_hash}\0{corpus.hash}\0{budget}".encode()).hexdigest()
@@ -142,14 +142,25 @@ def token_cache(corpus: Corpus, tokenizer: Any, budget: int | None = None) -> To
                 **counts,
             }
             (beside / "meta.json").write_text(json.dumps(meta, indent=1))
-    meta = json.loads((folder / "meta.json").read_text())
-    parts = {
-        part: np.memmap(folder / f"{part}.bin", dtype=meta["dtype"], mode="r")
-        for part in ("train", "validation")
-        if meta[part]["tokens"]
-    }
-    empty = np.zeros(0, dtype=meta["dtype"])
-    return TokenCache(parts.get("train", empty), parts.get("validation", empty), meta)
+    return _open_cache(folder)
+
+
+def _open_cache(folder: Path) -> TokenCache:
+    """Map the files of a cache, whose lengths must be those that its meta.json tells."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        parts: dict[str, Tokens] = {}
+        for part in ("train", "validation"):
+            path, dtype, num_tokens = folder / f"{part}.bin", np.dtype(meta["dtype"]), meta[part]["tokens"]
+            expected = num_tokens * dtype.itemsize
+            if path.stat().st_size != expected:
+                raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes instead of {expected:,}")
+            # An empty file cannot be mapped.
+            parts[part] = np.memmap(path, dtype=dtype, mode="r") if num_tokens else np.zeros(0, dtype)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"the cached tokens in {folder} are damaged: {' '.join(str(error).split())}"
+        raise InputError("--dataset", f"{reason}; delete that folder, and they are made again") from None
+    return TokenCache(parts["train"], parts["validation"], meta)
 
 
 def _dtype(tokenizer: Any) -> type[np.unsignedinteger[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 
 import pytest
 
@@ -18,6 +19,7 @@ from finetune.checkpoints import (
     remove_leftovers,
     seal_files,
 )
+from finetune.run_folder import folder_beside
 
 
 def write(run, step, content=b"weights"):
@@ -121,3 +123,29 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
         partial = write(tmp_path, step)
         complete(partial, seal_files(partial, file_names(partial)))
     assert [p.name for p in named_checkpoints(tmp_path)] == ["step-0000005", "step-9999999", "step-10000000"]
+
+
+def test_two_writers_of_equal_pids_neither_share_nor_remove_each_others_scratch(tmp_path, monkeypatch):
+    """As on two nodes, or in two containers, that share one cache."""
+    monkeypatch.setattr("os.getpid", lambda: 4711)
+    wanted = tmp_path / "tokens"
+    with folder_beside(wanted) as one:
+        (one / "train.bin").write_bytes(b"one")
+        with folder_beside(wanted) as other:
+            assert list(other.iterdir()) == []
+            (other / "train.bin").write_bytes(b"other")
+        assert (one / "train.bin").read_bytes() == b"one"
+        assert (wanted / "train.bin").read_bytes() == b"other"
+    assert (wanted / "train.bin").read_bytes() == b"other"
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+    assert platform.node() in one.name
+
+
+def test_scratch_that_is_there_already_is_refused_instead_of_emptied(tmp_path, monkeypatch):
+    taken = tmp_path / ".taken"
+    taken.mkdir()
+    (taken / "theirs").touch()
+    monkeypatch.setattr("finetune.run_folder.scratch_beside", lambda _: taken)
+    with pytest.raises(FileExistsError), folder_beside(tmp_path / "folder"):
+        pass
+    assert [path.name for path in taken.iterdir()] == ["theirs"]

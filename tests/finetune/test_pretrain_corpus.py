@@ -179,6 +179,24 @@ def test_cache_holds_the_tokens_of_each_document_and_is_keyed_by_content(recipe_
     assert token_cache(changed, tokenizer).train.filename != cache.train.filename
 
 
+@pytest.mark.parametrize("damage", ["cut", "grown", "gone", "meta"])
+def test_a_damaged_cache_of_tokens_is_refused_by_its_folder(recipe_of, texts, tmp_path, monkeypatch, damage):
+    """memmap takes any length that is a multiple of the dtype, and a run would train on what is there."""
+    monkeypatch.setenv("MUON8BIT_CACHE", str(tmp_path / "cache"))
+    corpus = open_corpus(recipe_of(texts))
+    tokenizer = load_tokenizer(str(train_tokenizer(corpus, 288)))
+    file = Path(token_cache(corpus, tokenizer).train.filename)
+    content = file.read_bytes()
+    if damage == "meta":
+        (file.parent / "meta.json").write_text("{}")
+    elif damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-2] if damage == "cut" else content + b"\0\0")
+    with pytest.raises(InputError, match=rf"(?s)--dataset.*{file.parent}.*delete that folder"):
+        token_cache(corpus, tokenizer)
+
+
 def test_tokenizer_is_trained_on_the_training_part_only(recipe_of, tmp_path, texts):
     import shutil
 
