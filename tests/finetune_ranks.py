@@ -11,6 +11,7 @@ import resource
 import signal
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 WORLD = 2
@@ -20,6 +21,7 @@ class Script:
     """One rank's way to call `main`, in a process group of its own each time."""
 
     def __init__(self, rank: int, folder: Path) -> None:
+        torch.set_num_threads(1)
         self.rank, self.folder, self.num_calls, self.groups = rank, folder, 0, []
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
         os.environ |= {"LOCAL_WORLD_SIZE": str(WORLD), "MUON8BIT_CACHE": str(folder / "cache"), "MASTER_PORT": "0"}

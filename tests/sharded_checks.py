@@ -6,7 +6,7 @@ A check of fewer ranks leaves the others idle. `CHECKS` has them by name.
 from __future__ import annotations
 
 import traceback
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 
 import torch
@@ -97,9 +97,16 @@ FORMATS = {
 }
 
 
+@cache
+def one_process(format):
+    """What the modes are compared with, trained once; nobody trains it further."""
+    dtype, options = FORMATS[format]
+    return Run(MATRICES, dtype, torch.clone, **options).train(range(1, 5))
+
+
 def equals_one_process(world, mode, ranks, format):
     dtype, options = FORMATS[format]
-    single = Run(MATRICES, dtype, torch.clone, **options).train(range(1, 5))
+    single = one_process(format)
     placed, more = arm(world, mode, ranks)
     shared = Run(MATRICES, dtype, placed, **options, **more).train(range(1, 5))
     assert_same(shared.state_whole(), single.state_whole())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 
 import finetune_ranks
 import pytest
-import torch
+from ranks import start_processes
 from transformers import AutoModelForCausalLM
 
 from finetune.models import parameter_hash
@@ -16,8 +15,7 @@ from finetune.models import parameter_hash
 def call_ranks(work, folder, *args):
     """Run `work` on two ranks; what each call of the script returned and printed: [call][rank]."""
     (folder / "calls").mkdir(parents=True)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.multiprocessing.spawn(work, (folder, *args), nprocs=finetune_ranks.WORLD)
+    start_processes(work, (folder, *args), finetune_ranks.WORLD)
     num_calls = len(list((folder / "calls").glob("*.0.json")))
     return [
         [json.loads((folder / "calls" / f"{call}.{rank}.json").read_text()) for rank in range(finetune_ranks.WORLD)]
