@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .config import (
     EXP_AVG_SCALES_KEY,
+    EXP_AVG_SQ_CODES_KEY,
     EXP_AVG_SQ_KEY,
     EXP_AVG_SQ_SCALES_KEY,
     LINEAR_CODES_KEY,
@@ -17,7 +18,7 @@ from .config import (
 _NOT_NEGATIVE = (SCALES_KEY, EXP_AVG_SCALES_KEY, EXP_AVG_SQ_SCALES_KEY, EXP_AVG_SQ_KEY, STEP_KEY)
 
 
-def why_damaged(key: str, value: Tensor) -> str:
+def why_damaged(key: str, value: Tensor, num_steps: float = 0) -> str:
     """Return what no step leaves in a tensor of the state, or nothing. Takes no memory for elements.
 
     The dynamic maps use all of their 256 codes; of the linear one -128 would be -1.008 of the scale.
@@ -25,6 +26,7 @@ def why_damaged(key: str, value: Tensor) -> str:
     Args:
         key: one of `config.STATE_KEYS`.
         value: dense, with values, of the key's dtype.
+        num_steps: AdamW's; from the first on no 8-bit second moment has the code 0.
     """
     if value.numel() == 0:
         return ""
@@ -37,9 +39,6 @@ def why_damaged(key: str, value: Tensor) -> str:
         return f"{low.item():g}, which is no number of steps"
     if key == LINEAR_CODES_KEY and low < -127:
         return "the code -128, which is none of the linear codebook's"
+    if key == EXP_AVG_SQ_CODES_KEY and num_steps > 0 and low == 0:
+        return "the code 0, by which a step would be divided, and which it never stores"
     return ""
-
-
-def is_blind(codes: Tensor, num_steps: float) -> bool:
-    """Whether 8-bit second moments hold the code 0, by which a step would be divided; a step stores none."""
-    return num_steps > 0 and codes.numel() > 0 and bool(codes.min() == 0)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import is_fake as _is_fake
 
 
@@ -32,6 +37,16 @@ def is_overlapping(tensor: Tensor) -> bool:
                 return True
             span += stride * (size - 1)
     return False
+
+
+def is_faking() -> bool:
+    """Whether a FakeTensorMode is active, in which no tensor can be read."""
+    return detect_fake_mode() is not None
+
+
+def fake_mode_of(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """Return the mode that fake tensors among these belong to, to make more in it; nothing where there are none."""
+    return detect_fake_mode(tensors) or nullcontext()
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -106,6 +106,8 @@ def entries_of(
 
 def _unusable(param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> str:
     """Return why a step cannot take a parameter as it is now, or its gradient, and the way out; or nothing."""
+    if grad.is_meta and not param.is_meta:
+        return f"has a gradient without values, on the device meta: make it on {param.device}"
     if param.dtype not in DTYPES:
         return (
             f"is {param.dtype} now: Muon8bit takes float32, bfloat16 and float16 parameters, and does not cut others. "

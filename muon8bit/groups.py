@@ -22,7 +22,7 @@ from .config import (
     DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
 )
-from .dense import is_fake, is_overlapping, why_not_dense
+from .dense import is_fake, is_faking, is_overlapping, why_not_dense
 from .orthogonalize import choose, resolve
 
 # How the running optimizer stores and computes: from the constructor, never from a checkpoint.
@@ -127,7 +127,7 @@ def _is_rate(lr: Any) -> bool:
         return _is_number(lr)
     if lr.numel() != 1 or not lr.is_floating_point():
         return False
-    return lr.device.type != "cpu" or is_fake(lr) or (lr.item() >= 0 and isfinite(lr.item()))
+    return lr.device.type != "cpu" or is_fake(lr) or is_faking() or (lr.item() >= 0 and isfinite(lr.item()))
 
 
 def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None, *, is_rounded: bool) -> None:

@@ -17,12 +17,11 @@ from .config import (
     DYNAMIC_CODES_KEY,
     EXP_AVG_CODES_KEY,
     EXP_AVG_KEY,
-    EXP_AVG_SQ_CODES_KEY,
     LINEAR_CODES_KEY,
     STATE_KEYS,
     STEP_KEY,
 )
-from .damage import is_blind, why_damaged
+from .damage import why_damaged
 from .dense import is_fake, why_not_dense
 from .entries import home, layout_of, made
 from .groups import OWN_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
@@ -177,7 +176,7 @@ def _tensors(
             f"state of {name}: missing {missing or 'nothing'}, foreign {foreign or 'nothing'}"
             + (f"; it was saved with {found}: construct the optimizer so" if found else "")
         )
-    copies = {}
+    copies, num_steps = {}, 0.0
     for key, (shape, dtype) in layout.items():
         value, what = tensors[key], f"state of {name}: {key}"
         if key == STEP_KEY and type(number := _plain(value)) in (int, float):
@@ -186,7 +185,8 @@ def _tensors(
             raise ValueError(f"{what} is a {type(value).__name__}, expected a dense tensor")
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise ValueError(f"{what} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}")
-        _check_values(value, key, what)
+        _check_values(value, key, what, num_steps)
+        num_steps = value.item() if key == STEP_KEY else num_steps  # it is the first key
         if where is not None:
             value = where.own_part(value, what)
         elif hasattr(value, "full_tensor"):
@@ -194,21 +194,16 @@ def _tensors(
         copies[key] = value.detach().to(
             device=home(key, param, group, staging), copy=True, memory_format=torch.contiguous_format
         )
-    if EXP_AVG_SQ_CODES_KEY in copies and is_blind(copies[EXP_AVG_SQ_CODES_KEY], copies[STEP_KEY].item()):
-        raise ValueError(
-            f"state of {name}: {EXP_AVG_SQ_CODES_KEY} holds the code 0 after the first step, where a step stores none: "
-            "the checkpoint is damaged"
-        )
     return copies if where is None else where.wrapped(copies, {key: shape for key, (shape, _) in layout.items()})
 
 
-def _check_values(value: Tensor, key: str, what: str) -> None:
+def _check_values(value: Tensor, key: str, what: str, num_steps: float) -> None:
     """Raise ValueError for a tensor without values, or with such as no step leaves. Of a whole tensor all ranks look at
     all of it, so that they agree; of a DTensor at their parts."""
     local = value.to_local() if hasattr(value, "to_local") else value
     if is_fake(local):
         raise ValueError(f"{what} is on the device meta, without values: load the checkpoint with its values")
-    if problem := why_damaged(key, local):
+    if problem := why_damaged(key, local, num_steps):
         raise ValueError(f"{what} holds {problem}: the checkpoint is damaged")
 
 

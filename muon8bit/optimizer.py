@@ -209,7 +209,8 @@ class Muon8bit(SharingOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what `closure` (called with gradients enabled) returned, else None. In a compiled training
-        step it runs eagerly.
+        step it runs eagerly. Of parameters without values, on the meta device or under a FakeTensorMode, it makes the
+        state, without values too, and counts.
 
         Raises:
             NonFiniteGradientError: by this step, before anything was written, or on CUDA by the one before.
@@ -230,6 +231,12 @@ class Muon8bit(SharingOptimizer):
         self._num_calls += 1
         options = Options(self.ns_dtype, self.backend, self.workspace_bytes)
         team = self._find_team()
+        if phases.is_dry(self.param_groups):
+            self._check_groups()
+            phases.dry_run(self.param_groups, self.state, team, self._staging)
+            self._consolidated = None
+            rounding.advance(self.param_groups)
+            return loss
 
         def read() -> list[phases.Work]:
             self._check_groups()

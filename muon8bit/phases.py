@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import adamw, muon, pieces
 from .commit import Commit
-from .config import Options
+from .config import STEP_KEY, Options
+from .dense import fake_mode_of, is_fake
 from .entries import Entry, entries_of, new_state, own_state
 from .groups import describe
 from .nonfinite import Verdict
@@ -138,6 +139,9 @@ def read(
         num_before += len(group["params"])
         stacks: list[Stack] = []
         for entry in entries:
+            if entry.grad.is_meta:
+                name = describe(group, index, entry.index)
+                raise ValueError(f"{name} has a gradient without values, on the device meta, others have values")
             if entry.momentum is not None and not entry.is_shared:
                 of = entry.index, entry.local, entry.grad, entry.momentum, group, entry.key, entry.first
                 stacks += stacks_of(*of)
@@ -145,6 +149,37 @@ def read(
         bundles = team.bundled(shared, group, index, options) if team and shared else []
         work.append(Work(group, index, entries, muon.read(stacks, group, options, staging), bundles))
     return work
+
+
+def is_dry(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether the gradients have no values, being on the meta device or of a FakeTensorMode: the first one tells."""
+    grad = next((param.grad for group in groups for param in group["params"] if param.grad is not None), None)
+    return grad is not None and is_fake(grad)
+
+
+def dry_run(
+    groups: Sequence[dict[str, Any]], state: State, team: Team | None, staging: Staging, num_before: int = 0
+) -> None:
+    """Make the state that a step would make, and count that step, of parameters without values. Arguments: of `read`.
+
+    Raises:
+        ValueError: names a parameter whose gradient has values, or cannot be used.
+    """
+    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+    with fake_mode_of(grads):
+        entries = []
+        for index, group in enumerate(groups):
+            for entry in entries_of(group, index, num_before, state, team, staging):
+                if not is_fake(entry.grad):
+                    name = describe(group, index, entry.index)
+                    raise ValueError(f"{name} has a gradient with values, others have none, being on meta or fake")
+                entries.append((entry, group))
+            num_before += len(group["params"])
+        for entry, group in entries:
+            if not own_state(state.get(entry.param)):
+                state.setdefault(entry.param, {}).update(new_state(entry, group, staging))
+            if entry.momentum is None:
+                state[entry.param][STEP_KEY].add_(1)
 
 
 def write(

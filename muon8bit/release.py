@@ -6,6 +6,7 @@ is refused where it can be seen.
 
 from __future__ import annotations
 
+import weakref
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -36,7 +37,9 @@ class GradientRelease:
     """What `release_gradients` returns."""
 
     def __init__(self, optimizer: Muon8bit, places: dict[Tensor, _Place]) -> None:
-        self._optimizer, self._places = optimizer, places
+        # Weakly: the model's hooks must not keep an optimizer, and its state, that nobody has any more.
+        self._optimizer = weakref.ref(optimizer, lambda _: self._detach())
+        self._places = places
         self._verdicts: dict[Tensor, Verdict] = {}  # of the parameters whose gradients this step has taken
         self._lock = RLock()  # autograd has a thread for every device
         hooks: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._take) for p in places]
@@ -50,11 +53,16 @@ class GradientRelease:
 
     def remove(self) -> None:
         """Make `backward()` and `step()` ordinary again. A step that is open is closed as it is."""
+        self._detach()
+        if (optimizer := self._optimizer()) is not None:
+            optimizer._step_supports_amp_scaling = False
+        self._close()
+
+    def _detach(self) -> None:
+        """Take the hooks away, also when the optimizer is gone: `backward()` then leaves gradients as ever."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._optimizer._step_supports_amp_scaling = False
-        self._close()
 
     # What is done to one parameter is `step`'s; its kernels are no matter of a compiler.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -66,7 +74,9 @@ class GradientRelease:
 
     def _take_alone(self, param: Tensor) -> None:
         phases.check_not_captured()
-        optimizer, place = self._optimizer, self._places[param]
+        optimizer, place = self._optimizer(), self._places[param]
+        if optimizer is None:  # it went while this hook was on its way
+            return
         if not self._verdicts:
             _check_alone()
             optimizer._check_whole()
@@ -83,6 +93,11 @@ class GradientRelease:
         group = optimizer.param_groups[place.group_index]
         alone = {**group, "params": [param], "param_names": [place.name]}
         options = Options(optimizer.ns_dtype, optimizer.backend, optimizer.workspace_bytes)
+        if phases.is_dry([alone]):
+            phases.dry_run([alone], optimizer.state, None, optimizer._staging, place.param_index)
+            self._verdicts[param] = Verdict([], optimizer._num_calls + 1)
+            param.grad = None
+            return
         with optimizer._committing(has_begun=bool(self._verdicts)) as commit:
             clipping.clip_matrices_([alone], optimizer.workspace_bytes)
             work = phases.read([alone], optimizer.state, options, None, optimizer._staging, place.param_index)
@@ -96,7 +111,8 @@ class GradientRelease:
     def _check_rest(self, optimizer: Optimizer, *_: Any) -> None:
         """Before `step()`: it closes the step, or finds gradients that were given by hand, as distributed
         checkpointing does, and no others."""
-        self._optimizer._check_whole()
+        if isinstance(optimizer, Muon8bit):
+            optimizer._check_whole()
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 "a GradScaler scales the loss, but release_gradients has stepped by the scaled gradients before it "
@@ -120,9 +136,9 @@ class GradientRelease:
 
     def _close(self) -> None:
         """End a step: what was found in its gradients is left to the optimizer, which asks for it later."""
-        if self._verdicts:
-            self._optimizer._pending = PartialVerdict(list(self._verdicts.values()))
-            self._verdicts = {}
+        if self._verdicts and (optimizer := self._optimizer()) is not None:
+            optimizer._pending = PartialVerdict(list(self._verdicts.values()))
+        self._verdicts = {}
 
 
 def release_gradients(model: nn.Module, optimizer: Muon8bit) -> GradientRelease:
@@ -151,7 +167,7 @@ def release_gradients(model: nn.Module, optimizer: Muon8bit) -> GradientRelease:
         optimizer: the `Muon8bit` itself; a wrapper (Accelerate's) has it as `.optimizer`.
 
     Returns:
-        A handle; its `remove()` makes `backward()` and `step()` ordinary again.
+        A handle, which does not keep the optimizer; its `remove()` makes `backward()` and `step()` ordinary again.
 
     Raises:
         TypeError: for another optimizer.

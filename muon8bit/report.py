@@ -21,6 +21,7 @@ from .config import (
     MIN_ADAMW8_ELEMENTS,
     MIN_QUANTIZED_COLUMNS,
 )
+from .dense import is_fake
 from .names import unwrapper
 
 ADAMW_BYTES = 8  # per element: two fp32 moments
@@ -227,7 +228,7 @@ def _storage_bytes(value: object, seen: set[tuple[torch.device, int]]) -> int:
     num_bytes = 0
     for tensor in _tensors(value):
         storage = tensor.untyped_storage()
-        key = (tensor.device, storage.data_ptr())
+        key = (tensor.device, storage._cdata if is_fake(tensor) else storage.data_ptr())
         if key not in seen or not key[1]:  # meta tensors and empty ones have no address
             seen.add(key)
             num_bytes += storage.nbytes()

@@ -26,6 +26,7 @@ from .config import (
     Algorithm,
     Bits,
 )
+from .dense import is_fake
 from .names import unwrapper
 from .report import ADAMW_BYTES, bnb_bytes
 
@@ -186,7 +187,7 @@ def _route_all(
             route = replace(route, decays=False, reason=f"{route.reason}, no decay as asked")
         if not param.requires_grad:
             route = replace(route, algorithm=None, reason="frozen", flag="")
-        elif param.numel() and param.data_ptr():
+        elif param.numel() and not is_fake(param) and param.data_ptr():
             owner = owners.setdefault((param.device, param.data_ptr()), name)
             if owner != name:
                 twice = f"shares its memory with {owner}: both are updated"

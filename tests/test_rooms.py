@@ -31,7 +31,7 @@ ALLOWED = {
     "muon8bit": {"convert", "optimizer", "nonfinite", "release", "report", "routing"},
     "convert": {"damage", "names", "groups", "adamw", "adamw8", "orthogonalize", "state", "config"},
     "release": {"optimizer", "clipping", "phases", "nonfinite", "config"},
-    "report": {"names", "_table", "config"},
+    "report": {"dense", "names", "_table", "config"},
     "optimizer": {
         *("phases", "sharing", "nonfinite", "loading", "groups", "config", "orthogonalize", "rounding", "clipping"),
         "commit",
@@ -39,6 +39,7 @@ ALLOWED = {
     },
     "sharing": {"distributed", "groups", "staging"},
     "phases": {
+        "dense",
         "entries",
         "adamw",
         "muon",
@@ -72,7 +73,7 @@ ALLOWED = {
     "plan": {"orthogonalize", "config"},
     "orthogonalize": {"kernels"},
     "state": {"kernels", "config"},
-    "routing": {"names", "_roles", "_route_checks", "_table", "report", "config"},
+    "routing": {"dense", "names", "_roles", "_route_checks", "_table", "report", "config"},
     "_route_checks": {"_roles", "_table", "config"},
     "_roles": {"_fused", "_lora", "config"},
     "_lora": {"_fused"},
