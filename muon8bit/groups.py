@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from math import inf, isfinite, prod
@@ -71,6 +72,8 @@ def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[s
     Raises:
         ValueError: for an unknown algorithm, an AdamW group without its own lr, or keys of the other algorithm.
     """
+    if "params" not in group:
+        raise ValueError(f"parameter group {group_index} has no 'params': give the tensors, or (name, tensor) pairs")
     params = group["params"]
     group = {"algorithm": "muon", **group, "params": [params] if isinstance(params, Tensor) else params}
     if not isinstance(params, set):  # torch's own error says why a set is refused
@@ -142,6 +145,9 @@ def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None,
 
     Raises:
         ValueError: names the group, the key, its value, and what it may be.
+
+    Warns:
+        UserWarning: for a momentum that was written into an AdamW group.
     """
     for index, group in enumerate(groups):
         where = f"parameter group {index}: "
@@ -149,6 +155,12 @@ def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None,
         if is_rounded:
             _check_present(group, ("rounding_seed", "rounding_step"), where)
         if group.get("algorithm") == "adamw":
+            if group.get("momentum") is not None:
+                warnings.warn(
+                    f"{where}something cycles 'momentum', as OneCycleLR and CyclicLR do, which a group of 'adamw' does "
+                    "not use: its betas stay. Pass cycle_momentum=False to the scheduler, or write 'betas' yourself",
+                    stacklevel=3,
+                )
             continue
         try:  # what this dtype cannot hold must not be found out while parameters are written
             choose(1, 1, resolve(group["ns_coefficients"], group["ns_steps"]), "cpu", ns_dtype)
