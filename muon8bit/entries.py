@@ -70,8 +70,6 @@ def entries_of(
         grad, local, layout, first = param.grad, param, None, 0
         if grad is None:
             continue
-        if problem := _unusable(param, grad, group):
-            raise ValueError(f"{describe(group, group_index, index)} {problem}")
         if lr_device not in (None, param.device):
             name = describe(group, group_index, index)
             raise ValueError(f"lr is a tensor on {lr_device}, {name} is on {param.device}: keep lr on the CPU")
@@ -102,6 +100,18 @@ def entries_of(
                 momentum = Momentum.zeros(shapes, format, staging.home(local.device))
                 momentum = momentum.on(staging.at_home(tensor, local.device) for tensor in momentum.tensors)
         yield Entry(index, param, local, grad, momentum, key, first, layout)
+
+
+def check_grads(groups: Sequence[dict[str, Any]]) -> None:
+    """Check whatever has a gradient, before a step reads or clips it.
+
+    Raises:
+        ValueError: names a parameter that a step cannot take as it is now, or whose gradient it cannot take.
+    """
+    for group_index, group in enumerate(groups):
+        for index, param in enumerate(group["params"]):
+            if param.grad is not None and (problem := _unusable(param, param.grad, group)):
+                raise ValueError(f"{describe(group, group_index, index)} {problem}")
 
 
 def _unusable(param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> str:

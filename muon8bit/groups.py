@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from math import inf, isfinite, prod
+from math import inf, prod
 from numbers import Real
 from typing import Any
 
@@ -48,7 +48,8 @@ _NO_GROUP_KEYS = (
     *("amsgrad", "maximize", "fused", "foreach", "capturable"),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TINY = torch.finfo(torch.float32).tiny  # the smallest normal number
+# Of fp32, in which steps compute: the smallest normal number, and one below the largest.
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, 1e38
 
 
 def group_keys(algorithm: str) -> tuple[str, ...]:
@@ -127,10 +128,10 @@ def _is_choice(value: Any, allowed: Sequence[Any]) -> bool:
 def _is_rate(lr: Any) -> bool:
     """Whether it is a number, or a tensor of one, that a step can take. One on a device is not waited for."""
     if not isinstance(lr, Tensor):
-        return _is_number(lr)
+        return _is_number(lr, high=_HUGE)
     if lr.numel() != 1 or not lr.is_floating_point():
         return False
-    return lr.device.type != "cpu" or is_fake(lr) or is_faking() or (lr.item() >= 0 and isfinite(lr.item()))
+    return lr.device.type != "cpu" or is_fake(lr) or is_faking() or 0 <= lr.item() < _HUGE
 
 
 def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None, *, is_rounded: bool) -> None:
@@ -151,6 +152,7 @@ def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None,
     """
     for index, group in enumerate(groups):
         where = f"parameter group {index}: "
+        _check_present(group, ("params", "algorithm"), where)
         check_options(group, where)
         if is_rounded:
             _check_present(group, ("rounding_seed", "rounding_step"), where)
@@ -193,7 +195,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     _check_present(options, group_keys(algorithm), where)
     is_tensor = isinstance(options["lr"], Tensor)
     require("lr", _is_rate(options["lr"]), "a 1-element float tensor " * is_tensor + ">= 0 and finite")
-    require("weight_decay", _is_number(options["weight_decay"]), ">= 0 and finite")
+    require("weight_decay", _is_number(options["weight_decay"], high=_HUGE), ">= 0 and finite")
     require("eps", _is_number(options["eps"]) and options["eps"] > 0, "> 0 and finite")
     for key in ("rounding_seed", "rounding_step"):
         value = options.get(key, 0)

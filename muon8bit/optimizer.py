@@ -29,6 +29,7 @@ from .config import (
     StateDevice,
     check_running,
 )
+from .entries import check_grads
 from .groups import (
     MATRIX_DEFAULTS,
     MUON_ONLY_KEYS,
@@ -233,6 +234,7 @@ class Muon8bit(SharingOptimizer):
         team = self._find_team()
         if phases.is_dry(self.param_groups):
             self._check_groups()
+            check_grads(self.param_groups)
             phases.dry_run(self.param_groups, self.state, team, self._staging)
             self._consolidated = None
             rounding.advance(self.param_groups)
@@ -240,6 +242,7 @@ class Muon8bit(SharingOptimizer):
 
         def read() -> list[phases.Work]:
             self._check_groups()
+            check_grads(self.param_groups)
             clipping.clip_matrices_(self.param_groups, self.workspace_bytes)
             return phases.read(self.param_groups, self.state, options, team, self._staging)
 

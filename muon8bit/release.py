@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import clipping, phases
 from .config import Options
+from .entries import check_grads
 from .nonfinite import PartialVerdict, Verdict
 from .optimizer import Muon8bit
 
@@ -93,6 +94,7 @@ class GradientRelease:
         group = optimizer.param_groups[place.group_index]
         alone = {**group, "params": [param], "param_names": [place.name]}
         options = Options(optimizer.ns_dtype, optimizer.backend, optimizer.workspace_bytes)
+        check_grads([alone])
         if phases.is_dry([alone]):
             phases.dry_run([alone], optimizer.state, None, optimizer._staging, place.param_index)
             self._verdicts[param] = Verdict([], optimizer._num_calls + 1)

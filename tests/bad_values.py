@@ -23,8 +23,8 @@ def tensor(*values):
 GROUP_VALUES = [
     *[(0, "lr", value) for value in (None, NAN, INF, -0.1, "0.1", True, [0.1], tensor(0.1, 0.2), tensor(NAN))],
     *[(0, "lr", value) for value in (tensor(-0.1), tensor(INF), tensor(1), torch.tensor([]), 1j)],
-    *[(1, "lr", value) for value in (None, NAN, -1e-3, tensor(0.1, 0.2), tensor(NAN).double())],
-    *[(0, "weight_decay", value) for value in (None, NAN, -0.1, INF, tensor(NAN), "0")],
+    *[(1, "lr", value) for value in (1e39, None, NAN, -1e-3, tensor(0.1, 0.2), tensor(NAN).double())],
+    *[(0, "weight_decay", value) for value in (1e300, None, NAN, -0.1, INF, tensor(NAN), "0")],
     *[(1, "weight_decay", value) for value in (None, NAN, -0.1, tensor(-1.0))],
     *[(0, "momentum", value) for value in (None, NAN, -0.1, 1.0, tensor(0.5, 0.6), (0.9, 0.95))],
     *[(1, "betas", value) for value in (None, 0.9, (0.9,), (0.9, NAN), (1.0, 0.95), (0.9, -0.1), (0.9, 0.9, 0.9))],
@@ -57,8 +57,8 @@ MISFITS = [
     (0, "algorithm", "adamw", ["parameter group 0", "betas"]),
     (1, "algorithm", "muon", ["parameter group 1", "momentum"]),
 ]
-MISSING_KEYS = [(0, key) for key in ("lr", "weight_decay", "eps", "momentum", "ns_steps", "bits", "rounding_step")]
-MISSING_KEYS += [(1, key) for key in ("lr", "betas", "eps", "adamw_bits", "rounding_seed")]
+MISSING_KEYS = [(0, key) for key in ("lr", "algorithm", "eps", "momentum", "ns_steps", "bits", "rounding_step")]
+MISSING_KEYS += [(1, key) for key in ("lr", "betas", "algorithm", "weight_decay", "adamw_bits", "rounding_seed")]
 
 
 def make(**options):

@@ -340,6 +340,53 @@ def test_adamw_gradient_whose_square_overflows_is_refused():
         optimizer.step()
 
 
+def no_dense_params():
+    ones = torch.ones(8, 16)
+    yield "sparse", ones.to_sparse()
+    yield "sparse_csr", ones.to_sparse_csr()
+    yield "nested", torch.nested.nested_tensor([ones, ones[:4]])
+    yield "nested", torch.nested.nested_tensor([ones, ones[:4]], layout=torch.jagged)
+    yield "expanded", torch.ones(1, 16).expand(8, 16)
+    yield "expanded", torch.ones(100).as_strided((8, 16), (1, 1))
+    yield "expanded", torch.ones(100).as_strided((8, 16), (4, 1))
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+@pytest.mark.parametrize("place", range(7))
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_what_is_no_dense_parameter_is_called_what_it_is(place, algorithm):
+    kind, tensor = list(no_dense_params())[place]
+    with pytest.raises(ValueError, match=f"w is an? {kind} tensor"):
+        Muon8bit([{"params": [("w", torch.nn.Parameter(tensor))], "algorithm": algorithm, "lr": 0.1}])
+
+
+def test_elements_that_only_lie_apart_or_are_none_are_taken():
+    for tensor in (
+        torch.ones(8, 32)[:, :16],
+        torch.ones(8, 32)[:, ::2],
+        torch.ones(16, 8).t(),
+        torch.ones(8, 3, 2, 2).to(memory_format=torch.channels_last),
+        torch.ones(1).expand(2, 0, 1),
+    ):
+        param = torch.nn.Parameter(tensor)
+        param.grad = torch.ones_like(param)
+        Muon8bit([("w", param)], weight_decay=0.0).step()
+        assert (param != 1).all()
+
+
+def test_a_gradient_whose_elements_share_memory_is_not_clipped_in_place():
+    for grad in (torch.ones(1, 16).expand(8, 16), torch.ones(100).as_strided((8, 16), (1, 1))):
+        param = torch.nn.Parameter(torch.ones(8, 16))
+        param.grad = grad
+        Muon8bit([("w", param)]).step()
+        assert param.isfinite().all()
+        before, old = param.detach().clone(), grad.clone()
+        with pytest.raises(ValueError, match=r"w has a gradient whose elements share memory.*clone"):
+            Muon8bit([("w", param)], clip_matrix_norm=1e-3).step()
+        assert torch.equal(param, before)
+        assert torch.equal(param.grad, old)
+
+
 def test_sparse_gradient_is_refused_by_name():
     param = param_with_grad()
     param.grad = param.grad.to_sparse()
