@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,19 +19,24 @@ from bench.workloads import LORA, MODELS, MOE, workloads
 ROOT = Path(gpu.__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, str]], str]:
-    """Rows of the CSV and the text of the Markdown file that the command leaves."""
-    folder = tmp_path_factory.mktemp("bench")
+def dry(folder: Path) -> tuple[list[object], dict[str, str]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, gpu.__file__, "--dry-run", "--out", folder]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    return command, environment
+
+
+@pytest.fixture(scope="module")
+def dry_run(background) -> tuple[list[dict[str, str]], str]:
+    """Rows of the CSV and the text of the Markdown file that the command leaves."""
+    result, folder = background(dry)
+    assert result.returncode == 0, result.stdout + result.stderr
     (table,) = folder.glob("*.csv")
     with table.open(newline="") as file:
         return list(csv.DictReader(file)), table.with_suffix(".md").read_text()
 
 
+@pytest.mark.background(command=dry)
 def test_dry_run_goes_through_every_section_arm_and_workload(dry_run):
     rows, _ = dry_run
     assert {row["section"] for row in rows} == {"about", "ceilings", *gpu.SECTIONS}
@@ -47,6 +51,7 @@ def test_dry_run_goes_through_every_section_arm_and_workload(dry_run):
         assert cases == {f"{codebook}, blocks of {size}" for size in (64, 128, 256, 512, 1024, 2048, 4096)}
 
 
+@pytest.mark.background(command=dry)
 def test_dry_run_claims_no_figure_and_no_arm_failed(dry_run):
     rows, report = dry_run
     counted = {"operations", "bytes", "FLOP ceiling"}
@@ -58,6 +63,7 @@ def test_dry_run_claims_no_figure_and_no_arm_failed(dry_run):
     assert all(line.endswith(f"| {DRY} |") for line in report.splitlines() if "at least" in line or "at most" in line)
 
 
+@pytest.mark.background(command=dry)
 def test_report_lists_the_acceptance_targets(dry_run):
     _, report = dry_run
     for target in (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from background import compile_kernels
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,17 +50,15 @@ class CompiledKernels:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompiledKernels:
-    """What the command behind the committed table compiles, in processes of its own; kept until a source changes."""
+def compiled(background) -> CompiledKernels:
+    """What `background.compile_kernels` compiles, for tests with that mark."""
     pytest.importorskip("triton")
     from bench import compile_table, compiling
 
-    table = tmp_path_factory.mktemp("compiled") / "table.md"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    subprocess.run([sys.executable, compile_table.__file__, "--out", table], env=environment, check=True)
+    result, made = background(compile_kernels)
+    assert result.returncode == 0, result.stdout + result.stderr
     folder = compile_table.CACHE / f"compiled-{compile_table.sources_key()}"
-    return CompiledKernels(folder, compiling.load(folder), table.read_text())
+    return CompiledKernels(folder, compiling.load(folder), (made / "table.md").read_text())
 
 
 @pytest.fixture(scope="session")

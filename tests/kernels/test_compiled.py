@@ -9,10 +9,12 @@ import pytest
 
 pytest.importorskip("triton")
 import triton
+from background import compile_kernels
 from bench import compile_table
 from bench.compile_cases import JOBS
 from muon8bit_kernels.gemm_tilings import TILINGS
 
+pytestmark = pytest.mark.background(command=compile_kernels)
 NVIDIA = {"sm_80", "sm_90", "sm_100"}
 # Shared memory that a program may have, in bytes, by the vendors' guides.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}

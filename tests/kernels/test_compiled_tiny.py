@@ -7,7 +7,9 @@ import re
 import pytest
 
 pytest.importorskip("triton")
+from background import compile_kernels
 
+pytestmark = pytest.mark.background(command=compile_kernels)
 # Of every kernel the small side and the elements of a tile.
 CASES = {
     **{("tiny-wide-16", target): (16, 4096) for target in ("sm_80", "sm_90", "sm_100")},

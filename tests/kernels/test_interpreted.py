@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 
-def test_triton_kernels_interpreted_equal_reference_bitwise():
-    pytest.importorskip("triton")
+def interpreted(_folder: Path) -> tuple[list[object], dict[str, str]]:
+    """The tests that have a `device`."""
     suites = [
         Path(__file__).with_name(f"test_triton_{name}.py")
         for name in ("quantize", "momentum", "update", "tiles", "tiny", "gemm")
     ]
     command = [sys.executable, "-m", "pytest", *suites, "-m", "not gpu", "-p", "no:cacheprovider"]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    return command, {**os.environ, "TRITON_INTERPRET": "1"}
+
+
+@pytest.mark.background(command=interpreted)
+def test_triton_kernels_interpreted_equal_reference_bitwise(background):
+    pytest.importorskip("triton")
+    result, _ = background(interpreted)
     assert result.returncode == 0, result.stdout + result.stderr
     # Every test ran: a suite that skips itself would prove nothing.
     assert re.search(r"\d\d passed", result.stdout), result.stdout
