@@ -44,7 +44,12 @@ def build_optimizers(
     """
     ratio = loraplus_ratio
     options: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    more: Any = {"adamw_lr": recipe.adamw_lr, "adamw_betas": BETAS, "adamw_bits": recipe.adamw_bits}
+    more: Any = {
+        "routing": recipe.routing,
+        "adamw_lr": recipe.adamw_lr,
+        "adamw_betas": BETAS,
+        "adamw_bits": recipe.adamw_bits,
+    }
     try:
         groups = param_groups(model, **options, **more, loraplus_ratio=loraplus_ratio)
     except ValueError as error:

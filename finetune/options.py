@@ -17,6 +17,7 @@ from finetune.errors import InputError
 from finetune.texts import read_text
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+ROUTINGS = ("0.1", "0.2")  # those of muon8bit.config, which imports torch
 # Options that a resumed run may change; every other one is part of what makes the run bitwise the same.
 # `dataset` may move to another place: its content is compared by hash.
 RESUME_MAY_CHANGE = ("dataset", "max_steps", "save_every", "eval_every", "keep_checkpoints", "max_minutes", "tracker")
@@ -39,6 +40,9 @@ class Training:
     optimizer: str = option("muon8bit", "which optimizer trains the model", "muon8bit", "muon", "adamw", "adamw8bit")
     codebook: str = option("linear", "8-bit codebook of muon8bit", "linear", "dynamic")
     block_size: int = option(2048, "elements per scale of muon8bit, a power of two from 64 to 4096")
+    routing: str = option(
+        "0.2", "release whose rules say what muon8bit and muon train; a resumed run keeps its own", *ROUTINGS
+    )
     param_rounding: str | None = option(
         None,
         "how bf16 weights are rounded, embeddings and head too; stochastic, for muon8bit only, keeps updates that are "
@@ -125,6 +129,11 @@ def read_values(name_or_path: str, folder: Path) -> tuple[dict[str, Any], str]:
     values = {str(key): value for key, value in values.items()}
     values.setdefault("name", path.stem)
     return values, str(path)
+
+
+def saved_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the recipe that a run's folder holds: runs of release 0.1 recorded no routing."""
+    return {"routing": "0.1", **values}
 
 
 def build(kind: type[R], values: Mapping[str, Any], origin: str) -> R:

@@ -23,6 +23,7 @@ if not __package__:  # run as a script: absolute imports come from the repositor
 from finetune.command_line import Parser, absolute, check_resumable, run_script
 from finetune.corpus import check_exists
 from finetune.errors import InputError
+from finetune.options import read_values, saved_values
 from finetune.recipe import DEFAULT_RECIPE, RECIPES, Recipe, read_model_config, read_recipe, recipe_from
 from finetune.run_folder import RunFolder, choose_folder, find_run
 
@@ -64,7 +65,8 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
         option = "--recipe" if recipe_name else "--output-dir"
         raise InputError(option, "a resumed run keeps its own; leave it out, or start anew without --resume")
     folder = find_run(resume)
-    saved = read_recipe(str(folder.recipe_file))
+    values, origin = read_values(str(folder.recipe_file), RECIPES)
+    saved = recipe_from(saved_values(values), origin)
     if overrides.get("model", saved.model) != saved.model:
         raise InputError("--model-config", f"{folder.path} holds checkpoints of another model; leave it out")
     check_resumable(folder, saved, overrides)

@@ -22,7 +22,7 @@ if not __package__:  # run as a script: absolute imports come from the repositor
 
 from finetune.command_line import Parser, absolute, check_resumable, run_script
 from finetune.errors import InputError
-from finetune.options import flag
+from finetune.options import flag, saved_values
 from finetune.run_folder import RunFolder, choose_folder, find_run
 from finetune.sft_recipe import (
     ADAPTER_OPTIONS,
@@ -66,7 +66,7 @@ def parse(argv: Sequence[str]) -> tuple[SftRecipe, RunFolder]:
         option = "--recipe" if recipe_name else "--output-dir"
         raise InputError(option, "a resumed run keeps its own; leave it out, or start anew without --resume")
     folder = find_run(resume)
-    values = read_sft_recipe(str(folder.recipe_file))
+    values = saved_values(read_sft_recipe(str(folder.recipe_file)))
     saved = sft_recipe_from(values, str(folder.recipe_file))
     check_resumable(folder, saved, overrides)
     recipe = sft_recipe_from({**values, **overrides}, "the options")

@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 from torch import nn
 
+from ._linears import linear_shape, siblings
+
 Split: TypeAlias = tuple[tuple[int, ...], int]  # sizes of the pieces, and the dimension of the matrix they lie along
 
 # One tensor that holds several matrices: in Phi-3, GPT-2, GPT-NeoX, Falcon, InternLM, Baichuan, OLMo,
@@ -77,3 +79,21 @@ def looks_fused(name: str, shape: Sequence[int]) -> bool:
     attention = _ATTENTION.search(name)
     is_single = attention is not None and _SINGLE_PROJECTION.search(name[attention.end() :])
     return attention is not None and not is_single and max(shape) == 3 * min(shape)
+
+
+def holds_twice(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a Linear gives twice what a module beside it takes: a query and a gate, or a gate and an up projection.
+
+    So that the second one takes the first one's result, it must also give vectors of the size that the first one takes.
+    """
+    path, _, local = name.rpartition(".")
+    path = _COPIES.sub("", path)
+    own = linear_shape(modules.get(path))
+    if len(shape) == 3:
+        owner = modules[name.rpartition(".")[0]]
+        pairs = [tuple(t.shape[1:]) for key, t in owner.named_parameters(recurse=False) if t.ndim == 3 and key != local]
+        return any(shape[1:] in ((2 * b, a), (b, 2 * a)) for a, b in pairs)
+    if own is None or local != "weight":
+        return False
+    others = [other for module in siblings(path, modules) if (other := linear_shape(module))]
+    return (own[1], own[0] // 2) in others and own[0] % 2 == 0 and not any(own[0] == taken for _, taken in others)

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ._fused import Split, known_split, looks_fused
-from ._lora import Part, adapter_part, factor_split, is_adapter, looks_fused_factor
+from ._ends import Ends
+from ._experts import is_router
+from ._fused import Split, holds_twice, known_split, looks_fused
+from ._lora import Part, adapter_part, factor_split, looks_fused_factor
+from ._newer import Role, newer_role
 from .config import MIN_QUANTIZED_COLUMNS, Algorithm
 
-# Heads by name whatever their size, and names that mean a head only where the rows equal the vocabulary; both
-# only outside numbered layers, where `output` and `decoder` are everyday names of hidden matrices.
-_HEAD = re.compile(
-    r"(^|\.)(lm_head|score|classifier|qa_outputs|embed_out|v_head|(classifier|classification_head)\.out_proj)$"
-)
-_VOCABULARY_HEAD = re.compile(r"(^|\.)(head|output|outputs|out|logits|to_logits|unembed|decoder|generator)$")
-# Modules whose matrix scores experts: Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Jamba, Hunyuan in transformers.
-_ROUTER = re.compile(r"(^|\.)(router|gate|wg|shared_expert_gate)(?=\.|$)")
 # Stacked experts [experts, rows, cols] as transformers 5 keeps them, in Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Llama 4.
 _EXPERTS = re.compile(r"(^|\.)experts\.")
-# Names that PEFT's and the parallel wrappers put between a module and its parameters.
-_WRAPPERS = re.compile(
-    r"\.(modules_to_save\.\w+|original_module|base_layer)\b|\b(_orig_mod|_checkpoint_wrapped_module)\."
-)
 _NARROW = f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32"
 
 
@@ -40,6 +31,7 @@ class Route:
     bits=8 and block_size 2048; `aliases` are the further names of a shared tensor. `split` (sizes of the pieces and
     their dimension) and `flatten` say which matrices Muon takes it for; without them it is one, or a stack.
     `is_lora_b`: the factor of LoRA that starts at zero, whose lr LoRA+ raises.
+    `is_adapter`: part of an adapter other than LoRA.
     """
 
     name: str
@@ -55,6 +47,7 @@ class Route:
     split: Split | None = None
     flatten: bool = False
     is_lora_b: bool = False
+    is_adapter: bool = False
 
     @property
     def matrix_keys(self) -> dict[str, Any]:
@@ -68,17 +61,10 @@ class Route:
         return math.prod(self.shape)
 
 
-@dataclass
-class Ends:
-    """Parameters at the two ends of a model with the reason for each; `doubtful` may be a head."""
-
-    embeddings: dict[Tensor, str] = field(default_factory=dict)
-    heads: dict[Tensor, str] = field(default_factory=dict)
-    doubtful: Tensor | None = None
-
-
 def default_route(name: str, param: nn.Parameter, modules: Mapping[str, nn.Module], ends: Ends) -> Route:
-    """The default route: the first rule that applies."""
+    """The default route: the first rule that applies, of those that `ends.routing` has."""
+    if ends.routing != "0.1" and (role := newer_role(name, param, modules, ends)):
+        return _route_of(role, name, param, modules, ends)
     path, _, local = name.rpartition(".")
     shape, is_norm = tuple(param.shape), "norm" in type(modules[path]).__name__.lower()
 
@@ -109,16 +95,28 @@ def default_route(name: str, param: nn.Parameter, modules: Mapping[str, nn.Modul
         return adamw("bare parameter named like an embedding")
     if is_bare and min(shape) == 1:  # IA3's factors
         return adamw("one row or column", decays=False)
-    split = known_split(name, shape, modules)
+    reason = "stacked experts" if is_stack else "hidden matrix"
+    flag = "bare parameter: taken for a matrix that multiplies" if is_bare else ""
+    return _route_of(Role("muon", reason, flag), name, param, modules, ends)
+
+
+def _route_of(role: Role, name: str, param: nn.Parameter, modules: Mapping[str, nn.Module], ends: Ends) -> Route:
+    """Return the route of a role; Muon's with the split that is known, and with what is to be looked at."""
+    shape = tuple(param.shape)
+    if role.algorithm == "adamw":
+        return Route(name, shape, "adamw", role.reason, role.flag, role.decays, is_adapter=role.is_adapter)
+    split = role.split or known_split(name, shape, modules)
+    is_fused = split is None and (looks_fused(name, shape[-2:]) or holds_twice(name, shape, modules))
     flags = {
-        "looks fused: orthogonalized as one matrix": split is None and looks_fused(name, shape[-2:]),
+        "looks fused: orthogonalized as one matrix": is_fused,
         _NARROW: shape[-1] < MIN_QUANTIZED_COLUMNS,
-        "bare parameter: taken for a matrix that multiplies": is_bare,
-        "last Linear of a model without embedding: is it the head?": param is ends.doubtful,
+        role.flag: bool(role.flag),
+        "last Linear of the model: is it the head?": param is ends.doubtful,
     }
-    reason = ("stacked experts" if is_stack else "hidden matrix") + _in_words(split)
     flag = "; ".join(flag for flag, is_set in flags.items() if is_set)
-    return Route(name, shape, "muon", reason, flag, True, split=split)
+    return Route(
+        name, shape, "muon", role.reason + _in_words(split), flag, True, split=split, is_adapter=role.is_adapter
+    )
 
 
 def _adapter_route(
@@ -160,60 +158,6 @@ def _in_words(split: Split | None) -> str:
     sizes, dim = split
     is_many = len(sizes) > 3 and len(set(sizes)) == 1
     return f", split {f'{len(sizes)} x {sizes[0]}' if is_many else ' + '.join(map(str, sizes))} along {dim}"
-
-
-def find_ends(model: nn.Module) -> Ends:
-    """Embeddings by module type and `get_input_embeddings`; heads by `get_output_embeddings` of any submodule
-    and by name, or, without these methods, the last Linear if it has the first embedding's rows."""
-    ends, tables, linears, is_hugging_face = Ends(), [], [], False
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            ends.embeddings[module.weight] = "embedding"
-            tables.append(module.weight)
-        elif isinstance(module, nn.Linear) and not is_adapter(f"{path}.weight"):
-            linears.append((_WRAPPERS.sub("", path), module))
-        is_hugging_face |= hasattr(module, "get_output_embeddings")
-        for param in _part(module, "get_input_embeddings"):
-            ends.embeddings.setdefault(param, "input embedding")
-        for param in _part(module, "get_output_embeddings"):
-            ends.heads.setdefault(param, "output head")
-    rows = {table.shape[0] for table in tables}
-    for path, module in linears:
-        of_vocabulary = module.out_features in rows and _VOCABULARY_HEAD.search(path)
-        if (_HEAD.search(path) or of_vocabulary) and not re.search(r"(^|\.)\d+\.", path):
-            ends.heads.setdefault(module.weight, "output head, by its name")
-    known = ends.heads.keys() | ends.embeddings.keys()
-    if linears and not is_hugging_face and not any(module.weight in known for _, module in linears):
-        last = linears[-1][1]
-        if tables and last.out_features == tables[0].shape[0]:
-            ends.heads[last.weight] = "output head: last Linear, rows of the first embedding"
-        elif not tables:
-            ends.doubtful = last.weight
-    return ends
-
-
-def _part(module: nn.Module, getter: str) -> Iterator[nn.Parameter]:
-    """Parameters of the module that a Hugging Face getter returns; none where it is missing or raises."""
-    try:
-        part = getattr(module, getter)()
-    except (AttributeError, NotImplementedError):
-        return
-    if isinstance(part, nn.Module):
-        yield from part.parameters()
-
-
-def is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether `name` lies in a router. A `gate` beside a module of its own shape is a gated MLP's matrix."""
-    match = _ROUTER.search(name)
-    if match is None:
-        return False
-    path = name[: match.end()]
-    parent, gate = modules.get(path.rpartition(".")[0]), modules.get(path)
-    if match[2] != "gate" or parent is None or gate is None:
-        return True
-    shapes = [getattr(getattr(child, "weight", None), "shape", None) for child in parent.children()]
-    shape = getattr(getattr(gate, "weight", None), "shape", None)
-    return shape is None or shapes.count(shape) < 2
 
 
 def check_whole(name: str, param: nn.Parameter, owner: nn.Module) -> None:

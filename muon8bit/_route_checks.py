@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -33,12 +34,29 @@ def check_patterns(patterns: Sequence[tuple[str, Algorithm]], no_decay: Sequence
             )
 
 
-def why_no_matrix(routes: Sequence[Route]) -> str:
-    """The message of the error for a model that has nothing for Muon."""
+def check_any_matrix(routes: Sequence[Route]) -> None:
+    """Raise ValueError if nothing goes to Muon and nothing could; warn where only patterns would send something, as
+    in a convolutional network, or an adapter that is no product of matrices."""
+    trainable = [route for route in routes if route.algorithm is not None]
+    if any(route.algorithm == "muon" for route in trainable):
+        return
+    message = _why_no_matrix(routes)
+    if not any(route.flatten or route.is_adapter or "pattern" in route.flag for route in trainable):
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
+
+
+def _why_no_matrix(routes: Sequence[Route]) -> str:
+    """Say why a model has nothing for Muon, and what to do."""
     trainable = [route for route in routes if route.algorithm is not None]
     if not trainable:
         return f"no matrix for Muon: all {len(routes)} parameters are frozen (requires_grad False)"
     largest = max(trainable, key=lambda route: route.num_elements)
+    if all(len(route.shape) < 2 for route in trainable) and len(trainable) < len(routes):
+        return (
+            f"no matrix for Muon: all {len(trainable)} trainable parameters are vectors (largest: {largest.name} "
+            f"{largest.shape}), the matrices are frozen: use torch.optim.AdamW, or let matrices train too"
+        )
     if all(len(route.shape) < 2 for route in trainable):
         return (
             f"no matrix for Muon: all {len(trainable)} trainable parameters are 1-D (largest: {largest.name} "

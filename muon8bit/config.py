@@ -16,6 +16,7 @@ ParamRounding: TypeAlias = Literal["nearest", "stochastic"]
 Algorithm: TypeAlias = Literal["muon", "adamw"]
 Bits: TypeAlias = Literal[8, 32]
 StateDevice: TypeAlias = Literal["cpu"]
+Routing: TypeAlias = Literal["0.1", "0.2"]
 
 CODEBOOKS: tuple[str, ...] = get_args(Codebook)
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -25,6 +26,10 @@ PARAM_ROUNDINGS: tuple[str, ...] = get_args(ParamRounding)
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 BITS: tuple[int, ...] = get_args(Bits)
 STATE_DEVICES: tuple[str, ...] = get_args(StateDevice)
+ROUTINGS: tuple[str, ...] = get_args(Routing)
+
+# The rules by which `param_groups` routes: those of the newest release.
+DEFAULT_ROUTING: Routing = "0.2"
 
 # Block sizes in elements: those that bitsandbytes' CUDA kernels accept.
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from ._roles import Route, check_whole, default_route, find_ends
-from ._route_checks import check_patterns, check_ratio, why_no_matrix
+from ._ends import find_ends
+from ._outputs import add_outputs
+from ._roles import Route, check_whole, default_route
+from ._route_checks import check_any_matrix, check_patterns, check_ratio
 from ._table import collapse, format_bytes, render, template
 from .config import (
     ADJUST_LR,
@@ -20,11 +22,14 @@ from .config import (
     DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
     DEFAULT_BLOCK_SIZE,
+    DEFAULT_ROUTING,
     DEFAULT_WEIGHT_DECAY,
     MIN_QUANTIZED_COLUMNS,
+    ROUTINGS,
     AdjustLR,
     Algorithm,
     Bits,
+    Routing,
 )
 from .dense import is_fake
 from .names import unwrapper
@@ -73,6 +78,7 @@ def param_groups(
     patterns: Sequence[tuple[str, Algorithm]] = (),
     no_decay: Sequence[str] = (),
     loraplus_ratio: float | None = None,
+    routing: Routing = DEFAULT_ROUTING,
 ) -> ParamGroups:
     """Routed groups for `Muon8bit`: 2-D hidden weights and stacked experts to Muon; embeddings, output head (tied or
     not), norms, biases, MoE routers, convolutions, other 1-D, 3-D and more to AdamW; frozen ones to none.
@@ -132,9 +138,10 @@ def param_groups(
         )
     if adamw_bits not in BITS:
         raise ValueError(f"adamw_bits is {adamw_bits!r}; it must be one of {BITS}")
-    routes, params = _route_all(model, patterns, no_decay)
-    if not any(route.algorithm == "muon" for route in routes):
-        raise ValueError(why_no_matrix(routes))
+    if routing not in ROUTINGS:
+        raise ValueError(f"routing is {routing!r}; it must be one of {ROUTINGS}, the releases whose rules are known")
+    routes, params = _route_all(model, patterns, no_decay, routing)
+    check_any_matrix(routes)
     check_ratio(loraplus_ratio, routes)
     muon = {"algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn}
     adamw = {"algorithm": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "weight_decay": weight_decay}
@@ -161,7 +168,7 @@ def param_groups(
 
 
 def _route_all(
-    model: nn.Module, patterns: Sequence[tuple[str, Algorithm]], no_decay: Sequence[str]
+    model: nn.Module, patterns: Sequence[tuple[str, Algorithm]], no_decay: Sequence[str], routing: Routing
 ) -> tuple[list[Route], list[nn.Parameter]]:
     """One route per distinct parameter with the patterns applied, and the parameters in the same order."""
     named = list(model.named_parameters(remove_duplicate=False))
@@ -173,7 +180,9 @@ def _route_all(
         wrapped.setdefault(param, []).append(name)
     check_patterns(patterns, no_decay, [*(unwrapped(name) for name, _ in named), *(name for name, _ in named)])
     modules = {unwrapped(path): module for path, module in model.named_modules(remove_duplicate=False)}  # inner last
-    ends, routes = find_ends(model), []
+    ends, routes = find_ends(model, routing), []
+    if routing != "0.1":
+        add_outputs(model, ends)
     owners: dict[tuple[Any, ...], str] = {}  # of memory: peft ties adapters by parameters that are views of each other
     for param, (name, *aliases) in names.items():
         check_whole(name, param, modules[name.rpartition(".")[0]])

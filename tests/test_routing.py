@@ -306,9 +306,10 @@ def test_two_dimensional_biases_marked_and_embedding_like_parameters_go_to_adamw
 
     groups = param_groups(Odd(), lr=1e-3)
     routes = by_name(groups)
-    assert names_for(groups, "muon") == {"hidden.weight", "mixing", "narrow.weight"}
-    assert {name for name, route in routes.items() if not route.decays} == {"experts_bias", "A_log", "marked"}
-    assert "bare parameter" in routes["mixing"].flag
+    assert names_for(groups, "muon") == {"hidden.weight", "narrow.weight"}
+    not_decayed = {name for name, route in routes.items() if not route.decays}
+    assert not_decayed == {"experts_bias", "A_log", "marked", "pos_embed"}
+    assert (routes["mixing"].reason, "pattern" in routes["mixing"].flag) == ("bare parameter", True)
     assert "fp32" in routes["narrow.weight"].flag
     assert routes["narrow.weight"].state_bytes == 4 * 7 * 8
 

@@ -1,0 +1,110 @@
+"""Which modules multiply by a matrix, and what in a model takes vectors of which size."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+# Classes that are no nn.Linear but keep a 2-D `weight` that multiplies: transformers' Conv1D, I-BERT's QuantLinear,
+# tensor-parallel Linears.
+_LINEAR_CLASS = re.compile(r"linear|dense|conv1d|proj", re.IGNORECASE)
+_CHAIN = re.compile(r"\d+\.")  # in a path below a module: inside a numbered layer
+
+
+def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """Return (sizes of the vectors that a Linear gives, that it takes); None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = module._parameters.get("weight") if module is not None else None
+    if weight is None or weight.ndim != 2 or not _LINEAR_CLASS.search(type(module).__name__):
+        return None
+    rows, cols = weight.shape
+    return (cols, rows) if type(module).__name__ == "Conv1D" else (rows, cols)
+
+
+def siblings(path: str, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """Yield the other modules directly in the module around `path`."""
+    parent = modules.get(path.rpartition(".")[0]) if path else None
+    own = modules.get(path)
+    if parent is not None:
+        yield from (child for child in parent.children() if child is not own)
+
+
+class Flow:
+    """Sizes of the vectors that modules take and give.
+
+    Args:
+        modules: of a model, by path; `modules[path]` of a wrapped weight is its innermost module.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._takers: dict[int, list[str]] = defaultdict(list)
+        self._givers: dict[int, list[str]] = defaultdict(list)
+        self._order = {path: place for place, path in enumerate(modules)}
+        self._convolutions = {path for path, m in modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
+        for path, module in modules.items():
+            shape = linear_shape(module)
+            taken = shape[1] if shape else _input_size(module)
+            if taken:
+                self._takers[taken].append(path)
+            if given := shape[0] if shape else _output_size(module):
+                self._givers[given].append(path)
+
+    def takes(self, size: int) -> bool:
+        """Whether anything in the model takes vectors of this size."""
+        return bool(self._takers.get(size))
+
+    def is_taken(self, path: str, size: int) -> bool:
+        """Whether a module beside `path`, or one level further out, takes vectors of this size; a convolution only if
+        it comes later. Numbered layers are looked into only from inside."""
+        place = self._order.get(path, 0)
+        takers = self._takers.get(size, [])
+        return _is_near(path, [p for p in takers if p not in self._convolutions or self._order[p] > place])
+
+    def is_given(self, path: str, size: int) -> bool:
+        """Whether a module beside `path`, or one level further out, gives vectors of this size."""
+        return _is_near(path, self._givers.get(size, []))
+
+
+def _is_near(path: str, others: list[str]) -> bool:
+    parent = path.rpartition(".")[0]
+    for around in {parent, parent.rpartition(".")[0]}:
+        start = f"{around}." if around else ""
+        if any(o != path and o.startswith(start) and not _CHAIN.search(o[len(start) :]) for o in others):
+            return True
+    return False
+
+
+def _input_size(module: nn.Module) -> int:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return int(module.in_channels)
+    if isinstance(module, nn.MultiheadAttention):
+        return int(module.embed_dim)
+    return int(module.input_size) if isinstance(module, nn.RNNBase | nn.RNNCellBase) else 0
+
+
+def _output_size(module: nn.Module) -> int:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return int(module.out_channels)
+    if isinstance(module, nn.Embedding):
+        return int(module.embedding_dim)
+    return int(module.hidden_size) if isinstance(module, nn.RNNBase | nn.RNNCellBase) else 0
+
+
+def is_bare(local: str, owner: nn.Module) -> bool:
+    """Whether a parameter is no module's weight of a known kind: no Linear's, embedding's, convolution's, attention's
+    or recurrent layer's."""
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd):
+        return False
+    if isinstance(owner, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):
+        return "weight" not in local
+    return local != "weight" or linear_shape(owner) is None
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """Return the module's own `weight`, if it is a tensor."""
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
