@@ -18,7 +18,7 @@ from ._lora import is_adapter
 from ._outputs import POSITIONS
 from .config import Algorithm
 
-_BIAS = re.compile(r"bias(es)?$|bias_table$|bias_(k|v)$", re.IGNORECASE)
+_BIAS = re.compile(r"bias(es)?$|bias_table$|bias_[a-z]$", re.IGNORECASE)
 # State-space models' decay rates and skip gains: Mamba, Zamba, S4, H3, RWKV.
 _STATE_SPACE = re.compile(r"^(A|D|(.*_)?A_(log|real|imag)|(inv|log)_A\w*|dt\w*|time_\w+|Lambda\w*)$")
 _TABLE = re.compile(r"emb|token", re.IGNORECASE)

@@ -32,7 +32,7 @@ _PROJECTION = re.compile(r"^(w?[qkv]|to_[qkv]|(query|key|value|[qkv])(_(proj|lin
 # Keys of configs that count what an output has a row for.
 _SIZE_KEY = re.compile(r"vocab|^n(um)?_\w*(labels|classes)$|codebook_size$|^num_answers$", re.IGNORECASE)
 POSITIONS = re.compile(
-    r"(^|[._])(w?pos|wpe|position(al|s)?|rel(ative)?_?pos\w*|pe)([._]|$|emb|enc)|rel(ative)?_pos|posemb|timestep|time_emb",
+    r"(^|[._])(w?pos|wpe|position(al|s)?|rel(ative)?_?pos\w*|a?pe)([._]|$|emb|enc)|rel(ative)?_pos|posemb|timestep|time_emb",
     re.I,
 )
 

@@ -99,7 +99,8 @@ def test_groups_hold_every_trainable_parameter_once(model_type: str) -> None:
     own = dict(model.named_parameters(remove_duplicate=False))
     assert all(own[name] is param for group in groups for name, param in group["params"])
     for group in groups:
-        decay = {0.05} if group["algorithm"] == "muon" else {0.05 if p.ndim > 1 else 0.0 for _, p in group["params"]}
+        is_muon = group["algorithm"] == "muon"
+        decay = {0.05 if is_muon or (p.ndim > 1 and "wpe" not in name) else 0.0 for name, p in group["params"]}
         assert decay == {group["weight_decay"]}
 
 
