@@ -230,7 +230,8 @@ def test_classification_head_goes_to_adamw_and_pooler_to_muon() -> None:
         routes = by_name(param_groups(AutoModelForSequenceClassification.from_config(config), lr=1e-3))
     assert routes["classifier.weight"].algorithm == "adamw"
     assert routes["bert.pooler.dense.weight"].algorithm == "muon"
-    assert routes["bert.embeddings.position_embeddings.weight"].reason == "embedding"
+    position = routes["bert.embeddings.position_embeddings.weight"]
+    assert (position.reason, position.decays) == ("position table", False)
 
 
 def test_plain_sequential_takes_first_embedding_and_last_linear_as_ends() -> None:
