@@ -1,4 +1,4 @@
-"""The one error that a user of the scripts can cause."""
+"""What ends a run with a sentence instead of a traceback."""
 
 from __future__ import annotations
 
@@ -20,3 +20,7 @@ class InputError(Exception):
 
 class StorageError(Exception):
     """The disk is full, or fails: a run could not write what it must. Its text is the cause."""
+
+
+class RanksError(Exception):
+    """A process of a run has failed, for another reason than the disk. Its text is the cause."""

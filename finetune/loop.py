@@ -1,27 +1,26 @@
-"""The training loop's parts: batches, one optimizer step, evaluation, and a polite stop. Shared by all scripts."""
+"""The training loop's parts: batches, one optimizer step, and evaluation. Shared by all scripts."""
 
 from __future__ import annotations
 
 import math
-import signal
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_
 
-from finetune.errors import StorageError
-from finetune.launch import whole
+from finetune.launch import is_sharded, whole
 from finetune.loss import IGNORED, Batch, summed_nats
+from finetune.ranks import gather
 from finetune.tokens import Tokens
-
-TIME_IS_UP = 124  # exit code: that of timeout(1), so that a script which knows that one knows ours
+from muon8bit.names import unwrapper
 
 
 class Sequences(ABC):
@@ -40,6 +39,10 @@ class Sequences(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def count_targets(self, index: int) -> int:
+        """Return how many targets a sequence has, without a device; 0 for index -1."""
 
     @abstractmethod
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
@@ -69,6 +72,9 @@ class Blocks(Sequences):
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.seq_len
 
+    def count_targets(self, index: int) -> int:
+        return self.seq_len if index >= 0 else 0
+
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """Blocks as {input_ids, targets}, each [len(indices), seq_len] int64; index -1 gives ignored targets."""
         starts = [max(i, 0) * self.seq_len for i in indices]
@@ -90,71 +96,113 @@ def step_batches(
         yield sequences.batch(indices, accelerator.device)
 
 
+def step_targets(
+    sequences: Sequences, accelerator: Accelerator, position: int, batch_size: int, num_batches: int
+) -> int:
+    """Count the targets of one optimizer step on all ranks. Every rank knows them all, so none asks another."""
+    num = num_batches * accelerator.num_processes * batch_size
+    return sum(sequences.count_targets(sequences.shuffled(position + i)) for i in range(num))
+
+
 def num_targets(batch: Batch) -> Tensor:
     """Targets of a batch that count: int64 scalar."""
     return (batch["targets"] != IGNORED).sum()
 
 
-def total_targets(accelerator: Accelerator, batches: Sequence[Batch]) -> int:
-    """Targets that count in the micro-batches of all ranks together; a collective call."""
-    return int(_sum(accelerator, torch.stack([num_targets(batch) for batch in batches]).sum()))
-
-
 def accumulate_gradients(
-    accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch], loss_chunk: int = 0
-) -> float:
-    """Add the gradient of one optimizer step's loss to `.grad` and return that loss.
+    accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch], targets: int, loss_chunk: int = 0
+) -> Tensor:
+    """Add the gradient of one optimizer step's loss to `.grad` and return that loss times `targets`.
 
     The loss is the sum over targets divided by the targets of the *whole* step, all micro-batches and ranks, so it
-    does not depend on how the step is cut up. (A mean of means is wrong where the counts differ.)
+    does not depend on how the step is cut up. (A mean of means is wrong where the counts differ.) Nothing here waits
+    for the device.
 
     Args:
         accelerator: with gradient_accumulation_steps 1; the cutting is done here.
         model: a prepared causal language model.
         batches: this rank's micro-batches; all ranks have equally many.
+        targets: those that count, in the micro-batches of all ranks.
         loss_chunk: of `summed_nats`.
 
     Returns:
-        Loss in nats per target, equal on all ranks.
+        Summed nats of all ranks, fp32 scalar on the device, equal on all ranks.
     """
-    targets = total_targets(accelerator, batches)
     total = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
+        with _reduced(accelerator, model, is_last=i == len(batches) - 1):
             nats = summed_nats(model, batch, loss_chunk)
             # Data parallelism averages gradients over ranks: undo its division.
             accelerator.backward(nats * (accelerator.num_processes / max(targets, 1)))
         total += nats.detach()
-    return float(_sum(accelerator, total)) / max(targets, 1)
+    return _sum(accelerator, total)
 
 
-def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scale all gradients so that their global 2-norm is at most `limit`; 0 turns it off.
+@contextmanager
+def _reduced(accelerator: Accelerator, model: Any, is_last: bool) -> Iterator[None]:
+    """Say which ranks add up their gradients after the backward pass inside.
 
-    Sharded gradients (DTensors) take all ranks, which get the same norm.
+    DDP does so after the last micro-batch. FSDP2's shards take every one: without that each rank keeps the gradients
+    of the whole model between micro-batches, in the dtype that the backward pass has. Replicas of shards (HSDP) are
+    added up after the last, from sums in fp32.
+    """
+    if not is_sharded(accelerator):
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            yield
+        return
+    model.set_requires_all_reduce(is_last)
+    try:
+        yield
+    finally:
+        model.set_requires_all_reduce(True)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """2-norms of a model's gradients, on their device.
+
+    Attributes:
+        names: of the parameters that have a gradient.
+        each: fp32 [len(names)], of this rank's part of each.
+        total: fp32 scalar, of all gradients, equal on all ranks.
+    """
+
+    names: list[str]
+    each: Tensor
+    total: Tensor
+
+    def check(self, accelerator: Accelerator) -> None:
+        """Refuse a total that is not finite; then a collective call, on all ranks alike.
+
+        Raises:
+            FloatingPointError: names the parameters whose gradient holds NaN or Inf.
+        """
+        if bool(self.total.isfinite()):
+            return
+        bad = {name for name, norm in zip(self.names, self.each.tolist(), strict=True) if not math.isfinite(norm)}
+        everywhere = set().union(*gather(accelerator, bad))
+        found = [name for name in self.names if name in everywhere]
+        names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise FloatingPointError(f"the gradient of {names or 'the whole model'} is not finite")
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Norms:
+    """Scale all gradients so that their global 2-norm is at most `limit`; 0 turns it off. Does not wait for the device.
+
+    Gradients that are not finite stay as they are: see `Norms.check`. Sharded ones (DTensors) take all ranks, which
+    get the same norm.
 
     Returns:
-        The norm before clipping.
-
-    Raises:
-        FloatingPointError: a gradient holds NaN or Inf; names the parameters. Nothing was scaled.
+        The norms before clipping.
     """
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    total = whole(get_total_norm(grads))
-    norm = float(total)
-    if not math.isfinite(norm):
-        bad = [n for n, p in model.named_parameters() if p.grad is not None and not math.isfinite(_peak(p.grad))]
-        names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        raise FloatingPointError(f"the gradient of {names or 'the whole model'} is not finite")
+    named = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
+    plain_name = unwrapper(name for name, _ in model.named_parameters())
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in named])])
+    total = whole(torch.linalg.vector_norm(norms))
     if limit:
-        clip_grads_with_norm_(model.parameters(), limit, total)
-    return norm
-
-
-def _peak(grad: Tensor) -> float:
-    """Largest magnitude; NaN or Inf where the gradient holds one."""
-    return float(whole(grad.abs().amax()))
+        clip_grads_with_norm_(model.parameters(), limit, torch.where(total.isfinite(), total, 0))
+    each = norms.to_local() if isinstance(norms, DTensor) else norms
+    return Norms([plain_name(name) for name, _ in named], each, total)
 
 
 @torch.no_grad()
@@ -165,61 +213,20 @@ def evaluate(
     was_training = model.training
     model.eval()
     stride = batch_size * accelerator.num_processes
-    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    targets = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    parts = []
     # Every rank runs equally many batches (a forward of a wrapped model may be collective), padded with ignored ones.
     for start in range(0, len(sequences), stride):
         first = start + accelerator.process_index * batch_size
         indices = [i if i < len(sequences) else -1 for i in range(first, first + batch_size)]
         if accelerator.num_processes == 1:
             indices = [i for i in indices if i >= 0]
-        batch = sequences.batch(indices, accelerator.device)
-        nats += summed_nats(model, batch, loss_chunk)
-        targets += num_targets(batch)
+        parts.append(summed_nats(model, sequences.batch(indices, accelerator.device), loss_chunk))
     model.train(was_training)
-    return float(_sum(accelerator, nats)) / max(int(_sum(accelerator, targets)), 1)
+    # In float64, which some devices have not: on the CPU.
+    nats = sum(gather(accelerator, sum(torch.stack(parts).tolist())))
+    return nats / max(sum(map(sequences.count_targets, range(len(sequences)))), 1)
 
 
 def _sum(accelerator: Accelerator, value: Tensor) -> Tensor:
     reduced: Tensor = accelerator.reduce(value, "sum")
     return reduced
-
-
-class Stop:
-    """Reasons to stop before the last step; all ranks agree on them between two steps.
-
-    SIGTERM and SIGINT, a time that has passed, and a disk that took no metrics.
-
-    Args:
-        deadline: on the clock of `time.monotonic`, in seconds.
-    """
-
-    def __init__(self, deadline: float = math.inf) -> None:
-        self.deadline, self.code = deadline, 0
-        self.error: OSError | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[Stop]:
-        """Catch both signals inside the block; the handlers before it come back at its end."""
-        before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        self.code = 128 + number
-
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any rank has a reason to stop; a collective call. `code` is then the exit code, equal on all ranks.
-
-        Raises:
-            StorageError: some rank's disk took no metrics; on all ranks.
-        """
-        code = self.code or (TIME_IS_UP if time.monotonic() >= self.deadline else 0)
-        own = torch.tensor([0 if self.error is None else 1, code], device=accelerator.device)
-        failed, self.code = accelerator.gather(own).view(-1, 2).amax(0).tolist()
-        if failed:
-            raise StorageError(f"cannot write metrics.jsonl: {self.error or 'on the main process'}")
-        return self.code > 0

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.models import parameter_hash
 from finetune.optimizers import report_state
 from finetune.prepare import PretrainRun
+from finetune.ranks import gather
 from finetune.run import Run
 from finetune.run_folder import folder_beside, write_beside
 
@@ -23,7 +23,7 @@ def finish(run: PretrainRun) -> None:
     """Save model/, state_report.json, loss.png and result.json, and print the table and the verdict."""
     accelerator = run.accelerator
     state = accelerator.get_state_dict(run.model)
-    hashes = gather_object([parameter_hash(accelerator.unwrap_model(run.model))])
+    hashes = gather(accelerator, parameter_hash(accelerator.unwrap_model(run.model)))
     if not accelerator.is_main_process:
         return
     save_model(run.folder.path / "model", accelerator.unwrap_model(run.model), state, run.tokenizer)

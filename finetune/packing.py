@@ -103,6 +103,8 @@ class Rows(Sequences):
         self.encoded, self.pad_id = encoded, pad_id
         lengths = [len(one) for one in encoded]
         self.rows = pack(lengths, max_length) if packing else [[i] for i in range(len(encoded))]
+        # The first token of a conversation is predicted by none.
+        self._targets = [sum(int(encoded[i].targets[1:].sum()) for i in row) for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,7 +112,10 @@ class Rows(Sequences):
     @property
     def num_targets(self) -> int:
         """Targets of all rows: what an evaluation divides by."""
-        return sum(int(one.targets.sum()) for one in self.encoded)
+        return sum(self._targets)
+
+    def count_targets(self, index: int) -> int:
+        return self._targets[index] if index >= 0 else 0
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """Rows as `collate` gives them; index -1 gives a row without targets."""

@@ -14,7 +14,7 @@ from finetune.bigram import bigram_loss
 from finetune.corpus import open_corpus
 from finetune.loop import Blocks
 from finetune.models import build_model, check_vocabulary, config_hash, model_config
-from finetune.ranks import first_on_node
+from finetune.ranks import first_on_node, on_main
 from finetune.recipe import Recipe
 from finetune.resuming import check_same_run
 from finetune.run import Run, make_accelerator, prepare_training, versions
@@ -74,11 +74,14 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
         validation=Blocks(cache.validation, recipe.seq_len),
         cache=cache,
     )
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         folder.create(recipe)
         run.bigram, weight = bigram_loss(cache.train, cache.validation, len(tokenizer))
-        facts |= {"bigram_val_loss": run.bigram, "bigram_weight": weight}
+        facts.update(bigram_val_loss=run.bigram, bigram_weight=weight)
         _introduce(run, num_parameters)
+
+    on_main(accelerator, begin)
     if recipe.tracker:
         accelerator.init_trackers(recipe.name)
     return run

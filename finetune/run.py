@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any, ClassVar
 
 import accelerate
@@ -26,12 +26,10 @@ from finetune.loop import Sequences
 from finetune.loss import check_head
 from finetune.optimizers import build_optimizers
 from finetune.options import Training
+from finetune.ranks import check_shared, connect
 from finetune.resuming import choose_checkpoint
 from finetune.run_folder import RunFolder
 from muon8bit import Muon8bit, release_gradients
-
-# Training a tokenizer and writing a large cache take longer than the usual limit of a collective.
-DATA_TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(kw_only=True)
@@ -96,18 +94,30 @@ def make_accelerator(recipe: Training, folder: RunFolder, precision: str) -> tup
             mixed_precision=precision,
             log_with=recipe.tracker,
             project_dir=str(folder.path),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=DATA_TIMEOUT)],
+            kwargs_handlers=_backends(),
         )
     except ValueError as error:
         raise InputError("--mixed-precision", f"Accelerate refuses {recipe.mixed_precision!r}: {error}") from None
     check_launch(accelerator, recipe)
+    connect(accelerator)
     path, candidates = broadcast_object_list([folder.path, folder.candidates])
     folder = replace(folder, path=path, candidates=candidates)
     if accelerator.is_main_process:
         print(f"run folder: {folder.path}", flush=True)
+    check_shared(accelerator, folder.path)
     if candidates:
         choose_checkpoint(accelerator, folder, recipe)
     return accelerator, folder
+
+
+def _backends() -> list[Any]:
+    """Backends for the device and the CPU: over the latter the optimizer and the loop agree without waiting for the
+    device. None for a single process, and where Accelerate takes gloo, or knows better."""
+    backends = {"cuda": "nccl", "xpu": "xccl"}
+    device = torch.accelerator.current_accelerator()
+    if device is None or device.type not in backends or int(os.environ.get("LOCAL_RANK", -1)) < 0:
+        return []
+    return [InitProcessGroupKwargs(backend=f"cpu:gloo,{device.type}:{backends[device.type]}")]
 
 
 def versions(accelerator: Accelerator) -> dict[str, Any]:

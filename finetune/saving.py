@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate.utils import DistributedType
 
 from finetune.checkpoints import PROGRESS_FILE, file_names, partial_checkpoint, seal_files
-from finetune.errors import InputError, StorageError
+from finetune.errors import InputError, RanksError, StorageError
 from finetune.ranks import write_together
 from finetune.run import Run
 
@@ -21,7 +21,8 @@ def save(run: Run) -> None:
     """Save a checkpoint of the step that is done; all ranks together, each hashes a part of the files.
 
     Raises:
-        StorageError: it cannot be written, on all ranks; earlier checkpoints are as they were.
+        StorageError: the disk does not take it, on all ranks; earlier checkpoints are as they were.
+        RanksError: another failure, such as a device's, likewise.
     """
     accelerator, folder = run.accelerator, run.folder
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -39,10 +40,10 @@ def save(run: Run) -> None:
         parts = write_together(accelerator, seal)
         files = {name: entry for part in parts for name, entry in part.items()}
         write_together(accelerator, finish)
-    except StorageError as error:
+    except (StorageError, RanksError) as error:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(f"cannot save a checkpoint: {error}") from None
+        raise type(error)(f"cannot save a checkpoint: {error}") from error.__cause__
 
 
 def _write_files(run: Run, partial: Path) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 
-from accelerate.utils import gather_object
-
 from finetune.adapters import save_adapter, save_merged
 from finetune.models import parameter_hash
 from finetune.outputs import save_model, summary, write_results
+from finetune.ranks import gather
 from finetune.sft_run import SftRun
 
 
@@ -17,7 +16,7 @@ def finish(run: SftRun) -> None:
     accelerator, recipe, path = run.accelerator, run.recipe, run.folder.path
     state = None if recipe.has_adapter else accelerator.get_state_dict(run.model)
     model = accelerator.unwrap_model(run.model)
-    hashes = gather_object([parameter_hash(model)])
+    hashes = gather(accelerator, parameter_hash(model))
     if not accelerator.is_main_process:
         return
     if recipe.has_adapter:

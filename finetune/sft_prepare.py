@@ -29,7 +29,7 @@ from finetune.masks import ChatEncoding, EncodedExamples, encode_examples
 from finetune.messages import Example
 from finetune.models import check_vocabulary, config_hash
 from finetune.packing import Rows, check_isolation
-from finetune.ranks import first_on_node
+from finetune.ranks import first_on_node, on_main
 from finetune.resuming import check_same_run
 from finetune.run import make_accelerator, prepare_training, versions
 from finetune.run_folder import RunFolder
@@ -112,8 +112,7 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
         base=base,
         samples=_samples(data.parts.validation[:num_answers], data.encoding),
     )
-    if accelerator.is_main_process:
-        folder.create(recipe)
+    on_main(accelerator, lambda: folder.create(recipe))
     _introduce(run, data, notes)
     if recipe.tracker:
         accelerator.init_trackers(recipe.name)
@@ -238,4 +237,4 @@ def _look_before(run: SftRun) -> None:
     val_loss = evaluate(run.accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
     run.facts["val_loss_before"] = val_loss
     run.say(f"before: validation {run.val_loss_before:.4f} nats per target")
-    run.write_answers("before")
+    on_main(run.accelerator, lambda: run.write_answers("before"))

@@ -72,7 +72,7 @@ def replicated(rank: int, folder: Path, recipe: str) -> None:
     script("--recipe", recipe, "--output-dir", "chunked", "--loss-chunk", 24)
     script("--recipe", recipe, "--output-dir", "refused", "--release-gradients", "--clip", 0)
     script("--recipe", recipe, "--output-dir", "refused", "--state-device", "cpu")
-    started, one_step = job.STARTED, job._one_step
+    started, one_step = job.STARTED, job.one_step
     if rank == 1:
         job.STARTED -= 1e6
     script("--recipe", recipe, "--output-dir", "run", "--save-every", 1, "--max-minutes", 1000)
@@ -84,22 +84,30 @@ def replicated(rank: int, folder: Path, recipe: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return record
 
-    job._one_step = interrupted
+    job.one_step = interrupted
     script("--resume", "run")
-    job._one_step = one_step
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    job.one_step = one_step
+    save, unlimited = job.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(run):
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+        try:
+            save(run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    job.save = full
     script("--resume", "run")
-    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    job.save = save
     script.on_main(lambda: flip_a_bit(folder / "run/checkpoints/step-0000002/random_states_1.pkl"))
     script("--resume", "run")
 
 
 def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
     """FSDP2 as Accelerate prepares, saves and loads it; on a CPU it has to be told that it may."""
-    import finetune.job as job
     import finetune.run
+    import finetune.stepping as stepping
 
     finetune.run.Accelerator = sharding_accelerator()
     script = Script(rank, folder)
@@ -112,16 +120,16 @@ def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
     script("--recipe", recipe, "--clip-matrix-norm", 1, "--output-dir", "refused")
     script(*options, "--dtype", "bf16", "--mixed-precision", "bf16", "--output-dir", "refused")
     script(*options, "--output-dir", "chunked", "--loss-chunk", 24)
-    accumulate = job.accumulate_gradients
+    accumulate = stepping.accumulate_gradients
 
-    def poisoned(accelerator, model, batches, loss_chunk):
-        loss = accumulate(accelerator, model, batches, loss_chunk)
+    def poisoned(accelerator, model, *more):
+        loss = accumulate(accelerator, model, *more)
         grad = model.get_parameter("model.layers.0.mlp.up_proj.weight").grad.to_local()
         if rank == 1:
             grad[0, 0] = math.inf
         return loss
 
-    job.accumulate_gradients = poisoned
+    stepping.accumulate_gradients = poisoned
     script(*options, "--output-dir", "bad")
 
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.adapters import add_adapter
 from finetune.bases import compute_precision, load_base
-from finetune.loop import accumulate_gradients, clip_gradients
+from finetune.loop import accumulate_gradients, clip_gradients, num_targets
 from finetune.loss import Batch
 from finetune.masks import Encoded
 from finetune.packing import collate
@@ -122,7 +122,8 @@ class Training:
 
     def step(self) -> None:
         """One optimizer step, as `finetune.job` takes it."""
-        accumulate_gradients(self.accelerator, self.model, self.batches, self.recipe.loss_chunk)
+        targets = sum(int(num_targets(batch)) for batch in self.batches)
+        accumulate_gradients(self.accelerator, self.model, self.batches, targets, self.recipe.loss_chunk)
         if not self.recipe.release_gradients:
             clip_gradients(self.model, self.recipe.clip)
         for optimizer in self.optimizers:

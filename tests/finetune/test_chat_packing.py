@@ -125,8 +125,10 @@ def micro_batched(packing, size, num):
     rows = Rows(examples, max_length=20, packing=packing)
     assert len(rows) == size * num
     batches = [rows.batch(range(i * size, (i + 1) * size), CPU) for i in range(num)]
-    loss = accumulate_gradients(Accelerator(cpu=True), model, batches)
-    return loss, [p.grad for p in model.parameters()]
+    targets = sum(int(num_targets(batch)) for batch in batches)
+    assert targets == sum(map(rows.count_targets, range(len(rows))))
+    nats = accumulate_gradients(Accelerator(cpu=True), model, batches, targets)
+    return float(nats) / targets, [p.grad for p in model.parameters()]
 
 
 def test_gradients_do_not_depend_on_the_micro_batches():

@@ -7,9 +7,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.loop import Blocks, accumulate_gradients, clip_gradients, evaluate
+from finetune.loop import (
+    Blocks,
+    accumulate_gradients,
+    clip_gradients,
+    evaluate,
+    num_targets,
+    step_batches,
+    step_targets,
+)
 
 
 @pytest.fixture
@@ -37,8 +46,9 @@ def cut(batch, size):
 
 def gradients(model, batches):
     model.zero_grad()
-    loss = accumulate_gradients(Accelerator(), model, batches)
-    return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+    targets = sum(int(num_targets(batch)) for batch in batches)
+    nats = accumulate_gradients(Accelerator(), model, batches, targets)
+    return float(nats) / targets, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("ends", [None, [12, 1, 3, 12, 2, 2, 1, 0]])
@@ -97,5 +107,34 @@ def test_clipping_bounds_the_global_norm_and_names_what_is_not_finite(model):
     name = "model.layers.1.mlp.up_proj.weight"
     model.get_parameter(name).grad[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=name):
-        clip_gradients(model, 0.001)
+        clip_gradients(model, 0.001).check(Accelerator())
     assert all(torch.equal(p.grad, before[n]) for n, p in model.named_parameters() if n != name)
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what copies a value of a tensor to the host, for which a GPU's work would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_queued_without_a_look_at_what_the_device_computes(model, monkeypatch):
+    # transformers looks at the positions in every forward.
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _positions: None)
+    blocks = Blocks(np.random.default_rng(0).integers(0, 40, 12 * 8 + 1).astype(np.uint16), 12)
+    accelerator = Accelerator()
+    targets = step_targets(blocks, accelerator, 0, 2, 3)
+    batches = list(step_batches(blocks, accelerator, 0, 2, 3))
+    assert targets == sum(int(num_targets(batch)) for batch in batches) == 72
+    with _Waits() as waits:
+        accumulate_gradients(accelerator, model, batches, targets)
+        norms = clip_gradients(model, 1.0)
+    assert waits.num == 0
+    with _Waits() as waits:
+        norms.check(accelerator)
+    assert waits.num == 1

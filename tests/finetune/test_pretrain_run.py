@@ -16,6 +16,7 @@ import torch
 import yaml
 from refusals import check_refused
 
+from finetune import job, stepping
 from finetune.checkpoints import complete, file_names, seal_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,21 +238,66 @@ def test_init_from_continues_from_the_trained_weights(pretrain, finished, tmp_pa
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_parameter(pretrain, tmp_path, monkeypatch):
-    import finetune.job as job
+    accumulate = stepping.accumulate_gradients
 
-    accumulate = job.accumulate_gradients
-
-    def poisoned(accelerator, model, batches, loss_chunk):
-        loss = accumulate(accelerator, model, batches, loss_chunk)
+    def poisoned(accelerator, model, *more):
+        loss = accumulate(accelerator, model, *more)
         model.get_parameter("model.layers.0.mlp.up_proj.weight").grad[0, 0] = math.inf
         return loss
 
-    monkeypatch.setattr(job, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(stepping, "accumulate_gradients", poisoned)
     outcome = pretrain("--output-dir", "bad")
     assert outcome.code == 1
     assert "step 1" in outcome.err
     assert "model.layers.0.mlp.up_proj.weight" in outcome.err
     assert metrics(tmp_path / "bad") == []
+
+
+@pytest.mark.parametrize("optimizer", ["muon8bit", "adamw"])
+def test_a_step_that_is_read_after_the_next_one_leaves_the_same_logs_and_weights(
+    pretrain, tmp_path, monkeypatch, optimizer
+):
+    """As on a GPU, whose work is not done when a call returns: reading at once would wait."""
+    options = ("--optimizer", optimizer, "--save-every", 4, "--eval-every", 3, "--max-steps", 7)
+    assert pretrain(*options, "--output-dir", "at_once").code == 0
+    read, order = stepping.read_step, []
+    queue = stepping.one_step
+    monkeypatch.setattr(job, "reads_later", lambda _run: True)
+    monkeypatch.setattr(stepping, "reads_later", lambda _run: True)
+    monkeypatch.setattr(job, "one_step", lambda run: order.append(f"queue {run.step + 1}") or queue(run))
+    monkeypatch.setattr(job, "read_step", lambda run, step: order.append(f"read {step.step}") or read(run, step))
+    outcome = pretrain(*options, "--output-dir", "later")
+    assert outcome.code == 0, outcome.err
+    words = {"q": "queue", "r": "read"}
+    short = "q1 q2 r1 q3 r2 r3 q4 r4 q5 q6 r5 r6 q7 r7"  # read at once where it is evaluated or saved
+    assert order == [f"{words[word[0]]} {word[1]}" for word in short.split()]
+    for one, other in zip(metrics(tmp_path / "at_once"), metrics(tmp_path / "later"), strict=True):
+        assert list(one) == list(other)
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert all(torch.equal(weights(tmp_path / "at_once")[n], p) for n, p in weights(tmp_path / "later").items())
+
+
+@pytest.mark.parametrize("optimizer", ["muon8bit", "adamw"])
+def test_a_bad_gradient_that_is_read_late_is_told_of_its_own_step_and_never_saved(
+    pretrain, tmp_path, monkeypatch, optimizer
+):
+    accumulate, calls = stepping.accumulate_gradients, []
+
+    def poisoned(accelerator, model, *more):
+        loss = accumulate(accelerator, model, *more)
+        calls.append(1)
+        if len(calls) == 2:
+            model.get_parameter("model.layers.0.mlp.up_proj.weight").grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(stepping, "accumulate_gradients", poisoned)
+    for module in (job, stepping):
+        monkeypatch.setattr(module, "reads_later", lambda _run: True)
+    outcome = pretrain("--output-dir", "bad", "--optimizer", optimizer, "--eval-every", 9, "--save-every", 3)
+    assert outcome.code == 1
+    assert "step 2: the gradient of model.layers.0.mlp.up_proj.weight is not finite" in outcome.err
+    assert [m["step"] for m in metrics(tmp_path / "bad")] == [1]
+    assert not list((tmp_path / "bad").glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize("release", [(), ("--release-gradients", "--clip", 0)], ids=["", "released"])

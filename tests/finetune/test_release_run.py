@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-import finetune.job as job
+import finetune.stepping as stepping
 
 RELEASED = ("--release-gradients", "--clip", 0)
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -24,14 +24,14 @@ def result(folder):
 @pytest.mark.parametrize("limit", [(), ("--clip-matrix-norm", 0.01)], ids=["", "clipped"])
 def test_released_steps_train_as_ordinary_ones_and_keep_no_gradient(pretrain, tmp_path, monkeypatch, limit):
     assert pretrain("--clip", 0, *limit, "--output-dir", "ordinary").code == 0
-    accumulate, num_kept = job.accumulate_gradients, []
+    accumulate, num_kept = stepping.accumulate_gradients, []
 
     def watched(accelerator, model, *more):
         loss = accumulate(accelerator, model, *more)
         num_kept.append(sum(p.grad is not None for p in model.parameters()))
         return loss
 
-    monkeypatch.setattr(job, "accumulate_gradients", watched)
+    monkeypatch.setattr(stepping, "accumulate_gradients", watched)
     outcome = pretrain(*RELEASED, *limit, "--output-dir", "released", "--tracker", "tensorboard")
     assert outcome.code == 0, outcome.err
     assert num_kept == [0] * 6
@@ -47,7 +47,7 @@ def test_released_steps_train_as_ordinary_ones_and_keep_no_gradient(pretrain, tm
 @pytest.fixture
 def poison(monkeypatch):
     """Let the gradient of a matrix be infinite in some calls of a run's step; returns the function that says which."""
-    accumulate, calls = job.accumulate_gradients, []
+    accumulate, calls = stepping.accumulate_gradients, []
 
     def poisoned(accelerator, model, *more):
         calls.append(1)
@@ -61,7 +61,7 @@ def poison(monkeypatch):
         calls.clear()
         poisoned.calls = which
 
-    monkeypatch.setattr(job, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(stepping, "accumulate_gradients", poisoned)
     return choose
 
 
