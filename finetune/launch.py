@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch import Tensor
+from accelerate.utils import DistributedType, extract_model_from_parallel
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
@@ -34,6 +35,18 @@ def replicas(accelerator: Accelerator) -> ProcessGroup | None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as it is, or all of a sharded one; then a collective call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model inside of DDP's and torch.compile's wrappers."""
+    inside: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inside
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters under the names that they have in a model that nothing wraps, layer by layer or whole."""
+    for name, param in plain_model(model).named_parameters():
+        yield name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), param
 
 
 def check_launch(accelerator: Accelerator, recipe: Training) -> None:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from finetune.launch import is_sharded, whole
+from finetune.launch import is_sharded, plain_parameters, whole
 from finetune.loss import IGNORED, Batch, summed_nats
 from finetune.ranks import gather
 from finetune.tokens import Tokens
-from muon8bit.names import unwrapper
 
 
 class Sequences(ABC):
@@ -195,14 +194,13 @@ def clip_gradients(model: nn.Module, limit: float) -> Norms:
     Returns:
         The norms before clipping.
     """
-    named = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
-    plain_name = unwrapper(name for name, _ in model.named_parameters())
+    named = [(name, param.grad) for name, param in plain_parameters(model) if param.grad is not None]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in named])])
     total = whole(torch.linalg.vector_norm(norms))
     if limit:
         clip_grads_with_norm_(model.parameters(), limit, torch.where(total.isfinite(), total, 0))
     each = norms.to_local() if isinstance(norms, DTensor) else norms
-    return Norms([plain_name(name) for name, _ in named], each, total)
+    return Norms([name for name, _ in named], each, total)
 
 
 @torch.no_grad()

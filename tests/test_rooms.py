@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # Room -> rooms that it may import from (its own aside). Order: from the top of the house to the ground.
 ALLOWED = {
-    "finetune": {"muon8bit", "names"},
+    "finetune": {"muon8bit"},
     "examples": {"muon8bit", "integrations"},
     "integrations": {"muon8bit"},
     "cli": {"muon8bit", "convert", "memory", "config"},
