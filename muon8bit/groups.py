@@ -59,7 +59,7 @@ def group_keys(algorithm: str) -> tuple[str, ...]:
 
 def describe(group: dict[str, Any], group_index: int, index: int) -> str:
     """How errors name a parameter: by its name, else by group, index and shape."""
-    if "param_names" in group:
+    if index < len(group.get("param_names") or ()):
         return str(group["param_names"][index])
     return f"parameter {index} of group {group_index}, shape {tuple(group['params'][index].shape)}"
 

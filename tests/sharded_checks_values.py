@@ -20,7 +20,10 @@ from bad_values import (
     written,
 )
 from sharded_checks import check as on_ranks
+from sharded_checks_doors import Net, optimizer_of, train
 from sharded_runs import raises
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from muon8bit import Muon8bit
@@ -112,3 +115,50 @@ def _(world):
     for key, value in (("momentum", 0.9), ("param_rounding", "stochastic"), ("on_nonfinite", "skip")):
         options = {**sharing, key: value}
         raises(ValueError, [key, *words], lambda options=options: _mixed(ZeroRedundancyOptimizer, **options))
+
+
+@on_ranks("a sharded meta model gives distributed checkpointing the state of a real one", ranks=2)
+def _(world):
+    found = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model = Net()
+        fully_shard(model, mesh=world.lines[2])
+        state = get_optimizer_state_dict(model, optimizer_of(model))["state"]
+        kinds = {(n, k): (type(v), v.shape, v.dtype) for n, of in state.items() for k, v in of.items()}
+        found.append((kinds, {v.device.type for of in state.values() for k, v in of.items() if k != "step"}))
+    assert found[0][0] == found[1][0]
+    assert [devices for _, devices in found] == [{"meta"}, {"cpu"}]
+
+
+def _wrapped(world, kind):
+    """A model whose parameters have a wrapper's state before the optimizer's own."""
+    model, options = Net(), {}
+    if kind == "fsdp":
+        fully_shard(model, mesh=world.lines[2])
+    else:
+        options = {"process_group": world.lines[2].get_group(), "shard_state": True}
+    optimizer = optimizer_of(model, **options)
+    for param in model.parameters():
+        optimizer.state[param] |= {"slow": param.detach().clone(), "told": "by a wrapper"}
+    return model, optimizer
+
+
+@on_ranks("what a wrapper keeps in sharded state survives", ranks=2)
+def _(world):
+    for kind in ("fsdp", "sharded state"):
+        model, optimizer = _wrapped(world, kind)
+        train(model, optimizer, [1])
+        optimizer.consolidate_state_dict()
+        saved = copy.deepcopy(optimizer.state_dict())
+        other, loaded = _wrapped(world, kind)
+        for param in other.parameters():
+            loaded.state[param]["slow"].zero_()
+        loaded.load_state_dict(saved)
+        for theirs, ours in zip(model.parameters(), other.parameters(), strict=True):
+            slow, expected = loaded.state[ours]["slow"], optimizer.state[theirs]["slow"]
+            assert type(slow) is type(expected)
+            assert torch.equal(getattr(slow, "_local_tensor", slow), getattr(expected, "_local_tensor", expected))
+            assert loaded.state[ours]["told"] == "by a wrapper"
+            assert loaded.state[ours].keys() == optimizer.state[theirs].keys()
+        train(other, loaded, [2])

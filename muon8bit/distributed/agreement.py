@@ -102,7 +102,8 @@ def described(groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]
     have, of schedulers or of the user, are their own affair."""
     lines = []
     for number, (group, members) in enumerate(zip(groups, names, strict=True)):
-        keys = ("algorithm", *group_keys(group["algorithm"]), "rounding_seed", "rounding_step")
+        # A group that lacks its algorithm is refused by `check_groups`; here it must not keep this rank from telling.
+        keys = ("algorithm", *group_keys(group.get("algorithm", "muon")), "rounding_seed", "rounding_step")
         options = {key: _value(group[key]) for key in sorted(keys) if key in group}
         lines.append(f"group {number} with {options}")
         for name, param in zip(members, group["params"], strict=True):

@@ -85,12 +85,16 @@ class Team:
         failure: Exception | None,
     ) -> None:
         """See `agree`."""
-        names = [[describe(group, i, j) for j in range(len(group["params"]))] for i, group in enumerate(groups)]
-        lines = [f"the options {tuple(options)} on {device_kind(self.device)}", *described(groups, names)]
-        params = [param for group in groups for param in group["params"]]
-        named = list(zip([name for members in names for name in members], params, strict=True))
-        with_grad = [name for name, param in named if param.grad is not None]
-        with_state = [name for name, param in named if state.get(param)]
+        lines, with_grad, with_state = [f"the options {tuple(options)} on {device_kind(self.device)}"], [], []
+        try:
+            names = [[describe(group, i, j) for j in range(len(group["params"]))] for i, group in enumerate(groups)]
+            lines += described(groups, names)
+            params = [param for group in groups for param in group["params"]]
+            named = list(zip([name for members in names for name in members], params, strict=True))
+            with_grad = [name for name, param in named if param.grad is not None]
+            with_state = [name for name, param in named if state.get(param)]
+        except Exception as error:  # of groups that someone has damaged: the other ranks wait to be told
+            failure = failure or error
         agree(self.group, self.device, lines, with_grad, with_state, failure)
 
     def layout_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> Layout | None:
