@@ -25,6 +25,7 @@ from .damage import why_damaged
 from .dense import is_fake, why_not_dense
 from .entries import home, layout_of, made
 from .groups import OWN_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
+from .moved import check_moved
 from .names import is_same
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def checked(
                 f"group {i} was not saved by Muon8bit: convert it first, with muon8bit.convert_state_dict(..., "
                 "source='torch' or 'heavy-ball', like=optimizer) or the command `muon8bit convert --from`"
             )
+    check_moved(saved_groups, current)
     if len(saved_groups) != len(current):
         raise ValueError(
             f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(current)}: build it from the "

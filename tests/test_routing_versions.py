@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import routing_models
 import torch
 import yaml
+from torch import nn
 
 from finetune import pretrain, sft
 from finetune.optimizers import build_optimizers
 from finetune.options import ROUTINGS as OPTION
-from muon8bit import param_groups
+from muon8bit import Muon8bit, param_groups
 from muon8bit.config import ROUTINGS
 
 SAVED = json.loads((Path(__file__).parent / "data" / "routing_0_1.json").read_text())
@@ -56,3 +58,47 @@ def test_a_run_without_a_recorded_routing_is_resumed_by_the_first_rules(script: 
     assert names == [names for *_, names in SAVED["gpt2"]]
     folder.recipe_file.write_text(yaml.safe_dump(dataclasses.asdict(dataclasses.replace(recipe, routing="0.2"))))
     assert script.parse(["--resume", str(tmp_path)])[0].routing == "0.2"
+
+
+def stepped(model: nn.Module, **options: Any) -> Muon8bit:
+    """An optimizer after one step with gradients of ones."""
+    optimizer = Muon8bit(param_groups(model, lr=1e-3, **options), lr=1e-3)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("wrapper", ["", "_orig_mod."])
+def test_moved_parameters_of_a_checkpoint_are_named_with_the_way_out(wrapper: str) -> None:
+    saved = stepped(routing_models.MODELS["gpt2"](), routing="0.1").state_dict()
+    for group in saved["param_groups"]:
+        group["param_names"] = [wrapper + name for name in group["param_names"]]
+    running = stepped(routing_models.MODELS["gpt2"]())
+    before = copy.deepcopy(running.state_dict())
+    message = r"1 parameters in other groups.*transformer\.wpe\.weight \(saved: adamw, weight decay 0\.1; here: adamw, "
+    with pytest.raises(ValueError, match=message + r"weight decay 0\.0\).*routing='0\.1'.*patterns"):
+        running.load_state_dict(saved)
+    assert running.state_dict()["param_groups"] == before["param_groups"]
+    assert_equal(running.state_dict()["state"], before["state"])
+    again = Muon8bit(param_groups(routing_models.MODELS["gpt2"](), lr=1e-3, routing="0.1"), lr=1e-3)
+    again.load_state_dict(saved)
+    assert_equal(again.state_dict()["state"], saved["state"])
+
+
+def test_a_checkpoint_whose_split_differs_names_the_parameters() -> None:
+    """The other algorithm and other pieces of the same matrix are seen too, also where no weight decays."""
+    model = routing_models.MODELS["jetmoe"]()
+    saved = stepped(model, routing="0.1", weight_decay=0.0).state_dict()
+    with pytest.raises(ValueError, match=r"input_linear\.weight \(saved: adamw.*here: muon.*split_sizes \(48, 48\)"):
+        stepped(model, weight_decay=0.0).load_state_dict(saved)
+
+
+def test_a_checkpoint_of_another_model_keeps_its_own_error() -> None:
+    saved = stepped(routing_models.llama()).state_dict()
+    with pytest.raises(ValueError, match=r"the same model|would go to"):
+        stepped(routing_models.Own()).load_state_dict(saved)
+
+
+def assert_equal(found: Any, wanted: Any) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
