@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune.errors import InputError
+from finetune.launcher import follow_launcher
 from finetune.options import RESUME_MAY_CHANGE, Training, flag, option_fields, option_type
 from finetune.run_folder import RunFolder
 
@@ -70,6 +71,7 @@ def check_resumable(folder: RunFolder, saved: Training, overrides: Mapping[str, 
 
 def run_script(work: Callable[[], int]) -> int:
     """Do the work. Returns the exit code, see EXIT_CODES."""
+    follow_launcher()
     try:
         # Accelerate imports bitsandbytes, which warns on some CPUs that a 4-bit product will be slow, and warns at
         # every checkpoint that a tied weight is saved once (loading ties it again; resuming is bitwise).

@@ -1,0 +1,40 @@
+"""A script's process and the one that launched it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from finetune.launcher import follow_launcher
+os.setpgid(0, 0)  # what the terminal sends does not reach it either
+signal.signal(signal.SIGTERM, lambda *_: os._exit(print("told", flush=True) or 0))
+follow_launcher()
+print(os.getpid(), flush=True)
+signal.pause()
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("torchrun", True), ("accelerate", True), ("my_shell", False)])
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_a_launcher_that_dies_takes_its_script_along_and_no_other_parent_does(tmp_path, name, is_told):
+    program = tmp_path / name
+    program.write_text(LAUNCHER)
+    with subprocess.Popen(
+        [sys.executable, program, CHILD, ROOT], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as launcher:
+        child = int(launcher.stdout.readline())
+        launcher.kill()
+        launcher.wait()
+        if not is_told:
+            os.kill(child, signal.SIGKILL)
+        assert launcher.stdout.read() == ("told\n" if is_told else "")
