@@ -48,8 +48,8 @@ _NO_GROUP_KEYS = (
     *("amsgrad", "maximize", "fused", "foreach", "capturable"),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of fp32, in which steps compute: the smallest normal number, and one below the largest.
-_TINY, _HUGE = torch.finfo(torch.float32).tiny, 1e38
+# Of fp32, in which steps compute: the smallest normal number, and the largest.
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def group_keys(algorithm: str) -> tuple[str, ...]:
