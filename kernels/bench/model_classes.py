@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import re
@@ -35,6 +34,34 @@ _PAIRS = {
     "MusicgenForConditionalGeneration": ("text_encoder", "T5Config", "decoder", "MusicgenDecoderConfig"),
 }
 
+# What default configs leave open, and what those of single classes lack.
+_OPEN: dict[str, Any] = {
+    "prediction_length": 24,
+    "vocabulary_map": {"<image>": 4},
+    "vocab_size": 4099,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 704,
+    "decoder_hidden_size": 512,
+    "decoder_depth": 2,
+    "decoder_num_heads": 16,
+    "deepstack_layer_map": [(0, 0), (1, 1)],
+    "spatial_target_layers": [2, 3],
+    "downsample_rate": "1/2",
+    "mlp_dim": 3072,
+    "downsample_channels": [512, 1024],
+}
+_LISTS: dict[str, dict[str, Any]] = {
+    "BeitConfig": {"out_indices": [3, 5, 7, 11]},
+    "BridgeTowerConfig": {"contrastive_hidden_size": 512},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "SiglipVisionConfig": {"num_attention_heads": 16},
+    "Gemma4TextConfig": {"hidden_size_per_layer_input": 0},
+}
+
 
 def modeling_modules() -> list[str]:
     """Names of transformers' modules that define models, sorted: `transformers.models.llama.modeling_llama`."""
@@ -62,31 +89,38 @@ def classes_of(module_name: str) -> list[type[PreTrainedModel]]:
     )
 
 
-def build(cls: type[PreTrainedModel], *, num_labels: int | None = NUM_LABELS) -> nn.Module:
+def build(cls: type[PreTrainedModel]) -> nn.Module:
     """A model of default size on the meta device.
 
     Args:
         cls: of transformers, with a config class.
-        num_labels: of its config and of the configs inside it; None leaves the default of 2.
 
     Returns:
-        nn.Module: where a vocabulary's size equals another size of the default config, with a few rows more, so that
-        a table or a head can be told by its rows; with the default sizes where the class does not take that.
+        nn.Module: with 37 labels, and with a few rows more where the size of a vocabulary equals another size of the
+        config, so that a table or a head can be told by its rows. A class that does not take that is built as its
+        default config is, or with what that lacks, or from one of the configs inside it.
 
     Raises:
         Exception: what the class's own code raises, of the default config.
     """
-    config = _config(cls)
-    if num_labels is not None:
-        for part in configs(config):
-            part.num_labels = num_labels
-    distinct = copy.deepcopy(config)
-    for part in configs(distinct):
-        _make_distinct(part, distinct)
-    try:
-        return _on_meta(cls, distinct)
-    except Exception:  # sizes that hang together
-        return _on_meta(cls, config)
+    reason: Exception | None = None
+    for make in (_default, _filled):
+        for changes in ((_add_labels, _make_distinct), (_add_labels,), ()):
+            try:
+                config = make(cls)
+                for change in changes:
+                    change(config)
+                return _on_meta(cls, config)
+            except Exception as error:  # of the class's own code, whatever it is
+                reason = reason if changes else reason or error
+    for part in list(configs(_default(cls)))[1:]:
+        try:
+            _add_labels(part)
+            return _on_meta(cls, part)
+        except Exception:  # this part was not the one
+            continue
+    assert reason is not None
+    raise reason
 
 
 def _on_meta(cls: type[PreTrainedModel], config: Any) -> nn.Module:
@@ -94,7 +128,7 @@ def _on_meta(cls: type[PreTrainedModel], config: Any) -> nn.Module:
         return cls(config)
 
 
-def _config(cls: type[PreTrainedModel]) -> Any:
+def _default(cls: type[PreTrainedModel]) -> Any:
     """The default config of a class.
 
     Raises:
@@ -132,12 +166,12 @@ def configs(config: Any) -> Iterator[Any]:
 def integers(config: Any) -> Iterator[tuple[str, int]]:
     """Key and value of every integer of a config and of the configs and dicts inside it, its number of labels too."""
     for part in configs(config):
-        yield "num_labels", part.num_labels
+        yield "num_labels", getattr(part, "num_labels", 0)
         yield from _integers(part.to_dict())
 
 
 def _integers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    for key, value in values.items():
+    for key, value in ((str(key), value) for key, value in values.items()):
         for entry in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(entry, int) and not isinstance(entry, bool):
                 yield key, entry
@@ -145,10 +179,37 @@ def _integers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
             yield from _integers(value)
 
 
-def _make_distinct(part: Any, whole: Any) -> None:
-    """Add rows to each vocabulary of a config whose size is another size of the whole config as well."""
-    others = Counter(value for key, value in integers(whole) if not VOCABULARY.search(key))
-    for key, value in list(vars(part).items()):
-        is_size = isinstance(value, int) and not isinstance(value, bool) and value > 2
-        if is_size and VOCABULARY.search(key) and others[value] and not key.startswith("_"):
-            setattr(part, key, value + 3)
+def _filled(cls: type[PreTrainedModel]) -> Any:
+    """The default config with what it leaves open, and without timm."""
+    config = _default(cls)
+    for part in list(configs(config)):
+        for key, value in {**_OPEN, **_LISTS.get(type(part).__name__, {})}.items():
+            if getattr(part, key, 0) is None or key in _LISTS.get(type(part).__name__, {}):
+                setattr(part, key, value)
+        if getattr(part, "head_dim", 0) is None:
+            part.head_dim = part.hidden_size // part.num_attention_heads
+        for key in ("layer_types", "mlp_layer_types"):
+            if getattr(part, key, 0) is None:
+                kinds = ("full_attention", "conv") if key == "layer_types" else ("dense", "sparse")
+                setattr(part, key, [kinds[index % 2] for index in range(part.num_hidden_layers)])
+        if isinstance(getattr(part, "hidden_sizes", None), tuple):
+            part.hidden_sizes = list(part.hidden_sizes)
+        if hasattr(part, "use_timm_backbone") or "Timm" in type(getattr(part, "backbone_config", None)).__name__:
+            part.use_timm_backbone = False
+            part.backbone_config = transformers.ResNetConfig(out_features=["stage2", "stage3", "stage4"])
+    return config
+
+
+def _add_labels(config: Any) -> None:
+    for part in configs(config):
+        part.num_labels = NUM_LABELS
+
+
+def _make_distinct(config: Any) -> None:
+    """Add rows to each vocabulary of a config whose size is another size of the whole config, or a round number."""
+    others = Counter(value for key, value in integers(config) if not VOCABULARY.search(key))
+    for part in configs(config):
+        for key, value in list(vars(part).items()):
+            is_size = isinstance(value, int) and not isinstance(value, bool) and value > 2 and not key.startswith("_")
+            if is_size and VOCABULARY.search(key) and (others[value] or value % 64 == 0) and key != "num_labels":
+                setattr(part, key, value + 3)

@@ -75,18 +75,19 @@ def screen_one(module_name: str, name: str) -> Row:
             raise
         lost = second_rule.lost(model, placed)
         return Row(module_name, name, NO_MATRIX, adamw=len(placed), lost=len(lost))
+    flagged = {route.name for route in groups.routes if route.flag}
     for group in groups:
         for param, _ in group["params"]:
-            placed[param] = second_rule.Placed(group["algorithm"], group["weight_decay"] != 0)
+            placed[param] = second_rule.Placed(group["algorithm"], group["weight_decay"] != 0, param in flagged)
     num_muon = sum(place.algorithm == "muon" for place in placed.values())
     faults = [f"{kind}: {param} {list(shape)}" for kind, param, shape in second_rule.faults(model, placed)]
     return Row(
         module_name,
         name,
-        BUILT,
+        BUILT if num_muon else NO_MATRIX,
         muon=num_muon,
         adamw=len(placed) - num_muon,
-        flagged=sum(bool(route.flag) for route in groups.routes),
+        flagged=len(flagged),
         lost=len(second_rule.lost(model, placed)),
         faults="; ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", fault) for fault in faults)),
     )

@@ -29,10 +29,11 @@ _LAYER = re.compile(r"(^|\.)\d+\.")
 
 
 class Placed(NamedTuple):
-    """Where a parameter went: `muon` or `adamw`, and whether its group decays it."""
+    """Where a parameter went: `muon` or `adamw`, whether its group decays it, and whether the table flags it."""
 
     algorithm: str
     decays: bool
+    is_flagged: bool = False
 
 
 class Fault(NamedTuple):
@@ -51,6 +52,11 @@ class Owner(NamedTuple):
     module: nn.Module
 
     @property
+    def name(self) -> str:
+        """Of the parameter, in the whole model."""
+        return f"{self.path}.{self.local}".removeprefix(".")
+
+    @property
     def type_name(self) -> str:
         """Of the module, in lower case."""
         return type(self.module).__name__.lower()
@@ -64,17 +70,19 @@ def faults(model: nn.Module, placed: Mapping[str, Placed]) -> list[Fault]:
         placed: one entry for each trainable parameter, by any of its names.
 
     Returns:
-        list[Fault]: at most one of a parameter, in the model's order.
+        list[Fault]: at most one of a parameter, in the model's order. Of what may be an output by its place alone,
+        and of a bare matrix, it is enough that it is flagged.
     """
     facts, found = Facts(model), []
     for param, owners in facts.owners.items():
-        names = [f"{owner.path}.{owner.local}".removeprefix(".") for owner in owners]
-        place = next((placed[name] for name in names if name in placed), None)
-        if place is None:
-            continue
-        kinds = facts.not_for_muon(param, owners) if place.algorithm == "muon" else facts.not_to_decay(param, owners)
-        if (place.algorithm == "muon" or place.decays) and (kind := next(kinds, "")):
-            found.append(Fault(kind, names[0], tuple(param.shape)))
+        place = _place(owners, placed)
+        kinds: list[str] = []
+        if place is not None and place.algorithm == "muon":
+            kinds = [*facts.not_for_muon(param, owners), *([] if place.is_flagged else facts.to_be_flagged(param, owners))]
+        elif place is not None and place.decays:
+            kinds = [*facts.not_to_decay(param, owners)]
+        if kinds:
+            found.append(Fault(kinds[0], owners[0].name, tuple(param.shape)))
     return found
 
 
@@ -82,13 +90,18 @@ def lost(model: nn.Module, placed: Mapping[str, Placed]) -> list[str]:
     """Names of matrices of attention and MLP in numbered layers, 32 rows and columns or more, that AdamW has."""
     facts, found = Facts(model), []
     for param, owners in facts.owners.items():
-        names = [f"{owner.path}.{owner.local}" for owner in owners]
-        place = next((placed[name] for name in names if name in placed), None)
+        place = _place(owners, placed)
         is_matrix = param.ndim == 2 and min(param.shape) >= 32 and _is_linear(owners[0].module)
-        is_hidden = all(_HIDDEN.search(name) and _LAYER.search(name) for name in names)
-        if place and place.algorithm == "adamw" and is_matrix and is_hidden and not any(facts.not_for_muon(param, owners)):
-            found.append(names[0])
+        is_hidden = all(_HIDDEN.search(owner.name) and _LAYER.search(owner.name) for owner in owners)
+        if place is None or place.algorithm == "muon" or not (is_matrix and is_hidden):
+            continue
+        if not any(facts.not_for_muon(param, owners)):
+            found.append(owners[0].name)
     return found
+
+
+def _place(owners: list[Owner], placed: Mapping[str, Placed]) -> Placed | None:
+    return next((placed[owner.name] for owner in owners if owner.name in placed), None)
 
 
 class Facts:
@@ -99,12 +112,14 @@ class Facts:
         for path, module in model.named_modules(remove_duplicate=False):
             for local, param in module.named_parameters(recurse=False):
                 self.owners.setdefault(param, []).append(Owner(path, local, module))
-        found = [numbers for module in model.modules() if (numbers := _numbers(module))][:1]
-        numbers = found[0] if found else []
+        numbers = next((numbers for module in model.modules() if (numbers := _numbers(module))), [])
         others = {value for key, value in numbers if not VOCABULARY.search(key)}
-        self.vocabularies = {value for key, value in numbers if VOCABULARY.search(key) and value > 2} - others
+        sizes = {value for key, value in numbers if VOCABULARY.search(key) and value > 2} - others
+        labels = {value for key, value in numbers if key == "num_labels"} & sizes
+        books = {size * count for size in sizes if size > 100 and size % 64 for count in range(2, 65)} - others
+        self.vocabularies = sizes | {size + 1 for size in labels} | books
         self.experts = {value for key, value in numbers if EXPERTS.search(key) and value > 1}
-        self.ends = set(_ends(model))
+        self.heads, self.last = set(_heads(model)), set(_last(model))
         self.modules = dict(model.named_modules(remove_duplicate=False))
 
     def not_for_muon(self, param: Tensor, owners: list[Owner]) -> Iterator[str]:
@@ -114,7 +129,7 @@ class Facts:
             yield "1-D"
         if param.ndim >= 2 and param.numel() == max(shape):
             yield "one row or column"
-        if param in self.ends:
+        if param in self.heads:
             yield "output"
         for owner in owners:
             is_linear = _is_linear(owner.module)
@@ -136,7 +151,15 @@ class Facts:
                 yield "table or latent"
             if not is_linear and _ELEMENTWISE.search(owner.local):
                 yield "element by element"
-            if not is_linear and not self._is_stack(param, owner):
+
+    def to_be_flagged(self, param: Tensor, owners: list[Owner]) -> Iterator[str]:
+        """The kinds for which a parameter is Muon's only if the user is told to look at it."""
+        if param in self.last and param.shape[0] * 2 <= param.shape[1]:
+            yield "may be an output"
+        if param.ndim == 2 and param.shape[0] <= 4 and param.shape[1] >= 32:
+            yield "few outputs"
+        for owner in owners:
+            if not _is_linear(owner.module) and not self._is_stack(param, owner):
                 yield "bare"
 
     def not_to_decay(self, param: Tensor, owners: list[Owner]) -> Iterator[str]:
@@ -183,8 +206,8 @@ def _numbers(module: nn.Module) -> list[tuple[str, int]]:
     return list(integers(config)) if hasattr(config, "to_dict") else []
 
 
-def _ends(model: nn.Module) -> Iterator[Tensor]:
-    """Weights of what the getters return, and of the Linear that ends each part of a `...For...` behind its base."""
+def _heads(model: nn.Module) -> Iterator[Tensor]:
+    """Weights of what `get_output_embeddings` of any module returns."""
     for module in model.modules():
         if hasattr(module, "get_output_embeddings"):
             try:
@@ -193,12 +216,18 @@ def _ends(model: nn.Module) -> Iterator[Tensor]:
                 continue
             if isinstance(end, nn.Module):
                 yield from (param for param in end.parameters() if param.ndim == 2)
+
+
+def _last(model: nn.Module) -> Iterator[Tensor]:
+    """Weights of the Linears that end the parts of a `...For...` behind its base, and that no later part takes."""
     base = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
-    is_behind = False
-    for child in model.children():
-        if child is base:
-            is_behind = True
-        elif is_behind:
-            weighted = [m for m in child.modules() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim > 1]
-            if weighted and _is_linear(weighted[-1]):
-                yield weighted[-1].weight
+    children = list(model.children())
+    behind = children[children.index(base) + 1 :] if base in children else []
+    parts = [[(p, m) for p, m in child.named_modules() if getattr(m, "weight", None) is not None] for child in behind]
+    linears = [[(p, m) for p, m in part if m.weight.ndim > 1] for part in parts]
+    for index, part in enumerate(linears):
+        if not part or not _is_linear(part[-1][1]) or re.search(r"(layers|blocks|stages|h)\.\d+\.\w+\.", part[-1][0]):
+            continue
+        weight = part[-1][1].weight
+        if not any(later and later[0][1].weight.shape[-1] == weight.shape[0] for later in linears[index + 1 :]):
+            yield weight
