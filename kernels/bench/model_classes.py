@@ -34,6 +34,15 @@ _PAIRS = {
     "MusicgenForConditionalGeneration": ("text_encoder", "T5Config", "decoder", "MusicgenDecoderConfig"),
 }
 
+_LAYERS = (
+    "num_hidden_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "n_layer",
+    "depth",
+)
 # What default configs leave open, and what those of single classes lack.
 _OPEN: dict[str, Any] = {
     "prediction_length": 24,
@@ -89,11 +98,12 @@ def classes_of(module_name: str) -> list[type[PreTrainedModel]]:
     )
 
 
-def build(cls: type[PreTrainedModel]) -> nn.Module:
+def build(cls: type[PreTrainedModel], num_layers: int | None = None) -> nn.Module:
     """A model of default size on the meta device.
 
     Args:
         cls: of transformers, with a config class.
+        num_layers: at most so many in each of its parts; None for the default.
 
     Returns:
         nn.Module: with 37 labels, and with a few rows more where the size of a vocabulary equals another size of the
@@ -108,6 +118,8 @@ def build(cls: type[PreTrainedModel]) -> nn.Module:
         for changes in ((_add_labels, _make_distinct), (_add_labels,), ()):
             try:
                 config = make(cls)
+                if num_layers is not None:
+                    _shorten(config, num_layers)
                 for change in changes:
                     change(config)
                 return _on_meta(cls, config)
@@ -198,6 +210,18 @@ def _filled(cls: type[PreTrainedModel]) -> Any:
             part.use_timm_backbone = False
             part.backbone_config = transformers.ResNetConfig(out_features=["stage2", "stage3", "stage4"])
     return config
+
+
+def _shorten(config: Any, num_layers: int) -> None:
+    """Keep the first layers alone, and what lists say of them."""
+    for part in configs(config):
+        for key in _LAYERS:
+            before = getattr(part, key, None)
+            if isinstance(before, int) and before > num_layers:
+                setattr(part, key, num_layers)
+                for other, value in list(vars(part).items()):
+                    if isinstance(value, list) and len(value) == before:
+                        setattr(part, other, value[:num_layers])
 
 
 def _add_labels(config: Any) -> None:

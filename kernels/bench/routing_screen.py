@@ -55,15 +55,14 @@ class Row:
         return self.outcome in (BUILT, NO_MATRIX)
 
 
-def screen_one(module_name: str, name: str) -> Row:
-    """Build one class and look at its groups."""
-    from bench import model_classes, second_rule
-
+def screen_one(module_name: str, name: str, num_layers: int | None = None) -> Row:
+    """Build one class, of so many layers, and look at its groups."""
     import muon8bit
+    from bench import model_classes, second_rule
 
     try:
         cls = next(cls for cls in model_classes.classes_of(module_name) if cls.__name__ == name)
-        model = model_classes.build(cls)
+        model = model_classes.build(cls, num_layers)
     except Exception as error:  # of the class's own code, whatever it is
         return Row(module_name, name, reason_of(error))
     model.requires_grad_(True)
@@ -78,7 +77,8 @@ def screen_one(module_name: str, name: str) -> Row:
     flagged = {route.name for route in groups.routes if route.flag}
     for group in groups:
         for param, _ in group["params"]:
-            placed[param] = second_rule.Placed(group["algorithm"], group["weight_decay"] != 0, param in flagged)
+            decays, num_pieces = group["weight_decay"] != 0, len(group.get("split_sizes") or (0,))
+            placed[param] = second_rule.Placed(group["algorithm"], decays, param in flagged, num_pieces)
     num_muon = sum(place.algorithm == "muon" for place in placed.values())
     faults = [f"{kind}: {param} {list(shape)}" for kind, param, shape in second_rule.faults(model, placed)]
     return Row(
@@ -186,6 +186,7 @@ def table(first: str, rows: Iterable[Row]) -> str:
     built = [row for row in rows if row.is_built]
     faults = [(fault, row.name) for row in built for fault in row.faults.split("; ") if fault]
     reasons = Counter(row.outcome for row in rows if not row.is_built)
+    num_faulty = len({name for _, name in faults})
     lines = [
         "# Routes of every model class of transformers",
         "",
@@ -198,7 +199,7 @@ def table(first: str, rows: Iterable[Row]) -> str:
         f"| built on the meta device at default sizes | {len(built)} |",
         f"| of these with matrices for Muon | {sum(row.outcome == BUILT for row in built)} |",
         f"| parameters that went to Muon, to AdamW | {sum(r.muon for r in built):,}, {sum(r.adamw for r in built):,} |",
-        f"| classes with a parameter that the second rule would not give to Muon, or not decay | {len({name for _, name in faults})} |",
+        f"| classes with a parameter that the second rule would not give to Muon, or not decay | {num_faulty} |",
         f"| classes with matrices of attention or MLP that AdamW has | {sum(row.lost > 0 for row in built)} |",
         "",
         "## Found by the second rule",

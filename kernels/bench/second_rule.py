@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from bench.model_classes import EXPERTS, VOCABULARY, integers
 from torch import Tensor, nn
+
+from bench.model_classes import EXPERTS, VOCABULARY, integers
 
 # Parameters by the last part of their names that are added, looked up or multiplied element by element.
 _ADDED = re.compile(
@@ -19,7 +20,9 @@ _ADDED = re.compile(
     r"|latent|latents|prompt|prompts|table|codebook|codebooks|centroids|anchors|memory|prototype|register|registers)(_|$)"
     r"|relative_position|rel_pos|latents?$|quer(y|ies)$"
 )
-_ELEMENTWISE = re.compile(r"^(bias|gamma|beta|scale|D|A_log|dt_bias|lambda\d*|layer_scale\w*|time_\w+|\w+_scale)$|bias$")
+_ELEMENTWISE = re.compile(
+    r"^(bias|gamma|beta|scale|D|A_log|dt_bias|lambda\d*|layer_scale\w*|time_\w+|\w+_scale)$|bias$"
+)
 # Matrices of attention and MLP under the names that most families give them.
 _HIDDEN = re.compile(
     r"(^|\.)(q|k|v|o|out|qkv|query|key|value|gate|up|down|gate_up|in|wq|wk|wv|wo|wi|w1|w2|w3|fc1|fc2|c_attn|c_proj|c_fc"
@@ -29,11 +32,13 @@ _LAYER = re.compile(r"(^|\.)\d+\.")
 
 
 class Placed(NamedTuple):
-    """Where a parameter went: `muon` or `adamw`, whether its group decays it, and whether the table flags it."""
+    """Where a parameter went: `muon` or `adamw`, whether its group decays it, whether the table flags it, and into
+    how many matrices its group cuts it."""
 
     algorithm: str
     decays: bool
     is_flagged: bool = False
+    num_pieces: int = 1
 
 
 class Fault(NamedTuple):
@@ -78,10 +83,12 @@ def faults(model: nn.Module, placed: Mapping[str, Placed]) -> list[Fault]:
         place = _place(owners, placed)
         kinds: list[str] = []
         if place is not None and place.algorithm == "muon":
-            kinds = [*facts.not_for_muon(param, owners), *([] if place.is_flagged else facts.to_be_flagged(param, owners))]
+            kinds = [*facts.not_for_muon(param, owners)]
+            if not place.is_flagged:
+                kinds += facts.to_be_flagged(param, owners, place.num_pieces)
         elif place is not None and place.decays:
             kinds = [*facts.not_to_decay(param, owners)]
-        if kinds:
+        if kinds and param.numel():
             found.append(Fault(kinds[0], owners[0].name, tuple(param.shape)))
     return found
 
@@ -152,20 +159,20 @@ class Facts:
             if not is_linear and _ELEMENTWISE.search(owner.local):
                 yield "element by element"
 
-    def to_be_flagged(self, param: Tensor, owners: list[Owner]) -> Iterator[str]:
+    def to_be_flagged(self, param: Tensor, owners: list[Owner], num_pieces: int) -> Iterator[str]:
         """The kinds for which a parameter is Muon's only if the user is told to look at it."""
         if param in self.last and param.shape[0] * 2 <= param.shape[1]:
             yield "may be an output"
         if param.ndim == 2 and param.shape[0] <= 4 and param.shape[1] >= 32:
             yield "few outputs"
         for owner in owners:
-            if not _is_linear(owner.module) and not self._is_stack(param, owner):
+            if not _is_linear(owner.module) and not self._is_stack(param, owner, num_pieces):
                 yield "bare"
 
     def not_to_decay(self, param: Tensor, owners: list[Owner]) -> Iterator[str]:
         """The kinds for which weight decay would be wrong."""
         for owner in owners:
-            if param.ndim < 2 or owner.local.endswith("bias") or "norm" in owner.type_name and param.ndim < 2:
+            if param.ndim < 2 or owner.local.endswith("bias") or ("norm" in owner.type_name and param.ndim < 2):
                 yield "decayed: 1-D, norm or bias"
             is_module = isinstance(owner.module, (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd))
             if is_module or _is_linear(owner.module):
@@ -189,10 +196,10 @@ class Facts:
             path = path.rpartition(".")[0]
         return False
 
-    def _is_stack(self, param: Tensor, owner: Owner) -> bool:
-        """Whether a bare parameter is a stack of experts."""
+    def _is_stack(self, param: Tensor, owner: Owner, num_pieces: int) -> bool:
+        """Whether a bare parameter is a stack of experts, or experts one below the other that its group cuts."""
         is_named = "expert" in f"{owner.path}.{owner.local}".lower() or "expert" in owner.type_name
-        return param.ndim == 3 and is_named and param.shape[0] in self.experts
+        return is_named and (param.shape[0] if param.ndim == 3 else num_pieces) in self.experts
 
 
 def _is_linear(module: nn.Module) -> bool:
