@@ -156,3 +156,43 @@ def check_refused(outcome: tuple[int, str, str], *words: str) -> None:
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1), outcome
     for word in words:
         assert word in err
+
+
+def test_other_optimizers_are_not_named_as_ours(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    makers: dict[str, Any] = {
+        "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        "adam": torch.optim.Adam,
+        "radam": torch.optim.RAdam,
+        "nadam": torch.optim.NAdam,
+        "adamax": torch.optim.Adamax,
+        "lion8bit": lambda params: bitsandbytes.optim.Lion8bit(params, min_8bit_size=1024),
+        "paged": bitsandbytes.optim.PagedAdamW,
+    }
+    for name, make in makers.items():
+        optimizer = make([nn.Parameter(torch.randn(64, 64))])
+        stepped(optimizer)
+        torch.save(optimizer.state_dict(), tmp_path / f"{name}.bin")
+        check_refused(run(capfd, tmp_path / f"{name}.bin"), f"{name}.bin", "no optimizer known")
+
+
+def test_optimizer_inside_a_training_checkpoint_is_measured(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 96, bias=False))
+    optimizer = Muon8bit(param_groups(model, lr=1e-3), lr=1e-3)
+    stepped(optimizer)
+    saved = optimizer.state_dict()
+    truth = state_report(optimizer).total_bytes
+    trainer = tmp_path / "trainer"
+    for step in (9, 10):
+        (trainer / f"checkpoint-{step}").mkdir(parents=True)
+    torch.save({"state": {}, "param_groups": [{"params": [0]}]}, trainer / "checkpoint-9" / "optimizer.pt")
+    torch.save(saved, trainer / "checkpoint-10" / "optimizer.pt")
+    torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "loop.pt")
+    torch.save({"state_dict": model.state_dict(), "optimizer_states": [saved], "epoch": 1}, tmp_path / "l.ckpt")
+    for path in (trainer, tmp_path / "loop.pt", tmp_path / "l.ckpt"):
+        found = record(capfd, path)
+        assert (found["optimizer"], found["state"]["measured_bytes"]) == ("muon8bit", truth)
+    save_file({"w": torch.ones(4)}, tmp_path / "model.safetensors")
+    check_refused(run(capfd, tmp_path / "model.safetensors"), "model.safetensors", "state_dict")
+    (tmp_path / "cut.safetensors").write_bytes(bytes(20))
+    check_refused(run(capfd, tmp_path / "cut.safetensors"), "cut.safetensors", "state_dict")

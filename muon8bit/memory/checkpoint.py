@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,15 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import BUFFER_KEY, DYNAMIC_CODES_KEY, EXP_AVG_CODES_KEY, EXP_AVG_KEY, LINEAR_CODES_KEY
+from ..config import (
+    BUFFER_KEY,
+    DYNAMIC_CODES_KEY,
+    EXP_AVG_CODES_KEY,
+    EXP_AVG_KEY,
+    EXP_AVG_SQ_KEY,
+    LINEAR_CODES_KEY,
+    MIN_ADAMW8_ELEMENTS,
+)
 from ..groups import FORMAT_KEYS
 from ..names import unwrapper
 from ..report import bnb_bytes
 from .optimizers import BNB_MAPS_BYTES, OPTIMIZERS, STEP_BYTES, Param, moments_sizes, momentum_sizes, state_bytes
 
 # What Accelerate and transformers' Trainer call an optimizer's file; a second optimizer is optimizer_1.bin.
-_OPTIMIZER_FILES = ("optimizer*.bin", "optimizer*.pt")
+_OPTIMIZER_FILES = ("optimizer*.bin", "optimizer*.pt", "last.ckpt")
 _BNB_KEY = "__bnb_optimizer_quant_state__"
+_ADAMW_STATE = {"step", EXP_AVG_KEY, EXP_AVG_SQ_KEY}
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,8 @@ def _part_dict(part: Part) -> dict[str, int]:
 
 
 def report(path: Path) -> Report:
-    """Report on a file of `torch.save(optimizer.state_dict())`, a folder of Accelerate's or the Trainer's with one, or
-    a run's folder, of which the newest complete checkpoint is taken.
+    """Report on a file of `torch.save(optimizer.state_dict())`, alone or under a key of a dict, a folder of
+    Accelerate's or the Trainer's with one, or a run's folder, of which the newest complete checkpoint is taken.
 
     Raises:
         ValueError: names the file, or the parameter whose state is no optimizer's that is known.
@@ -118,7 +126,9 @@ def _find(path: Path) -> tuple[list[Path], Path | None]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     checkpoints = sorted(p.parent for p in (path / "checkpoints").glob("step-*/progress.json"))
-    folder = checkpoints[-1] if checkpoints else path
+    of_trainer = [p for p in path.glob("checkpoint-*") if p.name[11:].isdigit()]
+    newest = max(of_trainer, key=lambda p: int(p.name[11:]), default=path)
+    folder = checkpoints[-1] if checkpoints else newest
     files = sorted(file for pattern in _OPTIMIZER_FILES for file in folder.glob(pattern))
     if not files:
         if (folder / ".metadata").is_file():
@@ -141,21 +151,60 @@ class _Entry:
 
 def _entries(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Entry]:
     try:
-        saved = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
-        state, groups = saved["state"], saved["param_groups"]
+        loaded = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
         named = [
-            (index, name, group)
-            for group in groups
+            (saved["state"], index, name, group)
+            for saved in _state_dicts(loaded)
+            for group in saved["param_groups"]
             for index, name in zip(group["params"], group.get("param_names") or group["params"], strict=True)
         ]
-    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
+    except Exception as error:  # whatever torch meets in a file that is none of its own
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"{file}: no optimizer's state_dict as torch.save writes it ({reason})") from None
-    unwrapped, unwrapped_weight = unwrapper(str(name) for _, name, _ in named), unwrapper(shapes)
+    unwrapped, unwrapped_weight = unwrapper(str(name) for _, _, name, _ in named), unwrapper(shapes)
     shapes = {unwrapped_weight(name): shape for name, shape in shapes.items()}
-    for index, name, group in named:
+    for state, index, name, group in named:
         if index in state:
             yield _entry(f"{file}: parameter {name}", shapes.get(unwrapped(str(name))), state[index], group)
+
+
+def _state_dicts(loaded: Any) -> list[Mapping[str, Any]]:
+    """Return the optimizers' state dicts of a loaded file: itself, or the values of a dict such as
+    `{"model": ..., "optimizer": ...}`, alone or in lists as Lightning's `optimizer_states`."""
+
+    def is_one(value: Any) -> bool:
+        return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+
+    if not isinstance(loaded, Mapping):
+        raise TypeError(f"it holds a {type(loaded).__name__}")
+    values = [loaded] if is_one(loaded) else list(loaded.values())
+    found = [one for value in values for one in (value if isinstance(value, list) else [value]) if is_one(one)]
+    if not found:
+        keys = ", ".join(map(str, list(loaded)[:5])) or "no key"
+        raise KeyError(f"it has {keys}, and no `state` with `param_groups` in any of them")
+    return found
+
+
+def _is_known(key: str | None, state: Mapping[str, Any], tensors: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether these keys of a state and its group are those of AdamW or a Muon, and of no other optimizer."""
+    if key is None or "algorithm" in group:
+        return key is not None
+    if key == EXP_AVG_KEY:
+        is_adamw = (
+            "betas" in group
+            and group.get("decoupled_weight_decay", True)
+            and ("amsgrad" in group or "use_muon" in group)
+        )
+        return bool(is_adamw and EXP_AVG_SQ_KEY in state and state.keys() <= _ADAMW_STATE)
+    if key == "state1":
+        return (
+            "betas" in group
+            and isinstance(tensors.get("state2"), Tensor)
+            and (tensors[key].dtype == torch.uint8 or tensors[key].numel() < MIN_ADAMW8_ELEMENTS)
+        )
+    if key == BUFFER_KEY:
+        return state.keys() <= {BUFFER_KEY, "use_muon"} and ("ns_steps" in group or bool(group.get("use_muon")))
+    return False
 
 
 def _entry(where: str, shape: tuple[int, ...] | None, state: Mapping[str, Any], group: Mapping[str, Any]) -> _Entry:
@@ -163,8 +212,12 @@ def _entry(where: str, shape: tuple[int, ...] | None, state: Mapping[str, Any], 
     tensors = {**state, **state.get(_BNB_KEY, {})}
     keys = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY, EXP_AVG_KEY, EXP_AVG_CODES_KEY, "state1")
     key = next((key for key in keys if isinstance(tensors.get(key), Tensor)), None)
-    if key is None:
-        raise ValueError(f"{where}: its state ({', '.join(map(str, state)) or 'empty'}) is of no optimizer known here")
+    if key is None or not _is_known(key, state, tensors, group):
+        options = ", ".join(sorted(str(option) for option in group if option not in ("params", "param_names")))
+        raise ValueError(
+            f"{where}: its state ({', '.join(map(str, state)) or 'empty'}; group: {options or 'no option'}) is of no "
+            "optimizer known here: Muon8bit, torch.optim.Muon, AdamW or bitsandbytes' 8-bit AdamW"
+        )
     first = tensors[key]
     shape = tuple(first.shape) if shape is None else shape
     num_elements, is_ours = math.prod(shape), "algorithm" in group
