@@ -105,7 +105,7 @@ def test_imports_and_exports_by_name(tmp_path, run):
     params = torch_params()
     pair = torch_pair(params)
     torch_train(params, pair, 2, seed=1)
-    (tmp_path / "names").write_text("\n".join([*MATRICES, *OTHERS]))
+    (tmp_path / "names").write_text("\ufeff" + "\r\n".join([*MATRICES, *OTHERS]), encoding="utf-8")  # by Windows
     for part, optimizer in zip(("muon", "adamw"), pair, strict=True):
         nameless = optimizer.state_dict()
         del nameless["param_groups"][0]["param_names"]
@@ -124,6 +124,14 @@ def test_imports_and_exports_by_name(tmp_path, run):
     back = torch.load(tmp_path / "torch.pt", weights_only=True)
     assert_equal(back["adamw"], pair[1].state_dict())
     assert back["muon"]["param_groups"] == pair[0].state_dict()["param_groups"]
+
+
+def test_names_that_are_no_text_are_refused_with_their_file(tmp_path, run):
+    saved(tmp_path / "in.pt")
+    (tmp_path / "names").write_bytes(b"a\ncaf\xe9\n")
+    refused = run(tmp_path / "in.pt", tmp_path / "out.pt", "--bits", 32, "--names", tmp_path / "names")
+    check_refused(refused, f"--names: byte 6 of {tmp_path / 'names'} is not UTF-8")
+    assert not (tmp_path / "out.pt").exists()
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def _convert(args: argparse.Namespace) -> None:
             return folders.read(path, scratch) if path.is_dir() else (files.read(path), ())
 
         (saved, root), (adamw, _), (like, _) = read(args.source), read(args.adamw), read(args.like)
-        names = None if args.names is None else args.names.read_text().split()
+        names = None if args.names is None else _names(args.names)
         options: dict[str, Any] = {key: getattr(args, key) for key in (*_FORMAT, "momentum", "target")}
         options |= {"source": args.dialect, "like": like, "names": names}
         saved = saved if adamw is None else {"muon": saved, "adamw": adamw}
@@ -107,6 +107,15 @@ def _convert(args: argparse.Namespace) -> None:
                     writer.finish(convert_state_dict(saved, keep=writer.keep, **options))
         except ValueError as error:
             raise ValueError(f"{args.source}: {error}") from error
+
+
+def _names(path: Path) -> list[str]:
+    """Read the parameter names of a text file, UTF-8 with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split()
+    except UnicodeDecodeError as error:
+        what = f"--names: byte {error.start + 1} of {path} is not UTF-8 text"
+        raise ValueError(f"{what}; save the file as UTF-8") from None
 
 
 def _check(args: argparse.Namespace, is_folder: bool) -> None:
