@@ -27,13 +27,15 @@ WRAPPERS = re.compile(
 class Ends:
     """Parameters at the two ends of a model with the reason for each; `doubtful` may be a head.
 
-    `routing` is the release whose rules hold.
+    `routing` is the release whose rules hold. `sinks` are Linears outside numbered layers that give vectors of a size
+    that nothing in the model takes.
     """
 
     routing: Routing
     embeddings: dict[Tensor, str] = field(default_factory=dict)
     heads: dict[Tensor, str] = field(default_factory=dict)
     doubtful: Tensor | None = None
+    sinks: set[Tensor] = field(default_factory=set)
 
 
 def find_ends(model: nn.Module, routing: Routing) -> Ends:

@@ -16,7 +16,7 @@ Split: TypeAlias = tuple[tuple[int, ...], int]  # sizes of the pieces, and the d
 # DeepSeek, Mamba, nn.MultiheadAttention, nn.LSTM.
 _FUSED = re.compile(
     r"(^|\.)(\w*qkv\w*|\w*query_key_value|c_attn|W_pack|att_proj|kv_proj|kv_a_proj_with_mqa|kv_b_proj|key_value"
-    r"|gate_up_proj|up_gate_proj|gate_and_up_proj|w13|w12|in_proj(_weight|_ba)?|weight_(ih|hh)_l\d+\w*)(\.|$)",
+    r"|gate_up_proj|up_gate_proj|gate_and_up_proj|w13|w12|in_proj(_weight|_ba)?|weight_(ih|hh)(_l\d+\w*)?)(\.|$)",
     re.IGNORECASE,
 )
 _ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.")

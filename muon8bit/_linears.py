@@ -58,24 +58,25 @@ class Flow:
         return bool(self._takers.get(size))
 
     def is_taken(self, path: str, size: int) -> bool:
-        """Whether a module beside `path`, or one level further out, takes vectors of this size; a convolution only if
-        it comes later. Numbered layers are looked into only from inside."""
+        """Whether a module beside `path` takes vectors of this size, or a later one around that. Convolutions must come
+        later too. Numbered layers are looked into only from inside."""
         place = self._order.get(path, 0)
         takers = self._takers.get(size, [])
-        return _is_near(path, [p for p in takers if p not in self._convolutions or self._order[p] > place])
+        later = [p for p in takers if self._order[p] > place]
+        beside = [p for p in takers if p not in self._convolutions or self._order[p] > place]
+        parent = path.rpartition(".")[0]
+        return _is_in(parent, beside, path) or _is_in(parent.rpartition(".")[0], later, path)
 
     def is_given(self, path: str, size: int) -> bool:
         """Whether a module beside `path`, or one level further out, gives vectors of this size."""
-        return _is_near(path, self._givers.get(size, []))
+        givers, parent = self._givers.get(size, []), path.rpartition(".")[0]
+        return _is_in(parent, givers, path) or _is_in(parent.rpartition(".")[0], givers, path)
 
 
-def _is_near(path: str, others: list[str]) -> bool:
-    parent = path.rpartition(".")[0]
-    for around in {parent, parent.rpartition(".")[0]}:
-        start = f"{around}." if around else ""
-        if any(o != path and o.startswith(start) and not _CHAIN.search(o[len(start) :]) for o in others):
-            return True
-    return False
+def _is_in(around: str, others: list[str], path: str) -> bool:
+    """Whether one of `others` but `path` lies in the module `around`, not inside its numbered layers."""
+    start = f"{around}." if around else ""
+    return any(o != path and o.startswith(start) and not _CHAIN.search(o[len(start) :]) for o in others)
 
 
 def _input_size(module: nn.Module) -> int:

@@ -23,7 +23,7 @@ _BIAS = re.compile(r"bias(es)?$|bias_table$|bias_[a-z]$", re.IGNORECASE)
 _STATE_SPACE = re.compile(r"^(A|D|(.*_)?A_(log|real|imag)|(inv|log)_A\w*|dt\w*|time_\w+|Lambda\w*)$")
 _TABLE = re.compile(r"emb|token", re.IGNORECASE)
 _START = re.compile(
-    r"latent|(^|_)quer(y|ies)(_|$)|prompt|prefix|soft_|mask_token|cls|(^|_)tokens?$|memory|mem_|slots?|anchor|prototype"
+    r"latent|(level|seg|class|type)_?\w*emb|(^|_)quer(y|ies)(_|$)|prompt|prefix|soft_|mask_token|cls|(^|_)tokens?$|memory|mem_|slots?|anchor|prototype"
     r"|refpoint|init_state|initial_|sink|layer_?scale|^ls\d*$|gamma|lambda|scale|temperature",
     re.IGNORECASE,
 )
@@ -60,7 +60,7 @@ def newer_role(name: str, param: nn.Parameter, modules: Mapping[str, nn.Module],
         return Role("adamw", reason, decays=len(shape) > 1, is_adapter=len(shape) > 1)
     if len(shape) < 2:
         return None
-    if _BIAS.search(local) or (_BIAS.search(path) and min(shape) > 0 and local == "weight"):
+    if _BIAS.search(local) or (local == "weight" and _BIAS.search(path)):
         return Role("adamw", "bias", decays=False)
     is_linear = linear_shape(owner) is not None and local == "weight"
     if "norm" in type(owner).__name__.lower():
@@ -69,11 +69,11 @@ def newer_role(name: str, param: nn.Parameter, modules: Mapping[str, nn.Module],
         return _linear_role(name, shape, modules, ends, param) if is_linear else _bare_role(name, shape, modules)
     if param in ends.embeddings and param not in ends.heads and POSITIONS.search(".".join(path.split(".")[-2:])):
         return Role("adamw", "position table", decays=False)
+    if is_bare(local, owner) and param not in ends.heads and not (local == "weight" and param in ends.embeddings):
+        return _bare_role(name, shape, modules)
     if end := ends.heads.get(param) or ends.embeddings.get(param):
         return Role("adamw", end)
-    if is_linear:
-        return _linear_role(name, shape, modules, ends, param)
-    return _bare_role(name, shape, modules) if is_bare(local, owner) else None
+    return _linear_role(name, shape, modules, ends, param) if is_linear else None
 
 
 def _linear_role(
@@ -81,7 +81,7 @@ def _linear_role(
 ) -> Role | None:
     """Return the role of a Linear's weight."""
     path = name.rpartition(".")[0]
-    if is_router(name, modules):
+    if is_router(name, modules) or path.endswith("router"):
         return Role("adamw", "MoE router")
     if _ROUTER.search(path.rpartition(".")[2]) and shape[0] in expert_counts(path, modules):
         return Role("adamw", "MoE router")
@@ -107,8 +107,7 @@ def _bare_role(name: str, shape: tuple[int, ...], modules: Mapping[str, nn.Modul
         return Role("muon", "stacked experts", split=halves(name, shape, modules))
     if sizes := row_stack(name, shape, modules):
         return Role("muon", f"stacked experts, {len(sizes)} one below the other", split=(sizes, -2))
-    words = f"{path.rpartition('.')[2]}.{local}" if local == "weight" else local
-    if POSITIONS.search(words):
+    if POSITIONS.search(f"{path.rpartition('.')[2]}.{local}"):
         return Role("adamw", "position table", decays=False)
     if _TABLE.search(local) and not _START.search(local):
         return Role("adamw", "bare parameter named like an embedding")

@@ -27,7 +27,8 @@ _OWN_WORD = re.compile(
     r"|top|policy|value|q_values?|actor|critic)$",
     re.IGNORECASE,
 )
-_ATTENTION = re.compile(r"attn|attention|(multi|_)head_|talking", re.IGNORECASE)
+_OUT = re.compile(r"(^|\.)(out|output)$")
+_ATTENTION = re.compile(r"attn|attention|(multi|_)head_|talking|pos_head|points?_head", re.IGNORECASE)
 _PROJECTION = re.compile(r"^(w?[qkv]|to_[qkv]|(query|key|value|[qkv])(_(proj|lin|linear|layer|a_proj|b_proj))?)$")
 # Keys of configs that count what an output has a row for.
 _SIZE_KEY = re.compile(r"vocab|^n(um)?_\w*(labels|classes)$|codebook_size$|^num_answers$", re.IGNORECASE)
@@ -56,12 +57,14 @@ def add_outputs(model: nn.Module, ends: Ends) -> None:
     flow = Flow(modules)
     linears = list(_linears(model))
     for path, weight, (rows, cols) in linears:
-        if weight in ends.heads or weight in ends.embeddings:
+        if weight in ends.heads or weight in ends.embeddings or _is_attention(path):
             continue
         if reason := _why_head(path, rows, sizes, flow):
             ends.heads[weight] = reason
-        elif cols in tokens - dims and not re.search(r"(^|\.)\d+\.", path) and not flow.is_given(path, cols):
+        elif not _scope(path)[1] and cols in tokens - dims and cols > rows and not flow.is_given(path, cols):
             ends.embeddings[weight] = "table: a column for each token"
+        elif not _scope(path)[1] and not flow.takes(rows):
+            ends.sinks.add(weight)
     _find_last(modules, linears, ends, flow)
 
 
@@ -75,18 +78,25 @@ def _linears(model: nn.Module) -> Iterator[Linear]:
 
 
 def _why_head(path: str, rows: int, sizes: set[int], flow: Flow) -> str:
-    """Say why the Linear at `path` is an output head; empty if it is none."""
+    """Say why the Linear at `path` is an output head; empty if it is none.
+
+    Inside numbered layers the word must stand beside the numbers.
+    """
     outer, inner = _scope(path)
-    if _PROJECTION.search(path.rpartition(".")[2]) or any(map(_ATTENTION.search, path.split(".")[-2:])):
-        return ""
-    if flow.is_taken(path, rows):
-        return ""
-    if any(map(_WORD.search, outer)):
-        return "output head, by its name and place"
-    is_named = any(map(_WORD.search, inner[-2:]))
-    if rows in sizes and (not inner or is_named or not flow.takes(rows)):
+    is_named = any(map(_WORD.search, (*outer[-1:], *inner[-2:]) if inner else outer))
+    is_sized = rows in sizes and (is_named or not flow.takes(rows))
+    if is_sized and (not flow.is_taken(path, rows) or not flow.takes(rows)):
         return f"output head: {rows:,} rows, as a vocabulary, labels or a codebook has"
-    return ""
+    if rows in sizes and not inner and _OUT.search(path) and not flow.is_taken(path.rpartition(".")[0], rows):
+        return f"output head, by its name and {rows:,} rows"
+    is_placed = is_named and (not inner or _WORD.search(outer[-1]) is not None)
+    return "output head, by its name and place" if is_placed and not flow.is_taken(path, rows) else ""
+
+
+def _is_attention(path: str) -> bool:
+    """Whether the Linear at `path` is a projection of attention."""
+    parts = path.split(".")
+    return _PROJECTION.search(parts[-1]) is not None or any(map(_ATTENTION.search, parts[-2:]))
 
 
 def _scope(path: str) -> tuple[list[str], list[str]]:

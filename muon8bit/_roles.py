@@ -112,6 +112,7 @@ def _route_of(role: Role, name: str, param: nn.Parameter, modules: Mapping[str, 
         _NARROW: shape[-1] < MIN_QUANTIZED_COLUMNS,
         role.flag: bool(role.flag),
         "last Linear of the model: is it the head?": param is ends.doubtful,
+        "nothing in the model takes its result: is it a head?": param in ends.sinks and param is not ends.doubtful,
     }
     flag = "; ".join(flag for flag, is_set in flags.items() if is_set)
     return Route(

@@ -1,0 +1,203 @@
+"""Heads, tables, latents, routers, experts and adapters by kind, in models of one's own and of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import routing_models
+import torch
+import transformers as hf
+from torch import nn
+
+from muon8bit import param_groups
+from muon8bit.routing import Route
+
+
+def routes_of(make: Callable[[], nn.Module], **options: Any) -> dict[str, Route]:
+    with torch.device("meta"):
+        return {route.name: route for route in param_groups(make(), lr=1e-3, **options).routes}
+
+
+def hidden(size: int = 16) -> nn.Module:
+    return nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
+
+
+class Model(nn.Module):
+    """A hidden block, and the parts given by name; `config` counts a vocabulary of 40 and 5 labels."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        self.config = hf.PretrainedConfig(vocab_size=40, num_labels=5, codebook_size=24)
+        self.embed = nn.Embedding(40, 16)
+        self.block = hidden()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def listed(rows: int) -> nn.Module:
+    return nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, rows)) for _ in range(2))
+
+
+HEADS: dict[str, Callable[[], Any]] = {
+    "speculator_heads": lambda: listed(40),
+    "extra": lambda: listed(40),
+    "fc": lambda: nn.Linear(16, 7),
+    "mlp_head": lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 7)),
+    "to_logits": lambda: nn.Linear(16, 7),
+    "cls": lambda: nn.Linear(16, 5),
+    "value": lambda: nn.Linear(16, 1),
+    "project": lambda: nn.Linear(16, 24),
+    "output": lambda: nn.Linear(16, 40),
+    "score_head": lambda: nn.Linear(16, 3),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_outputs_of_any_name_go_to_adamw_and_what_leads_to_them_to_muon(name: str) -> None:
+    routes = routes_of(lambda: Model(**{name: HEADS[name](), "tail": hidden()}))
+    matrices = [r for r in routes.values() if r.name.startswith(name) and len(r.shape) == 2]
+    last = max(matrices, key=lambda r: r.name)
+    assert last.algorithm == "adamw"
+    assert all(r.algorithm == "muon" for r in matrices if r.shape == (16, 16))
+    assert {routes[f"block.{i}.weight"].algorithm for i in (0, 2)} == {"muon"}
+
+
+def test_hidden_matrices_of_as_many_rows_as_the_vocabulary_stay_with_muon() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 40), nn.Linear(16, 40), nn.Linear(40, 16)
+            self.k_proj, self.o_proj = nn.Linear(16, 24), nn.Linear(16, 16)
+
+    routes = routes_of(lambda: Model(layers=nn.ModuleList([Block(), Block()]), head=nn.Linear(16, 40)))
+    assert {r.algorithm for r in routes.values() if "layers." in r.name and len(r.shape) == 2} == {"muon"}
+    assert routes["head.weight"].algorithm == "adamw"
+
+
+@pytest.mark.parametrize("last", [nn.Linear(16, 16), nn.Linear(16, 9)])
+def test_last_linear_without_a_telling_name_is_flagged_also_behind_an_embedding(last: nn.Module) -> None:
+    route = routes_of(lambda: Model(step=last))["step.weight"]
+    assert (route.algorithm, "head" in route.flag) == ("muon", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *[("pos_embed", (9, 16)), ("position_embeddings", (1, 9, 16)), ("relative_position_bias_table", (9, 4))],
+        *[("latents", (9, 16)), ("query_tokens", (1, 9, 16)), ("mask_token", (1, 1, 16)), ("bias_u", (4, 4))],
+        *[("D", (2, 16)), ("A_log", (16, 4)), ("layer_scale_1", (16, 1, 1)), ("rel_pos_h", (9, 4)), ("gamma", (2, 16))],
+    ],
+)
+def test_tables_latents_and_state_space_parameters_do_not_decay(name: str, shape: tuple[int, ...]) -> None:
+    def make() -> nn.Module:
+        return Model(**{name: nn.Parameter(torch.zeros(shape))})
+
+    route = routes_of(make)[name]
+    assert (route.algorithm, route.decays) == ("adamw", False)
+    assert routes_of(make, patterns=[(name, "muon")])[name].algorithm == "muon"
+
+
+def test_bare_parameter_is_flagged_and_goes_where_a_pattern_says() -> None:
+    def make() -> nn.Module:
+        return Model(mixing=nn.Parameter(torch.zeros(16, 16)))
+
+    route = routes_of(make)["mixing"]
+    assert (route.algorithm, route.decays, "pattern" in route.flag) == ("adamw", True, True)
+    assert routes_of(make, patterns=[("mixing", "muon")])["mixing"].algorithm == "muon"
+
+
+def test_a_linear_whose_class_is_called_norm_is_a_matrix() -> None:
+    class NormedLinear(nn.Linear):
+        pass
+
+    class HeadNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+    routes = routes_of(lambda: Model(mid=NormedLinear(16, 16), q_norm=HeadNorm()))
+    assert routes["mid.weight"].algorithm == "muon"
+    assert (routes["q_norm.weight"].algorithm, routes["q_norm.weight"].decays) == ("adamw", False)
+
+
+class Mixture(nn.Module):
+    """Experts of three layouts, none called `experts`, and a router that is called `pick_gate`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_in, self.w_out = nn.Parameter(torch.zeros(4, 24, 16)), nn.Parameter(torch.zeros(4, 16, 24))
+        self.pick_gate = nn.Linear(16, 4)
+        self.table = nn.Parameter(torch.zeros(3, 5, 6))
+
+
+def test_stacks_are_found_by_siblings_and_a_router() -> None:
+    routes = routes_of(lambda: Model(mix=Mixture()))
+    assert {n: routes[f"mix.{n}"].algorithm for n in ("w_in", "w_out", "table")} == {
+        "w_in": "muon",
+        "w_out": "muon",
+        "table": "adamw",
+    }
+
+
+def test_gate_and_up_of_parallel_experts_are_the_pieces_of_the_forward_pass() -> None:
+    """With the gate zero, silu(0) = 0 leaves the up projection without a gradient."""
+    torch.manual_seed(0)
+    model = routing_models.MODELS["jetmoe"]()
+    (group,) = (g for g in param_groups(model, lr=1e-3) if g.get("split_sizes"))
+    ((_, weight),) = group["params"]
+    with torch.no_grad():
+        weight.split(group["split_sizes"], group["split_dim"])[0].zero_()
+    tokens = torch.arange(3, 15)[None]
+    model(tokens, labels=tokens).loss.backward()
+    assert [bool(piece.any()) for piece in weight.grad.split(group["split_sizes"], group["split_dim"])] == [True, False]
+
+
+def test_a_projection_of_query_and_gate_is_flagged() -> None:
+    def make(rows: int) -> nn.Module:
+        attention = nn.Module()
+        attention.q_proj, attention.o_proj = nn.Linear(16, rows), nn.Linear(32, 16)
+        return Model(layers=nn.ModuleList([attention]))
+
+    assert "fused" in routes_of(lambda: make(64))["layers.0.q_proj.weight"].flag
+    assert "fused" not in routes_of(lambda: make(32))["layers.0.q_proj.weight"].flag
+
+
+TARGETS = {"target_modules": ["q_proj"]}
+ADAPTERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "loha": (lambda: peft.LoHaConfig(r=8, **TARGETS), "muon"),
+    "lokr": (lambda: peft.LoKrConfig(r=8, **TARGETS), "muon"),
+    "hra": (lambda: peft.HRAConfig(r=8, **TARGETS), "adamw"),
+    "oft": (lambda: peft.OFTConfig(oft_block_size=8, r=0, **TARGETS), "adamw"),
+    "boft": (lambda: peft.BOFTConfig(boft_block_size=8, **TARGETS), "adamw"),
+    "miss": (lambda: peft.MissConfig(r=8, **TARGETS), "adamw"),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.filterwarnings("ignore:no matrix for Muon")
+def test_adapters_other_than_lora_have_a_rule_or_a_reason(kind: str) -> None:
+    config, algorithm = ADAPTERS[kind]
+    model = peft.get_peft_model(routing_models.llama(), config())
+    trained = [r for r in param_groups(model, lr=1e-3).routes if r.algorithm and len(r.shape) > 1]
+    assert {r.algorithm for r in trained} == {algorithm}
+    assert all("adapter" in r.reason or "row or column" in r.reason for r in trained)
+
+
+def test_what_trains_vectors_alone_is_refused_without_talk_of_wrappers() -> None:
+    for config in (peft.LNTuningConfig(task_type="CAUSAL_LM"), peft.IA3Config(feedforward_modules=[], **TARGETS)):
+        model = peft.get_peft_model(routing_models.llama(), config)
+        with pytest.raises(ValueError, match="no matrix for Muon") as caught:
+            param_groups(model, lr=1e-3)
+        assert "FSDP" not in str(caught.value)
+
+
+def test_a_convolutional_network_is_warned_of_and_a_pattern_sends_its_kernels() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+
+    with pytest.warns(UserWarning, match=r"no matrix for Muon.*convolution.*patterns"):
+        param_groups(make(), lr=1e-3)
+    assert param_groups(make(), lr=1e-3, patterns=[("0.weight", "muon")])[0]["flatten"]
