@@ -45,6 +45,12 @@ def layout(shape: Sequence[int], bits: int = 32) -> dict[str, tuple[tuple[int, .
     return {"step": ((), torch.float32), **of_moments}
 
 
+def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Return both betas. A `momentum` in the group, which OneCycleLR and CyclicLR write there, is the first."""
+    beta1, beta2 = group["betas"]
+    return beta1 if group.get("momentum") is None else group["momentum"], beta2
+
+
 def is_8bit(state: Mapping[str, Tensor]) -> bool:
     """Whether these moments are in 8 bits. Then `step` is advanced on the host even where `skip` forbids the rest."""
     return EXP_AVG_CODES_KEY in state
@@ -69,7 +75,7 @@ def step_(
     """
     direct: list[int] = []
     # A number for bitsandbytes, once: on a device it has to be waited for.
-    group8 = {**group, "lr": float(group["lr"])} if any(map(is_8bit, states)) else group
+    group8 = {**group, "lr": float(group["lr"]), "betas": betas_of(group)} if any(map(is_8bit, states)) else group
     for i, param in enumerate(params):
         if is_8bit(states[i]):
             adamw8.step_(param, grads[i], states[i], group8, keys[i], places[i][0], options)
@@ -81,7 +87,7 @@ def step_(
             _step_through_copies(param, grads[i], states[i], group, keys[i], places[i][0], options)
     if direct:
         of = [params[i] for i in direct], [grads[i] for i in direct], [states[i] for i in direct]
-        _adamw(*of, group, options.skip)
+        _adamw(*of, group, options)
 
 
 def copied_bytes(param: Tensor, grad: Tensor, options: Options) -> int:
@@ -109,7 +115,7 @@ def _step_through_copies(
     for chunk, chunk_grad, exp_avg, exp_avg_sq in chunks:
         copy = chunk.float().contiguous()
         chunk_state = {"step": state["step"].copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        _adamw([copy], [chunk_grad.float().contiguous()], [chunk_state], group, options.skip)
+        _adamw([copy], [chunk_grad.float().contiguous()], [chunk_state], group, options)
         if key is not None:
             copy = rounded(copy, chunk, key, first, options.backend)
         if copy.data_ptr() != chunk.data_ptr():
@@ -161,8 +167,12 @@ def _adamw(
     grads: list[Tensor],
     states: list[dict[str, Tensor]],
     group: dict[str, Any],
-    skip: Tensor | None,
+    options: Options,
 ) -> None:
+    (beta1, beta2), scale = betas_of(group), options.grad_scale
+    fused = all(p.device.type in ("cpu", "cuda") for p in params)
+    if scale is not None and not fused:
+        grads, scale = [grad / scale for grad in grads], None
     adamw(
         params,
         grads,
@@ -170,13 +180,14 @@ def _adamw(
         [s["exp_avg_sq"] for s in states],
         [],
         [s["step"] for s in states],
-        fused=all(p.device.type in ("cpu", "cuda") for p in params),
+        fused=fused,
         amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
+        beta1=beta1,
+        beta2=beta2,
         lr=group["lr"],
         weight_decay=group["weight_decay"],
         eps=group["eps"],
-        maximize=False,
-        found_inf=skip,
+        maximize=group["maximize"],
+        grad_scale=scale,
+        found_inf=options.skip,
     )

@@ -115,7 +115,7 @@ def step_(
         is_copied = options.skip is not None or chunk.dtype != torch.float32 or not chunk.is_contiguous()
         copy = chunk.to(torch.float32, copy=True, memory_format=torch.contiguous_format) if is_copied else chunk
         new = own if options.skip is None else [t.clone() for t in own]
-        _update_(copy.view(-1), chunk_grad.float().contiguous().view(-1), new, group, num_steps)
+        _update_(copy.view(-1), _true_grad(chunk_grad, group, options), new, group, num_steps)
         if key is not None:
             copy = rounded(copy, chunk, key, first, options.backend)
         if options.skip is not None:
@@ -124,6 +124,13 @@ def step_(
         elif is_copied:
             chunk.copy_(copy)
         first += chunk.numel()
+
+
+def _true_grad(grad: Tensor, group: Mapping[str, Any], options: Options) -> Tensor:
+    """Return the gradient as the step uses it, fp32, flat: without the scale of a GradScaler, negated by `maximize`."""
+    grad = grad.float().contiguous().view(-1)
+    grad = grad if options.grad_scale is None else grad / options.grad_scale
+    return -grad if group["maximize"] else grad
 
 
 def chunk_size(device_type: str, workspace_bytes: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from math import inf, prod
@@ -31,8 +30,15 @@ FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
 MATRIX_DEFAULTS: dict[str, Any] = {"flatten": False, "split_sizes": None, "split_dim": -2}
 # Keys of a group, by algorithm, that no other optimizer and no older checkpoint has, and what their absence means.
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "muon": {**MATRIX_DEFAULTS, "clip_matrix_norm": None},
-    "adamw": {"adamw_bits": DEFAULT_ADAMW_BITS},
+    "muon": {**MATRIX_DEFAULTS, "clip_matrix_norm": None, "maximize": False},
+    "adamw": {"adamw_bits": DEFAULT_ADAMW_BITS, "maximize": False},
+}
+# Of torch's optimizers, which have several implementations; what they stand at where none of them is asked for.
+IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
 }
 RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")
 MUON_ONLY_KEYS = (
@@ -45,7 +51,7 @@ _ADAMW_ONLY_KEYS = ("betas", "adamw_bits")
 _NO_GROUP_KEYS = (
     *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
     *("workspace_bytes", "state_device", "process_group", "shard_state"),
-    *("amsgrad", "maximize", "fused", "foreach", "capturable"),
+    "amsgrad",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of fp32, in which steps compute: the smallest normal number, and the largest.
@@ -54,7 +60,7 @@ _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 def group_keys(algorithm: str) -> tuple[str, ...]:
     """Hyper-parameters that a group of this algorithm holds."""
-    return ("lr", "weight_decay", "eps", *(_ADAMW_ONLY_KEYS if algorithm == "adamw" else MUON_ONLY_KEYS))
+    return ("lr", "weight_decay", "eps", "maximize", *(_ADAMW_ONLY_KEYS if algorithm == "adamw" else MUON_ONLY_KEYS))
 
 
 def describe(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -66,6 +72,8 @@ def describe(group: dict[str, Any], group_index: int, index: int) -> str:
 
 def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the user's group with its parameters as a list and AdamW's defaults filled in.
+
+    Keys of the other algorithm stand at None, so that generic code finds every key of an optimizer's defaults.
 
     Args:
         arguments: of the optimizer, which wrappers may have put into the group.
@@ -90,20 +98,21 @@ def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[s
         if close:
             raise ValueError(f"{where}: unknown key {key!r}, did you mean {close[0]!r}?")
     if group["algorithm"] == "muon":
-        foreign = [key for key in (*_ADAMW_ONLY_KEYS, *_NO_GROUP_KEYS) if key in group]
+        other: tuple[str, ...] = _ADAMW_ONLY_KEYS
     else:
+        other = MUON_ONLY_KEYS
         if group.get("adamw_bits") == 8 and group.get("codebook") == "linear":
             raise ValueError(
                 f"{where}: codebook='linear' beside adamw_bits=8 is refused: linear 8 bits store the second moment of "
                 "small gradients as 0, by which the step is then divided, and it blows up. AdamW's moments are in the "
                 "dynamic maps: leave codebook out, or use adamw_bits=32"
             )
-        foreign = [key for key in (*MUON_ONLY_KEYS, *_NO_GROUP_KEYS) if key in group]
         if "lr" not in group:
             raise ValueError(f"{where}: a group with algorithm='adamw' needs its own 'lr' (Muon's rarely fits it)")
         group.setdefault("betas", DEFAULT_ADAMW_BETAS)
         group.setdefault("eps", DEFAULT_ADAMW_EPS)
         group.setdefault("adamw_bits", DEFAULT_ADAMW_BITS)
+    foreign = [key for key in other if group.get(key) is not None] + [key for key in _NO_GROUP_KEYS if key in group]
     if foreign:
         hint = ""
         if all(key in arguments and type(group[key]) is type(arguments[key]) for key in foreign):
@@ -112,7 +121,7 @@ def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[s
                 "the groups of their algorithm, or use Muon8bit without it, with process_group and shard_state=True"
             )
         raise ValueError(f"{where}: {', '.join(foreign)} has no meaning in a group of {group['algorithm']!r}{hint}")
-    return group
+    return {**group, **dict.fromkeys(MUON_ONLY_KEYS)} if group["algorithm"] == "adamw" else group
 
 
 def _is_number(value: Any, low: float = 0.0, high: float = inf) -> bool:
@@ -146,9 +155,6 @@ def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None,
 
     Raises:
         ValueError: names the group, the key, its value, and what it may be.
-
-    Warns:
-        UserWarning: for a momentum that was written into an AdamW group.
     """
     for index, group in enumerate(groups):
         where = f"parameter group {index}: "
@@ -157,12 +163,6 @@ def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None,
         if is_rounded:
             _check_present(group, ("rounding_seed", "rounding_step"), where)
         if group.get("algorithm") == "adamw":
-            if group.get("momentum") is not None:
-                warnings.warn(
-                    f"{where}something cycles 'momentum', as OneCycleLR and CyclicLR do, which a group of 'adamw' does "
-                    "not use: its betas stay. Pass cycle_momentum=False to the scheduler, or write 'betas' yourself",
-                    stacklevel=3,
-                )
             continue
         try:  # what this dtype cannot hold must not be found out while parameters are written
             choose(1, 1, resolve(group["ns_coefficients"], group["ns_steps"]), "cpu", ns_dtype)
@@ -197,6 +197,10 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     require("lr", _is_rate(options["lr"]), "a 1-element float tensor " * is_tensor + ">= 0 and finite")
     require("weight_decay", _is_number(options["weight_decay"], high=_HUGE), ">= 0 and finite")
     require("eps", _is_number(options["eps"]) and options["eps"] > 0, "> 0 and finite")
+    require("maximize", _is_choice(options["maximize"], (True, False)), "True or False")
+    for key in IMPLEMENTATION_DEFAULTS:
+        valid = _is_choice(options.get(key), (None, False))
+        require(key, valid, "None or False (Muon8bit chooses its kernels by device and shape)")
     for key in ("rounding_seed", "rounding_step"):
         value = options.get(key, 0)
         require(key, type(value) is int and 0 <= value < 2**64, "an int in 0 .. 2**64 - 1")
@@ -207,6 +211,8 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         require("betas", valid, "two numbers in [0, 1)")
         bits = options["adamw_bits"]
         require("adamw_bits", _is_choice(bits, BITS), f"one of {BITS}")
+        cycled = options.get("momentum")  # by OneCycleLR and CyclicLR: see `adamw.betas_of`
+        require("momentum", cycled is None or _is_number(cycled, high=1), "None or in [0, 1), in place of betas[0]")
         return
     require("momentum", _is_number(options["momentum"], high=1), "in [0, 1)")
     clip = options["clip_matrix_norm"]

@@ -20,7 +20,7 @@ from . import state
 from .commit import Commit
 from .config import SMALL_WORKSPACE_BYTES, Options
 from .orthogonalize import Schedule, batch_size, choose, device_kind, orthogonalize, resolve, workspace_bytes
-from .stacks import Batch, Stack, chunks, flat, momenta_on, momentum_tensors
+from .stacks import Batch, Stack, chunks, flat, gradients, momenta_on, momentum_tensors
 from .staging import Job, Staging
 from .update import factors, frobenius_norm, lr_ratio, update_params_
 
@@ -33,8 +33,9 @@ def read(stacks: Sequence[Stack], group: dict[str, Any], options: Options, stagi
     jobs: list[Job] = []
     sums: list[list[Tensor]] = []
     for members in sorted_stacks.values():
-        # Room for copies, since a channels_last gradient is flattened into one.
-        size = max(1, options.workspace_bytes // (4 * prod(members[0].grad.shape[1:])))
+        # Room for copies: a channels_last gradient is flattened into one, and one with a factor is multiplied.
+        per_element = 4 if members[0].factor is None else 16
+        size = max(1, options.workspace_bytes // (per_element * prod(members[0].grad.shape[1:])))
         sums.append([])
         for chunk in chunks(members, size):
             run = partial(_stats, chunk, group, options, sums[-1])
@@ -50,7 +51,7 @@ def _stats(
     stacks: list[Stack], group: dict[str, Any], options: Options, sums: list[Tensor], staged: Sequence[Tensor] | None
 ) -> None:
     """Add the squared norms of the Newton-Schulz inputs, fp32 [count]."""
-    momenta, grads = [s.momentum for s in momenta_on(stacks, staged)], flat(stack.grad for stack in stacks)
+    momenta, grads = [s.momentum for s in momenta_on(stacks, staged)], gradients(stacks)
     sums.append(state.stats(momenta, grads, **_average(group), backend=options.backend).flatten(1).sum(1))
 
 
@@ -152,14 +153,23 @@ def _step_columns(
 
 
 def _apply(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
-    """The new momenta into codes and scales, and u / norm into `out` [batch, rows, cols]."""
+    """The new momenta into codes and scales, and u / norm into `out` [batch, rows, cols]. Copies of gradients, where
+    they have factors, are made for a part of the batch at a time."""
+    if batch.stacks[0].factor is None:
+        _apply_at_once(batch, norms, out, group, options)
+        return
+    for part, which in _parts(batch, 16):
+        _apply_at_once(part, norms[which], out[which], group, options)
+
+
+def _apply_at_once(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
     state.apply_(batch.momenta, batch.grads, norms, out, **_average(group), **_how(options))
 
 
 def _apply_to_copies(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
     """Write what `_apply` writes into `out`, and leave the momenta as they are."""
     for part, which in _parts(batch):
-        _apply(part.copied(), norms[which], out[which], group, options)
+        _apply_at_once(part.copied(), norms[which], out[which], group, options)
 
 
 def _write_momenta(batch: Batch, norms: Tensor, dtype: torch.dtype, group: dict[str, Any], options: Options) -> None:
@@ -167,13 +177,13 @@ def _write_momenta(batch: Batch, norms: Tensor, dtype: torch.dtype, group: dict[
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     for part, which in _parts(batch):
         unused = torch.empty(len(part.sumsq), rows, cols, dtype=dtype, device=norms.device)
-        _apply(part, norms[which], unused, group, options)
+        _apply_at_once(part, norms[which], unused, group, options)
 
 
-def _parts(batch: Batch) -> Iterator[tuple[Batch, slice]]:
-    """Cut the first batch of a step, so that what it takes beside its input fits into the workspace."""
+def _parts(batch: Batch, num_parts: int = 8) -> Iterator[tuple[Batch, slice]]:
+    """Cut a batch, so that what it takes beside its Newton-Schulz input fits into the workspace."""
     start = 0
-    for part in batch.split(max(1, len(batch.sumsq) // 8)):
+    for part in batch.split(max(1, len(batch.sumsq) // num_parts)):
         yield part, slice(start, start + len(part.sumsq))
         start += len(part.sumsq)
 

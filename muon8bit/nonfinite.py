@@ -43,12 +43,15 @@ class Verdict:
         found: how to name parameters, and True where the gradient of the parameter at the same place is finite:
             bool [n], on the gradients' device. A name may occur more than once.
         step: the number of the call of `step()`.
+        is_scaled: whether a GradScaler has scaled them, which skips such steps by design and lowers its scale.
     """
 
     is_whole = True  # where a gradient is not finite, nothing of the step was done
 
-    def __init__(self, found: Iterable[tuple[Callable[[], list[str]], Tensor]], step: int) -> None:
-        self.step = step
+    def __init__(
+        self, found: Iterable[tuple[Callable[[], list[str]], Tensor]], step: int, *, is_scaled: bool = False
+    ) -> None:
+        self.step, self.is_scaled = step, is_scaled
         by_device: dict[torch.device, list[tuple[Callable[[], list[str]], Tensor]]] = {}
         for names, flags in found:
             by_device.setdefault(flags.device, []).append((names, flags))
@@ -93,7 +96,7 @@ class PartialVerdict:
     """Of a step whose parameters were stepped one by one: each was skipped alone where its gradient is not finite, so
     that the step as a whole was done."""
 
-    is_whole = False
+    is_whole = is_scaled = False
 
     def __init__(self, parts: Sequence[Verdict]) -> None:
         self._parts, self.step = parts, parts[0].step
@@ -101,6 +104,11 @@ class PartialVerdict:
     def nonfinite_names(self) -> list[str]:
         """The parameters whose gradients are not finite; waits until the flags are on the host."""
         return [name for part in self._parts for name in part.nonfinite_names()]
+
+    @property
+    def advanced(self) -> list[Tensor]:
+        """Step counters on the host, of all parts."""
+        return [step for part in self._parts for step in part.advanced]
 
     def take_back(self) -> None:
         """Set back the counters of the parameters that were skipped."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import clipping, loading, phases, rounding
+from . import loading, phases, rounding
 from .commit import Commit
 from .config import (
     DEFAULT_BLOCK_SIZE,
@@ -31,8 +32,8 @@ from .config import (
 )
 from .entries import check_grads
 from .groups import (
+    IMPLEMENTATION_DEFAULTS,
     MATRIX_DEFAULTS,
-    MUON_ONLY_KEYS,
     check_groups,
     check_options,
     check_params,
@@ -83,7 +84,8 @@ class Muon8bit(SharingOptimizer):
         backend: None (by device), `"reference"` or `"triton"`; a request that cannot be met raises.
         on_nonfinite: `"raise"` or `"skip"` a step with a NaN or Inf in any gradient, AdamW groups included. In
             both cases nothing at all changes. With all parameters on CUDA, where `step()` does not wait for the
-            device, the error comes at the next `step()` or `state_dict()`; `"raise_at_once"` waits, every step.
+            device, the error comes at the next `step()`; `"raise_at_once"` waits, every step. Under torch's GradScaler,
+            whose `grad_scale` and `found_inf` are honoured without waiting, no step raises: it is skipped and counted.
         ns_dtype: float32, float16 or bfloat16 for Newton-Schulz; None: the cheapest for shape and device.
         param_rounding: how bfloat16 parameters are rounded, AdamW groups included: `"nearest"`, or `"stochastic"`,
             unbiased, so that updates below half a unit in the last place are not lost. float32 parameters are not
@@ -102,6 +104,9 @@ class Muon8bit(SharingOptimizer):
             that is not the whole world, a group of just its ranks.
         shard_state: keep of every momentum only some rows on each rank of `process_group`; AdamW's state stays whole.
             Then `state_dict()` needs `consolidate_state_dict` or `sharded_state_dict` first.
+        maximize: go up the gradient: the step is that of the negated gradient, to the bit. Also a key of every group.
+        foreach, fused, capturable, differentiable: None or False. True, which in torch's optimizers asks for one of
+            several implementations, is refused: kernels are chosen by device and shape.
 
     Sharded parameters (DTensors, of `fully_shard` or tensor parallelism): every matrix is orthogonalized whole, once,
     by one rank; the state is sharded like the parameter. All ranks must call `step()` together, with the same groups
@@ -121,7 +126,8 @@ class Muon8bit(SharingOptimizer):
             version of bitsandbytes has no kernel; `state_device` with a `process_group` or sharded parameters.
     """
 
-    _step_supports_amp_scaling = False  # for torch's GradScaler; `release` sets it
+    _step_supports_amp_scaling = True  # torch's GradScaler then gives `grad_scale` and `found_inf` to `step`
+    _is_released = False  # `release` sets it
 
     def __init__(
         self,
@@ -148,6 +154,11 @@ class Muon8bit(SharingOptimizer):
         state_device: StateDevice | None = None,
         process_group: ProcessGroup | None = None,
         shard_state: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = False,
+        differentiable: bool | None = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -162,10 +173,13 @@ class Muon8bit(SharingOptimizer):
             "codebook": codebook,
             "block_size": block_size,
             "clip_matrix_norm": clip_matrix_norm,
+            "maximize": maximize,
+            **IMPLEMENTATION_DEFAULTS,
             **rounding.initial(param_rounding, rounding_seed),
             **MATRIX_DEFAULTS,
         }
-        check_options({**defaults, "rounding_seed": rounding_seed})
+        flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
+        check_options({**defaults, **flags, "rounding_seed": rounding_seed})
         check_running(
             param_rounding=param_rounding,
             on_nonfinite=on_nonfinite,
@@ -178,6 +192,7 @@ class Muon8bit(SharingOptimizer):
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self._num_calls = self._num_skipped_steps = 0
         self._pending: Verdict | PartialVerdict | None = None  # of the last step, if that did not wait for it
+        self._untold: tuple[list[str], int, bool] | None = None  # what was learned of it by others than `step`
         self._failure: str | None = None  # of a step that had begun to write
         staging = Staging(state_device)
         super().__init__(params, defaults, process_group=process_group, shard_state=shard_state, staging=staging)
@@ -189,9 +204,6 @@ class Muon8bit(SharingOptimizer):
         group = complete_group(param_group, index, {**self.defaults, **{key: getattr(self, key) for key in own}})
         super().add_param_group(group)
         try:
-            if group["algorithm"] == "adamw":
-                for key in MUON_ONLY_KEYS:
-                    del group[key]
             check_options(group, f"parameter group {index}: ")
             check_params(group, index)
             self._check_sharded(group, index)
@@ -230,7 +242,9 @@ class Muon8bit(SharingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._num_calls += 1
-        options = Options(self.ns_dtype, self.backend, self.workspace_bytes)
+        of_all = Options(self.ns_dtype, self.backend, self.workspace_bytes)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        options = replace(of_all, grad_scale=getattr(self, "grad_scale", None))
         team = self._find_team()
         if phases.is_dry(self.param_groups):
             self._check_groups()
@@ -243,15 +257,15 @@ class Muon8bit(SharingOptimizer):
         def read() -> list[phases.Work]:
             self._check_groups()
             check_grads(self.param_groups)
-            clipping.clip_matrices_(self.param_groups, self.workspace_bytes)
             return phases.read(self.param_groups, self.state, options, team, self._staging)
 
-        of_all = options, self.on_nonfinite, self.shard_state
-        work = team.agree(read, self.param_groups, self.state, of_all) if team else read()
-        verdict = Verdict(phases.found(work, team, options), self._num_calls)
+        is_scaled = found_inf is not None
+        alike = of_all, self.on_nonfinite, self.shard_state, is_scaled
+        work = team.agree(read, self.param_groups, self.state, alike) if team else read()
+        verdict = Verdict(phases.found(work, team, options, found_inf), self._num_calls, is_scaled=is_scaled)
         wait = self.on_nonfinite == "raise_at_once" or not verdict.is_asynchronous
         if wait and (names := verdict.nonfinite_names()):
-            self._refuse(names, verdict.step)
+            self._refuse(names, verdict.step, is_scaled)
             return loss
         pending = None if wait else verdict
         with self._committing() as commit:
@@ -285,21 +299,28 @@ class Muon8bit(SharingOptimizer):
         """Raise ValueError for what a hand or a scheduler has written into a group since it was made."""
         check_groups(self.param_groups, self.ns_dtype, is_rounded=self.param_rounding == "stochastic")
 
-    def _refuse(self, names: list[str], step: int) -> None:
+    def _refuse(self, names: list[str], step: int, is_scaled: bool) -> None:
         """Raise, or count, a step with gradients that are not finite."""
-        if self.on_nonfinite != "skip":
+        if self.on_nonfinite != "skip" and not is_scaled:
             raise NonFiniteGradientError(names, step)
         self._num_skipped_steps += 1
 
-    def _settle(self) -> None:
-        """Learn what the last step, if it did not wait for that, found in its gradients."""
+    def _learn(self) -> None:
+        """Wait for what the last step, if it did not, found in its gradients; `_settle` tells it."""
         verdict, self._pending = self._pending, None
         names = [] if verdict is None else verdict.nonfinite_names()
         if verdict is not None and names:
             verdict.take_back()
             if verdict.is_whole:
                 rounding.advance(self.param_groups, by=-1)
-            self._refuse(names, verdict.step)
+            self._untold = names, verdict.step, verdict.is_scaled
+
+    def _settle(self) -> None:
+        """Learn what the last step found in its gradients, and raise or count."""
+        self._learn()
+        untold, self._untold = self._untold, None
+        if untold is not None:
+            self._refuse(*untold)
 
     @property
     def num_skipped_steps(self) -> int:
@@ -311,21 +332,24 @@ class Muon8bit(SharingOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's; with `shard_state` see `SharingOptimizer.state_dict`.
 
+        What the last step found in its gradients is told by the next `step()`, not here. It is waited for only where
+        numbers on the host depend on it: the counters of stochastic rounding and of AdamW in 8 bits.
+
         Raises:
-            NonFiniteGradientError: if the last step found one and has not told yet (see `on_nonfinite`).
             RuntimeError: after a step that failed when it had begun to write.
         """
         self._check_whole()
-        self._settle()
+        if self._pending is not None and (self._pending.advanced or self.param_rounding == "stochastic"):
+            self._learn()
         self._staging.synchronize()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_whole()
-        self._settle()
+        self._learn()
         self._staging.synchronize()
         own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes"]
-        own += ["_num_calls", "_num_skipped_steps", "_pending", "_failure"]
+        own += ["_num_calls", "_num_skipped_steps", "_pending", "_untold", "_failure"]
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -367,7 +391,7 @@ class Muon8bit(SharingOptimizer):
         groups, state = loading.checked(state_dict, self.param_groups, self._find_team(), self._staging)
 
         def load() -> None:
-            self._pending = self._consolidated = self._failure = None
+            self._pending = self._untold = self._consolidated = self._failure = None
             self.__setstate__({"state": state, "param_groups": groups})
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import adamw, muon, pieces
+from . import adamw, clipping, muon, pieces
 from .commit import Commit
 from .config import STEP_KEY, Options
 from .dense import fake_mode_of, is_fake
@@ -35,6 +35,7 @@ class Work:
     entries: list[Entry]
     batches: list[Batch]
     bundles: list[Bundle]
+    clips: list[clipping.Clip]
 
     def found(self) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
         """How to name parameters, and whether their gradients are finite and do not overflow in their norms: bool."""
@@ -82,14 +83,21 @@ def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
 
 
 def found(
-    work: Sequence[Work], team: Team | None, options: Options
+    work: Sequence[Work], team: Team | None, options: Options, found_inf: Tensor | None = None
 ) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
     """What `Verdict` takes, of all groups; with a team it is that of all ranks, and the bundles have their norms."""
+    namers: list[Callable[[], list[str]]] = []
+    values: list[Tensor] = []
+    if found_inf is not None:  # a GradScaler's
+        namers.append(lambda: ["what the GradScaler has looked at"])
+        values.append(torch.where(found_inf.reshape(()) != 0, torch.nan, 0.0))
     if team is None:
+        for namer, value in zip(namers, values, strict=True):
+            yield namer, (value == 0).view(1)
         for members in work:
             yield from members.found()
         return
-    namers, values = [], []
+    values = [value.to(team.device) for value in values]
     for members in work:
         indices, flags = members.flags()
         namers.append(members.namer(indices))
@@ -135,6 +143,7 @@ def read(
     """
     work = []
     for index, group in enumerate(groups):
+        clipping.check_not_sharded(group, index)
         entries = list(entries_of(group, index, num_before, state, team, staging))
         num_before += len(group["params"])
         stacks: list[Stack] = []
@@ -145,9 +154,13 @@ def read(
             if entry.momentum is not None and not entry.is_shared:
                 of = entry.index, entry.local, entry.grad, entry.momentum, group, entry.key, entry.first
                 stacks += stacks_of(*of)
+        clips: list[clipping.Clip] = []
+        for place, stack in enumerate(stacks):
+            stacks[place], clip = clipping.with_factor(stack, group, _on(stack.grad.device, options, None))
+            clips += [] if clip is None else [clip]
         shared = [entry for entry in entries if entry.is_shared]
-        bundles = team.bundled(shared, group, index, options) if team and shared else []
-        work.append(Work(group, index, entries, muon.read(stacks, group, options, staging), bundles))
+        bundles = team.bundled(shared, group, index, _on(team.device, options, None)) if team and shared else []
+        work.append(Work(group, index, entries, muon.read(stacks, group, options, staging), bundles, clips))
     return work
 
 
@@ -208,6 +221,10 @@ def write(
             state.setdefault(param, {}).update(tensors)
 
     commit.then(keep_new)
+    for members in work:
+        for clips in (members.clips, *(bundle.clips for bundle in members.bundles)):
+            for clip in clips:
+                commit.then(clip.apply_)
     jobs: list[Job] = []
     for members in work:
         for batch in members.batches:
@@ -241,4 +258,8 @@ def _pieces(work: Work, state: Mapping[Tensor, dict[str, Any]]) -> dict[torch.de
 
 
 def _on(device: torch.device, options: Options, verdict: Verdict | None) -> Options:
+    """The options of one step on a device: whether it is skipped, and what its gradients are divided by."""
+    scale = options.grad_scale
+    if scale is not None and scale.device != device:
+        options = replace(options, grad_scale=scale.to(device, non_blocking=True))
     return options if verdict is None else replace(options, skip=verdict.skip(device))

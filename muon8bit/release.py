@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from . import clipping, phases
+from . import phases
 from .config import Options
 from .entries import check_grads
 from .nonfinite import PartialVerdict, Verdict
@@ -49,14 +49,13 @@ class GradientRelease:
         hooks.append(optimizer.register_state_dict_pre_hook(self._check_closed))
         hooks.append(optimizer.register_load_state_dict_post_hook(lambda _: self._verdicts.clear()))
         self._hooks = hooks
-        # torch's GradScaler then hands its scale over instead of finding no gradients: it can be refused by name.
-        optimizer._step_supports_amp_scaling = True
+        optimizer._is_released = True
 
     def remove(self) -> None:
         """Make `backward()` and `step()` ordinary again. A step that is open is closed as it is."""
         self._detach()
         if (optimizer := self._optimizer()) is not None:
-            optimizer._step_supports_amp_scaling = False
+            optimizer._is_released = False
         self._close()
 
     def _detach(self) -> None:
@@ -101,7 +100,6 @@ class GradientRelease:
             param.grad = None
             return
         with optimizer._committing(has_begun=bool(self._verdicts)) as commit:
-            clipping.clip_matrices_([alone], optimizer.workspace_bytes)
             work = phases.read([alone], optimizer.state, options, None, optimizer._staging, place.param_index)
             verdict = Verdict(phases.found(work, None, options), optimizer._num_calls + 1)
             if verdict.is_asynchronous or not verdict.nonfinite_names():
@@ -115,7 +113,7 @@ class GradientRelease:
         checkpointing does, and no others."""
         if isinstance(optimizer, Muon8bit):
             optimizer._check_whole()
-        if getattr(optimizer, "grad_scale", None) is not None:
+        if getattr(optimizer, "found_inf", None) is not None:
             raise RuntimeError(
                 "a GradScaler scales the loss, but release_gradients has stepped by the scaled gradients before it "
                 "could unscale them. Train in bfloat16 without a scaler, or without release_gradients"
@@ -184,7 +182,7 @@ def release_gradients(model: nn.Module, optimizer: Muon8bit) -> GradientRelease:
             f"release_gradients needs the Muon8bit itself, not a {type(optimizer).__name__}: of an optimizer that "
             "Accelerate has prepared pass `.optimizer`"
         )
-    if optimizer._step_supports_amp_scaling:
+    if optimizer._is_released:
         raise ValueError("this optimizer releases its gradients already: call remove() on the first handle")
     if optimizer.on_nonfinite != "skip":
         raise ValueError(

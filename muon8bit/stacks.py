@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .state import Momentum
@@ -22,6 +23,7 @@ class Stack(NamedTuple):
     `param` and `grad` are views [num_matrices, rows, cols], with `flatten` [1, rows, ...]. `param_index` is the
     parameter's place in its group. `key` draws the bits of stochastic rounding, None rounds to nearest; `first` is the
     index in the parameter of the first element here, `pitch` the distance of its matrices there, in elements.
+    `factor`: None, or what this step multiplies the gradient by, fp32 [num_matrices, 1, 1 or cols].
     """
 
     param_index: int
@@ -32,6 +34,7 @@ class Stack(NamedTuple):
     momentum: Momentum
     first: int
     pitch: int
+    factor: Tensor | None = None
 
     def matrices(self, start: int, stop: int) -> Stack:
         """A part of the stack."""
@@ -42,6 +45,7 @@ class Stack(NamedTuple):
             grad=self.grad[start:stop],
             momentum=part,
             first=self.first + start * self.pitch,
+            factor=None if self.factor is None else self.factor[start:stop],
         )
 
     @property
@@ -67,8 +71,8 @@ class Batch:
 
     @property
     def grads(self) -> list[Tensor]:
-        """The gradient of each stack, [count, rows, cols]."""
-        return flat(stack.grad for stack in self.stacks)
+        """The gradient of each stack, as `gradients` gives it."""
+        return gradients(self.stacks)
 
     def on(self, tensors: Sequence[Tensor] | None) -> Batch:
         """With the momenta in `tensors`; see `momenta_on`."""
@@ -154,6 +158,20 @@ def _stacks(tensor: Tensor, flatten: bool) -> list[Tensor]:
     if tensor.ndim == 3:
         return [tensor]
     return [stack for part in tensor.unbind(0) for stack in _stacks(part, flatten)]
+
+
+def gradients(stacks: Iterable[Stack]) -> list[Tensor]:
+    """Return the gradients as a step uses them, [count, rows, cols]: copies where they have a factor.
+
+    A copy has the gradient's dtype, but fp32 for fp16, in which what a GradScaler has scaled up may vanish.
+    """
+    grads = []
+    for stack in stacks:
+        (grad,) = flat([stack.grad])
+        if stack.factor is not None:
+            grad = (grad * stack.factor).to(torch.float32 if grad.dtype == torch.float16 else grad.dtype)
+        grads.append(grad)
+    return grads
 
 
 def flat(stacks: Iterable[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from muon8bit import Muon8bit, adamw
 from muon8bit.config import Options
 
-OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.97), "eps": 1e-8, "weight_decay": 0.05}
+OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.97), "eps": 1e-8, "weight_decay": 0.05, "maximize": False}
 
 
 def optimizer_for(param, **options):
@@ -90,3 +90,30 @@ def test_every_part_steps_as_in_the_whole(size, dtype, key):
         for stop in range(first + 1, size + 1):
             for name, value in stepped(first, stop).items():
                 assert torch.equal(value, whole[name] if name == "step" else whole[name][first:stop]), (first, stop)
+
+
+@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
+def test_a_scheduler_that_cycles_momentum_cycles_the_first_beta_as_torchs_adamw(scheduler):
+    """torch writes `momentum` into every group of an optimizer that has it, and `betas` into those of its AdamW."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(40, 16), torch.randn(6, 40, 16)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    matrix = torch.nn.Parameter(torch.randn(8, 16))
+    group = {"params": [ours], "algorithm": "adamw", **OPTIONS}
+    optimizer = Muon8bit([{"params": [matrix]}, group])
+    torchs = torch.optim.AdamW(
+        [theirs], **{key: OPTIONS[key] for key in ("lr", "betas", "eps", "weight_decay")}, fused=True
+    )
+    arguments = {"total_steps": 9} if scheduler == "OneCycleLR" else {"base_lr": 1e-4, "step_size_up": 2}
+    make = getattr(torch.optim.lr_scheduler, scheduler)
+    schedules = [make(each, max_lr=0.01, **arguments) for each in (optimizer, torchs)]
+    seen = set()
+    for grad in grads:
+        ours.grad, theirs.grad, matrix.grad = grad.clone(), grad.clone(), torch.ones(8, 16)
+        optimizer.step()
+        torchs.step()
+        seen.add(optimizer.param_groups[1]["momentum"])
+        for schedule in schedules:
+            schedule.step()
+    assert len(seen) > 2
+    assert torch.equal(ours, theirs)

@@ -125,7 +125,7 @@ def test_every_part_from_a_multiple_of_256_steps_as_in_the_whole(dtype, key, mon
                 part = {k: v[first:stop] for k, v in state.items() if v.shape == (size,)}
                 part |= {k: v[first // 256 : -(-stop // 256)] for k, v in state.items() if k.endswith("scales")}
                 part["step"] = state["step"].copy_(before)
-                group = {**OPTIONS, "lr": 1e-2}
+                group = {**OPTIONS, "lr": 1e-2, "maximize": False}
                 adamw.step_([param[first:stop]], [grad[first:stop]], [part], group, [key], [(first, size)], options)
         return {"param": param, **state}
 
@@ -178,7 +178,7 @@ def test_a_small_second_moment_is_not_lost_to_the_nearest_code_of_zero(monkeypat
     """Where it is, `m / (sqrt(0) + eps)` is a step of a hundred learning rates: shown for the update alone."""
     monkeypatch.setattr(torch.ops.bitsandbytes, "optimizer_update_8bit_blockwise", nearest_update)
     monkeypatch.setattr(adamw8, "_CPU_CHUNK", 2**20)
-    group = {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    group = {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
     largest = {}
     for arm in ("alone", "ours"):
         param = torch.zeros(32, 256)
@@ -259,9 +259,10 @@ def test_a_bad_step_that_is_not_waited_for_leaves_no_trace(dtype, policy, device
             if is_bad and step == 1:
                 param.grad = torch.full_like(param, torch.nan)
                 optimizer.step()
+                optimizer.state_dict()
                 if policy == "raise":
                     with pytest.raises(NonFiniteGradientError):
-                        optimizer.state_dict()
+                        optimizer.step()
             param.grad = grad.to(device, dtype)
             optimizer.step()
         pairs.append((param, optimizer))

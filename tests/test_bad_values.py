@@ -1,10 +1,8 @@
 """Values that a group, a gradient or a state may not have: refused by name, and nothing changes anywhere."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
-import torch
 from bad_values import (
     BY_HAND,
     GROUP_VALUES,
@@ -40,21 +38,6 @@ def test_a_value_that_does_not_fit_the_state_is_refused_by_parameter(index, key,
     params, optimizer = make()
     written(optimizer, index, key, value)
     check_step(params, optimizer, words)
-
-
-@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
-@pytest.mark.parametrize("cycles", [True, False])
-def test_a_scheduler_that_cycles_the_momentum_of_adamw_is_told_that_betas_stay(scheduler, cycles):
-    _, optimizer = make()
-    arguments = {"total_steps": 9} if scheduler == "OneCycleLR" else {"base_lr": 1e-4}
-    make_scheduler = getattr(torch.optim.lr_scheduler, scheduler)
-    schedule = make_scheduler(optimizer, max_lr=[0.1, 0.01], cycle_momentum=cycles, **arguments)
-    told = pytest.warns(UserWarning, match="parameter group 1: .*its betas stay.*cycle_momentum=False")
-    with told if cycles else nullcontext():
-        optimizer.step()
-    schedule.step()
-    assert optimizer.param_groups[1]["betas"] == (0.9, 0.95)
-    assert (optimizer.param_groups[0]["momentum"] != 0.95) == cycles
 
 
 @pytest.mark.parametrize(("index", "key"), MISSING_KEYS)

@@ -15,6 +15,7 @@ FORMATS = {
     "linear": {},
     "dynamic": {"codebook": "dynamic"},
     "fp32": {"bits": 32},
+    "clipped": {"clip_matrix_norm": 0.5},
     "columns": {"split_sizes": (8, 16), "split_dim": -1},
 }
 CAUSES = {
@@ -91,7 +92,7 @@ def plant(patch, where, cause):
 
 
 EARLY = {
-    "clipping": (clipping, "clip_matrices_", 1),
+    "clipping": (clipping, "with_factor", 1),
     "reading": (muon.state, "stats", 2),
     "looking at AdamW's gradients": (phases, "_sums_of_squares", 1),
     "making state": (phases, "new_state", 3),

@@ -72,8 +72,11 @@ def test_after_the_error_the_run_goes_on_as_if_the_bad_step_had_not_been():
         if seed == 2:
             set_grads(params, 9, "b")
             optimizer.step()
+            saved, expected = optimizer.state_dict(), twin.state_dict()  # which neither raises nor tells
+            assert saved["param_groups"] == expected["param_groups"]
+            assert_equal(*({(i, k): t for i, s in d["state"].items() for k, t in s.items()} for d in (saved, expected)))
             with pytest.raises(NonFiniteGradientError):
-                optimizer.state_dict()
+                optimizer.step()
         for some, its in ((params, optimizer), (twin_params, twin)):
             set_grads(some, seed)
             its.step()
@@ -107,8 +110,10 @@ def test_a_copy_is_told_what_its_original_has_not_been():
     params, optimizer = make()
     set_grads(params, 0, "a")
     optimizer.step()
-    with pytest.raises(NonFiniteGradientError):
-        copy.deepcopy(optimizer)
+    twin = copy.deepcopy(optimizer)
+    for each in (optimizer, twin):
+        with pytest.raises(NonFiniteGradientError):
+            each.step()
 
 
 def test_a_loaded_state_has_nothing_to_do_with_the_last_step():

@@ -184,12 +184,15 @@ def test_bad_groups_are_refused_and_leave_the_optimizer_as_it_was(group, message
     optimizer.step()
 
 
-def test_groups_hold_only_what_their_algorithm_uses_and_the_users_dict_is_untouched():
+def test_keys_of_the_other_algorithm_stand_at_none_and_the_users_dict_is_untouched():
     mine = {"params": [torch.nn.Parameter(torch.ones(3))], "algorithm": "adamw", "lr": 0.1, "tag": "norms"}
     optimizer = Muon8bit([{"params": [param_with_grad()], "bits": 32}, mine])
     muon, adamw = optimizer.param_groups
     assert muon["bits"] == 32
-    assert set(adamw) == {"params", "algorithm", "lr", "weight_decay", "betas", "eps", "adamw_bits", "tag"}
+    flags = {"maximize", "foreach", "fused", "capturable", "differentiable"}
+    own = {"params", "algorithm", "lr", "weight_decay", "betas", "eps", "adamw_bits", "tag", *flags}
+    assert {key for key in adamw if key not in own} == set(muon) - own
+    assert all(adamw[key] is None for key in set(adamw) - own)
     assert set(mine) == {"params", "algorithm", "lr", "tag"}
 
 

@@ -30,7 +30,7 @@ ALLOWED = {
     },
     "muon8bit": {"convert", "optimizer", "nonfinite", "release", "report", "routing"},
     "convert": {"damage", "names", "groups", "adamw", "adamw8", "orthogonalize", "state", "config"},
-    "release": {"entries", "optimizer", "clipping", "phases", "nonfinite", "config"},
+    "release": {"entries", "optimizer", "phases", "nonfinite", "config"},
     "report": {"dense", "names", "_table", "config"},
     "optimizer": {
         *(
@@ -43,7 +43,6 @@ ALLOWED = {
             "config",
             "orthogonalize",
             "rounding",
-            "clipping",
         ),
         "commit",
         "staging",
@@ -51,6 +50,7 @@ ALLOWED = {
     "sharing": {"distributed", "groups", "staging"},
     "phases": {
         "dense",
+        "clipping",
         "entries",
         "adamw",
         "muon",
@@ -68,7 +68,7 @@ ALLOWED = {
     "staging": set(),
     "commit": set(),
     "nonfinite": set(),
-    "clipping": {"stacks", "groups"},
+    "clipping": {"stacks", "groups", "config"},
     "moved": {"names"},
     "loading": {
         "moved",
@@ -92,7 +92,7 @@ ALLOWED = {
     "adamw": {"adamw8", "rounding", "config"},
     "adamw8": {"rounding", "kernels", "config"},
     "rounding": {"kernels"},
-    "distributed": {"muon", "adamw8", "stacks", "update", "state", "groups", "orthogonalize", "config"},
+    "distributed": {"clipping", "muon", "adamw8", "stacks", "update", "state", "groups", "orthogonalize", "config"},
     "plan": {"orthogonalize", "config"},
     "orthogonalize": {"kernels"},
     "state": {"kernels", "config"},

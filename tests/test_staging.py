@@ -233,9 +233,10 @@ def test_a_nonfinite_gradient_changes_nothing(index, is_asynchronous, force, mon
             optimizer.step()
     else:
         optimizer.step()
-        with pytest.raises(NonFiniteGradientError):
-            optimizer.state_dict()
     assert_equal(optimizer, its)
+    if is_asynchronous:
+        with pytest.raises(NonFiniteGradientError):
+            optimizer.step()
     train(optimizer, [2])
     train(its, [2])
     assert_equal(optimizer, its)

@@ -54,7 +54,7 @@ def test_rounding_adamws_weights_takes_no_more_than_its_copies(bits, monkeypatch
     param, grad = torch.randn(2, 3 * size).bfloat16()
     layout = adamw.layout(param.shape, bits)
     state = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
-    group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
     options = Options(None, None, budget, torch.zeros(()) if bits == 8 else None)
     step = ([param], [grad], [state], group, [7], [(0, param.numel())], options)
     adamw.step_(*step)  # what a process allocates once

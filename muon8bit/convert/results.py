@@ -19,7 +19,7 @@ from ..config import (
     LINEAR_CODES_KEY,
 )
 from ..damage import why_damaged
-from ..groups import FORMAT_KEYS, OWN_DEFAULTS, RUNNING_KEYS, check_options
+from ..groups import FORMAT_KEYS, IMPLEMENTATION_DEFAULTS, MUON_ONLY_KEYS, OWN_DEFAULTS, RUNNING_KEYS, check_options
 from ..orthogonalize import resolve
 from ..orthogonalize.coefficients import JORDAN
 from ..state import Format, Momentum
@@ -31,6 +31,11 @@ Keep = Callable[[Tensor], Any]
 _DEFAULT_FORMAT: dict[str, dict[str, Any]] = {
     "muon": {"bits": 8, "codebook": "linear", "block_size": DEFAULT_BLOCK_SIZE, **OWN_DEFAULTS["muon"]},
     "adamw": OWN_DEFAULTS["adamw"],
+}
+# What every group of Muon8bit has besides, at the only value that it may have.
+_IDLE: dict[str, dict[str, Any]] = {
+    "muon": IMPLEMENTATION_DEFAULTS,
+    "adamw": {**IMPLEMENTATION_DEFAULTS, **dict.fromkeys(MUON_ONLY_KEYS)},
 }
 # What torch.optim.Muon and its kin do where their groups do not say.
 _UNSAID: dict[str, dict[str, Any]] = {
@@ -60,7 +65,7 @@ def stored(group: Group, format_options: Mapping[str, Any], index: int) -> Group
         warnings.warn(f"group {index} does not say {', '.join(unsaid)}: taken as {taken}", stacklevel=4)
     defaults = _DEFAULT_FORMAT[group.algorithm]
     asked = {key: value for key, value in format_options.items() if key in defaults}
-    options = {**defaults, **unsaid, **group.options, **asked}
+    options = {**defaults, **_IDLE[group.algorithm], **unsaid, **group.options, **asked}
     check_options({**options, "algorithm": group.algorithm}, f"group {index}: ")
     return Group(group.algorithm, options, group.entries, group.part)
 
@@ -139,7 +144,10 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     if options.get("clip_matrix_norm") is not None:
         raise ValueError("torch.optim.Muon has no clip_matrix_norm: set it to None in the groups first")
-    own = {*RUNNING_KEYS, *OWN_DEFAULTS["muon"], *OWN_DEFAULTS["adamw"]}
+    if options["algorithm"] == "muon" and options.get("maximize"):
+        raise ValueError("torch.optim.Muon has no maximize: set it to False in the groups first, and negate the loss")
+    own = {*RUNNING_KEYS, *OWN_DEFAULTS["muon"], *OWN_DEFAULTS["adamw"], *IMPLEMENTATION_DEFAULTS} - {"maximize"}
+    own |= {"maximize"} if options["algorithm"] == "muon" else {*MUON_ONLY_KEYS}
     unknown = {*own, "algorithm", "rounding_seed", "rounding_step"}
     result = {key: value for key, value in options.items() if key not in unknown}
     if "ns_coefficients" in result:

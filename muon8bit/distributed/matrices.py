@@ -7,7 +7,7 @@ ranks: so is what travels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import state
+from ..clipping import Clip, with_factor
 from ..config import Options
 from ..orthogonalize import Schedule, choose, device_kind, resolve
-from ..stacks import Stack, chunks, flat
+from ..stacks import Stack, chunks, gradients
 from ..state import Format, Momentum
 from ..update import frobenius_norm
 from .layout import Layout, Spans
@@ -53,6 +54,7 @@ class Bundle:
     norms: Tensor
     sumsq: Tensor
     scales: Tensor | None = None
+    clips: list[Clip] = field(default_factory=list)
 
     @property
     def blocks(self) -> int:
@@ -105,14 +107,18 @@ def bundled(parts: Sequence[Part], group: dict[str, Any], group_index: int, opti
                 matrix = Matrix(rows, place.cols, spread, path)
                 none = torch.empty(0, dtype=torch.float32, device=part.local.device)
                 found[key] = Bundle(group, group_index, matrix, format, schedule, [], none, none)
-            found[key].members.append(_member(part, part.layout, part.momentum, place))
+            member, clip = _member(part, part.layout, part.momentum, place, group, options)
+            found[key].members.append(member)
+            found[key].clips += [] if clip is None else [clip]
     return list(found.values())
 
 
-def _member(part: Part, layout: Layout, momentum: Momentum, place: Place) -> Member:
+def _member(
+    part: Part, layout: Layout, momentum: Momentum, place: Place, group: dict[str, Any], options: Options
+) -> tuple[Member, Clip | None]:
     rank, flatten = layout.rank, momentum.format.flatten
     held_region, wanted_region = place.spread.held[rank], place.spread.wanted[rank]
-    wanted, held, first = None, None, 0
+    wanted, held, first, clip = None, None, 0, None
     if wanted_region is not None:
         wanted = _cut(part.local, layout.wanted[rank], place, wanted_region, flatten)
         shape = layout.shape[:1] if flatten else layout.shape[:-1]
@@ -123,7 +129,11 @@ def _member(part: Part, layout: Layout, momentum: Momentum, place: Place) -> Mem
         grad = _cut(part.grad, layout.wanted[rank], place, held_region, flatten)
         of_part = _momentum(momentum, layout.held[rank], place, held_region.rows, flatten)
         held = Stack(part.index, part.key, 1, grad, grad, of_part, 0, 0)
-    return Member(part.index, part.key, held, wanted, first)
+        # Clipped are replicas alone, which are here whole, whatever part of the momentum is.
+        whole = _cut(part.grad, layout.wanted[rank], place, wanted_region or held_region, flatten)
+        of_whole, clip = with_factor(held._replace(grad=whole), group, options)
+        held = held._replace(factor=of_whole.factor)
+    return Member(part.index, part.key, held, wanted, first), clip
 
 
 def _local_rows(spans: Spans, place: Place, rows: Span, flatten: bool) -> tuple[tuple[int, ...], slice]:
@@ -166,7 +176,7 @@ def sums_of_squares(bundle: Bundle, region: Region, options: Options) -> list[Te
     for stacks in runs(bundle.members):
         size = max(1, options.workspace_bytes // (4 * prod(stacks[0].grad.shape[1:])))
         for chunk in chunks(stacks, size):
-            momenta, grads = [stack.momentum for stack in chunk], flat(stack.grad for stack in chunk)
+            momenta, grads = [stack.momentum for stack in chunk], gradients(chunk)
             if is_cut(region, bundle.matrix):
                 numbers = state.cut_stats(momenta, grads, first_col=region.cols[0], **bundle.average)
                 for kind, values in zip(found, numbers, strict=True):

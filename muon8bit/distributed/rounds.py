@@ -22,7 +22,7 @@ from .. import state
 from ..config import Options
 from ..muon import written
 from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, orthogonalize, partial_gram
-from ..stacks import flat
+from ..stacks import gradients
 from ..update import factors, lr_ratio, update_params_
 from .matrices import Bundle, Member, is_cut, runs
 from .spread import Piece
@@ -89,7 +89,7 @@ class Round:
         norms = torch.stack([bundle.norms[item.place] for item in items])
         shape = stacks[0].momentum.codes.shape[1:]
         X = torch.empty(len(items), *shape, dtype=bundle.matrix.path.dtype, device=self.device)
-        grads = flat(stack.grad for stack in stacks)
+        grads = gradients(stacks)
         momenta, skip = [stack.momentum for stack in stacks], self.options.skip
         region = bundle.matrix.spread.held[self.rank]
         if region is not None and is_cut(region, bundle.matrix):
