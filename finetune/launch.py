@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,16 @@ def replicas(accelerator: Accelerator) -> ProcessGroup | None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as it is, or all of a sharded one; then a collective call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reduce_in_fp32(accelerator: Accelerator) -> None:
+    """Let FSDP2 add up gradients of all ranks in fp32, also where it computes in bf16. Call it before `prepare`.
+
+    In bf16, Accelerate's choice, every micro-batch would be rounded once more before it is added to its shard.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if is_sharded(accelerator) and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
 def plain_model(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import get_scheduler
 
 from finetune.errors import InputError
-from finetune.launch import check_launch, is_sharded, replicas
+from finetune.launch import check_launch, is_sharded, reduce_in_fp32, replicas
 from finetune.loop import Sequences
 from finetune.loss import check_head
 from finetune.optimizers import build_optimizers
@@ -155,6 +155,7 @@ def prepare_training(
         check_head(model)
     optimizers = build_optimizers(model, recipe, loraplus_ratio=loraplus_ratio, process_group=replicas(accelerator))
     schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
+    reduce_in_fp32(accelerator)
     prepared, *wrapped = accelerator.prepare(model, *optimizers)
     if recipe.release_gradients:
         (muon,) = optimizers
