@@ -43,8 +43,10 @@ def reduce_in_fp32(accelerator: Accelerator) -> None:
 
     In bf16, Accelerate's choice, every micro-batch would be rounded once more before it is added to its shard.
     """
+    if not is_sharded(accelerator):
+        return
     plugin = accelerator.state.fsdp_plugin
-    if is_sharded(accelerator) and plugin.mixed_precision_policy is not None:
+    if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 

@@ -18,6 +18,7 @@ from muon8bit.memory import LABELS, OPTIMIZERS, Estimator, Memory, Setup, judge,
 from muon8bit.memory.advice import changes
 from muon8bit.memory.models import build
 from muon8bit.memory.presets import NAMES
+from muon8bit.memory.sizes import measure
 
 # As published with the weights; a buffer of DeepSeek's router (58 layers of 256) counts as parameters there.
 PUBLISHED = {
@@ -145,6 +146,31 @@ def test_gpus_divide_what_their_way_of_sharding_divides(estimator: Estimator) ->
     assert muon8bit(num_gpus=4) == alone
 
 
+def test_accumulated_gradients_lie_beside_the_activations_unless_they_are_added_to_shards(estimator: Estimator) -> None:
+    def muon8bit(**how: Any) -> Memory:
+        return estimator.estimate(Setup(seq=128, batch=8, **how)).optimizers["muon8bit"]
+
+    once, more = muon8bit(), muon8bit(accumulation=2)
+    assert more.plain.peak_bytes == more.plain.activations_bytes + sum(
+        (more.gradients_bytes, more.weights_bytes, more.state_bytes)
+    )
+    assert more.plain.peak_bytes > once.plain.peak_bytes
+    assert muon8bit(accumulation=9) == more
+    assert muon8bit(num_gpus=4, shard="fsdp2", accumulation=2) == muon8bit(num_gpus=4, shard="fsdp2")
+    offered = dict(changes(Setup(accumulation=4)))
+    assert offered["--gradient-accumulation 1"].accumulation == 1
+    assert "--release-gradients" not in offered
+
+
+def test_what_fsdp2_sends_of_a_gradient_is_fp32_where_it_computes_in_bf16() -> None:
+    model = build(config_of(TINY["llama"]), torch.float32, None)
+    sizes = {dtype: measure(model, Setup(num_gpus=4, shard="fsdp2", dtype=dtype)) for dtype in ("fp32", "mixed")}
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
+    rest = sum(p.numel() for n, p in model.named_parameters() if ".layers." not in n)
+    assert sizes["fp32"].communication_bytes == 4 * (rest + 2 * layer + 2 * max(rest, layer))
+    assert sizes["mixed"].communication_bytes == 2 * (rest + 2 * layer) + (2 + 4) * max(rest, layer)
+
+
 def test_released_gradients_are_the_two_largest(capfd: pytest.CaptureFixture[str], llama: Path) -> None:
     entry = record(capfd, llama, "--release-gradients")["optimizers"]["muon8bit"]
     table = TINY["llama"]["vocab_size"] * TINY["llama"]["hidden_size"]
@@ -228,6 +254,8 @@ def test_sizes_have_the_bytes_of_their_unit(text: str, num_bytes: int) -> None:
         (("CONFIG", "--lora", "0"), ("--lora", "0")),
         (("CONFIG", "--loss-chunk", "0"), ("--loss-chunk", "0")),
         (("CONFIG", "--gpus", "0"), ("--gpus", "0")),
+        (("CONFIG", "--gradient-accumulation", "0"), ("--gradient-accumulation", "0")),
+        (("CONFIG", "--gradient-accumulation", "2", "--release-gradients"), ("--release-gradients", "accumulation 2")),
         (("CONFIG", "--shard", "fsdp2"), ("--shard fsdp2", "--gpus")),
         (("CONFIG", "--gpus", "12", "--shard", "hsdp"), ("hsdp", "12", "8")),
         (("CONFIG", "--gpus", "2", "--release-gradients"), ("--release-gradients", "ddp")),

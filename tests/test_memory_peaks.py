@@ -48,6 +48,14 @@ def test_loss_by_chunks_is_the_same_and_its_peak_is_near_the_measured_one(estima
     assert row["estimated_bytes"] < at_once.peak_bytes("muon8bit")
 
 
+def test_peak_with_accumulated_gradients_is_near_the_measured_one(estimator: Estimator) -> None:
+    setup = Setup(8, 128, "fp32", accumulation=2, device="cpu")
+    row = compare(estimator.config, "muon8bit", setup, estimator)
+    assert abs(row["error"]) <= 0.02, row
+    once = estimator.estimate(replace(setup, accumulation=1))
+    assert row["measured_bytes"] > 1.05 * once.peak_bytes("muon8bit")
+
+
 @pytest.mark.parametrize("kind", [kind for kind in TINY if kind != "llama"])
 def test_estimated_peak_holds_for_other_architectures(kind: str) -> None:
     config = config_of(TINY[kind])

@@ -98,7 +98,9 @@ def peak_bytes(config: Any, name: str, setup: Setup) -> int:
     tokens = torch.randint(config.vocab_size, (setup.batch, setup.seq))
 
     def step() -> None:
-        loss_of(model, tokens, setup.loss_chunk).backward()
+        for _ in range(setup.accumulation):
+            tracker.reset_mod_stats()  # it takes one pass of a module otherwise
+            loss_of(model, tokens, setup.loss_chunk).backward()
         if setup.release:
             return
         for optimizer in all_of_them:
@@ -106,8 +108,8 @@ def peak_bytes(config: Any, name: str, setup: Setup) -> int:
         for optimizer in all_of_them:
             optimizer.zero_grad()
 
-    step()
     tracker = MemTracker()
+    step()
     tracker.track_external(model, *all_of_them, tokens)
     with tracker:
         step()

@@ -71,6 +71,7 @@ def setup_of(recipe: SftRecipe) -> Setup:
         qlora=recipe.mode == "qlora",
         release=recipe.release_gradients,
         loss_chunk=recipe.loss_chunk or None,
+        accumulation=recipe.gradient_accumulation,
         state_device="cpu" if recipe.state_device == "cpu" else "device",
     )
 

@@ -38,6 +38,9 @@ def add_parser(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--loss-chunk", type=int, metavar="TOKENS", help="cross-entropy over so many tokens at a time, recomputed"
     )
+    parser.add_argument(
+        "--gradient-accumulation", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)"
+    )
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many GPUs (default 1)")
     parser.add_argument("--shard", choices=("none", "ddp", "fsdp2", "hsdp"), help="what they divide (default ddp)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where the step runs (default cuda)")
@@ -80,6 +83,7 @@ def _run(args: argparse.Namespace) -> int:
         qlora=args.qlora,
         release=args.release_gradients,
         loss_chunk=args.loss_chunk,
+        accumulation=args.gradient_accumulation,
         num_gpus=args.gpus,
         shard=args.shard or ("none" if args.gpus == 1 else "ddp"),
         device=args.device,

@@ -73,7 +73,7 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """What else could be asked, each in the words of the option."""
     if not setup.checkpointing:
         yield "--activation-checkpointing", replace(setup, checkpointing=True)
-    if not setup.release and setup.shard == "none":
+    if not setup.release and setup.shard == "none" and setup.accumulation == 1:
         yield "--release-gradients", replace(setup, release=True)
     if setup.state_device == "device" and setup.device == "cuda" and setup.shard in ("none", "ddp"):
         yield "--state-device cpu", replace(setup, state_device="cpu")
@@ -81,6 +81,8 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield f"--loss-chunk {LOSS_CHUNK}", replace(setup, loss_chunk=LOSS_CHUNK)
     if setup.weight_dtype.itemsize > 2:
         yield "--dtype bf16", replace(setup, dtype="bf16")
+    if setup.accumulation > 1 and setup.num_shards == 1:
+        yield "--gradient-accumulation 1", replace(setup, accumulation=1)
     if setup.batch > 1:
         yield "--batch 1", replace(setup, batch=1)
     if setup.seq > 1:

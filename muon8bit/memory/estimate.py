@@ -6,9 +6,10 @@
 
 State on the host is not in the peak, which is the GPU's; what a step stages of it is `staging`, else 0.
 
-Sharded: pass = communication + all activations + the part's gradients. With gradient release there is no step of its
-own: pass = max(activations, activations when a gradient is finished + its own workspace), and `gradients_bytes` are the
-two largest, of which `activations` hold those that are in the making; staging is a parameter's, as workspace is.
+Sharded, or with accumulation: pass = communication + all activations + all gradients, or the part's. With gradient
+release there is no step of its own: pass = max(activations, activations when a gradient is finished + its own
+workspace), and `gradients_bytes` are the two largest, of which `activations` hold those that are in the making; staging
+is a parameter's, as workspace is.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def _peak(name: str, memory: Memory, traced: Pass, sizes: Sizes, setup: Setup, k
         phases = {"backward": max(activations, stepping + more)}
     else:
         in_pass = traced.with_gradients_bytes + more
-        if setup.num_shards > 1:
+        if setup.num_shards > 1 or setup.accumulation > 1:
             in_pass = activations + memory.gradients_bytes
         in_step = memory.gradients_bytes + memory.workspace_bytes + memory.staging_bytes
         if setup.shard == "ddp":  # its buckets stay

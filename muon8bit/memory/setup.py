@@ -35,6 +35,8 @@ class Setup:
         qlora: the frozen base in NF4 with double quantization.
         release: each gradient is used and freed in the backward pass.
         loss_chunk: tokens whose logits exist at once; they are recomputed in the backward pass. None: all, kept.
+        accumulation: micro-batches of a step, whose gradients are summed: with more than one, whole gradients lie
+            beside the activations of all but the first. Sharded, each is added to the shards, as the scripts do.
         num_gpus, shard: on how many GPUs, and what is divided among them.
         device: "cuda" or "cpu": where the step runs.
         state_device: "device", with the parameters, or "cpu", in host memory: of Muon8bit alone, others have no such
@@ -49,20 +51,27 @@ class Setup:
     qlora: bool = False
     release: bool = False
     loss_chunk: int | None = None
+    accumulation: int = 1
     num_gpus: int = 1
     shard: Shard = "none"
     device: Literal["cuda", "cpu"] = "cuda"
     state_device: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq", "num_gpus", "lora", "loss_chunk"):
+        for name in ("batch", "seq", "num_gpus", "lora", "loss_chunk", "accumulation"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                option = {"num_gpus": "gpus", "loss_chunk": "loss-chunk"}.get(name, name)
+                options = {"num_gpus": "gpus", "loss_chunk": "loss-chunk", "accumulation": "gradient-accumulation"}
+                option = options.get(name, name)
                 raise ValueError(f"--{option} must be at least 1, not {getattr(self, name)}")
         if self.release and self.shard != "none":
             raise ValueError(
                 f"--release-gradients does not go with --shard {self.shard}: in the backward pass a GPU sees the "
                 "gradient of its own sequences only; leave one of them out"
+            )
+        if self.release and self.accumulation > 1:
+            raise ValueError(
+                f"--release-gradients does not go with --gradient-accumulation {self.accumulation}: a gradient is used "
+                "as soon as it is there; leave one of them out"
             )
         if self.state_device == "cpu" and self.shard in ("fsdp2", "hsdp"):
             raise ValueError(

@@ -97,7 +97,8 @@ def nf4_bytes(num_elements: int) -> int:
 
 def _unsharded_bytes(model: nn.Module, setup: Setup) -> int:
     """Whole weights that FSDP2 has beside the parts when each layer and the rest are units of their own: the rest
-    (embeddings, head), a layer and the next one; and twice the largest unit's gradients, whole and as sent."""
+    (embeddings, head), a layer and the next one; and twice the largest unit's gradients, whole, and as sent: in fp32
+    where it computes in less than the weights have, as the scripts let it."""
     layers = [
         layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module if _size(layer)
     ]
@@ -105,13 +106,14 @@ def _unsharded_bytes(model: nn.Module, setup: Setup) -> int:
     inside = {id(p) for layer in layers for p in layer.parameters()}
     rest = [p for p in model.parameters() if id(p) not in inside]
     itemsize = (setup.autocast or setup.weight_dtype).itemsize
+    sent = 4 if setup.autocast else itemsize
     layer = list(largest.parameters()) if largest is not None else []
 
     def count(params: list[nn.Parameter]) -> int:
         return sum(param.numel() for param in params if param.requires_grad)
 
     weights = sum(p.numel() for p in rest) + 2 * sum(p.numel() for p in layer)
-    return itemsize * (weights + 2 * max(count(rest), count(layer)))
+    return itemsize * weights + (itemsize + sent) * max(count(rest), count(layer))
 
 
 def _size(module: nn.Module) -> int:

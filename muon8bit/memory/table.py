@@ -119,6 +119,8 @@ def describe(setup: Setup) -> str:
         words.append("gradients released")
     if setup.loss_chunk is not None:
         words.append(f"loss by {setup.loss_chunk} tokens")
+    if setup.accumulation > 1:
+        words.append(f"{setup.accumulation} micro-batches a step")
     if setup.state_device == "cpu":
         words.append("Muon8bit's state on the host")
     if setup.num_gpus > 1:
@@ -154,6 +156,12 @@ def _basis(estimate: Estimate) -> str:
         lines.append("State on the host changes nothing on a CPU, where it is already.")
     if estimate.setup.num_shards > 1:
         lines.append("Sharded figures were not checked against a run.")
+        if estimate.setup.accumulation > 1:
+            whole = (estimate.setup.autocast or estimate.setup.weight_dtype).itemsize * estimate.num_trained
+            lines.append(
+                f"Each micro-batch is added to the shards, as the scripts do; under no_sync a GPU keeps {gib(whole)} "
+                "of whole gradients between them."
+            )
     return "\n".join(lines)
 
 
