@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ def build(cls: type[PreTrainedModel], num_layers: int | None = None) -> nn.Modul
 
     Args:
         cls: of transformers, with a config class.
-        num_layers: at most so many in each of its parts; None for the default.
+        num_layers: at most so many in each of its parts, where it takes that; None for the default.
 
     Returns:
         nn.Module: with 37 labels, and with a few rows more where the size of a vocabulary equals another size of the
@@ -114,17 +115,19 @@ def build(cls: type[PreTrainedModel], num_layers: int | None = None) -> nn.Modul
         Exception: what the class's own code raises, of the default config.
     """
     reason: Exception | None = None
-    for make in (_default, _filled):
-        for changes in ((_add_labels, _make_distinct), (_add_labels,), ()):
-            try:
-                config = make(cls)
-                if num_layers is not None:
-                    _shorten(config, num_layers)
-                for change in changes:
-                    change(config)
-                return _on_meta(cls, config)
-            except Exception as error:  # of the class's own code, whatever it is
-                reason = reason if changes else reason or error
+    attempts = itertools.product(
+        (_default, _filled), dict.fromkeys((num_layers, None)), ((_add_labels, _make_distinct), (_add_labels,), ())
+    )
+    for make, count, changes in attempts:
+        try:
+            config = make(cls)
+            if count is not None:
+                _shorten(config, count)
+            for change in changes:
+                change(config)
+            return _on_meta(cls, config)
+        except Exception as error:  # of the class's own code, whatever it is
+            reason = reason if changes or count else reason or error
     for part in list(configs(_default(cls)))[1:]:
         try:
             _add_labels(part)

@@ -4,10 +4,10 @@
     PYTHONPATH=.:kernels python kernels/bench/routing_screen.py --again    # from the start
     PYTHONPATH=.:kernels python kernels/bench/routing_screen.py --only Llama Gemma3   # printed, nothing written
 
-Models are built on the meta device at their default sizes, in a process beside this one: nothing is downloaded, no
-remote code runs, and a class that crashes, or takes too long or too much memory, ends only itself. `results/` gets one
-line a class (`routing_screen.csv`) as it comes, and the table made of them (`routing_screen.md`). The exit status is 1
-where the second rule finds a fault.
+Models are built on the meta device at their default widths, of 8 layers, in a process beside this one: nothing is
+downloaded, no remote code runs, and a class that crashes, or takes too long or too much memory, ends only itself.
+`results/` gets one line a class (`routing_screen.csv`) as it comes, and the table made of them (`routing_screen.md`).
+The exit status is 1 where the second rule finds a fault.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+NUM_LAYERS = 8  # as many as the longest pattern of layers that differ
 SECONDS = 120  # for one class
 CLASSES_A_PROCESS = 150
 MEMORY = 12 * 2**30  # bytes of data of a process
@@ -147,7 +148,7 @@ def be_child() -> None:
 
     torch.set_num_threads(1)
     for module_name, name in classes:
-        print(json.dumps(asdict(screen_one(module_name, name))), file=out, flush=True)
+        print(json.dumps(asdict(screen_one(module_name, name, NUM_LAYERS))), file=out, flush=True)
 
 
 def screen(classes: Sequence[tuple[str, str]]) -> Iterator[Row]:
@@ -196,7 +197,7 @@ def table(first: str, rows: Iterable[Row]) -> str:
         "| | classes |",
         "| --- | ---: |",
         f"| model classes of transformers | {len(rows)} |",
-        f"| built on the meta device at default sizes | {len(built)} |",
+        f"| built on the meta device at default widths, of 8 layers | {len(built)} |",
         f"| of these with matrices for Muon | {sum(row.outcome == BUILT for row in built)} |",
         f"| parameters that went to Muon, to AdamW | {sum(r.muon for r in built):,}, {sum(r.adamw for r in built):,} |",
         f"| classes with a parameter that the second rule would not give to Muon, or not decay | {num_faulty} |",

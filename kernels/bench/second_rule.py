@@ -152,7 +152,8 @@ class Facts:
                 yield "vocabulary or labels"
             if param.ndim == 2 and "Conv1D" in type(owner.module).__name__ and shape[1] in self.vocabularies:
                 yield "vocabulary or labels"
-            if param.ndim == 2 and self.experts & set(shape) and self._is_beside_experts(owner):
+            is_scores = bool(self.experts & set(shape)) and self._is_beside_experts(owner)
+            if param.ndim == 2 and (is_scores or re.search(r"(^|[._])router$", owner.path)):
                 yield "router"
             if not is_linear and (_ADDED.search(owner.local.lower()) or "embed" in owner.type_name):
                 yield "table or latent"
@@ -163,7 +164,8 @@ class Facts:
         """The kinds for which a parameter is Muon's only if the user is told to look at it."""
         if param in self.last and param.shape[0] * 2 <= param.shape[1]:
             yield "may be an output"
-        if param.ndim == 2 and param.shape[0] <= 4 and param.shape[1] >= 32:
+        is_layer = all(_LAYER.search(owner.path) for owner in owners)
+        if param.ndim == 2 and param.shape[0] <= 4 and param.shape[1] >= 32 and not is_layer:
             yield "few outputs"
         for owner in owners:
             if not _is_linear(owner.module) and not self._is_stack(param, owner, num_pieces):
@@ -233,8 +235,10 @@ def _last(model: nn.Module) -> Iterator[Tensor]:
     parts = [[(p, m) for p, m in child.named_modules() if getattr(m, "weight", None) is not None] for child in behind]
     linears = [[(p, m) for p, m in part if m.weight.ndim > 1] for part in parts]
     for index, part in enumerate(linears):
-        if not part or not _is_linear(part[-1][1]) or re.search(r"(layers|blocks|stages|h)\.\d+\.\w+\.", part[-1][0]):
+        path, last = part[-1] if part else ("", None)
+        is_inside = re.search(r"(layers|blocks|stages|h)\.\d+\.\w+\.", path) or _HIDDEN.search(f"{path}.weight")
+        if last is None or not _is_linear(last) or is_inside:
             continue
-        weight = part[-1][1].weight
+        weight = last.weight
         if not any(later and later[0][1].weight.shape[-1] == weight.shape[0] for later in linears[index + 1 :]):
             yield weight

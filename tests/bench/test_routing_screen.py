@@ -87,7 +87,7 @@ def test_a_class_that_dies_ends_itself_alone_and_the_command_goes_on(names, tmp_
     works = next(row for row in rows if row.name == "Works")
     assert (works.muon, works.adamw) == (7, 5)
     written = record.with_suffix(".md").read_text()
-    assert "| built on the meta device at default sizes | 1 |" in written
+    assert "| built on the meta device at default widths, of 8 layers | 1 |" in written
     assert "| ValueError: has no / size | 1 | Raises |" in written
 
     record.write_text("".join(line for line in record.read_text().splitlines(True) if ",Raises," not in line))
