@@ -47,6 +47,7 @@ _LAYERS = (
 # What default configs leave open, and what those of single classes lack.
 _OPEN: dict[str, Any] = {
     "prediction_length": 24,
+    "context_length": 24,
     "vocabulary_map": {"<image>": 4},
     "vocab_size": 4099,
     "n_routed_experts": 16,
@@ -64,9 +65,11 @@ _OPEN: dict[str, Any] = {
     "mlp_dim": 3072,
     "downsample_channels": [512, 1024],
 }
-_LISTS: dict[str, dict[str, Any]] = {
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_LACKING: dict[str, dict[str, Any]] = {
     "BeitConfig": {"out_indices": [3, 5, 7, 11]},
-    "BridgeTowerConfig": {"contrastive_hidden_size": 512},
+    "BridgeTowerConfig": {"contrastive_hidden_size": 512, "logit_scale_init_value": 2.6592},
+    "CohereCompassTextConfig": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
     "DbrxAttentionConfig": {"rope_theta": 10000.0},
     "SiglipVisionConfig": {"num_attention_heads": 16},
     "Gemma4TextConfig": {"hidden_size_per_layer_input": 0},
@@ -198,10 +201,10 @@ def _filled(cls: type[PreTrainedModel]) -> Any:
     """The default config with what it leaves open, and without timm."""
     config = _default(cls)
     for part in list(configs(config)):
-        for key, value in {**_OPEN, **_LISTS.get(type(part).__name__, {})}.items():
-            if getattr(part, key, 0) is None or key in _LISTS.get(type(part).__name__, {}):
+        for key, value in {**_OPEN, **_LACKING.get(type(part).__name__, {})}.items():
+            if getattr(part, key, 0) is None or key in _LACKING.get(type(part).__name__, {}):
                 setattr(part, key, value)
-        if getattr(part, "head_dim", 0) is None:
+        if vars(part).get("head_dim", 0) is None:
             part.head_dim = part.hidden_size // part.num_attention_heads
         for key in ("layer_types", "mlp_layer_types"):
             if getattr(part, key, 0) is None:

@@ -191,7 +191,7 @@ def table(first: str, rows: Iterable[Row]) -> str:
     lines = [
         "# Routes of every model class of transformers",
         "",
-        f"{first.removeprefix('# ')}. Made by `kernels/bench/routing_screen.py`; a line for each class is in "
+        f"{first.removeprefix('# ').rpartition(', sources')[0]}. Made by `kernels/bench/routing_screen.py`; a line for each class is in "
         "`routing_screen.csv`.",
         "",
         "| | classes |",

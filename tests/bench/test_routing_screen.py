@@ -12,18 +12,20 @@ TEXT = (
     "XGLMForCausalLM Gemma3ForCausalLM Olmo2ForCausalLM Qwen3NextForCausalLM MixtralForCausalLM Qwen2MoeForCausalLM "
     "DeepseekV3ForCausalLM GptOssForCausalLM DbrxForCausalLM Llama4ForCausalLM JambaForCausalLM MambaForCausalLM "
     "RwkvForCausalLM BertForPreTraining BertForNextSentencePrediction RobertaForSequenceClassification "
-    "DebertaV2ForTokenClassification ElectraForPreTraining IBertForSequenceClassification "
-    "DPRReader T5ForConditionalGeneration BartForConditionalGeneration FSMTForConditionalGeneration "
+    "DebertaV2ForTokenClassification ElectraForPreTraining IBertForSequenceClassification DPRReader "
+    "T5ForConditionalGeneration BartForConditionalGeneration FSMTForConditionalGeneration XLNetForQuestionAnswering "
+    "ModernBertForMaskedLM "
 )
 OTHERS = (
     "ViTForImageClassification DeiTForImageClassificationWithTeacher SwinForImageClassification SamModel "
-    "SegformerForSemanticSegmentation DetrForObjectDetection YolosForObjectDetection "
-    "VitPoseForPoseEstimation DPTForDepthEstimation ViTMAEForPreTraining Wav2Vec2ForCTC Wav2Vec2ForXVector "
-    "HubertForSequenceClassification WhisperForConditionalGeneration FastSpeech2ConformerModel MusicgenForCausalLM "
-    "DiaForConditionalGeneration BarkFineModel CsmForConditionalGeneration ClapModel CLIPModel "
-    "LlavaForConditionalGeneration "
+    "SegformerForSemanticSegmentation DetrForObjectDetection YolosForObjectDetection VitPoseForPoseEstimation "
+    "DPTForDepthEstimation ViTMAEForPreTraining Wav2Vec2ForCTC Wav2Vec2ForXVector HubertForSequenceClassification "
+    "WhisperForConditionalGeneration FastSpeech2ConformerModel MusicgenForCausalLM DiaForConditionalGeneration "
+    "BarkFineModel CsmForConditionalGeneration ClapModel CLIPModel LlavaForConditionalGeneration "
     "Gemma3ForConditionalGeneration Qwen2VLForConditionalGeneration Idefics2ForConditionalGeneration "
     "PerceiverForMaskedLM LayoutLMv3ForTokenClassification TimesFmModelForPrediction "
+    "BlipForConditionalGeneration Blip2ForConditionalGeneration DecisionTransformerModel "
+    "GroundingDinoForObjectDetection EsmFold2Model "
 )
 
 
