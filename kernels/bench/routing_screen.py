@@ -187,12 +187,12 @@ def table(first: str, rows: Iterable[Row]) -> str:
     built = [row for row in rows if row.is_built]
     faults = [(fault, row.name) for row in built for fault in row.faults.split("; ") if fault]
     reasons = Counter(row.outcome for row in rows if not row.is_built)
+    releases = first.removeprefix("# ").rpartition(", sources")[0]
     num_faulty = len({name for _, name in faults})
     lines = [
         "# Routes of every model class of transformers",
         "",
-        f"{first.removeprefix('# ').rpartition(', sources')[0]}. Made by `kernels/bench/routing_screen.py`; a line for each class is in "
-        "`routing_screen.csv`.",
+        f"{releases}. Made by `kernels/bench/routing_screen.py`; a line for each class is in `routing_screen.csv`.",
         "",
         "| | classes |",
         "| --- | ---: |",

@@ -201,7 +201,7 @@ class Facts:
     def _is_stack(self, param: Tensor, owner: Owner, num_pieces: int) -> bool:
         """Whether a bare parameter is a stack of experts, or experts one below the other that its group cuts."""
         is_named = "expert" in f"{owner.path}.{owner.local}".lower() or "expert" in owner.type_name
-        return is_named and (param.shape[0] if param.ndim == 3 else num_pieces) in self.experts
+        return is_named and (param.shape[0] in self.experts | {1} if param.ndim == 3 else num_pieces in self.experts)
 
 
 def _is_linear(module: nn.Module) -> bool:
