@@ -67,7 +67,7 @@ def checked(
         if "algorithm" not in old:
             raise ValueError(
                 f"group {i} was not saved by Muon8bit: convert it first, with muon8bit.convert_state_dict(..., "
-                "source='torch' or 'heavy-ball', like=optimizer) or the command `muon8bit convert --from`"
+                "source='torch', 'jordan' or 'heavy-ball', like=optimizer) or the command `muon8bit convert --from`"
             )
     check_moved(saved_groups, current)
     if len(saved_groups) != len(current):

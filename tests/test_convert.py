@@ -294,7 +294,7 @@ def test_heavy_ball_values_are_divided_by_1_over_1_minus_beta_of_the_group_or_th
     generator = torch.Generator().manual_seed(0)
     buffer = torch.randn(5, 30, generator=generator)
     state = {0: {"momentum_buffer": buffer}}
-    group = {"params": [0], "lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, "use_muon": True}
+    group = {"params": [0], "lr": 0.1, "weight_decay": 0.0, "momentum": 0.9}
     expected = buffer.double() * (1 - 0.9)
     for removed in ((), ("momentum",)):
         saved = {"state": state, "param_groups": [{k: v for k, v in group.items() if k not in removed}]}
@@ -553,3 +553,88 @@ def test_what_torchs_muon_cannot_do_is_refused_by_name():
         optimizer.step()
         with pytest.raises(ValueError, match=message):
             convert_state_dict(optimizer.state_dict(), target="torch")
+
+
+def jordans(group):
+    """A file of K. Jordan's Muon in one group, as its first releases kept it: `use_muon` in the state."""
+    torch.manual_seed(0)
+    buffer, moments = torch.randn(16, 40), (torch.randn(40), torch.rand(40))
+    state = {
+        0: {"use_muon": True, "momentum_buffer": buffer},
+        1: {"use_muon": False, "moment1": moments[0], "moment2": moments[1], "step": 3},
+    }
+    inner = {"adamw_lr_ratio": 0.015, "adamw_betas": (0.9, 0.95), "adamw_eps": 1e-12, "adamw_wd": 0.25}
+    group = {"params": [0, 1], "lr": 0.02, "momentum": 0.95, "nesterov": True, "ns_steps": 6, **inner, **group}
+    return {"state": state, "param_groups": [group]}, buffer
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "factor"), [("jordan", {"weight_decay": 0.1}, 1.0), ("heavy-ball", {}, 1 - 0.95)]
+)
+def test_jordans_one_group_gives_adamw_its_own_rate_and_decay(source, more, factor):
+    """Its momentum is an average since the release whose groups have `weight_decay`."""
+    saved, buffer = jordans(more)
+    converted = quietly(saved, source=source, names=["a", "bias"], bits=32)
+    muon, adamw = converted["param_groups"]
+    assert (muon["lr"], muon["weight_decay"], muon["ns_steps"]) == (0.02, more.get("weight_decay", 0.0), 6)
+    assert muon["adjust_lr_fn"] in (None, "original")
+    assert adamw["lr"] == pytest.approx(0.0003)
+    assert (adamw["weight_decay"], adamw["betas"], adamw["eps"]) == (0.25, (0.9, 0.95), 1e-12)
+    assert_bitwise(converted["state"][0]["momentum_buffer"], buffer * factor)
+    assert converted["state"][1]["step"] == 3
+    params = {"a": torch.nn.Parameter(torch.randn(16, 40)), "bias": torch.nn.Parameter(torch.randn(40))}
+    groups = [{"params": [("a", params["a"])], "bits": 32}]
+    groups += [{"params": [("bias", params["bias"])], "algorithm": "adamw", "lr": 1.0}]
+    optimizer = Muon8bit(groups)
+    optimizer.load_state_dict(converted)
+    for param in params.values():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+
+
+def with_aux_adam():
+    groups = [
+        {"params": [0], "lr": 0.02, "momentum": 0.9, "weight_decay": 0.125, "use_muon": True},
+        {"params": [1], "lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0, "use_muon": False},
+    ]
+    state = {0: {"momentum_buffer": torch.ones(16, 40)}, 1: {"exp_avg": torch.ones(40), "exp_avg_sq": torch.ones(40)}}
+    return {"state": state, "param_groups": groups}
+
+
+def test_jordans_groups_with_their_own_adam_keep_the_average():
+    saved = with_aux_adam()
+    saved["state"][1]["step"] = 3
+    converted = quietly(saved, source="jordan", names=["a", "bias"], bits=32)
+    muon, adamw = converted["param_groups"]
+    assert (muon["momentum"], muon["nesterov"], muon["ns_steps"], muon["eps"]) == (0.9, True, 5, 1e-7)
+    assert (muon["weight_decay"], adamw["weight_decay"], adamw["eps"]) == (0.125, 0, 1e-10)
+    assert_bitwise(converted["state"][0]["momentum_buffer"], torch.ones(16, 40))
+
+
+@pytest.mark.parametrize("source", ["torch", "jordan"])
+def test_a_step_counted_in_the_group_is_taken(source):
+    saved = with_aux_adam()
+    for group in saved["param_groups"]:
+        group["step"] = 7
+    assert quietly(saved, source=source, names=["a", "bias"])["state"][1]["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("saved", "source", "message"),
+    [
+        (lambda: with_aux_adam(), "heavy-ball", r"K\. Jordan's Muon.*average since February 2025.*\(--from\) jordan"),
+        (lambda: jordans({"weight_decay": 0.1})[0], "heavy-ball", r"average since February 2025.*\(--from\) jordan"),
+        (lambda: jordans({"weight_decay": 0.1})[0], "torch", r"K\. Jordan's Muon: give source \(--from\) jordan"),
+        (lambda: jordans({})[0], "jordan", r"heavy-ball momentum: give source \(--from\) heavy-ball"),
+        (
+            lambda: jordans({"weight_decay": 0.1, "sharpness": 2})[0],
+            "jordan",
+            "group 0 has sharpness, which no release",
+        ),
+        (lambda: jordans({"mu": 0.95, "algorithm": "muon"})[0], "torch", "group 0 has mu, as Dion's .*not read"),
+        (lambda: jordans({"mu": 0.95, "algorithm": "muon"})[0], "muon8bit", "group 0 has mu, as Dion's .*not read"),
+    ],
+)
+def test_who_saved_a_muon_is_told_by_its_group(saved, source, message):
+    with pytest.raises(ValueError, match=message):
+        convert_state_dict(saved(), source=source, names=["a", "bias"])

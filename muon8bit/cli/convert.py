@@ -121,7 +121,9 @@ def _names(path: Path) -> list[str]:
 def _check(args: argparse.Namespace, is_folder: bool) -> None:
     """Raise ValueError where the options make no sense together."""
     if args.adamw is not None and args.dialect == "muon8bit":
-        raise ValueError("--adamw: Muon8bit saves one state dict; leave it out, or say --from torch or heavy-ball")
+        raise ValueError(
+            "--adamw: Muon8bit saves one state dict; leave it out, or say --from torch, jordan or heavy-ball"
+        )
     if is_folder and args.target == "torch":
         raise ValueError(f"{args.source} is a folder, and --to torch writes two state dicts: give a file of torch.save")
     asked = [args.like, args.names, *(getattr(args, key) for key in _FORMAT)]

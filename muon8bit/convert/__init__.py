@@ -48,6 +48,7 @@ def convert_state_dict(
             order and format the result shall have; parameters are matched by name. None: the saved order, Muon's
             before AdamW's where these are two.
         source: who saved it: `"muon8bit"`; `"torch"`: Muon with an EMA momentum, as torch.optim.Muon;
+            `"jordan"`: K. Jordan's Muon since February 2025, an average with AdamW in the same or in own groups.
             `"heavy-ball"`: b <- beta b + g, whose values are larger by 1 / (1 - beta).
         target: `"muon8bit"`, or `"torch"`: a dict with `muon`, `adamw` or both.
         bits, codebook, block_size, adamw_bits: the format of the result, as for `Muon8bit` and its AdamW groups; None:

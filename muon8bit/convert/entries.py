@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-Dialect: TypeAlias = Literal["muon8bit", "torch", "heavy-ball"]
+Dialect: TypeAlias = Literal["muon8bit", "torch", "jordan", "heavy-ball"]
 DIALECTS: tuple[str, ...] = get_args(Dialect)
 EXPORTS = ("muon8bit", "torch")
 Change: TypeAlias = tuple[str, str, str]  # what was converted, from which format, to which

@@ -48,7 +48,7 @@ _UNSAID: dict[str, dict[str, Any]] = {
     },
     "adamw": {"eps": DEFAULT_ADAMW_EPS},
 }
-_WORDS = {"torch": "torch.optim.Muon's", "heavy-ball": "heavy-ball Muon's"}
+_WORDS = {"torch": "torch.optim.Muon's", "jordan": "Jordan's Muon's", "heavy-ball": "heavy-ball Muon's"}
 _CODES_KEYS = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY)
 
 

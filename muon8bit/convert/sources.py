@@ -1,10 +1,12 @@
 """Reads the state dicts of Muon8bit, of torch.optim.Muon beside an AdamW, and of heavy-ball Muons.
 
-    Muon8bit, torch     m <- beta m + (1 - beta) g
-    heavy ball          b <- beta b + g                so  m = (1 - beta) b  at a fixed beta
+    Muon8bit, torch, Jordan     m <- beta m + (1 - beta) g
+    heavy ball                  b <- beta b + g                so  m = (1 - beta) b  at a fixed beta
 
-Sources: torch.optim.Muon and torch.optim.AdamW; heavy ball: Moonlight (arXiv 2502.16982) and its public code, whose one
-group holds both kinds, told apart by `use_muon` in the state; `use_muon` in the groups is K. Jordan's MuonWithAuxAdam.
+Sources: torch.optim.Muon and torch.optim.AdamW. Heavy ball: Moonlight (arXiv 2502.16982) and its public code, whose one
+group holds both kinds, told apart by `use_muon` in the state. K. Jordan's Muon, https://github.com/KellerJordan/Muon:
+an average since February 2025, when its groups got `weight_decay`. First one group held both kinds as Moonlight's, with
+`adamw_lr_ratio` and `adamw_wd`; since MuonWithAuxAdam `use_muon` is in the groups.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..config import ALGORITHMS, BUFFER_KEY
-from ..groups import OWN_DEFAULTS, RUNNING_KEYS, check_options, group_keys
+from ..groups import MATRIX_DEFAULTS, OWN_DEFAULTS, RUNNING_KEYS, check_options, group_keys
+from ..orthogonalize.coefficients import JORDAN
 from .entries import DIALECTS, Dialect, Entry, Group
 
 # What other optimizers' groups need not say; `results` settles it.
@@ -25,6 +28,14 @@ _MOONLIGHT = {
     "adamw": {"adamw_betas": "betas", "adamw_eps": "eps", "wd": "weight_decay"},
 }
 _MOONLIGHT_STATE = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
+# What Jordan's groups do not say: his update is torch.optim.Muon's default.
+_JORDAN = {"nesterov": True, "ns_steps": 5, "ns_coefficients": JORDAN, "eps": 1e-7, "adjust_lr_fn": "original"}
+# Of an AdamW in the same group as Muon, which steps by lr * adamw_lr_ratio.
+_INNER_ADAMW = ("adamw_lr_ratio", "adamw_wd", "adamw_betas", "adamw_eps", "adamw_lr")
+# Of learning rate schedulers, and of those who count a group's steps.
+_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_lr", "max_momentum", "base_momentum", "step")
+# Of groups of optimizers that are no Muon as these are.
+_DION = ("mu", "rank_fraction", "rank_multiple_of", "epsilon")
 
 
 def read(
@@ -81,8 +92,9 @@ def _parts(state_dict: Mapping[str, Any], dialect: Dialect) -> Iterator[tuple[st
 
 def _own_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str, given: Iterator[str] | None) -> Group:
     """A group saved by Muon8bit."""
+    _check_not_dions(group, where)
     if "algorithm" not in group:
-        raise ValueError(f"{where} was not saved by Muon8bit: give source (--from) torch or heavy-ball")
+        raise ValueError(f"{where} was not saved by Muon8bit: give source (--from) torch, jordan or heavy-ball")
     algorithm = group["algorithm"]
     if algorithm not in ALGORITHMS:
         raise ValueError(f"{where}: algorithm {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
@@ -119,6 +131,8 @@ def _foreign_groups(
         state = _state(states, key, name)
         algorithm = part or _algorithm(group, state, name)
         state = {_MOONLIGHT_STATE.get(k, k): value for k, value in state.items() if k != "use_muon"}
+        if algorithm == "adamw" and state and "step" in group:  # as pytorch_optimizer counts
+            state = {"step": group["step"], **state}
         members[algorithm].append((key, name, state))
     groups = []
     for algorithm, found in members.items():
@@ -129,14 +143,39 @@ def _foreign_groups(
     return groups
 
 
+def _check_not_dions(group: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for a group of Dion's, which calls its algorithm by a key of that name as Muon8bit does."""
+    if found := [key for key in _DION if key in group]:
+        raise ValueError(
+            f"{where} has {', '.join(found)}, as Dion's optimizers and their Muon have: their state is not read, start "
+            "with a fresh optimizer"
+        )
+
+
 def _check_author(group: Mapping[str, Any], where: str, dialect: Dialect) -> None:
     """Raise ValueError for a group whose keys are those of an optimizer with another momentum."""
+    _check_not_dions(group, where)
     if "algorithm" in group:
         raise ValueError(f"{where} was saved by Muon8bit: give source (--from) muon8bit")
     if "dampening" in group:
         raise ValueError(f"{where} was saved by torch.optim.SGD, which is no Muon: start with a fresh optimizer")
-    if "adamw_betas" in group and dialect != "heavy-ball":
+    is_jordans = "use_muon" in group or ("adamw_lr_ratio" in group and "weight_decay" in group)
+    if is_jordans and dialect == "heavy-ball":
+        raise ValueError(
+            f"{where} was saved by K. Jordan's Muon, or one like it, whose momentum is an average since February 2025: "
+            "give source (--from) jordan"
+        )
+    if "adamw_lr_ratio" in group and "weight_decay" in group and dialect == "torch":
+        raise ValueError(f"{where} was saved by K. Jordan's Muon: give source (--from) jordan")
+    if "adamw_betas" in group and not is_jordans and dialect != "heavy-ball":
         raise ValueError(f"{where} was saved by a Muon with a heavy-ball momentum: give source (--from) heavy-ball")
+    known = {*group_keys("muon"), *group_keys("adamw"), *_INNER_ADAMW, *_SCHEDULERS, *_DROPPED, *MATRIX_DEFAULTS}
+    unknown = sorted(group.keys() - known - {"params", "param_names", "use_muon", "wd"})
+    if unknown and dialect != "torch":
+        raise ValueError(
+            f"{where} has {', '.join(unknown)}, which no release has that {dialect} is about: who saved it? Take these "
+            "keys out if they do not say how it steps"
+        )
 
 
 def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], name: str) -> str:
@@ -153,11 +192,19 @@ def _foreign_options(
     group: Mapping[str, Any], algorithm: str, where: str, dialect: Dialect, momentum: float | None
 ) -> dict[str, Any]:
     """The group's hyper-parameters under Muon8bit's names."""
-    renamed, foreign = _MOONLIGHT[algorithm], {*_DROPPED, "params", "param_names", "use_muon"}
-    if "adamw_betas" in group:  # Moonlight's, whose factor of lr is not an option
+    renamed, foreign = _MOONLIGHT[algorithm], {*_DROPPED, "params", "param_names", "use_muon", "step"}
+    if "adamw_lr_ratio" in group:  # of Jordan's first releases, before an average was taken without decay too
+        group = {"weight_decay": 0.0, **_JORDAN, **group}
+        if algorithm == "adamw":
+            lr, decay = group["lr"] * group["adamw_lr_ratio"], group.get("adamw_wd", 0.0)
+            group = {**group, "lr": lr, "weight_decay": decay}
+    elif dialect == "jordan":
+        group = {**(_JORDAN if algorithm == "muon" else {}), **group}
+    elif "adamw_betas" in group:  # Moonlight's, whose factor of lr is not an option
         group = {"adjust_lr_fn": "match_rms_adamw", **group}
-    foreign |= {"adamw_betas", "adamw_eps"} - renamed.keys()
-    foreign |= {"nesterov", "ns_steps", "adjust_lr_fn", "momentum"} if algorithm == "adamw" else {"betas"}
+    foreign |= {*_INNER_ADAMW} - renamed.keys()
+    foreign |= {*_JORDAN, "momentum"} - {"eps"} if algorithm == "adamw" else {"betas"}
+    foreign |= {"eps"} if algorithm == "adamw" and "adamw_eps" in group else set()
     options = {renamed.get(key, key): value for key, value in group.items() if key not in foreign}
     decoupled = group.get("decoupled_weight_decay", True) or not group.get("weight_decay")
     refused = [key for key in ("amsgrad", "maximize") if group.get(key)] + ([] if decoupled else ["L2 weight decay"])
