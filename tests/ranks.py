@@ -47,10 +47,8 @@ def _run(rank, num_ranks, path, work, args):
         dist.destroy_process_group()
 
 
-def start_processes(work, args, num_processes):
-    """Call `work(rank, *args)`, a function of a module, in processes forked from one that has imported what they need;
-    an error in one is raised here. They have the environment that the first call was made in.
-    """
+def prepare():
+    """Start the process that ranks are forked from. It has the environment of the first call."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -61,6 +59,13 @@ def start_processes(work, args, num_processes):
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+def start_processes(work, args, num_processes):
+    """Call `work(rank, *args)`, a function of a module, in processes forked from one that has imported what they need;
+    an error in one is raised here. They have the environment that the first call was made in.
+    """
+    prepare()
     mp.start_processes(work, args, nprocs=num_processes, start_method="forkserver")
 
 
