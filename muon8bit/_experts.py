@@ -70,6 +70,14 @@ def row_stack(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module])
     return None if shape[0] == count else (shape[0] // count,) * count
 
 
+def stack_counts(path: str, modules: Mapping[str, nn.Module]) -> set[int]:
+    """Return the numbers of matrices in the stacks that lie in the same module as the Linear at `path`."""
+    around = path.rpartition(".")[0]
+    own = modules[around].named_parameters(recurse=False) if path else ()
+    name = f"{around}." if around else ""
+    return {t.shape[0] for key, t in own if t.ndim == 3 and is_stack(name + key, tuple(t.shape), modules)}
+
+
 def expert_counts(path: str, modules: Mapping[str, nn.Module]) -> set[int]:
     """Return the numbers of experts that the modules around `path` have: lists, stacks, attributes and configs."""
     counts: set[int] = set()

@@ -57,15 +57,18 @@ class Flow:
         """Whether anything in the model takes vectors of this size."""
         return bool(self._takers.get(size))
 
-    def is_taken(self, path: str, size: int) -> bool:
-        """Whether a module beside `path` takes vectors of this size, or a later one around that. Convolutions must come
-        later too. Numbered layers are looked into only from inside."""
+    def is_taken(self, path: str, size: int, *, any_order: bool) -> bool:
+        """Whether a module beside `path` takes vectors of this size, or one around that.
+
+        Numbered layers are looked into only from inside. A convolution must come later, and so must what is not beside,
+        unless `any_order`.
+        """
         place = self._order.get(path, 0)
         takers = self._takers.get(size, [])
         later = [p for p in takers if self._order[p] > place]
         beside = [p for p in takers if p not in self._convolutions or self._order[p] > place]
         parent = path.rpartition(".")[0]
-        return _is_in(parent, beside, path) or _is_in(parent.rpartition(".")[0], later, path)
+        return _is_in(parent, beside, path) or _is_in(parent.rpartition(".")[0], beside if any_order else later, path)
 
     def is_given(self, path: str, size: int) -> bool:
         """Whether a module beside `path`, or one level further out, gives vectors of this size."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from ._adapters import other_adapter
 from ._ends import Ends
-from ._experts import expert_counts, halves, is_router, is_stack, row_stack
+from ._experts import expert_counts, halves, is_router, is_stack, row_stack, stack_counts
 from ._fused import Split
 from ._linears import is_bare, linear_shape
 from ._lora import is_adapter
@@ -66,26 +66,26 @@ def newer_role(name: str, param: nn.Parameter, modules: Mapping[str, nn.Module],
     if "norm" in type(owner).__name__.lower():
         if not is_linear and local in ("weight", "scale", "gamma", "g"):
             return Role("adamw", "norm", decays=False)
-        return _linear_role(name, shape, modules, ends, param) if is_linear else _bare_role(name, shape, modules)
+        return _linear_role(name, shape, modules) if is_linear else _bare_role(name, shape, modules)
     if param in ends.embeddings and param not in ends.heads and POSITIONS.search(".".join(path.split(".")[-2:])):
         return Role("adamw", "position table", decays=False)
     if is_bare(local, owner) and param not in ends.heads and not (local == "weight" and param in ends.embeddings):
         return _bare_role(name, shape, modules)
     if end := ends.heads.get(param) or ends.embeddings.get(param):
         return Role("adamw", end)
-    return _linear_role(name, shape, modules, ends, param) if is_linear else None
+    return _linear_role(name, shape, modules) if is_linear else None
 
 
-def _linear_role(
-    name: str, shape: tuple[int, ...], modules: Mapping[str, nn.Module], ends: Ends, param: nn.Parameter
-) -> Role | None:
+def _linear_role(name: str, shape: tuple[int, ...], modules: Mapping[str, nn.Module]) -> Role | None:
     """Return the role of a Linear's weight."""
     path = name.rpartition(".")[0]
-    if is_router(name, modules) or path.endswith("router"):
+    counts = expert_counts(path, modules)
+    if is_router(name, modules) and shape[0] == shape[1] and not counts:
+        return Role("muon", "hidden matrix", flag="called a gate, but beside no experts")
+    is_scored = shape[0] in counts and _ROUTER.search(path.rpartition(".")[2])
+    if is_router(name, modules) or path.endswith("router") or is_scored or shape[0] in stack_counts(path, modules):
         return Role("adamw", "MoE router")
-    if _ROUTER.search(path.rpartition(".")[2]) and shape[0] in expert_counts(path, modules):
-        return Role("adamw", "MoE router")
-    if min(shape) == 1 and param is not ends.doubtful:
+    if min(shape) == 1:
         return Role("adamw", "one row or column")
     if "norm" in type(modules[path]).__name__.lower():
         return Role("muon", "hidden matrix")

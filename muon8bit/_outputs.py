@@ -23,13 +23,17 @@ _WORD = re.compile(
 )
 # Leaves that mean one at the end of a user's own model.
 _OWN_WORD = re.compile(
-    r"^(fc\w*|out|outputs?|output_\w+|final\w*|last\w*|to_\w+|\w+_out|decoder|generator|cls|proj_out|linear_out|readout"
+    r"^(fc\w*|out|outputs?|output_\w+|final\w*|last\w*|to_(logits|out|rgb|pixels|classes|patch\w*)|\w+_out|decoder|generator|cls|proj_out|linear_out|readout"
     r"|top|policy|value|q_values?|actor|critic)$",
     re.IGNORECASE,
 )
 _OUT = re.compile(r"(^|\.)(out|output)$")
-_ATTENTION = re.compile(r"attn|attention|(multi|_)head_|talking|pos_head|points?_head", re.IGNORECASE)
-_PROJECTION = re.compile(r"^(w?[qkv]|to_[qkv]|(query|key|value|[qkv])(_(proj|lin|linear|layer|a_proj|b_proj))?)$")
+_ATTENTION = re.compile(
+    r"attn|attention|(multi|_)head_|talking|pos_head|points?_head|ada_?ln|modulation", re.IGNORECASE
+)
+_PROJECTION = re.compile(
+    r"^(w?[qkv]|(to_)?(q|k|v|qk|kv|qkv)|(query|key|value|[qkv])(_(proj|lin|linear|layer|a_proj|b_proj))?)$"
+)
 # Keys of configs that count what an output has a row for.
 _SIZE_KEY = re.compile(r"vocab|^n(um)?_\w*(labels|classes)$|codebook_size$|^num_answers$", re.IGNORECASE)
 POSITIONS = re.compile(
@@ -85,16 +89,22 @@ def _why_head(path: str, rows: int, sizes: set[int], flow: Flow) -> str:
     outer, inner = _scope(path)
     is_named = any(map(_WORD.search, (*outer[-1:], *inner[-2:]) if inner else outer))
     is_sized = rows in sizes and (is_named or not flow.takes(rows))
-    if is_sized and (not flow.is_taken(path, rows) or not flow.takes(rows)):
+    is_taken = flow.is_taken(path, rows, any_order=any(map(_WORD.search, outer[:-1])))
+    if is_sized and not is_taken:
         return f"output head: {rows:,} rows, as a vocabulary, labels or a codebook has"
-    if rows in sizes and not inner and _OUT.search(path) and not flow.is_taken(path.rpartition(".")[0], rows):
+    if (
+        rows in sizes
+        and not inner
+        and _OUT.search(path)
+        and not flow.is_taken(path.rpartition(".")[0], rows, any_order=False)
+    ):
         return f"output head, by its name and {rows:,} rows"
     is_placed = is_named and (not inner or _WORD.search(outer[-1]) is not None)
-    return "output head, by its name and place" if is_placed and not flow.is_taken(path, rows) else ""
+    return "output head, by its name and place" if is_placed and not is_taken else ""
 
 
 def _is_attention(path: str) -> bool:
-    """Whether the Linear at `path` is a projection of attention."""
+    """Whether the Linear at `path` is a projection of attention, or makes what modulates another layer."""
     parts = path.split(".")
     return _PROJECTION.search(parts[-1]) is not None or any(map(_ATTENTION.search, parts[-2:]))
 
@@ -117,8 +127,8 @@ def _find_last(modules: Mapping[str, nn.Module], linears: Sequence[Linear], ends
     last, weight, _ = own[-1]
     for path, own_weight, (rows, _) in own:
         outer, inner = _scope(path)
-        is_named = not inner and bool(outer) and _OWN_WORD.search(outer[-1]) is not None
-        if is_named and not flow.is_taken(path, rows) and (path == last or not flow.takes(rows)):
+        is_named = not inner and not _is_attention(path) and any(map(_OWN_WORD.search, outer[-2:]))
+        if is_named and not flow.is_taken(path, rows, any_order=False) and (path == last or not flow.takes(rows)):
             ends.heads.setdefault(own_weight, "output head, by its name and place")
     if weight in ends.heads or weight in ends.embeddings:
         ends.doubtful = None

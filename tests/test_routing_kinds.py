@@ -52,6 +52,7 @@ HEADS: dict[str, Callable[[], Any]] = {
     "project": lambda: nn.Linear(16, 24),
     "output": lambda: nn.Linear(16, 40),
     "score_head": lambda: nn.Linear(16, 3),
+    "final_layer": lambda: nn.ModuleDict({"adaLN_modulation": nn.Linear(16, 32), "linear": nn.Linear(16, 9)}),
 }
 
 
@@ -124,18 +125,19 @@ def test_a_linear_whose_class_is_called_norm_is_a_matrix() -> None:
 
 
 class Mixture(nn.Module):
-    """Experts of three layouts, none called `experts`, and a router that is called `pick_gate`."""
+    """Experts of three layouts, none called `experts`, and a router that is called `switch`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.w_in, self.w_out = nn.Parameter(torch.zeros(4, 24, 16)), nn.Parameter(torch.zeros(4, 16, 24))
-        self.pick_gate = nn.Linear(16, 4)
+        self.switch = nn.Linear(16, 4)
         self.table = nn.Parameter(torch.zeros(3, 5, 6))
 
 
 def test_stacks_are_found_by_siblings_and_a_router() -> None:
     routes = routes_of(lambda: Model(mix=Mixture()))
-    assert {n: routes[f"mix.{n}"].algorithm for n in ("w_in", "w_out", "table")} == {
+    assert {n: routes[f"mix.{n}"].algorithm for n in ("w_in", "w_out", "table", "switch.weight")} == {
+        "switch.weight": "adamw",
         "w_in": "muon",
         "w_out": "muon",
         "table": "adamw",
