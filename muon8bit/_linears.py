@@ -60,15 +60,16 @@ class Flow:
     def is_taken(self, path: str, size: int, *, any_order: bool) -> bool:
         """Whether a module beside `path` takes vectors of this size, or one around that.
 
-        Numbered layers are looked into only from inside. A convolution must come later, and so must what is not beside,
-        unless `any_order`.
+        Numbered layers are looked into only from inside. A convolution must come later, and so must what is at the top
+        of the model or not beside, unless `any_order`, as where a sum goes on to what came before.
         """
         place = self._order.get(path, 0)
         takers = self._takers.get(size, [])
         later = [p for p in takers if self._order[p] > place]
         beside = [p for p in takers if p not in self._convolutions or self._order[p] > place]
         parent = path.rpartition(".")[0]
-        return _is_in(parent, beside, path) or _is_in(parent.rpartition(".")[0], beside if any_order else later, path)
+        around = beside if any_order else later
+        return _is_in(parent, beside if parent else around, path) or _is_in(parent.rpartition(".")[0], around, path)
 
     def is_given(self, path: str, size: int) -> bool:
         """Whether a module beside `path`, or one level further out, gives vectors of this size."""

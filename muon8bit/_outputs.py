@@ -63,7 +63,7 @@ def add_outputs(model: nn.Module, ends: Ends) -> None:
     for path, weight, (rows, cols) in linears:
         if weight in ends.heads or weight in ends.embeddings or _is_attention(path):
             continue
-        if reason := _why_head(path, rows, sizes, flow):
+        if reason := _why_head(path, rows, cols, sizes, flow):
             ends.heads[weight] = reason
         elif not _scope(path)[1] and cols in tokens - dims and cols > rows and not flow.is_given(path, cols):
             ends.embeddings[weight] = "table: a column for each token"
@@ -81,7 +81,7 @@ def _linears(model: nn.Module) -> Iterator[Linear]:
             yield WRAPPERS.sub("", path), weight, shape
 
 
-def _why_head(path: str, rows: int, sizes: set[int], flow: Flow) -> str:
+def _why_head(path: str, rows: int, cols: int, sizes: set[int], flow: Flow) -> str:
     """Say why the Linear at `path` is an output head; empty if it is none.
 
     Inside numbered layers the word must stand beside the numbers.
@@ -89,7 +89,7 @@ def _why_head(path: str, rows: int, sizes: set[int], flow: Flow) -> str:
     outer, inner = _scope(path)
     is_named = any(map(_WORD.search, (*outer[-1:], *inner[-2:]) if inner else outer))
     is_sized = rows in sizes and (is_named or not flow.takes(rows))
-    is_taken = flow.is_taken(path, rows, any_order=any(map(_WORD.search, outer[:-1])))
+    is_taken = flow.is_taken(path, rows, any_order=rows == cols)
     if is_sized and not is_taken:
         return f"output head: {rows:,} rows, as a vocabulary, labels or a codebook has"
     if (
