@@ -324,8 +324,9 @@ class Muon8bit(SharingOptimizer):
 
     @property
     def num_skipped_steps(self) -> int:
-        """Steps that `on_nonfinite="skip"` left out so far; on CUDA waits for the last one."""
-        if self.on_nonfinite == "skip":
+        """Steps that `on_nonfinite="skip"` or a GradScaler left out so far; on CUDA waits for the last one."""
+        self._learn()
+        if self._untold is not None and (self.on_nonfinite == "skip" or self._untold[2]):
             self._settle()
         return self._num_skipped_steps
 

@@ -281,3 +281,42 @@ for _mode, _ranks in {"fsdp": 2, "ddp": 2}.items():
     check(f"{_mode} on {_ranks}: a step keeps to its workspace", ranks=_ranks)(
         partial(keeps_to_workspace, mode=_mode, ranks=_ranks)
     )
+
+
+def scaled(world, mode):
+    """What a GradScaler finds on one rank is all ranks': none writes. Else the step is that of unscaled gradients."""
+    placed, more = arm(world, mode, 3)
+    shapes = {**MATRICES, **EXPERTS}
+    run, twin = (Run(shapes, torch.float32, placed, **more).train([1]) for _ in range(2))
+    optimizer = run.optimizer
+    optimizer.grad_scale = torch.tensor(8.0)
+    for seed, found in ((2, float(dist.get_rank() == 1)), (3, 0.0)):
+        optimizer.found_inf = torch.tensor(found)
+        run.set_grads(seed)
+        for param in run.params.values():
+            param.grad = param.grad * 8.0
+        optimizer.step()
+    assert optimizer.num_skipped_steps == 1
+    twin.train([3])
+    assert_same(run.state_whole(), twin.state_whole())
+    assert_same(run.params_whole(), twin.params_whole())
+
+
+def maximized(world, mode):
+    """The step of the negated gradient, to the bit."""
+    placed, more = arm(world, mode, 3)
+    shapes = {**MATRICES, **EXPERTS}
+    run = Run(shapes, torch.float32, placed, maximize=True, **more).train([1, 2])
+    twin = Run(shapes, torch.float32, placed, **more)
+    for seed in (1, 2):
+        twin.set_grads(seed)
+        for param in twin.params.values():
+            param.grad = -param.grad
+        twin.optimizer.step()
+    assert_same(run.state_whole(), twin.state_whole())
+    assert_same(run.params_whole(), twin.params_whole())
+
+
+for _mode in ("fsdp", "ddp", "sharded state"):
+    check(f"{_mode} on 3: a GradScaler", ranks=3)(partial(scaled, mode=_mode))
+    check(f"{_mode} on 3: maximize", ranks=3)(partial(maximized, mode=_mode))
