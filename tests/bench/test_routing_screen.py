@@ -5,7 +5,8 @@ import sys
 import pytest
 import transformers
 from bench import routing_screen
-from bench.routing_screen import BUILT, Row, main, read, reason_of, screen, screen_one
+from bench.routing_screen import main, reason_of, screen, screen_one
+from bench.screen_record import BUILT, Row, read
 
 TEXT = (
     "LlamaForCausalLM GPT2LMHeadModel OPTForCausalLM BloomForCausalLM FalconForCausalLM Phi3ForCausalLM "
