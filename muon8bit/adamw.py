@@ -90,11 +90,14 @@ def step_(
         _adamw(*of, group, options)
 
 
-def copied_bytes(param: Tensor, grad: Tensor, options: Options) -> int:
+def copied_bytes(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], options: Options) -> int:
     """Return the bytes of the fp32 copies of a parameter and its gradient that `step_` has at once, if any."""
     if all(t.dtype == torch.float32 and t.is_contiguous() for t in (param, grad)):
         return 0
-    return 8 * min(param.numel(), options.workspace_bytes // _COPY_BYTES)
+    chunk = options.workspace_bytes // _COPY_BYTES
+    if is_8bit(state):
+        chunk = adamw8.chunk_size(param.device.type, options.workspace_bytes)
+    return 8 * min(param.numel(), chunk)
 
 
 def _step_through_copies(

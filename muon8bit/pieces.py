@@ -103,7 +103,7 @@ def _job(pieces: Sequence[Piece], group: dict[str, Any], options: Options, commi
     # Each part starts from the old counter, so that only the last may write it.
     read = [tensor for piece, tensor in tensors if tensor.ndim == 0 and not piece.is_last and _is_counter_staged(piece)]
     run = partial(_step, pieces, group, options, commit, len(written))
-    copies = max(adamw.copied_bytes(piece.param, piece.grad, options) for piece in pieces)
+    copies = max(adamw.copied_bytes(piece.param, piece.grad, piece.state, options) for piece in pieces)
     return Job(pieces[0].param.device, run, written, read, copies)
 
 
