@@ -71,6 +71,7 @@ _LACKING: dict[str, dict[str, Any]] = {
     "BridgeTowerConfig": {"contrastive_hidden_size": 512, "logit_scale_init_value": 2.6592},
     "CohereCompassTextConfig": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
     "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "ReformerConfig": {"is_decoder": True},
     "SiglipVisionConfig": {"num_attention_heads": 16},
     "Gemma4TextConfig": {"hidden_size_per_layer_input": 0},
 }
@@ -206,6 +207,8 @@ def _filled(cls: type[PreTrainedModel]) -> Any:
                 setattr(part, key, value)
         if vars(part).get("head_dim", 0) is None:
             part.head_dim = part.hidden_size // part.num_attention_heads
+        if vars(part).get("num_key_value_heads", 0) is None:
+            part.num_key_value_heads = part.num_attention_heads
         for key in ("layer_types", "mlp_layer_types"):
             if getattr(part, key, 0) is None:
                 kinds = ("full_attention", "conv") if key == "layer_types" else ("dense", "sparse")

@@ -56,7 +56,7 @@ def table(first: str, rows: Iterable[Row]) -> str:
         "",
         "| | classes |",
         "| --- | ---: |",
-        f"| model classes of transformers | {len(rows)} |",
+        f"| model classes of transformers, a module that cannot be imported as one | {len(rows)} |",
         f"| built on the meta device at default widths, of 8 layers | {len(built)} |",
         f"| of these with matrices for Muon | {sum(row.outcome == BUILT for row in built)} |",
         f"| parameters that went to Muon, to AdamW | {sum(r.muon for r in built):,}, {sum(r.adamw for r in built):,} |",

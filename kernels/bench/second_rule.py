@@ -100,6 +100,7 @@ def lost(model: nn.Module, placed: Mapping[str, Placed]) -> list[str]:
         place = _place(owners, placed)
         is_matrix = param.ndim == 2 and min(param.shape) >= 32 and _is_linear(owners[0].module)
         is_hidden = all(_HIDDEN.search(owner.name) and _LAYER.search(owner.name) for owner in owners)
+        is_hidden &= not any(facts.is_in_router(owner) for owner in owners)
         if place is None or place.algorithm == "muon" or not (is_matrix and is_hidden):
             continue
         if not any(facts.not_for_muon(param, owners)):
@@ -183,6 +184,11 @@ class Facts:
                 yield "decayed: table or latent"
             if _ELEMENTWISE.search(owner.local):
                 yield "decayed: element by element"
+
+    def is_in_router(self, owner: Owner) -> bool:
+        """Whether a matrix is one of a router of several layers."""
+        paths = [owner.path.rsplit(".", count)[0] for count in range(4)]
+        return any("router" in type(self.modules[path]).__name__.lower() for path in paths)
 
     def _is_beside_experts(self, owner: Owner) -> bool:
         """Whether the module that owns a matrix, or one of the two around it, has experts for a child."""
