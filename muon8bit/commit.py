@@ -11,18 +11,30 @@ from collections.abc import Callable
 
 
 class Commit:
-    """Whether a step has begun to write. Call it before the first write; `then` runs at that moment, once."""
+    """Whether a step has begun to write. Call it before the first write; `then` runs at that moment, once.
 
-    def __init__(self) -> None:
-        self.is_done = False
+    Args:
+        confirm: called just before that moment, once; what it raises leaves the step not begun.
+    """
+
+    def __init__(self, confirm: Callable[[], None] | None = None) -> None:
+        self.is_done, self.is_confirmed = False, confirm is None
+        self._confirm = confirm
         self._actions: list[Callable[[], None]] = []
 
     def then(self, action: Callable[[], None]) -> None:
         """Add what is to be done first of all that is written."""
         self._actions.append(action)
 
+    def confirm(self) -> None:
+        """Ask whether the other ranks go on too, for what cannot be held back until `commit` itself is called."""
+        if not self.is_confirmed and self._confirm is not None:
+            self._confirm()
+            self.is_confirmed = True
+
     def __call__(self) -> None:
         if not self.is_done:
+            self.confirm()
             self.is_done = True
             for action in self._actions:
                 action()

@@ -61,6 +61,9 @@ DEFAULT_ADAMW_BITS: Bits = 32
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
 # Less makes no sense: on a CPU the passes over the momentum work on pieces of up to 10 MiB.
 MIN_WORKSPACE_BYTES = 32 * 2**20
+# Seconds that a rank waits for the others inside a step.
+DEFAULT_STEP_TIMEOUT = 60.0
+MAX_STEP_TIMEOUT = 10**6
 # Of the workspace, for sums, norms and tables of addresses.
 SMALL_WORKSPACE_BYTES = 2**20
 
@@ -108,6 +111,7 @@ def check_running(
     backend: Any,
     workspace_bytes: Any,
     state_device: Any,
+    step_timeout: Any,
 ) -> None:
     """Check what the optimizer as a whole is asked for, besides its groups.
 
@@ -124,6 +128,9 @@ def check_running(
         raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
     if type(workspace_bytes) is not int or workspace_bytes < MIN_WORKSPACE_BYTES:
         raise ValueError(f"workspace_bytes must be an int of at least {MIN_WORKSPACE_BYTES}, not {workspace_bytes!r}")
+    is_number = isinstance(step_timeout, int | float) and not isinstance(step_timeout, bool)
+    if not is_number or not 0 < step_timeout < MAX_STEP_TIMEOUT:  # NaN is not
+        raise ValueError(f"step_timeout must be seconds > 0 and < {MAX_STEP_TIMEOUT}, not {step_timeout!r}")
     if state_device is not None and not (isinstance(state_device, str) and state_device in STATE_DEVICES):
         raise ValueError(
             f"state_device must be None, which keeps the state with the parameters, or 'cpu', not {state_device!r}: it "

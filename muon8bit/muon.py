@@ -93,6 +93,7 @@ def _step_whole(
     path = choose(rows, cols, schedule, device_kind(device), options.ns_dtype)
     norms = frobenius_norm(batch.sumsq, eps=group["eps"], factor=schedule.norm_factor)
     if path.tiny:
+        commit.confirm()
         _step_tiny(batch, norms, group, schedule, options)
         commit()  # only now: what fails in one launch has not been launched
         return

@@ -19,6 +19,7 @@ from .config import (
     DEFAULT_LR,
     DEFAULT_MOMENTUM,
     DEFAULT_NS_STEPS,
+    DEFAULT_STEP_TIMEOUT,
     DEFAULT_WEIGHT_DECAY,
     DEFAULT_WORKSPACE_BYTES,
     STATE_KEYS,
@@ -48,6 +49,8 @@ from .staging import Staging
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from .distributed import Gathering, Team
 
 
 class Muon8bit(SharingOptimizer):
@@ -102,6 +105,10 @@ class Muon8bit(SharingOptimizer):
         process_group: of ranks with equal parameters and gradients (DDP): they divide the orthogonalization among them.
             None: plain parameters need no communication. Beside sharded parameters on a mesh of several dimensions
             that is not the whole world, a group of just its ranks.
+        step_timeout: seconds that a rank waits inside a step for the others that share its matrices. One that is
+            killed, stops, or fails when it has begun to write then ends the step on all, with the cause. How long a
+            rank waits for others that have not come to `step()` yet says the process group's own timeout. Waited for on
+            the host by gloo; by NCCL's watchdog, which ends the process.
         shard_state: keep of every momentum only some rows on each rank of `process_group`; AdamW's state stays whole.
             Then `state_dict()` needs `consolidate_state_dict` or `sharded_state_dict` first.
         maximize: go up the gradient: the step is that of the negated gradient, to the bit. Also a key of every group.
@@ -159,6 +166,7 @@ class Muon8bit(SharingOptimizer):
         fused: bool | None = None,
         capturable: bool | None = False,
         differentiable: bool | None = False,
+        step_timeout: float = DEFAULT_STEP_TIMEOUT,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -187,9 +195,11 @@ class Muon8bit(SharingOptimizer):
             backend=backend,
             workspace_bytes=workspace_bytes,
             state_device=state_device,
+            step_timeout=step_timeout,
         )
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
+        self.step_timeout = step_timeout
         self._num_calls = self._num_skipped_steps = 0
         self._pending: Verdict | PartialVerdict | None = None  # of the last step, if that did not wait for it
         self._untold: tuple[list[str], int, bool] | None = None  # what was learned of it by others than `step`
@@ -235,55 +245,82 @@ class Muon8bit(SharingOptimizer):
                 `state_dict()` then refuse, until a state is loaded.
         """
         phases.check_not_captured()
-        self._check_whole()
+        if self._team is None:
+            self._check_whole()
         self._settle()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._num_calls += 1
-        of_all = Options(self.ns_dtype, self.backend, self.workspace_bytes)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        options = replace(of_all, grad_scale=getattr(self, "grad_scale", None))
         team = self._find_team()
         if phases.is_dry(self.param_groups):
+            self._check_whole()
             self._check_groups()
             check_grads(self.param_groups)
             phases.dry_run(self.param_groups, self.state, team, self._staging)
             self._consolidated = None
             rounding.advance(self.param_groups)
             return loss
+        if team is not None:
+            self._arrive(team)
+        with self._committing(team) as commit:
+            self._step(team, commit)
+        return loss
 
-        def read() -> list[phases.Work]:
+    def _step(self, team: Team | None, commit: Commit) -> None:
+        """Read, decide whether the gradients are finite, and write."""
+        of_all = Options(self.ns_dtype, self.backend, self.workspace_bytes)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        options = replace(of_all, grad_scale=getattr(self, "grad_scale", None))
+
+        def read() -> tuple[list[phases.Work], Gathering | None]:
             self._check_groups()
             check_grads(self.param_groups)
-            return phases.read(self.param_groups, self.state, options, team, self._staging)
+            work = phases.read(self.param_groups, self.state, options, team, self._staging)
+            return work, phases.gathering(work, team, options, found_inf) if team else None
 
         is_scaled = found_inf is not None
         alike = of_all, self.on_nonfinite, self.shard_state, is_scaled
-        work = team.agree(read, self.param_groups, self.state, alike) if team else read()
-        verdict = Verdict(phases.found(work, team, options, found_inf), self._num_calls, is_scaled=is_scaled)
+        work, gathering = team.agree(read, self.param_groups, self.state, alike) if team else read()
+        found = phases.found(work, team, gathering, found_inf)
+        verdict = Verdict(found, self._num_calls, is_scaled=is_scaled)
         wait = self.on_nonfinite == "raise_at_once" or not verdict.is_asynchronous
         if wait and (names := verdict.nonfinite_names()):
             self._refuse(names, verdict.step, is_scaled)
-            return loss
+            return
         pending = None if wait else verdict
-        with self._committing() as commit:
-            phases.write(work, self.state, options, pending, team, self._staging, commit)
-            rounding.advance(self.param_groups)
-            self._pending = pending  # only now: settling takes back what was advanced
-            self._consolidated = None
-        return loss
+        phases.write(work, self.state, options, pending, team, self._staging, commit)
+        rounding.advance(self.param_groups)
+        self._pending = pending  # only now: settling takes back what was advanced
+        self._consolidated = None
+
+    def _arrive(self, team: Team) -> None:
+        """Meet the other ranks. If a step failed on one of them when it had begun to write, all refuse to go on."""
+        failure: Exception | None = None
+        try:
+            self._check_whole()
+        except RuntimeError as error:
+            failure = error
+        try:
+            team.arrive(failure)
+        except RuntimeError as error:
+            if team.is_told and self._failure is None:  # no other failure is told here
+                self._failure = str(error)
+            raise
 
     @contextmanager
-    def _committing(self, *, has_begun: bool = False) -> Iterator[Commit]:
-        """Mark the optimizer where a step fails after its `Commit`, or, with `has_begun`, at all."""
-        commit = Commit()
+    def _committing(self, team: Team | None = None, *, has_begun: bool = False) -> Iterator[Commit]:
+        """Mark the optimizer where a step fails after its `Commit`, or, with `has_begun`, at all; and see that the
+        other ranks learn of it."""
+        commit = Commit(team.confirm if team is not None else None)
         try:
             yield commit
         except BaseException as error:
             if commit.is_done or has_begun:
                 self._failure = f"{type(error).__name__}: {error}"
+            if team is not None and not isinstance(error, NonFiniteGradientError):  # which all ranks raise
+                team.failed(error, is_agreed=commit.is_confirmed)
             raise
 
     def _check_whole(self) -> None:
@@ -349,7 +386,7 @@ class Muon8bit(SharingOptimizer):
         self._check_whole()
         self._learn()
         self._staging.synchronize()
-        own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes"]
+        own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes", "step_timeout"]
         own += ["_num_calls", "_num_skipped_steps", "_pending", "_untold", "_failure"]
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 

@@ -21,7 +21,7 @@ from .stacks import Batch, Stack, stacks_of
 from .staging import Job, Staging
 
 if TYPE_CHECKING:
-    from .distributed import Bundle, Team
+    from .distributed import Bundle, Gathering, Team
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -53,15 +53,17 @@ class Work:
         for device, members in by_device.items():
             yield [entry.index for entry in members], _sums_of_squares([entry.grad for entry in members], device)
 
-    def flags(self) -> tuple[list[int], list[Tensor]]:
-        """The parameters that are no matter of `bundles`, on which ranks agree, and of each whether this rank's
-        gradient is finite: 0-d fp32, 0 or NaN."""
+    def indices(self) -> list[int]:
+        """The parameters that are no matter of `bundles`, on which ranks agree."""
+        return [entry.index for entry in self.entries if not entry.is_shared]
+
+    def flags(self) -> list[Tensor]:
+        """Of each of `indices` whether this rank's gradient is finite: 0-d fp32, 0 or NaN."""
         by_index: dict[int, list[Tensor]] = {e.index: [] for e in self.entries if not e.is_shared}
         for indices, sumsq in self._sums():
             for index, value in zip(indices, (sumsq * 0).unbind(), strict=True):
                 by_index[index].append(value)
-        values = [sum(flags[1:], flags[0]) if flags else self._no_flag() for flags in by_index.values()]
-        return list(by_index), values
+        return [sum(flags[1:], flags[0]) if flags else self._no_flag() for flags in by_index.values()]
 
     def _no_flag(self) -> Tensor:
         """Of a parameter without elements on this rank."""
@@ -82,29 +84,39 @@ def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([pair.float().square().sum() for pair in ends])
 
 
+def _of_scaler(found_inf: Tensor | None) -> Tensor:
+    """Return 0 where a GradScaler has found all gradients finite, else NaN: 0-d fp32."""
+    assert found_inf is not None
+    return torch.where(found_inf.reshape(()) != 0, torch.nan, 0.0)
+
+
+def gathering(work: Sequence[Work], team: Team, options: Options, found_inf: Tensor | None) -> Gathering:
+    """What this rank gives to the step's all-gather: computed and allocated, without communication."""
+    values = [] if found_inf is None else [_of_scaler(found_inf).to(team.device)]
+    values += [value for members in work for value in members.flags()]
+    bundles = [bundle for members in work for bundle in members.bundles]
+    none = torch.zeros(0, dtype=torch.float32, device=team.device)
+    return team.gathering(bundles, torch.stack(values) if values else none, _on(team.device, options, None))
+
+
 def found(
-    work: Sequence[Work], team: Team | None, options: Options, found_inf: Tensor | None = None
+    work: Sequence[Work],
+    team: Team | None = None,
+    gathering: Gathering | None = None,
+    found_inf: Tensor | None = None,
 ) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
     """What `Verdict` takes, of all groups; with a team it is that of all ranks, and the bundles have their norms."""
     namers: list[Callable[[], list[str]]] = []
-    values: list[Tensor] = []
-    if found_inf is not None:  # a GradScaler's
+    if found_inf is not None:
         namers.append(lambda: ["what the GradScaler has looked at"])
-        values.append(torch.where(found_inf.reshape(()) != 0, torch.nan, 0.0))
-    if team is None:
-        for namer, value in zip(namers, values, strict=True):
-            yield namer, (value == 0).view(1)
+    if team is None or gathering is None:
+        for namer in namers:
+            yield namer, (_of_scaler(found_inf) == 0).view(1)
         for members in work:
             yield from members.found()
         return
-    values = [value.to(team.device) for value in values]
-    for members in work:
-        indices, flags = members.flags()
-        namers.append(members.namer(indices))
-        values += flags
-    bundles = [bundle for members in work for bundle in members.bundles]
-    none = torch.zeros(0, dtype=torch.float32, device=team.device)
-    everywhere = team.gather(bundles, torch.stack(values) if values else none, options)
+    namers += [members.namer(members.indices()) for members in work]
+    everywhere = gathering.run(team.transport)
     yield lambda: [name for namer in namers for name in namer()], everywhere == 0
     for members in work:
         for bundle in members.bundles:
@@ -207,8 +219,35 @@ def write(
     """Second phase; with a verdict that is not yet known, its `skip` keeps the kernels from writing.
 
     State is made, memory is tried, and the first matrices are orthogonalized before `commit`: what raises until then
-    has changed nothing.
+    has changed nothing. Ranks confirm twice that all go on: when each has what it needs,
+    and when the first matrices are orthogonalized, which is `commit`'s.
     """
+    bundles = [bundle for members in work for bundle in members.bundles]
+    shared = team.rounds(bundles, _on(team.device, options, verdict)) if team is not None else None
+    jobs = _prepared(work, state, options, verdict, staging, commit)
+    if shared is not None:
+        shared.pack()
+    if team is not None:
+        team.confirm()
+    if shared is not None:
+        shared.iterate()
+    staging.run(jobs)
+    commit()
+    if shared is not None:
+        shared.write()
+    if team is not None:
+        team.finish()
+
+
+def _prepared(
+    work: Sequence[Work],
+    state: State,
+    options: Options,
+    verdict: Verdict | None,
+    staging: Staging,
+    commit: Commit,
+) -> list[Job]:
+    """The jobs of what is this rank's own, with the state that they need, and memory tried."""
     new = {
         entry.param: new_state(entry, members.group, staging)
         for members in work
@@ -238,11 +277,7 @@ def write(
     for device in {job.device for job in jobs}:  # the allocator keeps it for the jobs
         size = max(job.workspace_bytes for job in jobs if job.device == device)
         torch.empty(size, dtype=torch.uint8, device=device)
-    staging.run(jobs)
-    commit()
-    if team is not None:
-        bundles = [bundle for members in work for bundle in members.bundles]
-        team.write(bundles, _on(team.device, options, verdict))
+    return jobs
 
 
 def _pieces(work: Work, state: Mapping[Tensor, dict[str, Any]]) -> dict[torch.device, list[Piece]]:

@@ -101,7 +101,7 @@ class GradientRelease:
             return
         with optimizer._committing(has_begun=bool(self._verdicts)) as commit:
             work = phases.read([alone], optimizer.state, options, None, optimizer._staging, place.param_index)
-            verdict = Verdict(phases.found(work, None, options), optimizer._num_calls + 1)
+            verdict = Verdict(phases.found(work), optimizer._num_calls + 1)
             if verdict.is_asynchronous or not verdict.nonfinite_names():
                 pending = verdict if verdict.is_asynchronous else None
                 phases.write(work, optimizer.state, options, pending, None, optimizer._staging, commit)

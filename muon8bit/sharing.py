@@ -34,6 +34,8 @@ class SharingOptimizer(Optimizer):
         NotImplementedError: for `state_device` with a process group, or with a sharded parameter, by name.
     """
 
+    step_timeout: float
+
     def __init__(
         self,
         params: ParamsT,
@@ -95,7 +97,7 @@ class SharingOptimizer(Optimizer):
         self._check_unshared("sharded parameters")
         from .distributed import team_of
 
-        self._team = team_of(params, self.process_group, self.shard_state, self._team)
+        self._team = team_of(params, self.process_group, self.shard_state, self.step_timeout, self._team)
         return self._team
 
     def state_dict(self) -> dict[str, Any]:

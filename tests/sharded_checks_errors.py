@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,8 @@ from sharded_runs import MATRICES, VECTORS, Run, assert_same, on_mesh, raises
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from muon8bit import Muon8bit
-from muon8bit.distributed import team
+from muon8bit.distributed import matrices, team
+from muon8bit.orthogonalize import RATES, device_kind, rates_of
 
 RANK = 2  # that sees the error
 
@@ -70,16 +72,35 @@ def _(world):
     raises(RuntimeError, ["state", "bias, ", "on rank 0, not on rank 1", "Load"], lambda: fresh.train([2]))
 
 
-@check("ranks with other devices all raise", ranks=3)
-def _(world):
+def on_another_device(world, rates):
+    """A step where one rank has a device of another model, with these rates."""
     run = Run(MATRICES, torch.float32, on_mesh(world.lines[3], [Shard(0)]))
-    original = team.device_kind
+    originals = team.device_kind, matrices.device_kind
     if dist.get_rank() == 1:
-        team.device_kind = lambda _: "cpu_of_tomorrow"
+        RATES["cpu_of_tomorrow"] = rates
+        team.device_kind = matrices.device_kind = lambda _: "cpu_of_tomorrow"
     try:
-        raises(RuntimeError, ["rank 1", "cpu_of_tomorrow"], lambda: run.train([1]))
+        return run.train([1])
     finally:
-        team.device_kind = original
+        team.device_kind, matrices.device_kind = originals
+        RATES.pop("cpu_of_tomorrow", None)
+
+
+@check("ranks with devices that take other paths all raise", ranks=3)
+def _(world):
+    raises(
+        RuntimeError, ["rank 1", "gram=0.125"], lambda: on_another_device(world, replace(rates_of_cpu(), gram=0.125))
+    )
+
+
+@check("devices of another name that take the same paths go together", ranks=3)
+def _(world):
+    run = on_another_device(world, rates_of_cpu())
+    assert_same(run.state_whole(), Run(MATRICES, torch.float32, torch.clone).train([1]).state_whole())
+
+
+def rates_of_cpu():
+    return rates_of(device_kind(torch.device("cpu")))
 
 
 @check("keys of a group that are not the optimizer's may differ", ranks=3)

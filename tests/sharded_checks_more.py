@@ -72,7 +72,7 @@ def equal_bytes(world, mode, ranks):
     run = Run({**MATRICES, **EXPERTS, "tall": (48, 3)}, torch.bfloat16, placed, **more, ns_dtype=torch.bfloat16)
     bundles = []
     team = run.train([1]).optimizer._team
-    gather, team.gather = team.gather, lambda found, *rest: bundles.extend(found) or gather(found, *rest)
+    gathering, team.gathering = team.gathering, lambda found, *rest: bundles.extend(found) or gathering(found, *rest)
     before = (team.traffic.gathered, team.traffic.sent, team.traffic.received)
     run.train([2])
     rank, plan = team.transport.rank, team.plan(bundles, _options(run))

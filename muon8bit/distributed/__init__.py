@@ -5,11 +5,14 @@ matrices     what lies on several ranks, as this rank sees it
 gathering    norms of whole matrices and the verdict on all gradients: one all-gather
 rounds       the second phase: parts to the owner, Newton-Schulz, parts back
 transport    collectives, with their bytes counted
+watch        bounded waits inside a step, and the cause when a rank does not come
 team         all of it for one optimizer
 """
 
+from .gathering import Gathering
 from .layout import Layout, check_placements
 from .matrices import Bundle
 from .team import Team, check_group, team_of
+from .watch import RanksError
 
-__all__ = ["Bundle", "Layout", "Team", "check_group", "check_placements", "team_of"]
+__all__ = ["Bundle", "Gathering", "Layout", "RanksError", "Team", "check_group", "check_placements", "team_of"]

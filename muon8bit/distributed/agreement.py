@@ -3,22 +3,24 @@ which have state; and an error that one of them has met is an error on all.
 
 Four hashes a rank travel at every step; only where these differ are the texts compared, so that the error can name the
 difference. All ranks see the same hashes, so all raise or none. The host waits for them: by a backend for the CPU if
-the group has one (the default of `init_process_group` has), else by the device's.
+the group has one (the default of `init_process_group` has), else by the device's, which waits for all that is queued
+there. `init_process_group(backend="cpu:gloo,cuda:nccl")` gives a group that was made for NCCL alone both.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from secrets import randbits
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ..groups import group_keys
-from .transport import all_gather_single
+from .transport import Transport
 
 # What may differ besides the groups, and what to do then.
 _PARAMETERS = (
@@ -27,8 +29,55 @@ _PARAMETERS = (
 )
 
 
+def arrive(transport: Transport, device: torch.device, failure: Exception | None) -> None:
+    """Meet all ranks at the beginning of a step, as late as they come: the process group's own timeout governs.
+
+    Args:
+        failure: what keeps this rank from stepping.
+
+    Raises:
+        Exception: `failure`, where there is one.
+        RuntimeError: on every other rank, naming a rank and its failure.
+    """
+    device = wait_device(transport, device)
+    mine = torch.tensor([failure is not None, randbits(62)], dtype=torch.int64, device=device)
+    found = transport.all_gather(mine, is_arrival=True, is_counted=False).tolist()
+    transport.watch.token = f"{found[0][1]:x}"
+    _tell(transport, device, [bool(has_failed) for has_failed, _ in found], failure)
+
+
+def confirm(transport: Transport, device: torch.device, failure: BaseException | None) -> None:
+    """Go on only if no rank has failed. Arguments and errors: of `arrive`; the wait is bounded.
+
+    Raises:
+        RanksError: if a rank ended or stopped.
+    """
+    device = wait_device(transport, device)
+    mine = torch.tensor([failure is not None], dtype=torch.int64, device=device)
+    found = transport.all_gather(mine, is_counted=False).tolist()
+    _tell(transport, device, [bool(has_failed) for (has_failed,) in found], failure)
+
+
+def _tell(
+    transport: Transport, device: torch.device, has_failed: Sequence[bool], failure: BaseException | None
+) -> None:
+    """Raise on all ranks if any has failed."""
+    if not any(has_failed):
+        return
+    texts = transport.gather_texts("" if failure is None else f"{type(failure).__name__}: {failure}", device)
+    if failure is not None:
+        raise failure
+    rank = list(has_failed).index(True)
+    raise RuntimeError(f"rank {rank} cannot take this step: {texts[rank]}. Nothing changed in it")
+
+
+def wait_device(transport: Transport, device: torch.device) -> torch.device:
+    """Where ranks compare: on the CPU if the group can, so that nobody waits for the device."""
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config(transport.group) else device
+
+
 def agree(
-    group: ProcessGroup,
+    transport: Transport,
     device: torch.device,
     groups: Sequence[str],
     with_grad: Sequence[str],
@@ -46,24 +95,20 @@ def agree(
     Raises:
         Exception: `failure`, where there is one.
         RuntimeError: on every other rank, naming two ranks and the first difference, or a rank and its failure.
+        RanksError: if a rank ended or stopped.
     """
     failures = [] if failure is None else [f"{type(failure).__name__}: {failure}"]
     lines = [list(groups), list(with_grad), list(with_state), failures]
     hashes = [_hash(of) for of in lines]
-    if "cpu:" in dist.get_backend_config(group):
-        device = torch.device("cpu")
-    num_ranks = dist.get_world_size(group)
-    gathered = torch.empty(len(hashes) * num_ranks, dtype=torch.int64, device=device)
-    all_gather_single(gathered, torch.tensor(hashes, dtype=torch.int64, device=device), group=group)
-    found = gathered.view(num_ranks, len(hashes)).tolist()
-    texts: list[list[list[str]]] = [lines] * num_ranks
-    is_same = all(hashes == found[0] for hashes in found)
-    if not is_same:
-        dist.all_gather_object(texts, lines, group=group)
+    device = wait_device(transport, device)
+    mine = torch.tensor(hashes, dtype=torch.int64, device=device)
+    found = transport.all_gather(mine, is_counted=False).tolist()
+    if all(hashes == found[0] for hashes in found) and failure is None:
+        return
+    texts = [json.loads(text) for text in transport.gather_texts(json.dumps(lines), device)]
     if failure is not None:
         raise failure
-    if not is_same:
-        _refuse(texts)
+    _refuse(texts)
 
 
 def _hash(lines: Sequence[str]) -> int:
@@ -72,6 +117,10 @@ def _hash(lines: Sequence[str]) -> int:
 
 def _refuse(texts: list[list[list[str]]]) -> None:
     """Raise for the first difference. `texts`: of every rank the four lists that were hashed."""
+    failed = [(rank, lines[3][0]) for rank, lines in enumerate(texts) if lines[3]]
+    failures = [f"rank {rank} cannot take this step: {text}. Nothing changed" for rank, text in failed]
+    if any(lines[3] and not lines[0] for lines in texts):  # with groups that it cannot describe
+        raise RuntimeError(failures[0])
     other = next(rank for rank, lines in enumerate(texts) if lines != texts[0])
     if texts[other][0] != texts[0][0]:
         ours, theirs = texts[0][0], texts[other][0]
@@ -93,8 +142,7 @@ def _refuse(texts: list[list[list[str]]]) -> None:
             f"ranks disagree about which parameters have {what}: {shown} on rank {has}, not on rank {has_not}. "
             f"{way_out}. Nothing changed"
         )
-    rank, text = next((rank, lines[3][0]) for rank, lines in enumerate(texts) if lines[3])
-    raise RuntimeError(f"rank {rank} cannot take this step: {text}. Nothing changed")
+    raise RuntimeError(failures[0])
 
 
 def described(groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> list[str]:

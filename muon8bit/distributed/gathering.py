@@ -81,39 +81,46 @@ class _Slot:
         return scales
 
 
-def gather(bundles: Sequence[Bundle], flags: Tensor, transport: Transport, options: Options) -> Tensor:
-    """Settle the bundles' norms.
+class Gathering:
+    """The all-gather of one step, in halves: made, which reads and allocates all that it needs, and run.
 
     Args:
+        bundles: whose norms it settles.
         flags: fp32 [n], 0 where what is local to this rank is finite, of n parameters on which the ranks agree.
-
-    Returns:
-        [n], 0 where it is finite on all ranks.
+        rank, num_ranks: of the team.
+        options: of the step.
     """
-    slots = [_Slot(bundle) for bundle in bundles]
-    mine = [flags]
-    for bundle, slot in zip(bundles, slots, strict=True):
-        region = bundle.matrix.spread.held[transport.rank]
-        if region is not None:
-            mine.append(slot.contribution(sums_of_squares(bundle, region, options), transport.rank))
-    lengths = [len(flags) + sum(sizes) for sizes in zip(*(slot.sizes for slot in slots), strict=True)]
-    length = max(lengths, default=len(flags))
-    padding = length - sum(map(len, mine))
-    sent = torch.cat([*mine, flags.new_zeros(padding)])
-    gathered = transport.all_gather(sent)
-    place = [len(flags)] * transport.num_ranks
-    for bundle, slot in zip(bundles, slots, strict=True):
-        ends = [start + size for start, size in zip(place, slot.sizes, strict=True)]
-        parts = [numbers[start:end] for numbers, start, end in zip(gathered, place, ends, strict=True)]
-        bundle.settle(slot.total(parts))
-        region = bundle.matrix.spread.held[transport.rank]
-        if region is not None and slot.num_kinds == 2:
-            bundle.scales = slot.scales(parts, region)
-        place = ends
-    return gathered[:, : len(flags)].sum(0)
+
+    def __init__(self, bundles: Sequence[Bundle], flags: Tensor, rank: int, num_ranks: int, options: Options) -> None:
+        self._bundles, self._slots, self._num_flags = bundles, [_Slot(bundle) for bundle in bundles], len(flags)
+        mine = [flags]
+        for bundle, slot in zip(bundles, self._slots, strict=True):
+            region = bundle.matrix.spread.held[rank]
+            if region is not None:
+                mine.append(slot.contribution(sums_of_squares(bundle, region, options), rank))
+        lengths = [len(flags) + sum(sizes) for sizes in zip(*(slot.sizes for slot in self._slots), strict=True)]
+        length = max(lengths, default=len(flags))
+        self._sent = torch.cat([*mine, flags.new_zeros(length - sum(map(len, mine)))])
+        self._gathered = flags.new_empty(num_ranks * length)
+
+    def run(self, transport: Transport) -> Tensor:
+        """Settle the bundles' norms, with all ranks; returns [n], 0 where it is finite on all of them."""
+        transport.gather_into(self._gathered, self._sent)
+        transport.traffic.gathered += (transport.num_ranks - 1) * self._sent.nbytes
+        gathered = self._gathered.view(transport.num_ranks, -1)
+        place = [self._num_flags] * transport.num_ranks
+        for bundle, slot in zip(self._bundles, self._slots, strict=True):
+            ends = [start + size for start, size in zip(place, slot.sizes, strict=True)]
+            parts = [numbers[start:end] for numbers, start, end in zip(gathered, place, ends, strict=True)]
+            bundle.settle(slot.total(parts))
+            region = bundle.matrix.spread.held[transport.rank]
+            if region is not None and slot.num_kinds == 2:
+                bundle.scales = slot.scales(parts, region)
+            place = ends
+        return gathered[:, : self._num_flags].sum(0)
 
 
 def num_gathered(bundles: Sequence[Bundle], num_flags: int) -> list[int]:
-    """By rank, the numbers that it sends in `gather`, without padding: what `plan.gathered_bytes` takes."""
+    """By rank, the numbers that it sends in a `Gathering`, without padding: what `plan.gathered_bytes` takes."""
     sizes = [_Slot(bundle).sizes for bundle in bundles]
     return [num_flags + sum(of_rank) for of_rank in zip(*sizes, strict=True)]

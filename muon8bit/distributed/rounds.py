@@ -6,6 +6,7 @@
 
 On the route "gram" the parts stay: R = sum of the parts' Gram matrices goes to the owner, and the factor Q, with which
 O = Q X (or X Q), comes back. While a round is iterated, the next one's parts travel, and the last one's results.
+The first round alone is iterated before anything is written: what fails until then on any rank has changed nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .. import state
 from ..config import Options
 from ..muon import written
 from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, orthogonalize, partial_gram
-from ..stacks import gradients
+from ..stacks import gradients, momenta_on, momentum_tensors
 from ..update import factors, lr_ratio, update_params_
 from .matrices import Bundle, Member, is_cut, runs
 from .spread import Piece
@@ -36,22 +37,31 @@ NUM_SHARES = 12
 
 
 class Round:
-    """Matrices that are iterated together. Call `depart`, `iterate` and `land` in this order, on all ranks alike.
+    """Matrices that are iterated together. Call `pack`, `depart`, `iterate`, `give_back` and `land` in this order, on
+    all ranks alike. With `is_first` `pack` writes no momenta; call `keep` when they may be written.
 
     The parts of X travel all at once: a rank sends no more than its share of its replica's matrices. The results come
     back part by part, since a rank may want all of every owner's. What is sent lies in one buffer: where several ranks
     want the same, its owner has a copy for each of them there, beyond the workspace if the matrix is large.
     """
 
-    def __init__(self, parts: list[list[Item]], transport: Transport, options: Options, device: torch.device) -> None:
-        self.parts, self.items = parts, [item for part in parts for item in part]
+    def __init__(
+        self,
+        parts: list[list[Item]],
+        transport: Transport,
+        options: Options,
+        device: torch.device,
+        *,
+        is_first: bool = False,
+    ) -> None:
+        self.parts, self.items, self.is_first = parts, [item for part in parts for item in part], is_first
         self.transport, self.options, self.device = transport, options, device
         self.rank = transport.rank
         self.kept: dict[int, Tensor] = {}  # by matrix, this rank's part of X on the route "gram"
         self.results: list[Tensor] = []  # by matrix that this rank owns, until they have been sent
 
-    def depart(self) -> None:
-        """Write the new momenta, and send the parts of X, or their Gram matrices, to the owners."""
+    def pack(self) -> None:
+        """Write the new momenta, and make the parts of X, or their Gram matrices, ready to be sent to the owners."""
         outgoing: list[list[Tensor]] = [[] for _ in range(self.transport.num_ranks)]
         for item, X in self._applied():
             if item.is_gram:
@@ -62,7 +72,18 @@ class Round:
         for item in self._owned(self.items):
             for rank, region in item.stop.sources:
                 incoming[rank] += item.sent_bytes(region)
-        self.flight = self.transport.exchange(outgoing, incoming, self.device)
+        self.parcel = self.transport.packed(outgoing, incoming, self.device)
+
+    def depart(self) -> None:
+        """Send what `pack` has made."""
+        self.flight = self.transport.sent(self.parcel)
+        del self.parcel
+
+    def keep(self) -> None:
+        """Of the first round, write the new momenta; X, which comes out beside them, has been used by now."""
+        self.is_first = False
+        for _ in self._applied():
+            pass
 
     def _owned(self, items: Iterable[Item]) -> list[Item]:
         return [item for item in items if item.owner == self.rank]
@@ -77,7 +98,9 @@ class Round:
         for _, run in groupby(held, key=kind):
             items = list(run)
             shape = items[0].member.held.momentum.codes.shape[1:]  # type: ignore[union-attr]
-            size = max(1, self.options.workspace_bytes // NUM_SHARES // (8 * prod(shape)))  # X, and copies of gradients
+            # X, and copies of gradients; in the first round of momenta too
+            one = (12 if self.is_first else 8) * prod(shape)
+            size = max(1, self.options.workspace_bytes // NUM_SHARES // one)
             for start in range(0, len(items), size):
                 some = items[start : start + size]
                 X = self._apply(some)
@@ -90,7 +113,9 @@ class Round:
         shape = stacks[0].momentum.codes.shape[1:]
         X = torch.empty(len(items), *shape, dtype=bundle.matrix.path.dtype, device=self.device)
         grads = gradients(stacks)
-        momenta, skip = [stack.momentum for stack in stacks], self.options.skip
+        skip = self.options.skip
+        kept = [tensor.clone() for tensor in momentum_tensors(stacks)] if self.is_first else None
+        momenta = [stack.momentum for stack in momenta_on(stacks, kept)]
         region = bundle.matrix.spread.held[self.rank]
         if region is not None and is_cut(region, bundle.matrix):
             scales = None if bundle.scales is None else torch.stack([bundle.scales[item.place] for item in items])
@@ -101,7 +126,7 @@ class Round:
         return X
 
     def iterate(self) -> None:
-        """Orthogonalize what this rank owns, and send it, or the factor, to who wants a part."""
+        """Orthogonalize what this rank owns, or make the factor."""
         data, place = self.flight.landed(), [0] * self.transport.num_ranks
 
         def take(item: Item, piece: Piece) -> Tensor:
@@ -110,6 +135,9 @@ class Round:
             return typed(data[piece.rank][start:stop], item.sent_dtype).view(item.sent_shape(piece.region))
 
         self.results = list(self._orthogonalized(self._owned(self.items), take))
+
+    def give_back(self) -> None:
+        """Send the first part of the results to who wants them."""
         self.flight = self._returning(self.parts[0])
 
     def _returning(self, part: list[Item]) -> Flight:
@@ -126,7 +154,7 @@ class Round:
             wanted = item.target(self.rank)
             if wanted is not None:
                 incoming[item.owner] += item.returned_bytes(wanted)
-        return self.transport.exchange(outgoing, incoming, self.device)
+        return self.transport.sent(self.transport.packed(outgoing, incoming, self.device))
 
     def _orthogonalized(self, items: list[Item], take: Callable[[Item, Piece], Tensor]) -> Iterator[Tensor]:
         """In their order O, or the factor Q; those that can go through the iteration together do."""
@@ -201,20 +229,55 @@ def _update(members: list[Member], directions: Tensor, bundle: Bundle, options: 
         update_params_(params, directions, decay, scale, **places, skip=options.skip, backend=options.backend)
 
 
-def write(
-    bundles: Sequence[Bundle], timetable: Timetable, transport: Transport, options: Options, device: torch.device
-) -> None:
-    """Step all matrices of the bundles, numbered through in their order."""
-    places = [(bundle, place) for bundle in bundles for place in range(len(bundle.members))]
-    landing = flying = None
-    for parts in [*timetable, [], []]:
-        current = None
-        if parts:
-            items = [[Item(stop, *places[stop.number]) for stop in part] for part in parts]
-            current = Round(items, transport, options, device)
-            current.depart()
-        if flying is not None:
-            flying.iterate()
-        if landing is not None:
-            landing.land()
-        landing, flying = flying, current
+class Rounds:
+    """All rounds of a step. Call `pack`, `iterate` and `write` in this order, on all ranks alike: the last one writes.
+
+    Args:
+        bundles: whose matrices are numbered through in their order.
+        timetable: of their plan.
+        transport, options, device: of the team and the step.
+    """
+
+    def __init__(
+        self,
+        bundles: Sequence[Bundle],
+        timetable: Timetable,
+        transport: Transport,
+        options: Options,
+        device: torch.device,
+    ) -> None:
+        places = [(bundle, place) for bundle in bundles for place in range(len(bundle.members))]
+        self._how = transport, options, device
+        self._rounds = [
+            [[Item(stop, *places[stop.number]) for stop in part] for part in parts] for parts in timetable if parts
+        ]
+        self._first = Round(self._rounds[0], *self._how, is_first=True)
+
+    def pack(self) -> None:
+        """Allocate and compute, without communication, what the first round sends."""
+        self._first.pack()
+
+    def iterate(self) -> None:
+        """Orthogonalize the first round's matrices."""
+        self._first.depart()
+        self._first.iterate()
+
+    def write(self) -> None:
+        """Write the first round's momenta, and step all matrices."""
+        self._first.keep()
+        self._first.give_back()
+        landing: Round | None = self._first
+        del self._first
+        flying: Round | None = None
+        for parts in [*self._rounds[1:], [], []]:
+            current = None
+            if parts:
+                current = Round(parts, *self._how)
+                current.pack()
+                current.depart()
+            if flying is not None:
+                flying.iterate()
+                flying.give_back()
+            if landing is not None:
+                landing.land()
+            landing, flying = flying, current

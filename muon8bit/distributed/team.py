@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -15,14 +16,17 @@ from torch.distributed.tensor import DTensor
 from .. import adamw8
 from ..config import Options
 from ..groups import describe
-from ..orthogonalize import device_kind
-from . import blocks, gathering, layout, rounds
-from .agreement import agree, described
+from ..orthogonalize import device_kind, rates_of
+from . import blocks, layout
+from .agreement import agree, arrive, confirm, described, wait_device
+from .gathering import Gathering
 from .layout import Layout
 from .matrices import Bundle, Part, bundled
 from .plan import Plan, plan
+from .rounds import NUM_SHARES, Rounds
 from .timetable import Timetable, timetable
 from .transport import Traffic, Transport
+from .watch import RanksError, Watch
 
 Result = TypeVar("Result")
 
@@ -35,12 +39,18 @@ class Team:
         device: of the parameters.
         replicates: whether plain parameters are replicas on these ranks, that is, whether the user gave the group.
         shard_state: whether the momenta of replicas are sharded over the group.
+        timeout_s: seconds that a rank waits for the others inside a step.
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device, *, replicates: bool, shard_state: bool) -> None:
+    def __init__(
+        self, group: ProcessGroup, device: torch.device, *, replicates: bool, shard_state: bool, timeout_s: float
+    ) -> None:
         self.group, self.device, self.replicates = group, device, replicates
         self.ranks = tuple(dist.get_process_group_ranks(group))
-        self.transport = Transport(group, dist.get_rank(group), len(self.ranks))
+        self.watch = Watch(group, timeout_s)
+        self.transport = Transport(group, self.watch)
+        self.is_told = False  # whether all ranks know of a failure of this step
+        self._partial: list[tuple[Tensor, Tensor]] = []  # parameters, and gradients that this step has reduced
         self.mesh = DeviceMesh.from_group(group, device.type) if shard_state else None
         self._plans: dict[object, tuple[Plan, Timetable]] = {}
 
@@ -48,6 +58,66 @@ class Team:
     def traffic(self) -> Traffic:
         """The bytes that this rank has moved."""
         return self.transport.traffic
+
+    def arrive(self, failure: Exception | None) -> None:
+        """Meet all ranks at the beginning of a step. They may come late: the process group's own timeout governs.
+
+        Args:
+            failure: what keeps this rank from stepping.
+
+        Raises:
+            Exception: `failure`, where there is one.
+            RuntimeError: on every other rank, naming that rank with its failure.
+        """
+        self.is_told, self._partial = False, []
+        with self._telling():
+            arrive(self.transport, self.device, failure)
+
+    def confirm(self, failure: BaseException | None = None) -> None:
+        """Go on only if no rank has failed. All ranks that have not failed call it at the same places of a step, the
+        others where they do.
+
+        Raises:
+            BaseException: `failure`, where there is one.
+            RuntimeError: on every other rank, naming that rank with its failure.
+        """
+        with self._telling():
+            confirm(self.transport, self.device, failure)
+
+    def finish(self) -> None:
+        """Learn at the end of a step whether all ranks have come here. Left out where the host would have to wait for
+        the device: there the next step tells."""
+        if wait_device(self.transport, self.device).type == "cpu":
+            self.confirm()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Note that all ranks know of a failure that leaves this block."""
+        try:
+            yield
+        except RanksError:
+            raise
+        except BaseException:
+            self.is_told = True
+            raise
+
+    def failed(self, error: BaseException, *, is_agreed: bool) -> None:
+        """Tell the other ranks of an error that ends this rank's step, unless they know.
+
+        Args:
+            is_agreed: whether all ranks have begun to write. Before that the others come to `confirm`, and can try
+                again; later they find the error in the process group's store.
+        """
+        for param, grad in [] if is_agreed else self._partial:
+            param.grad = grad
+        self._partial = []
+        if self.is_told:
+            return
+        if is_agreed or isinstance(error, RanksError) or not isinstance(error, Exception):
+            self.watch.tell(error)
+            return
+        with suppress(type(error), RanksError):  # the caller raises its own
+            self.confirm(error)
 
     def agree(
         self,
@@ -69,6 +139,7 @@ class Team:
         if summands:
             self._compare(groups, state, options, failure)
         for param in summands:
+            self._partial.append((param, param.grad))
             param.grad = param.grad.redistribute(placements=param.placements)
         try:
             result = read()
@@ -84,18 +155,29 @@ class Team:
         options: Sequence[object],
         failure: Exception | None,
     ) -> None:
-        """See `agree`."""
-        lines, with_grad, with_state = [f"the options {tuple(options)} on {device_kind(self.device)}"], [], []
+        """See `agree`. The groups of a rank that has failed may be what it cannot read."""
+        described: tuple[list[str], list[str], list[str]] = [], [], []
         try:
-            names = [[describe(group, i, j) for j in range(len(group["params"]))] for i, group in enumerate(groups)]
-            lines += described(groups, names)
-            params = [param for group in groups for param in group["params"]]
-            named = list(zip([name for members in names for name in members], params, strict=True))
-            with_grad = [name for name, param in named if param.grad is not None]
-            with_state = [name for name, param in named if state.get(param)]
-        except Exception as error:  # of groups that someone has damaged: the other ranks wait to be told
+            described = self._described(groups, state, options)
+        except Exception as error:  # raised again when all know
             failure = failure or error
-        agree(self.group, self.device, lines, with_grad, with_state, failure)
+        with self._telling():
+            agree(self.transport, self.device, *described, failure)
+
+    def _described(
+        self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]], options: Sequence[object]
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Return what `agree` compares."""
+        names = [[describe(group, i, j) for j in range(len(group["params"]))] for i, group in enumerate(groups)]
+        # Not the device's name: GPUs of different models go together, as long as they take the same paths.
+        kind = device_kind(self.device)
+        device = f"{self.device.type}, where paths are chosen by {rates_of(kind)}"
+        lines = [f"the options {tuple(options)} on {device}", *described(groups, names)]
+        params = [param for group in groups for param in group["params"]]
+        named = list(zip([name for members in names for name in members], params, strict=True))
+        with_grad = [name for name, param in named if param.grad is not None]
+        with_state = [name for name, param in named if state.get(param)]
+        return lines, with_grad, with_state
 
     def layout_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> Layout | None:
         """Where a parameter and its state lie; None where both are this rank's own affair.
@@ -138,14 +220,15 @@ class Team:
         """The matrices of a group that need other ranks."""
         return bundled(parts, group, group_index, options)
 
-    def gather(self, bundles: Sequence[Bundle], flags: Tensor, options: Options) -> Tensor:
-        """See `gathering.gather`."""
-        return gathering.gather(bundles, flags, self.transport, options)
+    def gathering(self, bundles: Sequence[Bundle], flags: Tensor, options: Options) -> Gathering:
+        """What this rank gives to the all-gather of a step. Communicates nothing."""
+        return Gathering(bundles, flags, self.transport.rank, self.transport.num_ranks, options)
 
-    def write(self, bundles: Sequence[Bundle], options: Options) -> None:
-        """Step all matrices that lie on several ranks."""
-        if bundles:
-            rounds.write(bundles, self._planned(bundles, options)[1], self.transport, options, self.device)
+    def rounds(self, bundles: Sequence[Bundle], options: Options) -> Rounds | None:
+        """The step of all matrices that lie on several ranks; None without any, which is so on all ranks."""
+        if not bundles:
+            return None
+        return Rounds(bundles, self._planned(bundles, options)[1], self.transport, options, self.device)
 
     def whole(
         self, state: Mapping[Tensor, Mapping[str, Tensor]], to: int | None
@@ -172,7 +255,7 @@ class Team:
         key = tuple((m.rows, m.cols, id(m.spread), m.path, count) for m, count in of), options.workspace_bytes
         if key not in self._plans:
             matrices = [matrix for matrix, count in of for _ in range(count)]
-            made = plan(matrices, len(self.ranks), options.workspace_bytes // rounds.NUM_SHARES)
+            made = plan(matrices, len(self.ranks), options.workspace_bytes // NUM_SHARES)
             self._plans[key] = made, timetable(made)
         return self._plans[key]
 
@@ -197,7 +280,11 @@ def check_group(group: object) -> None:
 
 
 def team_of(
-    params: Iterable[Tensor], process_group: ProcessGroup | None, shard_state: bool, previous: Team | None
+    params: Iterable[Tensor],
+    process_group: ProcessGroup | None,
+    shard_state: bool,
+    timeout_s: float,
+    previous: Team | None,
 ) -> Team | None:
     """The team for these parameters, `previous` if it is still right; None without sharded parameters and a group.
 
@@ -211,8 +298,9 @@ def team_of(
     group = process_group or flat_group(max(meshes, key=lambda mesh: mesh.size()))
     device = params[0].device if params else torch.device("cpu")
     if previous is not None and previous.group is group and previous.device == device:
+        previous.watch.timeout_s = timeout_s
         return previous
-    return Team(group, device, replicates=process_group is not None, shard_state=shard_state)
+    return Team(group, device, replicates=process_group is not None, shard_state=shard_state, timeout_s=timeout_s)
 
 
 def flat_group(mesh: DeviceMesh) -> ProcessGroup:

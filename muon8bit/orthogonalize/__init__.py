@@ -16,7 +16,7 @@ from .parts import apply_factor, gram_factor, partial_gram
 from .path import Path, choose, forced_path
 from .precision import accumulating_in_fp32
 from .products import Products
-from .rates import RATES, Rates, device_kind
+from .rates import RATES, Rates, device_kind, rates_of
 from .stability import segments
 from .workspace import batch_size, workspace_bytes
 
@@ -35,6 +35,7 @@ __all__ = [
     "gram_factor",
     "orthogonalize",
     "partial_gram",
+    "rates_of",
     "resolve",
     "segments",
     "workspace_bytes",
