@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from .commit import Commit
 from .groups import describe
 from .staging import Staging
 
@@ -128,10 +129,24 @@ class SharingOptimizer(Optimizer):
 
         Args:
             to: the rank in `process_group` that gets it, None for all.
+
+        Raises:
+            RuntimeError: on all ranks, if a step or this call has failed on one; the message says which.
         """
         team = self._find_team()
-        if team is not None and self.shard_state:
-            self._consolidated = team.whole(self.state, to)
+        if team is None or not self.shard_state:
+            return
+        self._arrive(team)
+        commit = Commit(team.confirm)
+        try:
+            self._consolidated = team.whole(self.state, to, commit.confirm)
+        except BaseException as error:
+            team.failed(error, is_agreed=commit.is_confirmed)
+            raise
+
+    def _arrive(self, team: Team) -> None:
+        """Meet the other ranks, which all refuse to go on if one of them has to."""
+        team.arrive(None)
 
     @contextmanager
     def sharded_state_dict(self) -> Iterator[None]:

@@ -47,7 +47,7 @@ ALLOWED = {
         "commit",
         "staging",
     },
-    "sharing": {"distributed", "groups", "staging"},
+    "sharing": {"commit", "distributed", "groups", "staging"},
     "phases": {
         "dense",
         "clipping",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from .. import adamw8
 from ..config import Options
@@ -231,19 +232,46 @@ class Team:
         return Rounds(bundles, self._planned(bundles, options)[1], self.transport, options, self.device)
 
     def whole(
-        self, state: Mapping[Tensor, Mapping[str, Tensor]], to: int | None
+        self, state: Mapping[Tensor, Mapping[str, Tensor]], to: int | None, confirm: Callable[[], None]
     ) -> dict[Tensor, dict[str, Tensor]] | None:
-        """The state gathered on the CPU of rank `to` of the group, or of all; None on the others."""
+        """The state gathered on the CPU of rank `to` of the group, or of all; None on the others.
+
+        Args:
+            state: of parameters that are replicas, with momenta sharded by rows.
+            to: see above.
+            confirm: called by all ranks when each has the memory that it needs, before they communicate.
+        """
         is_mine = to in (None, self.transport.rank)
-        found: dict[Tensor, dict[str, Tensor]] = {}
-        for param, tensors in state.items():
-            gathered = {}
+        found: dict[Tensor, dict[str, Tensor]] = {param: dict(tensors) for param, tensors in state.items()}
+        sharded = [(p, k, v) for p, tensors in state.items() for k, v in tensors.items() if isinstance(v, DTensor)]
+        for tensors in found.values():
             for key, value in tensors.items():
-                full = value.full_tensor() if isinstance(value, DTensor) else value
-                if is_mine:
-                    gathered[key] = full.cpu() if isinstance(full, Tensor) else full
-            found[param] = gathered
+                if isinstance(value, DTensor):
+                    tensors[key] = torch.empty(value.shape if is_mine else (0,), dtype=value.dtype)
+                elif is_mine and isinstance(value, Tensor):
+                    tensors[key] = value.cpu()
+        most = max((self._rows_of(value) * prod(value.shape[1:]) * value.itemsize for *_, value in sharded), default=0)
+        send = torch.zeros(most, dtype=torch.uint8, device=self.device)
+        buffer = torch.empty(len(self.ranks) * most, dtype=torch.uint8, device=self.device)
+        confirm()
+        for param, key, value in sharded:
+            local, rows = value.to_local(), self._rows_of(value)
+            size = rows * prod(value.shape[1:]) * value.itemsize
+            send[: local.nbytes].copy_(local.reshape(-1).view(torch.uint8))
+            gathered = buffer[: len(self.ranks) * size]
+            self.transport.gather_into(gathered, send[:size])
+            if is_mine:
+                found[param][key].copy_(gathered.view(value.dtype).view(-1, *value.shape[1:])[: value.shape[0]])
         return found if is_mine else None
+
+    def _rows_of(self, value: DTensor) -> int:
+        """Rows of the largest shard of a tensor that is cut along its first dimension: all before it have as many."""
+        if value.device_mesh != self.mesh or tuple(value.placements) != (Shard(0),):
+            raise NotImplementedError(
+                f"a state of shape {tuple(value.shape)} is placed as {value.placements}, not by rows of the process "
+                "group: leave sharded state as the optimizer made it"
+            )
+        return -(-value.shape[0] // len(self.ranks))
 
     def plan(self, bundles: Sequence[Bundle], options: Options) -> Plan:
         """Who orthogonalizes what."""

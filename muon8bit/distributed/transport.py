@@ -63,6 +63,9 @@ class Transport:
     group: ProcessGroup
     watch: Watch
     traffic: Traffic = field(default_factory=Traffic)
+    # The last gather's tensors. gloo's thread must not be the last to let them go: it would wait for the interpreter's
+    # lock, which a group's destructor may hold while it waits for that thread.
+    _kept: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def rank(self) -> int:
@@ -96,6 +99,7 @@ class Transport:
         how.asyncOp = True
         if not is_arrival:
             how.timeout = self.watch.timeout
+        self._kept[:] = gathered, values
         work = self.group._allgather_base(gathered, values, how)
         if is_arrival or values.device.type != "cpu":
             work.wait()
