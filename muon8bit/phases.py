@@ -229,7 +229,10 @@ def write(
         shared.pack()
     if team is not None:
         team.confirm()
-    if shared is not None:
+    if shared is not None and team is not None:
+        team.is_sending = True
+        shared.depart()
+        team.is_sending = False
         shared.iterate()
     staging.run(jobs)
     commit()

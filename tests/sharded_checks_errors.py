@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -101,6 +102,32 @@ def _(world):
 
 def rates_of_cpu():
     return rates_of(device_kind(torch.device("cpu")))
+
+
+@check("a rank may come to a step later than step_timeout", ranks=3)
+def _(world):
+    run = Run(MATRICES, torch.float32, on_mesh(world.lines[3], [Shard(0)])).train([1])
+    its = run.optimizer._team
+    its.watch.timeout_s = 0.2
+    if dist.get_rank() == RANK:
+        time.sleep(1)  # it evaluates, say
+    its.arrive(None)
+    run.train([2])
+    assert_same(run.state_whole(), Run(MATRICES, torch.float32, torch.clone).train([1, 2]).state_whole())
+
+
+@check("a step that failed while it wrote on one rank is refused by all", ranks=3)
+def _(world):
+    run = Run(MATRICES, torch.float32, on_mesh(world.lines[3], [Shard(0)])).train([1])
+    saved = run.optimizer.state_dict()
+    run.set_grads(2)
+    if dist.get_rank() == RANK:  # as where others do not wait for the end of a step
+        run.optimizer._failure = "planted"
+    words = [] if dist.get_rank() == RANK else [f"rank {RANK}"]
+    for use in (run.optimizer.step, run.optimizer.state_dict):
+        raises(RuntimeError, [*words, "begun to write", "planted", "load_state_dict"], use)
+    run.optimizer.load_state_dict(saved)
+    run.optimizer.step()
 
 
 @check("keys of a group that are not the optimizer's may differ", ranks=3)

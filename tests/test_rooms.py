@@ -45,6 +45,7 @@ ALLOWED = {
             "rounding",
         ),
         "commit",
+        "distributed",
         "staging",
     },
     "sharing": {"commit", "distributed", "groups", "staging"},

@@ -102,11 +102,18 @@ class Gathering:
         length = max(lengths, default=len(flags))
         self._sent = torch.cat([*mine, flags.new_zeros(length - sum(map(len, mine)))])
         self._gathered = flags.new_empty(num_ranks * length)
+        self._is_done = False
+
+    def exchange(self, transport: Transport) -> None:
+        """Gather, once. A rank that fails before it has done so still has to: the others wait for its numbers."""
+        if not self._is_done:
+            transport.gather_into(self._gathered, self._sent)
+            transport.traffic.gathered += (transport.num_ranks - 1) * self._sent.nbytes
+            self._is_done = True
 
     def run(self, transport: Transport) -> Tensor:
         """Settle the bundles' norms, with all ranks; returns [n], 0 where it is finite on all of them."""
-        transport.gather_into(self._gathered, self._sent)
-        transport.traffic.gathered += (transport.num_ranks - 1) * self._sent.nbytes
+        self.exchange(transport)
         gathered = self._gathered.view(transport.num_ranks, -1)
         place = [self._num_flags] * transport.num_ranks
         for bundle, slot in zip(self._bundles, self._slots, strict=True):

@@ -230,7 +230,9 @@ def _update(members: list[Member], directions: Tensor, bundle: Bundle, options: 
 
 
 class Rounds:
-    """All rounds of a step. Call `pack`, `iterate` and `write` in this order, on all ranks alike: the last one writes.
+    """All rounds of a step. Call `pack`, `depart`, `iterate` and `write` in this order, on all ranks alike.
+
+    The last one writes.
 
     Args:
         bundles: whose matrices are numbered through in their order.
@@ -257,9 +259,12 @@ class Rounds:
         """Allocate and compute, without communication, what the first round sends."""
         self._first.pack()
 
+    def depart(self) -> None:
+        """Send it."""
+        self._first.depart()
+
     def iterate(self) -> None:
         """Orthogonalize the first round's matrices."""
-        self._first.depart()
         self._first.iterate()
 
     def write(self) -> None:

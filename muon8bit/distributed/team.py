@@ -51,6 +51,8 @@ class Team:
         self.watch = Watch(group, timeout_s)
         self.transport = Transport(group, self.watch)
         self.is_told = False  # whether all ranks know of a failure of this step
+        self.is_sending = False  # whether the others may wait for something else than `confirm`
+        self._gathering: Gathering | None = None  # of this step
         self._partial: list[tuple[Tensor, Tensor]] = []  # parameters, and gradients that this step has reduced
         self.mesh = DeviceMesh.from_group(group, device.type) if shard_state else None
         self._plans: dict[object, tuple[Plan, Timetable]] = {}
@@ -70,7 +72,7 @@ class Team:
             Exception: `failure`, where there is one.
             RuntimeError: on every other rank, naming that rank with its failure.
         """
-        self.is_told, self._partial = False, []
+        self.is_told, self.is_sending, self._partial, self._gathering = False, False, [], None
         with self._telling():
             arrive(self.transport, self.device, failure)
 
@@ -114,10 +116,12 @@ class Team:
         self._partial = []
         if self.is_told:
             return
-        if is_agreed or isinstance(error, RanksError) or not isinstance(error, Exception):
+        if is_agreed or self.is_sending or isinstance(error, RanksError) or not isinstance(error, Exception):
             self.watch.tell(error)
             return
         with suppress(type(error), RanksError):  # the caller raises its own
+            if self._gathering is not None:
+                self._gathering.exchange(self.transport)
             self.confirm(error)
 
     def agree(
@@ -223,7 +227,8 @@ class Team:
 
     def gathering(self, bundles: Sequence[Bundle], flags: Tensor, options: Options) -> Gathering:
         """What this rank gives to the all-gather of a step. Communicates nothing."""
-        return Gathering(bundles, flags, self.transport.rank, self.transport.num_ranks, options)
+        self._gathering = Gathering(bundles, flags, self.transport.rank, self.transport.num_ranks, options)
+        return self._gathering
 
     def rounds(self, bundles: Sequence[Bundle], options: Options) -> Rounds | None:
         """The step of all matrices that lie on several ranks; None without any, which is so on all ranks."""

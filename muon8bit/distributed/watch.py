@@ -99,7 +99,8 @@ class Watch:
         ranks = f"rank {', '.join(map(str, missing))}" if missing and not self._is_store_lost else "another rank"
         if is_over:
             return f"{ranks} did not answer within step_timeout={self.timeout_s:g} seconds inside the step"
-        return f"{ranks} is gone, or cannot be reached, inside the step: {str(error).splitlines()[0]}"
+        cause = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # gloo's place in its source aside
+        return f"{ranks} is gone, or cannot be reached, inside the step: {cause}"
 
     def _is_alive(self, rank: int) -> bool:
         return self._ask(lambda store: store.check([self._key(f"alive {rank}")]), False)
