@@ -328,3 +328,58 @@ def test_missing_library_is_told_with_what_to_install(
 
 def test_tiny_models_are_the_ones_their_names_say() -> None:
     assert [config_of(values).model_type for values in TINY.values()] == list(TINY)
+
+
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 1000,
+}
+_WHISPER = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "vocab_size": 1000}
+_WHISPER |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "pad_token_id": 0}
+_EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 28}
+_KINDS = {
+    "a mask read by its own code": ({**_SMALL, "model_type": "falcon"}, "FalconForCausalLM", ""),
+    "speech to text": (
+        {"model_type": "whisper", **_WHISPER, "decoder_start_token_id": 1},
+        "WhisperForConditionalGeneration",
+        "",
+    ),
+    "a classifier": ({**_SMALL, "model_type": "llama", "pad_token_id": 0}, "LlamaForSequenceClassification", ""),
+    "images, text part": (
+        {
+            "model_type": "mistral3",
+            "text_config": {**_SMALL, "model_type": "mistral", "num_key_value_heads": 2},
+            "vision_config": {**_EYES, "model_type": "pixtral", "patch_size": 14},
+        },
+        "Mistral3ForConditionalGeneration",
+        "MistralForCausalLM",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_the_class_of_the_architecture_is_counted_whole(kind, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    values, name, built = _KINDS[kind]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**values, "architectures": [name]}))
+    assert main(["estimate", str(path), "--seq", "64", "--budget", "1GiB", "--json"]) == 0
+    config = transformers.AutoConfig.for_model(**values)
+    config = config.get_text_config() if built else config
+    with torch.device("meta"):
+        model = getattr(transformers, built or name)(config)
+    assert json.loads(capsys.readouterr().out)["num_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_failure_of_a_models_own_code_is_one_sentence_with_its_reason(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(
+        json.dumps({**_SMALL, "model_type": "llama", "num_attention_heads": 4, "hidden_act": "no such thing"})
+    )
+    assert main(["estimate", str(path), "--seq", "64"]) == 2
+    error = capsys.readouterr().err
+    assert "no such thing" in error
+    assert error.count("\n") == 1

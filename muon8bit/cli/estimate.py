@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from muon8bit.memory import Estimator, Setup, describe, judge, load_config, parse_bytes, plot, print_table
+from muon8bit.memory.models import longest as longest_sequence
 
 from .errors import InputError
 
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.plot is not None and args.plot.suffix != ".png":
         raise ValueError(f"--plot {args.plot}: give a file that ends in .png")
     config = load_config(args.model)
-    longest = getattr(config, "max_position_embeddings", None) or 2048
+    longest = longest_sequence(config) or 2048
     setup = Setup(
         batch=args.batch,
         seq=min(2048, longest) if args.seq is None else args.seq,

@@ -113,36 +113,77 @@ def trace(
     Raises:
         ValueError: the model cannot be checkpointed, or its forward pass depends on the data.
     """
+    how: dict[str, Any] = {
+        "batch": batch,
+        "seq": seq,
+        "is_checkpointed": is_checkpointed,
+        "autocast": autocast,
+        "loss_chunk": loss_chunk,
+    }
+    try:
+        return _passed(meta_model, _fused_attention(), **how)
+    except Exception as error:  # whatever a model's own code meets: first, that it wants its mask itself
+        first = error
+    try:
+        return _passed(meta_model, "eager", is_masked=True, **how)
+    except Exception:
+        reason = f"{type(first).__name__}: {' '.join(str(first).split())[:200] or 'it gives no reason'}"
+        raise ValueError(f"the activations of this model cannot be counted without running it: {reason}") from first
+
+
+def _passed(
+    meta_model: nn.Module,
+    attention: str,
+    *,
+    batch: int,
+    seq: int,
+    is_checkpointed: bool,
+    autocast: torch.dtype | None,
+    loss_chunk: int | None,
+    is_masked: bool = False,
+) -> Pass:
+    """Count one pass with an implementation of attention, with a mask if the model's own code reads it."""
     model: Any = deepcopy(meta_model)
     if is_checkpointed:
         checkpoint(model)
-    try:
-        with FakeTensorMode():
-            model.config._attn_implementation = _fused_attention()
-            model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-            model.tie_weights()  # which moving them one by one has undone
-            known = [*model.parameters(), *model.buffers()]
-            tokens = torch.zeros(batch, seq, dtype=torch.long)
-            live = _Live(known)
-            with _hooked(model, live.finish), live:
-                with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-                    loss = loss_of(model, tokens, loss_chunk)
-                live.phase = "backward"
-                loss.backward()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the activations of this model cannot be counted without running it: {reason}") from error
+    with FakeTensorMode():
+        model.config._attn_implementation = attention
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        model.tie_weights()  # which moving them one by one has undone
+        known = [*model.parameters(), *model.buffers()]
+        tokens = torch.zeros(batch, seq, dtype=torch.long, device="cpu")
+        mask = {"attention_mask": torch.ones(batch, seq, dtype=torch.long, device="cpu")} if is_masked else {}
+        live = _Live(known)
+        with _hooked(model, live.finish), live:
+            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                loss = loss_of(model, tokens, loss_chunk, **mask)
+            live.phase = "backward"
+            loss.backward()
     return live.result()
 
 
-def loss_of(model: Any, tokens: Tensor, chunk: int | None) -> Tensor:
+def inputs_of(model: Any, tokens: Tensor) -> dict[str, Any]:
+    """Return what a model of this kind is called with besides a mask: text, or the sound that an encoder hears."""
+    config, name = model.config, type(model).__name__
+    if getattr(model, "main_input_name", "input_ids") == "input_features":
+        frames = 2 * config.max_source_positions
+        sound = torch.zeros(len(tokens), config.num_mel_bins, frames, dtype=model.dtype, device=tokens.device)
+        return {"input_features": sound, "labels": tokens}
+    if name.endswith("ForSequenceClassification"):
+        return {"input_ids": tokens, "labels": tokens[:, 0]}
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def loss_of(model: Any, tokens: Tensor, chunk: int | None, **mask: Tensor) -> Tensor:
     """Mean cross-entropy of the next token, 0-d; `tokens` [batch, seq]. With `chunk` over so many tokens at once, whose
     logits are recomputed in the backward pass; else the model's own, over all logits at once."""
     if chunk is None:
-        whole: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        cache = {} if type(base).__name__.endswith("Classification") else {"use_cache": False}
+        whole: Tensor = model(**inputs_of(base, tokens), **mask, **cache).loss
         return whole
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    hidden = base.base_model(input_ids=tokens, use_cache=False, **mask).last_hidden_state[:, :-1].flatten(0, 1)
     targets, head = tokens[:, 1:].flatten(), base.get_output_embeddings()
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class Estimator:
             ValueError: a sequence longer than the model takes, or a model that cannot be estimated.
             ImportError: transformers or peft is not installed.
         """
-        longest = getattr(self.config, "max_position_embeddings", None)
+        longest = models.longest(self.config)
         if longest is not None and setup.seq > longest:
             raise ValueError(f"--seq {setup.seq} exceeds the model's max_position_embeddings {longest}")
         model = self._model(setup.weight_dtype, setup.rank)
@@ -202,7 +202,8 @@ def _peak(name: str, memory: Memory, traced: Pass, sizes: Sizes, setup: Setup, k
     phases: dict[str, int] = {}
     if setup.release:
         stepping, on_host = 0, is_on_host(name, setup)
-        for p in sizes.whole:
+        # What got no gradient from text, as a vision tower, is not stepped.
+        for p in (param for param in sizes.whole if param.name in traced.at_gradients):
             taken = step_bytes(name, [p], kind, is_staged=on_host)
             taken += staging_bytes(name, [p], kind) if on_host else 0
             stepping = max(stepping, traced.at_gradients[p.name] + taken)

@@ -40,7 +40,7 @@ def load_config(model: str) -> Any:
         if not path.exists():
             raise ValueError(f"{model}: this folder holds no config.json; give a model's folder, or a preset")
     if path.is_file():
-        return _from_values(_read(path), str(path))
+        return _from_values(_read(path), str(path), path)
     if path.name == "config.json" or path.suffix == ".json":
         raise ValueError(f"{model}: no such file; give a config.json, a folder that holds one, or a preset")
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
@@ -52,7 +52,7 @@ def load_config(model: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict) or "model_type" not in values:
@@ -68,17 +68,26 @@ def _transformers() -> Any:
     return transformers
 
 
-def _from_values(values: Mapping[str, Any], where: str) -> Any:
+def longest(config: Any) -> int | None:
+    """Return the most tokens that the model takes, None where its configuration sets no limit (none, or -1)."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _from_values(values: Mapping[str, Any], where: str, path: Path | None = None) -> Any:
     auto = _transformers().AutoConfig
     try:
-        config = auto.for_model(**values)
+        config = auto.for_model(**values) if path is None else auto.from_pretrained(str(path), trust_remote_code=False)
         default = type(config)()
     except Exception as error:
         raise ValueError(f"{where}: transformers rejects it: {' '.join(str(error).split())[:200]}") from None
     aliases = getattr(config, "attribute_map", {})
     for size in _SIZES:
         names = {size, aliases.get(size, size), *(alias for alias, name in aliases.items() if name == size)}
-        if isinstance(getattr(default, size, None), int) and not names & values.keys():
+        usual = getattr(default, size, None)
+        is_said = names & values.keys() or getattr(config, size, usual) != usual  # by a legacy name
+        is_needed = "experts" not in size or getattr(config, "is_moe", True)
+        if isinstance(usual, int) and is_needed and not is_said:
             raise ValueError(f"{where}: {size!r} is missing, and a {config.model_type} model needs it; add it")
     return config
 
@@ -97,8 +106,26 @@ def _from_hub(name: str) -> Any:
         log.setLevel(level)
 
 
+def _model_class(config: Any) -> tuple[Any, Any]:
+    """Return transformers' class of a model, and the configuration that it is built from.
+
+    The class is that of `architectures` for encoder-decoders and classifiers, else the causal language model. Of a
+    model that takes images it is the text part, which the scripts train, where the whole is no causal language model.
+    """
+    library = _transformers()
+    auto, named = library.AutoModelForCausalLM, (getattr(config, "architectures", None) or [""])[0]
+    own = getattr(library, named, None)
+    is_classifier = named.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    if own is not None and (is_classifier or getattr(config, "is_encoder_decoder", False)):
+        return own._from_config, config
+    text = config.get_text_config()
+    if type(config) not in auto._model_mapping and type(text) in auto._model_mapping:
+        return auto.from_config, text
+    return auto.from_config, config
+
+
 def build(config: Any, dtype: torch.dtype, lora_rank: int | None = None) -> nn.Module:
-    """The causal language model on the meta device, in training mode.
+    """The model on the meta device, in training mode: see `_model_class`.
 
     Args:
         config: of `load_config`.
@@ -106,16 +133,18 @@ def build(config: Any, dtype: torch.dtype, lora_rank: int | None = None) -> nn.M
         lora_rank: rank of a LoRA adapter on every linear layer but the head (fp32, the base frozen); None: none.
 
     Raises:
-        ValueError: no causal language model.
+        ValueError: no class of transformers' builds it; with the reason.
         ImportError: peft, which makes the adapter, is not installed.
     """
+    make, config = _model_class(config)
     config.use_cache = False
     try:
         with torch.device("meta"), _quiet():
-            model = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = make(config, dtype=dtype)
     except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
-            f"{config.model_type}: no causal language model: {' '.join(str(error).split())[:200]}"
+            f"{config.model_type}: no language model can be built from this configuration: {reason}"
         ) from None
     if lora_rank is not None:
         try:
