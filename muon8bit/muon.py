@@ -130,7 +130,8 @@ def _step_columns(
     batch, is_first = batch.on(staged), staged is None and not commit.is_done
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     device, kind = batch.sumsq.device, device_kind(batch.sumsq.device)
-    U, ones = torch.empty(len(batch.sumsq), rows, cols, device=device), torch.ones_like(batch.sumsq)
+    U = torch.empty(len(batch.sumsq), rows, cols, dtype=torch.float32, device=device)
+    ones = torch.ones_like(batch.sumsq)
     (_apply_to_copies if is_first else _apply)(batch, ones, U, group, options)
     start = 0
     for width in group["split_sizes"]:

@@ -320,8 +320,10 @@ def test_rank_deficient_gradients_stay_finite_under_every_schedule(name):
 def test_default_dtype_and_autocast_do_not_reach_the_state_or_the_update():
     results = []
     for default, autocast in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
-        params = [param_with_grad(24, 40), param_with_grad(5, 7)]
-        optimizer = Muon8bit([{"params": [params[0]]}, {"params": [params[1]], "algorithm": "adamw", "lr": 0.1}])
+        params = [param_with_grad(24, 40), param_with_grad(5, 7), param_with_grad(24, 40, seed=2)]
+        groups = [{"params": [params[0]]}, {"params": [params[1]], "algorithm": "adamw", "lr": 0.1}]
+        groups += [{"params": [params[2]], "split_sizes": (16, 24), "split_dim": -1, "clip_matrix_norm": 1.0}]
+        optimizer = Muon8bit(groups)
         torch.set_default_dtype(default)
         try:
             with torch.autocast("cpu", enabled=autocast):

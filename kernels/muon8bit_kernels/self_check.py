@@ -7,7 +7,7 @@ on tensor cores) cost a second, most of it compilation that the first step needs
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,10 +33,11 @@ def self_check(kernels: Kernels, device: torch.device) -> None:
         RuntimeError: names the first kernel whose result differs, the device, and the way out.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    values = torch.randn(_ROWS, _COLS, generator=generator, device="cpu")
-    values *= torch.logspace(-30, 3, _ROWS, device="cpu").unsqueeze(1)
+    how: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever the process has set
+    values = torch.randn(_ROWS, _COLS, generator=generator, **how)
+    values *= torch.logspace(-30, 3, _ROWS, **how).unsqueeze(1)
     values[1], values[2, ::3] = 0.0, 0.0
-    grad = torch.randn(1, _ROWS, _COLS, generator=generator, device="cpu").to(torch.bfloat16)
+    grad = torch.randn(1, _ROWS, _COLS, generator=generator, **how).to(torch.bfloat16)
     for codebook in ("linear", "dynamic"):
         _compare(
             _momentum(reference, values, grad, codebook), _momentum(kernels, values, grad, codebook, device), device
@@ -58,7 +59,8 @@ def _momentum(
     stacks = [codes.unsqueeze(0)], [scales.unsqueeze(0)], [grad.to(device)]
     how = {"beta": 0.95, "nesterov": True, **form}
     made["momentum_stats"] = kernels.momentum_stats(*stacks, **how)  # type: ignore[arg-type]
-    out, norms = torch.empty(grad.shape, device=device), torch.full((1,), 3.0, device=device)
+    out = torch.empty(grad.shape, dtype=torch.float32, device=device)
+    norms = torch.full((1,), 3.0, dtype=torch.float32, device=device)
     kernels.momentum_apply(*stacks, norms, out, **how)  # type: ignore[arg-type]
     return {**made, "momentum_apply": codes, "momentum_apply (scales)": scales, "momentum_apply (out)": out}
 

@@ -62,6 +62,11 @@ def test_a_kernel_with_one_wrong_bit_is_named_with_the_way_out(name):
         self_check(_kernels(**WRONG[name]), CPU)
 
 
-def test_the_default_device_does_not_matter():
+def test_the_default_device_and_dtype_do_not_matter():
     with torch.device("meta"):
         self_check(_kernels(), CPU)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        self_check(_kernels(), CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
