@@ -30,7 +30,7 @@ from bench.workloads import Llama
 from muon8bit import Muon8bit
 from muon8bit.config import Options
 from muon8bit.distributed import Bundle, rounds
-from muon8bit.distributed.gathering import num_gathered
+from muon8bit.distributed.gathering import Gathering, num_gathered
 from muon8bit.distributed.plan import gathered_bytes
 
 # Of the published config.json of meta-llama/Llama-3.2-1B; one of its layers.
@@ -60,13 +60,13 @@ def run(rank: int, num_ranks: int, mode: str, divisor: int, folder: str) -> None
     step()
     team, bundles = optimizer._find_team(), list[Bundle]()
     assert team is not None
-    before, gather = vars(team.traffic).copy(), team.gather
+    before, gather = vars(team.traffic).copy(), team.gathering
 
-    def remembering(found: Sequence[Bundle], flags: torch.Tensor, options: Options) -> torch.Tensor:
+    def remembering(found: Sequence[Bundle], flags: torch.Tensor, options: Options) -> Gathering:
         bundles.extend(found)
         return gather(found, flags, options)
 
-    team.gather = remembering  # type: ignore[method-assign]
+    team.gathering = remembering  # type: ignore[method-assign]
     step()
     counted = {name: value - before[name] for name, value in vars(team.traffic).items()}
     plan = team.plan(bundles, Options(optimizer.ns_dtype, optimizer.backend, optimizer.workspace_bytes))
