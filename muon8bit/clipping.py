@@ -22,25 +22,24 @@ from .stacks import Stack
 
 @dataclass(frozen=True)
 class Clip:
-    """A stack whose gradient is to be clipped in place, as torch's `clip_grad_norm_` does, once a step may write.
+    """A stack's gradient that is to be clipped in place, as torch's `clip_grad_norm_` does, once a step may write.
 
-    `by` is what its matrices are multiplied by, fp32 [count, 1, 1] or [count, 1, cols]; `rest` is what is left of the
-    stack's factor then. `num_together`: matrices that are copied to fp32 at once.
+    `by` is what its matrices are multiplied by, fp32 [count, 1, 1] or [count, 1, cols]; `factor` is the stack's, and
+    `rest` what is left of it then. `num_together`: matrices that are copied to fp32 at once.
     """
 
-    stack: Stack
+    grad: Tensor
+    factor: Tensor
     by: Tensor
     rest: Tensor
     num_together: int
 
     def apply_(self) -> None:
         """Clip the gradient. Does not wait for the device."""
-        grad, factor = self.stack.grad, self.stack.factor
-        by = self.by if grad.ndim == 3 else self.by.view(-1, *[1] * (grad.ndim - 1))
-        for part, by_part in zip(grad.split(self.num_together), by.split(self.num_together), strict=True):
+        by = self.by if self.grad.ndim == 3 else self.by.view(-1, *[1] * (self.grad.ndim - 1))
+        for part, by_part in zip(self.grad.split(self.num_together), by.split(self.num_together), strict=True):
             part.mul_(by_part)
-        if factor is not None:
-            factor.copy_(self.rest)
+        self.factor.copy_(self.rest)
 
 
 def check_not_sharded(group: dict[str, Any], group_index: int) -> None:
@@ -80,8 +79,8 @@ def with_factor(stack: Stack, group: Mapping[str, Any], options: Options) -> tup
     by = limits[0]
     if len(pieces) > 1:
         by = torch.cat([of.expand(-1, -1, piece.shape[2]) for of, piece in zip(limits, pieces, strict=True)], 2)
-    stack = stack._replace(factor=rest * by)
-    return stack, Clip(stack, by, rest, num_together)
+    factor = rest * by
+    return stack._replace(factor=factor), Clip(stack.grad, factor, by, rest, num_together)
 
 
 def _pieces(grad: Tensor, group: Mapping[str, Any]) -> Sequence[Tensor]:

@@ -85,8 +85,9 @@ def entries_of(
         if layout is not None:
             local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
             stored = layout.unwrapped(stored) if stored else stored
-        shapes = {k: shape for k, (shape, _) in layout_of(param, group).items()}
-        dtypes = {k: dtype for k, (_, dtype) in layout_of(param, group).items()}
+        tensors = layout_of(param, group)
+        shapes = {key: shape for key, (shape, _) in tensors.items()}
+        dtypes = {key: dtype for key, (_, dtype) in tensors.items()}
         shapes = layout.parts(shapes) if layout else shapes
         if stored and (problem := _misfit(stored, shapes, dtypes, staging.home(local.device))):
             raise ValueError(

@@ -84,15 +84,9 @@ def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([pair.float().square().sum() for pair in ends])
 
 
-def _of_scaler(found_inf: Tensor | None) -> Tensor:
-    """Return 0 where a GradScaler has found all gradients finite, else NaN: 0-d fp32."""
-    assert found_inf is not None
-    return torch.where(found_inf.reshape(()) != 0, torch.nan, 0.0)
-
-
 def gathering(work: Sequence[Work], team: Team, options: Options, found_inf: Tensor | None) -> Gathering:
     """What this rank gives to the step's all-gather: computed and allocated, without communication."""
-    values = [] if found_inf is None else [_of_scaler(found_inf).to(team.device)]
+    values = [] if found_inf is None else [torch.where(found_inf.reshape(()) != 0, torch.nan, 0.0).to(team.device)]
     values += [value for members in work for value in members.flags()]
     bundles = [bundle for members in work for bundle in members.bundles]
     none = torch.zeros(0, dtype=torch.float32, device=team.device)
@@ -106,15 +100,17 @@ def found(
     found_inf: Tensor | None = None,
 ) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
     """What `Verdict` takes, of all groups; with a team it is that of all ranks, and the bundles have their norms."""
-    namers: list[Callable[[], list[str]]] = []
-    if found_inf is not None:
-        namers.append(lambda: ["what the GradScaler has looked at"])
+
+    def of_scaler() -> list[str]:
+        return ["what the GradScaler has looked at"]
+
     if team is None or gathering is None:
-        for namer in namers:
-            yield namer, (_of_scaler(found_inf) == 0).view(1)
+        if found_inf is not None:
+            yield of_scaler, (found_inf == 0).view(1)
         for members in work:
             yield from members.found()
         return
+    namers = [] if found_inf is None else [of_scaler]
     namers += [members.namer(members.indices()) for members in work]
     everywhere = gathering.run(team.transport)
     yield lambda: [name for namer in namers for name in namer()], everywhere == 0
@@ -219,8 +215,8 @@ def write(
     """Second phase; with a verdict that is not yet known, its `skip` keeps the kernels from writing.
 
     State is made, memory is tried, and the first matrices are orthogonalized before `commit`: what raises until then
-    has changed nothing. Ranks confirm twice that all go on: when each has what it needs,
-    and when the first matrices are orthogonalized, which is `commit`'s.
+    has changed nothing. Ranks confirm twice that all go on: when each has what it needs, and when the first matrices
+    are orthogonalized, which is `commit`'s.
     """
     bundles = [bundle for members in work for bundle in members.bundles]
     shared = team.rounds(bundles, _on(team.device, options, verdict)) if team is not None else None
@@ -271,8 +267,9 @@ def _prepared(
     for members in work:
         for batch in members.batches:
             jobs += muon.jobs(batch, members.group, _on(batch.sumsq.device, options, verdict), commit)
+    states = {**state, **new}
     for members in work:  # after all matrices: AdamW cannot be computed before it is written
-        for device, of_device in _pieces(members, {**state, **new}).items():
+        for device, of_device in _pieces(members, states).items():
             how = _on(device, options, verdict)
             jobs += pieces.jobs(of_device, members.group, how, commit, is_staged=staging.moves(device))
             if verdict is not None:

@@ -17,3 +17,21 @@ def assert_bitwise(actual, expected):
 def on(device, tensor):
     """The same values and strides on a device; never the tensor itself."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
+
+
+def assert_nested_equal(left, right):
+    """Check any nesting of dicts and sequences: equal types, keys in one order, tensors to the bit, and values."""
+    assert type(left) is type(right)
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert list(left) == list(right)
+        for key in left:
+            assert_nested_equal(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for ours, theirs in zip(left, right, strict=True):
+            assert_nested_equal(ours, theirs)
+    else:
+        assert left == right

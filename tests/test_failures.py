@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from bitwise import assert_nested_equal
 
 from muon8bit import Muon8bit, clipping, muon, phases, pieces, release_gradients
 
@@ -49,28 +50,11 @@ def set_grads(model, seed=1):
 
 def everything(model, optimizer):
     """Copies of all that a step changes: parameters, gradients, state and groups."""
-    params = {name: (param.detach().clone(), copy.copy(param.grad)) for name, param in model.items()}
+    params = {name: param.detach().clone() for name, param in model.items()}
     grads = {name: None if param.grad is None else param.grad.clone() for name, param in model.items()}
     state = [{key: value.clone() for key, value in optimizer.state[p].items()} for p in model.values()]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return {name: param for name, (param, _) in params.items()}, grads, state, copy.deepcopy(groups)
-
-
-def assert_same(left, right):
-    assert type(left) is type(right)
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert list(left) == list(right)
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for ours, theirs in zip(left, right, strict=True):
-            assert_same(ours, theirs)
-    else:
-        assert left == right
+    return params, grads, state, copy.deepcopy(groups)
 
 
 def failing(original, cause, call=1):
@@ -135,10 +119,10 @@ def test_what_fails_before_the_first_write_changes_nothing_and_can_be_tried_agai
         plant(patch, EARLY[where], CAUSES[cause])
         with pytest.raises(type(CAUSES[cause]), match="planted"):
             optimizer.step()
-    assert_same(everything(model, optimizer), before)
+    assert_nested_equal(everything(model, optimizer), before)
     optimizer.step()
     twin.step()
-    assert_same(everything(model, optimizer), everything(twins, twin))
+    assert_nested_equal(everything(model, optimizer), everything(twins, twin))
 
 
 @pytest.mark.parametrize("cause", CAUSES)
@@ -171,7 +155,7 @@ def test_what_fails_later_marks_the_optimizer_until_a_state_is_loaded(where, cau
     for seed in (0, 1):
         set_grads(twins, seed)
         twin.step()
-    assert_same(everything(model, optimizer), everything(twins, twin))
+    assert_nested_equal(everything(model, optimizer), everything(twins, twin))
 
 
 def loss_of(model):
@@ -190,11 +174,11 @@ def test_a_first_release_that_fails_can_be_tried_again(monkeypatch):
         with pytest.raises(torch.OutOfMemoryError):
             loss_of(model).backward()
     optimizer.zero_grad()
-    assert_same(everything(model, optimizer)[0], before)
+    assert_nested_equal(everything(model, optimizer)[0], before)
     for params, each in ((model, optimizer), (twins, twin)):
         loss_of(params).backward()
         each.step()
-    assert_same(everything(model, optimizer), everything(twins, twin))
+    assert_nested_equal(everything(model, optimizer), everything(twins, twin))
 
 
 def test_a_later_release_that_fails_marks_the_optimizer(monkeypatch):

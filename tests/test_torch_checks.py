@@ -14,6 +14,7 @@ import re
 
 import pytest
 import torch
+from bitwise import assert_nested_equal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -127,23 +128,6 @@ def train(params, optimizer, steps=3, schedulers=()):
     return losses
 
 
-def assert_equal(left, right):
-    """Of any nesting of dicts and sequences: equal tensors to the bit and dtype, equal values."""
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert list(left) == list(right)
-        for key in left:
-            assert_equal(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for ours, theirs in zip(left, right, strict=True):
-            assert_equal(ours, theirs)
-    else:
-        assert left == right
-
-
 @every_optimizer
 def test_inputs_choose_no_implementation(info):
     """torch's rule for inputs: the implementation is the matter of single tests."""
@@ -232,7 +216,7 @@ def test_tensor_lr_equals_a_number(info, num_dims):
     schedules = [ExponentialLR(each, 0.5) for each in (optimizer, twin)]
     train(params, optimizer, schedulers=schedules[:1])
     train(twins, twin, schedulers=schedules[1:])
-    assert_equal(params, twins)
+    assert_nested_equal(params, twins)
     assert optimizer.param_groups[0]["lr"] is rate  # a scheduler fills it
 
 
@@ -257,7 +241,7 @@ def test_step_is_noop_when_params_have_no_grad(info, made):
     before = copy.deepcopy(params)
     optimizer = info.optim_cls(params, **made.kwargs)
     optimizer.step()
-    assert_equal(params, before)
+    assert_nested_equal(params, before)
     assert not optimizer.state
 
 
@@ -295,12 +279,12 @@ def test_state_dict_is_deterministic(info, made):
     twins = copy.deepcopy(params)
     twin = info.optim_cls(twins, **made.kwargs)
     twin.load_state_dict(optimizer.state_dict())
-    assert_equal(twin.state_dict(), saved)
+    assert_nested_equal(twin.state_dict(), saved)
     train(params, optimizer)
     train(twins, twin)
-    assert_equal(params, twins)
-    assert_equal(optimizer.state_dict(), twin.state_dict())
-    assert_equal(optimizer.state_dict()["param_groups"], saved["param_groups"])
+    assert_nested_equal(params, twins)
+    assert_nested_equal(optimizer.state_dict(), twin.state_dict())
+    assert_nested_equal(optimizer.state_dict()["param_groups"], saved["param_groups"])
 
 
 @every_input
@@ -315,7 +299,7 @@ def test_state_dict_shares_no_state_after_loading(info, made):
     twin.load_state_dict(kept)
     loaded = copy.deepcopy(twin.state_dict())
     train(params, optimizer)
-    assert_equal(twin.state_dict(), loaded)
+    assert_nested_equal(twin.state_dict(), loaded)
 
 
 @every_input
@@ -334,7 +318,7 @@ def test_can_load_older_state_dict(info, made):
     twin.load_state_dict(old)
     train(params, optimizer)
     train(twins, twin)
-    assert_equal(params, twins)
+    assert_nested_equal(params, twins)
 
 
 @every_optimizer
@@ -352,7 +336,7 @@ def test_can_load_from_and_to_a_named_state_dict(info, saves_names, has_names):
     assert twin.param_groups[0]["param_names"] == ["weight", "bias"]
     train(params, optimizer)
     train(twins, twin)
-    assert_equal(params, twins)
+    assert_nested_equal(params, twins)
 
 
 @every_input
@@ -363,7 +347,7 @@ def test_save_and_load_are_equal_with_weights_only(info, made):
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    assert_equal(torch.load(file, weights_only=True), optimizer.state_dict())
+    assert_nested_equal(torch.load(file, weights_only=True), optimizer.state_dict())
 
 
 @pytest.mark.parametrize("as_number", [float, int, lambda step: step.numpy()[()]])
@@ -377,10 +361,10 @@ def test_load_nontensor_step(as_number):
     twins = copy.deepcopy(params)
     twin = AdamWGroups(twins)
     twin.load_state_dict(saved)
-    assert_equal(twin.state_dict()["state"], optimizer.state_dict()["state"])
+    assert_nested_equal(twin.state_dict()["state"], optimizer.state_dict()["state"])
     train(params, optimizer)
     train(twins, twin)
-    assert_equal(params, twins)
+    assert_nested_equal(params, twins)
 
 
 @every_optimizer
@@ -470,8 +454,8 @@ def test_copies_have_all_public_attributes_and_step_as_the_original(info, made, 
     assert all(left is not right for left, right in zip(params, twins, strict=True))
     train(params, optimizer)
     train(twins, twin)
-    assert_equal(params, twins)
-    assert_equal(optimizer.state_dict(), twin.state_dict())
+    assert_nested_equal(params, twins)
+    assert_nested_equal(optimizer.state_dict(), twin.state_dict())
 
 
 @every_input
@@ -510,7 +494,7 @@ def test_a_group_added_midway_trains_as_if_it_had_waited(info):
     optimizer.add_param_group(added)
     train(params, optimizer)
     train(twins, twin)
-    assert_equal(params, twins)
+    assert_nested_equal(params, twins)
 
 
 @every_optimizer
