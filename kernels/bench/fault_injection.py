@@ -165,6 +165,8 @@ def on_rank(rank: int, num_ranks: int, path: str, case: tuple[str, str, str], ti
     set_grads(1)
     optimizer.step()
     optimizer.step_timeout = timeout_s
+    optimizer.consolidate_state_dict()
+    saved = copy.deepcopy(optimizer.state_dict())
     set_grads(2)
     undo: Callable[[], None] = lambda: None  # noqa: E731
     grad = params["a"].grad
@@ -192,6 +194,12 @@ def on_rank(rank: int, num_ranks: int, path: str, case: tuple[str, str, str], ti
     except RuntimeError:
         found["refuses"] = True
     found["retry"] = False
+    if found["refuses"]:  # a loaded state alone does not mend the transfers
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        try:
+            act()
+        except RuntimeError as error:
+            found["refuses"] = "start the job again" in str(error)
     if failure not in ("killed", "stopped") and not found["refuses"]:
         act()
         found["retry"] = True

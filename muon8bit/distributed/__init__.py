@@ -5,6 +5,7 @@ matrices     what lies on several ranks, as this rank sees it
 gathering    norms of whole matrices and the verdict on all gradients: one all-gather
 rounds       the second phase: parts to the owner, Newton-Schulz, parts back
 transport    collectives, with their bytes counted
+meeting      where ranks meet in a step, and learn of failures
 watch        bounded waits inside a step, and the cause when a rank does not come
 team         all of it for one optimizer
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
 from torch.distributed import ProcessGroup
 
-from .watch import Watch
+from .watch import RanksError, Watch, cause_of
 
 
 @dataclass
@@ -100,10 +100,15 @@ class Transport:
         if not is_arrival:
             how.timeout = self.watch.timeout
         self._kept[:] = gathered, values
-        work = self.group._allgather_base(gathered, values, how)
-        if is_arrival or values.device.type != "cpu":
-            work.wait()
-        else:
+        try:
+            work = self.group._allgather_base(gathered, values, how)
+            if is_arrival or values.device.type != "cpu":
+                work.wait()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RanksError(f"another rank is gone, or did not come to the step: {cause_of(error)}") from error
+        if not is_arrival and values.device.type == "cpu":
             self.watch.wait(work)
 
     def gather_texts(self, text: str, device: torch.device) -> list[str]:

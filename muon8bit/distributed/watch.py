@@ -32,6 +32,11 @@ class RanksError(RuntimeError):
     """Another rank has failed, ended or stopped inside a step; the message says which, and its error if it told."""
 
 
+def cause_of(error: Exception) -> str:
+    """Return the first sentence of an error of a transfer, without its place in gloo's source."""
+    return str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+
+
 class Watch:
     """What ranks of one process group tell each other when a step cannot go on.
 
@@ -99,8 +104,7 @@ class Watch:
         ranks = f"rank {', '.join(map(str, missing))}" if missing and not self._is_store_lost else "another rank"
         if is_over:
             return f"{ranks} did not answer within step_timeout={self.timeout_s:g} seconds inside the step"
-        cause = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # gloo's place in its source aside
-        return f"{ranks} is gone, or cannot be reached, inside the step: {cause}"
+        return f"{ranks} is gone, or cannot be reached, inside the step: {cause_of(error)}"
 
     def _is_alive(self, rank: int) -> bool:
         return self._ask(lambda store: store.check([self._key(f"alive {rank}")]), False)
