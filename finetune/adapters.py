@@ -19,6 +19,7 @@ from torch import nn
 
 from finetune.bases import load_base_weights, weight_dtype
 from finetune.errors import InputError
+from finetune.launch import plain_parameters
 from finetune.outputs import save_model
 from finetune.sft_recipe import SftRecipe
 from finetune.texts import read_text
@@ -111,7 +112,7 @@ def checkpoint_trainable_only(accelerator: Accelerator) -> None:
     """Let `save_state` and `load_state` of a run with a frozen base move the trainable parameters only."""
 
     def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+        return {n: p for n, p in plain_parameters(model) if p.requires_grad}
 
     def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
         weights.clear()

@@ -62,6 +62,15 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), param
 
 
+def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a prepared model, under the names that they have in a model that nothing wraps.
+
+    Of a sharded one on the main process alone, gathered by all: a collective call.
+    """
+    state: dict[str, Tensor] = accelerator.get_state_dict(model if is_sharded(accelerator) else plain_model(model))
+    return state
+
+
 def check_launch(accelerator: Accelerator, recipe: Training) -> None:
     """Refuse launches under which an optimizer would not see what it needs.
 

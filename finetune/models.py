@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from finetune.errors import InputError
-from finetune.launch import whole
+from finetune.launch import plain_parameters, whole
 from finetune.recipe import Recipe
 from finetune.weights import first_line, freeze_beside_text, load_whole, longest_of, model_class, text_config
 
@@ -125,10 +125,10 @@ def checkpoint_activations(model: Any) -> None:
 def parameter_hash(model: nn.Module) -> str:
     """Hex SHA-256 of all trained parameters, in order, with their names: equal on ranks that agree to the bit.
 
-    Sharded parameters are gathered one at a time, by all ranks.
+    The names are those of the model inside of wrappers. Sharded parameters are gathered one at a time, by all ranks.
     """
     digest = hashlib.sha256()
-    for name, param in model.named_parameters():
+    for name, param in plain_parameters(model):
         if not param.requires_grad:
             continue
         digest.update(name.encode())

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from finetune.launch import plain_model, whole_state
 from finetune.models import parameter_hash
 from finetune.optimizers import report_state
 from finetune.prepare import PretrainRun
@@ -22,11 +23,11 @@ from finetune.run_folder import folder_beside, write_beside
 def finish(run: PretrainRun) -> None:
     """Save model/, state_report.json, loss.png and result.json, and print the table and the verdict."""
     accelerator = run.accelerator
-    state = accelerator.get_state_dict(run.model)
-    hashes = gather(accelerator, parameter_hash(accelerator.unwrap_model(run.model)))
+    state = whole_state(accelerator, run.model)
+    hashes = gather(accelerator, parameter_hash(run.model))
     if not accelerator.is_main_process:
         return
-    save_model(run.folder.path / "model", accelerator.unwrap_model(run.model), state, run.tokenizer)
+    save_model(run.folder.path / "model", plain_model(run.model), state, run.tokenizer)
     val_loss = run.folder.metrics()[-1]["val_loss"]
     bits = run.bits_per_byte(val_loss)
     more = {"bits_per_byte": bits, "parameter_hashes": hashes}

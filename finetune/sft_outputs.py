@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from finetune.adapters import save_adapter, save_merged
+from finetune.launch import plain_model, whole_state
 from finetune.models import parameter_hash
 from finetune.outputs import save_model, summary, write_results
 from finetune.ranks import gather
@@ -14,11 +15,11 @@ from finetune.sft_run import SftRun
 def finish(run: SftRun) -> None:
     """Save model/ or adapter/ (and with --merge model/), answers.json, state_report.json, loss.png and result.json."""
     accelerator, recipe, path = run.accelerator, run.recipe, run.folder.path
-    state = None if recipe.has_adapter else accelerator.get_state_dict(run.model)
-    model = accelerator.unwrap_model(run.model)
-    hashes = gather(accelerator, parameter_hash(model))
+    state = None if recipe.has_adapter else whole_state(accelerator, run.model)
+    hashes = gather(accelerator, parameter_hash(run.model))
     if not accelerator.is_main_process:
         return
+    model = plain_model(run.model)
     if recipe.has_adapter:
         save_adapter(model, path / "adapter", run.tokenizer)
     else:

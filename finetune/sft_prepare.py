@@ -212,7 +212,7 @@ def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:
 
 def _introduce(run: SftRun, data: _Data, notes: Sequence[str]) -> None:
     accelerator, recipe = run.accelerator, run.recipe
-    params = list(accelerator.unwrap_model(run.model).parameters())
+    params = list(run.model.parameters())
     trained = sum(p.numel() for p in params if p.requires_grad)
     adapter = "" if not recipe.has_adapter else ", DoRA" if recipe.dora else ", LoRA"
     run.say(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from finetune.answers import generate_answers
+from finetune.launch import plain_model
 from finetune.run import Run
 from finetune.run_folder import write_beside
 from finetune.sft_recipe import SftRecipe
@@ -53,7 +54,7 @@ class SftRun(Run):
             known = [{"prompt": sample.prompt, "reference": sample.reference} for sample in self.samples]
         answers = generate_answers(
             self.accelerator,
-            self.accelerator.unwrap_model(self.model),
+            plain_model(self.model),
             self.tokenizer,
             [sample.ids for sample in self.samples],
             self.recipe.answer_tokens,

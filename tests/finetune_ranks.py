@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -113,9 +114,11 @@ def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
     script = Script(rank, folder)
     options = ("--recipe", recipe, "--optimizer", optimizer)
     script(*options, "--output-dir", "whole")
-    script(*options, "--output-dir", "run")
+    with compiled(optimizer == "adamw"):
+        script(*options, "--output-dir", "run")
     script.on_main(lambda: flip_a_bit(folder / "run/checkpoints/step-0000006/optimizer_0/__1_0.distcp"))
-    script("--resume", "run")
+    with compiled(optimizer == "muon8bit"):
+        script("--resume", "run")
     script("--recipe", recipe, "--optimizer", "muon", "--output-dir", "refused")
     script("--recipe", recipe, "--clip-matrix-norm", 1, "--output-dir", "refused")
     script(*options, "--dtype", "bf16", "--mixed-precision", "bf16", "--output-dir", "refused")
@@ -131,6 +134,15 @@ def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
 
     stepping.accumulate_gradients = poisoned
     script(*options, "--output-dir", "bad")
+
+
+@contextlib.contextmanager
+def compiled(is_wrapped: bool) -> Iterator[None]:
+    """Whether Accelerate wraps the models inside as `torch.compile` does, though they run uncompiled."""
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "eager" if is_wrapped else "no"
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
 
 
 def sharding_accelerator() -> type:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 
 TINY_MODEL = {
@@ -95,6 +96,21 @@ def pretrain(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> Callable[.
         return run_main(main, options, capfd)
 
     return run
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool | None], None]]:
+    """Let Accelerate wrap the models of the next runs as compiled: whole (False), layer by layer (True) or not (None).
+
+    They run uncompiled: names and what is saved are those of a compiled model, and compiling takes seconds.
+    """
+
+    def choose(by_layer: bool | None) -> None:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no" if by_layer is None else "eager")
+        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(bool(by_layer)))
+
+    with torch.compiler.set_stance("force_eager"):
+        yield choose
 
 
 @pytest.fixture(scope="session")

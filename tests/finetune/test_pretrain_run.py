@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from bitwise import assert_nested_equal
 from refusals import check_refused
+from safetensors.torch import load_file
 
 from finetune import job, stepping
 from finetune.checkpoints import complete, file_names, seal_files
@@ -72,6 +75,37 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(pretrain, tmp_path, o
     expected = weights(tmp_path / "whole")
     for name, value in weights(folder).items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_run_saved_compiled_resumes_uncompiled_and_the_reverse_to_the_bit(pretrain, tmp_path, compiling, by_layer):
+    """As `accelerate launch --dynamo_backend` compiles; what every run leaves has the names of the model inside."""
+    assert pretrain("--optimizer", "adamw", "--output-dir", "plain").code == 0
+    shutil.copytree("plain", "expected")
+    compiling(by_layer)
+    compiled = pretrain("--optimizer", "adamw", "--output-dir", "compiled")
+    assert compiled.code == 0, compiled.err
+    check_same_weights_and_moments(tmp_path / "compiled", tmp_path / "expected")
+    for run in ("plain", "compiled"):
+        shutil.rmtree(f"{run}/checkpoints/step-0000006")
+        shutil.rmtree(f"{run}/model")
+    for run, layers in (("plain", by_layer), ("compiled", None)):
+        compiling(layers)
+        resumed = pretrain("--resume", run)
+        assert resumed.code == 0, resumed.err
+        assert "at step 3" in resumed.out
+        check_same_weights_and_moments(tmp_path / run, tmp_path / "expected")
+
+
+def check_same_weights_and_moments(run, expected):
+    for step in ("step-0000003", "step-0000006"):
+        one, other = (folder / "checkpoints" / step for folder in (run, expected))
+        assert_nested_equal(load_file(one / "model.safetensors"), load_file(other / "model.safetensors"))
+        assert_nested_equal(torch.load(one / "optimizer.bin"), torch.load(other / "optimizer.bin"))
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (run, expected))
+    assert_nested_equal(one, other)
+    one, other = (json.loads((folder / "result.json").read_text()) for folder in (run, expected))
+    assert one["parameter_hashes"] == other["parameter_hashes"]
 
 
 def test_a_run_leaves_everything_it_promises(pretrain, tmp_path):

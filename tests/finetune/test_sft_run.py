@@ -149,6 +149,16 @@ def test_a_checkpoint_of_an_adapter_holds_no_base(sft, tmp_path):
     assert not list(checkpoint.glob("model*"))
 
 
+def test_what_a_compiled_run_leaves_of_its_adapter_has_the_names_of_the_model_inside(sft, tmp_path, compiling):
+    assert sft("--output-dir", "plain", "--max-steps", 3).code == 0
+    compiling(False)
+    outcome = sft("--output-dir", "compiled", "--max-steps", 3)
+    assert outcome.code == 0, outcome.err
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-0000003/trainable.safetensors", "answers.json"):
+        assert (tmp_path / "compiled" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
+    assert result(tmp_path / "compiled")["parameter_hashes"] == result(tmp_path / "plain")["parameter_hashes"]
+
+
 def test_an_adapter_is_trained_further(sft, tmp_path):
     assert sft("--output-dir", "first").code == 0
     outcome = sft("--adapter", tmp_path / "first" / "adapter", "--output-dir", "second")

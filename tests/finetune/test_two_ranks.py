@@ -6,7 +6,10 @@ import json
 
 import finetune_ranks
 import pytest
+import torch
+from bitwise import assert_nested_equal
 from ranks import start_processes
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune.models import parameter_hash
@@ -75,11 +78,16 @@ def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, rec
     assert hashes == result(tmp_path / "whole")["parameter_hashes"]
     assert len(hashes) == 2
     assert len(set(hashes)) == 1
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-0000006"
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert_nested_equal(load_file(checkpoint / "model.safetensors"), weights)  # named as in one process
+    groups = torch.load(checkpoint / "optimizer.bin")["param_groups"]
+    assert sorted(name for group in groups for name in group["param_names"]) == sorted(weights)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon8bit"])
 def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(tmp_path, recipe_file, pretrain, optimizer):
-    """The losses of one process with twice the micro-batches are the oracle."""
+    """The losses of one process with twice the micro-batches are the oracle; one of two saves, or resumes, compiled."""
     args = (tmp_path, str(recipe_file), optimizer)
     whole, first, resumed, refused, unclipped, widened, chunked, bad = call_ranks(finetune_ranks.sharded, *args)
     assert codes(whole) == codes(first) == codes(resumed) == [0, 0], (whole, first, resumed)
