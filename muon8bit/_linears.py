@@ -41,7 +41,9 @@ class Flow:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._tops = _tops(modules)
         self._takers: dict[int, list[str]] = defaultdict(list)
+        self._scores = {path for path, module in modules.items() if (linear_shape(module) or (0,))[0] == 1}
         self._givers: dict[int, list[str]] = defaultdict(list)
         self._order = {path: place for place, path in enumerate(modules)}
         self._convolutions = {path for path, m in modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
@@ -53,28 +55,54 @@ class Flow:
             if given := shape[0] if shape else _output_size(module):
                 self._givers[given].append(path)
 
-    def takes(self, size: int) -> bool:
-        """Whether anything in the model takes vectors of this size."""
-        return bool(self._takers.get(size))
+    def takes(self, size: int, *, by_scores: bool = True) -> bool:
+        """Whether anything in the model takes vectors of this size; a Linear of one row counts only `by_scores`."""
+        return bool(self._takers_of(size, by_scores))
 
-    def is_taken(self, path: str, size: int, *, any_order: bool) -> bool:
+    def leads_on(self, path: str, size: int) -> bool:
+        """Whether the module at `path`, a later one, or one in numbered layers takes vectors of this size."""
+        place = self._order.get(path, 0)
+        return any(self._order[p] >= place or _CHAIN.search(p) for p in self._takers.get(size, []))
+
+    def is_top(self, path: str) -> bool:
+        """Whether the module at `path` lies directly in the model, whatever is wrapped around that."""
+        return path.rpartition(".")[0] in self._tops
+
+    def is_taken(self, path: str, size: int, *, any_order: bool = False, by_scores: bool = True) -> bool:
         """Whether a module beside `path` takes vectors of this size, or one around that.
 
         Numbered layers are looked into only from inside. A convolution must come later, and so must what is at the top
-        of the model or not beside, unless `any_order`, as where a sum goes on to what came before.
+        of the model or not beside, unless `any_order`, as where a sum goes on to what came before. A Linear of one row
+        counts only `by_scores`.
         """
         place = self._order.get(path, 0)
-        takers = self._takers.get(size, [])
+        takers = self._takers_of(size, by_scores)
         later = [p for p in takers if self._order[p] > place]
         beside = [p for p in takers if p not in self._convolutions or self._order[p] > place]
         parent = path.rpartition(".")[0]
         around = beside if any_order else later
-        return _is_in(parent, beside if parent else around, path) or _is_in(parent.rpartition(".")[0], around, path)
+        if self.is_top(path):
+            return _is_in(parent, around, path)
+        return _is_in(parent, beside, path) or _is_in(parent.rpartition(".")[0], around, path)
+
+    def _takers_of(self, size: int, by_scores: bool) -> list[str]:
+        return [path for path in self._takers.get(size, []) if by_scores or path not in self._scores]
 
     def is_given(self, path: str, size: int) -> bool:
         """Whether a module beside `path`, or one level further out, gives vectors of this size."""
         givers, parent = self._givers.get(size, []), path.rpartition(".")[0]
         return _is_in(parent, givers, path) or _is_in(parent.rpartition(".")[0], givers, path)
+
+
+def _tops(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Return the path of the model, and of what it is but a wrapper of."""
+    tops, path = {""}, ""
+    while len(children := [name for name, _ in modules[path].named_children()]) == 1:
+        path = f"{path}.{children[0]}".removeprefix(".")
+        if path not in modules:
+            break
+        tops.add(path)
+    return tops
 
 
 def _is_in(around: str, others: list[str], path: str) -> bool:

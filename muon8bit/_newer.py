@@ -23,7 +23,7 @@ _BIAS = re.compile(r"bias(es)?$|bias_table$|bias_[a-z]$", re.IGNORECASE)
 _STATE_SPACE = re.compile(r"^(A|D|(.*_)?A_(log|real|imag)|(inv|log)_A\w*|dt\w*|time_\w+|Lambda\w*)$")
 _TABLE = re.compile(r"emb|token", re.IGNORECASE)
 _START = re.compile(
-    r"latent|(level|seg|class|type)_?\w*emb|(^|_)quer(y|ies)(_|$)|prompt|prefix|soft_|mask_token|cls|(^|_)tokens?$|memory|mem_|slots?|anchor|prototype"
+    r"latent|(level|seg|class|label|type)_?\w*emb|(^|_)quer(y|ies)(_|$)|prompt|prefix|soft_|mask_token|cls|(^|_)tokens?$|memory|mem_|slots?|anchor|prototype"
     r"|refpoint|init_state|initial_|sink|layer_?scale|^ls\d*$|gamma|lambda|scale|temperature",
     re.IGNORECASE,
 )

@@ -24,7 +24,7 @@ _WORD = re.compile(
 # Leaves that mean one at the end of a user's own model.
 _OWN_WORD = re.compile(
     r"^(fc\w*|out|outputs?|output_\w+|final\w*|last\w*|to_(logits|out|rgb|pixels|classes|patch\w*)|\w+_out|decoder|generator|cls|proj_out|linear_out|readout"
-    r"|top|policy|value|q_values?|actor|critic)$",
+    r"|\w*out_proj|top|policy|value|q_values?|actor|critic)$",
     re.IGNORECASE,
 )
 _OUT = re.compile(r"(^|\.)(out|output)$")
@@ -37,7 +37,8 @@ _PROJECTION = re.compile(
 # Keys of configs that count what an output has a row for.
 _SIZE_KEY = re.compile(r"vocab|^n(um)?_\w*(labels|classes)$|codebook_size$|^num_answers$", re.IGNORECASE)
 POSITIONS = re.compile(
-    r"(^|[._])(w?pos|wpe|position(al|s)?|rel(ative)?_?pos\w*|a?pe)([._]|$|emb|enc)|rel(ative)?_pos|posemb|timestep|time_emb",
+    r"(^|[._])(w?pos|wpe|position(al|s)?|rel(ative)?_?pos\w*|a?pe)([._]|$|emb|enc)|rel(ative)?_pos|posemb|timestep"
+    r"|time_emb|emb(ed\w*)?_rel(ative)?(_|$)|(^|[._])rel(ative)?_\w*emb",
     re.I,
 )
 
@@ -67,7 +68,7 @@ def add_outputs(model: nn.Module, ends: Ends) -> None:
             ends.heads[weight] = reason
         elif not _scope(path)[1] and cols in tokens - dims and cols > rows and not flow.is_given(path, cols):
             ends.embeddings[weight] = "table: a column for each token"
-        elif not _scope(path)[1] and not flow.takes(rows):
+        elif not _scope(path)[1] and not flow.leads_on(path, rows):
             ends.sinks.add(weight)
     _find_last(modules, linears, ends, flow)
 
@@ -88,16 +89,13 @@ def _why_head(path: str, rows: int, cols: int, sizes: set[int], flow: Flow) -> s
     """
     outer, inner = _scope(path)
     is_named = any(map(_WORD.search, (*outer[-1:], *inner[-2:]) if inner else outer))
-    is_sized = rows in sizes and (is_named or not flow.takes(rows))
+    is_named |= flow.is_top(path) and any(map(_OWN_WORD.search, outer[-1:])) and not flow.leads_on(path, rows)
+    is_sized = rows in sizes and (is_named or not flow.takes(rows, by_scores=False))
     is_taken = flow.is_taken(path, rows, any_order=rows == cols)
-    if is_sized and not is_taken:
+    if is_sized and not flow.is_taken(path, rows, any_order=rows == cols, by_scores=False):
         return f"output head: {rows:,} rows, as a vocabulary, labels or a codebook has"
-    if (
-        rows in sizes
-        and not inner
-        and _OUT.search(path)
-        and not flow.is_taken(path.rpartition(".")[0], rows, any_order=False)
-    ):
+    parent = path.rpartition(".")[0]
+    if rows in sizes and not inner and _OUT.search(path) and not (parent and flow.is_taken(parent, rows)):
         return f"output head, by its name and {rows:,} rows"
     is_placed = is_named and (not inner or _WORD.search(outer[-1]) is not None)
     return "output head, by its name and place" if is_placed and not is_taken else ""
@@ -128,7 +126,7 @@ def _find_last(modules: Mapping[str, nn.Module], linears: Sequence[Linear], ends
     for path, own_weight, (rows, _) in own:
         outer, inner = _scope(path)
         is_named = not inner and not _is_attention(path) and any(map(_OWN_WORD.search, outer[-2:]))
-        if is_named and not flow.is_taken(path, rows, any_order=False) and (path == last or not flow.takes(rows)):
+        if is_named and not flow.is_taken(path, rows) and (path == last or not flow.takes(rows)):
             ends.heads.setdefault(own_weight, "output head, by its name and place")
     if weight in ends.heads or weight in ends.embeddings:
         ends.doubtful = None

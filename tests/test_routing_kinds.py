@@ -66,6 +66,45 @@ def test_outputs_of_any_name_go_to_adamw_and_what_leads_to_them_to_muon(name: st
     assert {routes[f"block.{i}.weight"].algorithm for i in (0, 2)} == {"muon"}
 
 
+class Policy(hf.PreTrainedModel):
+    """A model of transformers whose inputs have the size of its output; `parts` as they are run."""
+
+    config_class = hf.PretrainedConfig
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__(hf.PretrainedConfig(vocab_size=40, num_labels=5))
+        self.embed_actions = nn.ModuleDict({"action_in_proj": nn.Linear(8, 16), "time_mlp_out": nn.Linear(16, 16)})
+        self.block = hidden()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def lora(model: nn.Module) -> nn.Module:
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["time_mlp_out"]))  # type: ignore[arg-type]
+    return wrapped.requires_grad_(True)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lora], ids=["plain", "peft"])
+def test_at_the_top_of_a_model_of_transformers_only_what_comes_later_takes_an_output(wrap: Any) -> None:
+    named = routes_of(lambda: wrap(Policy(action_out_proj=nn.Linear(16, 8))))
+    (out,) = (route for name, route in named.items() if "action_out_proj" in name and len(route.shape) == 2)
+    assert out.algorithm == "adamw"
+    assert {r.algorithm for n, r in named.items() if "embed_actions" in n and "weight" in n} == {"muon"}
+    unnamed = routes_of(lambda: wrap(Policy(project_hid=nn.Linear(16, 8), speaker=nn.Linear(16, 8))))
+    flagged = {name.split(".")[-2] for name, route in unnamed.items() if "head" in route.flag}
+    assert flagged == {"project_hid", "speaker"}
+
+
+def test_outputs_that_a_score_or_a_feedback_takes_go_to_adamw() -> None:
+    summary = nn.ModuleDict({"summary": nn.Linear(16, 5)})
+    assert (
+        routes_of(lambda: Policy(pool=summary, logits_proj=nn.Linear(5, 1)))["pool.summary.weight"].algorithm == "adamw"
+    )
+    assert (
+        routes_of(lambda: Policy(out=nn.Linear(16, 40), out_mid=nn.Linear(40, 16)))["out.weight"].algorithm == "adamw"
+    )
+
+
 def test_hidden_matrices_of_as_many_rows_as_the_vocabulary_stay_with_muon() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -90,6 +129,7 @@ def test_last_linear_without_a_telling_name_is_flagged_also_behind_an_embedding(
         *[("pos_embed", (9, 16)), ("position_embeddings", (1, 9, 16)), ("relative_position_bias_table", (9, 4))],
         *[("latents", (9, 16)), ("query_tokens", (1, 9, 16)), ("mask_token", (1, 1, 16)), ("bias_u", (4, 4))],
         *[("D", (2, 16)), ("A_log", (16, 4)), ("layer_scale_1", (16, 1, 1)), ("rel_pos_h", (9, 4)), ("gamma", (2, 16))],
+        *[("emb_rel_k", (1, 9, 16)), ("relative_keys_embed", (9, 16)), ("label_embeddings_concat", (9, 16))],
     ],
 )
 def test_tables_latents_and_state_space_parameters_do_not_decay(name: str, shape: tuple[int, ...]) -> None:

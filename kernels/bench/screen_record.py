@@ -10,17 +10,6 @@ from pathlib import Path
 
 BUILT, NO_MATRIX = "built", "built, nothing for Muon"
 
-# Of faults that stand: a part of their text, and what there is to say.
-NOTES = {
-    "sequence_summary.summary.weight [37": "hidden: logits_proj takes its result, whose width is the number of labels",
-    "GraniteSpeech5Encoder: vocabulary or labels: out.weight": "out_mid takes its result; AdamW's with the CTC head",
-    "PI0ForConditionalGeneration": "an output of 32 actions; not told from a hidden matrix yet, a pattern does",
-    "project_hid.weight": "a projection whose result a contrastive loss takes",
-    "speaker_proj.weight": "a projection whose result a contrastive loss takes",
-    "label_embeddings_concat": "a bank of label embeddings, decayed as nn.Embedding is",
-    "attention.emb_rel_": "relative positions, decayed as nn.Embedding is; not told by its name yet",
-}
-
 
 @dataclass(frozen=True)
 class Row:
@@ -76,7 +65,7 @@ def table(first: str, rows: Iterable[Row]) -> str:
         "",
         "## Found by the second rule",
         "",
-        *(f"- {_explained(f'{name}: {fault}')}" for fault, name in faults),
+        *(f"- {name}: {fault}" for fault, name in faults),
         *(["Nothing."] if not faults else []),
         "",
         "## Matrices of attention and MLP that AdamW has",
@@ -93,7 +82,3 @@ def table(first: str, rows: Iterable[Row]) -> str:
         names = ", ".join(row.name if row.name != "*" else row.module for row in rows if row.outcome == reason)
         lines.append(f"| {reason.replace('|', '/')} | {count} | {names} |")
     return "\n".join(lines) + "\n"
-
-
-def _explained(line: str) -> str:
-    return "; ".join([line, *(note for part, note in NOTES.items() if part in line)])
