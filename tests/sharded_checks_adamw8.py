@@ -27,7 +27,7 @@ MATRICES = {"matrix": (10, 24)}
 EIGHT_BITS = {"adamw": {"adamw_bits": 8}}
 FORMATS = {
     "fp32": (torch.float32, {}),
-    "bf16": (torch.bfloat16, {"param_rounding": "stochastic", "rounding_seed": 7}),
+    "bf16": (torch.bfloat16, {"param_rounding": "stochastic", "rounding_seed": 7, "maximize": True}),
 }
 
 

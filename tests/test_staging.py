@@ -22,6 +22,7 @@ OPTIONS = {
     "linear": {},
     "dynamic": {"codebook": "dynamic", "block_size": 64, "nesterov": False},
     "bits=32": {"bits": 32, "clip_matrix_norm": 0.5},
+    "maximize": {"maximize": True, "clip_matrix_norm": 0.5},
     "bf16": {"dtype": torch.bfloat16},
     "stochastic": {"dtype": torch.bfloat16, "param_rounding": "stochastic", "rounding_seed": 7},
 }

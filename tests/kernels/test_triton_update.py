@@ -162,6 +162,24 @@ def test_the_optimizer_rounds_alike_by_either_backend(device):
     assert not torch.equal(*results[0])
 
 
+def test_maximize_and_a_scale_are_a_step_of_the_gradient_that_they_stand_for(device):
+    results = []
+    for factor, options in ((-8.0, {"maximize": True}), (1.0, {})):
+        params = [torch.full((40, 60), 1.0, device=device, requires_grad=True) for _ in range(2)]
+        groups = [{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw", "lr": 2e-4}]
+        optimizer = Muon8bit(groups, backend="triton", **options)
+        for step in range(2):
+            for param in params:
+                param.grad = factor * torch.linspace(-1, 2 + step, param.numel(), device=device).view_as(param)
+            if factor != 1.0:
+                optimizer.grad_scale, optimizer.found_inf = (torch.tensor(x, device=device) for x in (8.0, 0.0))
+            optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        results.append([tensor.detach().clone() for tensor in [*params, *states]])
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
+    assert not torch.equal(results[0][0], torch.ones_like(results[0][0]))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize(("dtype", "keys"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, [KEY, 5])])
