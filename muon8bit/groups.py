@@ -40,6 +40,11 @@ IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
     "capturable": False,
     "differentiable": False,
 }
+# The way out of every error about groups that are not those of a checkpoint.
+AS_SAVED = (
+    "use the same model and build the groups as they were saved: a checkpoint of release 0.1 by "
+    "muon8bit.param_groups(model, ..., routing='0.1'), any other by its `patterns` and `no_decay`"
+)
 RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")
 MUON_ONLY_KEYS = (
     *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm"),

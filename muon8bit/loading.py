@@ -24,7 +24,7 @@ from .config import (
 from .damage import why_damaged
 from .dense import is_fake, why_not_dense
 from .entries import home, layout_of, made
-from .groups import OWN_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
+from .groups import AS_SAVED, OWN_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
 from .moved import check_moved
 from .names import is_same
 
@@ -72,8 +72,7 @@ def checked(
     check_moved(saved_groups, current)
     if len(saved_groups) != len(current):
         raise ValueError(
-            f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(current)}: build it from the "
-            "same model with the same patterns"
+            f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(current)}: {AS_SAVED}"
         )
     pairs = list(zip(saved_groups, current, strict=True))
     groups = [_group(old, new, f"group {i}") for i, (old, new) in enumerate(pairs)]
@@ -109,14 +108,10 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
     """The saved group's hyper-parameters with the running group's parameters, and its names where that has none; other
     keys of either stay."""
     if len(old["params"]) != len(new["params"]):
-        raise ValueError(
-            f"{where}: {len(old['params'])} parameters saved, {len(new['params'])} here: build it from the same "
-            "model with the same patterns"
-        )
+        raise ValueError(f"{where}: {len(old['params'])} parameters saved, {len(new['params'])} here: {AS_SAVED}")
     if old["algorithm"] != new["algorithm"]:
         raise ValueError(
-            f"{where}: saved with algorithm={old['algorithm']!r}, here it is {new['algorithm']!r}: build the groups in "
-            "the saved order"
+            f"{where}: saved with algorithm={old['algorithm']!r}, here it is {new['algorithm']!r}: {AS_SAVED}"
         )
     names = old.get("param_names")
     if names is not None and (not isinstance(names, Sequence) or len(names) != len(old["params"])):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .groups import AS_SAVED
 from .names import unwrapper
 
 _SHOWN = 5
@@ -38,8 +39,7 @@ def check_moved(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[st
     more = f" and {len(moved) - _SHOWN} more" if len(moved) > _SHOWN else ""
     raise ValueError(
         f"the state dict has {len(moved)} parameters in other groups than this optimizer: "
-        f"{', '.join(words[:_SHOWN])}{more}. Build the groups as they were saved: a checkpoint of release 0.1 by "
-        "muon8bit.param_groups(model, ..., routing='0.1'), any other by its `patterns` and `no_decay`"
+        f"{', '.join(words[:_SHOWN])}{more}: {AS_SAVED}"
     )
 
 

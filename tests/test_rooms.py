@@ -70,7 +70,7 @@ ALLOWED = {
     "commit": set(),
     "nonfinite": set(),
     "clipping": {"stacks", "groups", "config"},
-    "moved": {"names"},
+    "moved": {"groups", "names"},
     "loading": {
         "moved",
         "damage",

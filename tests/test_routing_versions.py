@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import routing_models
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from finetune import pretrain, sft
 from finetune.optimizers import build_optimizers
 from finetune.options import ROUTINGS as OPTION
 from muon8bit import Muon8bit, param_groups
 from muon8bit.config import ROUTINGS
+from muon8bit.integrations.distributed_checkpoint import load_checkpoint
 
 SAVED = json.loads((Path(__file__).parent / "data" / "routing_0_1.json").read_text())
 UNCHANGED = {"llama", "mixtral", "lora", "loha"}
@@ -92,6 +95,15 @@ def test_a_checkpoint_whose_split_differs_names_the_parameters() -> None:
     saved = stepped(model, routing="0.1", weight_decay=0.0).state_dict()
     with pytest.raises(ValueError, match=r"input_linear\.weight \(saved: adamw.*here: muon.*split_sizes \(48, 48\)"):
         stepped(model, weight_decay=0.0).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("name", "moved"), [("gpt2", r"transformer\.wpe"), ("jetmoe", "input_linear")])
+def test_a_distributed_checkpoint_names_them_too(name: str, moved: str, tmp_path: Path) -> None:
+    model = routing_models.MODELS[name]()
+    state = get_optimizer_state_dict(model, stepped(model, routing="0.1"))
+    dcp.save({"model": get_model_state_dict(model), "optimizer": state}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match=rf"(?s){moved}.*routing='0\.1'"):
+        load_checkpoint(model, stepped(model), tmp_path)
 
 
 def test_a_checkpoint_of_another_model_keeps_its_own_error() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ..groups import RUNNING_KEYS
+from ..groups import AS_SAVED, RUNNING_KEYS
 from ..names import unwrapper
 from .entries import Entry, Group
 
@@ -91,8 +91,8 @@ def _filled(group: Group, found: Sequence[Entry | None]) -> Group:
             raise ValueError(f"{slot.where} is not saved: build both optimizers from one model")
         if entry.algorithm != group.algorithm:
             raise ValueError(
-                f"{slot.where} was stepped by {entry.algorithm}, `like` has it in a group of {group.algorithm}: route "
-                "it there with a pattern of param_groups"
+                f"{slot.where} was stepped by {entry.algorithm}, `like` has it in a group of {group.algorithm}: "
+                f"{AS_SAVED}"
             )
         entries.append(
             Entry(slot.name, entry.where, slot.key, entry.algorithm, entry.tensors, entry.options, entry.dialect)
@@ -106,7 +106,7 @@ def _filled(group: Group, found: Sequence[Entry | None]) -> Group:
             if unequal:
                 raise ValueError(
                     f"{entries[0].where} and {entry.where} were saved with different {', '.join(unequal)}, but share a "
-                    "group of `like`: build the groups as they were saved"
+                    f"group of `like`: {AS_SAVED}"
                 )
         options = {**options, **saved[0]}
     return Group(group.algorithm, {**options, **own}, entries, group.part)

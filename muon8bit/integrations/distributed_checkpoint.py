@@ -23,6 +23,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_values
 
 from muon8bit import Muon8bit
 
+_AS_SAVED = (
+    "build model and optimizer as they were saved (groups of release 0.1 by muon8bit.param_groups(model, ..., "
+    "routing='0.1'))"
+)
 T = TypeVar("T")
 Keys = tuple[str | int, ...]  # the way to a value in the nested state dict, as the checkpoint's metadata has it
 
@@ -99,15 +103,15 @@ def _templates(model: nn.Module, optimizer: Muon8bit, folder: Path) -> tuple[dic
             templates[key] = 0 if there is None else torch.empty(there[1], dtype=there[0], device="cpu")
             continue
         if place not in own:
-            raise ValueError(f"{key}, saved there, is unknown here: build model and optimizer as they were saved")
+            raise ValueError(f"{key}, saved there, is unknown here: {_AS_SAVED}")
         templates[key] = own.pop(place)
         here = (templates[key].dtype, tuple(templates[key].shape)) if isinstance(templates[key], Tensor) else None
         if here != there:
-            raise ValueError(f"{key} is {there} there, {here} here: build model and optimizer as they were saved")
+            raise ValueError(f"{key} is {there} there, {here} here: {_AS_SAVED}")
     stateful = {place[2] for place in places.values() if place[1] == "state" and place[0] == "optimizer"}
     for place in own:  # a parameter that never had a gradient has no state; load_state_dict warns of it
         if place[0] == "model" or place[2] in stateful:
-            raise ValueError(f"{'.'.join(map(str, place))} is missing there: build model and optimizer as saved")
+            raise ValueError(f"{'.'.join(map(str, place))} is missing there: {_AS_SAVED}")
     return templates, places, [group["params"] for group in names["param_groups"]]
 
 
@@ -165,5 +169,5 @@ def _read(
     for i, (there, here) in enumerate(zip(ordered, names, strict=True)):
         for theirs, ours in zip(there["params"], here, strict=True):
             if theirs != ours:
-                raise ValueError(f"group {i} has {theirs} there, {ours} here: build the groups in the saved order")
+                raise ValueError(f"group {i} has {theirs} there, {ours} here: {_AS_SAVED}")
     return values, load
