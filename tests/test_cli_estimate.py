@@ -357,6 +357,15 @@ _KINDS = {
         "Mistral3ForConditionalGeneration",
         "MistralForCausalLM",
     ),
+    "images, text part of a causal language model": (
+        {
+            "model_type": "gemma3",
+            "text_config": {**_SMALL, "model_type": "gemma3_text", "num_key_value_heads": 2, "head_dim": 16},
+            "vision_config": {**_EYES, "model_type": "siglip_vision_model", "patch_size": 14},
+        },
+        "Gemma3ForConditionalGeneration",
+        "Gemma3ForCausalLM",
+    ),
 }
 
 
@@ -371,7 +380,36 @@ def test_the_class_of_the_architecture_is_counted_whole(kind, tmp_path, capsys):
     config = config.get_text_config() if built else config
     with torch.device("meta"):
         model = getattr(transformers, built or name)(config)
-    assert json.loads(capsys.readouterr().out)["num_parameters"] == sum(p.numel() for p in model.parameters())
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_parameters"] == sum(p.numel() for p in model.parameters())
+    assert [note.split(" of this ")[0] for note in found["notes"] if "part" in note] == (
+        [f"Only the text part ({values['text_config']['model_type']})"] if built else []
+    )
+    assert any("eager attention" in note for note in found["notes"]) == (values["model_type"] == "falcon")
+
+
+def test_what_the_figures_leave_out_of_a_model_that_sees_is_told_under_a_budget_that_nothing_fits(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    values = _KINDS["images, text part of a causal language model"][0]
+    path.write_text(json.dumps({**values, "text_config": {**values["text_config"], "num_hidden_layers": 1}}))
+    assert main(["estimate", str(path), "--seq", "8", "--budget", "1KiB"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Only the text part (gemma3_text) of this gemma3 model is counted: the rest (vision_config)" in told
+    assert "would fit with: nothing that was tried" in told
+
+
+def test_a_model_that_fails_with_both_ways_of_attention_is_refused_with_both_reasons(monkeypatch, llama, capsys):
+    from transformers import LlamaModel
+
+    def fail(*_, attention_mask=None, **__):
+        raise RuntimeError("unmasked fails" if attention_mask is None else "masked fails too")
+
+    monkeypatch.setattr(LlamaModel, "forward", fail)
+    assert main(["estimate", str(llama), "--seq", "8"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "with fused attention RuntimeError: unmasked fails; with eager attention" in error
+    assert "RuntimeError: masked fails too" in error
 
 
 def test_a_failure_of_a_models_own_code_is_one_sentence_with_its_reason(tmp_path, capsys):

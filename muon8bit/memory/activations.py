@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,12 +30,14 @@ from torch.utils.checkpoint import checkpoint as recompute
 class Pass:
     """Maxima over one forward and backward pass, in bytes: of activations; of activations with the gradients that are
     finished, and in which phase, "forward" or "backward". `at_gradients`: for each parameter, the activations with its
-    gradient when that is finished, all earlier ones freed."""
+    gradient when that is finished, all earlier ones freed. `no_fused`: why the model's code does not run with fused
+    attention and without a mask, so that eager attention with one was counted; "" where it does."""
 
     activations_bytes: int
     with_gradients_bytes: int
     phase: str
     at_gradients: dict[str, int]
+    no_fused: str = ""
 
 
 class _Live(TorchDispatchMode):
@@ -101,7 +103,8 @@ def trace(
 ) -> Pass:
     """Count one pass of a causal language model with its cross-entropy loss.
 
-    Nobody keeps the logits once the loss is known.
+    Nobody keeps the logits once the loss is known. A model whose code does not run with fused attention and without a
+    mask, as one that reads its mask itself, is counted with eager attention and a mask: `Pass.no_fused` says so.
 
     Args:
         meta_model: a transformers model on the meta device; it is copied.
@@ -111,7 +114,7 @@ def trace(
         loss_chunk: tokens whose logits exist at once; None for all of them.
 
     Raises:
-        ValueError: the model cannot be checkpointed, or its forward pass depends on the data.
+        ValueError: the model cannot be checkpointed, or its passes fail both ways; with the reason of each.
     """
     how: dict[str, Any] = {
         "batch": batch,
@@ -122,13 +125,19 @@ def trace(
     }
     try:
         return _passed(meta_model, _fused_attention(), **how)
-    except Exception as error:  # whatever a model's own code meets: first, that it wants its mask itself
-        first = error
+    except Exception as error:  # whatever a model's own code meets
+        first, no_fused = error, _reason(error)
     try:
-        return _passed(meta_model, "eager", is_masked=True, **how)
-    except Exception:
-        reason = f"{type(first).__name__}: {' '.join(str(first).split())[:200] or 'it gives no reason'}"
-        raise ValueError(f"the activations of this model cannot be counted without running it: {reason}") from first
+        return replace(_passed(meta_model, "eager", is_masked=True, **how), no_fused=no_fused)
+    except Exception as error:
+        eager = _reason(error)
+    reasons = f"with fused attention {no_fused}; with eager attention and a mask {eager}"
+    reasons = no_fused if eager == no_fused else reasons
+    raise ValueError(f"the activations of this model cannot be counted without running it: {reasons}") from first
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'it gives no reason'}"
 
 
 def _passed(

@@ -70,20 +70,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Every optimizer's memory for one setup; `num_parameters`, `num_trained`: elements."""
+    """Every optimizer's memory for one setup; `num_parameters`, `num_trained`: elements. `notes`: sentences on what of
+    this model is not counted, or otherwise than it may run."""
 
     setup: Setup
     num_parameters: int
     num_trained: int
     optimizers: dict[str, Memory]
+    notes: tuple[str, ...] = ()
 
     def peak_bytes(self, optimizer: str) -> int:
         """Of the setup's own choice about activation checkpointing."""
         return self.optimizers[optimizer].peak(self.setup.checkpointing).peak_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able. Keys: `num_parameters`, `num_trained_parameters`, `setup`, and `optimizers`, by the names of
-        `OPTIMIZERS`: {state_bytes, weights_bytes, gradients_bytes, workspace_bytes, communication_bytes,
+        """JSON-able. Keys: `num_parameters`, `num_trained_parameters`, `setup`, `notes`, and `optimizers`, by the names
+        of `OPTIMIZERS`: {state_bytes, weights_bytes, gradients_bytes, workspace_bytes, communication_bytes,
         host_state_bytes, staging_bytes, bus_bytes, activations_bytes, peak_bytes, peak_phase} as set up, and
         {activations_bytes, peak_bytes, peak_phase} under `without_checkpointing` and `with_checkpointing` (None where
         the model does not support it)."""
@@ -100,6 +102,7 @@ class Estimate:
             "num_parameters": self.num_parameters,
             "num_trained_parameters": self.num_trained,
             "setup": dict(vars(self.setup)),
+            "notes": list(self.notes),
             "optimizers": optimizers,
         }
 
@@ -138,7 +141,8 @@ class Estimator:
         if checkpointed is None and setup.checkpointing:
             raise ValueError(f"a {self.config.model_type} model does not support activation checkpointing")
         optimizers = {name: _memory(name, sizes, setup, plain, checkpointed) for name in OPTIMIZERS}
-        return Estimate(setup, sizes.num_parameters, sum(p.num_elements for p in sizes.whole), optimizers)
+        notes = models.notes(self.config) + _notes(plain, sizes)
+        return Estimate(setup, sizes.num_parameters, sum(p.num_elements for p in sizes.whole), optimizers, notes)
 
     def _model(self, dtype: torch.dtype, rank: int | None) -> nn.Module:
         if (dtype, rank) not in self._models:
@@ -165,6 +169,22 @@ class Estimator:
                 loss_chunk=setup.loss_chunk,
             )
         return self._passes[key]
+
+
+def _notes(traced: Pass, sizes: Sizes) -> tuple[str, ...]:
+    notes = []
+    if traced.no_fused:
+        notes.append(
+            "This model's code does not run with fused attention and without a mask, so its activations are counted "
+            f"with eager attention and a mask, which takes more ({traced.no_fused})."
+        )
+    unused = [param for param in sizes.whole if param.name not in traced.at_gradients]
+    if unused:
+        notes.append(
+            f"No gradient reaches {len(unused)} tensors ({sum(param.num_elements for param in unused):,} elements), "
+            f"such as {unused[0].name}; they are counted as trained."
+        )
+    return tuple(notes)
 
 
 def _memory(name: str, sizes: Sizes, setup: Setup, plain: Pass, checkpointed: Pass | None) -> Memory:

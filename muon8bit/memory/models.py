@@ -109,8 +109,8 @@ def _from_hub(name: str) -> Any:
 def _model_class(config: Any) -> tuple[Any, Any]:
     """Return transformers' class of a model, and the configuration that it is built from.
 
-    The class is that of `architectures` for encoder-decoders and classifiers, else the causal language model. Of a
-    model that takes images it is the text part, which the scripts train, where the whole is no causal language model.
+    The class is that of `architectures` for encoder-decoders and classifiers, else the causal language model: of a
+    model that also sees or hears its text part, which the scripts train.
     """
     library = _transformers()
     auto, named = library.AutoModelForCausalLM, (getattr(config, "architectures", None) or [""])[0]
@@ -119,9 +119,19 @@ def _model_class(config: Any) -> tuple[Any, Any]:
     if own is not None and (is_classifier or getattr(config, "is_encoder_decoder", False)):
         return own._from_config, config
     text = config.get_text_config()
-    if type(config) not in auto._model_mapping and type(text) in auto._model_mapping:
-        return auto.from_config, text
-    return auto.from_config, config
+    return auto.from_config, text if type(text) in auto._model_mapping else config
+
+
+def notes(config: Any) -> tuple[str, ...]:
+    """Sentences on what of the model is not counted: all but the text part of one that also sees or hears."""
+    _, built = _model_class(config)
+    if built is config:
+        return ()
+    others = [name for name in config.sub_configs if getattr(config, name, None) not in (None, built)]
+    return (
+        f"Only the text part ({built.model_type}) of this {config.model_type} model is counted: the rest "
+        f"({', '.join(others) or 'the layers between'}) lies beside it, frozen in the scripts, and takes more.",
+    )
 
 
 def build(config: Any, dtype: torch.dtype, lora_rank: int | None = None) -> nn.Module:

@@ -134,6 +134,7 @@ def _basis(estimate: Estimate) -> str:
         "gradients: exact. Activations: counted over one pass of the modeling code on tensors without content.",
         "The peak is what is alive at once in the phase that it names, at most the sum of its row.",
         "Not counted: the CUDA context (about 0.5 GiB), fragmentation, libraries' own buffers.",
+        *estimate.notes,
     ]
     if estimate.setup.device == "cuda":
         more = gib(4 * estimate.num_trained // estimate.setup.num_shards)
