@@ -86,6 +86,7 @@ ALLOWED = {
     "muon": {"stacks", "staging", "commit", "update", "orthogonalize", "state", "config"},
     "stacks": {"state"},
     "groups": {"dense", "adamw8", "orthogonalize", "config"},
+    "functional": {"kernels"},
     "update": {"kernels"},
     "names": set(),
     "dense": set(),
