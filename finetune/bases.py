@@ -143,7 +143,7 @@ def compute_precision(recipe: SftRecipe) -> str:
 
 
 def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
-    """The pretrained model in training mode; for an adapter frozen, for `qlora` with NF4 matrices in its layers.
+    """The pretrained model in training mode, on the device: for an adapter frozen, for `qlora` with NF4 in its layers.
 
     What a model has beside its language model, such as a vision tower, is frozen, and stays in what is saved.
 
@@ -156,9 +156,9 @@ def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
     dtype = weight_dtype(recipe)
     more: dict[str, Any] = {}
     if recipe.mode == "qlora":
-        more = {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
+        more = {"quantization_config": nf4_config(dtype), "device_map": {"": device}}  # on a CPU too
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = load_base_weights(base, dtype=dtype, **more)
+    model = load_base_weights(base, device, dtype=dtype, **more)
     freeze_beside_text(model)
     for module in model.modules() if recipe.mode == "qlora" else ():
         if "Norm" in type(module).__name__:
@@ -176,13 +176,13 @@ def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
     return model
 
 
-def load_base_weights(base: str, **more: Any) -> Any:
-    """The whole pretrained model of a base, by the class that fits its configuration; `more` is for transformers.
+def load_base_weights(base: str, device: torch.device | None = None, **more: Any) -> Any:
+    """The whole pretrained model of a base, by the class that fits its configuration; the rest as for `load_whole`.
 
     Raises:
         InputError: as `finetune.weights.load_whole`.
     """
-    return load_whole(model_class(base_config(base)), base, "--model", **more)
+    return load_whole(model_class(base_config(base)), base, "--model", device, **more)
 
 
 def nf4_config(dtype: torch.dtype) -> Any:

@@ -26,6 +26,12 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
+def load_device(accelerator: Accelerator) -> torch.device:
+    """Where a rank loads weights to: its device, or the CPU if they are to be sharded."""
+    device: torch.device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
+    return device
+
+
 def replicas(accelerator: Accelerator) -> ProcessGroup | None:
     """The ranks that hold equal parameters (DDP); None for one process, and where parameters are sharded."""
     if accelerator.num_processes == 1 or is_sharded(accelerator):

@@ -71,8 +71,8 @@ def check_vocabulary(config: Any, tokenizer: Any, option: str) -> None:
         )
 
 
-def build_model(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
-    """The model in the recipe's dtype, random from torch's current seed or pretrained.
+def build_model(recipe: Recipe, config: Any, tokenizer: Any, device: torch.device) -> Any:
+    """The model in the recipe's dtype: random from torch's current seed, on the CPU, or pretrained, on the device.
 
     Raises:
         InputError: weights are missing or cannot be loaded, or the architecture is no causal language model.
@@ -81,7 +81,8 @@ def build_model(recipe: Recipe, config: Any, tokenizer: Any) -> Any:
     causal: Any = AutoModelForCausalLM
     dtype = torch.bfloat16 if recipe.dtype == "bf16" else torch.float32
     if recipe.init_from:
-        model = load_whole(model_class(config) or causal, recipe.init_from, "--init-from", dtype=dtype)
+        kind = model_class(config) or causal
+        model = load_whole(kind, recipe.init_from, "--init-from", device, dtype=dtype)
         freeze_beside_text(model)
     else:
         config.eos_token_id = config.bos_token_id = tokenizer.eos_token_id

@@ -12,13 +12,16 @@ from accelerate.utils import set_seed
 
 from finetune.bigram import bigram_loss
 from finetune.corpus import open_corpus
+from finetune.launch import load_device
 from finetune.loop import Blocks
+from finetune.loss import check_head
 from finetune.models import build_model, check_vocabulary, config_hash, model_config
 from finetune.ranks import first_on_node, on_main
 from finetune.recipe import Recipe
 from finetune.resuming import check_same_run
 from finetune.run import Run, make_accelerator, prepare_training, versions
 from finetune.run_folder import RunFolder
+from finetune.sharding import build_once
 from finetune.tokens import TokenCache, check_size, load_tokenizer, token_cache, train_tokenizer
 
 SAME_RUN = {
@@ -58,9 +61,16 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
     config = model_config(recipe)
     tokenizer, cache, facts = first_on_node(accelerator, lambda: _prepare_data(recipe, config, accelerator))
     check_same_run(folder, facts, SAME_RUN)
-    model = build_model(recipe, config, tokenizer)
+
+    def build() -> tuple[Any, None]:
+        model = build_model(recipe, config, tokenizer, load_device(accelerator))
+        if recipe.loss_chunk:
+            check_head(model)
+        return model, None
+
+    model, _, weights = build_once(accelerator, recipe, build)
     num_parameters = sum(p.numel() for p in model.parameters())
-    prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model)
+    prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model, weights)
     run = PretrainRun(
         accelerator=accelerator,
         recipe=recipe,

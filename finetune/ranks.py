@@ -65,21 +65,28 @@ def leave(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do the work on the main process, while the others wait.
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Do the work on the main process, while the others wait; what it returns there is returned on all.
 
     Raises:
         InputError: it failed; on all processes.
+        RanksError: it failed in another way; on all processes but the main one, which raises its own error.
     """
-    error = None
+    results: list[T] = []
+    told: Exception | None = None
+    cause: Exception | None = None
     if accelerator.is_main_process:
         try:
-            work()
+            results.append(work())
         except InputError as caught:
-            error = caught
-    failed = [e for e in gather(accelerator, error) if e is not None]
-    if failed:
-        raise failed[0]
+            told = cause = caught
+        except Exception as caught:
+            text = " ".join(str(caught).split())[:200]
+            told, cause = RanksError(f"process 0 failed: {type(caught).__name__}: {text}"), caught
+    results, told = gather(accelerator, (results, told))[0]
+    if told is not None:
+        raise cause or told
+    return results[0]
 
 
 def first_on_node(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -23,12 +23,12 @@ from transformers import get_scheduler
 from finetune.errors import InputError
 from finetune.launch import check_launch, is_sharded, reduce_in_fp32, replicas
 from finetune.loop import Sequences
-from finetune.loss import check_head
 from finetune.optimizers import build_optimizers
 from finetune.options import Training
 from finetune.ranks import check_shared, connect
 from finetune.resuming import choose_checkpoint
 from finetune.run_folder import RunFolder
+from finetune.sharding import Weights, spread
 from muon8bit import Muon8bit, release_gradients
 
 
@@ -133,14 +133,19 @@ def versions(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def prepare_training(
-    accelerator: Accelerator, recipe: Training, model: nn.Module, loraplus_ratio: float | None = None
+    accelerator: Accelerator,
+    recipe: Training,
+    model: nn.Module,
+    weights: Weights | None,
+    loraplus_ratio: float | None = None,
 ) -> tuple[nn.Module, list[Optimizer], list[LRScheduler]]:
     """A model as Accelerate and the recipe want it, with its optimizers and their schedules.
 
     Args:
         accelerator: of `make_accelerator`.
         recipe: resolved.
-        model: on any device, with its adapter.
+        model: of `build_once`, with its adapter.
+        weights: likewise.
         loraplus_ratio: of `build_optimizers`.
 
     Raises:
@@ -151,12 +156,12 @@ def prepare_training(
         raise InputError(
             "--dtype", "FSDP2 with mixed precision would make bf16 weights fp32; give --mixed-precision no, or fp32"
         )
-    if recipe.loss_chunk:
-        check_head(model)
     optimizers = build_optimizers(model, recipe, loraplus_ratio=loraplus_ratio, process_group=replicas(accelerator))
     schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
     reduce_in_fp32(accelerator)
     prepared, *wrapped = accelerator.prepare(model, *optimizers)
+    if weights is not None:
+        spread(accelerator, prepared, weights)
     if recipe.release_gradients:
         (muon,) = optimizers
         assert isinstance(muon, Muon8bit)

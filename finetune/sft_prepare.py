@@ -23,10 +23,10 @@ from finetune.bases import (
 )
 from finetune.chat import Parts, load_parts
 from finetune.errors import InputError
-from finetune.launch import is_sharded
+from finetune.launch import is_sharded, load_device
 from finetune.loop import evaluate
+from finetune.loss import check_head
 from finetune.masks import ChatEncoding, EncodedExamples, encode_examples
-from finetune.messages import Example
 from finetune.models import check_vocabulary, config_hash
 from finetune.packing import Rows, check_isolation
 from finetune.ranks import first_on_node, on_main
@@ -34,7 +34,8 @@ from finetune.resuming import check_same_run
 from finetune.run import make_accelerator, prepare_training, versions
 from finetune.run_folder import RunFolder
 from finetune.sft_recipe import SftRecipe, resolve
-from finetune.sft_run import Sample, SftRun
+from finetune.sft_run import SftRun, samples_of
+from finetune.sharding import build_once
 from finetune.texts import read_text
 from finetune.tokens import load_tokenizer
 from finetune.weights import beside_text, longest_of
@@ -73,16 +74,23 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     data = _prepare_data(recipe, config, tokenizer)
     train, validation = _rows(recipe, data.train, tokenizer), _rows(recipe, data.validation, tokenizer)
     recipe, notes = resolve(recipe, len(train), accelerator.num_processes)
-    model = load_base(base, recipe, accelerator.device)
+
+    def build() -> tuple[Any, str]:
+        model = load_base(base, recipe, load_device(accelerator))
+        if recipe.packing:
+            check_isolation(model, num_rows=recipe.batch_size)
+        if recipe.loss_chunk:
+            check_head(model)
+        return model, fingerprint(model)
+
+    model, digest, weights = build_once(accelerator, recipe, build)
     facts = {
-        "model": hashlib.sha256((config_hash(config) + fingerprint(model)).encode()).hexdigest(),
+        "model": hashlib.sha256((config_hash(config) + digest).encode()).hexdigest(),
         "corpus": data.parts.hash,
         "tokenizer": _tokenizer_hash(tokenizer),
         **versions(accelerator),
     }
     check_same_run(folder, facts, SAME_RUN)
-    if recipe.packing:
-        check_isolation(model, num_rows=recipe.batch_size)
     notes += _warnings(recipe, base, config)
     if aside := beside_text(model):
         notes.append(
@@ -97,7 +105,7 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
         model = add_adapter(model, recipe, base)
         checkpoint_trainable_only(accelerator)
     ratio = None if recipe.loraplus_ratio == 1 else recipe.loraplus_ratio
-    prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model, ratio)
+    prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model, weights, ratio)
     run = SftRun(
         accelerator=accelerator,
         recipe=recipe,
@@ -110,7 +118,7 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
         train=train,
         validation=validation,
         base=base,
-        samples=_samples(data.parts.validation[:num_answers], data.encoding),
+        samples=samples_of(data.parts.validation[:num_answers], data.encoding),
     )
     on_main(accelerator, lambda: folder.create(recipe))
     _introduce(run, data, notes)
@@ -180,16 +188,6 @@ def _rows(recipe: SftRecipe, encoded: EncodedExamples, tokenizer: Any) -> Rows:
 def _tokenizer_hash(tokenizer: Any) -> str:
     text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _samples(examples: Sequence[Example], encoding: ChatEncoding) -> list[Sample]:
-    samples = []
-    for example in examples:
-        first = example.answers[0]
-        asked = example.messages[:first]
-        prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in asked)
-        samples.append(Sample(prompt, encoding.prompt(asked), example.messages[first]["content"]))
-    return samples
 
 
 def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from finetune.answers import generate_answers
 from finetune.launch import plain_model
+from finetune.masks import ChatEncoding
+from finetune.messages import Example
 from finetune.run import Run
 from finetune.run_folder import write_beside
 from finetune.sft_recipe import SftRecipe
@@ -21,6 +24,17 @@ class Sample:
     prompt: str
     ids: list[int]
     reference: str
+
+
+def samples_of(examples: Sequence[Example], encoding: ChatEncoding) -> list[Sample]:
+    """The first question of each conversation, and the answer that it has."""
+    samples = []
+    for example in examples:
+        first = example.answers[0]
+        asked = example.messages[:first]
+        prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in asked)
+        samples.append(Sample(prompt, encoding.prompt(asked), example.messages[first]["content"]))
+    return samples
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ from logging import ERROR
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import (
@@ -54,13 +55,14 @@ def model_class(config: Any) -> Any | None:
     return None
 
 
-def load_whole(kind: Any, source: str | Path, option: str, **more: Any) -> Any:
+def load_whole(kind: Any, source: str | Path, option: str, device: torch.device | None = None, **more: Any) -> Any:
     """Load pretrained weights, each of which must be there.
 
     Args:
         kind: of `model_class`.
         source: what `from_pretrained` takes.
         option: that gave it.
+        device: where the weights go without a copy in host memory; None for the CPU.
         more: for `from_pretrained`.
 
     Returns:
@@ -70,6 +72,8 @@ def load_whole(kind: Any, source: str | Path, option: str, **more: Any) -> Any:
         InputError: transformers cannot load it, or the checkpoint lacks weights, has others, or has some of another
             shape; tied weights, which are saved once, are not missing.
     """
+    if device is not None and device.type != "cpu":
+        more["device_map"] = {"": device}
     shown = Path(source) / more["gguf_file"] if "gguf_file" in more else source
     try:
         with _quiet():  # the report is an error here

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import io
 import json
 import math
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from finetune_spread import spread_models
 
 WORLD = 2
 
@@ -28,12 +31,11 @@ class Script:
         os.environ |= {"LOCAL_WORLD_SIZE": str(WORLD), "MUON8BIT_CACHE": str(folder / "cache"), "MASTER_PORT": "0"}
         os.chdir(folder)
 
-    def __call__(self, *args: object) -> None:
+    def __call__(self, *args: object, kind: str = "pretrain") -> None:
         """Run it, and leave exit code and output in `calls/<number>.<rank>.json`."""
         from accelerate.state import AcceleratorState
 
-        from finetune.pretrain import main
-
+        main = importlib.import_module(f"finetune.{kind}").main
         AcceleratorState._reset_state(reset_partial_state=True)
         store = self.folder / f"store{self.num_calls}"
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=self.rank, world_size=WORLD)
@@ -49,10 +51,13 @@ class Script:
 
     def on_main(self, work) -> None:
         """Do something on the main process while the other waits."""
+        self.together(lambda: work() if self.rank == 0 else None)
+
+    def together(self, work) -> None:
+        """Do something on all processes, in a group of their own."""
         store = self.folder / f"store{self.num_calls}.between"
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=self.rank, world_size=WORLD)
-        if self.rank == 0:
-            work()
+        work()
         dist.barrier()
         self.groups.append(dist.group.WORLD)
         dist.destroy_process_group()
@@ -143,6 +148,48 @@ def compiled(is_wrapped: bool) -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"):
         yield
     os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
+
+
+def loaded_once(rank: int, folder: Path, recipe: str, base: str, broken: str, chats: str) -> None:
+    """FSDP2: what the main process alone builds, and the same runs with a model built by every process."""
+    import finetune.prepare
+    import finetune.run
+    import finetune.sft_prepare
+
+    finetune.run.Accelerator = sharding_accelerator()
+    script = Script(rank, folder)
+    script.together(lambda: spread_models(rank, finetune.run.Accelerator))
+    pretraining = ("--recipe", recipe, "--max-steps", 2)
+    tuning = ("--model", base, "--dataset", chats, "--mode", "full", "--max-length", 64, "--max-steps", 2)
+    tuning += ("--packing", "--loss-chunk", 24, "--activation-checkpointing", "--batch-size", 4, "--dtype", "bf16")
+    script("--recipe", recipe, "--init-from", broken, "--output-dir", "broken")
+    for name in ("once", "everywhere"):
+        if name == "everywhere":
+            for module in (finetune.prepare, finetune.sft_prepare):
+                module.build_once = lambda _accelerator, _recipe, build: (*build(), None)
+        with counted_loads() as loads:
+            script(*pretraining, "--output-dir", f"pretrain-{name}")
+            script(*tuning, "--output-dir", f"sft-{name}", kind="sft")
+        assert loads == ([] if rank == 1 and name == "once" else ["from_config", "from_pretrained"])
+
+
+def _load(loads: list[str], name: str, made, *args, **options):
+    loads.append(name)
+    return made(*args, **options)
+
+
+@contextlib.contextmanager
+def counted_loads() -> Iterator[list[str]]:
+    """How a causal language model with weights was made."""
+    from transformers import AutoModelForCausalLM
+
+    loads: list[str] = []
+    own = {name: vars(AutoModelForCausalLM).get(name) for name in ("from_config", "from_pretrained")}
+    for name in own:
+        setattr(AutoModelForCausalLM, name, functools.partial(_load, loads, name, getattr(AutoModelForCausalLM, name)))
+    yield loads
+    for name, value in own.items():
+        delattr(AutoModelForCausalLM, name) if value is None else setattr(AutoModelForCausalLM, name, value)
 
 
 def sharding_accelerator() -> type:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from finetune_chat import make_base, make_tokenizer
 from refusals import check_refused
 from safetensors.torch import load_file, save_file
@@ -20,6 +22,7 @@ from transformers import (
 
 from finetune.bases import load_base_weights
 from finetune.errors import InputError
+from finetune.launch import load_device
 from finetune.models import model_config
 from finetune.recipe import recipe_from
 from finetune.weights import beside_text, load_whole, longest_of
@@ -194,3 +197,25 @@ def test_a_weight_that_transformers_cannot_read_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff")
     with pytest.raises(InputError, match="--init-from: transformers cannot read"):
         load_whole(AutoModelForCausalLM, tmp_path, "--init-from")
+
+
+@pytest.mark.parametrize(("device", "expected"), [(None, None), ("cpu", None), ("cuda:1", "cuda:1")])
+def test_weights_go_to_an_accelerator_without_a_copy_on_the_host(device, expected):
+    """As transformers and Accelerate understand a device map of one device; a CPU is left to them as before."""
+    given = {}
+
+    class Kind:
+        @staticmethod
+        def from_pretrained(_source, **options):
+            given.update(options)
+            raise OSError("no weights")
+
+    with pytest.raises(InputError, match="no weights"):
+        load_whole(Kind, "base", "--model", None if device is None else torch.device(device), dtype=torch.float32)
+    assert given.get("device_map") == (None if expected is None else {"": torch.device(expected)})
+
+
+def test_every_process_loads_to_its_device_but_where_parameters_are_to_be_sharded():
+    for kind, expected in ((DistributedType.MULTI_GPU, "cuda:1"), (DistributedType.FSDP, "cpu")):
+        accelerator = SimpleNamespace(distributed_type=kind, device=torch.device("cuda:1"))
+        assert load_device(accelerator) == torch.device(expected)

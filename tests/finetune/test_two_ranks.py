@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import finetune_ranks
 import pytest
 import torch
+import yaml
 from bitwise import assert_nested_equal
 from ranks import start_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune.models import parameter_hash
@@ -109,3 +111,28 @@ def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(tmp_p
     assert "--dtype: FSDP2 with mixed precision would make bf16 weights fp32" in widened[0]["err"]
     assert codes(bad) == [1, 1]
     assert "the gradient of model.layers.0.mlp.up_proj.weight is not finite" in bad[0]["err"]
+
+
+def test_under_fsdp2_the_main_process_alone_loads_and_the_run_is_the_one_that_all_load_for(
+    tmp_path, recipe_file, chat_base, chats
+):
+    """To the bit, with dropout and tied weights; a failure to load ends both processes with the cause."""
+    values = yaml.safe_load(recipe_file.read_text())
+    values["model"] |= {"tie_word_embeddings": True, "attention_dropout": 0.1}
+    recipe, broken = tmp_path / "tied.yaml", tmp_path / "broken_base"
+    recipe.write_text(yaml.safe_dump(values))
+    shutil.copytree(chat_base, broken)
+    weights = load_file(chat_base / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    folder = tmp_path / "ranks"
+    args = (folder, str(recipe), str(chat_base), str(broken), str(chats))
+    refused, *calls = call_ranks(finetune_ranks.loaded_once, *args)
+    assert codes(refused) == [2, 2]
+    assert "broken_base does not hold the weights of LlamaForCausalLM: missing model.norm.weight" in refused[0]["err"]
+    assert [codes(call) for call in calls] == [[0, 0]] * 4, calls
+    for kind in ("pretrain", "sft"):
+        once, everywhere = (folder / f"{kind}-{name}" for name in ("once", "everywhere"))
+        assert result(once)["parameter_hashes"] == result(everywhere)["parameter_hashes"]
+        assert [m["loss"] for m in metrics(once)] == [m["loss"] for m in metrics(everywhere)]
+        assert metrics(once)[-1]["val_loss"] == metrics(everywhere)[-1]["val_loss"]

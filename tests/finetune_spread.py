@@ -1,0 +1,71 @@
+"""Models that one of two processes builds, and that both hold sharded afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from bitwise import assert_bitwise
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune.errors import RanksError
+from finetune.ranks import connect
+from finetune.recipe import DEFAULT_RECIPE, read_recipe
+from finetune.sharding import build_once, spread
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 30, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+EXPERTS = {"n_routed_experts": 3, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+MODELS = [
+    # Tied weights, and buffers that are in no state dict.
+    {"model_type": "llama", **SIZES, "tie_word_embeddings": True}
+    | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    # A buffer in the state dict, and 3 experts for 2 processes.
+    {"model_type": "deepseek_v3", **SIZES, **LATENT, **EXPERTS, "first_k_dense_replace": 1},
+]
+
+
+def spread_models(rank: int, kind: type) -> None:
+    """Values, ties, dtypes, what requires gradients, the optimizer's parameters and the random state of each model."""
+    for keys in MODELS:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator, recipe = kind(cpu=True), read_recipe(DEFAULT_RECIPE)
+        connect(accelerator)
+
+        def build(keys=keys):
+            torch.manual_seed(3)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys))
+            model.model.norm.requires_grad_(False)
+            return model.bfloat16(), "more"
+
+        expected = build()[0]
+        random_state = torch.get_rng_state()
+        torch.manual_seed(4)
+        model, more, weights = build_once(accelerator, recipe, build if rank == 0 else None)
+        assert more == "more"
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert {param.device.type for param in model.parameters()} == {"meta"}
+        assert bool(weights.by_name) == (rank == 0)
+        optimizer = torch.optim.AdamW(list(model.named_parameters())[::-1])
+        prepared, wrapped = accelerator.prepare(model, optimizer)
+        spread(accelerator, prepared, weights)
+        assert weights.by_name == {}
+        found, state = (m.state_dict() | dict(m.named_buffers()) for m in (prepared, expected))
+        assert list(found) == list(state)
+        for name, value in state.items():
+            assert_bitwise(found[name].full_tensor() if isinstance(found[name], DTensor) else found[name], value)
+        named, oracle = dict(prepared.named_parameters()), dict(expected.named_parameters())
+        assert {n: p.requires_grad for n, p in named.items()} == {n: p.requires_grad for n, p in oracle.items()}
+        assert list(map(id, wrapped.param_groups[0]["params"])) == list(map(id, reversed(named.values())))
+        ids = torch.arange(6).view(1, 6)
+        with torch.no_grad():
+            assert_bitwise(prepared(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+    def fail():
+        raise ValueError("no memory")
+
+    with pytest.raises(ValueError if rank == 0 else RanksError, match="no memory") as raised:
+        build_once(accelerator, recipe, fail)
+    assert rank == 0 or str(raised.value) == "process 0 failed: ValueError: no memory"
