@@ -101,6 +101,7 @@ def _muon8bit(groups: list[dict[str, Any]], recipe: Training, process_group: Pro
         "clip_matrix_norm": recipe.clip_matrix_norm or None,
         "param_rounding": recipe.param_rounding or ("stochastic" if has_bf16 else "nearest"),
         "state_device": None if recipe.state_device == "device" else recipe.state_device,
+        "step_timeout": recipe.step_timeout,
         "on_nonfinite": "skip" if recipe.release_gradients else "raise",
     }
     try:

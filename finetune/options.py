@@ -20,7 +20,10 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvc
 ROUTINGS = ("0.1", "0.2")  # those of muon8bit.config, which imports torch
 # Options that a resumed run may change; every other one is part of what makes the run bitwise the same.
 # `dataset` may move to another place: its content is compared by hash.
-RESUME_MAY_CHANGE = ("dataset", "max_steps", "save_every", "eval_every", "keep_checkpoints", "max_minutes", "tracker")
+RESUME_MAY_CHANGE = (
+    *("dataset", "max_steps", "save_every", "eval_every", "keep_checkpoints", "max_minutes", "step_timeout", "tracker"),
+)
+MAX_STEP_TIMEOUT = 10**6  # s; as in muon8bit.config
 
 
 def option(default: Any, text: str, *choices: Any) -> Any:
@@ -52,6 +55,9 @@ class Training:
     adamw_bits: int = option(32, "bits of the moments of muon8bit's AdamW part; 8 needs bitsandbytes", 8, 32)
     state_device: str = option(
         "device", "where muon8bit keeps its state: beside the parameters, or in host memory", "device", "cpu"
+    )
+    step_timeout: float = option(
+        60.0, "seconds that a rank waits inside a step of muon8bit for one that was killed, stopped or failed"
     )
     lr: float = option(1e-3, "peak learning rate (RMS of an update is 0.2 of it for hidden matrices)")
     adamw_lr: float | None = option(None, "peak lr of the AdamW part of muon8bit and muon; default: --lr")
@@ -180,7 +186,7 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         InputError: names the option.
     """
     positive = ("lr", "adamw_lr", "batch_size", "gradient_accumulation", "max_steps", "eval_every", "save_every")
-    for name in (*positive, "keep_checkpoints", *more_positive):
+    for name in (*positive, "keep_checkpoints", "step_timeout", *more_positive):
         value = getattr(recipe, name)
         if value is not None and value <= 0:
             raise InputError(flag(name), f"{value} must be above 0")
@@ -189,6 +195,8 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         value = getattr(recipe, name)
         if value is not None and value < 0:
             raise InputError(flag(name), f"{value} must not be negative")
+    if recipe.step_timeout >= MAX_STEP_TIMEOUT:
+        raise InputError("--step-timeout", f"{recipe.step_timeout} must be below {MAX_STEP_TIMEOUT} s")
     _check_muon8bit_only(recipe)
     _check_release(recipe)
     if recipe.tracker and find_spec(recipe.tracker) is None:
@@ -215,6 +223,7 @@ def _check_muon8bit_only(recipe: Training) -> None:
         "--release-gradients": (recipe.release_gradients, "give --no-release-gradients"),
         "--adamw-bits": (recipe.adamw_bits != 32, "give 32"),
         "--state-device": (recipe.state_device != "device", "give device"),
+        "--step-timeout": (recipe.step_timeout != 60, "give 60"),
     }
     for name, (is_asked, way_out) in asked.items():
         if is_asked:

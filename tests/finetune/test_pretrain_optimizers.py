@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.errors import InputError
 from finetune.optimizers import build_optimizers
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, recipe_from
 from muon8bit import adamw8
+from muon8bit.config import DEFAULT_STEP_TIMEOUT, MAX_STEP_TIMEOUT
 
 SIZES = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_local_experts": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "model_type": "mixtral"}
@@ -66,6 +67,17 @@ def test_moments_in_8_bits_and_state_on_the_host_reach_the_optimizer(bits, expec
     optimizer.step()
     state = optimizer.state[model.get_input_embeddings().weight]
     assert sum(value.nbytes for key, value in state.items() if key != "step") == expected
+
+
+def test_how_long_a_rank_waits_reaches_the_optimizer_and_is_bounded_as_there():
+    for seconds in (MAX_STEP_TIMEOUT - 1.0, 0.5):
+        recipe = recipe_from({"name": "moe", "model": SIZES, "step_timeout": seconds}, "the test")
+        (optimizer,) = build_optimizers(mixtral(), recipe)
+        assert optimizer.step_timeout == seconds
+    (optimizer,) = build_optimizers(mixtral(), Recipe(name="moe", model=SIZES))
+    assert optimizer.step_timeout == DEFAULT_STEP_TIMEOUT
+    with pytest.raises(InputError, match="--step-timeout"):
+        recipe_from({"name": "moe", "model": SIZES, "step_timeout": MAX_STEP_TIMEOUT}, "the test")
 
 
 def test_bitsandbytes_that_is_missing_is_an_error_of_the_option(monkeypatch):

@@ -158,13 +158,14 @@ def test_a_run_leaves_everything_it_promises(pretrain, tmp_path):
 
 def test_latest_is_the_last_run_and_resumes_to_more_steps(pretrain, tmp_path):
     first = pretrain("--optimizer", "adamw")
-    second = pretrain("--optimizer", "adamw", "--seed", 1)
+    second = pretrain("--optimizer", "muon8bit", "--seed", 1)
     assert first.code == second.code == 0
     folders = sorted(p for p in (tmp_path / "runs").iterdir() if not p.is_symlink())
     assert len(folders) == 2
     assert pretrain("--resume", "latest").code == 2  # nothing left to do
-    more = pretrain("--resume", "latest", "--max-steps", 8)
+    more = pretrain("--resume", "latest", "--max-steps", 8, "--step-timeout", 5)
     assert more.code == 0, more.err
+    assert yaml.safe_load((tmp_path / "runs" / "latest" / "recipe.yaml").read_text())["step_timeout"] == 5
     assert f"run folder: {(tmp_path / 'runs' / 'latest').resolve()}" in more.out
     assert sorted(len(metrics(f)) for f in folders) == [6, 8]
 

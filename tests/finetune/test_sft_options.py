@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--release-gradients"], ["--release-gradients", "--clip 0"]),
         (["--param-rounding", "stochastic"], ["--param-rounding", "an adapter's", "--dtype bf16"]),
         (["--adamw-bits", "8"], ["--adamw-bits", "AdamW trains nothing", "give 32"]),
+        (["--step-timeout", "-1"], ["--step-timeout", "above 0"]),
         (["--dataset", "stdlib", "--limit", "5"], ["--limit", "leave it out"]),
         (["--model", "no_such.gguf"], ["--model", "no_such.gguf"]),
         (["--model", "./no_such"], ["--model", "no_such"]),
