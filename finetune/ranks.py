@@ -72,21 +72,36 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
         InputError: it failed; on all processes.
         RanksError: it failed in another way; on all processes but the main one, which raises its own error.
     """
-    results: list[T] = []
-    told: Exception | None = None
-    cause: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            results.append(work())
-        except InputError as caught:
-            told = cause = caught
-        except Exception as caught:
-            text = " ".join(str(caught).split())[:200]
-            told, cause = RanksError(f"process 0 failed: {type(caught).__name__}: {text}"), caught
+    results, told, cause = _attempt(accelerator, work if accelerator.is_main_process else None)
     results, told = gather(accelerator, (results, told))[0]
     if told is not None:
         raise cause or told
     return results[0]
+
+
+def on_all(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Do the work on every process, without waiting for another inside; none goes on if it failed on one.
+
+    Raises:
+        InputError: it failed somewhere; on all processes.
+        RanksError: it failed in another way; on all processes but that one, which raises its own error.
+    """
+    results, told, cause = _attempt(accelerator, work)
+    failed = [error for error in gather(accelerator, told) if error is not None]
+    if failed:
+        raise cause or failed[0]
+    return results[0]
+
+
+def _attempt(accelerator: Accelerator, work: Callable[[], T] | None) -> tuple[list[T], Exception | None, Any]:
+    """What the work returned, or the error that the others are told and the error itself."""
+    try:
+        return ([] if work is None else [work()]), None, None
+    except InputError as error:
+        return [], error, error
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        return [], RanksError(f"process {accelerator.process_index} failed: {type(error).__name__}: {text}"), error
 
 
 def first_on_node(accelerator: Accelerator, work: Callable[[], T]) -> T:

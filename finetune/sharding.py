@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from finetune.launch import is_sharded, plain_model, plain_parameters
 from finetune.models import checkpoint_activations
 from finetune.options import Training
-from finetune.ranks import on_main
+from finetune.ranks import on_all, on_main
 
 T = TypeVar("T")
 
@@ -67,11 +67,11 @@ def build_once(
         The model, what else `build` returned, and, where it is to be sharded, the weights for `spread`.
 
     Raises:
-        InputError: of `build`; on all processes where the main process alone builds.
-        RanksError: another error of the main process, on the others.
+        InputError: of `build`, whichever process it failed on; on all processes.
+        RanksError: another process failed in another way.
     """
     if not is_sharded(accelerator):
-        return *build(), None
+        return *on_all(accelerator, build), None
     # Accelerate's own way would have every process load before it sends, and knows no buffers in a state dict.
     accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     built: list[Any] = []
@@ -87,7 +87,7 @@ def build_once(
         return _Plan(type(model), model.config, params, buffers, torch.get_rng_state()), more
 
     plan, more = on_main(accelerator, work)
-    model = built[0] if built else _empty_model(plan, recipe)
+    model = on_all(accelerator, lambda: built[0] if built else _empty_model(plan, recipe))
     for place, param in enumerate(plan.params):
         _put(model, param, place)
     torch.set_rng_state(plan.random_state)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from bitwise import assert_bitwise
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.errors import RanksError
+from finetune.errors import InputError, RanksError
 from finetune.ranks import connect
 from finetune.recipe import DEFAULT_RECIPE, read_recipe
 from finetune.sharding import build_once, spread
@@ -63,9 +64,25 @@ def spread_models(rank: int, kind: type) -> None:
         with torch.no_grad():
             assert_bitwise(prepared(input_ids=ids).logits, expected(input_ids=ids).logits)
 
-    def fail():
-        raise ValueError("no memory")
+    for failing in (0, 1):
 
-    with pytest.raises(ValueError if rank == 0 else RanksError, match="no memory") as raised:
-        build_once(accelerator, recipe, fail)
-    assert rank == 0 or str(raised.value) == "process 0 failed: ValueError: no memory"
+        def fail(failing=failing):
+            if rank == failing:
+                raise ValueError("no memory")
+
+        with pytest.raises(ValueError if rank == failing else RanksError, match="no memory") as raised:
+            (build_once if failing == 0 else replicated)(accelerator, recipe, fail)
+        assert rank == failing or str(raised.value) == f"process {failing} failed: ValueError: no memory"
+
+    def lack():
+        if rank == 1:
+            raise InputError("--model", "cannot read it")
+
+    with pytest.raises(InputError, match="--model: cannot read it"):
+        replicated(accelerator, recipe, lack)
+
+
+def replicated(accelerator, recipe, build):
+    """`build_once` where every process has a whole model."""
+    accelerator.state.distributed_type = DistributedType.MULTI_CPU
+    return build_once(accelerator, recipe, build)
