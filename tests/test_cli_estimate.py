@@ -421,3 +421,94 @@ def test_a_failure_of_a_models_own_code_is_one_sentence_with_its_reason(tmp_path
     error = capsys.readouterr().err
     assert "no such thing" in error
     assert error.count("\n") == 1
+
+
+_PLAIN = {**_SMALL, "model_type": "llama", "num_key_value_heads": 2}
+_T5 = {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 1000}
+_M2M = {"model_type": "m2m_100", **_WHISPER, "encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5}
+_QWEN = {**_SMALL, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
+_QWEN3_VL = {
+    "model_type": "qwen3_vl",
+    "text_config": {**_QWEN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "vision_config": {"hidden_size": 32, "depth": 1, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": 64}
+    | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+}
+_MLLAMA = {
+    "model_type": "mllama",
+    "text_config": {**_PLAIN, "model_type": "mllama_text_model", "cross_attention_layers": [1], "pad_token_id": 0},
+    "vision_config": {"hidden_size": 32, "attention_heads": 4, "num_hidden_layers": 1, "num_global_layers": 1}
+    | {"intermediate_size": 64, "image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0]},
+}
+# A configuration, the class that must be counted, options.
+_SWEPT = {
+    "layers dropped at random": (_M2M, "M2M100ForConditionalGeneration", ()),
+    "encoder-decoder that says nothing of its start": (_T5, "T5ForConditionalGeneration", ("--lora", "2")),
+    "encoder-decoder that hears": (_KINDS["speech to text"][0], "WhisperForConditionalGeneration", ("--lora", "2")),
+    "classifier without padding": (_PLAIN, "LlamaForSequenceClassification", ("--batch", "2")),
+    "classifier of tokens": ({**_SMALL, "model_type": "bert"}, "BertForTokenClassification", ("--lora", "2")),
+    "images, no class for the text part": (_QWEN3_VL, "Qwen3VLForConditionalGeneration", ()),
+    "images, another class for the text part": (_MLLAMA, "MllamaForCausalLM", ("--gradient-accumulation", "2")),
+}
+
+
+@pytest.mark.parametrize("kind", _SWEPT)
+def test_every_kind_of_architecture_is_counted_with_the_parameters_of_its_class(kind, tmp_path, capfd):
+    values, name, options = _SWEPT[kind]
+    if "--lora" in options:
+        pytest.importorskip("peft")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**values, "architectures": [name]}))
+    found = record(capfd, path, "--seq", "8", *options)
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**values)
+    with torch.device("meta"):
+        model = getattr(transformers, name)(config.text_config if "mllama" in values["model_type"] else config)
+    sizes = {name: param.numel() for name, param in model.named_parameters() if param.requires_grad}
+    fixed = sum(param.numel() for param in model.parameters()) - sum(sizes.values())
+    seen = sum(size for name, size in sizes.items() if ".visual." in name)
+    if "--lora" in options:  # a classifier's head is trained whole beside its frozen self
+        head = sum(size for name, size in sizes.items() if name.startswith("classifier"))
+        assert found["num_parameters"] == found["num_trained_parameters"] + sum(sizes.values()) + fixed
+        assert found["num_trained_parameters"] == head + sum(
+            2 * sum(module.weight.shape)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and name not in ("lm_head", "proj_out", "classifier")
+        )
+    else:
+        assert (found["num_parameters"], found["num_trained_parameters"]) == (
+            sum(sizes.values()) + fixed,
+            sum(sizes.values()) - seen,
+        )
+        notes = {
+            "qwen3_vl": "of the rest (vision_config) the weights are counted, frozen",
+            "mllama": "Only the text part",
+        }
+        assert notes.get(values["model_type"], "") in "".join(found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "options", "words"),
+    [
+        ({**_SMALL, "model_type": "wav2vec2"}, "Wav2Vec2ForCTC", (), ("wav2vec2", "no language model")),
+        ({"model_type": "vision-encoder-decoder"}, "VisionEncoderDecoderModel", (), ("takes pixel_values",)),
+        (_T5, "T5EncoderModel", (), ("T5EncoderModel", "'architectures'")),
+        (_T5, "T5ForConditionalGeneration", ("--loss-chunk", "4"), ("--loss-chunk", "leave it out")),
+        (_PLAIN, "LlamaForSequenceClassification", ("--loss-chunk", "4"), ("--loss-chunk", "leave it out")),
+        (_MLLAMA, "MllamaForCausalLM", ("--loss-chunk", "4"), ("--loss-chunk", "leave it out")),
+        ({**_T5, "is_encoder_decoder": True}, "T5ForSequenceClassification", (), ("the values of tensors", "measure")),
+        (
+            {"model_type": "gptj", "n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 99, "rotary_dim": 64},
+            "",
+            (),
+            ("config.json",),
+        ),
+    ],
+)
+def test_what_cannot_be_counted_is_one_line_and_nothing_else(values, name, options, words, tmp_path, capfd):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**values, "architectures": [name]}))
+    code, out, err = run(capfd, "estimate", path, "--seq", "8", *options)
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
+    for word in words:
+        assert word in err

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from muon8bit import Muon8bit, param_groups
 from muon8bit.memory import Estimator, Setup
-from muon8bit.memory.activations import checkpoint, loss_of
+from muon8bit.memory.activations import checkpoint
+from muon8bit.memory.losses import loss_of
 
 LLAMA_30M = {
     "vocab_size": 16384,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from muon8bit.memory import Estimator, Setup, describe, judge, load_config, parse_bytes, plot, print_table
-from muon8bit.memory.models import longest as longest_sequence
+from muon8bit.memory.classes import longest as longest_sequence
 
 from .errors import InputError
 

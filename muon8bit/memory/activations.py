@@ -9,6 +9,7 @@ kernel, which keeps no [seq, seq] matrix; temporaries inside one operation are n
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint as recompute
+
+from .losses import RefusedError, loss_of
+
+_NO_VALUES = "its code asks for the values of tensors"
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,8 @@ def trace(
     }
     try:
         return _passed(meta_model, _fused_attention(), **how)
+    except RefusedError:
+        raise
     except Exception as error:  # whatever a model's own code meets
         first, no_fused = error, _reason(error)
     try:
@@ -133,11 +139,31 @@ def trace(
         eager = _reason(error)
     reasons = f"with fused attention {no_fused}; with eager attention and a mask {eager}"
     reasons = no_fused if eager == no_fused else reasons
-    raise ValueError(f"the activations of this model cannot be counted without running it: {reasons}") from first
+    way_out = (
+        "measure a short run" if _NO_VALUES in eager else "check the sizes in its config.json, or measure a short run"
+    )
+    raise ValueError(
+        f"the activations of this model cannot be counted without running it: {reasons}; {way_out}"
+    ) from first
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'it gives no reason'}"
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return f"{_NO_VALUES} ({error.func})"
+    text = " ".join(str(error).split())[:200].rstrip(".")
+    return f"{type(error).__name__}: {text or 'it gives no reason'}"
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without torch's own log of an operation that fails, a traceback: it is an error with one sentence here."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _passed(
@@ -153,9 +179,12 @@ def _passed(
 ) -> Pass:
     """Count one pass with an implementation of attention, with a mask if the model's own code reads it."""
     model: Any = deepcopy(meta_model)
+    for module in model.modules():
+        if hasattr(module, "layerdrop"):  # layers left out at random: count the pass that leaves out none
+            module.layerdrop = 0.0
     if is_checkpointed:
         checkpoint(model)
-    with FakeTensorMode():
+    with FakeTensorMode(), _unlogged():
         model.config._attn_implementation = attention
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         model.tie_weights()  # which moving them one by one has undone
@@ -169,41 +198,6 @@ def _passed(
             live.phase = "backward"
             loss.backward()
     return live.result()
-
-
-def inputs_of(model: Any, tokens: Tensor) -> dict[str, Any]:
-    """Return what a model of this kind is called with besides a mask: text, or the sound that an encoder hears."""
-    config, name = model.config, type(model).__name__
-    if getattr(model, "main_input_name", "input_ids") == "input_features":
-        frames = 2 * config.max_source_positions
-        sound = torch.zeros(len(tokens), config.num_mel_bins, frames, dtype=model.dtype, device=tokens.device)
-        return {"input_features": sound, "labels": tokens}
-    if name.endswith("ForSequenceClassification"):
-        return {"input_ids": tokens, "labels": tokens[:, 0]}
-    return {"input_ids": tokens, "labels": tokens}
-
-
-def loss_of(model: Any, tokens: Tensor, chunk: int | None, **mask: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, 0-d; `tokens` [batch, seq]. With `chunk` over so many tokens at once, whose
-    logits are recomputed in the backward pass; else the model's own, over all logits at once."""
-    if chunk is None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        cache = {} if type(base).__name__.endswith("Classification") else {"use_cache": False}
-        whole: Tensor = model(**inputs_of(base, tokens), **mask, **cache).loss
-        return whole
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.base_model(input_ids=tokens, use_cache=False, **mask).last_hidden_state[:, :-1].flatten(0, 1)
-    targets, head = tokens[:, 1:].flatten(), base.get_output_embeddings()
-
-    def part(states: Tensor, wanted: Tensor) -> Tensor:
-        logits = functional.linear(states, head.weight, head.bias)
-        return functional.cross_entropy(logits.float(), wanted, reduction="sum")
-
-    parts = [
-        recompute(part, states, wanted, use_reentrant=False)
-        for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.stack(parts).sum() / len(targets)
 
 
 def _fused_attention() -> str:
@@ -239,7 +233,7 @@ def checkpoint(model: Any) -> None:
     elif getattr(model, "supports_gradient_checkpointing", False):  # its name in earlier versions of transformers
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     else:
-        raise ValueError(f"{type(model).__name__} does not support activation checkpointing")
+        raise RefusedError(f"{type(model).__name__} does not support activation checkpointing; leave it out")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..orthogonalize import device_kind
-from . import models
+from . import classes, models
 from .activations import Pass, trace
 from .host import bus_bytes, host_bytes, is_on_host, staging_bytes
 from .optimizers import OPTIMIZERS, state_bytes, step_bytes
@@ -130,9 +130,9 @@ class Estimator:
             ValueError: a sequence longer than the model takes, or a model that cannot be estimated.
             ImportError: transformers or peft is not installed.
         """
-        longest = models.longest(self.config)
+        longest = classes.longest(self.config)
         if longest is not None and setup.seq > longest:
-            raise ValueError(f"--seq {setup.seq} exceeds the model's max_position_embeddings {longest}")
+            raise ValueError(f"--seq {setup.seq} exceeds the {longest} positions that the model has")
         model = self._model(setup.weight_dtype, setup.rank)
         sizes = measure(model, setup)
         plain = self._pass(model, setup, False)
@@ -141,7 +141,7 @@ class Estimator:
         if checkpointed is None and setup.checkpointing:
             raise ValueError(f"a {self.config.model_type} model does not support activation checkpointing")
         optimizers = {name: _memory(name, sizes, setup, plain, checkpointed) for name in OPTIMIZERS}
-        notes = models.notes(self.config) + _notes(plain, sizes)
+        notes = classes.notes(self.config) + _notes(plain, sizes)
         return Estimate(setup, sizes.num_parameters, sum(p.num_elements for p in sizes.whole), optimizers, notes)
 
     def _model(self, dtype: torch.dtype, rank: int | None) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .classes import library, model_class, text_config
 from .presets import NAMES, nearest, preset
 
 # Sizes that a config.json must say itself: transformers would put a default of its own in their place.
@@ -60,22 +61,8 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError("building a model needs transformers: pip install 'muon8bit[train]'") from None
-    return transformers
-
-
-def longest(config: Any) -> int | None:
-    """Return the most tokens that the model takes, None where its configuration sets no limit (none, or -1)."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
 def _from_values(values: Mapping[str, Any], where: str, path: Path | None = None) -> Any:
-    auto = _transformers().AutoConfig
+    auto = library().AutoConfig
     try:
         config = auto.for_model(**values) if path is None else auto.from_pretrained(str(path), trust_remote_code=False)
         default = type(config)()
@@ -93,7 +80,7 @@ def _from_values(values: Mapping[str, Any], where: str, path: Path | None = None
 
 
 def _from_hub(name: str) -> Any:
-    auto = _transformers().AutoConfig
+    auto = library().AutoConfig
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)  # it tells of each attempt, and the error below of the last
@@ -106,67 +93,74 @@ def _from_hub(name: str) -> Any:
         log.setLevel(level)
 
 
-def _model_class(config: Any) -> tuple[Any, Any]:
-    """Return transformers' class of a model, and the configuration that it is built from.
-
-    The class is that of `architectures` for encoder-decoders and classifiers, else the causal language model: of a
-    model that also sees or hears its text part, which the scripts train.
-    """
-    library = _transformers()
-    auto, named = library.AutoModelForCausalLM, (getattr(config, "architectures", None) or [""])[0]
-    own = getattr(library, named, None)
-    is_classifier = named.endswith(("ForSequenceClassification", "ForTokenClassification"))
-    if own is not None and (is_classifier or getattr(config, "is_encoder_decoder", False)):
-        return own._from_config, config
-    text = config.get_text_config()
-    return auto.from_config, text if type(text) in auto._model_mapping else config
-
-
-def notes(config: Any) -> tuple[str, ...]:
-    """Sentences on what of the model is not counted: all but the text part of one that also sees or hears."""
-    _, built = _model_class(config)
-    if built is config:
-        return ()
-    others = [name for name in config.sub_configs if getattr(config, name, None) not in (None, built)]
-    return (
-        f"Only the text part ({built.model_type}) of this {config.model_type} model is counted: the rest "
-        f"({', '.join(others) or 'the layers between'}) lies beside it, frozen in the scripts, and takes more.",
-    )
-
-
 def build(config: Any, dtype: torch.dtype, lora_rank: int | None = None) -> nn.Module:
-    """The model on the meta device, in training mode: see `_model_class`.
+    """The model on the meta device, in training mode: see `classes.model_class`.
 
     Args:
         config: of `load_config`.
         dtype: of its weights.
-        lora_rank: rank of a LoRA adapter on every linear layer but the head (fp32, the base frozen); None: none.
+        lora_rank: rank of a LoRA adapter on every linear layer but the head (fp32, the base frozen; a classifier's head
+            is trained whole); None: none.
 
     Raises:
         ValueError: no class of transformers' builds it; with the reason.
         ImportError: peft, which makes the adapter, is not installed.
     """
-    make, config = _model_class(config)
+    found, text = model_class(config), text_config(config)
+    config = found.config
     config.use_cache = False
+    for key in ("pad_token_id", "decoder_start_token_id") if found.own else ():
+        if getattr(config, key, None) is None:  # any will do, and without one there is no batch
+            setattr(config, key, 0)
     try:
         with torch.device("meta"), _quiet():
-            model = make(config, dtype=dtype)
+            model = found.make(config, dtype=dtype)
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
-            f"{config.model_type}: no language model can be built from this configuration: {reason}"
+            f"{config.model_type}: no language model can be built from this configuration: {_said(error)}"
         ) from None
+    beside = set() if found.own or text is config else _beside_text(model)
+    for name in beside:
+        model.get_parameter(name).requires_grad_(False)
     if lora_rank is not None:
         try:
             import peft
         except ImportError:
             raise ImportError("an adapter needs peft: pip install 'muon8bit[train]'") from None
-        adapter: Any = peft.LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        with _quiet():
-            model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        excluded = [name.removesuffix(".weight") for name in beside if name.endswith(".weight")]
+        adapter: Any = peft.LoraConfig(r=lora_rank, target_modules="all-linear", **_task(model, excluded))
+        try:
+            with _quiet():
+                model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        except Exception as error:
+            raise ValueError(
+                f"--lora: peft makes no adapter for this {config.model_type} model, leave it out: {_said(error)}"
+            ) from None
     model.train()
     checked: nn.Module = model
     return checked
+
+
+def _beside_text(model: Any) -> set[str]:
+    """Names of the parameters that are not the language model's, embeddings and head included."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    text = {id(param) for part in parts if part is not None for param in part.parameters()}
+    return {name for name, param in model.named_parameters() if id(param) not in text}
+
+
+def _task(model: nn.Module, excluded: list[str]) -> dict[str, Any]:
+    """What to tell peft, which leaves the head of a classifier without an adapter, and trains it."""
+    name = type(model).__name__
+    if name.endswith("ForTokenClassification"):
+        return {"task_type": "TOKEN_CLS", "exclude_modules": [*excluded, "classifier", "score"]}
+    if getattr(model.config, "is_encoder_decoder", False):  # its wrapper would pass text to one that hears
+        return {"exclude_modules": excluded}
+    task = "SEQ_CLS" if name.endswith("ForSequenceClassification") else "CAUSAL_LM"
+    return {"task_type": task, "exclude_modules": excluded}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def quantized_names(model: nn.Module) -> frozenset[str]:

@@ -1,0 +1,74 @@
+"""What a transformers model is called with, and the loss of its pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+class RefusedError(ValueError):
+    """A kind of model, or an option for it, that is not known here; not a failure of the model's code."""
+
+
+def inputs_of(model: Any, tokens: Tensor) -> dict[str, Any]:
+    """Return what a model of this kind is called with besides a mask: text, or the sound that an encoder hears.
+
+    Args:
+        tokens: [batch, seq] int64, the text and the labels.
+
+    Raises:
+        RefusedError: it takes something else.
+    """
+    config, name = model.config, type(model).__name__
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        frames = 2 * config.max_source_positions
+        sound = torch.zeros(len(tokens), config.num_mel_bins, frames, dtype=model.dtype, device=tokens.device)
+        return {"input_features": sound, "labels": tokens}
+    if main != "input_ids":
+        raise RefusedError(
+            f"{name} takes {main}, whose shape is not known here; models are estimated that take text, or sound as "
+            "Whisper does"
+        )
+    if name.endswith("ForSequenceClassification"):
+        return {"input_ids": tokens, "labels": tokens[:, 0]}
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def loss_of(model: Any, tokens: Tensor, chunk: int | None, **mask: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, 0-d; `tokens` [batch, seq]. With `chunk` over so many tokens at once, whose
+    logits are recomputed in the backward pass; else the model's own, over all logits at once.
+
+    Raises:
+        RefusedError: the model has no loss, or with `chunk` is no causal language model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(base).__name__
+    if chunk is None:
+        cache = {} if name.endswith("Classification") else {"use_cache": False}
+        whole = getattr(model(**inputs_of(base, tokens), **mask, **cache), "loss", None)
+        if not isinstance(whole, Tensor):
+            raise RefusedError(f"{name} has no loss; give in 'architectures' a class with a head that is trained")
+        return whole
+    head = base.get_output_embeddings()
+    if head is None or getattr(base.config, "is_encoder_decoder", False):
+        raise RefusedError(f"--loss-chunk is for causal language models, and {name} is none; leave it out")
+    states = getattr(base.base_model(input_ids=tokens, use_cache=False, **mask), "last_hidden_state", None)
+    if states is None:
+        raise RefusedError(f"--loss-chunk: {name} has no part that ends before its head; leave it out")
+    hidden = states[:, :-1].flatten(0, 1)
+    targets = tokens[:, 1:].flatten()
+
+    def part(states: Tensor, wanted: Tensor) -> Tensor:
+        logits = functional.linear(states, head.weight, head.bias)
+        return functional.cross_entropy(logits.float(), wanted, reduction="sum")
+
+    parts = [
+        recompute(part, states, wanted, use_reentrant=False)
+        for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.stack(parts).sum() / len(targets)
