@@ -34,6 +34,8 @@ def spread_models(rank: int, kind: type) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator, recipe = kind(cpu=True), read_recipe(DEFAULT_RECIPE)
         connect(accelerator)
+        # As a file for `accelerate launch` may ask for; it would move what process 0 holds to the meta device.
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = True
 
         def build(keys=keys):
             torch.manual_seed(3)
