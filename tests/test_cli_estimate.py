@@ -16,6 +16,7 @@ from memory_models import LADDER, TINY, config_of, ladder_config
 from muon8bit.cli import main
 from muon8bit.memory import LABELS, OPTIMIZERS, Estimator, Memory, Setup, judge, load_config, parse_bytes, print_table
 from muon8bit.memory.advice import changes
+from muon8bit.memory.classes import longest
 from muon8bit.memory.models import build
 from muon8bit.memory.presets import NAMES
 from muon8bit.memory.sizes import measure
@@ -512,3 +513,62 @@ def test_what_cannot_be_counted_is_one_line_and_nothing_else(values, name, optio
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
     for word in words:
         assert word in err
+
+
+_LFM2 = {"model_type": "lfm2", **_SMALL, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+_MAMBA2 = {"model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 99, "num_heads": 4}
+_MAMBA2 |= {"head_dim": 32, "n_groups": 1, "state_size": 8}
+# A config.json with the names or numbers of now, and another text for the same one.
+_FORMS = {
+    "gpt2": (
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32},
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32},
+        {"model_type": "gpt2", "vocab_size": 99},
+    ),
+    "mpt": (
+        {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
+        {"d_model": 64, "n_layers": 1, "n_heads": 4},
+        {"model_type": "mpt", "vocab_size": 99, "max_seq_len": 32},
+    ),
+    "lfm2": ({"intermediate_size": 160}, {"block_ff_dim": 160}, {k: v for k, v in _LFM2.items() if "inter" not in k}),
+    "Infinity": ({"time_step_limit": [0.0, 1e30]}, {"time_step_limit": [0.0, float("inf")]}, _MAMBA2),
+    "__float__": ({"time_step_limit": [0.0, 1e30]}, {"time_step_limit": [0.0, {"__float__": "Infinity"}]}, _MAMBA2),
+    "NaN": ({"eval_loss": 0.1}, {"eval_loss": float("nan")}, _PLAIN),
+    "no limit": ({"max_position_embeddings": 4096}, {"max_position_embeddings": -1}, {**_PLAIN, "vocab_size": 99}),
+}
+
+
+@pytest.mark.parametrize("form", _FORMS)
+def test_a_configuration_in_another_form_is_the_same_model(form, tmp_path):
+    *texts, common = _FORMS[form]
+    path = tmp_path / "config.json"
+    found = []
+    for text in texts:
+        path.write_text(json.dumps({**common, **text}))
+        config = load_config(str(path))
+        shapes = {name: param.shape for name, param in build(config, torch.bfloat16).named_parameters()}
+        found.append((shapes, {"no limit": None}.get(form, longest(config))))
+    assert found[0] == found[1]
+    assert found[1][1] == {"gpt2": 32, "mpt": 32, "lfm2": 128000, "NaN": 2048}.get(form)
+
+
+def test_a_model_without_a_limit_of_positions_is_counted_with_the_default(tmp_path, capfd):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**_PLAIN, "num_hidden_layers": 1, "vocab_size": 99, "max_position_embeddings": -1}))
+    assert record(capfd, path)["setup"]["seq"] == 2048
+    assert record(capfd, path, "--seq", 4096)["setup"]["seq"] == 4096
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "gpt2", "vocab_size": 99, "n_layer": 2, "n_head": 4}, "'hidden_size' is missing"),
+        ({**_PLAIN, "initializer_range": float("nan")}, "'initializer_range'"),
+    ],
+)
+def test_a_number_that_a_configuration_lacks_is_told_by_its_name(values, words, tmp_path, capfd):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    code, _, err = run(capfd, "estimate", path)
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert words in err

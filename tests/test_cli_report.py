@@ -196,3 +196,130 @@ def test_optimizer_inside_a_training_checkpoint_is_measured(capfd: pytest.Captur
     check_refused(run(capfd, tmp_path / "model.safetensors"), "model.safetensors", "state_dict")
     (tmp_path / "cut.safetensors").write_bytes(bytes(20))
     check_refused(run(capfd, tmp_path / "cut.safetensors"), "cut.safetensors", "state_dict")
+
+
+def known(found: dict[str, Any], where: str) -> dict[str, Any]:
+    """The weights of a report whose every state was predicted for the shape of its weight."""
+    assert found["notes"] == [f"Weights: {where}; the state is predicted for their shapes."]
+    assert found["state"]["difference_bytes"] == 0
+    weights: dict[str, Any] = found["weights"]
+    assert weights["difference_bytes"] == 0
+    return weights
+
+
+def test_weights_in_shards_are_read_whole_or_the_missing_one_is_named(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, model: Any
+) -> None:
+    optimizer = Muon8bit(param_groups(model, lr=1e-3), lr=1e-3)
+    stepped(optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    shards = sorted(file.name for file in tmp_path.glob("model-*.safetensors"))
+    num_shards, num_parameters = len(shards), sum(p.numel() for p in model.parameters())
+    assert num_shards > 2
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    for text in (index, None):  # the names of the shards say how many there are, too
+        (tmp_path / "model.safetensors.index.json").unlink() if text is None else None
+        # The experts of transformers' model are stacked, those in the file not.
+        found = record(capfd, tmp_path)["weights"]
+        assert (found["num_parameters"], found["measured_bytes"]) == (num_parameters, 4 * num_parameters)
+    (tmp_path / shards[1]).unlink()
+    for text in (None, index):
+        (tmp_path / "model.safetensors.index.json").write_text(text) if text is not None else None
+        check_refused(run(capfd, tmp_path), shards[1], "missing", f"1 of {num_shards}")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    check_refused(run(capfd, tmp_path), "model.safetensors.index.json", "weight_map")
+
+
+def test_an_adapter_beside_the_optimizer_has_the_shapes_of_its_parameters(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_config(config_of(TINY["llama"]), dtype=torch.float32)
+    adapter = peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, adapter)
+    optimizer = Muon8bit(param_groups(model, lr=1e-3), lr=1e-3)
+    stepped(optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    model.save_pretrained(tmp_path)
+    weights = known(record(capfd, tmp_path), "the adapter in adapter_model.safetensors")
+    assert weights["num_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("wrapper", ["none", "compile", "parallel"])
+def test_weights_inside_a_training_file_are_found_under_the_names_of_wrappers(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, wrapper: str
+) -> None:
+    plain = nn.Sequential(nn.Linear(64, 96, bias=False), nn.LayerNorm(96))
+    model = {"none": lambda m: m, "compile": torch.compile, "parallel": nn.DataParallel}[wrapper](plain)
+    named, num_bytes = Muon8bit(param_groups(plain, lr=1e-3), lr=1e-3), 4 * (64 * 96 + 2 * 96)
+    stepped(named)
+    optimizer, weights = named.state_dict(), model.state_dict()
+    assert next(iter(weights)) == {"none": "", "compile": "_orig_mod.", "parallel": "module."}[wrapper] + "0.weight"
+    torch.save({"model": weights, "optimizer": optimizer, "ema": weights}, tmp_path / "loop.pt")
+    inner = {f"net.{name}": tensor for name, tensor in weights.items()} | {"net._extra_state": None}
+    torch.save({"state_dict": inner, "optimizer_states": [optimizer]}, tmp_path / "l.ckpt")
+    for name, key in (("loop.pt", "model"), ("l.ckpt", "state_dict")):
+        assert known(record(capfd, tmp_path / name), f"'{key}' of {name}")["measured_bytes"] == num_bytes
+    wrapped = Muon8bit(param_groups(model, lr=1e-3), lr=1e-3)
+    stepped(wrapped)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    torch.save(wrapped.state_dict(), folder / "optimizer.bin")
+    save_file(plain.state_dict(), folder / "model.safetensors")
+    assert known(record(capfd, folder), "model.safetensors")["measured_bytes"] == num_bytes
+
+
+def test_what_is_not_known_of_the_weights_is_told(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 96, bias=False))
+    optimizer = Muon8bit(param_groups(model, lr=1e-3), lr=1e-3)
+    stepped(optimizer)
+    saved, other = optimizer.state_dict(), {"1.weight": torch.zeros(96, 64)}
+    nameless = {
+        **saved,
+        "param_groups": [{k: v for k, v in g.items() if k != "param_names"} for g in saved["param_groups"]],
+    }
+    cases = (
+        ({"ema": other, "net": other, "optimizer": saved}, "several sets of weights (ema, net)"),
+        (saved, "no weights were found"),
+        ({"model": other, "optimizer": saved}, "(1 of 1 parameters: they have no 0.weight)"),
+        ({"model": {"0": torch.zeros(3)}, "optimizer": nameless}, "(1 of 1 parameters: the optimizer saved no names)"),
+    )
+    for content, words in cases:
+        torch.save(content, tmp_path / "x.pt")
+        (note,) = record(capfd, tmp_path / "x.pt")["notes"]
+        assert words in note
+        code, out, _ = run(capfd, tmp_path / "x.pt")
+        assert (code, words in " ".join(out.split())) == (0, True)
+
+
+def test_the_newest_of_lightnings_files_is_taken_or_they_are_listed(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    sizes = {"epoch=1-step=90.ckpt": 64, "epoch=10-step=1000.ckpt": 96, "epoch=9-step=900.ckpt": 80}
+
+    def write(name: str, size: int) -> None:
+        optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(size))])
+        stepped(optimizer)
+        torch.save({"state_dict": {}, "optimizer_states": [optimizer.state_dict()]}, folder / name)
+
+    for name, size in sizes.items():
+        write(name, size)
+    for path in (folder, tmp_path):
+        assert record(capfd, path)["state"]["num_parameters"] == 96
+    write("best.ckpt", 7)
+    check_refused(run(capfd, folder), "best.ckpt, epoch=1-step=90.ckpt, epoch=10-step=1000.ckpt", "give one")
+    (folder / "best.ckpt").unlink()
+    write("epoch=10-step=1000-v1.ckpt", 7)
+    check_refused(run(capfd, tmp_path), "epoch=10-step=1000-v1.ckpt", "give one")
+    write("last.ckpt", 11)
+    for path in (folder, tmp_path):
+        assert record(capfd, path)["state"]["num_parameters"] == 11
+
+
+def test_objects_in_a_file_are_refused_by_their_class(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saved = {"optimizer_states": [], "hyper_parameters": Path("x")}
+    torch.save(saved, tmp_path / "l.ckpt")
+    check_refused(run(capfd, tmp_path / "l.ckpt"), "l.ckpt", "pathlib", "not run", "state_dict()")

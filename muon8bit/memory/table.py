@@ -103,7 +103,7 @@ def print_report(report: Report, file: IO[str]) -> None:
     for name, num_bytes in report.others.items():
         if name != report.optimizer:
             table.add_row(f"state of {LABELS[name]}, it would be", "", "", f"{num_bytes:,}", "")
-    _print(file, table)
+    _print(file, table, *report.notes)
 
 
 def describe(setup: Setup) -> str:
