@@ -39,7 +39,6 @@ class Background:
         (folder / "files").mkdir(parents=True)
         arguments, environment = command(folder / "files")
         out, err = (folder / "out").open("w+"), (folder / "err").open("w+")
-        environment = {**environment, "OMP_NUM_THREADS": "1"}  # cores are shared with the tests
         process = subprocess.Popen(list(map(str, arguments)), env=environment, stdout=out, stderr=err, text=True)
         self._running[command] = process, folder / "files", out, err
 

@@ -1,5 +1,9 @@
 """One thread: the suite's matrices are small, and two test processes share the cores. Long commands start first."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # numpy reads it when it is imported; commands that tests start take it over
+
 import pytest
 import torch
 from background import Background

@@ -373,7 +373,7 @@ def test_sigterm_finishes_the_step_saves_and_prints_the_command_that_resumes(rec
 
 def test_two_ranks_train_one_model_on_the_data_of_one(recipe_file, pretrain, tmp_path):
     """torchrun with two processes: equal parameters on both, and the losses of one process that accumulates."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "CUDA_VISIBLE_DEVICES": ""}
     script = str(ROOT / "finetune" / "pretrain.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--recipe", str(recipe_file), "--output-dir", "two", "--batch-size", "2"]
