@@ -66,6 +66,7 @@ def _from_values(values: Mapping[str, Any], where: str, path: Path | None = None
     try:
         config = auto.for_model(**values) if path is None else auto.from_pretrained(str(path), trust_remote_code=False)
         default = type(config)()
+        values = values if path is None else type(config).get_config_dict(str(path))[0]  # with saved infinities
     except Exception as error:
         raise ValueError(f"{where}: transformers rejects it: {' '.join(str(error).split())[:200]}") from None
     aliases = getattr(config, "attribute_map", {})
@@ -74,9 +75,22 @@ def _from_values(values: Mapping[str, Any], where: str, path: Path | None = None
         usual = getattr(default, size, None)
         is_said = names & values.keys() or getattr(config, size, usual) != usual  # by a legacy name
         is_needed = "experts" not in size or getattr(config, "is_moe", True)
-        if isinstance(usual, int) and is_needed and not is_said:
+        if isinstance(usual, int) and is_needed and not (is_said or _is_usual(size, values, config)):
             raise ValueError(f"{where}: {size!r} is missing, and a {config.model_type} model needs it; add it")
     return config
+
+
+def _is_usual(size: str, values: Mapping[str, Any], config: Any) -> bool:
+    """Whether another key, a legacy name or a list of layers, says this size, and says what is the default."""
+    for key, value in values.items():
+        changed = value + 1 if type(value) is int else value[:-1] if isinstance(value, list) else value
+        try:
+            other = type(config).from_dict({**values, key: changed}) if changed != value else config
+        except Exception:  # a number that does not fit the others says another size
+            continue
+        if getattr(other, size) != getattr(config, size):
+            return True
+    return False
 
 
 def _from_hub(name: str) -> Any:
@@ -150,13 +164,14 @@ def _beside_text(model: Any) -> set[str]:
 
 def _task(model: nn.Module, excluded: list[str]) -> dict[str, Any]:
     """What to tell peft, which leaves the head of a classifier without an adapter, and trains it."""
-    name = type(model).__name__
-    if name.endswith("ForTokenClassification"):
-        return {"task_type": "TOKEN_CLS", "exclude_modules": [*excluded, "classifier", "score"]}
+    kinds = {"ForTokenClassification": "TOKEN_CLS", "ForSequenceClassification": "SEQ_CLS"}
+    task = next((kind for suffix, kind in kinds.items() if type(model).__name__.endswith(suffix)), None)
+    if task is not None:  # by the ends of names; all that it trains whole must have no adapter
+        heads = [name for name, _ in model.named_modules() if name.endswith(("classifier", "score"))]
+        return {"task_type": task, "exclude_modules": excluded + heads}
     if getattr(model.config, "is_encoder_decoder", False):  # its wrapper would pass text to one that hears
         return {"exclude_modules": excluded}
-    task = "SEQ_CLS" if name.endswith("ForSequenceClassification") else "CAUSAL_LM"
-    return {"task_type": task, "exclude_modules": excluded}
+    return {"task_type": "CAUSAL_LM", "exclude_modules": excluded}
 
 
 def _said(error: Exception) -> str:
