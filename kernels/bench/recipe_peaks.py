@@ -117,7 +117,7 @@ class Training:
             model = load_base(folder, recipe, self.device)
         if recipe.has_adapter:
             model = add_adapter(model, recipe, recipe.model)
-        self.model, self.optimizers, _ = prepare_training(self.accelerator, recipe, model)
+        self.model, self.optimizers, _ = prepare_training(self.accelerator, recipe, model, None)
         micro_batches = min(recipe.gradient_accumulation, MICRO_BATCHES)
         self.batches = [random_batch(recipe, config.vocab_size, self.device)] * micro_batches
 
