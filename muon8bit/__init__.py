@@ -7,6 +7,8 @@ from .release import release_gradients
 from .report import StateReport, state_report
 from .routing import ParamGroups, param_groups
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Muon8bit",
     "NonFiniteGradientError",

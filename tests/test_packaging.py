@@ -6,6 +6,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import muon8bit
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +44,12 @@ def test_wheel_holds_only_our_two_packages(wheel):
     assert any(name.endswith("LICENSE") for name in names)
     scripts = next(name for name in names if name.endswith("entry_points.txt"))
     assert "muon8bit = muon8bit.cli:main" in zipfile.ZipFile(wheel).read(scripts).decode()
+
+
+def test_version_of_the_wheel_is_that_of_the_package(wheel):
+    """Also that to be cited."""
+    assert wheel.name.split("-")[1] == muon8bit.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == muon8bit.__version__
 
 
 def test_wheel_steps_without_optional_packages(wheel, tmp_path):
