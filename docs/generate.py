@@ -1,0 +1,159 @@
+"""Write the pages that are made from the code: options and recipes of the scripts. `python docs/generate.py`.
+
+A test says that they are current: run this after an option, a default or a recipe changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import yaml  # noqa: E402
+
+from finetune.options import Training, flag, option_fields, option_type  # noqa: E402
+from finetune.recipe import DEFAULT_RECIPE, RECIPES, Recipe  # noqa: E402
+from finetune.sft_recipe import ADAMW_LR, MUON_LR, NEWCOMER_RECIPE, SFT_RECIPES, SftRecipe  # noqa: E402
+
+MADE = "<!-- Made by docs/generate.py from the code: change it there. -->"
+
+
+def _cell(text: str) -> str:
+    """Escape what ends a cell of a table or begins a tag."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def _default(f: dataclasses.Field[Any]) -> str:
+    if f.default is None:
+        return "-"
+    if option_type(f) is bool:
+        return "on" if f.default else "off"
+    return f"`{f.default:g}`" if isinstance(f.default, float) else f"`{f.default}`"
+
+
+def _option_row(f: dataclasses.Field[Any]) -> str:
+    kind = option_type(f)
+    names = f"`{flag(f.name)}`" + (f", `{flag('no_' + f.name)}`" if kind is bool else "")
+    choices = f.metadata["choices"]
+    values = (
+        ", ".join(f"`{choice}`" for choice in choices) if choices else {str: "text", bool: ""}.get(kind, kind.__name__)
+    )
+    return f"| {names} | {values} | {_default(f)} | {_cell(f.metadata['help'])} |"
+
+
+def _option_table(fields: list[dataclasses.Field[Any]]) -> list[str]:
+    return ["| option | value | default | meaning |", "| --- | --- | --- | --- |", *map(_option_row, fields), ""]
+
+
+def options_page() -> str:
+    """Return Markdown: every option of both scripts, out of the fields that the command line is made of."""
+    pretrain = {f.name: f for f in option_fields(Recipe)}
+    sft = {f.name: f for f in option_fields(SftRecipe)}
+    shared = [f for f in option_fields(Training) if sft[f.name].default == f.default == pretrain[f.name].default]
+    shared = [f for f in shared if sft[f.name].metadata == f.metadata]
+    names = {f.name for f in shared}
+    return "\n".join(
+        [
+            "# Options of the scripts",
+            "",
+            MADE,
+            "",
+            "Each option is a key of a recipe (`--batch-size` is `batch_size`) and a command-line option, which "
+            "overrides the recipe. `-` as a default: chosen when the run is set up, or off. A recipe's own values come "
+            f"before these defaults: without `--recipe`, `finetune/pretrain.py` takes `{DEFAULT_RECIPE}` "
+            "([recipes](recipes.md)).",
+            "",
+            "Beside them each script takes:",
+            "",
+            "| option | meaning |",
+            "| --- | --- |",
+            "| `--recipe` | the name of a [recipe](recipes.md), or a YAML file |",
+            "| `--output-dir` | a new or empty folder; default: `runs/RECIPE-TIME/` |",
+            "| `--resume` | the folder of a run to continue, or `latest` |",
+            "| `--model-config` | pretraining only: a transformers `config.json` that replaces the recipe's model |",
+            "",
+            "## Both scripts",
+            "",
+            *_option_table(shared),
+            "## `finetune/pretrain.py` alone",
+            "",
+            *_option_table([f for f in pretrain.values() if f.name not in names]),
+            "## `finetune/sft.py` alone",
+            "",
+            *_option_table([f for f in sft.values() if f.name not in names]),
+            "## Learning rates that `finetune/sft.py` chooses",
+            "",
+            "Taken where neither the recipe nor the command line gives `--lr`; the log says why.",
+            "",
+            "| mode | Muon8bit, Muon | AdamW, 8-bit AdamW |",
+            "| --- | --- | --- |",
+            *(f"| `{mode}` | `{MUON_LR[mode]:g}` | `{ADAMW_LR[mode]:g}` |" for mode in MUON_LR),
+            "",
+        ]
+    )
+
+
+def _remarks(path: Path) -> str:
+    """Return the comment at the head of a recipe as one paragraph, its commands as code."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.removeprefix("#")
+        lines.append(f"`{text.strip()}`" if text.startswith("   ") else text.strip())
+    return " ".join(lines)
+
+
+def _recipe(path: Path, kind: type[Training]) -> list[str]:
+    values = yaml.safe_load(path.read_text())
+    known = {f.name for f in option_fields(kind)}
+    options = {key: value for key, value in values.items() if key in known and key != "model"}
+    lines = [f"### `{path.stem}`", "", _remarks(path), ""]
+    if isinstance(values["model"], dict):
+        model = ", ".join(f"{key} {value}" for key, value in values["model"].items() if not isinstance(value, dict))
+        lines += [f"Model: {model}.", ""]
+    else:
+        lines += [f"Model: `{values['model']}`.", ""]
+    shown = " ".join(f"{key}={value}" for key, value in options.items())
+    return [*lines, "```text", *textwrap.wrap(shown, 100), "```", ""]
+
+
+def recipes_page() -> str:
+    """Return Markdown: every recipe with its remarks and values."""
+    pretrain = sorted(RECIPES.glob("*.yaml"))
+    sft = sorted(SFT_RECIPES.glob("*.yaml"))
+    return "\n".join(
+        [
+            "# Recipes",
+            "",
+            MADE,
+            "",
+            "A recipe is a YAML file of [options](options.md). Give its name, or the path of your own: "
+            "`python -m finetune.sft --recipe llama_3b_lora`. Command-line options override it. A recipe that is "
+            'called "not run yet" here, or "not measured", was validated without its weights and on tiny models.',
+            "",
+            f"## Pretraining: `finetune/recipes`, default `{DEFAULT_RECIPE}`",
+            "",
+            *(line for path in pretrain for line in _recipe(path, Recipe)),
+            f"## Fine-tuning: `finetune/recipes/sft`, `make finetune` runs `{NEWCOMER_RECIPE}`",
+            "",
+            *(line for path in sft for line in _recipe(path, SftRecipe)),
+        ]
+    )
+
+
+PAGES = {"training/options.md": options_page, "training/recipes.md": recipes_page}
+
+
+def main() -> None:
+    for name, page in PAGES.items():
+        (ROOT / "docs" / name).write_text(page())
+
+
+if __name__ == "__main__":
+    main()
