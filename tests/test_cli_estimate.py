@@ -548,6 +548,23 @@ _FORMS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("values", "listed", "name"),
+    [
+        (_PLAIN, "LlamaForSequenceClassification", "LlamaForSequenceClassification"),
+        (_PLAIN, [None, "LlamaForSequenceClassification"], "LlamaForSequenceClassification"),
+        (_PLAIN, -1, "LlamaForCausalLM"),
+        (_PLAIN, ["NoClassOfTransformers"], "LlamaForCausalLM"),
+        (_T5, ["T5Config"], "T5ForConditionalGeneration"),
+        (_T5, None, "T5ForConditionalGeneration"),
+    ],
+)
+def test_the_class_is_found_whatever_architectures_says(values, listed, name):
+    config = config_of(values)
+    config.architectures = listed
+    assert type(build(config, torch.bfloat16)).__name__ == name
+
+
 @pytest.mark.parametrize("form", _FORMS)
 def test_a_configuration_in_another_form_is_the_same_model(form, tmp_path):
     *texts, common = _FORMS[form]

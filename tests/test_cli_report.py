@@ -323,3 +323,31 @@ def test_objects_in_a_file_are_refused_by_their_class(capfd: pytest.CaptureFixtu
     saved = {"optimizer_states": [], "hyper_parameters": Path("x")}
     torch.save(saved, tmp_path / "l.ckpt")
     check_refused(run(capfd, tmp_path / "l.ckpt"), "l.ckpt", "pathlib", "not run", "state_dict()")
+
+
+def test_values_that_no_optimizer_saves_are_refused_by_the_name_of_the_parameter(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    optimizer = Muon8bit(param_groups(nn.Sequential(nn.Linear(64, 96, bias=False)), lr=1e-3), lr=1e-3)
+    stepped(optimizer)
+    path = tmp_path / "optimizer.bin"
+    cases: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+        ({"bits": 4}, ("bits=4", "damaged")),
+        ({"codebook": []}, ("codebook=[]",)),
+        ({"block_size": torch.zeros(2)}, ("RuntimeError", "damaged")),
+        ({"flatten": [[]]}, ("damaged",)),
+    )
+    for changed, words in cases:
+        saved = optimizer.state_dict()
+        saved["param_groups"][0].update(changed)
+        torch.save(saved, path)
+        check_refused(run(capfd, path), "optimizer.bin: parameter 0.weight", *words)
+    saved = optimizer.state_dict()
+    for key in ("flatten", "split_sizes", "split_dim"):
+        del saved["param_groups"][0][key]  # options that are off where a file does not have them
+    torch.save(saved, path)
+    assert record(capfd, path)["state"]["difference_bytes"] == 0
+    torch.save({**saved, "state": torch.zeros(2)}, path)
+    check_refused(run(capfd, path), "optimizer.bin", "state_dict")
+    torch.save({**saved, "state": {0: "x"}}, path)
+    check_refused(run(capfd, path), "optimizer.bin: parameter 0.weight", "damaged")

@@ -56,11 +56,12 @@ def model_class(config: Any) -> Class:
         ValueError: there is none of these.
     """
     known, text = library(), text_config(config)
-    named = next((name for name in getattr(config, "architectures", None) or () if isinstance(name, str)), "")
-    own = getattr(known, named, None) if named else None
+    listed = getattr(config, "architectures", None)
+    named = next((n for n in (listed if isinstance(listed, list) else [listed]) if isinstance(n, str)), "")
+    own: Any = getattr(known, named, None) if named else None
     is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
     is_classifier = named.endswith(("ForSequenceClassification", "ForTokenClassification"))
-    if own is not None and (is_classifier or is_encoder_decoder):
+    if hasattr(own, "_from_config") and (is_classifier or is_encoder_decoder):
         return Class(own._from_config, config, own=True)
     for kind in (known.AutoModelForSeq2SeqLM, known.AutoModelForSpeechSeq2Seq) if is_encoder_decoder else ():
         if type(config) in kind._model_mapping:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from ..config import (
+    BITS,
+    BLOCK_SIZES,
     BUFFER_KEY,
+    CODEBOOKS,
     DYNAMIC_CODES_KEY,
     EXP_AVG_CODES_KEY,
     EXP_AVG_KEY,
@@ -21,7 +24,7 @@ from ..config import (
     LINEAR_CODES_KEY,
     MIN_ADAMW8_ELEMENTS,
 )
-from ..groups import FORMAT_KEYS
+from ..groups import FORMAT_KEYS, MATRIX_DEFAULTS
 from ..report import bnb_bytes
 from . import saved
 from .optimizers import STEP_BYTES, Param, moments_sizes, momentum_sizes
@@ -87,7 +90,15 @@ def entries(file: Path, loaded: Any, weights: saved.Weights | None) -> Iterator[
     for state, index, name, group in found:
         if index in state:
             where = f"{file}: parameter {index if name is None else name}"
-            yield _entry(where, name, shapes.get(str(name)) if name is not None else None, state[index], group)
+            shape = shapes.get(str(name)) if name is not None else None
+            try:
+                entry = _entry(where, name, shape, state[index], group)
+            except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+                raise ValueError(
+                    f"{where}: its state or its group has a value that no optimizer saves there ({error!r}); the file "
+                    "is damaged, or was changed"
+                ) from None
+            yield entry
 
 
 def _state_dicts(loaded: Any) -> list[Mapping[str, Any]]:
@@ -95,7 +106,9 @@ def _state_dicts(loaded: Any) -> list[Mapping[str, Any]]:
     `{"model": ..., "optimizer": ...}`, alone or in lists as Lightning's `optimizer_states`."""
 
     def is_one(value: Any) -> bool:
-        return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+        if not isinstance(value, Mapping):
+            return False
+        return isinstance(value.get("state"), Mapping) and isinstance(value.get("param_groups"), (list, tuple))
 
     if not isinstance(loaded, Mapping):
         raise TypeError(f"it holds a {type(loaded).__name__}")
@@ -157,7 +170,12 @@ def _entry(
     elif key == "state1":
         name, predicted = "adamw8bit", bnb_bytes(num_elements)
     elif is_ours:
-        bits, codebook, block_size, flatten = (group[key] for key in FORMAT_KEYS)
+        bits, codebook, block_size, flatten = ({**MATRIX_DEFAULTS, **group}[key] for key in FORMAT_KEYS)
+        if bits not in BITS or codebook not in CODEBOOKS or block_size not in BLOCK_SIZES:
+            values = f"bits={bits}, codebook={codebook!r} and block_size={block_size}"
+            raise ValueError(
+                f"{where}: its group has {values}, which are none known here; the file is damaged or newer"
+            )
         name = "muon8bit" if bits == 8 else "muon"
         predicted = sum(momentum_sizes(shape, bits=bits, codebook=codebook, block_size=block_size, flatten=flatten))
     else:
