@@ -1,5 +1,6 @@
 """The wheel holds our two packages and works alone; neither triton nor bitsandbytes is needed to import."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -64,3 +65,41 @@ def test_wheel_steps_without_optional_packages(wheel, tmp_path):
     # Two 16x16 matrices with 16 scales each, two biases under AdamW.
     assert int(total) == 2 * (16 * 16 + 4 * 16) + 2 * (2 * 4 * 16 + 4)
     assert origin.startswith(str(tmp_path))
+
+
+def commands(text: str) -> list[str]:
+    """Of a shell script, without what sets it up."""
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
+
+
+def test_workflow_runs_the_commands_of_ci_on_two_versions_of_torch():
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["run"]
+    steps = [step["run"] for step in job["steps"] if "run" in step]
+    assert steps[1:] == commands((ROOT / ".ci/run").read_text())
+    versions = [row["torch"] for row in job["strategy"]["matrix"]["include"]]
+    pinned = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    lowest = re.findall(r'^dependencies = \["torch>=([\d.]+)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert versions == [f"{lowest[0]}.0", *pinned]
+
+
+def test_versions_of_the_workflow_get_into_the_constraints(tmp_path):
+    """The first command of the workflow, with a version put in."""
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["run"]
+    row = job["strategy"]["matrix"]["include"][0]
+    command = job["steps"][2]["run"]
+    for name, value in row.items():
+        command = command.replace(f"${{{{ matrix.{name} }}}}", value)
+    before = (ROOT / "constraints.txt").read_text()
+    (tmp_path / "constraints.txt").write_text(before)
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    changed = set((tmp_path / "constraints.txt").read_text().splitlines()) - set(before.splitlines())
+    assert changed == {f"{name}=={value}" for name, value in row.items()}
+
+
+def test_hooks_before_a_commit_are_those_of_make_check():
+    recipe = (ROOT / "Makefile").read_text().split("\ncheck: install\n")[1].split("\n\n")[0]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == [
+        line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()
+    ]
