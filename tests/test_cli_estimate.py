@@ -339,7 +339,13 @@ _SMALL = {
     "vocab_size": 1000,
 }
 _WHISPER = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "vocab_size": 1000}
-_WHISPER |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "pad_token_id": 0}
+_WHISPER |= {
+    "max_source_positions": 20,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "pad_token_id": 0,
+}
 _EYES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 28}
 _KINDS = {
     "a mask read by its own code": ({**_SMALL, "model_type": "falcon"}, "FalconForCausalLM", ""),
@@ -425,7 +431,7 @@ def test_a_failure_of_a_models_own_code_is_one_sentence_with_its_reason(tmp_path
 
 
 _PLAIN = {**_SMALL, "model_type": "llama", "num_key_value_heads": 2}
-_T5 = {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 1000}
+_T5 = {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "vocab_size": 1000}
 _M2M = {"model_type": "m2m_100", **_WHISPER, "encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5}
 _QWEN = {**_SMALL, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
 _QWEN3_VL = {
