@@ -1,0 +1,167 @@
+"""Figures on the pages of results are those of the committed records."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "docs" / "records"
+
+
+def record(name: str) -> Any:
+    return json.loads((RECORDS / name).read_text())
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / "results" / f"{name}.md").read_text()
+
+
+def table(text: str, header: str) -> dict[str, list[str]]:
+    """First cell -> the other cells, of the table whose header begins so."""
+    lines = text[text.index(f"| {header}") :].split("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {first: rest for first, *rest in rows}
+
+
+def test_pretraining_losses_and_state():
+    runs = record("pretrain_llama_4m.json")["runs"]
+    best = min((run for run in runs if run["optimizer"] == "adamw"), key=lambda run: run["val_loss"])
+    expected = [*(run for run in runs if run["optimizer"] != "adamw"), best]
+    shown = list(table(page("quality"), "optimizer | `make pretrain").values())
+    assert [row[1] for row in shown] == [f"{run['val_loss']:.3f}" for run in expected]
+    assert [row[2] for row in shown] == [f"{run['state_bytes'] / 1e6:.1f} MB" for run in expected]
+    assert f"--lr {best['lr']:.0e}".replace("e-0", "e-") in shown[-1][0]
+    assert f"{record('pretrain_llama_4m.json')['bigram_val_loss']:.3f}" in page("quality")
+
+
+def test_losses_with_less_memory():
+    arms: dict[str, list[float]] = {}
+    for run in record("less_memory.json"):
+        arms.setdefault(run["arm"], []).append(run["val_loss"])
+    fp32 = mean(arms["fp32"])
+    names = ["fp32", "bf16 stochastic", "bf16 nearest", "fp32, 8-bit AdamW", "bf16 stochastic, 8-bit AdamW"]
+    shown = list(table(page("quality"), "weights | ").values())
+    assert [row[1] for row in shown] == [", ".join(f"{loss:.3f}" for loss in arms[name]) for name in names]
+    assert [row[2] for row in shown[1:]] == [f"{mean(arms[name]) - fp32:+.4f}" for name in names[1:]]
+    share = 1 - (mean(arms["bf16 stochastic"]) - fp32) / (mean(arms["bf16 nearest"]) - fp32)
+    assert f"closes {share:.0%} of" in page("quality")
+
+
+def test_fine_tuning_losses():
+    runs = list(record("finetune_smollm2_135m.json").values())
+    shown = table(page("quality"), "optimizer | LoRA")
+    names = {"adamw": "AdamW", "muon": "Muon, fp32 state", "muon8bit linear": "Muon8bit, linear"}
+    for arm, name in {**names, "muon8bit dynamic": "Muon8bit, dynamic"}.items():
+        lora = [run for run in runs if run["arm"] == arm and run["mode"] == "lora" and run["steps"] == 40]
+        full = min((run for run in runs if run["arm"] == arm and run["mode"] == "full"), key=_loss, default=None)
+        losses = [run["val_loss"] for run in lora]
+        cells = [cell.replace("*", "").split(" ")[0] for cell in shown[name]]
+        assert cells[0] == f"{mean(losses):.3f}"
+        assert float(cells[1]) == pytest.approx(max(losses) - min(losses), abs=6e-4)
+        assert cells[2] == ("-" if full is None else f"{full['val_loss']:.3f}")
+        state = f"{lora[0]['state_bytes'] / 1e6:.1f}" + ("" if full is None else f" / {full['state_bytes'] / 1e6:.0f}")
+        assert shown[name][3] == f"{state} MB"
+    assert all(f"{run['val_loss_before']:.3f}" in page("quality") for run in runs)
+    assert len(runs) == 24
+
+
+def _loss(run: dict[str, Any]) -> float:
+    return float(run["val_loss"])
+
+
+def test_the_three_muons_differ_seed_by_seed_by_what_is_said():
+    by_seed: dict[tuple[Any, ...], list[float]] = {}
+    for run in record("finetune_smollm2_135m.json").values():
+        if run["arm"] != "adamw":
+            by_seed.setdefault((run["mode"], run["lr"], run["seed"], run["steps"]), []).append(run["val_loss"])
+    largest = max(max(losses) - min(losses) for losses in by_seed.values())
+    assert f"differ by {math.ceil(largest * 1e4) / 1e4:.4f} at most" in page("quality")
+    assert f"**{math.ceil(largest * 1e4) / 1e4:.4f} nats**" in (ROOT / "docs" / "index.md").read_text()
+
+
+def test_memory_peaks():
+    rows = record("memory_peaks.json")["rows"]
+    names = {
+        "adamw": "AdamW",
+        "adamw8bit": "8-bit AdamW",
+        "muon": "Muon, fp32 state",
+        "muon_bf16": "Muon, bf16 state and weights",
+        "muon8bit": "Muon8bit",
+        "muon8bit+adamw8bit": "Muon8bit + 8-bit AdamW",
+    }
+    columns = [(1, 64, False, False), (1, 64, True, True), (4, 256, False, False), (4, 256, True, False)]
+    shown = table(page("memory"), "optimizer | batch 1")
+    assert {row["optimizer"] for row in rows} == set(names)
+    for arm, name in names.items():
+        for column, cell in zip(columns, shown[name], strict=True):
+            (row,) = (
+                row
+                for row in rows
+                if row["optimizer"] == arm
+                and (row["batch"], row["seq"], row["checkpointing"], row["release"]) == column
+            )
+            both = (row["measured_bytes"], row["estimated_bytes"])
+            assert cell == " / ".join(f"{value / 2**20:.1f}" for value in both)
+    assert len(rows) == 48
+    assert max(abs(row["estimated_bytes"] / row["measured_bytes"] - 1) for row in rows) < 0.001
+
+
+def test_step_times_on_a_cpu():
+    files = [record(f"cpu_step_time_{name}.json") for name in ("bf16", "no_bf16")]
+    shown = table(page("speed"), "shape | linear")
+    for name, cells in shown.items():
+        for file, (linear, dynamic) in zip(files, (cells[:2], cells[2:]), strict=True):
+            key = {"geometric mean": "geometric_mean", "64 LoRA matrices": "lora_64_matrices"}.get(name)
+            ratios = file[key] if key else file["ratios"][name.replace(" ", "")]
+            for cell, kind in ((linear, "linear"), (dynamic, "dynamic")):
+                assert float(cell.strip("*")) == pytest.approx(ratios[kind], abs=5.1e-3), (name, kind)
+    assert len(shown) == 7
+
+
+def test_cost_of_gradient_release():
+    text = page("speed")
+    for row in record("release_time.json")["rows"]:
+        assert re.search(rf"{row['ratio']:.3g}\d? at (width )?{row['hidden']}", text), row
+
+
+def test_traffic_and_failures():
+    text = page("scaling")
+    for result in record("traffic_llama_1b_layer.json")["results"]:
+        assert f"| {result['fraction']} |" in text
+    rows = re.findall(r"^\| \d ranks,[^|]*\| (\w+)", (RECORDS / "fault_injection.md").read_text(), re.MULTILINE)
+    assert f"{len(rows)} failures" in text
+    assert f"{rows.count('impossible')} of them impossible" in text
+
+
+def test_planned_steps():
+    rows = record("scale_simulation.json")["rows"]
+    shown = table(page("scaling"), "model, GPUs (FSDP)")
+    assert len(shown) == 4
+    for name, cells in shown.items():
+        model, gpus = name.split(", ")
+        (row,) = (r for r in rows if (r["model"], r["num_gpus"], r["num_shards"]) == (model, int(gpus), int(gpus)))
+        most = max(row["most_sent_bytes"], row["most_received_bytes"])
+        expected = [
+            row["balance"],
+            (row["mean_bytes"] / 1e9, most / 1e9),
+            row["gathered_fp32_bytes"] / 1e9,
+            (row["moonlight_mean_bytes"] / 1e9, row["moonlight_most_bytes"] / 1e9),
+            row["state_bytes"] / 1e9,
+            (row["arithmetic_ms"], row["transfer_ms"]),
+        ]
+        for cell, value in zip(cells, expected, strict=True):
+            for text, number in zip(cell.split(" / "), value if isinstance(value, tuple) else (value,), strict=True):
+                digits = len(text.partition(".")[2])
+                assert float(text) == pytest.approx(number, abs=0.51 * 10**-digits, rel=5e-3 if digits == 0 else 0)
+
+
+def test_kills_while_saving():
+    killed = record("kill_saves.json")["killed"]
+    assert f"{killed['resumed']} of {killed['kills']} kills" in (ROOT / "docs" / "index.md").read_text()
