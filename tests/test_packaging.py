@@ -53,6 +53,11 @@ def test_version_of_the_wheel_is_that_of_the_package(wheel):
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == muon8bit.__version__
 
 
+def test_a_registry_would_take_the_wheel(wheel):
+    pytest.importorskip("twine", reason="twine is not installed: make install")
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel)], check=True)
+
+
 def test_wheel_steps_without_optional_packages(wheel, tmp_path):
     """Run from the unpacked wheel, outside the repository."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
