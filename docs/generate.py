@@ -1,10 +1,11 @@
-"""Write the pages that are made from the code: options and recipes of the scripts. `python docs/generate.py`.
+"""Write the pages that are made from the code: options and recipes of the scripts, commands. `python docs/generate.py`.
 
 A test says that they are current: run this after an option, a default or a recipe changed.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 import textwrap
@@ -19,6 +20,7 @@ import yaml  # noqa: E402
 from finetune.options import Training, flag, option_fields, option_type  # noqa: E402
 from finetune.recipe import DEFAULT_RECIPE, RECIPES, Recipe  # noqa: E402
 from finetune.sft_recipe import ADAMW_LR, MUON_LR, NEWCOMER_RECIPE, SFT_RECIPES, SftRecipe  # noqa: E402
+from muon8bit.cli import build_parser  # noqa: E402
 
 MADE = "<!-- Made by docs/generate.py from the code: change it there. -->"
 
@@ -147,7 +149,42 @@ def recipes_page() -> str:
     )
 
 
-PAGES = {"training/options.md": options_page, "training/recipes.md": recipes_page}
+def _command(name: str, parser: argparse.ArgumentParser, summary: str) -> list[str]:
+    lines = [f"## `muon8bit {name}`", "", _cell(parser.description or f"{summary[0].upper()}{summary[1:]}."), ""]
+    lines += ["| argument | value | meaning |", "| --- | --- | --- |"]
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        names = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{action.metavar or action.dest}`"
+        values = ", ".join(f"`{choice}`" for choice in action.choices or ())
+        if not values and action.option_strings and action.nargs != 0:
+            values = action.metavar or getattr(action.type, "__name__", "text")
+        lines.append(f"| {names} | {values} | {_cell((action.help or '') % vars(action))} |")
+    return [*lines, ""]
+
+
+def commands_page() -> str:
+    """Return Markdown: the arguments of every subcommand of `muon8bit`, out of its parser."""
+    (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    summaries = {choice.dest: choice.help or "" for choice in commands._choices_actions}
+    return "\n".join(
+        [
+            "# Commands",
+            "",
+            MADE,
+            "",
+            "Bad input is told in one sentence on standard error, with exit code 2.",
+            "",
+            *(line for name, parser in commands.choices.items() for line in _command(name, parser, summaries[name])),
+        ]
+    )
+
+
+PAGES = {
+    "training/options.md": options_page,
+    "training/recipes.md": recipes_page,
+    "reference/commands.md": commands_page,
+}
 
 
 def main() -> None:

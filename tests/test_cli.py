@@ -2,6 +2,7 @@
 
 import pytest
 
+import muon8bit
 from muon8bit.cli import main
 
 
@@ -19,10 +20,14 @@ def test_help_lists_every_subcommand(capsys):
     assert "convert" in out
 
 
-@pytest.mark.parametrize("argv", [(), ("--version",)])
-def test_version_is_printed_and_nothing_asked_is_refused(capsys, argv):
-    code, out, err = outcome(capsys, *argv)
-    assert (code, bool(out), bool(err)) == ((0, True, False) if argv else (2, False, True))
+def test_version_is_printed(capsys):
+    """Also from a source tree that is not installed."""
+    assert outcome(capsys, "--version") == (0, f"muon8bit {muon8bit.__version__}\n", "")
+
+
+def test_nothing_asked_is_refused(capsys):
+    code, out, err = outcome(capsys)
+    assert (code, bool(out), bool(err)) == (2, False, True)
 
 
 @pytest.mark.parametrize(

@@ -142,3 +142,10 @@ def test_files_and_tests_named_in_text_exist():
     for page in [*PAGES, ROOT / "README.md"]:
         for name in re.findall(r"`((?:muon8bit|kernels|finetune|tests|examples|docs)/[\w/.]*\.\w+)`", page.read_text()):
             assert (ROOT / name).exists(), f"{name} in {page.name}"
+
+
+def test_every_record_is_linked():
+    """Of a table with a file of values beside it, one of the two."""
+    linked = {target.partition("records/")[2] for page in PAGES for target in links(page) if "records/" in target}
+    missing = {path.stem for path in (DOCS / "records").iterdir()} - {Path(name).stem for name in linked}
+    assert not missing, "say on a page of docs/results what these records show"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
+
+from muon8bit import __version__
 
 from . import convert, estimate, report
 from .errors import InputError
@@ -26,17 +27,10 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
-def _version() -> str:
-    try:
-        return version("muon8bit")
-    except PackageNotFoundError:  # run from a source tree
-        return "(not installed)"
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = _Parser(prog="muon8bit", description="Tools around the Muon8bit optimizer.")
-    parser.add_argument("--version", action="version", version=f"muon8bit {_version()}")
+    parser.add_argument("--version", action="version", version=f"muon8bit {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     for module in _SUBCOMMANDS:
         module.add_parser(subparsers)
