@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 import muon8bit
@@ -79,14 +81,32 @@ def runnable(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=name_of)
 def test_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
-    """Given are a model, batches and a loss; `assert` in the code is part of what the page says."""
+    """Given are a model, batches and a loss, and a process group of this process where the page says dist; `assert` in
+    the code is part of what the page says."""
     monkeypatch.chdir(tmp_path)
+    if "dist.group" in page.read_text():
+        with one_rank(tmp_path / "store"):
+            run_blocks(page)
+    else:
+        run_blocks(page)
+    capsys.readouterr()
+
+
+@contextmanager
+def one_rank(store: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run_blocks(page: Path) -> None:
     model = llama()
     batch = next(rows().with_format("torch").iter(batch_size=4))
     scope = {"model": model, "batch": batch, "batches": [batch] * 2, "loss": model(**batch).loss}
     for number, code in enumerate(runnable(page)):
         exec(compile(code, f"{name_of(page)}, block {number + 1}", "exec"), scope)
-    capsys.readouterr()
 
 
 def test_made_pages_are_current():
