@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from .values import is_choice, shown
+
 Codebook: TypeAlias = Literal["linear", "dynamic"]
 Backend: TypeAlias = Literal["reference", "triton"]
 OnNonfinite: TypeAlias = Literal["raise", "raise_at_once", "skip"]
@@ -112,27 +114,33 @@ def check_running(
     workspace_bytes: Any,
     state_device: Any,
     step_timeout: Any,
+    shard_state: Any,
 ) -> None:
     """Check what the optimizer as a whole is asked for, besides its groups.
 
     Raises:
         ValueError: names the argument and what it may be.
     """
-    if param_rounding not in PARAM_ROUNDINGS:
-        raise ValueError(f"param_rounding must be one of {PARAM_ROUNDINGS}, not {param_rounding!r}")
-    if on_nonfinite not in ON_NONFINITE:
-        raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, not {on_nonfinite!r}")
-    if ns_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"ns_dtype must be None, torch.float32, torch.float16 or torch.bfloat16, not {ns_dtype}")
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend must be None, 'reference' or 'triton', not {backend!r}")
-    if type(workspace_bytes) is not int or workspace_bytes < MIN_WORKSPACE_BYTES:
-        raise ValueError(f"workspace_bytes must be an int of at least {MIN_WORKSPACE_BYTES}, not {workspace_bytes!r}")
+    if not is_choice(param_rounding, PARAM_ROUNDINGS):
+        raise ValueError(f"param_rounding must be one of {PARAM_ROUNDINGS}, not {shown(param_rounding)}")
+    if not is_choice(on_nonfinite, ON_NONFINITE):
+        raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, not {shown(on_nonfinite)}")
+    if not is_choice(ns_dtype, (None, torch.float32, torch.float16, torch.bfloat16)):
+        raise ValueError(
+            f"ns_dtype must be None, torch.float32, torch.float16 or torch.bfloat16, not {shown(ns_dtype)}"
+        )
+    if not is_choice(backend, (None, *BACKENDS)):
+        raise ValueError(f"backend must be None, 'reference' or 'triton', not {shown(backend)}")
+    if not isinstance(shard_state, bool):
+        raise ValueError(f"shard_state must be True or False, not {shown(shard_state)}")
+    least = MIN_WORKSPACE_BYTES
+    if type(workspace_bytes) is not int or workspace_bytes < least:
+        raise ValueError(f"workspace_bytes must be an int of at least {least}, not {shown(workspace_bytes)}")
     is_number = isinstance(step_timeout, int | float) and not isinstance(step_timeout, bool)
     if not is_number or not 0 < step_timeout < MAX_STEP_TIMEOUT:  # NaN is not
-        raise ValueError(f"step_timeout must be seconds > 0 and < {MAX_STEP_TIMEOUT}, not {step_timeout!r}")
-    if state_device is not None and not (isinstance(state_device, str) and state_device in STATE_DEVICES):
+        raise ValueError(f"step_timeout must be seconds > 0 and < {MAX_STEP_TIMEOUT}, not {shown(step_timeout)}")
+    if not is_choice(state_device, (None, *STATE_DEVICES)):
         raise ValueError(
-            f"state_device must be None, which keeps the state with the parameters, or 'cpu', not {state_device!r}: it "
-            "comes from host memory to the device for the step, and from nowhere else"
+            "state_device must be None, which keeps the state with the parameters, or 'cpu', not "
+            f"{shown(state_device)}: it comes from host memory to the device for the step, and from nowhere else"
         )

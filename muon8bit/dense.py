@@ -22,6 +22,19 @@ def why_not_dense(tensor: Tensor) -> str:
     return {"sparse_coo": "sparse"}.get(kind, kind)
 
 
+def why_not_written(tensor: Tensor) -> str:
+    """Return why kernels cannot write into a dense tensor, or nothing: memory that is only another's, negated, or none
+    at all."""
+    if tensor.is_neg():
+        return "a negated view of another tensor"
+    return "a zero without memory" if tensor._is_zerotensor() else ""
+
+
+def with_memory(tensor: Tensor) -> Tensor:
+    """Return a dense tensor as it is, or, of a negated view or a zero without memory, its values in memory."""
+    return tensor.clone() if why_not_written(tensor) else tensor
+
+
 def is_overlapping(tensor: Tensor) -> bool:
     """Whether elements of a strided tensor may share memory, as those of an expanded one do.
 
@@ -51,4 +64,4 @@ def fake_mode_of(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
 
 def is_fake(tensor: Tensor) -> bool:
     """Whether it has no values: on the meta device, or of a FakeTensorMode; of a DTensor, whether its part is so."""
-    return tensor.is_meta or bool(_is_fake(tensor))
+    return tensor.is_meta or (type(tensor) is not Tensor and bool(_is_fake(tensor)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import adamw, adamw8, rounding
 from .config import STATE_KEYS
-from .dense import is_overlapping, why_not_dense
+from .dense import is_fake, is_overlapping, why_not_dense, with_memory
 from .groups import DTYPES, FORMAT_KEYS, describe
 from .staging import Staging
 from .state import Format, Momentum
@@ -65,14 +65,22 @@ def entries_of(
     """
     lr, is_muon, is_rounded = group["lr"], group["algorithm"] == "muon", "rounding_seed" in group
     lr_device = lr.device if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
+    has_no_rate = isinstance(lr, Tensor) and is_fake(lr)
     form = [group[key] for key in FORMAT_KEYS] if is_muon else []
     for index, param in enumerate(group["params"]):
         grad, local, layout, first = param.grad, param, None, 0
         if grad is None:
             continue
+        if not is_muon or grad._is_zerotensor():  # Muon's kernels read negated views, and AdamW's write nothing else
+            grad = with_memory(grad)
         if lr_device not in (None, param.device):
             name = describe(group, group_index, index)
-            raise ValueError(f"lr is a tensor on {lr_device}, {name} is on {param.device}: keep lr on the CPU")
+            raise ValueError(
+                f"parameter group {group_index}: lr is a tensor on {lr_device}, {name} is on {param.device}: keep lr "
+                "on the CPU"
+            )
+        if has_no_rate and not is_fake(grad):
+            raise ValueError(f"parameter group {group_index}: lr is a tensor without values: write a number there")
         if group.get("adamw_bits") == 8:
             adamw8.check_available(param.device.type)
         momentum = key = None
@@ -90,8 +98,11 @@ def entries_of(
         dtypes = {key: dtype for key, (_, dtype) in tensors.items()}
         shapes = layout.parts(shapes) if layout else shapes
         if stored and (problem := _misfit(stored, shapes, dtypes, staging.home(local.device))):
+            name, keys = describe(group, group_index, index), FORMAT_KEYS if is_muon else ("adamw_bits",)
+            options = ", ".join(f"{key}={group[key]!r}" for key in keys)
             raise ValueError(
-                f"{describe(group, group_index, index)} is {tuple(local.shape)} on {local.device} {problem}"
+                f"{name} of parameter group {group_index} ({options}) is {tuple(local.shape)} on {local.device} "
+                f"{problem}"
             )
         if is_muon:
             format = Format.of(param.shape, *form)
@@ -117,8 +128,9 @@ def check_grads(groups: Sequence[dict[str, Any]]) -> None:
 
 def _unusable(param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> str:
     """Return why a step cannot take a parameter as it is now, or its gradient, and the way out; or nothing."""
-    if grad.is_meta and not param.is_meta:
-        return f"has a gradient without values, on the device meta: make it on {param.device}"
+    if is_fake(grad) and not is_fake(param):
+        where = "on the device meta" if grad.is_meta else "of a FakeTensorMode"
+        return f"has a gradient without values, {where}: make it on {param.device}"
     if param.dtype not in DTYPES:
         return (
             f"is {param.dtype} now: Muon8bit takes float32, bfloat16 and float16 parameters, and does not cut others. "
@@ -129,12 +141,13 @@ def _unusable(param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> str:
         return f"has a {kind} gradient: {way_out}"
     if grad.dtype not in DTYPES:
         return f"has a gradient of {grad.dtype}: convert it to {param.dtype}, as backward does unless told otherwise"
-    if group.get("clip_matrix_norm") is not None and is_overlapping(grad):
-        return (
-            "has a gradient whose elements share memory, as expand() makes it, and clip_matrix_norm scales gradients "
-            "in place: assign a clone of it"
-        )
-    return ""
+    if param.is_inference():
+        return "was made in torch.inference_mode(), where tensors stay as they are: make the model outside of it"
+    if group.get("clip_matrix_norm") is None:
+        return ""
+    why = "that was made in torch.inference_mode()" if grad.is_inference() else ""
+    why = "whose elements share memory, as expand() makes it" if is_overlapping(grad) else why
+    return why and f"has a gradient {why}, and clip_matrix_norm scales gradients in place: assign a clone of it"
 
 
 def own_state(stored: Mapping[str, Any] | None) -> dict[str, Tensor]:

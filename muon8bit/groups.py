@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from math import inf, prod
-from numbers import Real
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import adamw8
 from .config import (
@@ -22,8 +22,9 @@ from .config import (
     DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
 )
-from .dense import is_fake, is_faking, is_overlapping, why_not_dense
-from .orthogonalize import choose, resolve
+from .dense import is_overlapping, why_not_dense, why_not_written
+from .orthogonalize import choose, diverges, resolve
+from .values import FINITE, TINY, is_choice, is_limit, is_number, is_rate, shown
 
 # How the running optimizer stores and computes: from the constructor, never from a checkpoint.
 FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
@@ -59,8 +60,6 @@ _NO_GROUP_KEYS = (
     "amsgrad",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of fp32, in which steps compute: the smallest normal number, and the largest.
-_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def group_keys(algorithm: str) -> tuple[str, ...]:
@@ -69,10 +68,12 @@ def group_keys(algorithm: str) -> tuple[str, ...]:
 
 
 def describe(group: dict[str, Any], group_index: int, index: int) -> str:
-    """How errors name a parameter: by its name, else by group, index and shape."""
-    if index < len(group.get("param_names") or ()):
-        return str(group["param_names"][index])
-    return f"parameter {index} of group {group_index}, shape {tuple(group['params'][index].shape)}"
+    """How errors name a parameter: by its name, else by group, index and, where it has one, shape."""
+    names, param = group.get("param_names"), group["params"][index]
+    if isinstance(names, tuple | list) and index < len(names):
+        return str(names[index])
+    has_shape = not is_lazy(param) and not (param.is_nested and param.layout == torch.strided)
+    return f"parameter {index} of group {group_index}" + (f", shape {tuple(param.shape)}" if has_shape else "")
 
 
 def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,8 +94,8 @@ def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[s
     if not isinstance(params, set):  # torch's own error says why a set is refused
         group["params"] = list(group["params"])
     where = f"parameter group {group_index}"
-    if group["algorithm"] not in ALGORITHMS:
-        raise ValueError(f"{where}: algorithm {group['algorithm']!r} is not one of {', '.join(ALGORITHMS)}")
+    if not is_choice(group["algorithm"], ALGORITHMS):
+        raise ValueError(f"{where}: algorithm {shown(group['algorithm'])} is not one of {', '.join(ALGORITHMS)}")
     if isinstance(group.get("split_sizes"), list):
         group["split_sizes"] = tuple(group["split_sizes"])
     known = {"params", *group_keys(group["algorithm"])}
@@ -106,7 +107,7 @@ def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[s
         other: tuple[str, ...] = _ADAMW_ONLY_KEYS
     else:
         other = MUON_ONLY_KEYS
-        if group.get("adamw_bits") == 8 and group.get("codebook") == "linear":
+        if is_choice(group.get("adamw_bits"), (8,)) and is_choice(group.get("codebook"), ("linear",)):
             raise ValueError(
                 f"{where}: codebook='linear' beside adamw_bits=8 is refused: linear 8 bits store the second moment of "
                 "small gradients as 0, by which the step is then divided, and it blows up. AdamW's moments are in the "
@@ -129,25 +130,6 @@ def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[s
     return {**group, **dict.fromkeys(MUON_ONLY_KEYS)} if group["algorithm"] == "adamw" else group
 
 
-def _is_number(value: Any, low: float = 0.0, high: float = inf) -> bool:
-    """Whether it is a finite real number, numpy's included (no bool), with low <= value < high."""
-    return not isinstance(value, bool) and isinstance(value, Real) and low <= float(value) < high
-
-
-def _is_choice(value: Any, allowed: Sequence[Any]) -> bool:
-    """Whether it is one of these values, of the same type: True is no 1."""
-    return any(type(value) is type(choice) and value == choice for choice in allowed)
-
-
-def _is_rate(lr: Any) -> bool:
-    """Whether it is a number, or a tensor of one, that a step can take. One on a device is not waited for."""
-    if not isinstance(lr, Tensor):
-        return _is_number(lr, high=_HUGE)
-    if lr.numel() != 1 or not lr.is_floating_point():
-        return False
-    return lr.device.type != "cpu" or is_fake(lr) or is_faking() or 0 <= lr.item() < _HUGE
-
-
 def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None, *, is_rounded: bool) -> None:
     """Check what groups say now: since they were made, a scheduler or a hand may have written into them.
 
@@ -164,24 +146,56 @@ def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None,
     for index, group in enumerate(groups):
         where = f"parameter group {index}: "
         _check_present(group, ("params", "algorithm"), where)
+        check_listed(group, where)
         check_options(group, where)
+        check_foreign(group, where)
         if is_rounded:
             _check_present(group, ("rounding_seed", "rounding_step"), where)
-        if group.get("algorithm") == "adamw":
-            continue
-        try:  # what this dtype cannot hold must not be found out while parameters are written
-            choose(1, 1, resolve(group["ns_coefficients"], group["ns_steps"]), "cpu", ns_dtype)
-        except ValueError as error:
-            raise ValueError(f"{where}{error}") from None
+        check_schedule(group, ns_dtype, where)
         if group["split_sizes"] is not None:
             for place, param in enumerate(group["params"]):
-                _check_splits(describe(group, index, place), param, group)
+                _check_splits(f"{where}{describe(group, index, place)}", param, group)
+
+
+def check_listed(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless a group lists tensors, and names of them if any."""
+    params, names = group.get("params"), group.get("param_names")
+    if not isinstance(params, tuple | list) or not all(isinstance(param, Tensor) for param in params):
+        raise ValueError(f"{where}params must be a list of tensors, not {shown(params)}")
+    if names is not None and not (isinstance(names, tuple | list) and len(names) <= len(params)):
+        raise ValueError(f"{where}param_names must be a list of at most {len(params)} names, not {shown(names)}")
+
+
+def check_schedule(group: dict[str, Any], ns_dtype: torch.dtype | None, where: str) -> None:
+    """Raise ValueError for coefficients that this dtype of Newton-Schulz cannot hold: a step is too late for it."""
+    if group["algorithm"] != "muon":
+        return
+    schedule = resolve(group["ns_coefficients"], group["ns_steps"])
+    try:
+        choose(1, 1, schedule, "cpu", ns_dtype)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+    if diverges(schedule):
+        raise ValueError(
+            f"{where}ns_coefficients let singular values between 0 and 1 grow beyond float32 within "
+            f"{len(schedule.steps)} steps, and parameters would become NaN: take smaller ones, or fewer ns_steps"
+        )
+
+
+def check_foreign(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a value of the other algorithm: it would be without effect."""
+    algorithm = group["algorithm"]
+    for key in _ADAMW_ONLY_KEYS if algorithm == "muon" else MUON_ONLY_KEYS:
+        # OneCycleLR and CyclicLR write a momentum into AdamW's groups too.
+        if group.get(key) is not None and (algorithm, key) != ("adamw", "momentum"):
+            raise ValueError(f"{where}{key} has no meaning with algorithm={algorithm!r}: it must stay None")
 
 
 def _check_present(options: dict[str, Any], keys: Sequence[str], where: str) -> None:
     missing = [key for key in keys if key not in options]
     if missing:
-        raise ValueError(f"{where}{', '.join(missing)} missing: a group holds every option it was made with")
+        of = f" for algorithm={options['algorithm']!r}" if "algorithm" in options else ""
+        raise ValueError(f"{where}{', '.join(missing)} missing: a group holds every option it was made with{of}")
 
 
 def check_options(options: dict[str, Any], where: str = "") -> None:
@@ -193,48 +207,49 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
 
     def require(key: str, valid: bool, allowed: str) -> None:
         if not valid:
-            raise ValueError(f"{where}{key} must be {allowed}, not {options[key]!r}")
+            is_own = bool(where) and key in (*MUON_ONLY_KEYS, *_ADAMW_ONLY_KEYS)
+            of = f" in a group with algorithm={algorithm!r}" if is_own else ""
+            raise ValueError(f"{where}{key} must be {allowed}{of}, not {shown(options[key])}")
 
     algorithm = options.get("algorithm", "muon")
-    require("algorithm", _is_choice(algorithm, ALGORITHMS), f"one of {ALGORITHMS}")
+    require("algorithm", is_choice(algorithm, ALGORITHMS), f"one of {ALGORITHMS}")
     _check_present(options, group_keys(algorithm), where)
     is_tensor = isinstance(options["lr"], Tensor)
-    require("lr", _is_rate(options["lr"]), "a 1-element float tensor " * is_tensor + ">= 0 and finite")
-    require("weight_decay", _is_number(options["weight_decay"], high=_HUGE), ">= 0 and finite")
-    require("eps", _is_number(options["eps"]) and options["eps"] > 0, "> 0 and finite")
-    require("maximize", _is_choice(options["maximize"], (True, False)), "True or False")
+    require("lr", is_rate(options["lr"]), "a dense 1-element float tensor " * is_tensor + f">= 0 and {FINITE}")
+    require("weight_decay", is_number(options["weight_decay"]), f">= 0 and {FINITE}")
+    require("eps", is_number(options["eps"]) and options["eps"] > 0, f"> 0 and {FINITE}")
+    require("maximize", is_choice(options["maximize"], (True, False)), "True or False")
     for key in IMPLEMENTATION_DEFAULTS:
-        valid = _is_choice(options.get(key), (None, False))
+        valid = is_choice(options.get(key), (None, False))
         require(key, valid, "None or False (Muon8bit chooses its kernels by device and shape)")
     for key in ("rounding_seed", "rounding_step"):
         value = options.get(key, 0)
         require(key, type(value) is int and 0 <= value < 2**64, "an int in 0 .. 2**64 - 1")
     if algorithm == "adamw":
-        require("eps", options["eps"] >= _TINY, f"at least {_TINY:.4g}, below which fp32 may divide by zero")
+        require("eps", options["eps"] >= TINY, f"at least {TINY:.4g}, below which fp32 may divide by zero")
         betas = options["betas"]
-        valid = isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b, high=1) for b in betas)
+        valid = isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b, high=1) for b in betas)
         require("betas", valid, "two numbers in [0, 1)")
         bits = options["adamw_bits"]
-        require("adamw_bits", _is_choice(bits, BITS), f"one of {BITS}")
+        require("adamw_bits", is_choice(bits, BITS), f"one of {BITS}")
         cycled = options.get("momentum")  # by OneCycleLR and CyclicLR: see `adamw.betas_of`
-        require("momentum", cycled is None or _is_number(cycled, high=1), "None or in [0, 1), in place of betas[0]")
+        require("momentum", cycled is None or is_number(cycled, high=1), "None or in [0, 1), in place of betas[0]")
         return
-    require("momentum", _is_number(options["momentum"], high=1), "in [0, 1)")
-    clip = options["clip_matrix_norm"]
-    require("clip_matrix_norm", clip is None or (_is_number(clip) and clip > 0), "None or > 0 and finite")
-    require("nesterov", _is_choice(options["nesterov"], (True, False, 0, 1)), "True or False")
+    require("momentum", is_number(options["momentum"], high=1), "in [0, 1)")
+    require("clip_matrix_norm", is_limit(options["clip_matrix_norm"]), f"None or > 0 and {FINITE}")
+    require("nesterov", is_choice(options["nesterov"], (True, False, 0, 1)), "True or False")
     for key, allowed in (("bits", BITS), ("codebook", CODEBOOKS), ("block_size", BLOCK_SIZES)):
-        require(key, _is_choice(options[key], allowed), f"one of {allowed}")
+        require(key, is_choice(options[key], allowed), f"one of {allowed}")
     sizes = options["split_sizes"]
     is_sizes = isinstance(sizes, tuple | list) and len(sizes) > 0 and all(type(n) is int and n > 0 for n in sizes)
     require("split_sizes", sizes is None or is_sizes, "None or positive ints")
-    require("split_dim", _is_choice(options["split_dim"], (-2, -1)), "one of (-2, -1), a dimension of the matrix")
+    require("split_dim", is_choice(options["split_dim"], (-2, -1)), "one of (-2, -1), a dimension of the matrix")
     require("flatten", isinstance(options["flatten"], bool), "True or False")
     require("split_dim", not (sizes and options["flatten"] and options["split_dim"] == -1), "-2 beside flatten=True")
-    require("adjust_lr_fn", _is_choice(options["adjust_lr_fn"], (None, *ADJUST_LR)), f"None or one of {ADJUST_LR}")
+    require("adjust_lr_fn", is_choice(options["adjust_lr_fn"], (None, *ADJUST_LR)), f"None or one of {ADJUST_LR}")
     try:
         resolve(options["ns_coefficients"], options["ns_steps"])
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{where}{error}") from None
 
 
@@ -249,8 +264,12 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
             raise ValueError(f"{name} appears twice in its group: list it once")
         seen.add(param)
         check_not_partitioned(param, name)
+        if is_lazy(param):
+            raise ValueError(f"{name} has no shape yet: call its lazy module once before the optimizer is made")
         if problem := why_not_dense(param):
             raise ValueError(f"{name} is a {problem} tensor: Muon8bit takes dense parameters")
+        if problem := why_not_written(param):
+            raise ValueError(f"{name} is {problem}: Muon8bit takes parameters with memory of their own")
         if is_overlapping(param):
             raise ValueError(f"{name} is an expanded tensor, whose elements share memory: clone it first")
         if param.dtype not in DTYPES:

@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import rounding
 from .config import (
+    ALGORITHMS,
     BUFFER_KEY,
     DYNAMIC_CODES_KEY,
     EXP_AVG_CODES_KEY,
@@ -24,9 +26,10 @@ from .config import (
 from .damage import why_damaged
 from .dense import is_fake, why_not_dense
 from .entries import home, layout_of, made
-from .groups import AS_SAVED, OWN_DEFAULTS, RUNNING_KEYS, check_options, describe, group_keys
+from .groups import AS_SAVED, OWN_DEFAULTS, RUNNING_KEYS, check_foreign, check_options, describe, group_keys
 from .moved import check_moved
 from .names import is_same
+from .values import is_choice, shown
 
 if TYPE_CHECKING:
     from .distributed import Layout, Team
@@ -69,6 +72,9 @@ def checked(
                 f"group {i} was not saved by Muon8bit: convert it first, with muon8bit.convert_state_dict(..., "
                 "source='torch', 'jordan' or 'heavy-ball', like=optimizer) or the command `muon8bit convert --from`"
             )
+        if not is_choice(old["algorithm"], ALGORITHMS):
+            what = shown(old["algorithm"])
+            raise ValueError(f"group {i} of the state dict: algorithm {what} is not one of {', '.join(ALGORITHMS)}")
     check_moved(saved_groups, current)
     if len(saved_groups) != len(current):
         raise ValueError(
@@ -99,8 +105,8 @@ def checked(
             else:  # state is made lazily
                 without.append(name)
     if 0 < len(without) < len(known):
-        shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
-        warnings.warn(f"no saved state for {shown}: right if it never had a gradient; it starts at zero", stacklevel=4)
+        first = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
+        warnings.warn(f"no saved state for {first}: right if it never had a gradient; it starts at zero", stacklevel=4)
     return groups, state
 
 
@@ -120,7 +126,7 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
         )
     if names is not None and "param_names" in new:
         for theirs, ours in zip(old["param_names"], new["param_names"], strict=True):
-            if not is_same(theirs, ours):
+            if not is_same(str(theirs), str(ours)):
                 raise ValueError(
                     f"{where}: the state of {theirs} would go to {ours}; build the groups in the order of the saved "
                     "'param_names', or rename these in a load_state_dict pre-hook"
@@ -144,7 +150,8 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
     own = {key: new[key] for key in ("params", "param_names") if key in new}
     group = {**new, **deepcopy({k: v for k, v in old.items() if k != "params"}), **own}
     rounding.settle(group, saved=old, running=new)
-    check_options(group, f"{where} of the state dict: ")
+    for check in (check_options, check_foreign):
+        check(group, f"{where} of the state dict: ")
     if "betas" in group:
         group["betas"] = tuple(group["betas"])
     return group
@@ -177,7 +184,8 @@ def _tensors(
     for key, (shape, dtype) in layout.items():
         value, what = tensors[key], f"state of {name}: {key}"
         if key == STEP_KEY and type(number := _plain(value)) in (int, float):
-            value = torch.tensor(float(number), dtype=torch.float32, device="cpu")
+            number = float(number) if abs(number) < 2**63 else inf
+            value = torch.tensor(number, dtype=torch.float32, device="cpu")
         if not isinstance(value, Tensor) or why_not_dense(value):
             raise ValueError(f"{what} is a {type(value).__name__}, expected a dense tensor")
         if tuple(value.shape) != shape or value.dtype != dtype:

@@ -38,11 +38,11 @@ from .groups import (
     check_groups,
     check_options,
     check_params,
+    check_schedule,
     complete_group,
     describe,
 )
 from .nonfinite import NonFiniteGradientError, PartialVerdict, Verdict
-from .orthogonalize import choose, resolve
 from .orthogonalize.coefficients import JORDAN
 from .sharing import SharingOptimizer
 from .staging import Staging
@@ -168,6 +168,16 @@ class Muon8bit(SharingOptimizer):
         differentiable: bool | None = False,
         step_timeout: float = DEFAULT_STEP_TIMEOUT,
     ) -> None:
+        check_running(
+            param_rounding=param_rounding,
+            on_nonfinite=on_nonfinite,
+            ns_dtype=ns_dtype,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            state_device=state_device,
+            step_timeout=step_timeout,
+            shard_state=shard_state,
+        )
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -188,15 +198,6 @@ class Muon8bit(SharingOptimizer):
         }
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
         check_options({**defaults, **flags, "rounding_seed": rounding_seed})
-        check_running(
-            param_rounding=param_rounding,
-            on_nonfinite=on_nonfinite,
-            ns_dtype=ns_dtype,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-            state_device=state_device,
-            step_timeout=step_timeout,
-        )
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self.step_timeout = step_timeout
@@ -217,8 +218,7 @@ class Muon8bit(SharingOptimizer):
             check_options(group, f"parameter group {index}: ")
             check_params(group, index)
             self._check_sharded(group, index)
-            if group["algorithm"] == "muon":  # what this dtype cannot hold must not be found out in a step
-                choose(1, 1, resolve(group["ns_coefficients"], group["ns_steps"]), "cpu", self.ns_dtype)
+            check_schedule(group, self.ns_dtype, f"parameter group {index}: ")
             if "rounding_step" in group:
                 group["rounding_step"] = self.param_groups[0]["rounding_step"]
             for place, param in enumerate(group["params"]):
@@ -229,6 +229,7 @@ class Muon8bit(SharingOptimizer):
 
     # There is nothing to fuse between the kernels, and the bits of a run would change.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.inference_mode(mode=False)  # in which state would be made that no later step can change
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what `closure` (called with gradients enabled) returned, else None. In a compiled training
@@ -426,7 +427,8 @@ class Muon8bit(SharingOptimizer):
             state_dict = state_dict if hooked is None else hooked
         if self._pending is not None and self._pending.nonfinite_names():
             self._pending.take_back()  # what is loaded may be the running state itself
-        groups, state = loading.checked(state_dict, self.param_groups, self._find_team(), self._staging)
+        with torch.inference_mode(mode=False):  # state made in it could not be changed outside
+            groups, state = loading.checked(state_dict, self.param_groups, self._find_team(), self._staging)
 
         def load() -> None:
             self._pending = self._untold = self._consolidated = self._failure = None

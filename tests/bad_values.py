@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 from bitwise import bits
@@ -11,6 +13,7 @@ from bitwise import bits
 from muon8bit import Muon8bit
 
 NAN, INF = math.nan, math.inf
+HUGE = (10**400, -(10**400), 2**64, Fraction(1, 10))  # numbers, but none that torch takes
 SHAPES = {"a": (16, 72), "stack": (2, 6, 16), "narrow": (12, 4), "embed": (64, 64), "bias": (6,)}
 NUM_MUON = 3
 
@@ -19,13 +22,34 @@ def tensor(*values):
     return torch.tensor(values if len(values) != 1 else values[0])
 
 
+class Odd:
+    """Nothing that an option can be compared with."""
+
+    def __eq__(self, other):
+        raise RuntimeError("an option was compared with what it cannot be")
+
+    __hash__ = None
+
+
 # What a hand or a scheduler may write into group 0 (Muon) or 1 (AdamW) of a running optimizer.
 GROUP_VALUES = [
     *[(0, "lr", value) for value in (None, NAN, INF, -0.1, "0.1", True, [0.1], tensor(0.1, 0.2), tensor(NAN))],
     *[(0, "lr", value) for value in (tensor(-0.1), tensor(INF), tensor(1), torch.tensor([]), 1j)],
     *[(1, "lr", value) for value in (1e39, None, NAN, -1e-3, tensor(0.1, 0.2), tensor(NAN).double())],
     *[(0, "weight_decay", value) for value in (1e300, None, NAN, -0.1, INF, tensor(NAN), "0")],
-    *[(1, "weight_decay", value) for value in (None, NAN, -0.1, tensor(-1.0))],
+    *[(1, "weight_decay", value) for value in (None, NAN, -0.1, tensor(-1.0), *HUGE[:2], HUGE[3])],
+    *[(i, "lr", value) for i in (0, 1) for value in (*HUGE[:2], Odd(), numpy.longdouble("1e1000"))],
+    *[(i, "lr", torch.tensor([0.1]).to_sparse()) for i in (0, 1)],
+    *[(i, "lr", torch.tensor(0.1, device="meta")) for i in (0, 1)],
+    *[(0, key, value) for key in ("weight_decay", "momentum", "eps", "clip_matrix_norm") for value in HUGE],
+    *[(1, "eps", 10**400), (1, "momentum", Fraction(1, 10)), (1, "betas", (0.9, 10**400)), (1, "lr", Fraction(1, 10))],
+    *[(0, "ns_coefficients", value) for value in ((10**400, 1, 1), (1e300, 1.0, 1.0), (0.9, 0.95, 0.9))],
+    *[(0, key, value) for key in ("eps", "ns_steps") for value in (1e300, 10**400)],
+    # Of the other algorithm, where they would be without effect.
+    *[(0, key, value) for key in ("betas", "adamw_bits") for value in ((0.9, 0.95), 8, tensor(0.1, 0.2))],
+    *[(1, key, value) for key, value in (("nesterov", True), ("ns_steps", 3), ("codebook", "dynamic"), ("flatten", 0))],
+    *[(i, key, value) for i in (0, 1) for key in ("algorithm", "maximize") for value in (numpy.ones(2), Odd())],
+    *[(0, key, value) for key in ("bits", "codebook", "nesterov") for value in (numpy.ones(2), Odd())],
     *[(0, "momentum", value) for value in (None, NAN, -0.1, 1.0, tensor(0.5, 0.6), (0.9, 0.95))],
     *[(1, "betas", value) for value in (None, 0.9, (0.9,), (0.9, NAN), (1.0, 0.95), (0.9, -0.1), (0.9, 0.9, 0.9))],
     *[(1, "betas", value) for value in (tensor(0.9, 0.95), (0.9, None))],
@@ -47,15 +71,17 @@ GROUP_VALUES = [
     *[(i, "algorithm", value) for i in (0, 1) for value in ("adam", None, 3)],
     *[(i, key, value) for i in (0, 1) for key in ("rounding_seed", "rounding_step") for value in (None, -1, 0.5)],
 ]
+# On several ranks those of the others are told before.
+NAMES = [(i, "param_names", value) for i in (0, 1) for value in (3, tensor(0.1), "stack", ["a"] * 9)]
 # Right values, but not of what the group's parameters are.
 MISFITS = [
-    (0, "bits", 32, ["a", "asks for a state of"]),
-    (0, "codebook", "dynamic", ["a", "asks for a state of"]),
-    (0, "block_size", 64, ["a", "asks for a state of"]),
-    (0, "split_sizes", (4, 4), ["a", "split_sizes"]),
-    (1, "adamw_bits", 8, ["embed", "asks for a state of"]),
-    (0, "algorithm", "adamw", ["parameter group 0", "betas"]),
-    (1, "algorithm", "muon", ["parameter group 1", "momentum"]),
+    (0, "bits", 32, ["a", "parameter group 0", "bits=32", "asks for a state of"]),
+    (0, "codebook", "dynamic", ["a", "parameter group 0", "codebook='dynamic'", "asks for a state of"]),
+    (0, "block_size", 64, ["a", "parameter group 0", "block_size=64", "asks for a state of"]),
+    (0, "split_sizes", (4, 4), ["a", "parameter group 0", "split_sizes"]),
+    (1, "adamw_bits", 8, ["embed", "parameter group 1", "adamw_bits=8", "asks for a state of"]),
+    (0, "algorithm", "adamw", ["parameter group 0", "algorithm='adamw'", "betas"]),
+    (1, "algorithm", "muon", ["parameter group 1", "algorithm='muon'", "momentum"]),
 ]
 MISSING_KEYS = [(0, key) for key in ("lr", "algorithm", "eps", "momentum", "ns_steps", "bits", "rounding_step")]
 MISSING_KEYS += [(1, key) for key in ("lr", "betas", "algorithm", "weight_decay", "adamw_bits", "rounding_seed")]
@@ -113,10 +139,12 @@ def refused(work, words, error=ValueError):
 def written(optimizer, index, key, value):
     """Write a value into a group; the words that refuse it, and what undoes it."""
     group = optimizer.param_groups[index]
-    old, group[key] = group[key], value
+    old = dict(group)
+    group[key] = value
 
     def undo():
-        group[key] = old
+        group.clear()
+        group.update(old)
 
     return [f"parameter group {index}", key], undo
 
@@ -238,6 +266,7 @@ SAVED = {
     "scales under zero": (_saved(*SCALES, to=_element(-1.0)), ["a", "momentum_scales", "-1"]),
     "scales of NaN": (_saved(*SCALES, to=_element(NAN)), ["a", "momentum_scales", "NaN or Inf"]),
     "scales of infinity": (_saved(*SCALES, to=_element(INF)), ["a", "momentum_scales", "NaN or Inf"]),
+    "a step beyond all numbers": (_saved("state", 3, "step", to=10**400), ["embed", "step", "Inf"]),
     "a code that is none": (_saved(*CODES, to=_element(-128)), ["a", "momentum_linear8", "-128"]),
     "codes on meta": (_saved(*CODES, to=lambda t: t.to("meta")), ["a", "momentum_linear8", "meta"]),
     "scales on meta": (_saved(*SCALES, to=lambda t: t.to("meta")), ["a", "momentum_scales", "meta"]),
@@ -266,6 +295,9 @@ SAVED = {
     "no list of parameters": (_saved("param_groups", 0, "params", to=3), ["group 0", "'params'"]),
     "parameters of odd ids": (_saved("param_groups", 0, "params", to=[0, 1, [2]]), ["group 0", "'params'"]),
     "too few names": _group(0, "param_names", ["a"]),
+    "names of no text": _group(0, "param_names", [1.0, 2, None]),
+    "betas in a group of Muon": _group(0, "betas", (0.9, 0.95)),
+    "an algorithm of no kind": _group(0, "algorithm", numpy.ones(2)),
     "names that are none": _group(0, "param_names", 7),
     **{f"lr {v!r}": _group(0, "lr", v) for v in (None, NAN, -1.0, tensor(NAN), tensor(0.1, 0.2))},
     **{f"betas {v!r}": _group(1, "betas", v) for v in (None, [0.9], [0.9, NAN], 0.9)},

@@ -8,6 +8,7 @@ from bad_values import (
     GROUP_VALUES,
     MISFITS,
     MISSING_KEYS,
+    NAMES,
     SAVED,
     assert_unchanged,
     everything,
@@ -24,7 +25,7 @@ def check_step(params, optimizer, words):
     assert_unchanged(params, optimizer, before)
 
 
-@pytest.mark.parametrize(("index", "key", "value"), GROUP_VALUES)
+@pytest.mark.parametrize(("index", "key", "value"), GROUP_VALUES + NAMES)
 def test_a_value_written_into_a_group_is_refused_by_group_and_key(index, key, value):
     params, optimizer = make()
     words, undo = written(optimizer, index, key, value)

@@ -122,6 +122,15 @@ def test_values_beside_none_are_refused_by_name_and_nothing_changes():
     assert torch.equal(params[1], torch.ones(8, 8))
 
 
+def test_a_fake_gradient_of_a_real_parameter_is_refused_and_makes_no_state():
+    param = torch.nn.Parameter(torch.ones(8, 8))
+    param.grad = FakeTensorMode().from_tensor(torch.ones(8, 8))
+    optimizer = Muon8bit([("w", param)])
+    with pytest.raises(ValueError, match=r"w has a gradient without values, of a FakeTensorMode"):
+        optimizer.step()
+    assert not optimizer.state
+
+
 def test_release_gradients_does_not_keep_the_optimizer():
     model, optimizer = make(on_nonfinite="skip")
     handle = release_gradients(model, optimizer)

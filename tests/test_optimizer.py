@@ -5,7 +5,9 @@ import inspect
 import math
 import pickle
 from contextlib import nullcontext
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,6 +147,12 @@ def test_gradient_whose_norm_overflows_is_refused_and_a_large_one_is_not():
         ({"ns_dtype": torch.float16, "ns_coefficients": (90.0, -4.7, 2.0)}, "ns_dtype.*cannot hold.*bfloat16"),
         ({"ns_coefficients": "polar"}, "polar_express"),
         ({"ns_steps": 3, "ns_coefficients": "polar_express"}, "ns_steps=5"),
+        ({"ns_coefficients": (0.9, 0.95, 0.9)}, "parameter group 0: ns_coefficients let .*grow beyond float32"),
+        ({"lr": 10**400}, r"lr must be .*not 1000.*\.\.\."),
+        ({"weight_decay": Fraction(1, 10)}, "weight_decay must be .*Fraction"),
+        ({"clip_matrix_norm": 2**64}, "clip_matrix_norm must be .*as a float"),
+        ({"shard_state": 1}, "shard_state must be True or False"),
+        *[({key: np.ones(2)}, key) for key in ("backend", "on_nonfinite", "ns_dtype", "param_rounding", "bits")],
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
@@ -363,6 +371,65 @@ def test_what_is_no_dense_parameter_is_called_what_it_is(place, algorithm):
     kind, tensor = list(no_dense_params())[place]
     with pytest.raises(ValueError, match=f"w is an? {kind} tensor"):
         Muon8bit([{"params": [("w", torch.nn.Parameter(tensor))], "algorithm": algorithm, "lr": 0.1}])
+
+
+def no_written_params():
+    yield torch._neg_view(torch.ones(8, 16)), "negated view"
+    yield torch._efficientzerotensor((8, 16)), "zero without memory"
+    yield torch.nn.UninitializedParameter(), "no shape yet.*lazy module"
+    yield torch.nested.nested_tensor([torch.ones(8, 16), torch.ones(4, 16)]), "nested"
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_a_parameter_that_cannot_be_written_is_refused_with_and_without_its_name(place):
+    tensor, words = list(no_written_params())[place]
+    param = tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor)
+    for params, name in (([("w", param)], "w"), ([param], "parameter 0 of group 0")):
+        with pytest.raises(ValueError, match=f"^{name}.*{words}"):
+            Muon8bit(params)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_matrix_norm": 0.1}, {"algorithm": "adamw"}, {"adamw_bits": 8}])
+def test_gradients_that_are_negated_or_zero_without_memory_are_their_values(options):
+    options = {"algorithm": "adamw", **options} if "adamw_bits" in options else options
+    values = torch.randn(64, 72)
+    for grad, value in ((torch._neg_view(values), -values), (torch._efficientzerotensor((64, 72)), 0 * values)):
+        found = []
+        for given in (grad, value.clone()):
+            param = torch.nn.Parameter(torch.ones(64, 72))
+            param.grad = given
+            optimizer = Muon8bit([{"params": [("w", param)], "lr": 0.1, **options}])
+            optimizer.step()
+            found.append([param.detach(), *optimizer.state[param].values()])
+        assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
+def test_inference_mode_leaves_no_state_that_later_steps_cannot_change():
+    runs = []
+    for mode in (torch.inference_mode, nullcontext):
+        params, optimizer = mixed_optimizer()
+        with mode():
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        runs.append(params)
+    assert all(torch.equal(left, right) for left, right in zip(*runs, strict=True))
+
+
+def test_what_was_made_in_inference_mode_is_refused_by_name_where_it_would_be_written():
+    with torch.inference_mode():
+        frozen, grad = torch.nn.Parameter(torch.ones(8, 16)), torch.ones(8, 16)
+    param = torch.nn.Parameter(torch.ones(8, 16))
+    for of, options in ((frozen, {}), (param, {"clip_matrix_norm": 0.1})):
+        of.grad = grad
+        optimizer = Muon8bit([("w", of)], **options)
+        with pytest.raises(ValueError, match=r"w .*made in torch\.inference_mode\(\)"):
+            optimizer.step()
+        assert torch.equal(of, torch.ones(8, 16))
+        assert not optimizer.state
+    Muon8bit([("w", param)]).step()
+    assert not torch.equal(param, torch.ones(8, 16))
 
 
 def test_elements_that_only_lie_apart_or_are_none_are_taken():

@@ -17,7 +17,7 @@ from .path import Path, choose, forced_path
 from .precision import accumulating_in_fp32
 from .products import Products
 from .rates import RATES, Rates, device_kind, rates_of
-from .stability import segments
+from .stability import diverges, segments
 from .workspace import batch_size, workspace_bytes
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "batch_size",
     "choose",
     "device_kind",
+    "diverges",
     "flops",
     "forced_path",
     "gram_factor",

@@ -7,9 +7,9 @@ of (2, -1.5, 0.5), as reported for DeepSeek-V4.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -32,6 +32,9 @@ _POLAR_EXPRESS: tuple[Triple, ...] = (
 )
 
 
+_LARGEST = 2.0**127  # float32 ends at twice that
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A resolved schedule: `steps` triples, and `norm_factor` by which the Frobenius norm is multiplied."""
@@ -48,9 +51,14 @@ _NAMED: dict[str, Schedule] = {
 NAMES = ("jordan", *_NAMED)
 
 
+def _is_finite(value: Any) -> bool:
+    """Of any real number, also of an int too large for a float, whether float32 takes it."""
+    return bool(-_LARGEST < value < _LARGEST)
+
+
 def _triple(value: Any) -> Triple:
-    if not all(isinstance(v, Real) and isfinite(v) for v in value):
-        raise ValueError(f"ns_coefficients must be finite numbers, not {value!r}")
+    if not all(isinstance(v, Real) and _is_finite(v) for v in value):
+        raise ValueError(f"ns_coefficients must be numbers that are finite in float32, not {reprlib.repr(value)}")
     a, b, c = (float(v) for v in value)
     return a, b, c
 
@@ -67,7 +75,7 @@ def resolve(ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]], 
         ValueError: names the argument: an unknown name, a wrong length, what is no finite number.
     """
     if type(ns_steps) is not int or not 1 <= ns_steps < 100:
-        raise ValueError(f"ns_steps must be an integer from 1 to 99, not {ns_steps!r}")
+        raise ValueError(f"ns_steps must be an integer from 1 to 99, not {reprlib.repr(ns_steps)}")
     if isinstance(ns_coefficients, str):
         if ns_coefficients == "jordan":
             return Schedule((JORDAN,) * ns_steps)
@@ -81,7 +89,9 @@ def resolve(ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]], 
             )
         return schedule
     if not isinstance(ns_coefficients, Sequence):
-        raise ValueError(f"ns_coefficients must be a triple (a, b, c), triples, or a name, not {ns_coefficients!r}")
+        raise ValueError(
+            f"ns_coefficients must be a triple (a, b, c), triples, or a name, not {reprlib.repr(ns_coefficients)}"
+        )
     values = list(ns_coefficients)
     if len(values) == 3 and not any(isinstance(v, Sequence) for v in values):
         return Schedule((_triple(values),) * ns_steps)

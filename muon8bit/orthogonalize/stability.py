@@ -25,6 +25,8 @@ _CONVERGING_GROWTH = 2e-4
 _CONVERGED = 0.2  # from 1, of what becomes of the singular values from .5 to 1
 # Iterates of converging schedules stay under 40; fp16 ends at 65504.
 _LARGEST_IN_FP16 = 4096.0
+# Such a number can be squared and summed over the side of a matrix in float32.
+_LARGEST_IN_FP32 = 2.0**50
 _SINGULAR_VALUES = 257
 
 
@@ -62,8 +64,18 @@ def _converges(schedule: Schedule) -> bool:
 
 
 @cache
+def diverges(schedule: Schedule) -> bool:
+    """Whether an iterate grows beyond what float32 and bfloat16 hold, so that parameters become NaN."""
+    return not _stays_under(_LARGEST_IN_FP32, schedule)
+
+
+@cache
 def fits_fp16(schedule: Schedule) -> bool:
     """Whether every iterate of either form, singular values from 0 to 1, stays far from fp16's largest number."""
+    return _stays_under(_LARGEST_IN_FP16, schedule)
+
+
+def _stays_under(limit: float, schedule: Schedule) -> bool:
     for index in range(_SINGULAR_VALUES):
         x = index / (_SINGULAR_VALUES - 1)
         q = 1.0  # product of the polynomials of two steps, the least between restarts
@@ -72,6 +84,6 @@ def fits_fp16(schedule: Schedule) -> bool:
             z = a + b * r + c * r * r
             q = z * (q if step % 2 else 1.0)
             x *= z
-            if max(abs(v) for v in (x, x * x, z - a, z, q)) > _LARGEST_IN_FP16:
+            if max(abs(v) for v in (x, x * x, z - a, z, q)) > limit:
                 return False
     return True
