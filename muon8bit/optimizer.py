@@ -36,6 +36,7 @@ from .groups import (
     IMPLEMENTATION_DEFAULTS,
     MATRIX_DEFAULTS,
     check_groups,
+    check_listed,
     check_options,
     check_params,
     check_schedule,
@@ -254,6 +255,8 @@ class Muon8bit(SharingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._num_calls += 1
+        for index, group in enumerate(self.param_groups):  # which the next lines go through
+            check_listed(group, f"parameter group {index}: ")
         team = self._find_team()
         if phases.is_dry(self.param_groups):
             self._check_whole()

@@ -73,6 +73,7 @@ GROUP_VALUES = [
 ]
 # On several ranks those of the others are told before.
 NAMES = [(i, "param_names", value) for i in (0, 1) for value in (3, tensor(0.1), "stack", ["a"] * 9)]
+LISTS = [(i, "params", value) for i in (0, 1) for value in (None, 3, tensor(0.1), "ab", [None], {})]
 # Right values, but not of what the group's parameters are.
 MISFITS = [
     (0, "bits", 32, ["a", "parameter group 0", "bits=32", "asks for a state of"]),

@@ -6,6 +6,7 @@ import pytest
 from bad_values import (
     BY_HAND,
     GROUP_VALUES,
+    LISTS,
     MISFITS,
     MISSING_KEYS,
     NAMES,
@@ -23,6 +24,17 @@ def check_step(params, optimizer, words):
     before = everything(params, optimizer)
     refused(optimizer.step, words)
     assert_unchanged(params, optimizer, before)
+
+
+@pytest.mark.parametrize(("index", "key", "value"), LISTS)
+def test_what_is_no_list_of_parameters_is_refused_by_group(index, key, value):
+    params, optimizer = make()
+    before = everything(params, optimizer)
+    words, undo = written(optimizer, index, key, value)
+    refused(optimizer.step, words)
+    undo()
+    assert_unchanged(params, optimizer, before)
+    optimizer.step()
 
 
 @pytest.mark.parametrize(("index", "key", "value"), GROUP_VALUES + NAMES)
