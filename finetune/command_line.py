@@ -49,12 +49,21 @@ class Parser(argparse.ArgumentParser):
         raise InputError(self.prog, f"{message}; see --help")
 
 
-def absolute(value: Any) -> Any:
-    """Local paths are recorded absolute, so that a run can be resumed from any working directory."""
-    if isinstance(value, str) and value != "stdlib":
+def absolute(value: Any, option: str) -> Any:
+    """Local paths are recorded absolute, so that a run can be resumed from any working directory.
+
+    Raises:
+        InputError: a path that the system refuses to look up, such as one in a folder that may not be entered.
+    """
+    if not isinstance(value, str) or value == "stdlib":
+        return value
+    try:
         path = Path(value).expanduser()
         return str(path.resolve()) if path.exists() else value
-    return value
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
+        shown = value if len(value) < 300 else f"{value[:300]}..."
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(option, f"cannot look up {shown}: {reason}; give a path that can be read") from None
 
 
 def check_resumable(folder: RunFolder, saved: Training, overrides: Mapping[str, Any]) -> None:

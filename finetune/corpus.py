@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from finetune.errors import InputError
 from finetune.recipe import Recipe
 from finetune.rows import hub_rows, is_saved_dataset, jsonl_rows, parquet_rows
-from finetune.texts import BYTE_ORDER_MARK, not_utf8
+from finetune.texts import BYTE_ORDER_MARK, SAVE, is_wide, not_utf8
 
 Part: TypeAlias = Literal["train", "validation"]
 
@@ -200,6 +200,7 @@ def _text_pieces(stretch: Stretch, part: Part) -> Iterator[Piece]:
     """Text of a stretch in pieces that end with a line wherever there is one."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, left, undecoded = "", stretch.end - stretch.start, 0
+    is_first = stretch.start in (0, len(BYTE_ORDER_MARK))
     try:
         with stretch.path.open("rb") as file:
             file.seek(stretch.start)
@@ -208,6 +209,9 @@ def _text_pieces(stretch: Stretch, part: Part) -> Iterator[Piece]:
                 left = left - len(raw) if raw else 0
                 undecoded = len(decoder.getstate()[0]) + len(raw)
                 rest += decoder.decode(raw, final=left == 0)
+                if is_first and is_wide(rest):
+                    raise InputError("--dataset", f"{stretch.path} seems to be UTF-16 without a mark; {SAVE}")
+                is_first = False
                 cut = len(rest) if left == 0 else (rest.rfind("\n") + 1 or len(rest))
                 yield Piece(part, rest[:cut], ends=left == 0)
                 rest = rest[cut:]

@@ -23,7 +23,7 @@ if not __package__:  # run as a script: absolute imports come from the repositor
 from finetune.command_line import Parser, absolute, check_resumable, run_script
 from finetune.corpus import check_exists
 from finetune.errors import InputError
-from finetune.options import read_values, saved_values
+from finetune.options import flag, read_values, saved_values
 from finetune.recipe import DEFAULT_RECIPE, RECIPES, Recipe, read_model_config, read_recipe, recipe_from
 from finetune.run_folder import RunFolder, choose_folder, find_run
 
@@ -49,7 +49,9 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
     given = vars(_parser().parse_args(argv))
     recipe_name, config = given.pop("recipe"), given.pop("model_config")
     output_dir, resume = given.pop("output_dir"), given.pop("resume")
-    overrides: dict[str, Any] = {key: absolute(value) if key in PATHS else value for key, value in given.items()}
+    overrides: dict[str, Any] = {
+        key: absolute(value, flag(key)) if key in PATHS else value for key, value in given.items()
+    }
     if config is not None:
         if given.get("init_from"):
             raise InputError("--model-config", "--init-from brings its own model; leave one of them out")
@@ -57,7 +59,7 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
     if resume is None:
         recipe = read_recipe(recipe_name or DEFAULT_RECIPE)
         recipe = recipe_from({**dataclasses.asdict(recipe), **overrides}, "the options")
-        paths = {key: absolute(getattr(recipe, key)) for key in PATHS}
+        paths = {key: absolute(getattr(recipe, key), flag(key)) for key in PATHS}
         check_exists(paths["dataset"])
         recipe = dataclasses.replace(recipe, **paths)
         return recipe, choose_folder(output_dir, recipe.name)

@@ -76,12 +76,17 @@ class ChatTemplate:
             InputError: the template refuses it.
         """
         try:
-            return self._render(self.text, messages, generation_prompt=generation_prompt)[0]
+            text = self._render(self.text, messages, generation_prompt=generation_prompt)[0]
+            text.encode()
+        except UnicodeEncodeError:
+            reason = "it writes half of a character (a lone surrogate), which no tokenizer takes; correct it"
+            raise InputError("--chat-template", f"the chat template fails at {where}: {reason}") from None
         except TemplateError as error:
             raise InputError("--dataset", f"the chat template refuses {where}: {first_line(error)}") from None
         except Exception as error:  # of what the template does with a value, such as a sum of text and a number
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise InputError("--chat-template", f"the chat template fails at {where}: {reason}") from None
+        return text
 
     def answers(self, example: Example, last_only: bool) -> Rendered:
         """Text of a conversation, and its answers that carry loss.

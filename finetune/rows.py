@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.errors import InputError
 from finetune.recipe import Recipe
-from finetune.texts import ENCODING, check_characters, not_utf8
+from finetune.texts import ENCODING, check_characters, holds_nul, not_utf8
 
 PARQUET_ROWS = 256  # rows decoded at a time
 
@@ -33,7 +33,8 @@ def jsonl_objects(file: Path) -> Iterator[tuple[int, Any]]:
                 if text.strip():
                     yield number, json.loads(text)
     except json.JSONDecodeError as error:
-        reason = f"{error.msg}, character {error.pos + 1}"
+        way_out = "each line must hold one whole value; correct it, or leave it out"
+        reason = holds_nul(text) or f"{error.msg}, character {error.pos + 1}; {way_out}"
         raise InputError("--dataset", f"line {number} of {file} is no JSON: {reason}") from None
     except UnicodeEncodeError:
         raise InputError("--dataset", f"line {number} of {file} {not_utf8(file)}") from None
@@ -61,7 +62,7 @@ def parquet_objects(file: Path, columns: Collection[str]) -> Iterator[tuple[int,
         columns: those wanted; the file may lack some. If it lacks all of them, every column is read.
 
     Raises:
-        InputError: not a parquet file, damaged, or a text in it that is not UTF-8.
+        InputError: not a parquet file, damaged, or a value in it that cannot be read, such as a text that is not UTF-8.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -75,7 +76,12 @@ def parquet_objects(file: Path, columns: Collection[str]) -> Iterator[tuple[int,
                     number += 1
                     yield number, row
     except UnicodeDecodeError:
-        raise InputError("--dataset", f"row {number + 1} of {file} holds text that is not UTF-8") from None
+        raise InputError(
+            "--dataset", f"row {number + 1} of {file} holds text that is not UTF-8; leave it out"
+        ) from None
+    except OverflowError as error:  # a day that Python does not know
+        what = f"row {number + 1} of {file} holds a value that cannot be read: {_reason(error)}"
+        raise InputError("--dataset", f"{what}; leave it out") from None
     except (OSError, ValueError, pa.ArrowException) as error:
         after = f" after its row {number}" if number else ""
         raise InputError("--dataset", f"cannot read {file} as parquet{after}: {_reason(error)}") from None
@@ -85,7 +91,7 @@ def _python_rows(batch: Any) -> Iterable[dict[str, Any]]:
     """Rows of a record batch; if one cannot be decoded, those before it come first, so that it can be named."""
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, OverflowError):
         return (batch.slice(i, 1).to_pylist()[0] for i in range(batch.num_rows))
     return rows
 

@@ -54,12 +54,14 @@ def parse(argv: Sequence[str]) -> tuple[SftRecipe, RunFolder]:
     """
     given = vars(_parser().parse_args(argv))
     recipe_name, output_dir, resume = given.pop("recipe"), given.pop("output_dir"), given.pop("resume")
-    overrides: dict[str, Any] = {key: absolute(value) if key in PATHS else value for key, value in given.items()}
+    overrides: dict[str, Any] = {
+        key: absolute(value, flag(key)) if key in PATHS else value for key, value in given.items()
+    }
     if resume is None:
         values = read_sft_recipe(recipe_name) if recipe_name else {}
         recipe = sft_recipe_from({**values, **overrides}, "the options")
         _check_together(recipe, overrides)
-        recipe = dataclasses.replace(recipe, **{key: absolute(getattr(recipe, key)) for key in PATHS})
+        recipe = dataclasses.replace(recipe, **{key: absolute(getattr(recipe, key), flag(key)) for key in PATHS})
         _check_paths(recipe)
         return recipe, choose_folder(output_dir, recipe.name)
     if recipe_name or output_dir:

@@ -258,6 +258,7 @@ BAD = [
         "--dataset",
         "refuses row 7 of some.jsonl: ",
     ),
+    (MARKED + "{{ '\ud83d' }}", ALL, "--chat-template", "fails at row 7 of some.jsonl: it writes half of a character"),
     (
         MARKED + "{{ 1 // (messages|length - 5) }}",
         [SYSTEM, *TURNS],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
 import gzip
 import json
+import lzma
 import struct
 
 import pytest
 
+from finetune import pretrain, sft
 from finetune.adapters import _load_adapter
 from finetune.bases import pretrained_with
 from finetune.chat import load_examples
@@ -16,7 +19,7 @@ from finetune.corpus import PIECE_BYTES, open_corpus
 from finetune.errors import InputError
 from finetune.options import read_values
 from finetune.recipe import read_model_config, read_recipe, recipe_from
-from finetune.rows import opened_rows
+from finetune.rows import opened_rows, parquet_objects
 from finetune.sft_recipe import sft_recipe_from
 from finetune.texts import check_characters, read_text
 
@@ -108,7 +111,12 @@ BAD_LINES = {
     "half a character": (HALF.encode(), ["of row 3 of", "of line 3 of"], "\\ud83d, a lone surrogate) at position 4"),
     "latin-1": ('{"text": "caf\u00e9"}\n'.encode("latin-1"), ["line 3 of"] * 2, "is not UTF-8"),
     "a half in UTF-8": (b'{"text": "\xed\xa0\xbd"}\n', ["line 3 of"] * 2, "is not UTF-8"),
-    "NUL bytes": (b"\0" * 64 + b"\n", ["line 3 of"] * 2, "is no JSON"),
+    "NUL bytes": (
+        b"\0" * 64 + b"\n",
+        ["line 3 of"] * 2,
+        "is no JSON: it holds NUL bytes, as where a write was cut off",
+    ),
+    "over several lines": (b'{\n"text": "a"}\n', ["line 3 of"] * 2, "each line must hold one whole value"),
     "no end": (b'{"text": "a', ["line 3 of"] * 2, "is no JSON"),
     "too deep": (b"[" * 100_000 + b"\n", ["line 3 of"] * 2, "cannot be read as JSON"),
     "too many digits": (b'{"text": ' + b"1" * 5000 + b"}\n", ["line 3 of"] * 2, "cannot be read as JSON"),
@@ -142,8 +150,12 @@ def check_sentence(work, option, *words):
         (b"\xfe\xff" + lines().decode().encode("utf-16-be"), "UTF-16"),
         (gzip.compress(lines()), "gzip"),
         (gzip.compress(lines())[:-9], "gzip"),
+        (lzma.compress(lines()), "(xz)); unpack it"),
+        (bz2.compress(lines()), "(bzip2)); unpack it"),
+        (b"\x28\xb5\x2f\xfd\x04\xff", "(zstd)); unpack it"),
+        (lines().decode().encode("utf-32"), "UTF-32"),
     ],
-    ids=["little endian", "big endian", "gzip", "broken gzip"],
+    ids=["little endian", "big endian", "gzip", "broken gzip", "xz", "bzip2", "zstd", "utf-32"],
 )
 def test_another_encoding_is_told(tmp_path, texts_of, content, seems):
     (tmp_path / "r.jsonl").write_bytes(content)
@@ -151,6 +163,31 @@ def test_another_encoding_is_told(tmp_path, texts_of, content, seems):
     for read in (prompts_of, texts_of):
         check_sentence(lambda read=read: read(tmp_path / "r.jsonl"), "--dataset", "line 1 of", seems, "as UTF-8")
     check_sentence(lambda: texts_of(tmp_path / "r.txt"), "--dataset", f"{tmp_path / 'r.txt'} is not UTF-8", seems)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_mark_is_told(tmp_path, texts_of, encoding):
+    (tmp_path / "r.jsonl").write_bytes(lines().decode().encode(encoding))
+    (tmp_path / "r.txt").write_bytes(("a line of text\n" * 200).encode(encoding))
+    for read in (prompts_of, texts_of):
+        check_sentence(lambda read=read: read(tmp_path / "r.jsonl"), "--dataset", "line 1 of", "UTF-16", "as UTF-8")
+    check_sentence(lambda: texts_of(tmp_path / "r.txt"), "--dataset", str(tmp_path / "r.txt"), "UTF-16", "as UTF-8")
+
+
+@pytest.mark.parametrize("value", ["x" * 5000, "~nobody-of-this-name/a.jsonl"])
+@pytest.mark.parametrize("script", [pretrain, sft])
+def test_a_path_that_cannot_be_looked_up_is_one_sentence(value, script):
+    check_sentence(lambda: script.parse(["--dataset", value]), "--dataset", "cannot look up", value[:300])
+
+
+def test_a_parquet_value_that_python_cannot_hold_names_its_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"when": pa.array([0, 2**62], pa.timestamp("us"))})  # the year 148000
+    pq.write_table(table, tmp_path / "r.parquet")
+    next(rows := parquet_objects(tmp_path / "r.parquet", ["text"]))
+    check_sentence(lambda: next(rows), "--dataset", f"row 2 of {tmp_path / 'r.parquet'}", "leave it out")
 
 
 def test_a_bad_byte_of_a_text_is_counted_from_its_file(tmp_path, texts_of):
