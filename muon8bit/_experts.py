@@ -21,7 +21,8 @@ def is_stack(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) 
     """Whether the parameter [experts, rows, cols] holds a matrix for each expert.
 
     That is said by transformers' experts (`has_gate`), by the word `experts` in its path or its module's class, or by
-    a sibling of as many matrices that takes what it gives, in a module that is called a mixture or has a router.
+    a sibling of as many matrices that takes what it gives, in a module that, or whose class, is called a mixture, or
+    that has a router.
     """
     path, _, local = name.rpartition(".")
     if len(shape) != 3 or min(shape[1:]) == 1:
@@ -33,7 +34,9 @@ def is_stack(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) 
         return True
     around = [module for module in (owner, parent) if module is not None]
     rows = {given[0] for module in around for child in module.children() if (given := linear_shape(child))}
-    if not any(_MIXTURE.search(type(module).__name__) for module in around) and shape[0] not in rows:
+    rows |= {size for key, t in owner.named_parameters(recurse=False) if _ROUTER.search(key) for size in t.shape}
+    names = (path.rpartition(".")[2], *(type(module).__name__ for module in around))
+    if not any(map(_MIXTURE.search, names)) and shape[0] not in rows:
         return False
     own = owner._parameters[local]
     others = (t for module in around for t in _own(module) if t.ndim == 3 and t.shape[0] == shape[0] and t is not own)
@@ -71,11 +74,14 @@ def row_stack(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module])
 
 
 def stack_counts(path: str, modules: Mapping[str, nn.Module]) -> set[int]:
-    """Return the numbers of matrices in the stacks that lie in the same module as the Linear at `path`."""
+    """Return the numbers of experts in the stacks and lists that lie in the same module as the Linear at `path`."""
+    if not path:
+        return set()
     around = path.rpartition(".")[0]
-    own = modules[around].named_parameters(recurse=False) if path else ()
+    own = modules[around].named_parameters(recurse=False)
     name = f"{around}." if around else ""
-    return {t.shape[0] for key, t in own if t.ndim == 3 and is_stack(name + key, tuple(t.shape), modules)}
+    counts = {t.shape[0] for key, t in own if t.ndim == 3 and is_stack(name + key, tuple(t.shape), modules)}
+    return counts | _listed(modules[around])
 
 
 def expert_counts(path: str, modules: Mapping[str, nn.Module]) -> set[int]:
@@ -85,13 +91,20 @@ def expert_counts(path: str, modules: Mapping[str, nn.Module]) -> set[int]:
         module = modules.get(around)
         if module is None or (not around and path.count(".") > 1):
             continue
-        for child_name, child in module.named_children():
-            if _EXPERTS.search(child_name):
-                counts |= {t.shape[0] for t in child.parameters(recurse=False) if t.ndim == 3}
-                counts |= {len(child)} if isinstance(child, nn.ModuleList) else set()
+        counts |= _listed(module)
         for source in (module, getattr(module, "config", None)):
             values = getattr(source, "__dict__", {})
             counts |= {v for k, v in values.items() if _COUNT_KEY.search(k) and type(v) is int and v > 1}
+    return counts
+
+
+def _listed(module: nn.Module) -> set[int]:
+    """Return the numbers of experts that the children called experts hold, in a list or in stacks."""
+    counts: set[int] = set()
+    for name, child in module.named_children():
+        if _EXPERTS.search(name):
+            counts |= {t.shape[0] for t in child.parameters(recurse=False) if t.ndim == 3}
+            counts |= {len(child)} if isinstance(child, nn.ModuleList) else set()
     return counts
 
 

@@ -68,6 +68,11 @@ class Flow:
         """Whether the module at `path` lies directly in the model, whatever is wrapped around that."""
         return path.rpartition(".")[0] in self._tops
 
+    def beside(self, path: str) -> list[str]:
+        """Names of the other modules directly in the module around `path`."""
+        around = path.rpartition(".")[0]
+        return [p.rpartition(".")[2] for p in self._order if p != path and p.rpartition(".")[0] == around]
+
     def is_taken(self, path: str, size: int, *, any_order: bool = False, by_scores: bool = True) -> bool:
         """Whether a module beside `path` takes vectors of this size, or one around that.
 

@@ -20,13 +20,15 @@ from .config import Algorithm
 
 _BIAS = re.compile(r"bias(es)?$|bias_table$|bias_[a-z]$", re.IGNORECASE)
 # State-space models' decay rates and skip gains: Mamba, Zamba, S4, H3, RWKV.
-_STATE_SPACE = re.compile(r"^(A|D|(.*_)?A_(log|real|imag)|(inv|log)_A\w*|dt\w*|time_\w+|Lambda\w*)$")
+_STATE_SPACE = re.compile(r"^(A|D|(.*_)?A_(log|real|imag)|(inv|log)_A\w*|(log_)?dt\w*|time_\w+|Lambda\w*)$")
 _TABLE = re.compile(r"emb|token", re.IGNORECASE)
 _START = re.compile(
     r"latent|(level|seg|class|label|type)_?\w*emb|(^|_)quer(y|ies)(_|$)|prompt|prefix|soft_|mask_token|cls|(^|_)tokens?$|memory|mem_|slots?|anchor|prototype"
-    r"|refpoint|init_state|initial_|sink|layer_?scale|^ls\d*$|gamma|lambda|scale|temperature",
+    r"|refpoint|register|inducing|cent(er|roid)s?$|(^|_)(ctx|null|mask_emb\w*|slopes?|gain|thresholds?|freq\w*)(_|$)|^[hc]0$|init_(h|c|state)|initial_|state0|sink|layer_?scale|^ls\d*$|gamma|lambda|scale|temperature",
     re.IGNORECASE,
 )
+_INPUT = re.compile(r"(quer(y|ies)|latent|prompt)[^.]*$|(^|\.)prompt_encoder\.\w+\.embedding$", re.IGNORECASE)
+_NUMBERS = re.compile(r"(\.\d+)+$")
 _ROUTER = re.compile(r"router|gat(e|ing)(?!_(up_)?proj)|(^|_)wg$", re.IGNORECASE)
 
 
@@ -69,6 +71,8 @@ def newer_role(name: str, param: nn.Parameter, modules: Mapping[str, nn.Module],
         return _linear_role(name, shape, modules) if is_linear else _bare_role(name, shape, modules)
     if param in ends.embeddings and param not in ends.heads and POSITIONS.search(".".join(path.split(".")[-2:])):
         return Role("adamw", "position table", decays=False)
+    if param in ends.embeddings and param not in ends.heads and _INPUT.search(path):
+        return Role("adamw", "learned input", decays=False)
     if is_bare(local, owner) and param not in ends.heads and not (local == "weight" and param in ends.embeddings):
         return _bare_role(name, shape, modules)
     if end := ends.heads.get(param) or ends.embeddings.get(param):
@@ -82,8 +86,10 @@ def _linear_role(name: str, shape: tuple[int, ...], modules: Mapping[str, nn.Mod
     counts = expert_counts(path, modules)
     if is_router(name, modules) and shape[0] == shape[1] and not counts:
         return Role("muon", "hidden matrix", flag="called a gate, but beside no experts")
-    is_scored = shape[0] in counts and _ROUTER.search(path.rpartition(".")[2])
-    if is_router(name, modules) or path.endswith("router") or is_scored or shape[0] in stack_counts(path, modules):
+    whole = _NUMBERS.sub("", path)  # of a router of several layers
+    rows = {given[0] for module in modules[whole].modules() if (given := linear_shape(module))}
+    is_scored = _ROUTER.search(whole.rpartition(".")[2]) and rows & counts
+    if is_router(name, modules) or path.endswith("router") or is_scored or rows & stack_counts(whole, modules):
         return Role("adamw", "MoE router")
     if min(shape) == 1:
         return Role("adamw", "one row or column")

@@ -38,7 +38,7 @@ _PROJECTION = re.compile(
 _SIZE_KEY = re.compile(r"vocab|^n(um)?_\w*(labels|classes)$|codebook_size$|^num_answers$", re.IGNORECASE)
 POSITIONS = re.compile(
     r"(^|[._])(w?pos|wpe|position(al|s)?|rel(ative)?_?pos\w*|a?pe)([._]|$|emb|enc)|rel(ative)?_pos|posemb|timestep"
-    r"|time_emb|emb(ed\w*)?_rel(ative)?(_|$)|(^|[._])rel(ative)?_\w*emb",
+    r"|time_emb|emb(ed\w*)?_rel(ative)?(_|$)|(^|[._])(rel(ative)?_\w*|(row|col(umn)?|temporal|spatial|frame)_)emb",
     re.I,
 )
 
@@ -55,6 +55,8 @@ def add_outputs(model: nn.Module, ends: Ends) -> None:
         table = module._parameters.get("weight")
         if table is not None and "embedding" in type(module).__name__.lower() and linear_shape(module) is None:
             ends.embeddings.setdefault(table, "embedding, by its class")
+        if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
+            ends.heads.update(dict.fromkeys(module.parameters(), "output head, adaptive softmax"))
     tables = {weight_of(m) for p, m in modules.items() if isinstance(m, nn.Embedding) and not POSITIONS.search(p)}
     tokens = {table.shape[0] for table in tables if table is not None} | set(_config_sizes(modules, ("vocab",)))
     sizes = tokens | set(_config_sizes(modules, ("",)))
@@ -62,7 +64,7 @@ def add_outputs(model: nn.Module, ends: Ends) -> None:
     flow = Flow(modules)
     linears = list(_linears(model))
     for path, weight, (rows, cols) in linears:
-        if weight in ends.heads or weight in ends.embeddings or _is_attention(path):
+        if weight in ends.heads or weight in ends.embeddings or _is_attention(path, flow):
             continue
         if reason := _why_head(path, rows, cols, sizes, flow):
             ends.heads[weight] = reason
@@ -101,10 +103,17 @@ def _why_head(path: str, rows: int, cols: int, sizes: set[int], flow: Flow) -> s
     return "output head, by its name and place" if is_placed and not is_taken else ""
 
 
-def _is_attention(path: str) -> bool:
-    """Whether the Linear at `path` is a projection of attention, or makes what modulates another layer."""
+def _is_attention(path: str, flow: Flow) -> bool:
+    """Whether the Linear at `path` is a projection of attention, or makes what modulates another layer.
+
+    Directly in the model a `value` is one only beside another projection.
+    """
     parts = path.split(".")
-    return _PROJECTION.search(parts[-1]) is not None or any(map(_ATTENTION.search, parts[-2:]))
+    if _PROJECTION.search(parts[-1]):
+        return not flow.is_top(path) or any(map(_PROJECTION.search, flow.beside(path)))
+    words = [part for part in parts if not part.isdigit()]
+    is_numbered = parts[-1].isdigit() and any(re.search("attn|attention", word) for word in words[-2:])
+    return is_numbered or any(map(_ATTENTION.search, parts[-2:]))
 
 
 def _scope(path: str) -> tuple[list[str], list[str]]:
@@ -123,10 +132,11 @@ def _find_last(modules: Mapping[str, nn.Module], linears: Sequence[Linear], ends
     if "" in inside or not own:
         return
     last, weight, _ = own[-1]
+    has_head = any(own_weight in ends.heads for _, own_weight, _ in own)
     for path, own_weight, (rows, _) in own:
         outer, inner = _scope(path)
-        is_named = not inner and not _is_attention(path) and any(map(_OWN_WORD.search, outer[-2:]))
-        if is_named and not flow.is_taken(path, rows) and (path == last or not flow.takes(rows)):
+        is_named = not inner and not _is_attention(path, flow) and any(map(_OWN_WORD.search, outer[-2:]))
+        if is_named and not flow.is_taken(path, rows) and (not flow.takes(rows) or (path == last and not has_head)):
             ends.heads.setdefault(own_weight, "output head, by its name and place")
     if weight in ends.heads or weight in ends.embeddings:
         ends.doubtful = None

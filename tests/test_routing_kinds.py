@@ -95,6 +95,40 @@ def test_at_the_top_of_a_model_of_transformers_only_what_comes_later_takes_an_ou
     assert flagged == {"project_hid", "speaker"}
 
 
+def own(**parts: Any) -> nn.Module:
+    """Modules in a module that no model of transformers is around."""
+    module = nn.Module()
+    for name, part in parts.items():
+        setattr(module, name, part)
+    return module
+
+
+def attention() -> nn.Module:
+    to_out = nn.Sequential(nn.Linear(16, 16), nn.Dropout())
+    return own(to_q=nn.Linear(16, 16), to_k=nn.Linear(16, 16), to_v=nn.Linear(16, 16), to_out=to_out)
+
+
+def test_the_last_linear_is_no_head_inside_attention_or_behind_another_head() -> None:
+    unet = routes_of(lambda: own(down=nn.Conv2d(3, 16, 3), mid_attn=attention(), up=nn.Conv2d(16, 3, 1)))
+    assert {r.algorithm for n, r in unet.items() if "attn" in n and "weight" in n} == {"muon"}
+    policy = {"action_in_proj": nn.Linear(7, 16), "action_out_proj": nn.Linear(16, 7)}
+    robot = routes_of(lambda: own(block=hidden(), **policy, action_time_mlp_out=nn.Linear(16, 16)))
+    assert [robot[f"action_{n}.weight"].algorithm for n in ("out_proj", "time_mlp_out")] == ["adamw", "muon"]
+
+
+def test_a_value_at_the_top_is_a_head_unless_a_query_is_beside_it() -> None:
+    assert routes_of(lambda: own(body=hidden(), value=nn.Linear(16, 4), critic=nn.Linear(16, 1)))[
+        "value.weight"
+    ].algorithm == ("adamw")
+    projections = {name: nn.Linear(16, 16) for name in ("query", "key", "value")}
+    assert {r.algorithm for r in routes_of(lambda: own(**projections)).values() if len(r.shape) > 1} == {"muon"}
+
+
+def test_an_adaptive_softmax_is_a_head() -> None:
+    routes = routes_of(lambda: Model(loss=nn.AdaptiveLogSoftmaxWithLoss(16, 40, [10, 20])))
+    assert {r.algorithm for name, r in routes.items() if name.startswith("loss.")} == {"adamw"}
+
+
 def test_outputs_that_a_score_or_a_feedback_takes_go_to_adamw() -> None:
     summary = nn.ModuleDict({"summary": nn.Linear(16, 5)})
     assert (
@@ -129,6 +163,8 @@ def test_last_linear_without_a_telling_name_is_flagged_also_behind_an_embedding(
         *[("pos_embed", (9, 16)), ("position_embeddings", (1, 9, 16)), ("relative_position_bias_table", (9, 4))],
         *[("latents", (9, 16)), ("query_tokens", (1, 9, 16)), ("mask_token", (1, 1, 16)), ("bias_u", (4, 4))],
         *[("D", (2, 16)), ("A_log", (16, 4)), ("layer_scale_1", (16, 1, 1)), ("rel_pos_h", (9, 4)), ("gamma", (2, 16))],
+        *[("row_embed", (9, 16)), ("temporal_embed", (1, 9, 16)), ("registers", (4, 16)), ("null_kv", (2, 4, 8))],
+        *[("inducing_points", (9, 16)), ("centroids", (9, 16)), ("h0", (2, 16)), ("log_dt", (4, 8)), ("ctx", (9, 16))],
         *[("emb_rel_k", (1, 9, 16)), ("relative_keys_embed", (9, 16)), ("label_embeddings_concat", (9, 16))],
     ],
 )
@@ -182,6 +218,39 @@ def test_stacks_are_found_by_siblings_and_a_router() -> None:
         "w_out": "muon",
         "table": "adamw",
     }
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "switch", "dispatcher", "gating", "expert_gate"])
+@pytest.mark.parametrize("of_layers", [False, True])
+def test_what_scores_the_experts_beside_it_is_a_router_by_any_name(name: str, of_layers: bool) -> None:
+    layers = [nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)]
+    router = nn.Sequential(*layers) if of_layers else nn.Linear(16, 4)
+    experts = nn.ModuleList(own(gate_proj=nn.Linear(16, 24), down_proj=nn.Linear(24, 16)) for _ in range(4))
+    moe = own(**{name: router}, experts=experts, proj=nn.Linear(16, 16))
+    routes = routes_of(lambda: Model(layers=nn.ModuleList([own(moe=moe)]), head=nn.Linear(16, 40)))
+    kinds: dict[str, set[Any]] = {"adamw": set(), "muon": set()}
+    for path, route in routes.items():
+        if path.startswith("layers") and len(route.shape) > 1:
+            kinds[str(route.algorithm)].add(path.split(".")[3])
+    assert kinds == {"adamw": {name}, "muon": {"experts", "proj"}}
+
+
+def test_stacks_beside_a_bare_router_are_experts() -> None:
+    def make(router: str, around: str) -> nn.Module:
+        shapes = {router: (16, 4), "up": (4, 16, 24), "down": (4, 24, 16)}
+        parts = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+        return Model(layers=nn.ModuleList([own(**{around: own(**parts)})]))
+
+    for router, around in (("router", "ffn"), ("phi", "moe")):
+        routes = routes_of(lambda router=router, around=around: make(router, around))
+        found = [routes[f"layers.0.{around}.{name}"].algorithm for name in (router, "up", "down")]
+        assert found == ["adamw", "muon", "muon"]
+
+
+@pytest.mark.parametrize("name", ["query_embed", "latent_embeddings", "row_embed", "pos_emb"])
+def test_tables_of_queries_and_of_positions_do_not_decay(name: str) -> None:
+    routes = routes_of(lambda: Model(**{name: nn.Embedding(9, 16)}))
+    assert (routes[f"{name}.weight"].decays, routes["embed.weight"].decays) == (False, True)
 
 
 def test_gate_and_up_of_parallel_experts_are_the_pieces_of_the_forward_pass() -> None:
