@@ -1,4 +1,4 @@
-"""The examples run, take the same ten steps in every loop, and are what the README shows."""
+"""The examples run, take the same ten steps in every loop, and are what README and docs show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from examples import accelerate_loop, pytorch_loop, trainer
 from examples.stand_in import llama, rows, tokenizer
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+SHOWN_IN = ("README.md", "docs/guide/integrations.md")
 IN_ORDER = {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
 
 
@@ -75,18 +75,23 @@ def test_trl_with_lora_and_loraplus_trains_the_adapters_alone(tmp_path: Path) ->
     assert len(set(losses)) == 10
 
 
-BLOCKS = re.findall(r"```python\n# (examples/\w+\.py)\n(.*?)```", README, re.DOTALL)
+BLOCKS = [
+    (page, *block)
+    for page in SHOWN_IN
+    for block in re.findall(r"```python\n# (examples/\w+\.py)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+]
 
 
-def test_readme_shows_every_example() -> None:
-    shown = {path for path, _ in BLOCKS}
+@pytest.mark.parametrize("page", SHOWN_IN)
+def test_page_shows_every_example(page: str) -> None:
+    shown = {path for where, path, _ in BLOCKS if where == page}
     assert shown == {f"examples/{name}.py" for name in ("pytorch_loop", "accelerate_loop", "trainer", "trl_sft")}
 
 
-@pytest.mark.parametrize(("path", "block"), BLOCKS)
-def test_readme_block_is_the_code_of_the_example(path: str, block: str) -> None:
+@pytest.mark.parametrize(("page", "path", "block"), BLOCKS)
+def test_block_of_a_page_is_the_code_of_the_example(page: str, path: str, block: str) -> None:
     """Each part between blank lines stands in the file, indentation of the whole aside."""
     text = (ROOT / path).read_text()
     indents = {re.match(" *", line).group() for line in text.splitlines() if line}
     for part in block.strip().split("\n\n"):
-        assert any(textwrap.indent(part, indent) in text for indent in indents), part
+        assert any(textwrap.indent(part, indent) in text for indent in indents), f"{page}: {part}"

@@ -1,5 +1,7 @@
-"""What the README shows runs, and what it states about bytes is what the state takes."""
+"""What the README shows runs, what it states is in the records, and it stays one that is read."""
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -10,10 +12,24 @@ from muon8bit import Muon8bit
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MEMORY = (ROOT / "docs" / "guide" / "memory.md").read_text()
+RECORDS = ROOT / "docs" / "records"
+# The table of results: name -> bytes a parameter, loss, time of a step, peak.
+RESULTS = {
+    name.strip(): [cell.strip() for cell in cells.split("|")]
+    for name, cells in re.findall(
+        r"^\| ([^|-][^|]*) \| (.*) \|$", README.split("## Results")[1].split("\n\n")[1], re.MULTILINE
+    )
+}
+
+
+def record(name):
+    return json.loads((RECORDS / name).read_text())
 
 
 def test_first_example_runs_and_steps(capsys):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len(code.splitlines()) < 10
     model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
     before = model[0].weight.detach().clone()
     exec(code, {"model": model, "loss": model(torch.ones(2, 16)).square().sum()})
@@ -23,27 +39,87 @@ def test_first_example_runs_and_steps(capsys):
     assert "adamw_8bit" in printed
 
 
-@pytest.mark.parametrize("row", re.findall(r"^\| (\d+)[^|]*\| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE))
+def bytes_per_parameter(cols, block_size):
+    param = torch.nn.Parameter(torch.zeros(2, cols))
+    param.grad = torch.ones_like(param)
+    optimizer = Muon8bit([param], block_size=block_size)
+    optimizer.step()
+    return sum(t.untyped_storage().nbytes() for t in optimizer.state[param].values()) / param.numel()
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| (\d+)[^|]*\| ([\d.]+) \| ([\d.]+) \|", MEMORY, re.MULTILINE))
 def test_bytes_per_parameter_are_those_of_the_table(row):
+    """The table is on the page about memory."""
     cols, *stated = row
     for block_size, value in zip((2048, 256), stated, strict=True):
-        param = torch.nn.Parameter(torch.zeros(2, int(cols)))
-        param.grad = torch.ones_like(param)
-        optimizer = Muon8bit([param], block_size=block_size)
-        optimizer.step()
-        measured = sum(t.untyped_storage().nbytes() for t in optimizer.state[param].values()) / param.numel()
-        assert measured == pytest.approx(float(value), abs=5.1e-4)
+        assert bytes_per_parameter(int(cols), block_size) == pytest.approx(float(value), abs=5.1e-4)
 
 
-def test_files_named_in_the_map_exist():
-    block = README[README.index("muon8bit/optimizer.py  ") :].split("```")[0]
-    names = re.findall(r"((?:muon8bit|kernels|finetune|tests)/[\w/.]*)", block)
-    assert len(names) > 12
-    assert all((ROOT / name).exists() for name in names), names
+def test_bytes_of_the_results():
+    for name in ("Muon8bit", "Muon8bit + 8-bit AdamW"):
+        assert float(RESULTS[name][0]) == pytest.approx(bytes_per_parameter(4096, 2048), abs=5.1e-4)
+    assert [RESULTS[name][0] for name in ("AdamW", "8-bit AdamW", "torch Muon + AdamW")] == ["8", "2.03", "4"]
 
 
-def test_headline_comes_first():
-    """Claim, number and code within the first 20 lines."""
-    head = "\n".join(README.splitlines()[:20])
-    assert "1.002 bytes" in head
-    assert "Muon8bit(" in head
+def test_losses_of_the_results():
+    runs = record("pretrain_llama_4m.json")["runs"]
+    expected = {
+        "AdamW": min(run["val_loss"] for run in runs if run["optimizer"] == "adamw"),
+        "torch Muon + AdamW": next(run["val_loss"] for run in runs if run["optimizer"] == "muon"),
+        "Muon8bit": next(run["val_loss"] for run in runs if run.get("codebook") == "linear"),
+        "Muon8bit + 8-bit AdamW": next(
+            run["val_loss"]
+            for run in record("less_memory.json")
+            if (run["arm"], run["seed"]) == ("fp32, 8-bit AdamW", 0)
+        ),
+        "8-bit AdamW": None,
+    }
+    shown = {name: cells[1] for name, cells in RESULTS.items() if name in expected}
+    assert shown == {name: "" if loss is None else f"{loss:.3f}" for name, loss in expected.items()}
+
+
+def test_step_times_of_the_results():
+    ratios = [record(f"cpu_step_time_{name}.json")["geometric_mean"]["linear"] for name in ("bf16", "no_bf16")]
+    shown = {name: cells[2] for name, cells in RESULTS.items() if cells[2]}
+    assert shown == {"torch Muon + AdamW": "1", "Muon8bit": ", ".join(f"{1 / ratio:.2f}" for ratio in ratios)}
+
+
+def test_peaks_of_the_results():
+    names = {
+        "adamw": "AdamW",
+        "adamw8bit": "8-bit AdamW",
+        "muon": "torch Muon + AdamW",
+        "muon8bit": "Muon8bit",
+        "muon8bit+adamw8bit": "Muon8bit + 8-bit AdamW",
+    }
+    for row in record("memory_peaks.json")["rows"]:
+        if row["optimizer"] in names and (row["batch"], row["checkpointing"], row["release"]) == (1, False, False):
+            assert RESULTS[names[row["optimizer"]]][3] == f"{row['measured_bytes'] / 2**20:.1f}"
+
+
+def test_bullets_have_the_numbers_of_the_records():
+    bullets = re.findall(r"^- \*\*(.*?)\*\*", README, re.MULTILINE)
+    by_run = {}
+    for run in record("finetune_smollm2_135m.json").values():
+        if run["arm"] != "adamw":
+            by_run.setdefault((run["mode"], run["lr"], run["seed"], run["steps"]), []).append(run["val_loss"])
+    largest = max(max(losses) - min(losses) for losses in by_run.values())
+    killed = record("kill_saves.json")["killed"]
+    rows = record("memory_peaks.json")["rows"]
+    error = max(abs(row["estimated_bytes"] / row["measured_bytes"] - 1) for row in rows)
+    assert bullets[:3] == [
+        f"{bytes_per_parameter(4096, 2048):.3f} bytes",
+        f"{math.ceil(largest * 1e4) / 1e4:.4f} nats",
+        f"{killed['resumed']} of {killed['kills']}",
+    ]
+    assert error <= float(bullets[3].rstrip("%")) / 100
+    assert f"{len(rows)} measured" in README
+
+
+def test_status_and_claim_come_first_and_all_is_short():
+    """The most important fact is that no GPU has run it: to be changed with the first record of one."""
+    lines = README.splitlines()
+    assert "nothing has run on a GPU yet" in "\n".join(lines[:6])
+    assert "1.002 bytes" in "\n".join(lines[:20])
+    assert "Muon8bit(" in "\n".join(lines[:40])
+    assert len(lines) <= 160
