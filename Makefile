@@ -54,7 +54,7 @@ $(DOCS): $(STAMP)
 	touch $@
 
 bench: install
-	PYTHONPATH=.:kernels $(BIN)/python kernels/bench/step_time.py
+	$(BIN)/python -m benchmarks.gpu.step_time
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

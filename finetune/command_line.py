@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from finetune.errors import InputError
-from finetune.launcher import follow_launcher
-from finetune.options import RESUME_MAY_CHANGE, Training, flag, option_fields, option_type
-from finetune.run_folder import RunFolder
+from finetune.config.errors import InputError
+from finetune.config.options import RESUME_MAY_CHANGE, Training, flag, option_fields, option_type
+from finetune.parallel.launcher import follow_launcher
+from finetune.storage.run_dir import RunFolder
 
 STARTED = time.monotonic()  # s; before torch is imported, which counts against --max-minutes
 

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 2 finetune/pretrain.py
     python -m finetune.pretrain --resume latest
 
-This file parses and checks the options, without torch; `finetune.job` does the work.
+This file parses and checks the options, without torch; `finetune.training.trainer` does the work.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if not __package__:  # run as a script: absolute imports come from the repositor
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.command_line import Parser, absolute, check_resumable, run_script
-from finetune.corpus import check_exists
-from finetune.errors import InputError
-from finetune.options import flag, read_values, saved_values
-from finetune.recipe import DEFAULT_RECIPE, RECIPES, Recipe, read_model_config, read_recipe, recipe_from
-from finetune.run_folder import RunFolder, choose_folder, find_run
+from finetune.config.errors import InputError
+from finetune.config.options import flag, read_values, saved_values
+from finetune.config.recipe import DEFAULT_RECIPE, RECIPES, Recipe, read_model_config, read_recipe, recipe_from
+from finetune.data.corpus import check_exists
+from finetune.storage.run_dir import RunFolder, choose_folder, find_run
 
 PATHS = ("dataset", "tokenizer", "init_from")
 
@@ -78,9 +78,9 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
 
 def _work(argv: Sequence[str]) -> int:
     recipe, folder = parse(argv)
-    from finetune.job import run_job  # torch and transformers, after the options have passed
-    from finetune.outputs import finish
-    from finetune.prepare import set_up
+    from finetune.setup.prepare import set_up
+    from finetune.storage.outputs import finish
+    from finetune.training.trainer import run_job  # torch and transformers, after the options have passed
 
     return run_job(set_up(recipe, folder), finish, script=os.path.abspath(__file__))
 

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 2 finetune/sft.py --model my_llama/ --dataset chats.jsonl --mode full
     python -m finetune.sft --resume latest
 
-This file parses and checks the options, without torch; `finetune.job` does the work, shared with pretraining.
+This file parses and checks the options, without torch; `training.trainer` does the work, as in pretraining.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ if not __package__:  # run as a script: absolute imports come from the repositor
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.command_line import Parser, absolute, check_resumable, run_script
-from finetune.errors import InputError
-from finetune.options import flag, saved_values
-from finetune.run_folder import RunFolder, choose_folder, find_run
-from finetune.sft_recipe import (
+from finetune.config.errors import InputError
+from finetune.config.options import flag, saved_values
+from finetune.config.sft_recipe import (
     ADAPTER_OPTIONS,
     ADAPTER_SHAPE,
     NO_ADAPTER,
@@ -33,6 +32,7 @@ from finetune.sft_recipe import (
     read_sft_recipe,
     sft_recipe_from,
 )
+from finetune.storage.run_dir import RunFolder, choose_folder, find_run
 
 PATHS = ("model", "adapter", "dataset", "chat_template")
 
@@ -106,9 +106,9 @@ def _check_paths(recipe: SftRecipe) -> None:
 
 def _work(argv: Sequence[str]) -> int:
     recipe, folder = parse(argv)
-    from finetune.job import run_job  # torch and transformers, after the options have passed
-    from finetune.sft_outputs import finish
-    from finetune.sft_prepare import set_up
+    from finetune.setup.sft_prepare import set_up
+    from finetune.storage.sft_outputs import finish
+    from finetune.training.trainer import run_job  # torch and transformers, after the options have passed
 
     return run_job(set_up(recipe, folder), finish, script=os.path.abspath(__file__))
 

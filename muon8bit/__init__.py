@@ -1,11 +1,11 @@
 """Muon with its momentum in 8 bits."""
 
 from .convert import convert_state_dict
-from .nonfinite import NonFiniteGradientError
+from .gradient_release import release_gradients
 from .optimizer import Muon8bit
-from .release import release_gradients
 from .report import StateReport, state_report
 from .routing import ParamGroups, param_groups
+from .step.nonfinite import NonFiniteGradientError
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from .values import is_choice, shown
+from ._values import is_choice, shown
 
 Codebook: TypeAlias = Literal["linear", "dynamic"]
 Backend: TypeAlias = Literal["reference", "triton"]

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .groups import AS_SAVED
-from .names import unwrapper
+from ._names import unwrapper
+from .step.options import AS_SAVED
 
 _SHOWN = 5
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import loading, phases, rounding
-from .commit import Commit
 from .config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_EPS,
@@ -31,8 +29,15 @@ from .config import (
     StateDevice,
     check_running,
 )
-from .entries import check_grads
-from .groups import (
+from .orthogonalize.coefficients import JORDAN
+from .sharded_optimizer import SharingOptimizer
+from .state_dict import checked, empty
+from .step import phases, rounding
+from .step.commit import Commit
+from .step.local_params import check_grads
+from .step.nonfinite import NonFiniteGradientError, PartialVerdict, Verdict
+from .step.offload import Staging
+from .step.options import (
     IMPLEMENTATION_DEFAULTS,
     MATRIX_DEFAULTS,
     check_groups,
@@ -43,10 +48,6 @@ from .groups import (
     complete_group,
     describe,
 )
-from .nonfinite import NonFiniteGradientError, PartialVerdict, Verdict
-from .orthogonalize.coefficients import JORDAN
-from .sharing import SharingOptimizer
-from .staging import Staging
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,7 +59,7 @@ class Muon8bit(SharingOptimizer):
     """Muon with its momentum in 8 bits, and AdamW for the rest of the model, in one optimizer.
 
     The first nine arguments are torch.optim.Muon's, with its order, defaults and meaning. Source of the method:
-    arXiv 2509.23106; of the update: Jordan 2024, Moonlight arXiv 2502.16982. Equations: `muon8bit/update.py`.
+    arXiv 2509.23106; of the update: Jordan 2024, Moonlight arXiv 2502.16982. Equations: `muon8bit/step/update.py`.
 
     Args:
         params: tensors of two or more dimensions, `(name, tensor)` pairs, or groups (dicts), which
@@ -101,7 +102,7 @@ class Muon8bit(SharingOptimizer):
         state_device: None: the state lies with its parameter. `"cpu"`: in host memory, pinned where parameters are on
             CUDA, and each step brings it, batch by batch: 3 bytes over the bus for an element of a Muon parameter, 16
             of an AdamW one. Bitwise the same training, and checkpoint. Beside `workspace_bytes` two batches of it are
-            on the device during a step: see `muon8bit/staging.py`. Read it from `state_dict()`, which waits for the
+            on the device during a step: see `step/offload.py`. Read it from `state_dict()`, which waits for the
             copies, and before the next step. Not with sharded parameters or a `process_group`.
         process_group: of ranks with equal parameters and gradients (DDP): they divide the orthogonalization among them.
             None: plain parameters need no communication. Beside sharded parameters on a mesh of several dimensions
@@ -431,7 +432,7 @@ class Muon8bit(SharingOptimizer):
         if self._pending is not None and self._pending.nonfinite_names():
             self._pending.take_back()  # what is loaded may be the running state itself
         with torch.inference_mode(mode=False):  # state made in it could not be changed outside
-            groups, state = loading.checked(state_dict, self.param_groups, self._find_team(), self._staging)
+            groups, state = checked(state_dict, self.param_groups, self._find_team(), self._staging)
 
         def load() -> None:
             self._pending = self._untold = self._consolidated = self._failure = None
@@ -444,4 +445,4 @@ class Muon8bit(SharingOptimizer):
     def empty_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Parameter -> what `state` holds of it after a step, with values that mean nothing: for distributed
         checkpointing to load into. This rank's memory alone, on the state's devices; `state` itself does not change."""
-        return loading.empty(self.param_groups, self._find_team(), self._staging)
+        return empty(self.param_groups, self._find_team(), self._staging)

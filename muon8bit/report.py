@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._table import collapse, format_bytes, render, template
+from ._names import unwrapper
+from ._text_table import collapse, format_bytes, render, template
 from .config import (
     ADAMW8_BLOCK_SIZE,
     BUFFER_KEY,
@@ -21,8 +22,7 @@ from .config import (
     MIN_ADAMW8_ELEMENTS,
     MIN_QUANTIZED_COLUMNS,
 )
-from .dense import is_fake
-from .names import unwrapper
+from .step.dense import is_fake
 
 ADAMW_BYTES = 8  # per element: two fp32 moments
 

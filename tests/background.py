@@ -14,14 +14,11 @@ from typing import IO, TypeAlias
 Command: TypeAlias = Callable[[Path], tuple[list[object], Mapping[str, str]]]
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 def compile_kernels(folder: Path) -> tuple[list[object], Mapping[str, str]]:
     """The command behind the committed table of compiled kernels; what it compiles is kept until a source changes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    return [sys.executable, ROOT / "kernels/bench/compile_table.py", "--out", folder / "table.md"], environment
+    return [sys.executable, "-m", "benchmarks.compile.table", "--out", folder / "table.md"], environment
 
 
 class Background:

@@ -43,7 +43,7 @@ class Script:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main([str(a) for a in args])
         if dist.is_initialized():  # bad input
-            self.groups.append(dist.group.WORLD)  # as `finetune.job.leave` does
+            self.groups.append(dist.group.WORLD)  # as `finetune.training.trainer.leave` does
             dist.destroy_process_group()
         record = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
         (self.folder / "calls" / f"{self.num_calls}.{self.rank}.json").write_text(json.dumps(record))
@@ -71,7 +71,7 @@ def flip_a_bit(path: Path) -> None:
 
 def replicated(rank: int, folder: Path, recipe: str) -> None:
     """DDP: a stop, a full disk and a damaged file that one rank alone knows of."""
-    import finetune.job as job
+    import finetune.training.trainer as job
 
     script = Script(rank, folder)
     script("--recipe", recipe, "--output-dir", "whole")
@@ -112,10 +112,10 @@ def replicated(rank: int, folder: Path, recipe: str) -> None:
 
 def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
     """FSDP2 as Accelerate prepares, saves and loads it; on a CPU it has to be told that it may."""
-    import finetune.run
-    import finetune.stepping as stepping
+    import finetune.training.run
+    import finetune.training.stepping as stepping
 
-    finetune.run.Accelerator = sharding_accelerator()
+    finetune.training.run.Accelerator = sharding_accelerator()
     script = Script(rank, folder)
     options = ("--recipe", recipe, "--optimizer", optimizer)
     script(*options, "--output-dir", "whole")
@@ -152,20 +152,20 @@ def compiled(is_wrapped: bool) -> Iterator[None]:
 
 def loaded_once(rank: int, folder: Path, recipe: str, base: str, broken: str, chats: str) -> None:
     """FSDP2: what the main process alone builds, and the same runs with a model built by every process."""
-    import finetune.prepare
-    import finetune.run
-    import finetune.sft_prepare
+    import finetune.setup.prepare
+    import finetune.setup.sft_prepare
+    import finetune.training.run
 
-    finetune.run.Accelerator = sharding_accelerator()
+    finetune.training.run.Accelerator = sharding_accelerator()
     script = Script(rank, folder)
-    script.together(lambda: spread_models(rank, finetune.run.Accelerator))
+    script.together(lambda: spread_models(rank, finetune.training.run.Accelerator))
     pretraining = ("--recipe", recipe, "--max-steps", 2)
     tuning = ("--model", base, "--dataset", chats, "--mode", "full", "--max-length", 64, "--max-steps", 2)
     tuning += ("--packing", "--loss-chunk", 24, "--activation-checkpointing", "--batch-size", 4, "--dtype", "bf16")
     script("--recipe", recipe, "--init-from", broken, "--output-dir", "broken")
     for name in ("once", "everywhere"):
         if name == "everywhere":
-            for module in (finetune.prepare, finetune.sft_prepare):
+            for module in (finetune.setup.prepare, finetune.setup.sft_prepare):
                 module.build_once = lambda _accelerator, _recipe, build: (*build(), None)
         with counted_loads() as loads:
             script(*pretraining, "--output-dir", f"pretrain-{name}")

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from finetune import ranks, watch
-from finetune.errors import RanksError, StorageError
+from finetune.config.errors import RanksError, StorageError
+from finetune.parallel import ranks, watch
 
 
 def save(rank, folder, fault, waits_inside):

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.launch import reduce_in_fp32
-from finetune.loop import accumulate_gradients
+from finetune.parallel.launch import reduce_in_fp32
+from finetune.training.train_step import accumulate_gradients
 
 NUM_BATCHES, ROWS, LENGTH = 64, 1, 16  # of all ranks together
 

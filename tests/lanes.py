@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muon8bit import staging
+from muon8bit.step import offload
 
 
-class Early(staging.Lane):
+class Early(offload.Lane):
     """Every copy is done at once, as early as CUDA may do it; what was written back is lost on the device, so that
     whoever still used it would see."""
 
@@ -18,7 +18,7 @@ class Early(staging.Lane):
             source.view(-1).view(torch.uint8).fill_(0xAB)
 
 
-class Late(staging.Lane):
+class Late(offload.Lane):
     """A stream of copies that are done as late as CUDA may do them: when the work waits for one, all before it, the
     rest when the host waits."""
 
@@ -42,7 +42,7 @@ class Late(staging.Lane):
             self._copy(self.pending.pop(0))
 
 
-class Recorded(staging.Lane):
+class Recorded(offload.Lane):
     """Keeps what happened, and where the buffers were."""
 
     def __init__(self, device):
@@ -76,7 +76,7 @@ def force(monkeypatch):
 
     def forced(kind):
         lane = kind(torch.device("cpu"))
-        monkeypatch.setattr(staging, "lane_of", lambda _: lane)
+        monkeypatch.setattr(offload, "lane_of", lambda _: lane)
         return lane
 
     return forced

@@ -27,9 +27,9 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "muon8bit.integrations.accelerate",
     "muon8bit.integrations.distributed_checkpoint",
-    "finetune.job",
-    "finetune.outputs",
-    "finetune.prepare",
+    "finetune.training.trainer",
+    "finetune.storage.outputs",
+    "finetune.setup.prepare",
 ]
 
 

@@ -17,8 +17,9 @@ from sharded_runs import Run, assert_same, on_mesh, raises
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from muon8bit import Muon8bit, nonfinite
-from muon8bit.distributed.layout import local_tensor
+from muon8bit import Muon8bit
+from muon8bit.distributed.param_sharding import local_tensor
+from muon8bit.step import nonfinite
 
 # Uneven parts, blocks in rows; flat blocks, of which even parts have whole numbers; and what stays fp32.
 ROWS = {"rows": (10, 512), "stack": (5, 4, 256), "small": (10, 16), "bias": (21,)}

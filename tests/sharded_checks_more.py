@@ -13,9 +13,10 @@ from sharded_checks import arm, check, last_dim
 from sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises, values
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from muon8bit import Muon8bit, NonFiniteGradientError, nonfinite
-from muon8bit.distributed.gathering import num_gathered
-from muon8bit.distributed.plan import gathered_bytes
+from muon8bit import Muon8bit, NonFiniteGradientError
+from muon8bit.distributed.assignment import gathered_bytes
+from muon8bit.distributed.norms import num_gathered
+from muon8bit.step import nonfinite
 
 RANK = 2  # whose gradient is bad, or missing
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from muon8bit.distributed.spread import Region, Span, Spread
+from muon8bit.distributed.matrix_sharding import Region, Span, Spread
 
 
 def chunks(length: int, num_ranks: int) -> list[Span]:

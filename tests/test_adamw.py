@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from muon8bit import Muon8bit, adamw
+from muon8bit import Muon8bit
 from muon8bit.config import Options
+from muon8bit.step import adamw
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.97), "eps": 1e-8, "weight_decay": 0.05, "maximize": False}
 

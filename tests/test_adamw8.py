@@ -9,8 +9,9 @@ import torch
 from bitwise import assert_bitwise
 from muon8bit_kernels import dynamic_map, ops, rounding_key, unsigned_dynamic_map
 
-from muon8bit import Muon8bit, NonFiniteGradientError, adamw, adamw8, nonfinite, release_gradients, state_report
+from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients, state_report
 from muon8bit.config import Options
+from muon8bit.step import adamw, adamw8bit, nonfinite
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -70,7 +71,7 @@ def test_parameters_and_state_equal_bitsandbytes_bitwise(shape):
 def test_each_step_is_that_of_float64_from_the_stored_moments(dtype, contiguous, shape, device, monkeypatch):
     """The parameter is rounded once; each stored moment is a neighbour in its map of the exact one, the floor of the
     second moment included."""
-    monkeypatch.setattr(adamw8, "_CPU_CHUNK", 1024)
+    monkeypatch.setattr(adamw8bit, "_CPU_CHUNK", 1024)
     torch.manual_seed(0)
     start = (torch.randn(shape) if contiguous else torch.randn(*shape[::-1]).T).to(device, dtype)
     param = torch.nn.Parameter(start.clone(memory_format=torch.preserve_format))
@@ -135,7 +136,7 @@ def test_every_part_from_a_multiple_of_256_steps_as_in_the_whole(dtype, key, mon
         (2**16, [(0, 4096), (4096, 3 * 4096), (3 * 4096, size)]),
         (512, [(first, min(first + 256, size)) for first in range(0, size, 256)]),
     ):
-        monkeypatch.setattr(adamw8, "_CPU_CHUNK", chunk)
+        monkeypatch.setattr(adamw8bit, "_CPU_CHUNK", chunk)
         for name, value in stepped(cuts).items():
             assert_bitwise(value, whole[name])
 
@@ -177,7 +178,7 @@ def seldom(rows, step):
 def test_a_small_second_moment_is_not_lost_to_the_nearest_code_of_zero(monkeypatch):
     """Where it is, `m / (sqrt(0) + eps)` is a step of a hundred learning rates: shown for the update alone."""
     monkeypatch.setattr(torch.ops.bitsandbytes, "optimizer_update_8bit_blockwise", nearest_update)
-    monkeypatch.setattr(adamw8, "_CPU_CHUNK", 2**20)
+    monkeypatch.setattr(adamw8bit, "_CPU_CHUNK", 2**20)
     group = {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
     largest = {}
     for arm in ("alone", "ours"):
@@ -347,12 +348,12 @@ def test_what_a_group_cannot_mean_is_refused(message):
 
 def test_a_device_without_the_update_is_told_before_anything_is_written():
     with pytest.raises(NotImplementedError, match=r"adamw_bits=8.*on mps"):
-        adamw8.check_available("mps")
+        adamw8bit.check_available("mps")
 
 
 def test_without_bitsandbytes_the_error_names_the_option_and_32_bits_work(monkeypatch):
     param = torch.nn.Parameter(torch.ones(64, 64))
-    adamw8.check_available.cache_clear()
+    adamw8bit.check_available.cache_clear()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bitsandbytes", None)
         with pytest.raises(
@@ -376,8 +377,8 @@ def test_encoding_is_to_the_nearest_code_and_never_zero_for_a_second_moment(seed
     torch.manual_seed(seed)
     moments = {"exp_avg": torch.randn(21, 100), "exp_avg_sq": torch.randn(21, 100).square() ** 3}
     moments["exp_avg"][-1], moments["exp_avg_sq"][:3] = 0, 0  # a whole block
-    state = adamw8.encode(moments)
-    assert {key: (tuple(value.shape), value.dtype) for key, value in state.items()} == adamw8.layout((21, 100))
+    state = adamw8bit.encode(moments)
+    assert {key: (tuple(value.shape), value.dtype) for key, value in state.items()} == adamw8bit.layout((21, 100))
     for moment, codebook in (("exp_avg", SIGNED), ("exp_avg_sq", UNSIGNED)):
         flat = moments[moment].double().numpy().ravel()
         padded = np.append(flat, np.zeros(-len(flat) % 256)).reshape(-1, 256)
@@ -393,7 +394,7 @@ def test_encoding_is_to_the_nearest_code_and_never_zero_for_a_second_moment(seed
             1,
         )[:, 0]
         assert (found <= distances.min(-1).ravel()[: len(flat)] + 1e-7).all()
-    for found, exact in zip(adamw8.decode(state).values(), moments_of(state), strict=True):
+    for found, exact in zip(adamw8bit.decode(state).values(), moments_of(state), strict=True):
         assert np.array_equal(found.numpy(), exact.astype(np.float32))
 
 

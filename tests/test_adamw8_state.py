@@ -11,8 +11,9 @@ import torch
 from bitwise import assert_bitwise
 from test_state_dict import edit, snapshot, through_file, train
 
-from muon8bit import Muon8bit, adamw8, convert_state_dict, param_groups
+from muon8bit import Muon8bit, convert_state_dict, param_groups
 from muon8bit.cli import main
+from muon8bit.step import adamw8bit
 
 bitsandbytes = pytest.importorskip("bitsandbytes.functional")
 
@@ -93,7 +94,7 @@ def test_an_unpickled_optimizer_without_bitsandbytes_says_so_and_changes_nothing
     params, optimizer = make()
     train(params, optimizer, 1, seed=1)
     before = snapshot(params, optimizer)
-    adamw8.check_available.cache_clear()
+    adamw8bit.check_available.cache_clear()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bitsandbytes", None)
         with pytest.raises(ImportError, match="adamw_bits=8 needs bitsandbytes"):

@@ -14,12 +14,12 @@ import torch
 from memory_models import LADDER, TINY, config_of, ladder_config
 
 from muon8bit.cli import main
-from muon8bit.memory import LABELS, OPTIMIZERS, Estimator, Memory, Setup, judge, load_config, parse_bytes, print_table
-from muon8bit.memory.advice import changes
-from muon8bit.memory.classes import longest
-from muon8bit.memory.models import build
-from muon8bit.memory.presets import NAMES
-from muon8bit.memory.sizes import measure
+from muon8bit.estimate import LABELS, OPTIMIZERS, Estimator, Memory, Setup, judge, load_config, parse_bytes, print_table
+from muon8bit.estimate.advice import changes
+from muon8bit.estimate.classes import longest
+from muon8bit.estimate.models import build
+from muon8bit.estimate.presets import NAMES
+from muon8bit.estimate.sizes import measure
 
 # As published with the weights; a buffer of DeepSeek's router (58 layers of 256) counts as parameters there.
 PUBLISHED = {

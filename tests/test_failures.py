@@ -9,7 +9,8 @@ import pytest
 import torch
 from bitwise import assert_nested_equal
 
-from muon8bit import Muon8bit, clipping, muon, phases, pieces, release_gradients
+from muon8bit import Muon8bit, release_gradients
+from muon8bit.step import adamw_chunks, clipping, muon, phases
 
 SHAPES = {"a": (160, 256), "b": (160, 256), "c": (8, 24), "d": (2, 12, 40), "embed": (30, 16), "norm": (16,)}
 FORMATS = {
@@ -77,19 +78,19 @@ def plant(patch, where, cause):
 
 EARLY = {
     "clipping": (clipping, "with_factor", 1),
-    "reading": (muon.state, "stats", 2),
+    "reading": (muon.momentum, "stats", 2),
     "looking at AdamW's gradients": (phases, "_sums_of_squares", 1),
     "making state": (phases, "new_state", 3),
     "allocating": (torch, "empty", 1),
-    "encoding": (muon.state, "apply_", 1),
+    "encoding": (muon.momentum, "apply_", 1),
     "first Newton-Schulz": (muon, "orthogonalize", 1),
 }
 LATE = {
     "second Newton-Schulz": (muon, "orthogonalize", 2),
-    "encoding": (muon.state, "apply_", 3),
+    "encoding": (muon.momentum, "apply_", 3),
     "first update": (muon, "update_params_", 1),
     "later update": (muon, "update_params_", 2),
-    "AdamW": (pieces.adamw, "step_", 1),
+    "AdamW": (adamw_chunks.adamw, "step_", 1),
     "the counter of rounding": (phases.muon, "update_params_", 3),
 }
 

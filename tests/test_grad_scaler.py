@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from muon8bit import Muon8bit, nonfinite, release_gradients
+from muon8bit import Muon8bit, release_gradients
+from muon8bit.step import nonfinite
 
 SHAPES = {"a": (40, 96), "b": (40, 96), "stack": (2, 12, 64), "embed": (80, 64), "norm": (16,)}
 PATHS = {

@@ -12,14 +12,15 @@ from lanes import force  # noqa: F401  # a fixture
 from memory_models import TINY, config_of
 from transformers import AutoModelForCausalLM
 
-from muon8bit import Muon8bit, adamw8, param_groups, pieces, staging
+from muon8bit import Muon8bit, param_groups
 from muon8bit.cli import main
-from muon8bit.memory import OPTIMIZERS, Estimator, Setup, load_config
-from muon8bit.memory.host import bus_bytes, host_bytes, staging_bytes
-from muon8bit.memory.models import build
-from muon8bit.memory.optimizers import Param, state_bytes, step_bytes
-from muon8bit.memory.sizes import measure
+from muon8bit.estimate import OPTIMIZERS, Estimator, Setup, load_config
+from muon8bit.estimate.host import bus_bytes, host_bytes, staging_bytes
+from muon8bit.estimate.models import build
+from muon8bit.estimate.optimizers import Param, state_bytes, step_bytes
+from muon8bit.estimate.sizes import measure
 from muon8bit.orthogonalize import device_kind
+from muon8bit.step import adamw8bit, adamw_chunks, offload
 
 # Some matrices of a batch, some alone, and a table that comes in pieces.
 LLAMA = {**TINY["llama"], "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512}
@@ -29,22 +30,22 @@ STAGED = ("muon8bit", "muon8bit+adamw8bit")
 @pytest.mark.parametrize("kind", [*TINY, "wide llama"])
 @pytest.mark.parametrize("budget", [2**19 + 2**20, 2**26])
 def test_staged_and_moved_bytes_are_those_of_a_real_step(kind, budget, force, monkeypatch):  # noqa: F811
-    moved, buffers, real = [], [], staging.buffer_bytes
+    moved, buffers, real = [], [], offload.buffer_bytes
 
-    class Counted(staging.Lane):
+    class Counted(offload.Lane):
         def _copy(self, copies, is_waited_for=True):
             moved.extend(target.numel() * target.itemsize for target, _ in copies)
             super()._copy(copies, is_waited_for)
 
     force(Counted)
-    monkeypatch.setattr(pieces, "_is_counter_staged", lambda _: True)  # as on CUDA
+    monkeypatch.setattr(adamw_chunks, "_is_counter_staged", lambda _: True)  # as on CUDA
     config = config_of(TINY.get(kind, LLAMA))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = Muon8bit(param_groups(model, lr=1e-3), state_device="cpu")
     optimizer.workspace_bytes = budget
     for param in model.parameters():
         param.grad = torch.randn_like(param)
-    monkeypatch.setattr(staging, "buffer_bytes", lambda jobs: buffers.append(real(jobs)) or real(jobs))
+    monkeypatch.setattr(offload, "buffer_bytes", lambda jobs: buffers.append(real(jobs)) or real(jobs))
     optimizer.step()
     params = measure(build(config, torch.float32), Setup()).trained
     estimated = staging_bytes("muon8bit", params, device_kind(torch.device("cpu")), budget=budget)
@@ -58,9 +59,9 @@ def test_staged_and_moved_bytes_are_those_of_a_real_step(kind, budget, force, mo
 @pytest.mark.parametrize("bits", [32, 8])
 def test_copies_of_an_adamw_weight_beside_its_staged_state_are_those_of_a_real_step(bits, force, monkeypatch):  # noqa: F811
     """With 8 bits bitsandbytes' own memory on a CPU is left out."""
-    force(staging.Lane)
-    monkeypatch.setattr(pieces, "_is_counter_staged", lambda _: True)  # as on CUDA
-    monkeypatch.setattr(adamw8, "_update_", lambda *_: None)
+    force(offload.Lane)
+    monkeypatch.setattr(adamw_chunks, "_is_counter_staged", lambda _: True)  # as on CUDA
+    monkeypatch.setattr(adamw8bit, "_update_", lambda *_: None)
     budget, weight = 2**25, torch.nn.Parameter(torch.randn(5 * 2**20).bfloat16())
     weight.grad = torch.randn_like(weight)
     group = {"params": [weight], "algorithm": "adamw", "lr": 1e-3, "adamw_bits": bits}

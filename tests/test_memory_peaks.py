@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench.memory_peaks import MEASURED, compare
 from memory_models import TINY, config_of
 from transformers import AutoModelForCausalLM
 
-from muon8bit.memory import Estimator, Setup
-from muon8bit.memory.losses import loss_of
+from benchmarks.training.memory_peaks import MEASURED, compare
+from muon8bit.estimate import Estimator, Setup
+from muon8bit.estimate.losses import loss_of
 
 # Wider than the tiny ones, so that no table of a few KiB decides.
 LLAMA = {**TINY["llama"], "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512}

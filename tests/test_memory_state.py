@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from muon8bit import Muon8bit, param_groups, state_report
-from muon8bit.memory.models import build
-from muon8bit.memory.optimizers import OPTIMIZERS, state_bytes
-from muon8bit.memory.setup import Setup
-from muon8bit.memory.sizes import measure, nf4_bytes
+from muon8bit.estimate.models import build
+from muon8bit.estimate.optimizers import OPTIMIZERS, state_bytes
+from muon8bit.estimate.setup import Setup
+from muon8bit.estimate.sizes import measure, nf4_bytes
 
 VOCABULARY = 50257
 # facts: decimal GB of the matrices alone, by (layers, d, ffn)

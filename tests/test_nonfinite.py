@@ -10,7 +10,8 @@ import torch
 from muon8bit_kernels import ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from muon8bit import Muon8bit, NonFiniteGradientError, nonfinite, release_gradients
+from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients
+from muon8bit.step import nonfinite
 
 
 @pytest.fixture(autouse=True)

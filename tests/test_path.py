@@ -3,16 +3,7 @@
 import pytest
 import torch
 
-from muon8bit.orthogonalize import (
-    RATES,
-    Path,
-    Rates,
-    choose,
-    device_kind,
-    flops,
-    forced_path,
-    resolve,
-)
+from muon8bit.orthogonalize import RATES, Path, Rates, choose, device_kind, flops, forced_path, resolve
 
 JORDAN = resolve("jordan", 5)
 FP32_GRAM = ("gram", torch.float32, "vendor")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muon8bit.pieces import Piece
+from muon8bit.step.adamw_chunks import Piece
 
 
 def piece_of(shape, **state):

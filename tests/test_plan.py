@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.scaling.step_plan import Plan, flop_ceiling, plan
 from muon8bit.orthogonalize import RATES, Rates, flops, resolve
-from muon8bit.plan import Plan, flop_ceiling, plan
 
 JORDAN = resolve("jordan", 5)
 

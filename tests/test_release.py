@@ -10,7 +10,8 @@ from bitwise import assert_bitwise
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from muon8bit import Muon8bit, nonfinite, release_gradients
+from muon8bit import Muon8bit, release_gradients
+from muon8bit.step import nonfinite
 
 
 class Net(nn.Module):

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from muon8bit import Muon8bit
 from muon8bit.config import BUFFER_KEY, LINEAR_CODES_KEY, SCALES_KEY
 from muon8bit.report import state_report
-from muon8bit.routing import param_groups
+from muon8bit.routing.groups import param_groups
 
 SHAPES = ((64, 96), (80, 64), (64,), ())
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from muon8bit.config import DEFAULT_ADAMW_BETAS, DEFAULT_ADAMW_EPS
-from muon8bit.routing import ParamGroups, Route, param_groups
+from muon8bit.routing.groups import ParamGroups, Route, param_groups
 
 VOCABULARY = 97
 SIZES = {

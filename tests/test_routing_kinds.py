@@ -13,7 +13,7 @@ import transformers as hf
 from torch import nn
 
 from muon8bit import param_groups
-from muon8bit.routing import Route
+from muon8bit.routing.groups import Route
 
 
 def routes_of(make: Callable[[], nn.Module], **options: Any) -> dict[str, Route]:

@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from finetune import pretrain, sft
-from finetune.optimizers import build_optimizers
-from finetune.options import ROUTINGS as OPTION
+from finetune.config.options import ROUTINGS as OPTION
+from finetune.models.optimizers import build_optimizers
 from muon8bit import Muon8bit, param_groups
 from muon8bit.config import ROUTINGS
 from muon8bit.integrations.distributed_checkpoint import load_checkpoint

@@ -8,8 +8,9 @@ import oracle
 import pytest
 import torch
 
-from muon8bit import Muon8bit, NonFiniteGradientError, muon
+from muon8bit import Muon8bit, NonFiniteGradientError
 from muon8bit.config import DEFAULT_WORKSPACE_BYTES
+from muon8bit.step import muon
 
 FORMATS = [{}, {"codebook": "dynamic"}, {"bits": 32}]
 OPTIONS = {"lr": 0.1, "weight_decay": 0.2, "block_size": 64, "adjust_lr_fn": "original"}

@@ -13,9 +13,10 @@ from bitwise import assert_bitwise
 from lanes import Early, Late, Recorded, force  # noqa: F401  # a fixture
 from torch import nn
 
-from muon8bit import Muon8bit, NonFiniteGradientError, nonfinite, pieces, release_gradients, staging, state_report
-from muon8bit.entries import entries_of, new_state
-from muon8bit.staging import Job, Staging
+from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients, state_report
+from muon8bit.step import adamw_chunks, nonfinite, offload
+from muon8bit.step.local_params import entries_of, new_state
+from muon8bit.step.offload import Job, Staging
 
 MIB = 2**20
 OPTIONS = {
@@ -90,7 +91,7 @@ def test_staged_training_equals_training_in_place_bitwise(name, is_counter_stage
     force(lane)
     optimizer = make(**OPTIONS[name], state_device="cpu")
     with monkeypatch.context() as patch:
-        patch.setattr(pieces, "_is_counter_staged", lambda _: is_counter_staged)
+        patch.setattr(adamw_chunks, "_is_counter_staged", lambda _: is_counter_staged)
         train(optimizer, range(4))
     assert_equal(optimizer, its)
     assert state_report(optimizer).to_dict() == state_report(its).to_dict()
@@ -106,8 +107,8 @@ def test_one_batch_of_everything_equals_training_in_place_bitwise(force):  # noq
 
 
 def test_nothing_is_copied_for_parameters_on_the_host(monkeypatch):
-    assert staging.lane_of(torch.device("cpu")) is None
-    monkeypatch.setattr(staging, "_run_staged", None)  # would raise
+    assert offload.lane_of(torch.device("cpu")) is None
+    monkeypatch.setattr(offload, "_run_staged", None)  # would raise
     optimizer, its = make(state_device="cpu"), make()
     train(optimizer, range(2))
     train(its, range(2))
@@ -154,7 +155,7 @@ def test_a_job_that_fails_leaves_no_copy_behind(force):  # noqa: F811
 def test_an_optimizer_step_has_two_transfers_in_and_one_out_for_muon_and_one_each_for_adamw(force):  # noqa: F811
     moved = {"fetch": 0, "write": 0}
 
-    class Counted(staging.Lane):
+    class Counted(offload.Lane):
         def fetch(self, copies):
             moved["fetch"] += sum(target.numel() * target.itemsize for target, _ in copies)
             return super().fetch(copies)
@@ -194,9 +195,9 @@ def test_at_most_two_batches_are_on_the_device(name, force, monkeypatch):  # noq
         return peak_bytes(optimizer.step)
 
     in_place, _ = peak(None)
-    force(staging.Lane)
-    sizes, real = [], staging.buffer_bytes
-    monkeypatch.setattr(staging, "buffer_bytes", lambda jobs: sizes.append(list(jobs)) or real(jobs))
+    force(offload.Lane)
+    sizes, real = [], offload.buffer_bytes
+    monkeypatch.setattr(offload, "buffer_bytes", lambda jobs: sizes.append(list(jobs)) or real(jobs))
     staged, left = peak("cpu")
     assert left == 0
     assert max(len(jobs) for jobs in sizes) > 2
@@ -209,7 +210,7 @@ def test_at_most_two_batches_are_on_the_device(name, force, monkeypatch):  # noq
 def test_adamw_keeps_to_the_workspace_with_its_staged_state(dtype, force):  # noqa: F811
     param = nn.Parameter(torch.randn(4096, 4096).to(dtype))
     param.grad = torch.randn_like(param)
-    force(staging.Lane)
+    force(offload.Lane)
     group = {"params": [param], "algorithm": "adamw", "lr": 1e-3}
     optimizer = Muon8bit([group], workspace_bytes=32 * MIB, state_device="cpu")
     optimizer.step()

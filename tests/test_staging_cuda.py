@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from muon8bit import staging
-from muon8bit.staging import CudaLane, Job, Staging
+from muon8bit.step import offload
+from muon8bit.step.offload import CudaLane, Job, Staging
 
 
 class Stream:
@@ -55,7 +55,7 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
     monkeypatch.setattr(torch.cuda, "stream", context)
     monkeypatch.setattr(CudaLane, "_copy", copy)
-    monkeypatch.setattr(staging, "lane_of", CudaLane)
+    monkeypatch.setattr(offload, "lane_of", CudaLane)
     return current, log
 
 

@@ -9,7 +9,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muon8bit import Muon8bit
 from muon8bit.orthogonalize import resolve
-from muon8bit.update import factors, lr_ratio, update_params_
+from muon8bit.step.update import factors, lr_ratio, update_params_
 
 SHAPES = [
     (16, 16),

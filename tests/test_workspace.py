@@ -7,8 +7,9 @@ import torch
 from allocator import peak_bytes
 from muon8bit_kernels import ops
 
-from muon8bit import Muon8bit, adamw, adamw8
+from muon8bit import Muon8bit
 from muon8bit.config import Options
+from muon8bit.step import adamw, adamw8bit
 
 MIB = 2**20
 
@@ -48,9 +49,9 @@ def test_rounding_adamws_weights_takes_no_more_than_its_copies(bits, monkeypatch
     """By hand, for each element of a piece: parameter and gradient in fp32, and in 8 bits, with the verdict not waited
     for, the codes. Rounding and bitsandbytes' update, replaced here, allocate nothing else in their kernels."""
     monkeypatch.setattr(ops, "round_stochastic", lambda values, *_: values.bfloat16())
-    monkeypatch.setattr(adamw8, "_update_", lambda *_: None)
+    monkeypatch.setattr(adamw8bit, "_update_", lambda *_: None)
     budget = 32 * MIB
-    size = adamw8.chunk_size("cpu", budget) if bits == 8 else budget // 16
+    size = adamw8bit.chunk_size("cpu", budget) if bits == 8 else budget // 16
     param, grad = torch.randn(2, 3 * size).bfloat16()
     layout = adamw.layout(param.shape, bits)
     state = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
@@ -59,7 +60,7 @@ def test_rounding_adamws_weights_takes_no_more_than_its_copies(bits, monkeypatch
     step = ([param], [grad], [state], group, [7], [(0, param.numel())], options)
     adamw.step_(*step)  # what a process allocates once
     peak, left = peak_bytes(lambda: adamw.step_(*step))
-    per_element = 4 + 4 + (2 + 8 / adamw8.ADAMW8_BLOCK_SIZE if bits == 8 else 0)
+    per_element = 4 + 4 + (2 + 8 / adamw8bit.ADAMW8_BLOCK_SIZE if bits == 8 else 0)
     assert per_element * size <= peak <= per_element * size + 1024
     assert left == 0
 

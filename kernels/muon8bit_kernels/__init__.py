@@ -10,11 +10,11 @@ from .codebooks import (
     unsigned_dynamic_midpoints,
     zero_code,
 )
-from .cut_reference import momentum_apply_cut, momentum_stats_cut
 from .dispatch import Backend, Kernels, kernels_for
+from .random_bits import rounding_key
 from .reference import num_blocks
-from .rounding import rounding_key
-from .tiny_reference import MAX_GROWTH, TINY_MAX
+from .reference.cut import momentum_apply_cut, momentum_stats_cut
+from .reference.tiny import MAX_GROWTH, TINY_MAX
 
 __all__ = [
     "CODE_DTYPES",

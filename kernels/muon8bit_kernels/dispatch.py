@@ -126,13 +126,13 @@ def kernels_for(device: torch.device, backend: str | None = None) -> Kernels:
             f"backend='triton' cannot run on {device}: use a CUDA device, set TRITON_INTERPRET=1 before Python "
             "starts (tests only), or pass backend='reference'"
         )
-    from . import triton_kernels  # needs triton, which CPU installations lack
+    from .triton import kernels  # needs triton, which CPU installations lack
 
     if device.type == "cuda" and torch.cuda.is_available():
         if torch.version.hip is None:
             _check_compiler(torch.cuda.get_device_capability(device))
-        self_check(triton_kernels, device)
-    return triton_kernels
+        self_check(kernels, device)
+    return kernels
 
 
 def _check_compiler(capability: tuple[int, int]) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from .batches import batch_shape
 from .dispatch import kernels_for
 from .reference import num_blocks
-from .stacks import batch_shape
 
 # torch reads the schema from these annotations, and does not read `X | None` in strings on every supported version.
 # ruff: noqa: UP045

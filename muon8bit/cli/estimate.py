@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from muon8bit.memory import Estimator, Setup, describe, judge, load_config, parse_bytes, plot, print_table
-from muon8bit.memory.classes import longest as longest_sequence
+from muon8bit.estimate import Estimator, Setup, describe, judge, load_config, parse_bytes, plot, print_table
+from muon8bit.estimate.classes import longest as longest_sequence
 
 from .errors import InputError
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from muon8bit.memory import print_report, report
+from muon8bit.estimate import print_report, report
 
 from .errors import InputError
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ..groups import AS_SAVED, RUNNING_KEYS
-from ..names import unwrapper
+from .._names import unwrapper
+from ..step.options import AS_SAVED, RUNNING_KEYS
 from .entries import Entry, Group
 
 Like = Optimizer | Mapping[str, Any]

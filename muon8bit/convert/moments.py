@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import adamw, adamw8
 from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY
 from ..damage import why_damaged
+from ..step import adamw, adamw8bit
 from .entries import Change, Entry, dense
 
 
@@ -24,8 +24,8 @@ def moments(entry: Entry, bits: int, changes: set[Change]) -> dict[str, Tensor]:
         raise ValueError(f"state of {entry.where}: step is {step!r}, expected a number")
     saved_bits = 8 if adamw.is_8bit(state) else 32
     state = state if saved_bits == 8 else {key: value.float() for key, value in state.items()}
-    if adamw8.is_8bit(state[EXP_AVG_CODES_KEY if saved_bits == 8 else EXP_AVG_KEY].shape, bits) != (saved_bits == 8):
-        state = adamw8.decode(state) if saved_bits == 8 else adamw8.encode(state)
+    if adamw8bit.is_8bit(state[EXP_AVG_CODES_KEY if saved_bits == 8 else EXP_AVG_KEY].shape, bits) != (saved_bits == 8):
+        state = adamw8bit.decode(state) if saved_bits == 8 else adamw8bit.encode(state)
         changes.add(("AdamW's moments were", f"adamw_bits={saved_bits}", f"adamw_bits={40 - saved_bits}"))
     step = step.detach()
     if problem := why_damaged("step", step):
@@ -37,7 +37,7 @@ def _check(entry: Entry, state: Mapping[str, Tensor]) -> None:
     """Raise ValueError for what is not AdamW's two moments: floats or, saved by Muon8bit, in 8 bits."""
     listed = ", ".join(map(str, entry.tensors))
     if EXP_AVG_CODES_KEY in state and entry.dialect == "muon8bit":
-        expected = adamw8.layout(state[EXP_AVG_CODES_KEY].shape)
+        expected = adamw8bit.layout(state[EXP_AVG_CODES_KEY].shape)
         if {key: (tuple(value.shape), value.dtype) for key, value in state.items()} != expected:
             raise ValueError(f"state of {entry.where} has {listed}; in 8 bits, AdamW's has {expected}")
     elif state.keys() != {EXP_AVG_KEY, EXP_AVG_SQ_KEY}:

@@ -19,10 +19,17 @@ from ..config import (
     LINEAR_CODES_KEY,
 )
 from ..damage import why_damaged
-from ..groups import FORMAT_KEYS, IMPLEMENTATION_DEFAULTS, MUON_ONLY_KEYS, OWN_DEFAULTS, RUNNING_KEYS, check_options
 from ..orthogonalize import resolve
 from ..orthogonalize.coefficients import JORDAN
-from ..state import Format, Momentum
+from ..step.momentum import Format, Momentum
+from ..step.options import (
+    FORMAT_KEYS,
+    IMPLEMENTATION_DEFAULTS,
+    MUON_ONLY_KEYS,
+    OWN_DEFAULTS,
+    RUNNING_KEYS,
+    check_options,
+)
 from .entries import Change, Entry, Group, dense, is_finite
 from .moments import moments
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..config import ALGORITHMS, BUFFER_KEY
-from ..groups import MATRIX_DEFAULTS, OWN_DEFAULTS, RUNNING_KEYS, check_options, group_keys
 from ..orthogonalize.coefficients import JORDAN
+from ..step.options import MATRIX_DEFAULTS, OWN_DEFAULTS, RUNNING_KEYS, check_options, group_keys
 from .entries import DIALECTS, Dialect, Entry, Group
 
 # What other optimizers' groups need not say; `results` settles it.

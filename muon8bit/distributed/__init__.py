@@ -10,10 +10,10 @@ watch        bounded waits inside a step, and the cause when a rank does not com
 team         all of it for one optimizer
 """
 
-from .gathering import Gathering
-from .layout import Layout, check_placements
-from .matrices import Bundle
-from .team import Team, check_group, team_of
+from .norms import Gathering
+from .param_sharding import Layout, check_placements
+from .rank_group import Team, check_group, team_of
+from .sharded_batch import Bundle
 from .watch import RanksError
 
 __all__ = ["Bundle", "Gathering", "Layout", "RanksError", "Team", "check_group", "check_placements", "team_of"]

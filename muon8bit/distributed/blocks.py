@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import cache
 from math import prod
 
-from .. import adamw8
 from ..config import ADAMW8_BLOCK_SIZE
-from .layout import Layout, Spans
+from ..step import adamw8bit
+from .param_sharding import Layout, Spans
 
 
 def with_scales(layout: Layout, name: str) -> Layout:
@@ -30,7 +30,7 @@ def with_scales(layout: Layout, name: str) -> Layout:
 
 @cache
 def _with_scales(layout: Layout) -> Layout | None:
-    shape = adamw8.scales_shape(layout.shape)
+    shape = adamw8bit.scales_shape(layout.shape)
     if any((getattr(placement, "dim", None) or 0) >= len(shape) for placement in layout.placements):
         return None
     scales = layout.like(shape)

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from ..groups import describe
 from ..orthogonalize import device_kind, rates_of
-from .agreement import agree, arrive, confirm, described, wait_device
-from .gathering import Gathering
-from .transport import Transport
+from ..step.options import describe
+from .collectives import Transport
+from .consistency import agree, arrive, confirm, described, wait_device
+from .norms import Gathering
 from .watch import RanksError, Watch
 
 Result = TypeVar("Result")

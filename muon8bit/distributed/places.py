@@ -7,8 +7,8 @@ from functools import cache
 from itertools import product
 from math import prod
 
-from .layout import Layout, Spans
-from .spread import Region, Span, Spread
+from .matrix_sharding import Region, Span, Spread
+from .param_sharding import Layout, Spans
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
 
 from ..orthogonalize import Path, flops
-from .spread import Piece, Region, Spread, cover, holders, pieces
+from .matrix_sharding import Piece, Region, Spread, cover, holders, pieces
 
 Route: TypeAlias = Literal["move", "gram"]
 

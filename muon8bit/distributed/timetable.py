@@ -8,10 +8,10 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from .matrices import Bundle, Member
-from .plan import Plan
+from .assignment import Plan
+from .matrix_sharding import Piece, Region
 from .route import Matrix, Route, returned_bytes, sent_bytes
-from .spread import Piece, Region
+from .sharded_batch import Bundle, Member
 
 
 class Stop(NamedTuple):

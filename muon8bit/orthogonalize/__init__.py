@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .coefficients import NAMES, Schedule, resolve
 from .cost import flops
+from .method import Path, choose, forced_path
 from .newton_schulz import gram, standard
-from .parts import apply_factor, gram_factor, partial_gram
-from .path import Path, choose, forced_path
 from .precision import accumulating_in_fp32
 from .products import Products
 from .rates import RATES, Rates, device_kind, rates_of
+from .sharded import apply_factor, gram_factor, partial_gram
 from .stability import diverges, segments
 from .workspace import batch_size, workspace_bytes
 

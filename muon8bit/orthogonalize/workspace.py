@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .path import Path
+from .method import Path
 from .products import NUM_PANELS
 
 # Matrices with fewer rows than this gain on CPU from batching; above, one fills the cores.

@@ -8,21 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench import gpu
-from bench.arms import ARMS, LINEAR, MUON_BF16
-from bench.floors import count
-from bench.rates import momentum_bytes
-from bench.record import DRY, Record
-from bench.targets import verdicts
-from bench.workloads import LORA, MODELS, MOE, workloads
 
-ROOT = Path(gpu.__file__).parents[2]
+from benchmarks.gpu import run
+from benchmarks.gpu.acceptance import verdicts
+from benchmarks.gpu.optimizers import ARMS, LINEAR, MUON_BF16
+from benchmarks.gpu.rates import momentum_bytes
+from benchmarks.gpu.record import DRY, Record
+from benchmarks.gpu.roofline import count
+from benchmarks.gpu.workloads import LORA, MODELS, MOE, workloads
+
+ROOT = Path(run.__file__).parents[2]
 
 
 def dry(folder: Path) -> tuple[list[object], dict[str, str]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, gpu.__file__, "--dry-run", "--out", folder]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", folder]
     return command, environment
 
 
@@ -39,7 +40,7 @@ def dry_run(background) -> tuple[list[dict[str, str]], str]:
 @pytest.mark.background(command=dry)
 def test_dry_run_goes_through_every_section_arm_and_workload(dry_run):
     rows, _ = dry_run
-    assert {row["section"] for row in rows} == {"about", "ceilings", *gpu.SECTIONS}
+    assert {row["section"] for row in rows} == {"about", "ceilings", *run.SECTIONS}
     for metric in ("time", "host time", "extra memory", "ratio", "over floor"):
         found = {(r["case"], r["arm"]) for r in rows if (r["section"], r["metric"]) == ("steps", metric)}
         assert found - {(case, "floor") for case in (*MODELS, LORA, MOE)} == {

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import transformers
-from bench import routing_screen
-from bench.routing_screen import main, reason_of, screen, screen_one
-from bench.screen_record import BUILT, Row, read
+
+from benchmarks.robustness import routing_screen
+from benchmarks.robustness.routing_screen import main, reason_of, screen, screen_one
+from benchmarks.robustness.screen_record import BUILT, Row, read
 
 TEXT = (
     "LlamaForCausalLM GPT2LMHeadModel OPTForCausalLM BloomForCausalLM FalconForCausalLM Phi3ForCausalLM "

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bench import scale_simulation
-from bench.scale_model import Machine, Traffic, matrices_of, moonlight, operations, shards_of, simulate
-from bench.scale_simulation import MODELS
-from bench.workloads import Llama
+
+from benchmarks.gpu.workloads import Llama
+from benchmarks.scaling import simulation
+from benchmarks.scaling.model import Machine, Traffic, matrices_of, moonlight, operations, shards_of, simulate
+from benchmarks.scaling.simulation import MODELS
 
 KIND, MACHINE = "cuda_sm90", Machine()
 TINY = Llama(hidden=64, intermediate=160, layers=3, kv=32)
@@ -86,7 +87,7 @@ def test_command_writes_both_records(tmp_path, monkeypatch):
     table, figures = tmp_path / "table.md", tmp_path / "figures.json"
     arguments = ["--models", "Llama-3.1-8B", "--gpus", "8", "16", "--out", table, "--json", figures]
     monkeypatch.setattr(sys, "argv", ["scale_simulation.py", *map(str, arguments)])
-    scale_simulation.main()
+    simulation.main()
     record = json.loads(figures.read_text())
     found = [(row["num_gpus"], row["num_shards"]) for row in record["rows"]]
     assert found == [(8, 8), (16, 16), (16, 8)]
@@ -105,6 +106,6 @@ def test_command_writes_both_records(tmp_path, monkeypatch):
 def test_command_refuses_gpus_that_are_no_whole_replicas(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scale_simulation.py", "--models", "Llama-3.1-8B", "--gpus", "12"])
     with pytest.raises(SystemExit) as error:
-        scale_simulation.main()
+        simulation.main()
     assert error.value.code == 2
     assert "--gpus 12 is no multiple of the 8 of a replica of Llama-3.1-8B" in capsys.readouterr().err

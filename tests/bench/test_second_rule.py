@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 import transformers
-from bench.model_classes import build
-from bench.second_rule import Placed, faults, lost
 from torch import nn
+
+from benchmarks.robustness.model_classes import build
+from benchmarks.robustness.second_rule import Placed, faults, lost
 
 SWIN_TABLE = "swin.encoder.layers.0.blocks.0.attention.relative_position_bias.relative_position_bias_table"
 # class of transformers; one of its parameters, in wrong hands; what the second rule calls it

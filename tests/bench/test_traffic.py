@@ -3,10 +3,10 @@
 import json
 
 import torch
-from bench import traffic
-from bench.scale_model import matrices_of
 
-from muon8bit.distributed.plan import gathered_bytes, plan
+from benchmarks.scaling import traffic
+from benchmarks.scaling.model import matrices_of
+from muon8bit.distributed.assignment import gathered_bytes, plan
 from muon8bit.orthogonalize import choose, resolve
 
 

@@ -1,9 +1,10 @@
-"""A rank that fails in a step ends it on all ranks in time. All cases: `kernels/bench/fault_injection.py`."""
+"""A rank that fails in a step ends it on all ranks in time. All cases: `benchmarks/robustness/fault_injection.py`."""
 
 from __future__ import annotations
 
 import pytest
-from bench.fault_injection import impossible, run_case
+
+from benchmarks.robustness.fault_injection import impossible, run_case
 
 # Only a rank that has stopped is waited for so long, the others do not wait.
 TIMEOUT_S = {"stopped": 8.0}

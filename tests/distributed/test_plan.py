@@ -11,9 +11,9 @@ import pytest
 import torch
 from spreads import expert, replicated, sharded, sharded_state
 
-from muon8bit.distributed.plan import Plan, gathered_bytes, plan
+from muon8bit.distributed.assignment import Plan, gathered_bytes, plan
+from muon8bit.distributed.matrix_sharding import Region, Spread
 from muon8bit.distributed.route import Matrix
-from muon8bit.distributed.spread import Region, Spread
 from muon8bit.orthogonalize import Path, choose, resolve
 
 LARGE = 2**40

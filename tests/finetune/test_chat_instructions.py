@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.chat import load_parts
-from finetune.instructions import ASK, MAX_CHARS, standard_library
+from finetune.data.chat import load_parts
+from finetune.data.stdlib_pairs import ASK, MAX_CHARS, standard_library
 
 ROOT = Path(sysconfig.get_paths()["stdlib"])
 

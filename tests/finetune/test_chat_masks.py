@@ -11,11 +11,11 @@ import pytest
 import torch
 from chat_tokenizers import make_tokenizer, template_text
 
-from finetune.errors import InputError
-from finetune.masks import ChatEncoding, encode_examples
-from finetune.messages import Example
-from finetune.packing import collate
-from finetune.sft_prepare import read_template
+from finetune.config.errors import InputError
+from finetune.data.messages import Example
+from finetune.data.packing import collate
+from finetune.data.tokenize_chat import ChatEncoding, encode_examples
+from finetune.setup.sft_prepare import read_template
 
 DATE = "2024-07-26"
 SYSTEM = ("system", "You are terse.")

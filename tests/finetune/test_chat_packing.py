@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetune.errors import InputError
-from finetune.loop import accumulate_gradients, num_targets
-from finetune.loss import IGNORED, summed_nats
-from finetune.masks import Encoded
-from finetune.packing import Rows, check_isolation, collate, pack
+from finetune.config.errors import InputError
+from finetune.data.packing import Rows, check_isolation, collate, pack
+from finetune.data.tokenize_chat import Encoded
+from finetune.training.loss import IGNORED, summed_nats
+from finetune.training.train_step import accumulate_gradients, num_targets
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 12, 5, 9, 2, 6, 11, 8)

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from finetune.chat import load_examples, load_parts
-from finetune.errors import InputError
+from finetune.config.errors import InputError
+from finetune.data.chat import load_examples, load_parts
 
 USER, ANSWER, SYSTEM = (
     {"role": "user", "content": "Hi"},

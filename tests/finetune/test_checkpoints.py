@@ -8,7 +8,7 @@ import platform
 
 import pytest
 
-from finetune.checkpoints import (
+from finetune.storage.checkpoints import (
     MANIFEST,
     complete,
     file_names,
@@ -19,7 +19,7 @@ from finetune.checkpoints import (
     remove_leftovers,
     seal_files,
 )
-from finetune.run_folder import folder_beside
+from finetune.storage.run_dir import folder_beside
 
 
 def write(run, step, content=b"weights"):
@@ -145,7 +145,7 @@ def test_scratch_that_is_there_already_is_refused_instead_of_emptied(tmp_path, m
     taken = tmp_path / ".taken"
     taken.mkdir()
     (taken / "theirs").touch()
-    monkeypatch.setattr("finetune.run_folder.scratch_beside", lambda _: taken)
+    monkeypatch.setattr("finetune.storage.run_dir.scratch_beside", lambda _: taken)
     with pytest.raises(FileExistsError), folder_beside(tmp_path / "folder"):
         pass
     assert [path.name for path in taken.iterdir()] == ["theirs"]

@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from finetune.errors import InputError
-from finetune.launch import check_launch
-from finetune.recipe import DEFAULT_RECIPE, read_recipe
-from finetune.saving import resume_command
+from finetune.config.errors import InputError
+from finetune.config.recipe import DEFAULT_RECIPE, read_recipe
+from finetune.parallel.launch import check_launch
+from finetune.storage.saving import resume_command
 
 CONFIGS = Path(__file__).resolve().parents[2] / "finetune" / "configs"
 KINDS = {"one_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "hsdp": "FSDP"}

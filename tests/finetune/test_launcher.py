@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from finetune.launcher import follow_launcher
+from finetune.parallel.launcher import follow_launcher
 os.setpgid(0, 0)  # what the terminal sends does not reach it either
 signal.signal(signal.SIGTERM, lambda *_: os._exit(print("told", flush=True) or 0))
 follow_launcher()

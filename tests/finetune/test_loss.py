@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.errors import InputError
-from finetune.loop import Blocks, evaluate
-from finetune.loss import IGNORED, check_head, summed_nats
+from finetune.config.errors import InputError
+from finetune.training.loss import IGNORED, check_head, summed_nats
+from finetune.training.train_step import Blocks, evaluate
 
 SIZES = {
     "vocab_size": 61,

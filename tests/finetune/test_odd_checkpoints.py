@@ -9,7 +9,8 @@ import shutil
 import pytest
 from refusals import check_refused
 
-from finetune.checkpoints import (
+from finetune.config.recipe import read_recipe
+from finetune.storage.checkpoints import (
     file_names,
     named_checkpoints,
     partial_checkpoint,
@@ -17,8 +18,7 @@ from finetune.checkpoints import (
     remove_leftovers,
     seal_files,
 )
-from finetune.recipe import read_recipe
-from finetune.run_folder import RunFolder
+from finetune.storage.run_dir import RunFolder
 
 
 def result(run):

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from finetune.bigram import bigram_loss
+from finetune.data.bigram import bigram_loss
 
 
 def oracle(train, validation, vocab_size, weight):

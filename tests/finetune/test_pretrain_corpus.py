@@ -14,11 +14,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from finetune.corpus import PIECE_BYTES, STDLIB_LEFT_OUT, open_corpus
-from finetune.errors import InputError
-from finetune.loop import Blocks
-from finetune.recipe import read_recipe, recipe_from
-from finetune.tokens import BATCH_CHARS, load_tokenizer, token_cache, train_tokenizer
+from finetune.config.errors import InputError
+from finetune.config.recipe import read_recipe, recipe_from
+from finetune.data.corpus import PIECE_BYTES, STDLIB_LEFT_OUT, open_corpus
+from finetune.models.tokens import BATCH_CHARS, load_tokenizer, token_cache, train_tokenizer
+from finetune.training.train_step import Blocks
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_tokenizer_is_trained_on_the_training_part_only(recipe_of, tmp_path, tex
 
 
 def test_a_failed_write_leaves_no_cache(recipe_of, tmp_path):
-    from finetune.tokens import cache_root
+    from finetune.models.tokens import cache_root
 
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 3 + "not json\n")
     (tmp_path / "ok.txt").write_text("some text\n" * 100)
@@ -268,7 +268,7 @@ def test_memory_does_not_grow_with_the_corpus(recipe_of, tmp_path, monkeypatch):
     (tmp_path / "words.txt").write_text(line * 50)
     tokenizer = load_tokenizer(str(train_tokenizer(open_corpus(recipe_of(tmp_path / "words.txt")), 288)))
     own = Tokenizer.from_str
-    monkeypatch.setattr("finetune.tokens.Tokenizer", SimpleNamespace(from_str=lambda text: Traced(own(text))))
+    monkeypatch.setattr("finetune.models.tokens.Tokenizer", SimpleNamespace(from_str=lambda text: Traced(own(text))))
 
     def peaks_and_tokens(name, num_files):
         """Bytes at once while writing, and while reading, and bytes of the tokens. All files have one size."""

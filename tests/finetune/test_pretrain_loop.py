@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.loop import (
+from finetune.training.train_step import (
     Blocks,
     accumulate_gradients,
     clip_gradients,

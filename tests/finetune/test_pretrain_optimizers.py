@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.errors import InputError
-from finetune.optimizers import build_optimizers
-from finetune.recipe import Recipe, recipe_from
-from muon8bit import adamw8
+from finetune.config.errors import InputError
+from finetune.config.recipe import Recipe, recipe_from
+from finetune.models.optimizers import build_optimizers
 from muon8bit.config import DEFAULT_STEP_TIMEOUT, MAX_STEP_TIMEOUT
+from muon8bit.step import adamw8bit
 
 SIZES = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_local_experts": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "model_type": "mixtral"}
@@ -82,7 +82,7 @@ def test_how_long_a_rank_waits_reaches_the_optimizer_and_is_bounded_as_there():
 
 def test_bitsandbytes_that_is_missing_is_an_error_of_the_option(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    adamw8.check_available.cache_clear()
+    adamw8bit.check_available.cache_clear()
     with pytest.raises(InputError, match=r"--adamw-bits: .*bitsandbytes"):
         build_optimizers(mixtral(), Recipe(name="moe", model=SIZES, adamw_bits=8))
-    adamw8.check_available.cache_clear()
+    adamw8bit.check_available.cache_clear()

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from refusals import check_refused
 
-from finetune.errors import InputError
-from finetune.recipe import read_recipe
-from finetune.run_folder import RunFolder
+from finetune.config.errors import InputError
+from finetune.config.recipe import read_recipe
+from finetune.storage.run_dir import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,7 +81,7 @@ def test_a_bad_recipe_is_refused_in_one_sentence(pretrain, recipe_file, tmp_path
 
 
 def test_yaml_numbers_without_a_dot_are_numbers(recipe_file, tmp_path):
-    from finetune.recipe import read_recipe
+    from finetune.config.recipe import read_recipe
 
     (tmp_path / "r.yaml").write_text(recipe_file.read_text().replace("lr: 0.003", "lr: 1e-3"))
     assert read_recipe("r.yaml").lr == 1e-3

@@ -19,8 +19,8 @@ from bitwise import assert_nested_equal
 from refusals import check_refused
 from safetensors.torch import load_file
 
-from finetune import job, stepping
-from finetune.checkpoints import complete, file_names, seal_files
+from finetune.storage.checkpoints import complete, file_names, seal_files
+from finetune.training import stepping, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,9 +139,9 @@ def test_a_run_leaves_everything_it_promises(pretrain, tmp_path):
     result = json.loads((folder / "result.json").read_text())
     assert f"{result['bigram_val_loss']:.4f}" in outcome.out
     # The saved model and tokenizer give the recorded validation loss.
-    from finetune.corpus import open_corpus
-    from finetune.recipe import read_recipe
-    from finetune.tokens import token_cache
+    from finetune.config.recipe import read_recipe
+    from finetune.data.corpus import open_corpus
+    from finetune.models.tokens import token_cache
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -297,10 +297,10 @@ def test_a_step_that_is_read_after_the_next_one_leaves_the_same_logs_and_weights
     assert pretrain(*options, "--output-dir", "at_once").code == 0
     read, order = stepping.read_step, []
     queue = stepping.one_step
-    monkeypatch.setattr(job, "reads_later", lambda _run: True)
+    monkeypatch.setattr(trainer, "reads_later", lambda _run: True)
     monkeypatch.setattr(stepping, "reads_later", lambda _run: True)
-    monkeypatch.setattr(job, "one_step", lambda run: order.append(f"queue {run.step + 1}") or queue(run))
-    monkeypatch.setattr(job, "read_step", lambda run, step: order.append(f"read {step.step}") or read(run, step))
+    monkeypatch.setattr(trainer, "one_step", lambda run: order.append(f"queue {run.step + 1}") or queue(run))
+    monkeypatch.setattr(trainer, "read_step", lambda run, step: order.append(f"read {step.step}") or read(run, step))
     outcome = pretrain(*options, "--output-dir", "later")
     assert outcome.code == 0, outcome.err
     words = {"q": "queue", "r": "read"}
@@ -326,7 +326,7 @@ def test_a_bad_gradient_that_is_read_late_is_told_of_its_own_step_and_never_save
         return loss
 
     monkeypatch.setattr(stepping, "accumulate_gradients", poisoned)
-    for module in (job, stepping):
+    for module in (trainer, stepping):
         monkeypatch.setattr(module, "reads_later", lambda _run: True)
     outcome = pretrain("--output-dir", "bad", "--optimizer", optimizer, "--eval-every", 9, "--save-every", 3)
     assert outcome.code == 1

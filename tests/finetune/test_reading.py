@@ -12,16 +12,16 @@ import struct
 import pytest
 
 from finetune import pretrain, sft
-from finetune.adapters import _load_adapter
-from finetune.bases import pretrained_with
-from finetune.chat import load_examples
-from finetune.corpus import PIECE_BYTES, open_corpus
-from finetune.errors import InputError
-from finetune.options import read_values
-from finetune.recipe import read_model_config, read_recipe, recipe_from
-from finetune.rows import opened_rows, parquet_objects
-from finetune.sft_recipe import sft_recipe_from
-from finetune.texts import check_characters, read_text
+from finetune.config.errors import InputError
+from finetune.config.options import read_values
+from finetune.config.recipe import read_model_config, read_recipe, recipe_from
+from finetune.config.sft_recipe import sft_recipe_from
+from finetune.data.chat import load_examples
+from finetune.data.corpus import PIECE_BYTES, open_corpus
+from finetune.data.readers import opened_rows, parquet_objects
+from finetune.data.texts import check_characters, read_text
+from finetune.models.adapters import _load_adapter
+from finetune.models.pretrained import pretrained_with
 
 MARK = b"\xef\xbb\xbf"
 ROWS = [{"text": f"row {i} caf\u00e9", "prompt": f"row {i} caf\u00e9", "completion": "yes"} for i in range(3)]

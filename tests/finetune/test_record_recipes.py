@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench import recipe_peaks
 from finetune_chat import make_base
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from benchmarks.training import recipe_peaks
+from finetune.config.sft_recipe import SFT_RECIPES, resolve
 from finetune.sft import parse
-from finetune.sft_recipe import SFT_RECIPES, resolve
 from muon8bit.cli import main as muon8bit
-from muon8bit.memory import LABELS, Estimator, Setup, load_config
+from muon8bit.estimate import LABELS, Estimator, Setup, load_config
 
 NAMES = tuple(recipe_peaks.MOST)
 SMALL = {

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-import finetune.stepping as stepping
+import finetune.training.stepping as stepping
 
 RELEASED = ("--release-gradients", "--clip", 0)
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -97,7 +97,7 @@ def test_bad_gradients_in_two_steps_in_a_row_end_the_run(pretrain, tmp_path, poi
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(pretrain, tmp_path, monkeypatch):
-    import finetune.prepare as prepare
+    import finetune.setup.prepare as prepare
 
     build = prepare.build_model
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from ranks import prepare
 
-from finetune import ranks
+from finetune.parallel import ranks
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 FULL = OSError(errno.ENOSPC, "No space left on device")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.bases import find_base, fingerprint
-from finetune.errors import InputError
-from finetune.tokens import cache_root
+from finetune.config.errors import InputError
+from finetune.models.pretrained import find_base, fingerprint
+from finetune.models.tokens import cache_root
 
 BLOCK = 32  # elements per scale of Q8_0
 

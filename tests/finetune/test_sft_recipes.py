@@ -7,11 +7,7 @@ import torch
 from finetune_chat import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetune.adapters import add_adapter
-from finetune.masks import ChatEncoding, encode_examples
-from finetune.messages import example_from_row
-from finetune.optimizers import build_optimizers
-from finetune.sft_recipe import (
+from finetune.config.sft_recipe import (
     ADAMW_LR,
     MUON_LR,
     NEWCOMER_RECIPE,
@@ -20,6 +16,10 @@ from finetune.sft_recipe import (
     resolve,
     sft_recipe_from,
 )
+from finetune.data.messages import example_from_row
+from finetune.data.tokenize_chat import ChatEncoding, encode_examples
+from finetune.models.adapters import add_adapter
+from finetune.models.optimizers import build_optimizers
 from muon8bit import param_groups
 
 NAMES = sorted(path.stem for path in SFT_RECIPES.glob("*.yaml"))

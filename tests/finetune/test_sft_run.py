@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.chat import load_parts
+from finetune.data.chat import load_parts
 from muon8bit import Muon8bit, param_groups
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +169,7 @@ def test_an_adapter_is_trained_further(sft, tmp_path):
 
 
 def test_qlora_lowers_the_loss_in_20_steps_and_leaves_the_nf4_weights_to_the_bit(sft, tmp_path, monkeypatch):
-    import finetune.job as job
+    import finetune.training.trainer as job
 
     seen = []
 

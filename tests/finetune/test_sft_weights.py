@@ -20,12 +20,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from finetune.bases import load_base_weights
-from finetune.errors import InputError
-from finetune.launch import load_device
-from finetune.models import model_config
-from finetune.recipe import recipe_from
-from finetune.weights import beside_text, load_whole, longest_of
+from finetune.config.errors import InputError
+from finetune.config.recipe import recipe_from
+from finetune.models.build import model_config
+from finetune.models.pretrained import load_base_weights
+from finetune.models.weights import beside_text, load_whole, longest_of
+from finetune.parallel.launch import load_device
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 LAYERS = ("model.layers.0.", "model.layers.1.")

@@ -14,7 +14,7 @@ from ranks import start_processes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from finetune.models import parameter_hash
+from finetune.models.build import parameter_hash
 
 
 def call_ranks(work, folder, *args):

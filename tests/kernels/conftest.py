@@ -32,9 +32,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def triton_kernels() -> ModuleType:
     """The module under test."""
     pytest.importorskip("triton")
-    from muon8bit_kernels import triton_kernels
+    from muon8bit_kernels.triton import kernels
 
-    return triton_kernels
+    return kernels
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class CompiledKernels:
 def compiled(background) -> CompiledKernels:
     """What `background.compile_kernels` compiles, for tests with that mark."""
     pytest.importorskip("triton")
-    from bench import compile_table, compiling
+    from benchmarks.compile import compiling, table
 
     result, made = background(compile_kernels)
     assert result.returncode == 0, result.stdout + result.stderr
-    folder = compile_table.CACHE / f"compiled-{compile_table.sources_key()}"
+    folder = table.CACHE / f"compiled-{table.sources_key()}"
     return CompiledKernels(folder, compiling.load(folder), (made / "table.md").read_text())
 
 

@@ -10,9 +10,10 @@ import pytest
 pytest.importorskip("triton")
 import triton
 from background import compile_kernels
-from bench import compile_table
-from bench.compile_cases import JOBS
-from muon8bit_kernels.gemm_tilings import TILINGS
+from muon8bit_kernels.triton.gemm_tilings import TILINGS
+
+from benchmarks.compile import table
+from benchmarks.compile.cases import JOBS
 
 pytestmark = pytest.mark.background(command=compile_kernels)
 NVIDIA = {"sm_80", "sm_90", "sm_100"}
@@ -167,8 +168,8 @@ def test_products_operands_and_results_move_16_bytes_at_a_time_or_by_tma(compile
 
 def test_committed_table_is_what_the_command_writes(compiled):
     """By the Triton of constraints.txt; another one's registers differ, its kernels do not."""
-    committed = Path(compile_table.__file__).with_name("results") / "compiled.md"
+    committed = Path(table.__file__).parents[1] / "results" / "compiled.md"
     lines, expected = ([x for x in t.splitlines() if x[:1] == "|"] for t in (committed.read_text(), compiled.table))
     if f"Triton {triton.__version__}," not in committed.read_text():
         lines, expected = ([line.split("|")[1:3] for line in table] for table in (lines, expected))
-    assert lines == expected, f"run {compile_table.__doc__.splitlines()[2].strip()}"
+    assert lines == expected, f"run {table.__doc__.splitlines()[2].strip()}"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from muon8bit_kernels.gemm_reference import symmetric_product
+from muon8bit_kernels.reference.products import symmetric_product
 
 # Half a unit in the last place; bf16 and fp16 round once, from fp32.
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

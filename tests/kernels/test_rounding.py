@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from muon8bit_kernels import reference, rounding_key
-from muon8bit_kernels.update_reference import random_bits
+from muon8bit_kernels.reference.update import random_bits
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 
@@ -175,7 +175,7 @@ def test_a_batch_draws_the_bits_of_its_matrices_one_by_one():
 
 
 def test_rows_cut_to_fit_the_cache_change_no_bit(monkeypatch):
-    import muon8bit_kernels.update_reference as module
+    import muon8bit_kernels.reference.update as module
 
     torch.manual_seed(0)
     start, direction, key = torch.randn(30, 20).bfloat16(), torch.randn(20, 30).T, rounding_key(0, 3, 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from muon8bit_kernels import reference, tiny_reference
+from muon8bit_kernels import reference
+from muon8bit_kernels.reference import tiny
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 MIXED = ((4.0848, -6.8946, 2.9270), (2.8366, -3.0525, 1.2012), (1.5, -0.5, 0.0))
@@ -29,9 +30,7 @@ def directions(momentum, grads, steps, *, beta=0.9, nesterov=True):
     u = beta * u + (1 - beta) * grads if nesterov else u
     norms = u.flatten(1).norm(dim=1)
     options = {"beta": beta, "nesterov": nesterov, "codebook": None, "block_size": 64}
-    tiny_reference.step_tiny(
-        [momentum.clone()], None, [grads], [params], norms, **options, steps=steps, decay=1.0, scale=-1.0
-    )
+    tiny.step_tiny([momentum.clone()], None, [grads], [params], norms, **options, steps=steps, decay=1.0, scale=-1.0)
     return params.double().numpy(), (u / norms.view(-1, 1, 1)).double().numpy()
 
 
@@ -70,12 +69,12 @@ def test_state_is_that_of_the_momentum_step_and_the_parameter_that_of_the_update
     expected = [[part[0].clone()] for part in state]
     reference.momentum_apply(*expected, [matrices], norms, X, **options)
     again = [[part[0].clone()] for part in state]
-    tiny_reference.step_tiny(*again, [matrices], [O], norms, **options, steps=JORDAN, decay=0.0, scale=-1.0)
+    tiny.step_tiny(*again, [matrices], [O], norms, **options, steps=JORDAN, decay=0.0, scale=-1.0)
     params = [torch.randn(3, 70, 12, generator=generator).bfloat16()]
     updated = [params[0].clone()]
     update = {"decay": 0.9, "scale": 0.5, "keys": [3, -4, 5], "firsts": [0, 7, 2**40], "pitch": 100}
     reference.update_params(updated, O, **update)
-    tiny_reference.step_tiny(*state, [matrices], params, norms, **options, steps=JORDAN, **update)
+    tiny.step_tiny(*state, [matrices], params, norms, **options, steps=JORDAN, **update)
     for ours, theirs in ((state[0], expected[0]), (state[1], expected[1]), (params, updated)):
         assert torch.equal(ours[0], theirs[0])
 
@@ -84,9 +83,7 @@ def test_a_zero_momentum_moves_nothing():
     params = torch.ones(1, 4, 9)
     zero, options = torch.zeros(1, 4, 9), {"beta": 0.9, "nesterov": True, "codebook": None, "block_size": 64}
     norms = torch.full((1,), 1e-7)
-    tiny_reference.step_tiny(
-        [zero.clone()], None, [zero], [params], norms, **options, steps=JORDAN, decay=1.0, scale=1.0
-    )
+    tiny.step_tiny([zero.clone()], None, [zero], [params], norms, **options, steps=JORDAN, decay=1.0, scale=1.0)
     assert bool((params == 1).all())
 
 
@@ -96,9 +93,7 @@ def test_skip_leaves_everything():
     before = codes.clone(), params.clone()
     options = {"beta": 0.9, "nesterov": True, "codebook": None, "block_size": 64, "steps": JORDAN}
     skip = torch.tensor(1.0)
-    tiny_reference.step_tiny(
-        [codes], None, [grads], [params], torch.ones(2), **options, decay=0.5, scale=1.0, skip=skip
-    )
+    tiny.step_tiny([codes], None, [grads], [params], torch.ones(2), **options, decay=0.5, scale=1.0, skip=skip)
     assert torch.equal(codes, before[0])
     assert torch.equal(params, before[1])
 
@@ -115,4 +110,4 @@ def test_what_it_cannot_do_raises(shape, steps, message):
     stack = torch.zeros(1, *shape)
     options = {"beta": 0.9, "nesterov": True, "codebook": None, "block_size": 64, "steps": steps}
     with pytest.raises(ValueError, match=message):
-        tiny_reference.step_tiny([stack], None, [stack], [stack], torch.ones(1), **options, decay=1.0, scale=1.0)
+        tiny.step_tiny([stack], None, [stack], [stack], torch.ones(1), **options, decay=1.0, scale=1.0)

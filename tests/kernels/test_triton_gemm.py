@@ -15,8 +15,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from muon8bit_kernels import triton_gemm
-from muon8bit_kernels.gemm_tilings import NUM_PROCESSORS, TILINGS, Tiling, num_tiles, tiling_for
+from muon8bit_kernels.triton import gemm
+from muon8bit_kernels.triton.gemm_tilings import NUM_PROCESSORS, TILINGS, Tiling, num_tiles, tiling_for
 
 SQUARE, WIDE = Tiling(16, 16, 16, 4, 2), Tiling(16, 32, 16, 4, 2)
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -62,7 +62,7 @@ def in_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @triton.jit
 def _numbering_kernel(rows, cols, side, COUNT: tl.constexpr, GROUP: tl.constexpr):
     index = tl.arange(0, COUNT)
-    row, col = triton_gemm._square(tl.minimum(index, side * (side + 1) // 2 - 1), side, GROUP)
+    row, col = gemm._square(tl.minimum(index, side * (side + 1) // 2 - 1), side, GROUP)
     tl.store(rows + index, row)
     tl.store(cols + index, col)
 
@@ -81,7 +81,7 @@ def test_squares_are_numbered_once_each_and_by_groups_of_rows(device, group):
 @triton.jit
 def _triangle_kernel(indices, rows, cols, COUNT: tl.constexpr):
     place = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    row, col = triton_gemm._triangle(tl.load(indices + place))
+    row, col = gemm._triangle(tl.load(indices + place))
     tl.store(rows + place, row)
     tl.store(cols + place, col)
 
@@ -108,7 +108,7 @@ def test_product_of_a_matrix_with_itself_matches_float64(
     dtype = torch.float16 if shape[1] % 2 else torch.float32
     X, P, _ = matrices(*shape, dtype, device, tall, seed=len(request.node.name))
     in_poisoned_memory(monkeypatch)
-    C = triton_gemm._launch(X, X, P, (-2.5, 0.75, 3.0), tiling, with_descriptors)
+    C = gemm._launch(X, X, P, (-2.5, 0.75, 3.0), tiling, with_descriptors)
     assert_close_to_float64(C, X, X, -2.5, P, (0.75, 3.0))
 
 
@@ -120,7 +120,7 @@ def test_product_of_commuting_matrices_matches_float64_and_is_symmetric(
 ):
     _, P, Q = matrices(batch, n, 1, torch.float32, device, False, seed=n)
     in_poisoned_memory(monkeypatch)
-    C = triton_gemm._launch(P, Q, None, (1.0, 0.0, 0.0), tiling, with_descriptors)
+    C = gemm._launch(P, Q, None, (1.0, 0.0, 0.0), tiling, with_descriptors)
     assert_close_to_float64(C, P, Q, 1.0, None, (0.0, 0.0))
 
 
@@ -128,7 +128,7 @@ def test_upper_triangle_is_the_mirror_image_even_where_the_product_is_not_symmet
     rng = np.random.default_rng(0)
     A, B, D = (torch.from_numpy(rng.standard_normal((1, 50, 50)).astype(np.float32)).to(device) for _ in range(3))
     for tiling in (SQUARE, WIDE):
-        C = triton_gemm._launch(A, B, D, (1.0, 0.5, 0.0), tiling, False)
+        C = gemm._launch(A, B, D, (1.0, 0.5, 0.0), tiling, False)
         assert_close_to_float64(C, A, B, 1.0, D, (0.5, 0.0))
 
 
@@ -136,7 +136,7 @@ def test_fp16_sums_are_held_in_fp32(device):
     """Terms of 2**-12 beside 1.0, which fp16 sums would lose one by one."""
     X = torch.full((1, 16, 1025), 2.0**-6, dtype=torch.float16, device=device)
     X[..., 0] = 1.0
-    C = triton_gemm._launch(X, X, None, (1.0, 0.0, 0.0), SQUARE, False)
+    C = gemm._launch(X, X, None, (1.0, 0.0, 0.0), SQUARE, False)
     assert torch.equal(C, torch.full_like(C, 1.25))
 
 
@@ -147,7 +147,7 @@ def test_views_are_read_in_place(device, with_descriptors):
     stack = torch.from_numpy(rng.standard_normal((6, 20, 64)).astype(np.float32)).to(device)
     for first in (8, 3):
         X = stack[::2, :, first : first + 24]
-        C = triton_gemm._launch(X, X.mT.contiguous().mT, None, (1.0, 0.0, 0.0), WIDE, with_descriptors)
+        C = gemm._launch(X, X.mT.contiguous().mT, None, (1.0, 0.0, 0.0), WIDE, with_descriptors)
         assert_close_to_float64(C, X, X, 1.0, None, (0.0, 0.0))
 
 
@@ -165,13 +165,13 @@ class Recorder:
 @pytest.mark.parametrize(("batch", "n"), [(1, 1), (1, 16), (3, 17), (2, 150)])
 def test_programs_are_those_of_one_triangle(batch, n, monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(triton_gemm, "_symmetric_product_kernel", recorder)
+    monkeypatch.setattr(gemm, "_symmetric_product_kernel", recorder)
     X = torch.zeros(batch, n, 8)
     side = (n + 15) // 16
-    triton_gemm._launch(X, X, None, (1.0, 0.0, 0.0), SQUARE, False)
+    gemm._launch(X, X, None, (1.0, 0.0, 0.0), SQUARE, False)
     assert recorder.grid == (batch * side * (side + 1) // 2,)
     side = (n + 31) // 32
-    triton_gemm._launch(X, X, None, (1.0, 0.0, 0.0), WIDE, False)
+    gemm._launch(X, X, None, (1.0, 0.0, 0.0), WIDE, False)
     assert recorder.grid == (batch * 2 * (side * (side + 1) // 2),)
 
 
@@ -191,11 +191,11 @@ def test_programs_are_those_of_one_triangle(batch, n, monkeypatch):
 )
 def test_descriptors_are_taken_where_addresses_and_strides_allow_them(view, described, monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(triton_gemm, "_symmetric_product_kernel", recorder)
+    monkeypatch.setattr(gemm, "_symmetric_product_kernel", recorder)
     X = view(torch.zeros(4, 32, 64, dtype=torch.float16))
-    triton_gemm._launch(X, X, None, (1.0, 0.0, 0.0), SQUARE, True)
+    gemm._launch(X, X, None, (1.0, 0.0, 0.0), SQUARE, True)
     assert recorder.constants["DESCRIBED"] is described
-    triton_gemm._launch(X, X, None, (1.0, 0.0, 0.0), SQUARE, False)
+    gemm._launch(X, X, None, (1.0, 0.0, 0.0), SQUARE, False)
     assert recorder.constants["DESCRIBED"] is False
 
 
@@ -204,17 +204,17 @@ def test_empty_operands_give_what_is_added(device, batch, n, k):
     X = torch.zeros(batch, n, k, device=device)
     D = torch.ones(batch, n, n, device=device)
     expected = 2.0 * D.cpu() + 3.0 * torch.eye(n)
-    assert torch.equal(triton_gemm.symmetric_product(X, X, D=D, beta=2.0, diagonal=3.0).cpu(), expected)
+    assert torch.equal(gemm.symmetric_product(X, X, D=D, beta=2.0, diagonal=3.0).cpu(), expected)
 
 
 def test_public_function_adds_and_ignores_d_where_beta_is_zero(device):
     X, P, _ = matrices(1, 70, 40, torch.float32, device, False, seed=3)
-    C = triton_gemm.symmetric_product(X, X, alpha=0.5, D=P, beta=-1.0, diagonal=0.25)
+    C = gemm.symmetric_product(X, X, alpha=0.5, D=P, beta=-1.0, diagonal=0.25)
     assert_close_to_float64(C, X, X, 0.5, P, (-1.0, 0.25))
-    C = triton_gemm.symmetric_product(X, X, D=torch.full_like(P, torch.nan))
+    C = gemm.symmetric_product(X, X, D=torch.full_like(P, torch.nan))
     assert_close_to_float64(C, X, X, 1.0, None, (0.0, 0.0))
     with pytest.raises(ValueError, match="contiguous rows or columns"):
-        triton_gemm.symmetric_product(X[..., ::2, ::2], X[..., ::2, ::2])
+        gemm.symmetric_product(X[..., ::2, ::2], X[..., ::2, ::2])
 
 
 @pytest.mark.parametrize("architecture", TILINGS)
@@ -242,19 +242,19 @@ def test_shipped_tilings_match_float64_on_a_gpu(device, dtype, tall, shape, monk
         pytest.skip("needs a CUDA GPU")
     X, P, Q = matrices(*shape, dtype, device, tall, seed=int(torch.randint(2**31, ()).item()))
     in_poisoned_memory(monkeypatch)
-    architecture = triton_gemm._architecture(device)
+    architecture = gemm._architecture(device)
     for tiling in {tiling_for(*shape[1::-1], dtype, architecture), *TILINGS[architecture]}:
         if dtype == torch.float32 and tiling in TILINGS[architecture]:
             continue
         for with_descriptors in {False, architecture in (90, 100) and dtype != torch.float32}:
-            C = triton_gemm._launch(X, X, P, (-2.5, 0.75, 3.0), tiling, with_descriptors)
+            C = gemm._launch(X, X, P, (-2.5, 0.75, 3.0), tiling, with_descriptors)
             assert_close_to_float64(C, X, X, -2.5, P, (0.75, 3.0))
-            C = triton_gemm._launch(P, Q, None, (1.0, 0.0, 0.0), tiling, with_descriptors)
+            C = gemm._launch(P, Q, None, (1.0, 0.0, 0.0), tiling, with_descriptors)
             assert_close_to_float64(C, P, Q, 1.0, None, (0.0, 0.0))
 
 
 def test_float32_is_refused_where_it_would_run_in_tf32(device, monkeypatch):
-    monkeypatch.setattr(triton_gemm, "_architecture", lambda _: 100)
+    monkeypatch.setattr(gemm, "_architecture", lambda _: 100)
     A = torch.zeros(1, 4, 8, device=device)
     with pytest.raises(ValueError, match="float32 is not supported on compute capability 10"):
-        triton_gemm.symmetric_product(A, A)
+        gemm.symmetric_product(A, A)

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("no GPU: test_interpreted.py runs it under TRITON_INTERPRET=1", allow_module_level=True)
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-triton_tiles = pytest.importorskip("muon8bit_kernels.triton_tiles")
+triton_tiles = pytest.importorskip("muon8bit_kernels.triton.tiles")
 
 
 @triton.jit
@@ -54,8 +54,8 @@ def test_the_grid_has_one_axis_whatever_the_batch(count, rows, cols):
 def test_wide_loads_are_promised_only_of_aligned_matrices(triton_kernels, monkeypatch, offset):
     """Rows of 32 codes: 16 bytes apart; `offset` elements of bf16 into a storage."""
     launches = Launches()
-    monkeypatch.setattr("muon8bit_kernels.triton_momentum.stats_kernel", launches)
-    monkeypatch.setattr("muon8bit_kernels.triton_update._update_kernel", launches)
+    monkeypatch.setattr("muon8bit_kernels.triton.momentum.stats_kernel", launches)
+    monkeypatch.setattr("muon8bit_kernels.triton.update._update_kernel", launches)
     grads = torch.zeros(4 * 32 + offset, dtype=torch.bfloat16)[offset:].view(1, 4, 32)
     even = torch.zeros(1, 4, 32, dtype=torch.bfloat16)
     assert even.data_ptr() % 16 == 0

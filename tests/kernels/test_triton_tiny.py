@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out
-from muon8bit_kernels import CODE_DTYPES, num_blocks, reference, rounding_key, tiny_reference
+from muon8bit_kernels import CODE_DTYPES, num_blocks, reference, rounding_key
+from muon8bit_kernels.reference import tiny
 
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("no GPU: test_interpreted.py runs it under TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
-triton_tiny = pytest.importorskip("muon8bit_kernels.triton_tiny")
+triton_tiny = pytest.importorskip("muon8bit_kernels.triton.tiny")
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 MIXED = ((4.0848, -6.8946, 2.9270), (1.5, -0.5, 0.0))
@@ -73,7 +74,7 @@ class Problem:
         sumsq = reference.momentum_stats(self.codes, self.scales, new, **self.options)
         norms = sumsq.sum((1, 2)).sqrt().clamp(min=1e-7)
         factors = {"decay": decay, "scale": scale}
-        tiny_reference.step_tiny(
+        tiny.step_tiny(
             self.codes, self.scales, new, self.params, norms, **self.options, **factors, steps=steps, **options
         )
         factors = {name: on(self.device, f) if isinstance(f, torch.Tensor) else f for name, f in factors.items()}

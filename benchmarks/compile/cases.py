@@ -1,0 +1,177 @@
+"""The calls whose kernels are compiled, and for which GPUs: every kernel that ships, in each of its configurations.
+
+What a step of a large model launches is compiled for every target. Other block sizes, layouts and wrappers run the
+same device code on tiles of as many elements: they are compiled for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from muon8bit_kernels import CODE_DTYPES
+from muon8bit_kernels.codebooks import Codebook
+from muon8bit_kernels.triton import gemm, kernels
+from muon8bit_kernels.triton.gemm_tilings import FP32_TILING, TILINGS, Tiling
+from muon8bit_kernels.triton.tiny import step_tiny
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+EVERYWHERE, ONE = (*NVIDIA, "gfx942"), ("sm_90",)
+WIDE, NARROW, COUNT = (4096, 4096), (4096, 16), 3
+# Blocks other than of 2048 elements; `stats` has no more device code than `apply`, so two of them will do.
+OTHER_BLOCKS = {"apply": (64, 128, 256, 512, 1024, 4096), "stats": (64, 4096)}
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel and configuration: `call` launches it, once."""
+
+    name: str
+    call: Callable[[], Any]
+    targets: tuple[str, ...] = EVERYWHERE
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32, across: bool = False) -> torch.Tensor:
+    """Without storage; `across`: each matrix column by column."""
+    tensor = torch.empty(*shape[:-2], *shape[:-3:-1], dtype=dtype, device="meta")
+    return tensor.mT if across else tensor.view(shape)
+
+
+def momentum(
+    phase: str, codebook: str | None, block: int = 2048, shape: tuple[int, int] = WIDE, across: bool = False
+) -> None:
+    """bf16 gradients and output, the flag of the step given."""
+    codes = empty(COUNT, *shape, dtype=torch.float32 if codebook is None else CODE_DTYPES[codebook])
+    scales = None if codebook is None else [empty(COUNT, shape[0], triton.cdiv(shape[1], block))]
+    grads = [empty(COUNT, *shape, dtype=torch.bfloat16, across=across)]
+    options: dict[str, Any] = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": block}
+    if phase == "stats":
+        kernels.momentum_stats([codes], scales, grads, **options)
+    else:
+        out, norms, skip = empty(COUNT, *shape, dtype=torch.bfloat16), empty(1, COUNT).view(COUNT), empty(1, 1).view(())
+        kernels.momentum_apply([codes], scales, grads, norms, out, **options, skip=skip)
+
+
+def update(dtype: torch.dtype, keys: list[int] | None = None, across: bool = False) -> None:
+    params, directions = [empty(COUNT, *WIDE, dtype=dtype)], empty(COUNT, *WIDE, dtype=dtype, across=across)
+    kernels.update_params(params, directions, decay=0.9, scale=0.1, keys=keys, skip=empty(1, 1).view(()))
+
+
+def quantize(codebook: Codebook) -> None:
+    kernels.quantize(empty(*WIDE, dtype=torch.bfloat16), codebook=codebook, block_size=2048)
+
+
+def dequantize(codebook: Codebook) -> None:
+    codes, scales = empty(*WIDE, dtype=CODE_DTYPES[codebook]), empty(WIDE[0], 2)
+    kernels.dequantize(codes, scales, codebook=codebook, block_size=2048)
+
+
+def _elementwise() -> list[Case]:
+    cases = [
+        Case(f"{phase}-{codebook}", partial(momentum, phase, codebook))
+        for phase in ("stats", "apply")
+        for codebook in ("linear", "dynamic", None)
+    ]
+    cases += [
+        Case(f"{phase}-{codebook}-block{block}", partial(momentum, phase, codebook, block), ONE)
+        for phase in ("stats", "apply")
+        for codebook in ("linear", "dynamic")
+        for block in OTHER_BLOCKS[phase]
+    ]
+    codebooks: tuple[Codebook, ...] = ("linear", "dynamic")
+    stochastic = partial(update, torch.bfloat16, [-5] * COUNT)
+    return [
+        *cases,
+        Case("apply-linear-narrow", partial(momentum, "apply", "linear", shape=NARROW), ONE),
+        Case("apply-dynamic-across", partial(momentum, "apply", "dynamic", across=True), ONE),
+        Case("stats-linear-across", partial(momentum, "stats", "linear", across=True), ONE),
+        Case("update-fp32", partial(update, torch.float32)),
+        Case("update-bf16", partial(update, torch.bfloat16)),
+        Case("update-bf16-stochastic", stochastic),
+        Case("update-bf16-across", partial(update, torch.bfloat16, across=True), ONE),
+        *[Case(f"quantize-{codebook}", partial(quantize, codebook), ONE) for codebook in codebooks],
+        *[Case(f"dequantize-{codebook}", partial(dequantize, codebook), ONE) for codebook in codebooks],
+        Case("round-stochastic", partial(kernels.round_stochastic, empty(*WIDE), key=-5), ONE),
+    ]
+
+
+def product(tiling: Tiling, dtype: torch.dtype, *, tall: bool, with_descriptors: bool, k: int = WIDE[0]) -> None:
+    """X X^T + D, through TMA or through pointers."""
+    X = empty(2, WIDE[0], k, dtype=dtype, across=tall)
+    D = empty(2, WIDE[0], WIDE[0], dtype=dtype)
+    gemm._launch(X, X, D, (1.5, 0.5, 0.0), tiling, with_descriptors)
+
+
+def _products() -> list[Case]:
+    """Every tiling for both orders of the operands, the small ones for one; those of consumer GPUs; fp32; and through
+    pointers, with a tail, what TMA cannot take."""
+    through_pointers: dict[str, Any] = {"tall": False, "with_descriptors": False}
+    cases = []
+    for target in NVIDIA:
+        capability = int(target.removeprefix("sm_"))
+        with_descriptors = capability >= 90
+        for tiling in TILINGS[capability]:
+            name = f"product-{_sizes(tiling)}-{'tma' if with_descriptors else 'pointers'}"
+            call = partial(product, tiling, torch.float16, tall=True, with_descriptors=with_descriptors)
+            cases.append(Case(f"{name}-fp16-tall", call, (target,)))
+            if tiling.block_m > 64:
+                call = partial(product, tiling, torch.bfloat16, tall=False, with_descriptors=with_descriptors)
+                cases.append(Case(f"{name}-bf16-flat", call, (target,)))
+    for tiling in TILINGS[None]:
+        call = partial(product, tiling, torch.bfloat16, **through_pointers)
+        cases.append(Case(f"product-{_sizes(tiling)}-pointers-bf16-flat", call, ("sm_120",)))
+    in_fp32 = partial(product, FP32_TILING, torch.float32, **through_pointers)
+    in_a_tail = partial(product, TILINGS[90][-1], torch.bfloat16, **through_pointers, k=WIDE[0] - 16)
+    return [
+        *cases,
+        Case(f"product-{_sizes(FP32_TILING)}-pointers-fp32-flat", in_fp32, NVIDIA),
+        Case(f"product-{_sizes(TILINGS[90][-1])}-pointers-bf16-flat-tail", in_a_tail, ONE),
+    ]
+
+
+def _sizes(tiling: Tiling) -> str:
+    return f"{tiling.block_m}x{tiling.block_n}x{tiling.block_k}"
+
+
+def tiny(
+    rows: int,
+    cols: int,
+    codebook: str | None = "linear",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    keys: list[int] | None = None,
+    block: int = 2048,
+) -> None:
+    """The whole step of LoRA's matrices, gradients and parameters of one dtype, the flag of the step given."""
+    codes = empty(COUNT, rows, cols, dtype=torch.float32 if codebook is None else CODE_DTYPES[codebook])
+    scales = None if codebook is None else [empty(COUNT, rows, triton.cdiv(cols, block))]
+    matrices, norms, skip = [empty(COUNT, rows, cols, dtype=dtype)], empty(1, COUNT).view(COUNT), empty(1, 1).view(())
+    options: dict[str, Any] = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": block, "keys": keys}
+    options |= {"steps": JORDAN, "decay": 0.9, "scale": 0.1, "skip": skip}
+    step_tiny([codes], scales, matrices, matrices, norms, **options)
+
+
+def _tiny() -> list[Case]:
+    """Every tile shape for one target, the smallest and the largest for all."""
+    stochastic: dict[str, Any] = {"codebook": "dynamic", "keys": [-5] * COUNT}
+    return [
+        Case("tiny-wide-16", partial(tiny, 16, 2048), NVIDIA),
+        Case("tiny-tall-16", partial(tiny, 2048, 16), ONE),
+        Case("tiny-tall-64", partial(tiny, 2048, 64), NVIDIA),
+        Case("tiny-wide-32", partial(tiny, 32, 2048), ONE),
+        Case("tiny-tall-32", partial(tiny, 2048, 32), ONE),
+        Case("tiny-wide-64", partial(tiny, 64, 2048), ONE),
+        Case("tiny-wide-16-dynamic-stochastic", partial(tiny, 16, 2048, **stochastic), ONE),
+        Case("tiny-tall-64-dynamic-stochastic", partial(tiny, 2048, 64, **stochastic), ONE),
+        Case("tiny-wide-64-None-fp32", partial(tiny, 64, 2048, None, dtype=torch.float32), ONE),
+        Case("tiny-wide-16-block-64", partial(tiny, 16, 2048, block=64), ONE),
+    ]
+
+
+CASES = [*_elementwise(), *_products(), *_tiny()]
+JOBS = [(case, target) for case in CASES for target in case.targets]

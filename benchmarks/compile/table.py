@@ -1,0 +1,126 @@
+"""Compile every shipped kernel for GPUs that need not be there, and write registers, shared memory and instructions.
+
+    python -m benchmarks.compile.table --out benchmarks/results/compiled.md
+
+One to two seconds a kernel, in two processes; what was compiled from the same sources is kept in `--cache`, which the
+tests share. Not with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks.compile.cases import JOBS
+from benchmarks.compile.compiling import Compiled, compile_case, load
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / ".cache"
+PROCESSES = 2
+# What is worth a column entry, by its name in NVIDIA's and in AMD's machine code.
+SHOWN = {
+    "wgmma": r"HGMMA.*",
+    "tcgen05": r"UTCHMMA.*",
+    "mma": r"HMMA.*",
+    "TMA load": r"UTMALDG.*",
+    "16-byte load": r"LDG\.(?:.*\.)?128.*|(?:global|buffer)_load_dwordx4",
+    "16-byte async load": r"LDGSTS\.(?:.*\.)?128.*",
+    "16-byte store": r"STG\.(?:.*\.)?128.*|(?:global|buffer)_store_dwordx4",
+    "narrower load": r"LDG\.(?!.*128).*|(?:global|buffer)_load_(?!dwordx4)\w+",
+    "narrower store": r"STG\.(?!.*128).*|(?:global|buffer)_store_(?!dwordx4)\w+",
+    "fma": r"FFMA.*|v_(?:pk_)?fma\w*_f32.*",
+    "special function": r"MUFU.*|v_(?:rcp|rsq|sqrt|exp|log)_f32.*",
+    "spill": r"LDL.*|STL.*|scratch_\w+",
+}
+
+
+def sources_key() -> str:
+    """A hash of what the machine code depends on."""
+    digest = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
+    for path in sorted([*(ROOT / "kernels/muon8bit_kernels").rglob("*.py"), *Path(__file__).parent.glob("*.py")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(index: int, folder: Path) -> None:
+    case, target = JOBS[index]
+    compile_case(case.name, case.call, target, folder)
+
+
+def _compile_all(folder: Path) -> None:
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+        for job in [pool.submit(_compile, index, folder) for index in range(len(JOBS))]:
+            job.result()
+
+
+def compiled_folder(cache: Path, make: Callable[[Path], None] = _compile_all) -> Path:
+    """The folder with the records and the code of all JOBS (see `compile_case`), made if these sources have none yet.
+
+    Folders of other sources are deleted. Processes that ask at once wait for the first.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / f"compiled-{sources_key()}"
+    with (cache / "compiled.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            for old in cache.glob("compiled-*"):
+                shutil.rmtree(old)
+            unfinished = cache / "compiled-unfinished"
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def row(record: Compiled) -> str:
+    counts = {name: record.count(pattern) for name, pattern in SHOWN.items()}
+    shown = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    cells = [record.name, record.target, record.num_warps, record.registers, record.shared_bytes, record.spilled_bytes]
+    return "| " + " | ".join(map(str, [*cells, shown])) + " |\n"
+
+
+def table(records: dict[tuple[str, str], Compiled]) -> str:
+    """Markdown, in the order of the cases."""
+    head = (
+        "# Compiled kernels\n\n"
+        "Every shipped kernel as its wrapper launches it, compiled for GPUs that were not there: nothing was run.\n"
+        f"Triton {triton.__version__}, torch {torch.__version__}, {date.today().isoformat()}, by\n"
+        "`python -m benchmarks.compile.table --out benchmarks/results/compiled.md`.\n\n"
+        "Registers of a thread (AMD: vector registers), shared memory of a program, spilled: stack and local bytes of\n"
+        "a thread. Instructions are counted in the machine code, branches that are never taken included. The fma and\n"
+        "the special functions of linear momentum kernels and of quantize belong to the exact division that the\n"
+        "assembler writes out; the PTX of these kernels has none.\n\n"
+        "| kernel, configuration | target | warps | registers | shared, bytes | spilled, bytes | instructions |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+    )
+    return head + "".join(row(records[case.name, target]) for case, target in JOBS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the table there; else print it")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of records, machine code and PTX")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("nothing can be compiled under TRITON_INTERPRET=1")
+    text = table(load(compiled_folder(args.cache)))
+    if args.out:
+        args.out.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Step times, kernels and memory, on a GPU and on a CPU."""

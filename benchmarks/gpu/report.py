@@ -1,0 +1,149 @@
+"""The short Markdown table of a record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from benchmarks.gpu.acceptance import verdicts
+from benchmarks.gpu.host_state import COPY, ON_HOST, PLACES
+from benchmarks.gpu.optimizers import ARMS, LINEAR, MUON_BF16
+from benchmarks.gpu.products import rates_row
+from benchmarks.gpu.record import ABOUT, Record, as_number
+from benchmarks.gpu.steps import FLOOR
+
+
+def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    rows = [head, ["---"] * len(head), *[list(line) for line in lines]]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def _short(text: str, digits: str = ".3g") -> str:
+    value = as_number(text)
+    return text if value is None else f"{value:{digits}}"
+
+
+def _cases(record: Record, section: str) -> list[str]:
+    return list(dict.fromkeys(row.case for row in record.rows if row.section == section))
+
+
+def markdown(record: Record) -> str:
+    """Facts of the run, targets, and a table for each section that was run."""
+    title = "# Dry run on a CPU: nothing here is a measurement" if record.dry else "# Measured on a GPU"
+    facts = [(row.metric, row.value) for row in record.rows if row.section == ABOUT]
+    parts = [title + "\n", _table(["", ""], facts)]
+    parts.append("## Targets\n")
+    parts.append(
+        _table(["target", "asked", "reached", ""], [(v.name, v.target, v.reached, v.verdict) for v in verdicts(record)])
+    )
+    sections = (_ceilings, _steps, _shapes, _host, _momentum, _products, _paths)
+    parts += [part for section in sections for part in section(record)]
+    return "\n".join(parts)
+
+
+def _ceilings(record: Record) -> list[str]:
+    rows = record.find("ceilings", "rate")
+    return [
+        "## Ceilings\n",
+        _table(["", "rate", ""], [(r.case, _short(r.value, ".4g"), f"{r.unit}, {r.note}") for r in rows]),
+    ]
+
+
+def _steps(record: Record) -> list[str]:
+    cases = _cases(record, "steps")
+    if not cases:
+        return []
+    arms = [*ARMS, FLOOR]
+
+    def lines(metric: str, names: Iterable[str]) -> list[list[str]]:
+        return [[case, *[_short(record.text("steps", metric, case, arm)) for arm in names]] for case in cases]
+
+    return [
+        "## Step time, ms\n",
+        "Median from an idle device, events around `step()`. The floor: the planner's operations and the least bytes, "
+        "at this run's ceilings.\n",
+        _table(["", *arms], lines("time", arms)),
+        f"## Time over `{LINEAR}`\n",
+        _table(["", *ARMS], lines("ratio", ARMS)),
+        "## Time over the floor\n",
+        _table(["", *ARMS], lines("over floor", ARMS)),
+        "## Memory beside parameters, gradients and state, MiB\n",
+        _table(["", *ARMS], lines("extra memory", ARMS)),
+        "## Until `step()` returned, ms\n",
+        _table(["", *ARMS], lines("host time", ARMS)),
+    ]
+
+
+def _shapes(record: Record) -> list[str]:
+    cases = _cases(record, "shapes")
+    if not cases:
+        return []
+    arms = list(dict.fromkeys(row.arm for row in record.find("shapes", "time")))
+    lines = [
+        [
+            case,
+            *[_short(record.text("shapes", "time", case, arm)) for arm in arms],
+            _short(record.text("shapes", "ratio", case, MUON_BF16)),
+        ]
+        for case in cases
+    ]
+    return ["## Shape classes alone, ms\n", _table(["", *arms, f"{MUON_BF16} over {LINEAR}"], lines)]
+
+
+def _host(record: Record) -> list[str]:
+    cases = [case for case in _cases(record, "host") if case != COPY]
+    if not cases:
+        return []
+    head = ["", *[f"{arm}: {metric}" for metric in ("ms", "MiB at the peak") for arm in PLACES], "ratio of times"]
+    lines = [
+        [
+            case,
+            *[_short(record.text("host", metric, case, arm)) for metric in ("time", "peak") for arm in PLACES],
+            _short(record.text("host", "ratio", case, ON_HOST)),
+        ]
+        for case in cases
+    ]
+    rates = ", ".join(f"{_short(row.value)} GB/s {row.arm}" for row in record.find("host", "rate", case=COPY))
+    return [
+        "## State on the host\n",
+        _table(head, lines),
+        f"The peak is above parameters and gradients. Copies of pinned memory alone: {rates}.\n",
+    ]
+
+
+def _momentum(record: Record) -> list[str]:
+    cases, arms = _cases(record, "momentum"), ["stats", "apply", "both"]
+    if not cases:
+        return []
+    lines = [[case, *[_short(record.text("momentum", "of copy", case, arm)) for arm in arms]] for case in cases]
+    return ["## Momentum kernels, part of the copy's bandwidth\n", _table(["", *arms], lines)]
+
+
+def _products(record: Record) -> list[str]:
+    cases = _cases(record, "products")
+    if not cases:
+        return []
+    lines = [
+        [
+            case,
+            *[_short(record.text("products", "rate", case, arm)) for arm in ("symmetric", "vendor")],
+            _short(record.text("products", "gain", case, "symmetric")),
+        ]
+        for case in cases
+    ]
+    head = ["", "symmetric", "vendor", "vendor's time over it"]
+    row = rates_row(record, record.text(ABOUT, "kind", "run", ""))
+    return [
+        "## X X^T, TFLOP/s of 2 n^3\n",
+        _table(head, lines),
+        f"Row for `muon8bit.orthogonalize.rates.RATES`, the least gains: `{row}`\n",
+    ]
+
+
+def _paths(record: Record) -> list[str]:
+    cases = _cases(record, "paths")
+    if not cases:
+        return []
+    arms = list(dict.fromkeys(row.arm for row in record.find("paths", "time")))
+    lines = [[case, *[_short(record.text("paths", "time", case, arm)) for arm in arms]] for case in cases]
+    return ["## Orthogonalizations, ms\n", _table(["", *arms], lines)]

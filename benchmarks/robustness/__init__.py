@@ -1,0 +1,1 @@
+"""Failures, kills, and the routes of every model class."""

@@ -1,0 +1,1 @@
+"""Several ranks: simulated, counted, run."""

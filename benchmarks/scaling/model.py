@@ -1,0 +1,192 @@
+"""One step of a model on many GPUs as the planner would have it: bytes by link, operations by rank, and what
+gathering momenta would take instead. Nothing is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.gpu.workloads import Llama
+from muon8bit.config import DEFAULT_BLOCK_SIZE, DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES
+from muon8bit.distributed.assignment import Plan, gathered_bytes, plan
+from muon8bit.distributed.exchange import NUM_SHARES
+from muon8bit.distributed.matrix_sharding import Region, Spread
+from muon8bit.distributed.route import Matrix
+from muon8bit.orthogonalize import choose, flops, resolve
+
+# HSDP: a replica is the least power of two of at least one node whose GPUs take this much each of bf16 weights, bf16
+# gradients and 8-bit momentum (an 80 GB card, half of it left for everything else).
+MIN_SHARDS, BYTES_PER_ELEMENT, BYTES_PER_GPU = 8, 5, 40e9
+PLANNED_BYTES = DEFAULT_WORKSPACE_BYTES // NUM_SHARES  # what a step gives the planner
+MOONLIGHT_ITEMSIZE = 2  # it gathers in bf16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Assumed rates: each GPU's products, its link inside a node and its share of the network, each direction."""
+
+    tflops: float = 400.0
+    node_gb_s: float = 360.0
+    network_gb_s: float = 40.0
+    node_size: int = 8
+
+
+class Traffic:
+    """Bytes by rank: sent and received, inside the node and over the network."""
+
+    def __init__(self, num_ranks: int, machine: Machine) -> None:
+        self.machine = machine
+        self.sent, self.received = [[0] * num_ranks for _ in range(2)], [[0] * num_ranks for _ in range(2)]
+
+    def add(self, source: int, target: int, num_bytes: int) -> None:
+        remote = source // self.machine.node_size != target // self.machine.node_size
+        self.sent[remote][source] += num_bytes
+        self.received[remote][target] += num_bytes
+
+    def totals(self, direction: list[list[int]]) -> list[int]:
+        return [sum(pair) for pair in zip(*direction, strict=True)]
+
+    def ms(self) -> float:
+        """Of the slowest rank, both kinds of links and both directions at once; latencies are not counted."""
+        machine = self.machine
+        inside = max(*self.sent[0], *self.received[0]) / machine.node_gb_s
+        return max(inside, max(*self.sent[1], *self.received[1]) / machine.network_gb_s) / 1e6
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one mesh. Bytes of one step and one rank, the mean and the most of any; ms of the slowest rank,
+    ours round after round.
+
+    Attributes:
+        balance: the most loaded rank's cost over the mean.
+        num_rounds, num_parts: of the plan: all-to-alls of X, and of O.
+        sums_bytes: of the all-gather of row sums, received, not in the bytes above; replicas take part, padded.
+        gathered_fp32_bytes: received where every rank of a replica gathers every fp32 momentum.
+        moonlight_*: see `moonlight`.
+        state_bytes, fp32_state_bytes: momentum of the matrices, of the rank that has most.
+    """
+
+    model: str
+    num_gpus: int
+    num_shards: int
+    num_matrices: int
+    balance: float
+    num_rounds: int
+    num_parts: int
+    mean_bytes: float
+    most_sent_bytes: int
+    most_received_bytes: int
+    sums_bytes: int
+    gathered_fp32_bytes: float
+    moonlight_mean_bytes: float
+    moonlight_most_bytes: int
+    state_bytes: int
+    fp32_state_bytes: int
+    arithmetic_ms: float
+    transfer_ms: float
+    moonlight_arithmetic_ms: float
+    moonlight_transfer_ms: float
+
+
+def shards_of(model: Llama) -> int:
+    """GPUs of one replica in HSDP."""
+    needed = sum(rows * cols for rows, cols in model.linears()) * model.layers * BYTES_PER_ELEMENT / BYTES_PER_GPU
+    count = MIN_SHARDS
+    while count < needed:
+        count *= 2
+    return count
+
+
+def matrices_of(model: Llama, num_shards: int, replicas: int, kind: str) -> list[Matrix]:
+    """Every hidden matrix, its rows in chunks (torch.chunk, FSDP2's `Shard(0)`), replica after replica."""
+    schedule = resolve("jordan", DEFAULT_NS_STEPS)
+    found: dict[tuple[int, ...], Matrix] = {}
+    for rows, cols in model.linears():
+        size = -(-rows // num_shards)
+        spans = [(min(i * size, rows), min((i + 1) * size, rows)) for i in range(num_shards)]
+        held = tuple(Region(span, (0, cols)) if span[0] < span[1] else None for span in spans) * replicas
+        path = choose(rows, cols, schedule, kind, tiny=False)
+        found[rows, cols] = Matrix(rows, cols, Spread(held, held), path)
+    return [found[shape] for shape in model.linears()] * model.layers
+
+
+def operations(matrix: Matrix) -> int:
+    """Floating-point operations of one matrix on its path."""
+    path = matrix.path
+    num_segments = max(1, len(path.segments))
+    return flops(path.form, matrix.rows, matrix.cols, DEFAULT_NS_STEPS, num_segments=num_segments)
+
+
+def slowest_of_rounds(planned: Plan) -> int:
+    """Operations one after the other where every round waits for its slowest owner."""
+    total = 0
+    for members in planned.rounds:
+        work: Counter[int] = Counter()
+        for index in members:
+            work[planned.owners[index]] += operations(planned.matrices[index])
+        total += max(work.values())
+    return total
+
+
+def moonlight(matrices: Sequence[Matrix], num_ranks: int, machine: Machine) -> tuple[Traffic, list[int]]:
+    """Distributed Muon of Moonlight (arXiv 2502.16982, algorithm 1): traffic and operations by rank of one replica.
+
+    Our reading: ZeRO-1 as in Megatron. The momenta of all matrices, one after the other, are cut into equal ranges,
+    one a rank. Each rank gathers in bf16 every matrix of which its range has a part, orthogonalizes it whole, and keeps
+    its part. Not counted, on neither side, are gradients and the all-gather of updated parameters.
+    """
+    traffic, work = Traffic(num_ranks, machine), [0] * num_ranks
+    total, start = sum(m.rows * m.cols for m in matrices), 0
+    for matrix in matrices:
+        stop, parts = start + matrix.rows * matrix.cols, dict[int, int]()
+        for rank in range(start * num_ranks // total, min(num_ranks - 1, stop * num_ranks // total) + 1):
+            low, high = total * rank // num_ranks, total * (rank + 1) // num_ranks
+            if (size := min(high, stop) - max(low, start)) > 0:
+                parts[rank] = size
+        for target in parts:
+            work[target] += operations(matrix)
+            for source, size in parts.items():
+                if source != target:
+                    traffic.add(source, target, size * MOONLIGHT_ITEMSIZE)
+        start = stop
+    return traffic, work
+
+
+def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str, machine: Machine) -> Row:
+    """Plan one step of `model` on `num_gpus`, in replicas of `num_shards`."""
+    matrices = matrices_of(model, num_shards, num_gpus // num_shards, kind)
+    planned = plan(matrices, num_gpus, PLANNED_BYTES)
+    traffic = Traffic(num_gpus, machine)
+    for index in range(len(matrices)):
+        for transfer in planned.transfers(index):
+            traffic.add(*transfer)
+    theirs, their_work = moonlight(matrices, num_shards, machine)
+    their_bytes = theirs.totals(theirs.received)
+    held = [(-(-m.rows // num_shards), m.cols, -(-m.cols // DEFAULT_BLOCK_SIZE)) for m in matrices]
+    num_sums = sum(rows * blocks for rows, _, blocks in held)
+    elements = sum(rows * cols for rows, cols, _ in held)
+    received = traffic.totals(traffic.received)
+    return Row(
+        model=name,
+        num_gpus=num_gpus,
+        num_shards=num_shards,
+        num_matrices=len(matrices),
+        balance=max(planned.load) * num_gpus / sum(planned.load),
+        num_rounds=len(planned.rounds),
+        num_parts=sum(len(list(planned.parts(number))) for number in range(len(planned.rounds))),
+        mean_bytes=sum(received) / num_gpus,
+        most_sent_bytes=max(traffic.totals(traffic.sent)),
+        most_received_bytes=max(received),
+        sums_bytes=gathered_bytes([num_sums] * num_gpus),
+        gathered_fp32_bytes=4 * sum(m.rows * m.cols for m in matrices) * (num_shards - 1) / num_shards,
+        moonlight_mean_bytes=sum(their_bytes) / num_shards,
+        moonlight_most_bytes=max(*their_bytes, *theirs.totals(theirs.sent)),
+        state_bytes=elements + 4 * num_sums,
+        fp32_state_bytes=4 * elements,
+        arithmetic_ms=slowest_of_rounds(planned) / machine.tflops / 1e9,
+        transfer_ms=traffic.ms(),
+        moonlight_arithmetic_ms=max(their_work) / machine.tflops / 1e9,
+        moonlight_transfer_ms=theirs.ms(),
+    )

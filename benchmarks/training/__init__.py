@@ -1,0 +1,1 @@
+"""Whole runs: losses and peaks."""

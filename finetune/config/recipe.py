@@ -1,0 +1,83 @@
+"""What a pretraining run is made of: a frozen record, read from YAML, overridden by options, checked before torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config.errors import InputError
+from finetune.config.options import Training, build, check_ranges, option, read_values
+from finetune.data.texts import read_text
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+DEFAULT_RECIPE = "llama_4m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Training):
+    """One pretraining run. Every field but `name` and `model` is also a command-line option.
+
+    `model` is the content of a transformers `config.json`, `model_type` included.
+    """
+
+    model: dict[str, Any]
+    dataset: str = option(
+        "stdlib",
+        "'stdlib' (source text of this Python's standard library), a .txt, .jsonl or .parquet file, "
+        "a folder of them, a dataset saved on disk, or a name for `datasets`",
+    )
+    dataset_config: str | None = option(None, "configuration of a `datasets` name, such as sample-10BT")
+    text_column: str = option("text", "column that holds the text in .jsonl, .parquet and `datasets`")
+    split: str = option("train", "split of a `datasets` name")
+    streaming: bool = option(False, "read a `datasets` name as a stream, only as far as the run needs")
+    validation_fraction: float = option(0.02, "share of the text held out: by file, or by row hash")
+    tokenizer: str | None = option(None, "folder or name of a tokenizer; default: train a byte-level BPE")
+    init_from: str | None = option(None, "folder or name of a pretrained model to continue from")
+    dtype: str = option("fp32", "of the weights and their gradients; bf16 has no fp32 copy", "fp32", "bf16")
+    seq_len: int = option(256, "tokens per sequence")
+
+
+def read_recipe(name_or_path: str) -> Recipe:
+    """Read and validate a recipe: a name in `finetune/recipes/`, or the path of a YAML file.
+
+    Raises:
+        InputError: no such recipe, not YAML, an unknown key, a value of the wrong type or out of range.
+    """
+    return recipe_from(*read_values(name_or_path, RECIPES))
+
+
+def recipe_from(values: dict[str, Any], origin: str) -> Recipe:
+    """Build a recipe from a mapping and check every value.
+
+    Raises:
+        InputError: an unknown or missing key, or a value of the wrong type or out of range.
+    """
+    if not isinstance(values.get("model"), dict) or "model_type" not in values["model"]:
+        raise InputError("--recipe", f"{origin} needs a mapping `model` with the keys of a config.json")
+    recipe = build(Recipe, values, origin)
+    check_ranges(recipe, "seq_len")
+    if not 0 < recipe.validation_fraction < 1:
+        raise InputError("--validation-fraction", f"{recipe.validation_fraction} is not between 0 and 1")
+    longest = recipe.model.get("max_position_embeddings")
+    if recipe.init_from is None and isinstance(longest, int) and 0 < longest < recipe.seq_len:
+        raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
+    return recipe
+
+
+def read_model_config(path: str) -> dict[str, Any]:
+    """Read a transformers `config.json`, given as the file or the folder that holds it.
+
+    Raises:
+        InputError: unreadable, not JSON, or without `model_type`.
+    """
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        config = json.loads(read_text(file, "--model-config"))
+    except (ValueError, RecursionError) as error:
+        raise InputError("--model-config", f"cannot read {file}: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError("--model-config", f"{file} has no `model_type`; give a transformers config.json")
+    return config

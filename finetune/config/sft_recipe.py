@@ -1,0 +1,165 @@
+"""What a fine-tuning run is made of, checked before torch is imported, and its defaults with their reasons."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.config.errors import InputError
+from finetune.config.options import Training, build, check_ranges, flag, option, read_values
+
+SFT_RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "sft"
+NEWCOMER_RECIPE = "smollm2_135m"
+# Options that only an adapter has, beside `adapter`, which brings its own values of the first five.
+ADAPTER_SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "dora")
+ADAPTER_OPTIONS = (*ADAPTER_SHAPE, "loraplus_ratio", "adapter", "merge")
+
+NO_ADAPTER = "--mode full trains no adapter; leave it out, or give --mode lora"
+
+# Peak lr by (mode, optimizer) and why. An update of Muon under match_rms_adamw has the RMS of one of AdamW.
+MUON_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+ADAMW_LR = {"full": 1e-5, "lora": 2e-4, "qlora": 2e-4}
+LR_REASONS = {
+    ("full", "muon"): "arXiv 2605.10468 found 2e-5 to 5e-5 best for Muon and 8e-6 to 1e-5 for AdamW",
+    ("full", "adamw"): "arXiv 2605.10468 found 8e-6 to 1e-5 best for AdamW and 2e-5 to 5e-5 for Muon",
+    ("lora", "muon"): "on LoRA Muon takes about AdamW's lr, 1e-4 to 5e-4 in arXiv 2605.10468; a run of a few dozen "
+    "steps wants about ten times as much",
+    ("lora", "adamw"): "1e-4 to 5e-4 in arXiv 2605.10468; a run of a few dozen steps wants about ten times as much",
+}
+WARMUP_SHARE = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftRecipe(Training):
+    """One fine-tuning run. Every field but `name` is also a command-line option."""
+
+    model: str = option(None, "the base: a folder, a GGUF file, a hub name, or package:NAME for a package's GGUF file")
+    mode: str = option("lora", "train all weights, an adapter, or an adapter on an NF4 base", "full", "lora", "qlora")
+    lora_rank: int = option(16, "rank of the adapter")
+    lora_alpha: float = option(None, "scale of the adapter times its rank; default: twice the rank")
+    lora_dropout: float = option(0.0, "dropout before the adapter")
+    lora_targets: str = option("all-linear", "names of modules to adapt, with commas; all-linear leaves out the head")
+    dora: bool = option(False, "DoRA: the adapter learns directions, a vector per matrix learns magnitudes")
+    loraplus_ratio: float = option(1.0, "lr of the B matrices over that of the A matrices (LoRA+)")
+    adapter: str | None = option(None, "folder of an adapter of this base to train further")
+    merge: bool = option(False, "also save the base with the adapter folded in")
+    dtype: str = option(
+        "auto",
+        "of the base's weights; auto is bf16 for qlora and for lora on a CUDA device, else fp32",
+        *("auto", "fp32", "bf16"),
+    )
+    dataset: str = option(
+        "stdlib",
+        "'stdlib' (functions of this Python's standard library), a .jsonl or .parquet file with `messages`, "
+        "`prompt` and `completion`, or instruction columns, a folder of them, or a name for `datasets`",
+    )
+    dataset_config: str | None = option(None, "configuration of a `datasets` name")
+    split: str = option("train", "split of a `datasets` name")
+    limit: int | None = option(None, "take so many rows, drawn by --seed; default: all")
+    validation_fraction: float = option(0.05, "share of the examples held out, by the hash of the prompt")
+    max_length: int = option(2048, "tokens kept of an example")
+    packing: bool = option(False, "put several examples into a row of --max-length, kept apart")
+    drop_truncated: bool = option(False, "leave out examples whose answer --max-length cuts off, instead of stopping")
+    turns: str = option("all", "which assistant turns carry loss", "all", "last")
+    chat_template: str | None = option(
+        None, "a Jinja file that replaces the tokenizer's chat template, or the name of one of several that it has"
+    )
+    date: str = option("2024-07-26", "the day that a chat template sees as today")
+    epochs: float = option(1.0, "passes over the training examples, without --max-steps")
+    num_answers: int = option(3, "answers to held-out prompts generated before and after")
+    answer_tokens: int = option(64, "tokens of such an answer at most")
+    lr: float = option(None, "peak learning rate; default: by --mode and --optimizer, with the reason in the log")
+    warmup_steps: int = option(None, "optimizer steps of linear warm-up; default: 3 percent of them")
+    max_steps: int = option(None, "optimizer steps in all; default: by --epochs")
+    weight_decay: float = option(0.0, "decoupled weight decay per unit of lr")
+    batch_size: int = option(8, "rows per micro-batch and rank")
+    mixed_precision: str = option(
+        "auto", "auto is bf16 on a CUDA device that has it and for an NF4 base, else no", "auto", "no", "bf16"
+    )
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the base is frozen and an adapter is trained."""
+        return self.mode != "full"
+
+
+def read_sft_recipe(name_or_path: str) -> dict[str, Any]:
+    """Values of a recipe: a name in `finetune/recipes/sft/`, or the path of a YAML file; not checked yet.
+
+    A chat template's path is taken relative to the recipe, if there is such a file; else it is a template's name.
+
+    Raises:
+        InputError: no such recipe, or not a YAML mapping.
+    """
+    values, origin = read_values(name_or_path, SFT_RECIPES)
+    template = values.get("chat_template")
+    beside = Path(origin).resolve().parent
+    if isinstance(template, str) and (Path(template).suffix or (beside / template).is_file()):
+        values["chat_template"] = str(beside / template)
+    return values
+
+
+def sft_recipe_from(values: Mapping[str, Any], origin: str) -> SftRecipe:
+    """Build a recipe from a mapping and check every value.
+
+    Raises:
+        InputError: an unknown or missing key, or a value of the wrong type or out of range.
+    """
+    if not values.get("model"):
+        raise InputError("--model", f"{origin} name no model; give one, or --recipe {NEWCOMER_RECIPE}")
+    named = {"name": f"{Path(str(values['model'])).name}-{values.get('mode', 'lora')}", **values}
+    recipe = build(SftRecipe, named, origin)
+    check_ranges(recipe, "lora_rank", "lora_alpha", "loraplus_ratio", "limit", "max_length", "epochs", "answer_tokens")
+    if recipe.dataset == "stdlib" and recipe.limit is not None:
+        raise InputError("--limit", "the standard library is taken whole; leave it out")
+    if recipe.num_answers < 0:
+        raise InputError("--num-answers", f"{recipe.num_answers} must not be negative")
+    for name in ("validation_fraction", "lora_dropout"):
+        value = getattr(recipe, name)
+        if not (0 < value < 1 or (value == 0 and name == "lora_dropout")):
+            raise InputError(flag(name), f"{value} is not between 0 and 1")
+    if recipe.mode == "full" and (recipe.merge or recipe.adapter):
+        raise InputError("--merge" if recipe.merge else "--adapter", NO_ADAPTER)
+    if recipe.mode == "qlora" and recipe.dtype != "fp32" and recipe.mixed_precision == "no":
+        raise InputError("--mixed-precision", "an NF4 base with bf16 embeddings computes in bf16; or give --dtype fp32")
+    try:
+        datetime.date.fromisoformat(recipe.date)
+    except ValueError:
+        raise InputError("--date", f"{recipe.date!r} is no day as YYYY-MM-DD") from None
+    return recipe
+
+
+def resolve(recipe: SftRecipe, num_rows: int, num_processes: int) -> tuple[SftRecipe, list[str]]:
+    """Replace what was left to be chosen; returns the recipe and lines for the log that say what was chosen and why.
+
+    Args:
+        recipe: checked; its lr, warmup_steps, max_steps and lora_alpha may be None.
+        num_rows: rows to train on, packed or not.
+        num_processes: ranks.
+    """
+    unset = {name for name in ("lora_alpha", "lr", "max_steps", "warmup_steps") if getattr(recipe, name) is None}
+    notes = []
+    family = "muon" if recipe.optimizer.startswith("muon") else "adamw"
+    chosen: dict[str, Any] = {}
+    if "lora_alpha" in unset:
+        chosen["lora_alpha"] = 2.0 * recipe.lora_rank
+    if "lr" in unset:
+        chosen["lr"] = (MUON_LR if family == "muon" else ADAMW_LR)[recipe.mode]
+        reason = LR_REASONS["full" if recipe.mode == "full" else "lora", family]
+        notes.append(f"lr {chosen['lr']:g}, the default of {recipe.mode} with {recipe.optimizer}: {reason}")
+    max_steps = recipe.max_steps
+    if "max_steps" in unset:
+        rows = recipe.batch_size * recipe.gradient_accumulation * num_processes
+        max_steps = chosen["max_steps"] = math.ceil(recipe.epochs * num_rows / rows)
+        notes.append(f"{max_steps} steps of {rows} rows: {recipe.epochs:g} passes over {num_rows:,} rows")
+    if "warmup_steps" in unset:
+        left = max_steps - recipe.decay_steps
+        chosen["warmup_steps"] = max(0, min(math.ceil(WARMUP_SHARE * max_steps), left - 1))
+        notes.append(f"warm-up {chosen['warmup_steps']} steps, {WARMUP_SHARE:.0%} of {max_steps}")
+    if recipe.has_adapter and family == "muon" and recipe.lora_rank > 16 and recipe.adapter is None:
+        notes.append("note: in arXiv 2605.10468 Muon is ahead of AdamW on LoRA up to rank 16 only")
+    return replace(recipe, **chosen), notes

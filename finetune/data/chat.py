@@ -1,0 +1,156 @@
+"""Chat data for fine-tuning: where it comes from, and which conversations are held out.
+
+    parts = load_parts("data.jsonl", validation_fraction=0.05)      # or "stdlib", a .parquet, a `datasets` name
+    encoding = ChatEncoding(tokenizer, date="2024-07-26")           # .tokenize_chat; checks the chat template
+    train = encode_examples(parts.train, encoding, max_length=2048) # .readers; one line by `str`
+    rows = Rows(train.rows, max_length=2048, packing=True, seed=0)  # .packing; as `train_step.Blocks`:
+    batch = rows.batch([rows.shuffled(0)], device)                  # input_ids, targets[, position_ids]
+    check_isolation(model, num_rows=batch_size)                     # before the first packed step
+
+Option names that the errors of these modules use: --dataset, --split, --validation-fraction, --max-length,
+--drop-truncated, --chat-template, --date, --model, --packing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.config.errors import InputError
+from finetune.data.messages import COLUMNS, FORMS, Example, example_from_row
+from finetune.data.readers import is_saved_dataset, jsonl_objects, open_hub, opened_rows, parquet_objects
+from finetune.data.stdlib_pairs import standard_library
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Examples to train on and held out, no prompt on both sides.
+
+    Args:
+        train: at least one example.
+        validation: at least one, unless the fraction was 0.
+        label: what was asked for, for the log.
+        hash: hex SHA-256 of all examples and their split.
+    """
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    label: str
+    hash: str
+
+
+def load_parts(
+    dataset: str,
+    *,
+    validation_fraction: float,
+    config: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+) -> Parts:
+    """Conversations of a dataset in two parts: held out is a share of the different prompts (what stands before the
+    first answer), in the order of their hashes. For `stdlib` it is a share of the modules.
+
+    Args:
+        dataset: as for `load_examples`, or `stdlib`: `finetune.data.stdlib_pairs`.
+        validation_fraction: share to hold out, 0 <= fraction < 1; rounded up.
+        config: as for `load_examples`; so are `split`, `limit` and `seed`, which `stdlib` ignores.
+
+    Raises:
+        InputError: as `load_examples`, or fewer than two different prompts where one is to be held out.
+    """
+    if dataset == "stdlib":
+        train, validation, label = standard_library(validation_fraction)
+    else:
+        examples = load_examples(dataset, config=config, split=split, limit=limit, seed=seed)
+        held_out = _held_out({_prompt_hash(example) for example in examples}, validation_fraction, dataset)
+        train = [example for example in examples if _prompt_hash(example) not in held_out]
+        validation = [example for example in examples if _prompt_hash(example) in held_out]
+        label = dataset
+    digest = hashlib.sha256()
+    for example in (*train, None, *validation):
+        digest.update(json.dumps(example and [example.messages, example.first_answer]).encode())
+    return Parts(train, validation, label, digest.hexdigest())
+
+
+def load_examples(
+    dataset: str, *, config: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
+) -> list[Example]:
+    """Read conversations; `finetune.data.messages.example_from_row` tells the columns.
+
+    Args:
+        dataset: a .jsonl or .parquet file, a folder of them, a dataset saved on disk, or a name for `datasets`.
+        config: configuration of a `datasets` name.
+        split: split of a `datasets` name or of a saved dataset.
+        limit: take so many rows, drawn without replacement; None takes all.
+        seed: of that draw.
+
+    Returns:
+        Examples in the order of the rows.
+
+    Raises:
+        InputError: nothing there, unreadable, empty, or a bad row; the sentence names file and row, counted from 1 (in
+            .jsonl, lines).
+    """
+    path = Path(dataset)
+    if path.is_file() or (path.is_dir() and not is_saved_dataset(path)):
+        rows = list(_local_rows(path))
+        if not rows:
+            raise InputError("--dataset", f"{dataset} is empty; give a file with rows in it")
+        return [example_from_row(*rows[i]) for i in _drawn(len(rows), limit, seed)]
+    if not path.exists() and (path.is_absolute() or path.suffix.lower() in SUFFIXES):
+        raise InputError("--dataset", f"there is no {dataset}; give a file, a folder or a name for `datasets`")
+    opened = open_hub(dataset, config, split)
+    if len(opened) == 0:
+        raise InputError("--dataset", f"{dataset}, split {split!r}, is empty; give one with rows in it")
+    kept = [name for name in opened.column_names if name in COLUMNS]
+    if not kept:
+        names = ", ".join(f"`{name}`" for name in opened.column_names)
+        raise InputError("--dataset", f"{dataset} has {names}; it needs {FORMS}")
+    drawn = _drawn(len(opened), limit, seed)
+    chosen = opened.select_columns(kept).select(drawn)
+    numbered = opened_rows(chosen, dataset, (i + 1 for i in drawn))
+    return [example_from_row(row, f"row {number} of {dataset}") for number, row in numbered]
+
+
+def _local_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    files = sorted(filter(_has_rows, path.rglob("*"))) if path.is_dir() else [path]
+    if not files or files[0].suffix.lower() not in SUFFIXES:
+        raise InputError("--dataset", f"{path} is no .jsonl or .parquet file, and no folder with one; give such a file")
+    for file in files:
+        is_jsonl = file.suffix.lower() == ".jsonl"
+        for number, row in jsonl_objects(file) if is_jsonl else parquet_objects(file, COLUMNS):
+            yield row, f"row {number} of {file}"
+
+
+def _has_rows(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.is_dir()
+
+
+def _drawn(num_rows: int, limit: int | None, seed: int) -> list[int]:
+    """Indices of the rows to take, ascending."""
+    if limit is None or limit >= num_rows:
+        return list(range(num_rows))
+    return sorted(np.random.default_rng(seed).permutation(num_rows)[:limit].tolist())
+
+
+def _prompt_hash(example: Example) -> bytes:
+    before = example.messages[: example.answers[0]]
+    return hashlib.sha256(json.dumps(before).encode()).digest()
+
+
+def _held_out(prompts: set[bytes], fraction: float, dataset: str) -> set[bytes]:
+    if fraction and len(prompts) < 2:
+        raise InputError(
+            "--validation-fraction", f"{dataset} has a single prompt, none to hold out; give more rows, or 0"
+        )
+    return set(sorted(prompts)[: min(math.ceil(fraction * len(prompts)), len(prompts) - 1)])

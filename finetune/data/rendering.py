@@ -1,0 +1,199 @@
+"""Messages -> text, with the stretches of it that assistants wrote."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from finetune.config.errors import InputError
+from finetune.data.messages import Example, Message
+from finetune.data.templates import TRAINING_TEMPLATES
+from finetune.models.weights import first_line
+
+MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What a template may ask of a date; the time of day is that of its first second.
+DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSUwWxXyY"))
+
+
+class Rendered(NamedTuple):
+    """One conversation as text.
+
+    Args:
+        text: what the model reads.
+        spans: [start, end) in characters of the answers that carry loss.
+        source: where the spans come from: "markers" of the model's own template, a "shipped" training template, one of
+            "trl", or differences of a "prefix" rendered with and without the answer.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    source: str
+
+
+class ChatTemplate:
+    """A chat template on a fixed day.
+
+    Args:
+        text: Jinja source.
+        variables: names that it may use, such as `bos_token`.
+        date: the day it sees as today.
+        load_more: gives TRL's training template for it, or None; asked once, where no shipped one fits.
+
+    Raises:
+        InputError: not valid Jinja.
+    """
+
+    def __init__(
+        self, text: str, variables: dict[str, Any], date: datetime.date, load_more: Callable[[], str | None]
+    ) -> None:
+        self.has_markers = bool(MARKER.search(text))
+        self.variables = {**variables, "date_string": date.strftime("%d %b %Y")}
+        self.date = date
+        self.text = text
+        self.candidates = [("shipped", template) for template in TRAINING_TEMPLATES.values()]
+        self.load_more: Callable[[], str | None] | None = load_more
+        try:
+            self._render(text, [Message(role="user", content="Hello")])
+        except TemplateSyntaxError as error:
+            raise InputError("--chat-template", f"no valid template: {error.message}, line {error.lineno}") from None
+        except Exception:
+            pass  # it is valid, and says what it asks of a conversation when one is rendered
+
+    def render(self, messages: Sequence[Message], where: str, *, generation_prompt: bool = False) -> str:
+        """Text of a conversation by the model's own template.
+
+        Args:
+            messages: turns.
+            where: origin, to be shown to people.
+            generation_prompt: end with the opening of an assistant turn.
+
+        Raises:
+            InputError: the template refuses it.
+        """
+        try:
+            text = self._render(self.text, messages, generation_prompt=generation_prompt)[0]
+            text.encode()
+        except UnicodeEncodeError:
+            reason = "it writes half of a character (a lone surrogate), which no tokenizer takes; correct it"
+            raise InputError("--chat-template", f"the chat template fails at {where}: {reason}") from None
+        except TemplateError as error:
+            raise InputError("--dataset", f"the chat template refuses {where}: {first_line(error)}") from None
+        except Exception as error:  # of what the template does with a value, such as a sum of text and a number
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError("--chat-template", f"the chat template fails at {where}: {reason}") from None
+        return text
+
+    def answers(self, example: Example, last_only: bool) -> Rendered:
+        """Text of a conversation, and its answers that carry loss.
+
+        Args:
+            example: the conversation.
+            last_only: only its last answer carries loss.
+
+        Raises:
+            InputError: the template refuses it, leaves a turn out, or its answers cannot be told from the rest.
+        """
+        text = self.render(example.messages, example.where)
+        wanted = example.answers[-1:] if last_only else example.answers
+        found = self._marked(text, example)
+        if found is not None:
+            return found._replace(spans=_chosen(found.spans, wanted, example))
+        _refuse_lost(text, example)
+        return Rendered(text, [self._difference(text, i, example) for i in wanted], "prefix")
+
+    def _marked(self, text: str, example: Example) -> Rendered | None:
+        """A conversation with the spans of all its answers, from a template that marks them."""
+        if self.has_markers:
+            _refuse_lost(text, example)
+            return Rendered(text, self._render(self.text, example.messages)[1], "markers")
+        for place, (source, candidate) in enumerate(self.candidates):
+            found = self._matching(candidate, text, example)
+            if found is not None:
+                self.candidates.insert(0, self.candidates.pop(place))  # the next conversation will match it as well
+                return Rendered(*found, source)
+        load, self.load_more = self.load_more, None
+        more = load() if load else None
+        if more is None:
+            return None
+        self.candidates.append(("trl", more))
+        return self._marked(text, example)
+
+    def _render(
+        self, template: str, messages: Sequence[Message], *, generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        marked = bool(MARKER.search(template))
+        rendered: Any = render_jinja_template(
+            [[dict(message) for message in messages]],
+            chat_template=self._dated(template),
+            return_assistant_tokens_mask=marked,
+            add_generation_prompt=generation_prompt,
+            **self.variables,
+        )
+        texts, spans = rendered
+        return texts[0], spans[0] if marked else []
+
+    def _dated(self, template: str) -> str:
+        """The template with a `strftime_now` that knows only the fixed day: transformers passes no functions on."""
+        if "strftime_now" not in template:
+            return template
+        filters = "".join(f"|replace('{d}', '{self.date.strftime(d)}')" for d in DIRECTIVES)
+        return f"{{%- macro strftime_now(format) %}}{{{{ format{filters} }}}}{{%- endmacro %}}\n{template}"
+
+    def _matching(self, candidate: str, text: str, example: Example) -> tuple[str, list[tuple[int, int]]] | None:
+        """(text, spans of all answers) by a training template, if it says what the own template says. Where that one
+        loses the system turn, both are compared without it, and the training template must have it."""
+        try:
+            rendered, spans = self._render(candidate, example.messages)
+            if rendered == text:
+                return (rendered, spans) if _lost(text, example) is None else None
+            if _lost(text, example) is None or _lost(rendered, example) is not None:
+                return None
+            rest = [message for message in example.messages if message["role"] != "system"]
+            return (rendered, spans) if self._render(candidate, rest)[0] == self._render(self.text, rest)[0] else None
+        except Exception:  # another family's template, tried on a conversation that is not of its form
+            return None
+
+    def _difference(self, text: str, answer: int, example: Example) -> tuple[int, int]:
+        before = self.render(example.messages[:answer], example.where, generation_prompt=True)
+        through = self.render(example.messages[: answer + 1], example.where)
+        if not (through.startswith(before) and text.startswith(through)):
+            raise InputError(
+                "--chat-template",
+                f"the answers of {example.where} cannot be told from the rest: the template writes what precedes an "
+                "answer differently once it is there; give a template with {% generation %} markers",
+            )
+        return len(before), len(through)
+
+
+def _lost(text: str, example: Example) -> Message | None:
+    """The first turn, of those that are asked and not answered, whose content is not in the text."""
+    asked = (message for message in example.messages if message["role"] != "assistant")
+    return next((message for message in asked if message["content"].strip() not in text), None)
+
+
+def _refuse_lost(text: str, example: Example) -> None:
+    lost = _lost(text, example)
+    if lost is not None:
+        raise InputError(
+            "--chat-template",
+            f"the chat template leaves out the {lost['role']} turn of {example.where}; give a template that has it",
+        )
+
+
+def _chosen(spans: list[tuple[int, int]], wanted: Sequence[int], example: Example) -> list[tuple[int, int]]:
+    """Those of the spans of all answers that belong to the wanted ones."""
+    everyone = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+    if list(wanted) == everyone:
+        return spans
+    if len(spans) != len(everyone):
+        raise InputError(
+            "--chat-template",
+            f"it marks {len(spans)} stretches for the {len(everyone)} assistant turns of {example.where}, so the "
+            "turns that carry loss cannot be told; mark each assistant turn once",
+        )
+    return [span for i, span in zip(everyone, spans, strict=True) if i in wanted]

@@ -1,0 +1,148 @@
+"""LoRA and DoRA adapters through peft: made, continued, checkpointed, saved and folded in."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from finetune.config.errors import InputError
+from finetune.config.sft_recipe import SftRecipe
+from finetune.data.texts import read_text
+from finetune.models.pretrained import load_base_weights, weight_dtype
+from finetune.models.weights import beside_text, first_line
+from finetune.parallel.launch import plain_parameters
+from finetune.storage.outputs import save_model
+
+# What a checkpoint holds of a run whose base is frozen.
+TRAINABLE_FILE = "trainable.safetensors"
+
+
+def add_adapter(model: Any, recipe: SftRecipe, base: str) -> Any:
+    """The model with an adapter to train: a new one from torch's current seed, in fp32, or the recipe's.
+
+    Args:
+        model: of `finetune.models.pretrained.load_base`.
+        recipe: resolved.
+        base: what the model was loaded from, recorded in the adapter.
+
+    Raises:
+        InputError: targets that the model has not, or an adapter of another base.
+    """
+    if recipe.adapter:
+        return _load_adapter(model, Path(recipe.adapter), base)
+    targets: Any = recipe.lora_targets
+    if targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",")]
+        names = [name for name, _ in model.named_modules()]
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise InputError("--lora-targets", f"the model has no module {target!r}; give names like q_proj,v_proj")
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # a float is a scale like any other
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets,
+        exclude_modules=_all_of(beside_text(model)),
+        use_dora=recipe.dora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with _quiet():
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError("--lora-targets", f"peft refuses {recipe.lora_targets!r}: {first_line(error)}") from None
+
+
+def _all_of(modules: Sequence[str]) -> str | None:
+    """A pattern, as peft takes it, that matches these modules and all that is in them; None for no modules."""
+    return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else None
+
+
+def _load_adapter(model: Any, path: Path, base: str) -> Any:
+    try:
+        config = json.loads(read_text(path / "adapter_config.json", "--adapter"))
+        made_for = str(config["base_model_name_or_path"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError("--adapter", f"cannot read {path / 'adapter_config.json'}: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise InputError("--adapter", f"{path} is of type {config.get('peft_type')}; give a LoRA or DoRA adapter")
+    if not _same_base(made_for, base):
+        raise InputError(
+            "--adapter",
+            f"{path} was trained on {made_for}, not on {base}; give that --model, or, if the base has only moved, "
+            "correct base_model_name_or_path in its adapter_config.json",
+        )
+    try:
+        with _quiet():
+            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True)
+    except Exception as error:
+        raise InputError("--adapter", f"{path} does not fit {base}: {first_line(error)}") from None
+    with safe_open(path / "adapter_model.safetensors", "pt") as saved:
+        stray = set(saved.keys()) ^ set(get_peft_model_state_dict(adapted))
+    if stray:  # peft only warns about weights that are missing or have no place
+        raise InputError("--adapter", f"{path} does not fit {base}: {sorted(stray)[0]} is only on one side")
+    return adapted
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep a warning to ourselves: peft asks transformers for an attribute that is being renamed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _same_base(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
+
+
+def checkpoint_trainable_only(accelerator: Accelerator) -> None:
+    """Let `save_state` and `load_state` of a run with a frozen base move the trainable parameters only."""
+
+    def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in plain_parameters(model) if p.requires_grad}
+
+    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            tensors = {n: p.detach().cpu().contiguous() for n, p in trainable(models[0]).items()}
+            save_file(tensors, Path(folder) / TRAINABLE_FILE)
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        params, saved = trainable(models.pop()), load_file(Path(folder) / TRAINABLE_FILE)
+        if params.keys() != saved.keys():
+            raise ValueError(f"{TRAINABLE_FILE} is of other parameters: {sorted(params.keys() ^ saved.keys())[0]}")
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(saved[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_adapter(model: Any, path: Path, tokenizer: Any) -> None:
+    """Write the adapter, which names its base, and the tokenizer."""
+    save_model(path, model, None, tokenizer)
+
+
+def save_merged(base: str, adapter: Path, path: Path, recipe: SftRecipe, tokenizer: Any) -> None:
+    """Fold a saved adapter into its base and save the result as an ordinary model, in the dtype of the run.
+
+    An adapter of an NF4 base is folded into the base's own weights, which NF4 only approximates.
+    """
+    model = load_base_weights(base, dtype=weight_dtype(recipe))
+    with _quiet():
+        merged: Any = PeftModel.from_pretrained(model, str(adapter))
+    save_model(path, merged.merge_and_unload(safe_merge=True), None, tokenizer)

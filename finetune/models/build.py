@@ -1,0 +1,137 @@
+"""The model of a run: built from a configuration, or loaded to be trained further."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from finetune.config.errors import InputError
+from finetune.config.recipe import Recipe
+from finetune.models.weights import first_line, freeze_beside_text, load_whole, longest_of, model_class, text_config
+from finetune.parallel.launch import plain_parameters, whole
+
+
+def model_config(recipe: Recipe) -> Any:
+    """transformers configuration of the model to train; of a new one that also takes images, that of its text part.
+
+    Raises:
+        InputError: transformers does not know it, or rejects a value.
+    """
+    option = "--init-from" if recipe.init_from else "--model-config"
+    try:
+        if recipe.init_from:
+            config = AutoConfig.from_pretrained(recipe.init_from)
+        else:
+            config = AutoConfig.for_model(**recipe.model)
+            _check_keys(recipe.model, type(config)().to_dict())
+            config = text_config(config)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(option, f"transformers rejects it: {first_line(error)}") from None
+    longest = longest_of(config)
+    if longest is not None and recipe.seq_len > longest:
+        raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
+    return config
+
+
+def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """transformers keeps keys that it does not know; one that is almost a known key is a slip."""
+    for key in given:
+        close = [] if key in known else get_close_matches(key, known, n=1, cutoff=0.8)
+        if close and close[0] not in given:
+            raise InputError("--model-config", f"the model has no key {key!r}; did you mean {close[0]!r}?")
+
+
+def config_hash(config: PretrainedConfig) -> str:
+    """Hex SHA-256 of what a configuration says, the version of transformers left out."""
+    values = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_vocabulary(config: Any, tokenizer: Any, option: str) -> None:
+    """Every token id must have an embedding; `option` is what gave the tokenizer.
+
+    Raises:
+        InputError: the tokenizer is larger than the model's vocabulary.
+    """
+    vocab_size = text_config(config).vocab_size
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            option,
+            f"it has {len(tokenizer)} tokens and the model's vocab_size is {vocab_size}; "
+            "give a smaller tokenizer, or a --model-config with a larger vocabulary",
+        )
+
+
+def build_model(recipe: Recipe, config: Any, tokenizer: Any, device: torch.device) -> Any:
+    """The model in the recipe's dtype: random from torch's current seed, on the CPU, or pretrained, on the device.
+
+    Raises:
+        InputError: weights are missing or cannot be loaded, or the architecture is no causal language model.
+    """
+    model: Any
+    causal: Any = AutoModelForCausalLM
+    dtype = torch.bfloat16 if recipe.dtype == "bf16" else torch.float32
+    if recipe.init_from:
+        kind = model_class(config) or causal
+        model = load_whole(kind, recipe.init_from, "--init-from", device, dtype=dtype)
+        freeze_beside_text(model)
+    else:
+        config.eos_token_id = config.bos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        try:
+            model = causal.from_config(config, dtype=dtype)
+        except Exception as error:
+            reason = f"transformers cannot build the model: {first_line(error)}"
+            raise InputError("--model-config", reason) from None
+    if recipe.activation_checkpointing:
+        checkpoint_activations(model)
+    model.train()
+    return model
+
+
+def logits_of(model: nn.Module, **arguments: Tensor) -> Tensor:
+    """Logits of a causal language model that Accelerate has not prepared, fp32: fp32 norms or adapters among bf16
+    weights, as those of an NF4 base, need automatic mixed precision."""
+    param = next(model.parameters())
+    with torch.autocast(param.device.type, torch.bfloat16, enabled=param.dtype == torch.bfloat16):
+        logits: Tensor = model(**arguments, use_cache=False).logits
+    return logits.float()
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a transformers model recompute activations in the backward pass.
+
+    Raises:
+        InputError: the architecture cannot.
+    """
+    options = {"use_reentrant": False}
+    try:
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:  # its name in earlier versions of transformers
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    except ValueError as error:
+        raise InputError("--activation-checkpointing", f"{first_line(error)}; leave it out") from None
+
+
+def parameter_hash(model: nn.Module) -> str:
+    """Hex SHA-256 of all trained parameters, in order, with their names: equal on ranks that agree to the bit.
+
+    The names are those of the model inside of wrappers. Sharded parameters are gathered one at a time, by all ranks.
+    """
+    digest = hashlib.sha256()
+    for name, param in plain_parameters(model):
+        if not param.requires_grad:
+            continue
+        digest.update(name.encode())
+        digest.update(whole(param.detach()).float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,239 @@
+"""The pretrained model of a fine-tuning run: found, checked to be one that can be tuned, and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
+
+from finetune.config.errors import InputError
+from finetune.config.sft_recipe import SftRecipe
+from finetune.data.texts import ENCODING
+from finetune.models.build import checkpoint_activations, logits_of
+from finetune.models.tokens import cache_root
+from finetune.models.weights import (
+    beside_text,
+    first_line,
+    freeze_beside_text,
+    load_whole,
+    model_class,
+    refuse_part,
+    text_config,
+)
+from finetune.storage.run_dir import folder_beside
+
+# Bump when a GGUF file would become another folder.
+FORMAT = 1
+# Elements of each weight that a fingerprint looks at.
+SAMPLED = 256
+# How the names of architectures end that predict the next token, and of those whose configuration nests a text part.
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+CAUSAL_WITH_IMAGES = ("ForConditionalGeneration",)
+# Known to be pretrained with Adam (papers or reports of the families); a run of ours says it in its result.json.
+ADAM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "smollm3", "olmo", "gpt2", "gpt_neox", "opt")
+
+
+def find_base(model: str) -> str:
+    """What `from_pretrained` takes: a folder or a hub name. A GGUF file becomes a folder in the cache, once.
+
+    Args:
+        model: a folder, a hub name, a GGUF file, or `package:NAME`, an installed package that brings one GGUF file.
+
+    Raises:
+        InputError: no such package, not one GGUF file in it, or a file that transformers cannot read or that lacks
+            weights.
+    """
+    path = Path(model)
+    if model.startswith("package:"):
+        name = model.removeprefix("package:")
+        spec = find_spec(name) if name.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError("--model", f"the package {name!r} is not installed; install it, or give a folder")
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        if len(files) != 1:
+            raise InputError("--model", f"the package {name!r} holds {len(files)} GGUF files, not one; give the file")
+        path = files[0]
+    if path.suffix.lower() == ".gguf":
+        refuse_part(path, "--model")
+        return str(_gguf_folder(path))
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise InputError("--model", f"{path} is an adapter; give its base, and this folder as --adapter")
+        raise InputError("--model", f"{path} holds no config.json; give the folder of a transformers model")
+    return model
+
+
+def _gguf_folder(file: Path) -> Path:
+    """An ordinary folder with the weights of a GGUF file, dequantized to bf16, and its tokenizer, by the file's hash.
+
+    transformers takes a GGUF model for frozen and quantized: it would not save it, and NF4 on top fails.
+    """
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as opened:
+            while chunk := opened.read(2**22):
+                digest.update(chunk)
+    except OSError as error:
+        raise InputError("--model", f"cannot read {file}: {error.strerror}") from None
+    folder = cache_root() / "models" / f"gguf{FORMAT}-{file.stem}-{digest.hexdigest()[:24]}"
+    if folder.is_dir():
+        return folder
+    print(f"{file.name}: dequantizing to bf16 into {folder}", flush=True)
+    config: Any = getattr(transformers, "GgufConfig", None)  # before it came, transformers always dequantized
+    more = {} if config is None else {"quantization_config": config(dequantize=True)}
+    model = load_whole(AutoModelForCausalLM, file.parent, "--model", gguf_file=file.name, dtype=torch.bfloat16, **more)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:
+        raise InputError("--model", f"transformers cannot read the tokenizer of {file}: {first_line(error)}") from None
+    with folder_beside(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    return folder
+
+
+def base_config(base: str) -> Any:
+    """transformers configuration of a base.
+
+    Args:
+        base: of `find_base`.
+
+    Raises:
+        InputError: unreadable, no causal language model, or quantized already.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base)
+        kind = model_class(config)
+    except Exception as error:
+        raise InputError("--model", f"transformers cannot open {base!r}: {first_line(error)}") from None
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    names = [known] if isinstance(known, str) else list(known or ())
+    architectures = config.architectures or names
+    endings = CAUSAL if text_config(config) is config else (*CAUSAL, *CAUSAL_WITH_IMAGES)
+    if kind is None or not any(name in names or name.endswith(endings) for name in architectures):
+        what = ", ".join(config.architectures or [config.model_type])
+        raise InputError("--model", f"{base} is {what}, no causal language model; give one like LlamaForCausalLM")
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError("--model", f"{base} is quantized already; give the unquantized model (qlora makes it NF4)")
+    return config
+
+
+def weight_dtype(recipe: SftRecipe) -> torch.dtype:
+    """Dtype of the base's weights that are not NF4."""
+    if recipe.dtype != "auto":
+        return torch.float32 if recipe.dtype == "fp32" else torch.bfloat16
+    half = recipe.mode == "qlora" or (recipe.mode == "lora" and torch.cuda.is_available())
+    return torch.bfloat16 if half else torch.float32
+
+
+def compute_precision(recipe: SftRecipe) -> str:
+    """Mixed precision to ask Accelerate for, `auto`, `no` or `bf16`: what an NF4 base multiplies in, if it is bf16."""
+    if recipe.mode == "qlora" and recipe.mixed_precision == "auto" and weight_dtype(recipe) == torch.bfloat16:
+        return "bf16"
+    return recipe.mixed_precision
+
+
+def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
+    """The pretrained model in training mode, on the device: for an adapter frozen, for `qlora` with NF4 in its layers.
+
+    What a model has beside its language model, such as a vision tower, is frozen, and stays in what is saved.
+
+    Of an NF4 base only the norms are cast to fp32: embeddings and head keep `weight_dtype`, on an 8B model 2 GB
+    instead of the 4 GB that peft's prepare_model_for_kbit_training makes of them.
+
+    Raises:
+        InputError: weights are missing or cannot be loaded, or later tokens change earlier logits.
+    """
+    dtype = weight_dtype(recipe)
+    more: dict[str, Any] = {}
+    if recipe.mode == "qlora":
+        more = {"quantization_config": nf4_config(dtype), "device_map": {"": device}}  # on a CPU too
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    model = load_base_weights(base, device, dtype=dtype, **more)
+    freeze_beside_text(model)
+    for module in model.modules() if recipe.mode == "qlora" else ():
+        if "Norm" in type(module).__name__:
+            module.float()
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else, at the first evaluation on a CPU with AVX512_BF16, bitsandbytes packs the weights for inference: it
+            # rounds their scales to bf16, gives no gradient, and fails on shapes that are no multiples of 32 and 64.
+            module.support_avx512bf16_for_cpu = False
+    _check_causal(model, base)
+    if recipe.has_adapter:
+        model.requires_grad_(False)
+    if recipe.activation_checkpointing:
+        checkpoint_activations(model)
+    model.train()
+    return model
+
+
+def load_base_weights(base: str, device: torch.device | None = None, **more: Any) -> Any:
+    """The whole pretrained model of a base, by the class that fits its configuration; the rest as for `load_whole`.
+
+    Raises:
+        InputError: as `finetune.models.weights.load_whole`.
+    """
+    return load_whole(model_class(base_config(base)), base, "--model", device, **more)
+
+
+def nf4_config(dtype: torch.dtype) -> Any:
+    """NF4 with twice quantized scales (QLoRA, arXiv 2305.14314), computing in `dtype`.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise InputError("--mode", "qlora needs bitsandbytes; install it, or give --mode lora")
+    config: Any = transformers.BitsAndBytesConfig
+    return config(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+@torch.no_grad()
+def _check_causal(model: Any, base: str) -> None:
+    """Two inputs that differ in their last token must have equal logits before it."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
+    try:
+        if beside_text(model):  # some want to be told in training which tokens are images
+            logits_of(model.train(), input_ids=ids)
+        logits = logits_of(model.eval(), input_ids=ids)
+    except Exception as error:
+        raise InputError("--model", f"{base} does not take text alone: {first_line(error)}") from None
+    gap = (logits[0, :-1] - logits[1, :-1]).abs().max()
+    if not bool(gap <= 1e-3 * logits.abs().max()):
+        raise InputError("--model", f"{base} is not causal: a later token changes its earlier logits")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hex SHA-256 of some elements of every weight, as bytes: another base of the same shapes has another one."""
+    digest = hashlib.sha256()
+    for name, param in model.named_parameters():
+        flat = param.detach().flatten()
+        some = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].contiguous().cpu()
+        digest.update(name.encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pretrained_with(base: str, config: Any) -> str | None:
+    """The optimizer that a base was pretrained with, as far as is known: that of our own run, `adam`, or None."""
+    record = Path(base).parent / "result.json"
+    if record.is_file():
+        try:
+            return str(json.loads(record.read_text(encoding=ENCODING))["optimizer"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # another program's result.json
+            return None
+    return "adam" if str(config.model_type).startswith(ADAM_FAMILIES) else None

@@ -1,0 +1,1 @@
+"""Launching, ranks, and how a run stops on all of them."""

@@ -1,0 +1,113 @@
+"""How a run was launched, what works under which launch, and sharded tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, extract_model_from_parallel
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from finetune.config.errors import InputError
+from finetune.config.options import Training
+
+REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU", "MULTI_MLU", "MULTI_MUSA")
+# `muon` is two optimizers, of which Accelerate's FSDP saves one; bitsandbytes does not take DTensors.
+SHARDABLE = ("muon8bit", "adamw")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether parameters are sharded over ranks (FSDP2), so that reading a whole one takes all ranks."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def load_device(accelerator: Accelerator) -> torch.device:
+    """Where a rank loads weights to: its device, or the CPU if they are to be sharded."""
+    device: torch.device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
+    return device
+
+
+def replicas(accelerator: Accelerator) -> ProcessGroup | None:
+    """The ranks that hold equal parameters (DDP); None for one process, and where parameters are sharded."""
+    if accelerator.num_processes == 1 or is_sharded(accelerator):
+        return None
+    return torch.distributed.group.WORLD
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or all of a sharded one; then a collective call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reduce_in_fp32(accelerator: Accelerator) -> None:
+    """Let FSDP2 add up gradients of all ranks in fp32, also where it computes in bf16. Call it before `prepare`.
+
+    In bf16, Accelerate's choice, every micro-batch would be rounded once more before it is added to its shard.
+    """
+    if not is_sharded(accelerator):
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model inside of DDP's and torch.compile's wrappers."""
+    inside: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inside
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters under the names that they have in a model that nothing wraps, layer by layer or whole."""
+    for name, param in plain_model(model).named_parameters():
+        yield name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), param
+
+
+def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a prepared model, under the names that they have in a model that nothing wraps.
+
+    Of a sharded one on the main process alone, gathered by all: a collective call.
+    """
+    state: dict[str, Tensor] = accelerator.get_state_dict(model if is_sharded(accelerator) else plain_model(model))
+    return state
+
+
+def check_launch(accelerator: Accelerator, recipe: Training) -> None:
+    """Refuse launches under which an optimizer would not see what it needs.
+
+    Raises:
+        InputError: FSDP version 1 or without a GPU, DeepSpeed, Megatron-LM; an optimizer that cannot be sharded;
+            gradient release or state on the host in several processes, or the norms of sharded matrices.
+    """
+    kind, num = accelerator.distributed_type.value, accelerator.num_processes
+    alone = {
+        "--release-gradients": (recipe.release_gradients, "a gradient is used before they have added theirs"),
+        "--state-device": (recipe.state_device != "device", "steps that they share do not fetch state from the host"),
+    }
+    for name, (is_asked, reason) in alone.items():
+        if is_asked and (num > 1 or is_sharded(accelerator)):
+            raise InputError(
+                name, f"here are {num} processes ({kind}), and {reason}; launch a single one, or leave it out"
+            )
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and not is_sharded(accelerator):
+        raise InputError("--config_file", f"it asks for FSDP, which Accelerate would run as {kind} here; take another")
+    if not is_sharded(accelerator):
+        if kind not in REPLICATED:
+            raise InputError("--config_file", f"{kind} is not supported; take one of finetune/configs")
+        return
+    if not accelerator.is_fsdp2:
+        raise InputError("--config_file", "FSDP version 1 flattens parameters; set fsdp_version: 2, as in fsdp2.yaml")
+    if recipe.clip_matrix_norm:
+        raise InputError("--clip-matrix-norm", "FSDP2 shards the matrices whose norms it needs; give 0, and --clip")
+    if recipe.optimizer not in SHARDABLE:
+        raise InputError(
+            "--optimizer",
+            f"{recipe.optimizer} does not run on FSDP2's sharded parameters; give {' or '.join(SHARDABLE)}, or "
+            "launch with ddp.yaml",
+        )

@@ -1,0 +1,57 @@
+"""A polite stop before the last step, on all ranks together."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+
+from finetune.config.errors import StorageError
+from finetune.parallel.ranks import gather
+
+TIME_IS_UP = 124  # exit code: that of timeout(1), so that a script which knows that one knows ours
+
+
+class Stop:
+    """Reasons to stop before the last step; all ranks agree on them between two steps.
+
+    SIGTERM and SIGINT, a time that has passed, and a disk that took no metrics.
+
+    Args:
+        deadline: on the clock of `time.monotonic`, in seconds.
+    """
+
+    def __init__(self, deadline: float = math.inf) -> None:
+        self.deadline, self.code = deadline, 0
+        self.error: OSError | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Catch both signals inside the block; the handlers before it come back at its end."""
+        before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.code = 128 + number
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any rank has a reason to stop; a collective call. `code` is then the exit code, equal on all ranks.
+
+        Raises:
+            StorageError: some rank's disk took no metrics; on all ranks.
+        """
+        code = self.code or (TIME_IS_UP if time.monotonic() >= self.deadline else 0)
+        reasons = gather(accelerator, (self.error is not None, code))
+        self.code = max(code for _, code in reasons)
+        if any(failed for failed, _ in reasons):
+            raise StorageError(f"cannot write metrics.jsonl: {self.error or 'on the main process'}")
+        return self.code > 0

@@ -1,0 +1,124 @@
+"""From a checked recipe to everything that a pretraining run holds, before its first step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from finetune.config.recipe import Recipe
+from finetune.data.bigram import bigram_loss
+from finetune.data.corpus import open_corpus
+from finetune.models.build import build_model, check_vocabulary, config_hash, model_config
+from finetune.models.tokens import TokenCache, check_size, load_tokenizer, token_cache, train_tokenizer
+from finetune.parallel.launch import load_device
+from finetune.parallel.ranks import first_on_node, on_main
+from finetune.parallel.sharding import build_once
+from finetune.storage.resuming import check_same_run
+from finetune.storage.run_dir import RunFolder
+from finetune.training.loss import check_head
+from finetune.training.run import Run, make_accelerator, prepare_training, versions
+from finetune.training.train_step import Blocks
+
+SAME_RUN = {
+    "model_config": ("--model-config", "model"),
+    "corpus": ("--dataset", "corpus"),
+    "tokenizer": ("--tokenizer", "tokenizer"),
+}
+
+
+@dataclass(kw_only=True)
+class PretrainRun(Run):
+    """A pretraining run; `bigram` is the validation loss of the interpolated bigram model, nats per token."""
+
+    cache: TokenCache
+    bigram: float = float("nan")
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """Bits per UTF-8 byte of text, which unlike nats per token compares across tokenizers."""
+        return nats_per_token / math.log(2) / self.cache.bytes_per_token
+
+    def describe(self, val_loss: float) -> str:
+        return f"{val_loss:.4f} nats per token, {self.bits_per_byte(val_loss):.4f} bits per byte"
+
+
+def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
+    """Data, model, optimizers and folder of a run; the main process prints what they are.
+
+    Args:
+        recipe: checked options.
+        folder: where to write; the main process's is taken on all ranks.
+
+    Raises:
+        InputError: bad input, on all ranks alike; nothing was written but the cache.
+    """
+    accelerator, folder = make_accelerator(recipe, folder, recipe.mixed_precision)
+    set_seed(recipe.seed)
+    config = model_config(recipe)
+    tokenizer, cache, facts = first_on_node(accelerator, lambda: _prepare_data(recipe, config, accelerator))
+    check_same_run(folder, facts, SAME_RUN)
+
+    def build() -> tuple[Any, None]:
+        model = build_model(recipe, config, tokenizer, load_device(accelerator))
+        if recipe.loss_chunk:
+            check_head(model)
+        return model, None
+
+    model, _, weights = build_once(accelerator, recipe, build)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model, weights)
+    run = PretrainRun(
+        accelerator=accelerator,
+        recipe=recipe,
+        folder=folder,
+        facts=facts,
+        tokenizer=tokenizer,
+        model=prepared,
+        optimizers=optimizers,
+        schedulers=schedulers,
+        train=Blocks(cache.train, recipe.seq_len, recipe.seed),
+        validation=Blocks(cache.validation, recipe.seq_len),
+        cache=cache,
+    )
+
+    def begin() -> None:
+        folder.create(recipe)
+        run.bigram, weight = bigram_loss(cache.train, cache.validation, len(tokenizer))
+        facts.update(bigram_val_loss=run.bigram, bigram_weight=weight)
+        _introduce(run, num_parameters)
+
+    on_main(accelerator, begin)
+    if recipe.tracker:
+        accelerator.init_trackers(recipe.name)
+    return run
+
+
+def _introduce(run: PretrainRun, num_parameters: int) -> None:
+    accelerator, cache = run.accelerator, run.cache
+    run.say(
+        f"world size {accelerator.num_processes} on {accelerator.device}, {torch.get_num_threads()} threads, "
+        f"mixed precision {accelerator.mixed_precision}\n"
+        f"corpus {run.facts['corpus'][:12]}: {len(cache.train):,} training tokens, "
+        f"{len(cache.validation):,} for validation, {cache.bytes_per_token:.2f} bytes per token\n"
+        f"model {num_parameters:,} parameters, optimizer {run.recipe.optimizer}, "
+        f"interpolated bigram {run.bigram:.4f} nats per token"
+    )
+
+
+def _prepare_data(recipe: Recipe, config: Any, accelerator: Accelerator) -> tuple[Any, TokenCache, dict[str, Any]]:
+    """Tokenizer, token cache, and the facts that every record of the run carries."""
+    corpus = open_corpus(recipe)
+    if accelerator.is_main_process:
+        print(f"text: {corpus.label}, corpus {corpus.hash[:12]}; tokenizing what is not in the cache", flush=True)
+    name = recipe.tokenizer or recipe.init_from or str(train_tokenizer(corpus, config.vocab_size))
+    tokenizer = load_tokenizer(name)
+    check_vocabulary(config, tokenizer, "--tokenizer")
+    sequences = recipe.max_steps * recipe.batch_size * recipe.gradient_accumulation * accelerator.num_processes
+    cache = token_cache(corpus, tokenizer, sequences * recipe.seq_len if corpus.endless else None)
+    check_size(cache, recipe.seq_len)
+    facts = {"corpus": corpus.hash, "tokenizer": cache.meta["tokenizer"], "model_config": config_hash(config)}
+    return tokenizer, cache, facts | versions(accelerator)

@@ -1,0 +1,238 @@
+"""From a checked recipe to everything that a fine-tuning run holds, before its first step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from finetune.config.errors import InputError
+from finetune.config.sft_recipe import SftRecipe, resolve
+from finetune.data.chat import Parts, load_parts
+from finetune.data.packing import Rows, check_isolation
+from finetune.data.texts import read_text
+from finetune.data.tokenize_chat import ChatEncoding, EncodedExamples, encode_examples
+from finetune.models.adapters import add_adapter, checkpoint_trainable_only
+from finetune.models.build import check_vocabulary, config_hash
+from finetune.models.pretrained import (
+    base_config,
+    compute_precision,
+    find_base,
+    fingerprint,
+    load_base,
+    pretrained_with,
+    weight_dtype,
+)
+from finetune.models.tokens import load_tokenizer
+from finetune.models.weights import beside_text, longest_of
+from finetune.parallel.launch import is_sharded, load_device
+from finetune.parallel.ranks import first_on_node, on_main
+from finetune.parallel.sharding import build_once
+from finetune.storage.resuming import check_same_run
+from finetune.storage.run_dir import RunFolder
+from finetune.training.loss import check_head
+from finetune.training.run import make_accelerator, prepare_training, versions
+from finetune.training.sft_run import SftRun, samples_of
+from finetune.training.train_step import evaluate
+
+SAME_RUN = {"model": ("--model", "model"), "corpus": ("--dataset", "dataset"), "tokenizer": ("--model", "tokenizer")}
+
+
+@dataclass(frozen=True)
+class _Data:
+    parts: Parts
+    encoding: ChatEncoding
+    train: EncodedExamples
+    validation: EncodedExamples
+
+
+def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
+    """Data, model, optimizers and folder of a run; the main process prints what they are, and what was chosen.
+
+    Args:
+        recipe: checked options.
+        folder: where to write; the main process's is taken on all ranks.
+
+    Raises:
+        InputError: bad input, on all ranks alike; nothing was written but the cache.
+    """
+    accelerator, folder = make_accelerator(recipe, folder, compute_precision(recipe))
+    if is_sharded(accelerator) and recipe.has_adapter:
+        raise InputError(
+            "--mode", f"{recipe.mode} under FSDP is not supported; launch with ddp.yaml, or give --mode full"
+        )
+    set_seed(recipe.seed)
+    base = first_on_node(accelerator, lambda: find_base(recipe.model))
+    config = base_config(base)
+    tokenizer = load_tokenizer(base, "--model")
+    check_vocabulary(config, tokenizer, "--model")
+    data = _prepare_data(recipe, config, tokenizer)
+    train, validation = _rows(recipe, data.train, tokenizer), _rows(recipe, data.validation, tokenizer)
+    recipe, notes = resolve(recipe, len(train), accelerator.num_processes)
+
+    def build() -> tuple[Any, str]:
+        model = load_base(base, recipe, load_device(accelerator))
+        if recipe.packing:
+            check_isolation(model, num_rows=recipe.batch_size)
+        if recipe.loss_chunk:
+            check_head(model)
+        return model, fingerprint(model)
+
+    model, digest, weights = build_once(accelerator, recipe, build)
+    facts = {
+        "model": hashlib.sha256((config_hash(config) + digest).encode()).hexdigest(),
+        "corpus": data.parts.hash,
+        "tokenizer": _tokenizer_hash(tokenizer),
+        **versions(accelerator),
+    }
+    check_same_run(folder, facts, SAME_RUN)
+    notes += _warnings(recipe, base, config)
+    if aside := beside_text(model):
+        notes.append(
+            f"note: the text part alone is trained; {', '.join(aside)} are saved as they were. The files of an image "
+            "processor are the base's: copy them where images are to be taken"
+        )
+    num_answers = recipe.num_answers
+    if is_sharded(accelerator) and num_answers:
+        notes.append("note: no answers are generated, since the model is sharded")
+        num_answers = 0
+    if recipe.has_adapter:
+        model = add_adapter(model, recipe, base)
+        checkpoint_trainable_only(accelerator)
+    ratio = None if recipe.loraplus_ratio == 1 else recipe.loraplus_ratio
+    prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model, weights, ratio)
+    run = SftRun(
+        accelerator=accelerator,
+        recipe=recipe,
+        folder=folder,
+        facts=facts,
+        tokenizer=tokenizer,
+        model=prepared,
+        optimizers=optimizers,
+        schedulers=schedulers,
+        train=train,
+        validation=validation,
+        base=base,
+        samples=samples_of(data.parts.validation[:num_answers], data.encoding),
+    )
+    on_main(accelerator, lambda: folder.create(recipe))
+    _introduce(run, data, notes)
+    if recipe.tracker:
+        accelerator.init_trackers(recipe.name)
+    _look_before(run)
+    return run
+
+
+def _prepare_data(recipe: SftRecipe, config: Any, tokenizer: Any) -> _Data:
+    longest = longest_of(config)
+    if longest is not None and recipe.max_length > longest:
+        raise InputError("--max-length", f"{recipe.max_length} exceeds the model's max_position_embeddings {longest}")
+    if recipe.chat_template:
+        tokenizer.chat_template = read_template(recipe.chat_template, tokenizer.chat_template)
+    turns: Any = recipe.turns
+    encoding = ChatEncoding(tokenizer, date=recipe.date, turns=turns)
+    parts = load_parts(
+        recipe.dataset,
+        validation_fraction=recipe.validation_fraction,
+        config=recipe.dataset_config,
+        split=recipe.split,
+        limit=recipe.limit,
+        seed=recipe.seed,
+    )
+    options: Any = {"max_length": recipe.max_length, "drop_truncated": recipe.drop_truncated}
+    train = encode_examples(parts.train, encoding, **options)
+    validation = encode_examples(parts.validation, encoding, **options)
+    for part, encoded in (("training", train), ("validation", validation)):
+        if not encoded.rows:
+            raise InputError("--max-length", f"{recipe.max_length} leaves no {part} example; give more")
+    return _Data(parts, encoding, train, validation)
+
+
+def read_template(given: str, own: str | dict[str, str] | None) -> str:
+    """The text of a file, or that of the tokenizer's template with this name.
+
+    Args:
+        given: path or name.
+        own: the tokenizer's template, or several by their names.
+
+    Raises:
+        InputError: neither, or a file that is not text.
+    """
+    if Path(given).is_file():
+        return read_text(Path(given), "--chat-template")
+    if isinstance(own, dict) and given in own:
+        return own[given]
+    if isinstance(own, dict):
+        names = f"the tokenizer's templates are {', '.join(sorted(own))}; give one of them, or a file"
+    else:
+        names = "the tokenizer has a single template or none, without a name; give a file"
+    raise InputError("--chat-template", f"there is no file {given}, and {names}")
+
+
+def _rows(recipe: SftRecipe, encoded: EncodedExamples, tokenizer: Any) -> Rows:
+    pad = tokenizer.pad_token_id
+    return Rows(
+        encoded.rows,
+        max_length=recipe.max_length,
+        packing=recipe.packing,
+        seed=recipe.seed,
+        pad_id=0 if pad is None else pad,
+    )
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:
+    """What a practitioner should know about this combination."""
+    notes = []
+    was = pretrained_with(base, config)
+    if recipe.mode == "full" and recipe.optimizer.startswith("muon") and was is not None and was.startswith("adam"):
+        notes.append(
+            "note: this base was pretrained with Adam; tuning all weights of such a model, Muon usually trails AdamW "
+            "(arXiv 2605.10468, 2502.16982): keep a run with --optimizer adamw beside it"
+        )
+    if recipe.mode == "full" and weight_dtype(recipe) == torch.bfloat16:
+        is_stochastic = recipe.optimizer == "muon8bit" and recipe.param_rounding != "nearest"
+        how = "stochastically" if is_stochastic else "to nearest, which loses small updates"
+        notes.append(f"note: bf16 weights are trained; {recipe.optimizer} rounds them {how}")
+    if recipe.mode == "qlora" and recipe.merge:
+        notes.append("note: --merge folds the adapter into the base's own weights, not into the NF4 ones it learns on")
+    return notes
+
+
+def _introduce(run: SftRun, data: _Data, notes: Sequence[str]) -> None:
+    accelerator, recipe = run.accelerator, run.recipe
+    params = list(run.model.parameters())
+    trained = sum(p.numel() for p in params if p.requires_grad)
+    adapter = "" if not recipe.has_adapter else ", DoRA" if recipe.dora else ", LoRA"
+    run.say(
+        f"world size {accelerator.num_processes} on {accelerator.device}, {torch.get_num_threads()} threads, "
+        f"mixed precision {accelerator.mixed_precision}, base in {str(weight_dtype(recipe)).removeprefix('torch.')}"
+        f"{' and NF4' if recipe.mode == 'qlora' else ''}\n"
+        f"data: {data.parts.label}, {data.parts.hash[:12]}\n"
+        f"  training: {data.train}; {len(run.train):,} rows\n"
+        f"  validation: {data.validation}; {len(run.validation):,} rows\n"
+        f"model {run.base}: {trained:,} parameters are trained{adapter}, optimizer {recipe.optimizer}"
+    )
+    for note in notes:
+        run.say(note)
+
+
+def _look_before(run: SftRun) -> None:
+    """Validation loss and answers of the base; a resumed run keeps those of its start."""
+    if run.folder.checkpoint:
+        run.facts["val_loss_before"] = run.folder.progress()["facts"]["val_loss_before"]
+        return
+    recipe = run.recipe
+    val_loss = evaluate(run.accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
+    run.facts["val_loss_before"] = val_loss
+    run.say(f"before: validation {run.val_loss_before:.4f} nats per target")
+    on_main(run.accelerator, lambda: run.write_answers("before"))

@@ -1,0 +1,129 @@
+"""What a finished run leaves: the model, the table of state bytes, the loss plot, the comparison with a bigram."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from finetune.models.build import parameter_hash
+from finetune.models.optimizers import report_state
+from finetune.parallel.launch import plain_model, whole_state
+from finetune.parallel.ranks import gather
+from finetune.setup.prepare import PretrainRun
+from finetune.storage.run_dir import folder_beside, write_beside
+from finetune.training.run import Run
+
+
+def finish(run: PretrainRun) -> None:
+    """Save model/, state_report.json, loss.png and result.json, and print the table and the verdict."""
+    accelerator = run.accelerator
+    state = whole_state(accelerator, run.model)
+    hashes = gather(accelerator, parameter_hash(run.model))
+    if not accelerator.is_main_process:
+        return
+    save_model(run.folder.path / "model", plain_model(run.model), state, run.tokenizer)
+    val_loss = run.folder.metrics()[-1]["val_loss"]
+    bits = run.bits_per_byte(val_loss)
+    more = {"bits_per_byte": bits, "parameter_hashes": hashes}
+    write_results(run, more, reference=("interpolated bigram", run.bigram))
+    below = "below" if val_loss < run.bigram else "NOT below"
+    run.say(f"{summary(run, val_loss)}; {below} the interpolated bigram's {run.bigram:.4f}")
+
+
+def summary(run: Run, val_loss: float) -> str:
+    """One line: what was trained, how long, and its validation loss."""
+    return (
+        f"{run.recipe.optimizer} after {run.step} steps, {run.tokens:,} {run.unit}, {run.seconds:.0f} s: validation "
+        f"{run.describe(val_loss)}"
+    )
+
+
+def write_results(run: Run, more: Mapping[str, Any], reference: tuple[str, float]) -> None:
+    """Write state_report.json, loss.png and result.json of a finished run, and print the table of state bytes.
+
+    Args:
+        run: after its last step; the main process's.
+        more: for result.json.
+        reference: name and height of a line in the plot, nats per token.
+    """
+    path = run.folder.path
+    optimizers: list[Any] = [getattr(o, "optimizer", o) for o in run.optimizers]
+    record, table = report_state(optimizers)
+    write_beside(path / "state_report.json", json.dumps(record | run.facts, indent=1))
+    metrics = run.folder.metrics()
+    plot_losses(metrics, reference, f"{run.recipe.name}, {run.recipe.optimizer}", path / "loss.png")
+    result = {
+        "optimizer": run.recipe.optimizer,
+        "step": run.step,
+        "val_loss": metrics[-1]["val_loss"],
+        "tokens": run.tokens,
+        "seconds": run.seconds,
+        **run.release_facts,
+        **more,
+        **run.facts,
+    }
+    write_beside(path / "result.json", json.dumps(result, indent=1))
+    run.say(f"\nstate of the optimizer\n{table}\n")
+
+
+def save_model(path: Path, model: Any, state: Mapping[str, Any] | None, tokenizer: Any) -> None:
+    """Write model (or adapter) and tokenizer beside, then exchange the folders.
+
+    Args:
+        path: the folder that they take.
+        model: with `save_pretrained`.
+        state: its state dict, or None for its own.
+        tokenizer: its tokenizer.
+    """
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+
+    def write(beside: Path) -> None:
+        model.save_pretrained(beside, state_dict=state)
+        tokenizer.save_pretrained(beside)
+
+    replace_folder(path, write)
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder, and exchange it for the old one, which stays if `write` fails."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    with folder_beside(path) as beside:
+        write(beside)
+        if path.exists():
+            path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def plot_losses(metrics: list[dict[str, Any]], reference: tuple[str, float], title: str, path: Path) -> None:
+    """Plot training and validation loss over steps, with a reference as a line.
+
+    Args:
+        metrics: records of metrics.jsonl; losses in nats per token.
+        reference: its name, and its validation loss in nats per token; not drawn where that is NaN.
+        title: of the figure.
+        path: the .png to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], lw=1, label="training")
+    evaluated = [m for m in metrics if m["val_loss"] is not None]
+    axes.plot([m["step"] for m in evaluated], [m["val_loss"] for m in evaluated], "o-", label="validation")
+    name, height = reference
+    if math.isfinite(height):
+        axes.axhline(height, color="gray", ls="--", label=name)
+    axes.set(xlabel="step", ylabel="nats per token", title=title)
+    axes.legend()
+    beside = path.with_name(".loss.png")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(path)

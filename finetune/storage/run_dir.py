@@ -1,0 +1,217 @@
+"""A run on disk: recipe.yaml, metrics.jsonl, checkpoints/, model/. No torch in here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.config.errors import InputError
+from finetune.config.options import Training
+from finetune.storage.checkpoints import (
+    PROGRESS_FILE,
+    complete,
+    named_checkpoints,
+    remove,
+    remove_leftovers,
+    step_of,
+    sync,
+)
+
+RUNS = Path("runs")
+
+
+@dataclass
+class RunFolder:
+    """Where a run writes.
+
+    Args:
+        path: absolute path of the folder; it need not exist before `create`.
+        link: `runs/latest`, moved to this run by `create`; None leaves it alone.
+        candidates: checkpoints that a resumed run may continue from, best first; empty for a new run.
+        checkpoint: the undamaged one of them that was chosen; None for a new run, and before the choice.
+    """
+
+    path: Path
+    link: Path | None = None
+    candidates: tuple[Path, ...] = ()
+    checkpoint: Path | None = None
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the checkpoint holds; 0 for a new run."""
+        return int(self.progress()["step"]) if self.checkpoint else 0
+
+    def progress(self) -> dict[str, Any]:
+        """What the chosen checkpoint says about itself."""
+        assert self.checkpoint is not None
+        record: dict[str, Any] = json.loads((self.checkpoint / PROGRESS_FILE).read_text())
+        return record
+
+    def is_finished(self) -> bool:
+        """Whether the run has left all that it leaves after the step of its checkpoint."""
+        try:
+            done = json.loads((self.path / "result.json").read_text())["step"] == self.step
+        except (OSError, ValueError, KeyError):
+            return False
+        return done and any((self.path / name).is_dir() for name in ("model", "adapter"))
+
+    def is_evaluated(self) -> bool:
+        """Whether the metrics have a validation loss of the checkpoint's step, which the results of a run need."""
+        return any(m["step"] == self.step and m["val_loss"] is not None for m in self.metrics())
+
+    def create(self, recipe: Training) -> None:
+        """Make the folder and point `runs/latest` to it; for a resumed run, forget steps after its checkpoint.
+
+        Later checkpoints, damaged or of a continuation that is given up, lose their names, and go with the next save.
+
+        Raises:
+            InputError: the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.checkpoint is None:
+                self.recipe_file.touch(exist_ok=False)
+            self._begin(recipe)
+        except FileExistsError:
+            raise InputError("--output-dir", f"another run has just taken {self.path}; give one of your own") from None
+        except OSError as error:
+            raise InputError("--output-dir", f"cannot write to {self.path}: {error.strerror}") from None
+
+    def _begin(self, recipe: Training) -> None:
+        write_beside(self.recipe_file, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+        sync(self.path.parent)
+        remove_leftovers(self.path)
+        for later in named_checkpoints(self.path):
+            if step_of(later) > self.step:
+                later.rename(later.with_name(f".{later.name}.given-up"))
+        kept = [record for record in self.metrics() if record["step"] <= self.step]
+        write_beside(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        if self.link is not None:
+            beside = scratch_beside(self.link)
+            beside.symlink_to(self.path.name)
+            beside.replace(self.link)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; a last line cut off by a crash is left out."""
+        records = []
+        if self.metrics_file.exists():
+            for line in self.metrics_file.read_text().splitlines():
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    break
+        return records
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def finish_checkpoint(self, partial: Path, files: dict[str, dict[str, Any]], keep: int) -> None:
+        """Name a checkpoint whose files are sealed, then delete all but the last `keep`, and what has no name.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        sync(self.metrics_file)
+        complete(partial, files)
+        for old in named_checkpoints(self.path)[:-keep]:
+            remove(old)
+        remove_leftovers(self.path)
+
+
+def choose_folder(output_dir: str | None, recipe_name: str) -> RunFolder:
+    """Folder of a new run; nothing is created.
+
+    Raises:
+        InputError: `output_dir` is a file, or a folder with something in it.
+    """
+    if output_dir is None:
+        # One name for all ranks of a launch: the launcher's process starts them within its own lifetime.
+        now = time.time()
+        name = f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{int(now * 1000) % 1000:03d}"
+        runs, number = RUNS.resolve(), 1
+        path = runs / name
+        while path.exists():
+            number += 1
+            path = runs / f"{name}-{number}"
+        return RunFolder(path, link=runs / "latest")
+    path = Path(output_dir).expanduser().resolve()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError("--output-dir", f"{path} is in use; give a new folder, or continue it with --resume")
+    return RunFolder(path)
+
+
+def find_run(resume: str) -> RunFolder:
+    """Folder of a run to continue, and the checkpoints to choose from, newest first.
+
+    Args:
+        resume: `latest` (what runs/latest points to), a run's folder, or one checkpoint in it.
+
+    Raises:
+        InputError: there is no run, or no checkpoint in it.
+    """
+    given = Path(os.path.abspath(RUNS / "latest" if resume == "latest" else Path(resume).expanduser()))
+    # checkpoints/ and what is in it may be links to another disk: looked for where the run has them.
+    path = given if given.parent.name == "checkpoints" else given.resolve()
+    if path.parent.name == "checkpoints" and path.is_dir():
+        run = path.parent.parent.resolve()
+        return RunFolder(run, candidates=(run / "checkpoints" / path.name,))
+    if not (path / "recipe.yaml").is_file():
+        hint = " (runs/ lies where the run was started)" if resume == "latest" else ""
+        raise InputError("--resume", f"{path} is not a run's folder{hint}; give one that holds recipe.yaml")
+    checkpoints = named_checkpoints(path)
+    if not checkpoints:
+        raise InputError("--resume", f"{path} has no complete checkpoint; start anew without --resume")
+    return RunFolder(path, candidates=tuple(reversed(checkpoints)))
+
+
+def scratch_beside(path: Path) -> Path:
+    """Return a hidden path beside `path` that no other process takes, on this machine or on one that shares the disk.
+
+    Process ids do not tell machines or containers apart.
+    """
+    return path.with_name(f".{path.name[:80]}.{platform.node()[:64]}.{uuid.uuid4().hex}")
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part, also after a power failure."""
+    beside = scratch_beside(path)
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
+    beside.replace(path)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A new folder that takes the name `path` when the block ends without an error; another writer may win."""
+    beside = scratch_beside(path)
+    beside.mkdir(parents=True, exist_ok=False)
+    try:
+        yield beside
+        try:
+            beside.rename(path)
+        except OSError:  # somebody else finished the same folder first
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

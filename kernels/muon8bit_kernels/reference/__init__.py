@@ -1,0 +1,18 @@
+"""The torch backend: every function of `dispatch.Kernels`, and what the other backends are measured by."""
+
+from .momentum import dequantize, momentum_apply, momentum_stats, num_blocks, quantize
+from .products import symmetric_product
+from .tiny import step_tiny
+from .update import round_stochastic, update_params
+
+__all__ = [
+    "dequantize",
+    "momentum_apply",
+    "momentum_stats",
+    "num_blocks",
+    "quantize",
+    "round_stochastic",
+    "step_tiny",
+    "symmetric_product",
+    "update_params",
+]

@@ -1,0 +1,226 @@
+"""The arithmetic of record in torch: quantize, dequantize and the two-phase momentum step.
+
+Every operation is rounded to fp32 and none is fused, so the Triton kernels give the same codes, scales and
+momentum bit for bit. The momentum step takes lists of stacks (see `stacks`); a block is `block_size` consecutive
+elements of one row, the last of a row may be shorter. `codebook=None` means an unquantized fp32 momentum: `codes`
+are the buffers, `scales` is None.
+
+    m      = beta * ((code * s) / 127) + (1 - beta) * g          dynamic: beta * (map[code] * s) + ...
+    s'     = max |m| over the block, 0 if that is below the smallest normal fp32
+    code'  = rint((m / s') * 127)                                dynamic: the nearest map entry to m / s'
+    u      = beta * m + (1 - beta) * g  if nesterov else  m      what Newton-Schulz sees
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..batches import Rows, batch_shape
+from ..codebooks import (
+    CODE_DTYPES,
+    LINEAR_MAX,
+    SCALE_FLOOR,
+    Codebook,
+    dynamic_map,
+    dynamic_midpoints,
+    dynamic_prefix_codes,
+)
+
+# Elements that one pass works on: its fp32 temporaries stay in a core's cache and bound the workspace.
+_CHUNK_ELEMENTS = 2**19
+
+
+def num_blocks(cols: int, block_size: int) -> int:
+    """Blocks in a row of `cols` elements: ceil(cols / block_size)."""
+    return -(-cols // block_size)
+
+
+class _Piece(NamedTuple):
+    """A range of rows, the columns and blocks of whole blocks of one length in them, and that length."""
+
+    rows: slice
+    cols: slice
+    blocks: slice
+    block: int
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """Room in a flat buffer: [rows, cols]."""
+        num_rows, num_cols = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
+        return buffer[: num_rows * num_cols].view(num_rows, num_cols)
+
+
+def _pieces(rows: int, cols: int, block_size: int) -> Iterator[_Piece]:
+    """All of a matrix, in pieces small enough for the cache."""
+    full = cols // block_size * block_size
+    step = max(1, _CHUNK_ELEMENTS // max(1, cols))
+    for start in range(0, rows, step):
+        row_range = slice(start, min(start + step, rows))
+        if full:
+            yield _Piece(row_range, slice(0, full), slice(0, full // block_size), block_size)
+        if full < cols:
+            yield _Piece(row_range, slice(full, cols), slice(full // block_size, full // block_size + 1), cols - full)
+
+
+def _buffers(num: int, rows: int, cols: int, device: torch.device) -> Tensor:
+    """Return fp32 [num, elements], room for any piece of [rows, cols] or of some of its columns.
+
+    The pieces use it one after the other: fresh memory costs more than arithmetic.
+    """
+    return torch.empty(num, min(rows * cols, max(_CHUNK_ELEMENTS, cols)), device=device, dtype=torch.float32)
+
+
+def _decode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
+    """Codes, as fp32 numbers [rows, blocks, block], and scales [rows, blocks] -> what they stand for, in place."""
+    if codebook == "linear":
+        # A tensor, since on CUDA torch replaces division by a Python number by multiplication with its reciprocal.
+        return values.mul_(scales.unsqueeze(-1)).div_(scales.new_full((), LINEAR_MAX))
+    torch.index_select(dynamic_map(values.device), 0, values.long().view(-1), out=values.view(-1))
+    return values.mul_(scales.unsqueeze(-1))
+
+
+def _encode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
+    """fp32 values [rows, blocks, block], which are lost, and floored scales [rows, blocks] -> codes, as numbers."""
+    ratio = values.div_(scales.masked_fill(scales == 0, torch.inf).unsqueeze(-1))
+    if codebook == "linear":
+        return ratio.mul_(LINEAR_MAX).round_()
+    # On CPU `index_select` by int64 is three times as fast as indexing.
+    prefix = (ratio.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    codes = dynamic_prefix_codes(values.device).index_select(0, prefix.long().view(-1))
+    del prefix
+    codes += ratio.view(-1) > dynamic_midpoints(values.device).index_select(0, codes)
+    return codes.view(values.shape)
+
+
+def _block_scales(values: Tensor) -> Tensor:
+    """The largest magnitude of fp32 [rows, blocks, block], 0 below the floor, NaN if there is one: [rows, blocks].
+
+    The bits of magnitudes, taken as integers, are in the order of the magnitudes with NaN on top; and on CPU integers
+    are reduced faster, in short rows four times.
+    """
+    absmax = values.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(-1).view(torch.float32)
+    return absmax.masked_fill_(absmax < SCALE_FLOOR, 0.0)
+
+
+def quantize(values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantize finite `values` [rows, cols] (any float dtype) -> codes [rows, cols], fp32 scales [rows, blocks]."""
+    rows, cols = values.shape
+    codes = torch.empty(rows, cols, dtype=CODE_DTYPES[codebook], device=values.device)
+    scales = torch.empty(rows, num_blocks(cols, block_size), dtype=torch.float32, device=values.device)
+    (buffer,) = _buffers(1, rows, cols, values.device)
+    for piece in _pieces(rows, cols, block_size):
+        copy = piece.of(buffer).copy_(values[piece.rows, piece.cols]).unflatten(1, (-1, piece.block))
+        scales[piece.rows, piece.blocks] = scale = _block_scales(copy)
+        codes[piece.rows, piece.cols] = _encode_(copy, scale, codebook).flatten(1)
+    return codes, scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size: int) -> Tensor:
+    """Decode codes [rows, cols] and fp32 scales [rows, blocks] -> fp32 [rows, cols]."""
+    rows, cols = codes.shape
+    values = torch.empty(rows, cols, dtype=torch.float32, device=codes.device)
+    (buffer,) = _buffers(1, rows, cols, codes.device)
+    for piece in _pieces(rows, cols, block_size):
+        copy = piece.of(buffer).copy_(codes[piece.rows, piece.cols]).unflatten(1, (-1, piece.block))
+        values[piece.rows, piece.cols] = _decode_(copy, scales[piece.rows, piece.blocks], codebook).flatten(1)
+    return values
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a momentum step works on; see `momentum_stats`."""
+
+    codes: Rows
+    scales: Rows | None
+    grads: Rows
+    beta: float
+    codebook: Codebook | None
+
+    def momentum(self, piece: _Piece, m: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The new momentum m and (1 - beta) * g of one piece, in these flat buffers: [rows, blocks, block]."""
+        shape = (-1, piece.block)
+        m = self.codes.read(piece.rows, piece.cols, piece.of(m)).unflatten(1, shape)
+        if self.scales is not None and self.codebook is not None:
+            scales = m.new_empty(m.shape[:2])
+            _decode_(m, self.scales.read(piece.rows, piece.blocks, scales), self.codebook)
+        g = self.grads.read(piece.rows, piece.cols, piece.of(g)).unflatten(1, shape).mul_(1.0 - self.beta)
+        return m.mul_(self.beta).add_(g), g
+
+
+def momentum_stats(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
+    *,
+    beta: float,
+    nesterov: bool,
+    codebook: Codebook | None,
+    block_size: int,
+) -> Tensor:
+    """First phase: read only. What the step needs to know before it writes anything.
+
+    Args:
+        codes: stacks [count, rows, cols], int8 (linear), uint8 (dynamic) or fp32 (None).
+        scales: stacks [count, rows, blocks], fp32; None with `codebook=None`.
+        grads: stacks [count, rows, cols], fp32, bf16 or fp16, any strides.
+        beta: momentum factor in [0, 1).
+
+    Returns:
+        fp32 [batch, rows, blocks], the sum of u squared; not finite where a gradient is not, or where squares overflow.
+    """
+    batch, rows, cols = batch_shape(codes)
+    sumsq = torch.empty(batch, rows, num_blocks(cols, block_size), dtype=torch.float32, device=codes[0].device)
+    state = _State(Rows(codes), None if scales is None else Rows(scales), Rows(grads), beta, codebook)
+    buffers = _buffers(2, batch * rows, cols, sumsq.device)
+    for piece in _pieces(batch * rows, cols, block_size):
+        m, scaled_grad = state.momentum(piece, *buffers)
+        u = m.mul_(beta).add_(scaled_grad) if nesterov else m
+        sumsq.flatten(0, 1)[piece.rows, piece.blocks] = u.square_().sum(-1)
+    return sumsq
+
+
+def momentum_apply(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
+    norms: Tensor,
+    out: Tensor,
+    *,
+    beta: float,
+    nesterov: bool,
+    codebook: Codebook | None,
+    block_size: int,
+    skip: Tensor | None = None,
+) -> None:
+    """Second phase: recompute the same momentum and write codes, scales and the Newton-Schulz input.
+
+    Args:
+        codes, scales, grads: as in `momentum_stats`; codes and scales are overwritten with the new state.
+        norms: fp32 [batch], the positive divisors of u (Frobenius norms, bounded below).
+        out: [batch, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
+        skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
+    """
+    if skip is not None and skip.item() != 0:
+        return
+    batch, rows, cols = batch_shape(codes)
+    state = _State(Rows(codes), None if scales is None else Rows(scales), Rows(grads), beta, codebook)
+    inverses = norms.reciprocal().clamp_(max=torch.finfo(torch.float32).max)  # a zero momentum stays zero
+    row_inverses, target = inverses.repeat_interleave(rows).view(-1, 1, 1), Rows([out])
+    buffers = _buffers(3, batch * rows, cols, out.device)
+    for piece in _pieces(batch * rows, cols, block_size):
+        m, scaled_grad = state.momentum(piece, *buffers[:2])
+        u = piece.of(buffers[2]).view(m.shape)
+        if nesterov:
+            torch.mul(m, beta, out=u).add_(scaled_grad).mul_(row_inverses[piece.rows])
+        else:
+            torch.mul(m, row_inverses[piece.rows], out=u)
+        target.write(piece.rows, piece.cols, u.flatten(1))
+        if state.scales is not None and codebook is not None:
+            scale = _block_scales(m)
+            state.scales.write(piece.rows, piece.blocks, scale)
+            m = _encode_(m, scale, codebook)
+        state.codes.write(piece.rows, piece.cols, m.flatten(1))

@@ -1,0 +1,134 @@
+"""The update of a parameter in torch: decay, step and rounding; `triton_update` gives the same bits.
+
+    W  =  round(W * decay - O * scale)        each operation rounded to fp32, then once to the parameter's dtype
+
+Stochastic rounding to bf16 adds 16 random bits to the 16 that bf16 has no room for, and cuts them off: the upper
+neighbour (in magnitude) is taken with the probability that makes the mean exact. Numbers that bf16 holds stay, signs
+are symmetric, what exceeds the largest bf16 goes to it or to infinity, NaN stays NaN. Source: the scheme of
+Gupta et al. (arXiv 1502.02551), on the bits of IEEE numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..batches import Rows, batch_shape
+from ..random_bits import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2, signed
+
+# Elements that one pass works on: its temporaries stay in a core's cache.
+_CHUNK_ELEMENTS = 2**19
+
+
+def _rotate_(words: Tensor, by: int) -> Tensor:
+    """Rotate int32 bits to the left. torch's right shift copies the sign: the mask takes it off."""
+    low = (words >> (32 - by)).bitwise_and_((1 << by) - 1)
+    return words.bitwise_left_shift_(by).bitwise_or_(low)
+
+
+def _xor_shifted_(words: Tensor, by: int) -> Tensor:
+    return words.bitwise_xor_((words >> by).bitwise_and_((1 << (32 - by)) - 1))
+
+
+def random_bits(indices: Tensor, *, key: int | Tensor) -> Tensor:
+    """The hash of element indices (int64, any shape, >= 0) under `rounding_key`'s int32, or int32 tensor that
+    broadcasts: int32, the shape of `indices`."""
+    # The cast keeps the low 32 bits.
+    state = _rotate_(indices.to(torch.int32).mul_(signed(WORD_1)), 15).mul_(WORD_2).bitwise_xor_(key)
+    _rotate_(state, 13).mul_(5).add_(signed(ADDED))
+    # A high word of 0 changes nothing; on CUDA, looking for one would wait.
+    if indices.device.type != "cpu" or (indices.numel() and indices.max() >= 2**32):
+        high = (indices >> 32).to(torch.int32)
+        state.bitwise_xor_(_rotate_(high.mul_(signed(WORD_1)), 15).mul_(WORD_2))
+    _rotate_(state, 13).mul_(5).add_(signed(ADDED)).bitwise_xor_(NUM_BYTES)
+    _xor_shifted_(state, 16).mul_(signed(FINAL_1))
+    _xor_shifted_(state, 13).mul_(signed(FINAL_2))
+    return _xor_shifted_(state, 16)
+
+
+def _rounded(values: Tensor, indices: Tensor, key: int | Tensor) -> Tensor:
+    """fp32 values -> bf16 numbers, still held in fp32; the low half of each element's random bits decides."""
+    noise = random_bits(indices, key=key).bitwise_and_(0xFFFF)
+    bits = values.contiguous().view(torch.int32)
+    rounded = noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
+    return torch.where(values.isnan(), values, rounded)
+
+
+def check_rounding(param: Tensor, keys: Sequence[int] | None) -> None:
+    """Raise ValueError where stochastic rounding is asked of a dtype that has none."""
+    if keys is not None and param.dtype != torch.bfloat16:
+        raise ValueError(f"stochastic rounding is for bfloat16 parameters, not {param.dtype}")
+
+
+def update_params(
+    params: Sequence[Tensor],
+    directions: Tensor,
+    *,
+    decay: float | Tensor,
+    scale: float | Tensor,
+    keys: Sequence[int] | None = None,
+    firsts: Sequence[int] | None = None,
+    pitch: int | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """param <- param * decay - direction * scale, in place, in fp32, rounded once to the parameter's dtype.
+
+    Args:
+        params: stacks [count, rows, cols] of one dtype, fp32, bf16 or fp16, any strides.
+        directions: [batch, rows, cols], any of these dtypes, any strides.
+        decay: 1 - lr * weight_decay; a float, rounded to fp32, or a 0-d fp32 tensor on the parameters' device.
+        scale: lr times the factor of the shape; as `decay`. Where it is 0 in fp32, `directions` is not looked at, so
+            that with decay 1 every bit stays, the sign of a zero too.
+        keys: of `rounding_key`, one a matrix: round bf16 stochastically. None: to nearest, ties to even.
+        firsts: with keys, the global index of element [0, 0] of each matrix; None: 0.
+        pitch: difference of the global indices of elements [1, 0] and [0, 0]; None: cols.
+        skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
+
+    Raises:
+        ValueError: for keys with parameters that are not bf16.
+    """
+    check_rounding(params[0], keys)
+    if skip is not None and skip.item() != 0:
+        return
+    if not isinstance(scale, Tensor):  # in fp32, as a kernel gets it: 1e-46 is 0 there
+        scale = torch.tensor(scale, dtype=torch.float32, device="cpu").item()
+    batch, rows, cols = batch_shape(params)
+    old, towards, device, every = Rows(params), Rows([directions]), directions.device, slice(0, cols)
+    if keys is not None:
+        row_keys = torch.tensor(keys, dtype=torch.int32, device=device).repeat_interleave(rows).unsqueeze(1)
+        row_starts = torch.tensor(firsts or [0] * batch, dtype=torch.int64, device=device).unsqueeze(1)
+        row_starts = (row_starts + torch.arange(rows, device=device) * (pitch or cols)).view(-1, 1)
+        columns = torch.arange(cols, device=device)
+    num_rows = min(batch * rows, max(1, _CHUNK_ELEMENTS // max(1, cols)))
+    buffers = torch.empty(
+        2, num_rows, cols, device=device, dtype=torch.float32
+    )  # fresh memory costs more than arithmetic
+    for start in range(0, batch * rows, num_rows):
+        r = slice(start, min(start + num_rows, batch * rows))
+        new, step = (buffer[: r.stop - start] for buffer in buffers)
+        old.read(r, every, new).mul_(decay)
+        if isinstance(scale, Tensor):
+            new = torch.where(scale == 0, new, new - towards.read(r, every, step).mul_(scale))
+        elif scale != 0:
+            new.sub_(towards.read(r, every, step).mul_(scale))
+        if keys is not None:
+            new = _rounded(new, row_starts[r] + columns, row_keys[r])
+        old.write(r, every, new)
+
+
+def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
+    """fp32 `values` (any shape, contiguous) -> bf16 of the same shape, rounded stochastically.
+
+    Args:
+        key: of `rounding_key`.
+        first: global element index of the first value; the others follow in order.
+    """
+    rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+    pieces = zip(values.view(-1).split(_CHUNK_ELEMENTS), rounded.view(-1).split(_CHUNK_ELEMENTS), strict=True)
+    for piece, out in pieces:
+        indices = torch.arange(first, first + len(piece), device=values.device)
+        out.copy_(_rounded(piece, indices, key))
+        first += len(piece)
+    return rounded

@@ -1,0 +1,76 @@
+"""Codes to values and values to codes in Triton, with the bits of `reference`; the Triton kernels share it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..codebooks import LINEAR_MAX, SCALE_FLOOR, zero_code
+
+_LINEAR_MAX = tl.constexpr(float(LINEAR_MAX))
+_SCALE_FLOOR = tl.constexpr(float(SCALE_FLOOR))
+_ZERO_CODE = tl.constexpr(zero_code("dynamic"))
+# Adding 1.5 * 2**23 to |x| < 2**22 rounds it to the nearest integer, ties to even, and leaves that in the low bits.
+_ROUNDER = tl.constexpr(12582912.0)
+_MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def inverse_of(norm):
+    """The reciprocal of a norm; of one too small to have one, the largest: a zero momentum stays zero."""
+    return tl.minimum(tl.div_rn(1.0, norm), _LARGEST)
+
+
+@triton.jit
+def load_codes(places, mask, CODEBOOK: tl.constexpr):
+    """Codes, and outside of `mask` the one that stands for zero; with CODEBOOK None the fp32 momentum itself."""
+    return tl.load(places, mask, other=_ZERO_CODE if CODEBOOK == "dynamic" else 0)
+
+
+@triton.jit
+def decode(codes, scale, map_values, CODEBOOK: tl.constexpr):
+    """Codes [ROWS, COLS] and scale [ROWS, 1] -> fp32 values; `map_values` points to the dynamic map."""
+    if CODEBOOK == "linear":
+        decoded = tl.div_rn(codes.to(tl.float32) * scale, _LINEAR_MAX)
+    elif CODEBOOK == "dynamic":
+        decoded = tl.load(map_values + codes.to(tl.int32)) * scale
+    else:
+        decoded = codes
+    return decoded
+
+
+@triton.jit
+def encode(values, scale, midpoints, CODEBOOK: tl.constexpr):
+    """fp32 values [ROWS, COLS] and floored scale [ROWS, 1] -> codes; `midpoints` points to those of the dynamic map."""
+    ratio = tl.div_rn(values, tl.where(scale == 0.0, float("inf"), scale))
+    if CODEBOOK == "linear":
+        codes = (ratio * _LINEAR_MAX + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        # Magnitudes number 1..127 from zero: decade d holds 2**d of them, evenly spaced over 10**(d - 6) * (0.1, 1).
+        # Number against magnitude is thus a straight line in each decade; the lines get flatter and meet where the
+        # decades do, so the least of the seven is the right one. Half a level less makes the guess exact or one too
+        # low, with a quarter of a level to spare for rounding; one comparison with the true midpoint decides.
+        magnitude = tl.abs(ratio)
+        position = magnitude * (1e6 / 0.9) + (8 / 9 - 0.5)
+        for d in tl.static_range(1, 7):
+            position = tl.minimum(position, magnitude * (1e6 / 0.9 / 5.0**d) + (2.0**d * 8 / 9 - 0.5))
+        guess = position.to(tl.int32)
+        guess = tl.where(ratio < 0.0, _ZERO_CODE - 1 - guess, _ZERO_CODE + guess)
+        guess = tl.minimum(tl.maximum(guess, 0), 255)  # -1.0 is not in the map; and NaN must not index the table
+        codes = (guess + (ratio > tl.load(midpoints + guess)).to(tl.int32)).to(tl.uint8)
+    return codes
+
+
+@triton.jit
+def magnitude_bits(values):
+    """The bits of |values|, int32. They are in the order of the magnitudes with NaN on top, so the maximum of them is
+    NaN where a value is; a maximum of floats would drop it."""
+    return values.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS
+
+
+@triton.jit
+def scale_of(largest):
+    """The scale of a block from the maximum of its `magnitude_bits`: below the smallest normal fp32 it is 0."""
+    absmax = largest.to(tl.float32, bitcast=True)
+    return tl.where(absmax < _SCALE_FLOOR, 0.0, absmax)

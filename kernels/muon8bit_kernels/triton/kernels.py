@@ -1,0 +1,22 @@
+"""The Triton backend: every function of `dispatch.Kernels`.
+
+In the arithmetic of record each operation is rounded to fp32 by itself: divisions are `tl.div_rn` and launches pass
+`enable_fp_fusion=False`. Products have bounds. There are no atomics, and nothing is tuned at run time.
+"""
+
+from .gemm import symmetric_product
+from .momentum import momentum_apply, momentum_stats
+from .quantize import dequantize, quantize
+from .tiny import step_tiny
+from .update import round_stochastic, update_params
+
+__all__ = [
+    "dequantize",
+    "momentum_apply",
+    "momentum_stats",
+    "quantize",
+    "round_stochastic",
+    "step_tiny",
+    "symmetric_product",
+    "update_params",
+]

@@ -1,0 +1,138 @@
+"""The two-phase momentum step of a batch of matrices in Triton, one launch a phase; bitwise `reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codebooks import Codebook, dynamic_map, dynamic_midpoints
+from ..reference import num_blocks
+from .momentum_kernels import apply_kernel, stats_kernel
+from .tiles import addresses, check_rows_contiguous, common_strides, launch, lies_across, table_of, tiling, tl_dtype
+
+
+class _Batch:
+    """What both phases make of their stacks: the table and the kernel's constants."""
+
+    def __init__(
+        self,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
+        nesterov: bool,
+        codebook: Codebook | None,
+        block_size: int,
+    ) -> None:
+        self.first, self.shape = codes[0], codes[0].shape[1:]
+        self.blocks_shape = self.shape[0], num_blocks(self.shape[1], block_size)
+        check_rows_contiguous("codes", codes, self.shape)
+        self.grad_strides = common_strides("grads", grads, self.shape)
+        columns = [addresses(codes), addresses(codes), addresses(grads)]
+        if scales is not None:
+            check_rows_contiguous("scales", scales, self.blocks_shape)
+            columns[1] = addresses(scales)
+        self.count, self.table = len(columns[0]), table_of(columns, self.first.device)
+        self.map_values = dynamic_map(self.first.device) if codebook == "dynamic" else None
+        self.midpoints = dynamic_midpoints(self.first.device) if codebook == "dynamic" else None
+        self.constants: dict[str, Any] = {
+            "CODE": tl_dtype(codes[0]),
+            "GRAD": tl_dtype(grads[0]),
+            "ALIGNED": not any(place % 16 for column in (columns[0], columns[2]) for place in column),
+            "NESTEROV": nesterov,
+            "CODEBOOK": codebook,
+        }
+
+
+def momentum_stats(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
+    *,
+    beta: float,
+    nesterov: bool,
+    codebook: Codebook | None,
+    block_size: int,
+) -> Tensor:
+    """First phase: read only. `reference.momentum_stats` but for the order of addition.
+
+    Args:
+        codes: stacks [count, rows, cols] of contiguous matrices, int8 (linear), uint8 (dynamic) or fp32 (None).
+        scales: stacks [count, rows, blocks], fp32, contiguous but for the first stride; None with `codebook=None`.
+        grads: stacks [count, rows, cols], fp32, bf16 or fp16, any strides, row and column stride the same in all.
+        beta: momentum factor in [0, 1).
+
+    Returns:
+        The sum of u squared, fp32 [matrices, rows, blocks]; not finite where a gradient of the block is not.
+
+    Raises:
+        ValueError: if the stacks of an argument are not alike, codes or scales are not contiguous matrices, or
+            `block_size` (elements) is not a power of two.
+    """
+    batch = _Batch(codes, scales, grads, nesterov, codebook, block_size)
+    sumsq = torch.empty(batch.count, *batch.blocks_shape, dtype=torch.float32, device=batch.first.device)
+    launch(
+        stats_kernel,
+        batch.first,
+        batch.count,
+        tiling(batch.shape, block_size, across=lies_across(batch.grad_strides)),
+        batch.table,
+        sumsq,
+        batch.map_values,
+        float(beta),
+        1.0 - beta,
+        *batch.grad_strides,
+        **batch.constants,
+    )
+    return sumsq
+
+
+def momentum_apply(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
+    norms: Tensor,
+    out: Tensor,
+    *,
+    beta: float,
+    nesterov: bool,
+    codebook: Codebook | None,
+    block_size: int,
+    skip: Tensor | None = None,
+) -> None:
+    """Second phase: recompute the same momentum and write codes, scales and the Newton-Schulz input; bitwise
+    `reference.momentum_apply`.
+
+    Args:
+        codes, scales, grads: as in `momentum_stats`; codes and scales are overwritten with the new state.
+        norms: fp32 [matrices], contiguous: the positive divisors of u (its Frobenius norms, bounded below).
+        out: [matrices, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
+        skip: 0-d fp32 on the device; unless it is zero, nothing is written.
+
+    Raises:
+        ValueError: as `momentum_stats`, or if `norms` or `out` has another shape.
+    """
+    batch = _Batch(codes, scales, grads, nesterov, codebook, block_size)
+    if norms.shape != (batch.count,) or out.shape != (batch.count, *batch.shape):
+        raise ValueError(f"norms {tuple(norms.shape)} and out {tuple(out.shape)} must be of {batch.count} matrices")
+    out_strides = common_strides("out", [out], batch.shape)
+    launch(
+        apply_kernel,
+        batch.first,
+        batch.count,
+        tiling(batch.shape, block_size, across=lies_across(batch.grad_strides) or lies_across(out_strides)),
+        batch.table,
+        norms.contiguous(),
+        out,
+        skip,
+        batch.map_values,
+        batch.midpoints,
+        float(beta),
+        1.0 - beta,
+        *batch.grad_strides,
+        out.stride(0),
+        *out_strides,
+        **batch.constants,
+    )

@@ -1,0 +1,210 @@
+"""The update of a batch of parameters in Triton, one pass over parameters and directions; bitwise `update_reference`.
+
+To and from bf16 on the bits, also to nearest: the interpreter truncates, and takes subnormal bf16 for zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..random_bits import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2
+from ..reference.update import check_rounding
+from .tiles import address, addresses, common_strides, launch, lies_across, table_of, tile_rows, tiling, tl_dtype
+
+_WORD_1, _WORD_2, _ADDED = tl.constexpr(WORD_1), tl.constexpr(WORD_2), tl.constexpr(ADDED)
+_FINAL_1, _FINAL_2, _NUM_BYTES = tl.constexpr(FINAL_1), tl.constexpr(FINAL_2), tl.constexpr(NUM_BYTES)
+# Columns of a tile (not a block of the momentum, whose size the update does not know): 512 bytes of bf16, and few of
+# them past the end of a row.
+_TILE_COLUMNS = 256
+_PIECE_COLUMNS = 64  # where a tensor lies column by column: 32 rows of it, 64 bytes and more
+_ROUNDED_TOGETHER = 2048
+
+
+@triton.jit
+def _rotated(words, BY: tl.constexpr):
+    return (words << BY) | (words >> (32 - BY))
+
+
+@triton.jit
+def _folded(state, word):
+    """Take one more 32-bit word into MurmurHash3's state."""
+    return _rotated(state ^ (_rotated(word * _WORD_1, 15) * _WORD_2), 13) * 5 + _ADDED
+
+
+@triton.jit
+def _random_bits(indices, key):
+    """The hash of int64 element indices under an int32 key: uint32."""
+    state = _folded(tl.cast(key, tl.uint32), indices.to(tl.uint32))
+    state = _folded(state, (indices >> 32).to(tl.uint32)) ^ _NUM_BYTES
+    state = (state ^ (state >> 16)) * _FINAL_1
+    state = (state ^ (state >> 13)) * _FINAL_2
+    return state ^ (state >> 16)
+
+
+@triton.jit
+def widened(values):
+    """Any float dtype -> fp32."""
+    if values.dtype == tl.bfloat16:
+        wide = (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = values.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def to_bf16(values, indices, key, ROUNDING: tl.constexpr):
+    """fp32 -> bf16: add to the 16 bits that will be cut off, a half or random bits; NaN stays NaN."""
+    bits = values.to(tl.uint32, bitcast=True)
+    noise = _random_bits(indices, key) & 0xFFFF if ROUNDING == "stochastic" else 0x7FFF + ((bits >> 16) & 1)
+    cut = tl.where(values == values, bits + noise, bits | 0x400000) >> 16
+    return cut.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["pitch"])
+def _update_kernel(
+    table,
+    directions,
+    decay,
+    scale,
+    skip,
+    pitch,
+    param_row_stride,
+    param_col_stride,
+    direction_stride,
+    direction_row_stride,
+    direction_col_stride,
+    rows,
+    cols,
+    PARAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    matrix, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
+    WIDTH: tl.constexpr = 3 if ROUNDING == "stochastic" else 1
+    param = address(table, matrix, 0, WIDTH, PARAM, ALIGNED) + row * param_row_stride
+    directions += matrix * direction_stride + row * direction_row_stride
+    decay_value = tl.load(decay) if IN_MEMORY else tl.cast(decay, tl.float32)  # torch.compile passes scalars as fp64
+    scale_value = tl.load(scale) if IN_MEMORY else tl.cast(scale, tl.float32)
+    # Only the stores depend on the flag: the loads need not wait for its value.
+    writes = row_mask if skip is None else row < tl.where(tl.load(skip) == 0.0, rows, 0)
+    col = block * BLOCK + tl.arange(0, COLS)[None, :]
+    mask = row_mask & (col < cols)
+    old = widened(tl.load(param + col * param_col_stride, mask, other=0.0))
+    step = widened(tl.load(directions + col * direction_col_stride, mask, other=0.0))
+    decayed = old * decay_value
+    new = tl.where(scale_value == 0.0, decayed, decayed - step * scale_value)
+    if ROUNDING == "stochastic":
+        key = tl.load(table + (matrix * 3 + 1)).to(tl.int32)
+        index = tl.load(table + (matrix * 3 + 2)) + (row * pitch + col)
+        new = to_bf16(new, index, key, ROUNDING)
+    elif ROUNDING == "nearest":
+        new = to_bf16(new, 0, 0, ROUNDING)
+    # A small tile's elements are held more than once: no warp may write what another has yet to load.
+    tl.debug_barrier()
+    tl.store(param + col * param_col_stride, new, writes & (col < cols))
+
+
+@triton.jit(do_not_specialize=["key", "first"])
+def _round_stochastic_kernel(
+    values,
+    out,
+    key,
+    first,
+    rows,
+    cols,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
+    col = block * BLOCK + tl.arange(0, COLS)[None, :]
+    mask, index = row_mask & (col < cols), row * cols + col
+    new = to_bf16(tl.load(values + index, mask, other=0.0), tl.cast(first, tl.int64) + index, key, "stochastic")
+    tl.store(out + index, new, mask)
+
+
+def update_params(
+    params: Sequence[Tensor],
+    directions: Tensor,
+    *,
+    decay: float | Tensor,
+    scale: float | Tensor,
+    keys: Sequence[int] | None = None,
+    firsts: Sequence[int] | None = None,
+    pitch: int | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """param <- param * decay - direction * scale of every matrix, in place, in fp32, rounded once to the parameters'
+    dtype; bitwise `update_reference.update_params`.
+
+    Args:
+        params: stacks [count, rows, cols], fp32, bf16 or fp16, any strides, row and column stride the same in all.
+        directions: [matrices, rows, cols], any of these dtypes, any strides.
+        decay: 1 - lr * weight_decay; a float, or a 0-d fp32 tensor on the parameters' device.
+        scale: lr times the factor of the shape; as `decay`. Where it is 0, `directions` is not looked at.
+        keys: of `rounding_key`, one a matrix: round bf16 stochastically. None: to nearest, ties to even.
+        firsts: global element index of each matrix's [0, 0], for `keys`; None: 0 for all.
+        pitch: difference of the global indices of [1, 0] and [0, 0]; None: cols.
+        skip: 0-d fp32 on the device; unless it is zero, nothing is written.
+
+    Raises:
+        ValueError: for keys with parameters that are not bf16, for stacks that are not alike, or if `directions`,
+            `keys` or `firsts` is not of as many matrices.
+    """
+    first, shape = params[0], params[0].shape[1:]
+    check_rounding(first, keys)
+    param_strides = common_strides("params", params, shape)
+    columns = [addresses(params)]
+    count = len(columns[0])
+    if directions.shape != (count, *shape):
+        raise ValueError(f"directions {tuple(directions.shape)} must be {count} matrices {tuple(shape)}")
+    direction_strides = common_strides("directions", [directions], shape)
+    if keys is not None:
+        columns += [list(keys), [0] * count if firsts is None else list(firsts)]
+    in_memory = isinstance(decay, Tensor) or isinstance(scale, Tensor)
+    if in_memory:
+        decay, scale = (torch.as_tensor(f, dtype=torch.float32, device=first.device) for f in (decay, scale))
+    across = lies_across(param_strides) or lies_across(direction_strides)
+    launch(
+        _update_kernel,
+        first,
+        count,
+        tiling(shape, _PIECE_COLUMNS if across else _TILE_COLUMNS),
+        table_of(columns, first.device),
+        directions,
+        decay,
+        scale,
+        skip,
+        shape[1] if pitch is None else pitch,
+        *param_strides,
+        directions.stride(0),
+        *direction_strides,
+        PARAM=tl_dtype(first),
+        ALIGNED=not any(place % 16 for place in columns[0]),
+        IN_MEMORY=in_memory,
+        ROUNDING="stochastic" if keys is not None else "nearest" if first.dtype == torch.bfloat16 else None,
+    )
+
+
+def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
+    """fp32 `values` (any shape, contiguous) -> bf16 of the same shape, rounded stochastically; bitwise
+    `update_reference.round_stochastic`.
+
+    Args:
+        key: of `rounding_key`.
+        first: global element index of the first value; the others follow in order.
+    """
+    rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+    matrix = values.view(1, -1)
+    tiles = tiling(matrix.shape, _ROUNDED_TOGETHER)
+    launch(_round_stochastic_kernel, matrix, 1, tiles, values, rounded, key, first)
+    return rounded

@@ -1,0 +1,208 @@
+"""The ranks with which one optimizer shares its matrices, and what they do together in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from ..config import Options
+from ..step import adamw8bit
+from . import blocks, param_sharding
+from .assignment import Plan, plan
+from .collectives import Traffic
+from .exchange import NUM_SHARES, Rounds
+from .meeting import Meeting
+from .norms import Gathering
+from .param_sharding import Layout
+from .sharded_batch import Bundle, Part, bundled
+from .timetable import Timetable, timetable
+
+
+class Team(Meeting):
+    """One process group, the flat group: the ranks of the mesh of sharded parameters, or the one that was given.
+
+    Args:
+        group: whose ranks share the matrices.
+        device: of the parameters.
+        replicates: whether plain parameters are replicas on these ranks, that is, whether the user gave the group.
+        shard_state: whether the momenta of replicas are sharded over the group.
+        timeout_s: seconds that a rank waits for the others inside a step.
+    """
+
+    def __init__(
+        self, group: ProcessGroup, device: torch.device, *, replicates: bool, shard_state: bool, timeout_s: float
+    ) -> None:
+        super().__init__(group, device, timeout_s)
+        self.replicates, self.ranks = replicates, tuple(dist.get_process_group_ranks(group))
+        self.mesh = DeviceMesh.from_group(group, device.type) if shard_state else None
+        self._plans: dict[object, tuple[Plan, Timetable]] = {}
+
+    @property
+    def traffic(self) -> Traffic:
+        """The bytes that this rank has moved."""
+        return self.transport.traffic
+
+    def layout_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> Layout | None:
+        """Where a parameter and its state lie; None where both are this rank's own affair.
+
+        Raises:
+            NotImplementedError: names a parameter whose mesh, placements or splits cannot be used.
+        """
+        shape, rank = tuple(param.shape), self.transport.rank
+        is_muon = group["algorithm"] == "muon"
+        cuts_columns = is_muon and group["split_sizes"] is not None and group["split_dim"] == -1
+        if isinstance(param, DTensor):
+            if not is_muon:
+                mine = tuple(param.device_mesh.mesh.flatten().tolist())
+                found = param_sharding.sharded(param, name, mine, mine.index(dist.get_rank()))
+                return found if not adamw8bit.is_8bit(shape, group["adamw_bits"]) else blocks.with_scales(found, name)
+            found = param_sharding.sharded(param, name, self.ranks, rank)
+            if group["flatten"] and any(spans[1:] != found.held[0][1:] for spans in found.held):
+                raise NotImplementedError(
+                    f"{name} is sharded along another dimension than its first, which flatten=True makes the rows: "
+                    "shard it along dimension 0, or leave it replicated"
+                )
+            if cuts_columns and not found.is_local(group["flatten"]):
+                raise NotImplementedError(
+                    f"{name} is sharded, and split_dim=-1 cuts its columns: pieces of sharded matrices are cut from "
+                    "rows alone. Leave it replicated, or drop its split_sizes"
+                )
+            return found
+        if not is_muon or not self.replicates:
+            return None
+        if self.mesh is None:
+            return None if cuts_columns else param_sharding.replicated(shape, len(self.ranks), rank)
+        if cuts_columns:
+            raise NotImplementedError(
+                f"{name} has split_dim=-1, and its state would be sharded by rows: use shard_state=False, or drop its "
+                "split_sizes"
+            )
+        return param_sharding.state_sharded(shape, len(self.ranks), rank, self.mesh)
+
+    def bundled(self, parts: Sequence[Part], group: dict[str, Any], group_index: int, options: Options) -> list[Bundle]:
+        """The matrices of a group that need other ranks."""
+        return bundled(parts, group, group_index, options)
+
+    def gathering(self, bundles: Sequence[Bundle], flags: Tensor, options: Options) -> Gathering:
+        """What this rank gives to the all-gather of a step. Communicates nothing."""
+        self._gathering = Gathering(bundles, flags, self.transport.rank, self.transport.num_ranks, options)
+        return self._gathering
+
+    def rounds(self, bundles: Sequence[Bundle], options: Options) -> Rounds | None:
+        """The step of all matrices that lie on several ranks; None without any, which is so on all ranks."""
+        if not bundles:
+            return None
+        return Rounds(bundles, self._planned(bundles, options)[1], self.transport, options, self.device)
+
+    def whole(
+        self, state: Mapping[Tensor, Mapping[str, Tensor]], to: int | None, confirm: Callable[[], None]
+    ) -> dict[Tensor, dict[str, Tensor]] | None:
+        """The state gathered on the CPU of rank `to` of the group, or of all; None on the others.
+
+        Args:
+            state: of parameters that are replicas, with momenta sharded by rows.
+            to: see above.
+            confirm: called by all ranks when each has the memory that it needs, before they communicate.
+        """
+        is_mine = to in (None, self.transport.rank)
+        found: dict[Tensor, dict[str, Tensor]] = {param: dict(tensors) for param, tensors in state.items()}
+        sharded = [(p, k, v) for p, tensors in state.items() for k, v in tensors.items() if isinstance(v, DTensor)]
+        for tensors in found.values():
+            for key, value in tensors.items():
+                if isinstance(value, DTensor):
+                    tensors[key] = torch.empty(value.shape if is_mine else (0,), dtype=value.dtype)
+                elif is_mine and isinstance(value, Tensor):
+                    tensors[key] = value.cpu()
+        most = max((self._rows_of(value) * prod(value.shape[1:]) * value.itemsize for *_, value in sharded), default=0)
+        send = torch.zeros(most, dtype=torch.uint8, device=self.device)
+        buffer = torch.empty(len(self.ranks) * most, dtype=torch.uint8, device=self.device)
+        confirm()
+        for param, key, value in sharded:
+            local, rows = value.to_local(), self._rows_of(value)
+            size = rows * prod(value.shape[1:]) * value.itemsize
+            send[: local.nbytes].copy_(local.reshape(-1).view(torch.uint8))
+            gathered = buffer[: len(self.ranks) * size]
+            self.transport.gather_into(gathered, send[:size])
+            if is_mine:
+                found[param][key].copy_(gathered.view(value.dtype).view(-1, *value.shape[1:])[: value.shape[0]])
+        return found if is_mine else None
+
+    def _rows_of(self, value: DTensor) -> int:
+        """Rows of the largest shard of a tensor that is cut along its first dimension: all before it have as many."""
+        if value.device_mesh != self.mesh or tuple(value.placements) != (Shard(0),):
+            raise NotImplementedError(
+                f"a state of shape {tuple(value.shape)} is placed as {value.placements}, not by rows of the process "
+                "group: leave sharded state as the optimizer made it"
+            )
+        return -(-value.shape[0] // len(self.ranks))
+
+    def plan(self, bundles: Sequence[Bundle], options: Options) -> Plan:
+        """Who orthogonalizes what."""
+        return self._planned(bundles, options)[0]
+
+    def _planned(self, bundles: Sequence[Bundle], options: Options) -> tuple[Plan, Timetable]:
+        """Made once for the same matrices; hashing their spreads at every step would cost more than the rest of it."""
+        of = [(bundle.matrix, len(bundle.members)) for bundle in bundles]
+        key = tuple((m.rows, m.cols, id(m.spread), m.path, count) for m, count in of), options.workspace_bytes
+        if key not in self._plans:
+            matrices = [matrix for matrix, count in of for _ in range(count)]
+            made = plan(matrices, len(self.ranks), options.workspace_bytes // NUM_SHARES)
+            self._plans[key] = made, timetable(made)
+        return self._plans[key]
+
+
+def check_group(group: object) -> None:
+    """Raise ValueError for what is no process group, or for one that this rank is not in."""
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: this rank is not in it. Make one for every set of ranks, and pass its own")
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(
+            f"process_group must be a torch.distributed.ProcessGroup, not a {type(group).__name__}: of a mesh take "
+            "get_group()"
+        )
+
+
+def team_of(
+    params: Iterable[Tensor],
+    process_group: ProcessGroup | None,
+    shard_state: bool,
+    timeout_s: float,
+    previous: Team | None,
+) -> Team | None:
+    """The team for these parameters, `previous` if it is still right; None without sharded parameters and a group.
+
+    Raises:
+        NotImplementedError: for a mesh of several dimensions that is not the whole world, without a process group.
+    """
+    params = list(params)
+    meshes = [param.device_mesh for param in params if isinstance(param, DTensor)]
+    if process_group is None and not meshes:
+        return None
+    group = process_group or flat_group(max(meshes, key=lambda mesh: mesh.size()))
+    device = params[0].device if params else torch.device("cpu")
+    if previous is not None and previous.group is group and previous.device == device:
+        previous.watch.timeout_s = timeout_s
+        return previous
+    return Team(group, device, replicates=process_group is not None, shard_state=shard_state, timeout_s=timeout_s)
+
+
+def flat_group(mesh: DeviceMesh) -> ProcessGroup:
+    """The process group of all ranks of a mesh."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+    raise NotImplementedError(
+        f"parameters lie on {mesh}, whose ranks are not the whole world: no process group has just these ranks. Make "
+        "one on all of them (torch.distributed.new_group) and pass it as process_group"
+    )

@@ -1,0 +1,115 @@
+"""State on the host (`state_device="cpu"`): what it takes there, and what a step stages on the GPU, from shapes alone.
+
+Of the six only `muon8bit` and `muon8bit+adamw8bit` can, and on CUDA alone: a run on a CPU has its state there already.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..config import DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES
+from ..orthogonalize import batch_size, choose, resolve
+from ..orthogonalize.coefficients import JORDAN
+from ..step.adamw_chunks import ALIGNMENT
+from ..step.offload import NUM_BUFFERS, aligned_bytes, buffer_bytes
+from .optimizers import Param, adamw_bits, matrix_shapes, moments_sizes, momentum_sizes
+from .setup import Setup
+
+STAGED = ("muon8bit", "muon8bit+adamw8bit")
+
+
+def is_on_host(optimizer: str, setup: Setup) -> bool:
+    """Whether the state of one of `OPTIMIZERS` lies in host memory, away from the GPU."""
+    return optimizer in STAGED and setup.state_device == "cpu" and setup.device == "cuda"
+
+
+def host_bytes(optimizer: str, params: Sequence[Param]) -> int:
+    """Pinned memory for the state: torch rounds every tensor of it up to a power of two bytes."""
+    return sum(2 ** (size - 1).bit_length() for p in params for size in _tensors(optimizer, p) if size)
+
+
+def bus_bytes(optimizer: str, params: Sequence[Param]) -> int:
+    """Bytes between host and GPU in a step: Muon's state comes twice and goes once, AdamW's comes and goes once."""
+    return sum((3 if p.is_muon else 2) * sum(_tensors(optimizer, p)) for p in params)
+
+
+def staging_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: int = DEFAULT_WORKSPACE_BYTES) -> int:
+    """Bytes of the buffers on the GPU, in the phase of the step that has the larger ones.
+
+    Args:
+        optimizer: of `STAGED`.
+        kind: device kind of `orthogonalize.device_kind`.
+        budget: `workspace_bytes`, which decides what is stepped together.
+    """
+    matrices = _matrices(p for p in params if p.is_muon)
+    read: list[int] = []
+    written: list[int] = []
+    for (rows, cols, row_sizes, col_sizes), count in matrices.items():
+        one = _matrix_bytes(rows, cols)
+        for size in set(row_sizes or (rows,)):
+            num = count * (row_sizes or (rows,)).count(size)
+            read += _cut(_matrix_bytes(size, cols), num, budget // (4 * size * cols))
+            if col_sizes is None:
+                written += _cut(_matrix_bytes(size, cols), num, _together(size, cols, kind, budget))
+        if col_sizes is not None:
+            written += _cut(one, count, (budget - SMALL_WORKSPACE_BYTES) // 2 // (4 * rows * cols))
+    written += _adamw_jobs(optimizer, [p for p in params if not p.is_muon], budget // 2 // NUM_BUFFERS)
+    return max(sum(buffer_bytes(read)), sum(buffer_bytes(written)))
+
+
+def _together(rows: int, cols: int, kind: str, budget: int) -> int:
+    path = choose(rows, cols, resolve(JORDAN, DEFAULT_NS_STEPS), kind)
+    return batch_size(path, rows, cols, kind, budget - SMALL_WORKSPACE_BYTES)
+
+
+def _cut(num_bytes: int, count: int, size: int) -> list[int]:
+    """Bytes of jobs of at most `size` matrices."""
+    full, rest = divmod(count, max(1, size))
+    return [num_bytes * max(1, size)] * full + [num_bytes * rest] * (rest > 0)
+
+
+def _matrices(
+    params: Iterable[Param],
+) -> Counter[tuple[int, int, tuple[int, ...] | None, tuple[int, ...] | None]]:
+    """How many matrices of each [rows, cols], with the pieces of their rows or of their columns."""
+    counts: Counter[tuple[int, int, tuple[int, ...] | None, tuple[int, ...] | None]] = Counter()
+    for param in params:
+        sizes, dim = param.split or (None, -2)
+        for (rows, cols), count in matrix_shapes(param).items():
+            counts[rows, cols, sizes if dim == -2 else None, sizes if dim == -1 else None] += count
+    return counts
+
+
+def _matrix_bytes(rows: int, cols: int) -> int:
+    """Codes and scales of one matrix in a buffer."""
+    return sum(map(aligned_bytes, momentum_sizes((rows, cols))))
+
+
+def _adamw_jobs(optimizer: str, params: Iterable[Param], buffer: int) -> list[int]:
+    """Bytes of jobs that hold small parameters together, and pieces of large ones."""
+    jobs: list[int] = []
+    filled = buffer + 1
+    for param in params:
+        for num_bytes in _pieces(optimizer, param, buffer):
+            if filled + num_bytes > buffer:
+                jobs.append(0)
+                filled = 0
+            jobs[-1] += num_bytes
+            filled += num_bytes
+    return jobs
+
+
+def _pieces(optimizer: str, param: Param, buffer: int) -> Iterator[int]:
+    whole, num_elements = sum(_tensors(optimizer, param)), param.num_elements
+    size = max(ALIGNMENT, buffer * num_elements // whole // ALIGNMENT * ALIGNMENT)
+    for start in range(0, max(1, num_elements), size):
+        part = min(size, num_elements - start)
+        yield sum(map(aligned_bytes, moments_sizes((part,), adamw_bits(optimizer), num_elements)))
+
+
+def _tensors(optimizer: str, param: Param) -> list[int]:
+    """Bytes of each tensor of a parameter's state."""
+    if param.is_muon:
+        return momentum_sizes(param.shape, flatten=param.flatten)
+    return moments_sizes(param.shape, adamw_bits(optimizer))

@@ -1,0 +1,120 @@
+"""What lies on one GPU: trained parameters and bytes of weights, divided as asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from ..routing.groups import param_groups
+from .models import quantized_names
+from .optimizers import Param
+from .setup import Setup
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the GPU with the largest part.
+
+    Attributes:
+        trained: its rows of the trained parameters: what state and gradients are counted from.
+        whole: the trained parameters whole, as Newton-Schulz takes them.
+        weights_bytes: of all parameters and buffers.
+        communication_bytes: beyond these, for the other GPUs.
+        dequantized_bytes: the largest NF4 matrix as bf16.
+    """
+
+    num_parameters: int
+    trained: tuple[Param, ...]
+    whole: tuple[Param, ...]
+    weights_bytes: int
+    communication_bytes: int
+    dequantized_bytes: int
+
+    @property
+    def gradients_bytes(self) -> int:
+        """Of all trained parameters."""
+        return sum(param.num_bytes for param in self.trained)
+
+
+def measure(model: nn.Module, setup: Setup) -> Sizes:
+    """Sizes of a model on the meta device.
+
+    Sharding is FSDP2's: dimension 0 in `setup.num_shards` equal parts, rounded up.
+
+    Raises:
+        ValueError: no matrix for Muon.
+    """
+    routes = param_groups(model, lr=1e-3).routes
+    named = dict(model.named_parameters())
+    whole = tuple(
+        Param(r.name, r.shape, named[r.name].dtype, r.algorithm == "muon", r.split, r.flatten)
+        for r in routes
+        if r.algorithm is not None
+    )
+    nf4 = quantized_names(model) if setup.qlora else frozenset()
+    norms = {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters()}
+    num_shards = setup.num_shards
+    weights = 0
+    for name, tensor in _tensors(model):
+        shape = _part(tuple(tensor.shape), num_shards) if name in named else tuple(tensor.shape)
+        if name in nf4:
+            weights += nf4_bytes(math.prod(shape))
+        else:
+            itemsize = 4 if setup.qlora and id(tensor) in norms else tensor.dtype.itemsize
+            weights += math.prod(shape) * itemsize
+    trained = tuple(
+        replace(param, shape=_part(param.shape, num_shards), whole_elements=param.num_elements) for param in whole
+    )
+    communication = 0
+    if setup.shard == "ddp":  # its buckets are copies of the gradients
+        communication = sum(param.num_bytes for param in whole)
+    elif num_shards > 1:
+        communication = _unsharded_bytes(model, setup)
+    largest = max((named[name].numel() for name in nf4), default=0)
+    num_parameters = sum(param.numel() for param in named.values())
+    return Sizes(num_parameters, trained, whole, weights, communication, 2 * largest)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, tied ones once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _part(shape: tuple[int, ...], num_shards: int) -> tuple[int, ...]:
+    return (math.ceil(shape[0] / num_shards), *shape[1:]) if shape else shape
+
+
+def nf4_bytes(num_elements: int) -> int:
+    """Bytes of a matrix in NF4 with double quantization, blocks of 64 and 256: codes, their maxima as codes, maxima of
+    those, an offset and the table of 16 values. Source: bitsandbytes 0.50 `quantize_4bit`."""
+    blocks = math.ceil(num_elements / 64)
+    return math.ceil(num_elements / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 + 16 * 4
+
+
+def _unsharded_bytes(model: nn.Module, setup: Setup) -> int:
+    """Whole weights that FSDP2 has beside the parts when each layer and the rest are units of their own: the rest
+    (embeddings, head), a layer and the next one; and twice the largest unit's gradients, whole, and as sent: in fp32
+    where it computes in less than the weights have, as the scripts let it."""
+    layers = [
+        layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module if _size(layer)
+    ]
+    largest = max(layers, key=_size, default=None)
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    itemsize = (setup.autocast or setup.weight_dtype).itemsize
+    sent = 4 if setup.autocast else itemsize
+    layer = list(largest.parameters()) if largest is not None else []
+
+    def count(params: list[nn.Parameter]) -> int:
+        return sum(param.numel() for param in params if param.requires_grad)
+
+    weights = sum(p.numel() for p in rest) + 2 * sum(p.numel() for p in layer)
+    return itemsize * weights + (itemsize + sent) * max(count(rest), count(layer))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())

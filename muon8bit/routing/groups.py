@@ -1,0 +1,253 @@
+"""From a model to parameter groups: hidden matrices to Muon, all else to AdamW, each with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from .._names import unwrapper
+from .._text_table import collapse, format_bytes, render, template
+from ..config import (
+    ADJUST_LR,
+    BITS,
+    DEFAULT_ADAMW_BETAS,
+    DEFAULT_ADAMW_BITS,
+    DEFAULT_ADAMW_EPS,
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_ROUTING,
+    DEFAULT_WEIGHT_DECAY,
+    MIN_QUANTIZED_COLUMNS,
+    ROUTINGS,
+    AdjustLR,
+    Algorithm,
+    Bits,
+    Routing,
+)
+from ..report import ADAMW_BYTES, bnb_bytes
+from ..step.dense import is_fake
+from .checks import check_any_matrix, check_patterns, check_ratio
+from .ends import find_ends
+from .outputs import add_outputs
+from .rules import Route, check_whole, default_route
+
+
+class ParamGroups(list[dict[str, Any]]):
+    """Group dicts for `Muon8bit(groups, lr=...)`; `routes` has one Route per parameter, in the model's order,
+    frozen ones included; `str()` is a table of them with repeated layers collapsed and totals below."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], routes: Sequence[Route]) -> None:
+        super().__init__(groups)
+        self.routes = tuple(routes)
+
+    def __str__(self) -> str:
+        rows: dict[Route, list[Route]] = {}
+        for route in self.routes:
+            rows.setdefault(replace(route, name=template(route.name), aliases=()), []).append(route)
+        table = render(
+            ("parameter", "shape", "goes to", "lr", "decay", "state bytes", "why"),
+            [_row(routes) for routes in rows.values()],
+            "<<<>>><",
+        )
+        totals = [line for kind in ("muon", "adamw", None) if (line := _total(self.routes, kind))]
+        state = sum(route.state_bytes for route in self.routes)
+        predicted = f"bits=8, block_size={DEFAULT_BLOCK_SIZE}"
+        if any(group.get("adamw_bits") == 8 for group in self):
+            predicted += ", adamw_bits=8"
+        totals.append(f"state in all: {format_bytes(state)}, predicted for {predicted}")
+        num_flagged = sum(bool(route.flag) for route in self.routes)
+        if num_flagged:
+            totals.append(f"flagged with '!': {num_flagged} tensors; `patterns` can reroute them")
+        return "\n".join((table, "", *totals))
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = DEFAULT_WEIGHT_DECAY,
+    adamw_lr: float | None = None,
+    adjust_lr_fn: AdjustLR | None = "match_rms_adamw",
+    adamw_betas: tuple[float, float] = DEFAULT_ADAMW_BETAS,
+    adamw_eps: float = DEFAULT_ADAMW_EPS,
+    adamw_bits: Bits = DEFAULT_ADAMW_BITS,
+    patterns: Sequence[tuple[str, Algorithm]] = (),
+    no_decay: Sequence[str] = (),
+    loraplus_ratio: float | None = None,
+    routing: Routing = DEFAULT_ROUTING,
+) -> ParamGroups:
+    """Routed groups for `Muon8bit`: 2-D hidden weights and stacked experts to Muon; embeddings, output head (tied or
+    not), norms, biases, MoE routers, convolutions, other 1-D, 3-D and more to AdamW; frozen ones to none.
+
+    LoRA as peft names it: factors A and B of hidden matrices to Muon, each a matrix of its own; those of embeddings,
+    head, MoE routers and convolutions, B of stacked experts, DoRA magnitudes, biases, and the trained copies of
+    embeddings and head (`modules_to_save`, `trainable_token_indices`) to AdamW.
+
+    Fused weights whose layout is known (gate_up_proj of stacked experts, of Phi-3, Phi-4-multimodal and GLM; Phi-3's
+    qkv_proj; GPT-2's c_attn) go to groups with their `split_sizes` and `split_dim`; others that look fused are flagged.
+
+    Embeddings are nn.Embedding modules and what Hugging Face's `get_input_embeddings` gives. The head is what
+    `get_output_embeddings` gives, a Linear that shares its weight with an embedding, or one named lm_head,
+    score, classifier, ... outside the numbered layers. Without those methods (a plain nn.Sequential) it is
+    the last Linear, if that has as many rows as the first embedding; without an embedding no head is assumed
+    and the last Linear is flagged.
+
+    Args:
+        model: floating parameters of any dtype, on any device, meta included.
+        lr: of the Muon group; RMS norm of one update over 0.2 (match_rms_adamw: an AdamW lr carries over), or
+            spectral norm of one update (original; None means original, as in torch).
+        weight_decay: per unit of lr; for matrices and embeddings. Norms, biases, DoRA magnitudes and other 1-D get 0.
+        adamw_lr: of the AdamW groups. None: `lr`, which is right only with match_rms_adamw.
+        adjust_lr_fn: how Muon scales lr by the matrix's shape, as in torch.optim.Muon.
+        adamw_betas, adamw_eps: of the AdamW groups; defaults and their sources in `config`.
+        adamw_bits: of the AdamW groups: 32, or 8, with which tensors of 4096 elements and more keep both moments in 8
+            bits (needs bitsandbytes).
+        patterns: `(pattern, "muon" | "adamw")`, fnmatch over the whole qualified name, case-sensitive; the
+            first match wins. A tied tensor is matched by any of its names, and one of a wrapped model with the
+            wrapper's prefix (`_orig_mod.`, `module.`) or without it. Patterns do not unfreeze. "muon" takes
+            a convolution flattened, any other tensor of three or more dimensions as a stack over its last two.
+        no_decay: patterns of further parameters whose weight decay is 0, Muon's too.
+        loraplus_ratio: lr of every LoRA factor B over that of its A (LoRA+, where 16 is usual); None for equal ones.
+            Not for an embedding's factors, of which A starts at zero, nor for biases and DoRA magnitudes.
+
+    Returns:
+        ParamGroups: dicts in the order muon before adamw, without before with splits or flatten (each kind by first
+        appearance), others before LoRA's raised B, decay before none; empty ones left out; `params` as (name,
+        Parameter) pairs in the model's order, named as in the model that a wrapper holds. A tied tensor appears
+        once, under its first name.
+
+    Raises:
+        ValueError: an unknown mode; adamw_lr missing with `original`; a pattern that matches nothing or sends
+            a tensor of fewer than two dimensions to Muon; a flattened or uninitialized weight; no matrix for Muon;
+            loraplus_ratio without a factor B.
+
+    Source: which parameters are hidden: K. Jordan's Muon notes (2024) and Moonlight (arXiv 2502.16982); LoRA+:
+    arXiv 2402.12354.
+    """
+    if adjust_lr_fn is not None and adjust_lr_fn not in ADJUST_LR:
+        raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}; it must be one of {ADJUST_LR} or None")
+    if adamw_lr is None and adjust_lr_fn != "match_rms_adamw":
+        raise ValueError(
+            f"adjust_lr_fn={adjust_lr_fn!r} makes lr the spectral norm of Muon's update, which an "
+            "AdamW lr is not (usual values differ tenfold and more): give adamw_lr, or use "
+            "adjust_lr_fn='match_rms_adamw'"
+        )
+    if adamw_bits not in BITS:
+        raise ValueError(f"adamw_bits is {adamw_bits!r}; it must be one of {BITS}")
+    if routing not in ROUTINGS:
+        raise ValueError(f"routing is {routing!r}; it must be one of {ROUTINGS}, the releases whose rules are known")
+    routes, params = _route_all(model, patterns, no_decay, routing)
+    check_any_matrix(routes)
+    check_ratio(loraplus_ratio, routes)
+    muon = {"algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn}
+    adamw = {"algorithm": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "weight_decay": weight_decay}
+    adamw |= {"betas": adamw_betas, "eps": adamw_eps, "adamw_bits": adamw_bits}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    done: list[Route] = []
+    for route, param in zip(routes, params, strict=True):
+        if route.algorithm is not None:
+            keys = route.matrix_keys if route.algorithm == "muon" else {}
+            is_raised = route.is_lora_b and loraplus_ratio is not None
+            group = {**(muon if route.algorithm == "muon" else adamw), **keys, "params": []}
+            if is_raised:
+                group["lr"] *= loraplus_ratio
+                route = replace(route, reason=f"{route.reason}, lr x {loraplus_ratio:g} (LoRA+)")
+            if not route.decays:
+                group["weight_decay"] = 0.0
+            kind = (route.algorithm == "adamw", bool(keys), is_raised, not route.decays)  # sorts as documented
+            group = groups.setdefault((*kind, *keys.items()), group)
+            group["params"].append((route.name, param))
+            state = _predicted_bytes(route, adamw_bits)
+            route = replace(route, lr=group["lr"], weight_decay=group["weight_decay"], state_bytes=state)
+        done.append(route)
+    return ParamGroups([groups[key] for key in sorted(groups, key=lambda key: key[:4])], done)
+
+
+def _route_all(
+    model: nn.Module, patterns: Sequence[tuple[str, Algorithm]], no_decay: Sequence[str], routing: Routing
+) -> tuple[list[Route], list[nn.Parameter]]:
+    """One route per distinct parameter with the patterns applied, and the parameters in the same order."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    unwrapped = unwrapper(name for name, _ in named)
+    names: dict[nn.Parameter, list[str]] = {}
+    wrapped: dict[nn.Parameter, list[str]] = {}  # a pattern may name a parameter either way
+    for name, param in named:
+        names.setdefault(param, []).append(unwrapped(name))
+        wrapped.setdefault(param, []).append(name)
+    check_patterns(patterns, no_decay, [*(unwrapped(name) for name, _ in named), *(name for name, _ in named)])
+    modules = {unwrapped(path): module for path, module in model.named_modules(remove_duplicate=False)}  # inner last
+    ends, routes = find_ends(model, routing), []
+    if routing != "0.1":
+        add_outputs(model, ends)
+    owners: dict[tuple[Any, ...], str] = {}  # of memory: peft ties adapters by parameters that are views of each other
+    for param, (name, *aliases) in names.items():
+        check_whole(name, param, modules[name.rpartition(".")[0]])
+        route = default_route(name, param, modules, ends)
+        of_param = (name, *aliases, *wrapped[param])
+        for pattern, algorithm in patterns:
+            if any(fnmatchcase(alias, pattern) for alias in of_param):
+                route = _overridden(route, pattern, algorithm)
+                break
+        if route.decays and any(fnmatchcase(alias, pattern) for alias in of_param for pattern in no_decay):
+            route = replace(route, decays=False, reason=f"{route.reason}, no decay as asked")
+        if not param.requires_grad:
+            route = replace(route, algorithm=None, reason="frozen", flag="")
+        elif param.numel() and not is_fake(param) and param.data_ptr():
+            owner = owners.setdefault((param.device, param.data_ptr()), name)
+            if owner != name:
+                twice = f"shares its memory with {owner}: both are updated"
+                route = replace(route, flag="; ".join(filter(None, (route.flag, twice))))
+        if aliases:
+            route = replace(route, aliases=tuple(aliases), reason=f"{route.reason}, shared with {', '.join(aliases)}")
+        routes.append(route)
+    return routes, list(names)
+
+
+def _overridden(route: Route, pattern: str, algorithm: Algorithm) -> Route:
+    """`route` as the user's pattern wants it; its decay stays, its flags only where they still hold."""
+    if algorithm == "muon" and len(route.shape) < 2:
+        raise ValueError(
+            f"pattern {pattern!r} sends {route.name} of shape {route.shape} to Muon, which takes "
+            "matrices: narrow the pattern, or put a pattern before it that sends this parameter to 'adamw'"
+        )
+    flag = route.flag if route.algorithm == algorithm == "muon" else ""
+    return replace(route, algorithm=algorithm, reason=f"pattern {pattern!r}", flag=flag)
+
+
+def _predicted_bytes(route: Route, adamw_bits: int) -> int:
+    """State bytes at the defaults: codes, a scale per row and block; fp32 buffer; AdamW's two moments."""
+    if route.algorithm == "adamw":
+        return bnb_bytes(route.num_elements) if adamw_bits == 8 else ADAMW_BYTES * route.num_elements
+    first_of_row = 1 if route.flatten else len(route.shape) - 1
+    rows, cols = math.prod(route.shape[:first_of_row]), math.prod(route.shape[first_of_row:])
+    if cols < MIN_QUANTIZED_COLUMNS:
+        return 4 * route.num_elements
+    return route.num_elements + 4 * rows * math.ceil(cols / DEFAULT_BLOCK_SIZE)
+
+
+def _row(routes: Sequence[Route]) -> tuple[str, ...]:
+    """Table cells of routes that differ only in the numbers of their names."""
+    first, name = routes[0], collapse([route.name for route in routes])
+    shape = " x ".join(map(str, first.shape)) or "scalar"
+    if first.algorithm is None:
+        return name, shape, "-", "-", "-", "-", "frozen: skipped"
+    state = f"{sum(route.state_bytes for route in routes):,}"
+    why = first.reason + (f" ! {first.flag}" if first.flag else "")
+    return name, shape, first.algorithm, f"{first.lr:g}", f"{first.weight_decay:g}", state, why
+
+
+def _total(routes: Sequence[Route], algorithm: Algorithm | None) -> str:
+    """`muon: 84 tensors, 1,000 parameters, 1,002 B of state, 1.002 B per parameter`; empty for none."""
+    chosen = [route for route in routes if route.algorithm == algorithm]
+    if not chosen:
+        return ""
+    num_elements = sum(route.num_elements for route in chosen)
+    line = f"{algorithm or 'frozen'}: {len(chosen)} tensors, {num_elements:,} parameters"
+    if algorithm is None or not num_elements:
+        return line
+    state = sum(route.state_bytes for route in chosen)
+    return f"{line}, {format_bytes(state)} of state, {state / num_elements:.4f} B per parameter"

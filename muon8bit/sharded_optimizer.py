@@ -1,0 +1,168 @@
+"""The optimizer on several ranks: with which it shares its matrices, and how its sharded state is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from .step.commit import Commit
+from .step.offload import Staging
+from .step.options import describe
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .distributed import Team
+
+# `distributed` is imported by those who need it: torch's DTensor takes a second, and not every build of torch has it.
+
+
+class SharingOptimizer(Optimizer):
+    """An optimizer whose parameters may lie on several ranks.
+
+    Args:
+        process_group, shard_state: see `Muon8bit`.
+        staging: where the state lives.
+
+    Raises:
+        ValueError: for `shard_state` without a process group, or one that this rank is not in.
+        NotImplementedError: for `state_device` with a process group, or with a sharded parameter, by name.
+    """
+
+    step_timeout: float
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        process_group: ProcessGroup | None,
+        shard_state: bool,
+        staging: Staging,
+    ) -> None:
+        self._staging = staging
+        if shard_state and process_group is None:
+            raise ValueError(
+                "shard_state=True shards the momenta of replicated parameters over a process group: pass "
+                "process_group=torch.distributed.group.WORLD, or another"
+            )
+        if process_group is not None:
+            self._check_unshared("a process_group")
+            from .distributed import check_group
+
+            check_group(process_group)
+        self.process_group, self.shard_state = process_group, shard_state
+        self._team: Team | None = None
+        self._consolidated: dict[Tensor, dict[str, Tensor]] | None = None  # of the last step
+        self._tells_parts = False
+        super().__init__(params, defaults)
+
+    @property
+    def state_device(self) -> str | None:
+        """Of the constructor."""
+        return self._staging.state_device
+
+    def _check_sharded(self, group: dict[str, Any], index: int) -> None:
+        """Refuse by name a sharded parameter that no step could take."""
+        for place, param in enumerate(group["params"]):
+            if hasattr(param, "device_mesh"):
+                from .distributed import check_placements
+
+                self._check_unshared(f"{describe(group, index, place)}, which is sharded")
+                check_placements(param, describe(group, index, place))
+
+    def _check_unshared(self, what: str) -> None:
+        """Refuse to share state that lies on the host."""
+        if self.state_device is not None:
+            raise NotImplementedError(
+                f"state_device={self.state_device!r} does not go with {what}: matrices that several ranks share are "
+                "stepped in rounds of messages, which do not fetch state from the host. Leave state_device out; "
+                "fully_shard, or shard_state=True on replicas, divides the state among the GPUs instead"
+            )
+
+    def _find_team(self) -> Team | None:
+        """The ranks with which matrices are shared, looked for anew: parameters may be swapped for sharded ones.
+
+        Raises:
+            NotImplementedError: for a mesh whose ranks no known process group has, or with `state_device`.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        if self.process_group is None and not any(hasattr(param, "device_mesh") for param in params):
+            return None
+        self._check_unshared("sharded parameters")
+        from .distributed import team_of
+
+        self._team = team_of(params, self.process_group, self.shard_state, self.step_timeout, self._team)
+        return self._team
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. With `shard_state`, of whole tensors on the CPU, as `consolidate_state_dict` gathered them, or in
+        `sharded_state_dict` of DTensors.
+
+        Raises:
+            RuntimeError: with `shard_state`, where this rank has not got the whole state since the last step.
+        """
+        if not self.shard_state or not self.state or self._tells_parts:
+            return super().state_dict()
+        if self._consolidated is None:
+            raise RuntimeError(
+                "with shard_state=True each rank has a part of the state: call consolidate_state_dict() on all ranks "
+                "after the last step() and before state_dict(), or, for distributed checkpointing, take state_dict() "
+                "in `with optimizer.sharded_state_dict():`"
+            )
+        own, self.state = self.state, self._consolidated  # type: ignore[assignment]
+        try:
+            return super().state_dict()
+        finally:
+            self.state = own
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int | None = None) -> None:
+        """Gather the sharded state for `state_dict()`, valid until the next step; to be called on all ranks. Without
+        `shard_state` there is nothing to do. The contract of torch's ZeroRedundancyOptimizer.
+
+        Args:
+            to: the rank in `process_group` that gets it, None for all.
+
+        Raises:
+            RuntimeError: on all ranks, if a step or this call has failed on one; the message says which.
+        """
+        team = self._find_team()
+        if team is None or not self.shard_state:
+            return
+        self._arrive(team)
+        commit = Commit(team.confirm)
+        try:
+            self._consolidated = team.whole(self.state, to, commit.confirm)
+        except BaseException as error:
+            team.failed(error, is_agreed=commit.is_confirmed)
+            raise
+
+    def _arrive(self, team: Team) -> None:
+        """Meet the other ranks, which all refuse to go on if one of them has to."""
+        team.arrive(None)
+
+    @contextmanager
+    def sharded_state_dict(self) -> Iterator[None]:
+        """In this context `state_dict()` gives DTensors where the state is sharded, as distributed checkpointing needs
+        them: `with optimizer.sharded_state_dict(): get_optimizer_state_dict(model, optimizer)`."""
+        before, self._tells_parts = self._tells_parts, True
+        try:
+            yield
+        finally:
+            self._tells_parts = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "an optimizer with a process_group cannot be copied or pickled, since the group belongs to its "
+                "process: construct another one and give it this one's state_dict()"
+            )
+        own = {"process_group": None, "shard_state": False, "_tells_parts": False, "_staging": self._staging}
+        return {**super().__getstate__(), **own, "_team": None, "_consolidated": None}

@@ -1,0 +1,1 @@
+"""One optimizer step, in the order in which things happen."""

@@ -1,0 +1,311 @@
+"""Parameter groups: what a group must say, and whether Muon can take its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from .._values import FINITE, TINY, is_choice, is_limit, is_number, is_rate, shown
+from ..config import (
+    ADJUST_LR,
+    ALGORITHMS,
+    BITS,
+    BLOCK_SIZES,
+    CODEBOOKS,
+    DEFAULT_ADAMW_BETAS,
+    DEFAULT_ADAMW_BITS,
+    DEFAULT_ADAMW_EPS,
+)
+from ..orthogonalize import choose, diverges, resolve
+from . import adamw8bit
+from .dense import is_overlapping, why_not_dense, why_not_written
+
+# How the running optimizer stores and computes: from the constructor, never from a checkpoint.
+FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
+MATRIX_DEFAULTS: dict[str, Any] = {"flatten": False, "split_sizes": None, "split_dim": -2}
+# Keys of a group, by algorithm, that no other optimizer and no older checkpoint has, and what their absence means.
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "muon": {**MATRIX_DEFAULTS, "clip_matrix_norm": None, "maximize": False},
+    "adamw": {"adamw_bits": DEFAULT_ADAMW_BITS, "maximize": False},
+}
+# Of torch's optimizers, which have several implementations; what they stand at where none of them is asked for.
+IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+}
+# The way out of every error about groups that are not those of a checkpoint.
+AS_SAVED = (
+    "use the same model and build the groups as they were saved: a checkpoint of release 0.1 by "
+    "muon8bit.param_groups(model, ..., routing='0.1'), any other by its `patterns` and `no_decay`"
+)
+RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")
+MUON_ONLY_KEYS = (
+    *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm"),
+    *FORMAT_KEYS,
+    *("split_sizes", "split_dim"),
+)
+_ADAMW_ONLY_KEYS = ("betas", "adamw_bits")
+# Of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
+_NO_GROUP_KEYS = (
+    *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
+    *("workspace_bytes", "state_device", "process_group", "shard_state"),
+    "amsgrad",
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def group_keys(algorithm: str) -> tuple[str, ...]:
+    """Hyper-parameters that a group of this algorithm holds."""
+    return ("lr", "weight_decay", "eps", "maximize", *(_ADAMW_ONLY_KEYS if algorithm == "adamw" else MUON_ONLY_KEYS))
+
+
+def describe(group: dict[str, Any], group_index: int, index: int) -> str:
+    """How errors name a parameter: by its name, else by group, index and, where it has one, shape."""
+    names, param = group.get("param_names"), group["params"][index]
+    if isinstance(names, tuple | list) and index < len(names):
+        return str(names[index])
+    has_shape = not is_lazy(param) and not (param.is_nested and param.layout == torch.strided)
+    return f"parameter {index} of group {group_index}" + (f", shape {tuple(param.shape)}" if has_shape else "")
+
+
+def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the user's group with its parameters as a list and AdamW's defaults filled in.
+
+    Keys of the other algorithm stand at None, so that generic code finds every key of an optimizer's defaults.
+
+    Args:
+        arguments: of the optimizer, which wrappers may have put into the group.
+
+    Raises:
+        ValueError: for an unknown algorithm, an AdamW group without its own lr, or keys of the other algorithm.
+    """
+    if "params" not in group:
+        raise ValueError(f"parameter group {group_index} has no 'params': give the tensors, or (name, tensor) pairs")
+    params = group["params"]
+    group = {"algorithm": "muon", **group, "params": [params] if isinstance(params, Tensor) else params}
+    if not isinstance(params, set):  # torch's own error says why a set is refused
+        group["params"] = list(group["params"])
+    where = f"parameter group {group_index}"
+    if not is_choice(group["algorithm"], ALGORITHMS):
+        raise ValueError(f"{where}: algorithm {shown(group['algorithm'])} is not one of {', '.join(ALGORITHMS)}")
+    if isinstance(group.get("split_sizes"), list):
+        group["split_sizes"] = tuple(group["split_sizes"])
+    known = {"params", *group_keys(group["algorithm"])}
+    for key in set(group) - known:
+        close = get_close_matches(key, known, n=1, cutoff=0.85)
+        if close:
+            raise ValueError(f"{where}: unknown key {key!r}, did you mean {close[0]!r}?")
+    if group["algorithm"] == "muon":
+        other: tuple[str, ...] = _ADAMW_ONLY_KEYS
+    else:
+        other = MUON_ONLY_KEYS
+        if is_choice(group.get("adamw_bits"), (8,)) and is_choice(group.get("codebook"), ("linear",)):
+            raise ValueError(
+                f"{where}: codebook='linear' beside adamw_bits=8 is refused: linear 8 bits store the second moment of "
+                "small gradients as 0, by which the step is then divided, and it blows up. AdamW's moments are in the "
+                "dynamic maps: leave codebook out, or use adamw_bits=32"
+            )
+        if "lr" not in group:
+            raise ValueError(f"{where}: a group with algorithm='adamw' needs its own 'lr' (Muon's rarely fits it)")
+        group.setdefault("betas", DEFAULT_ADAMW_BETAS)
+        group.setdefault("eps", DEFAULT_ADAMW_EPS)
+        group.setdefault("adamw_bits", DEFAULT_ADAMW_BITS)
+    foreign = [key for key in other if group.get(key) is not None] + [key for key in _NO_GROUP_KEYS if key in group]
+    if foreign:
+        hint = ""
+        if all(key in arguments and type(group[key]) is type(arguments[key]) for key in foreign):
+            hint = (
+                ". If it is there by ZeroRedundancyOptimizer, which puts its arguments into every group: give them in "
+                "the groups of their algorithm, or use Muon8bit without it, with process_group and shard_state=True"
+            )
+        raise ValueError(f"{where}: {', '.join(foreign)} has no meaning in a group of {group['algorithm']!r}{hint}")
+    return {**group, **dict.fromkeys(MUON_ONLY_KEYS)} if group["algorithm"] == "adamw" else group
+
+
+def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None, *, is_rounded: bool) -> None:
+    """Check what groups say now: since they were made, a scheduler or a hand may have written into them.
+
+    Reads only what is on the host. To be called before a step changes anything.
+
+    Args:
+        groups: all of an optimizer's, complete.
+        ns_dtype: of Newton-Schulz, as for `Muon8bit`.
+        is_rounded: whether parameters are rounded stochastically.
+
+    Raises:
+        ValueError: names the group, the key, its value, and what it may be.
+    """
+    for index, group in enumerate(groups):
+        where = f"parameter group {index}: "
+        _check_present(group, ("params", "algorithm"), where)
+        check_listed(group, where)
+        check_options(group, where)
+        check_foreign(group, where)
+        if is_rounded:
+            _check_present(group, ("rounding_seed", "rounding_step"), where)
+        check_schedule(group, ns_dtype, where)
+        if group["split_sizes"] is not None:
+            for place, param in enumerate(group["params"]):
+                _check_splits(f"{where}{describe(group, index, place)}", param, group)
+
+
+def check_listed(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless a group lists tensors, and names of them if any."""
+    params, names = group.get("params"), group.get("param_names")
+    if not isinstance(params, tuple | list) or not all(isinstance(param, Tensor) for param in params):
+        raise ValueError(f"{where}params must be a list of tensors, not {shown(params)}")
+    if names is not None and not (isinstance(names, tuple | list) and len(names) <= len(params)):
+        raise ValueError(f"{where}param_names must be a list of at most {len(params)} names, not {shown(names)}")
+
+
+def check_schedule(group: dict[str, Any], ns_dtype: torch.dtype | None, where: str) -> None:
+    """Raise ValueError for coefficients that this dtype of Newton-Schulz cannot hold: a step is too late for it."""
+    if group["algorithm"] != "muon":
+        return
+    schedule = resolve(group["ns_coefficients"], group["ns_steps"])
+    try:
+        choose(1, 1, schedule, "cpu", ns_dtype)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+    if diverges(schedule):
+        raise ValueError(
+            f"{where}ns_coefficients let singular values between 0 and 1 grow beyond float32 within "
+            f"{len(schedule.steps)} steps, and parameters would become NaN: take smaller ones, or fewer ns_steps"
+        )
+
+
+def check_foreign(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a value of the other algorithm: it would be without effect."""
+    algorithm = group["algorithm"]
+    for key in _ADAMW_ONLY_KEYS if algorithm == "muon" else MUON_ONLY_KEYS:
+        # OneCycleLR and CyclicLR write a momentum into AdamW's groups too.
+        if group.get(key) is not None and (algorithm, key) != ("adamw", "momentum"):
+            raise ValueError(f"{where}{key} has no meaning with algorithm={algorithm!r}: it must stay None")
+
+
+def _check_present(options: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    missing = [key for key in keys if key not in options]
+    if missing:
+        of = f" for algorithm={options['algorithm']!r}" if "algorithm" in options else ""
+        raise ValueError(f"{where}{', '.join(missing)} missing: a group holds every option it was made with{of}")
+
+
+def check_options(options: dict[str, Any], where: str = "") -> None:
+    """Check every hyper-parameter in a group or in the defaults.
+
+    Raises:
+        ValueError: names the key, its value, and what it may be.
+    """
+
+    def require(key: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            is_own = bool(where) and key in (*MUON_ONLY_KEYS, *_ADAMW_ONLY_KEYS)
+            of = f" in a group with algorithm={algorithm!r}" if is_own else ""
+            raise ValueError(f"{where}{key} must be {allowed}{of}, not {shown(options[key])}")
+
+    algorithm = options.get("algorithm", "muon")
+    require("algorithm", is_choice(algorithm, ALGORITHMS), f"one of {ALGORITHMS}")
+    _check_present(options, group_keys(algorithm), where)
+    is_tensor = isinstance(options["lr"], Tensor)
+    require("lr", is_rate(options["lr"]), "a dense 1-element float tensor " * is_tensor + f">= 0 and {FINITE}")
+    require("weight_decay", is_number(options["weight_decay"]), f">= 0 and {FINITE}")
+    require("eps", is_number(options["eps"]) and options["eps"] > 0, f"> 0 and {FINITE}")
+    require("maximize", is_choice(options["maximize"], (True, False)), "True or False")
+    for key in IMPLEMENTATION_DEFAULTS:
+        valid = is_choice(options.get(key), (None, False))
+        require(key, valid, "None or False (Muon8bit chooses its kernels by device and shape)")
+    for key in ("rounding_seed", "rounding_step"):
+        value = options.get(key, 0)
+        require(key, type(value) is int and 0 <= value < 2**64, "an int in 0 .. 2**64 - 1")
+    if algorithm == "adamw":
+        require("eps", options["eps"] >= TINY, f"at least {TINY:.4g}, below which fp32 may divide by zero")
+        betas = options["betas"]
+        valid = isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b, high=1) for b in betas)
+        require("betas", valid, "two numbers in [0, 1)")
+        bits = options["adamw_bits"]
+        require("adamw_bits", is_choice(bits, BITS), f"one of {BITS}")
+        cycled = options.get("momentum")  # by OneCycleLR and CyclicLR: see `adamw.betas_of`
+        require("momentum", cycled is None or is_number(cycled, high=1), "None or in [0, 1), in place of betas[0]")
+        return
+    require("momentum", is_number(options["momentum"], high=1), "in [0, 1)")
+    require("clip_matrix_norm", is_limit(options["clip_matrix_norm"]), f"None or > 0 and {FINITE}")
+    require("nesterov", is_choice(options["nesterov"], (True, False, 0, 1)), "True or False")
+    for key, allowed in (("bits", BITS), ("codebook", CODEBOOKS), ("block_size", BLOCK_SIZES)):
+        require(key, is_choice(options[key], allowed), f"one of {allowed}")
+    sizes = options["split_sizes"]
+    is_sizes = isinstance(sizes, tuple | list) and len(sizes) > 0 and all(type(n) is int and n > 0 for n in sizes)
+    require("split_sizes", sizes is None or is_sizes, "None or positive ints")
+    require("split_dim", is_choice(options["split_dim"], (-2, -1)), "one of (-2, -1), a dimension of the matrix")
+    require("flatten", isinstance(options["flatten"], bool), "True or False")
+    require("split_dim", not (sizes and options["flatten"] and options["split_dim"] == -1), "-2 beside flatten=True")
+    require("adjust_lr_fn", is_choice(options["adjust_lr_fn"], (None, *ADJUST_LR)), f"None or one of {ADJUST_LR}")
+    try:
+        resolve(options["ns_coefficients"], options["ns_steps"])
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def check_params(group: dict[str, Any], group_index: int) -> None:
+    """Check that the group's algorithm can take each of its parameters; the error names it and the way out."""
+    if group.get("adamw_bits") == 8:
+        adamw8bit.check_available()
+    seen = set()
+    for index, param in enumerate(group["params"]):
+        name = describe(group, group_index, index)
+        if param in seen:
+            raise ValueError(f"{name} appears twice in its group: list it once")
+        seen.add(param)
+        check_not_partitioned(param, name)
+        if is_lazy(param):
+            raise ValueError(f"{name} has no shape yet: call its lazy module once before the optimizer is made")
+        if problem := why_not_dense(param):
+            raise ValueError(f"{name} is a {problem} tensor: Muon8bit takes dense parameters")
+        if problem := why_not_written(param):
+            raise ValueError(f"{name} is {problem}: Muon8bit takes parameters with memory of their own")
+        if is_overlapping(param):
+            raise ValueError(f"{name} is an expanded tensor, whose elements share memory: clone it first")
+        if param.dtype not in DTYPES:
+            raise ValueError(f"{name} is {param.dtype}: Muon8bit takes float32, bfloat16 and float16 parameters")
+        if group["algorithm"] == "muon" and param.ndim < 2:
+            raise ValueError(
+                f"{name} has {param.ndim} dimension(s): Muon takes weight matrices. Build the groups with "
+                "muon8bit.param_groups(model, ...), which has a loraplus_ratio too, or put it into a group with "
+                "algorithm='adamw' and its own lr. "
+                "If it is a weight matrix that a wrapper has flattened (FSDP1, DeepSpeed ZeRO), unwrap it first"
+            )
+        if group["algorithm"] == "muon" and group["split_sizes"] is not None:
+            _check_splits(name, param, group)
+
+
+def check_not_partitioned(param: Tensor, name: str) -> None:
+    """Raise NotImplementedError, by name, for the parameters of DeepSpeed ZeRO and FSDP1, which are flattened parts."""
+    if hasattr(param, "ds_id") or hasattr(param, "ds_tensor"):
+        raise NotImplementedError(
+            f"{name} is partitioned by DeepSpeed ZeRO, which flattens the matrices that Muon needs whole. Shard the "
+            "model by torch.distributed.fsdp.fully_shard (FSDP2), or use DDP"
+        )
+    if type(param).__name__ == "FlatParameter" or hasattr(param, "_is_flat_param"):
+        raise NotImplementedError(
+            f"{name} is flattened by FSDP1: several matrices in one vector. Shard the model by "
+            "torch.distributed.fsdp.fully_shard (FSDP2; in Accelerate fsdp_version: 2)"
+        )
+
+
+def _check_splits(name: str, param: Tensor, group: dict[str, Any]) -> None:
+    """Raise ValueError if the pieces do not fill the dimension of each matrix that they split."""
+    shape = (param.shape[0], prod(param.shape[1:])) if group["flatten"] else tuple(param.shape)
+    sizes, dim = group["split_sizes"], group["split_dim"]
+    if sum(sizes) != shape[dim]:
+        raise ValueError(
+            f"{name} of shape {shape}: split_sizes {tuple(sizes)} sum to {sum(sizes)}, but dimension {dim} has "
+            f"{shape[dim]} elements. Give the sizes of its own pieces, or split_dim={-3 - dim}, or put it into a "
+            "group without split_sizes"
+        )

@@ -1,0 +1,69 @@
+"""Stochastic rounding in the optimizer: where its seed and step live, and which parameter draws which bits.
+
+`rounding_seed` and `rounding_step` are ints in every parameter group, present only where the optimizer rounds
+stochastically; the step counts the steps done, skipped ones left out. With a parameter's index over all groups and an
+element's index in the parameter they are all that the random bits depend on: see `muon8bit_kernels.random_bits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from muon8bit_kernels import ops, rounding_key
+from torch import Tensor
+
+
+def initial(param_rounding: str, seed: int) -> dict[str, int]:
+    """What the groups of a new optimizer hold."""
+    return {"rounding_seed": seed, "rounding_step": 0} if param_rounding == "stochastic" else {}
+
+
+def key_of(param: Tensor, name: str, param_index: int, group: Mapping[str, Any]) -> int | None:
+    """The hash key of a parameter at this step, an int32; None where it is rounded to nearest, as float32 is.
+
+    Args:
+        name: how an error calls the parameter.
+        param_index: its place over all groups.
+
+    Raises:
+        ValueError: for a float16 parameter where the group asks for stochastic rounding.
+    """
+    if "rounding_seed" not in group:
+        return None
+    if param.dtype == torch.float16:
+        raise ValueError(
+            f"{name} is float16: param_rounding='stochastic' is for bfloat16 parameters (float32 ones are not "
+            "affected). Convert it to bfloat16, or use param_rounding='nearest'"
+        )
+    if param.dtype != torch.bfloat16:
+        return None
+    return rounding_key(group["rounding_seed"], group["rounding_step"], param_index)
+
+
+def rounded(values: Tensor, old: Tensor, key: int, first: int, backend: str | None) -> Tensor:
+    """Contiguous fp32 `values` in bf16, rounded stochastically; `old`, bf16 of their shape, where that is equal to it:
+    a step with lr 0 loses the sign of a zero, but no bit may change. Takes 3 bytes an element.
+
+    `key`: of `key_of`; `first`: index of the first value in the whole parameter.
+    """
+    new: Tensor = ops.round_stochastic(values, key, first, backend)
+    return torch.where(new == old, old, new, out=new)
+
+
+def advance(groups: Iterable[dict[str, Any]], by: int = 1) -> None:
+    """Count a step that was done; with -1 take back one that was not."""
+    for group in groups:
+        if "rounding_step" in group:
+            group["rounding_step"] += by
+
+
+def settle(group: dict[str, Any], *, saved: Mapping[str, Any], running: Mapping[str, Any]) -> None:
+    """Make a loaded group round as the running optimizer does: seed and step from the checkpoint if it has them, else
+    the running seed from step 0; neither where the running optimizer rounds to nearest."""
+    if "rounding_seed" in running:
+        group["rounding_step"] = saved.get("rounding_step", 0)
+    else:
+        group.pop("rounding_seed", None)
+        group.pop("rounding_step", None)
