@@ -6,7 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # numpy reads it when it is imported; comma
 
 import pytest
 import torch
-from background import Background
+from helpers.background import Background
 
 torch.set_num_threads(1)
 COMMANDS = pytest.StashKey[Background]()

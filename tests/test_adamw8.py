@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from bitwise import assert_bitwise
+from helpers.bitwise import assert_bitwise
 from muon8bit_kernels import dynamic_map, ops, rounding_key, unsigned_dynamic_map
 
 from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients, state_report

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from bitwise import assert_bitwise
+from helpers.bitwise import assert_bitwise
 from test_state_dict import edit, snapshot, through_file, train
 
 from muon8bit import Muon8bit, convert_state_dict, param_groups

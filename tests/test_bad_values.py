@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from bad_values import (
+from helpers.bad_values import (
     BY_HAND,
     GROUP_VALUES,
     LISTS,

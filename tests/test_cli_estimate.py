@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_models import LADDER, TINY, config_of, ladder_config
+from helpers.memory_models import LADDER, TINY, config_of, ladder_config
 
 from muon8bit.cli import main
 from muon8bit.estimate import LABELS, OPTIMIZERS, Estimator, Memory, Setup, judge, load_config, parse_bytes, print_table

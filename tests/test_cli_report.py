@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_models import TINY, config_of
+from helpers.memory_models import TINY, config_of
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM

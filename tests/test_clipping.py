@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from allocator import peak_bytes
-from bitwise import assert_bitwise
+from helpers.allocator import peak_bytes
+from helpers.bitwise import assert_bitwise
 
 from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients
 

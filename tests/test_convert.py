@@ -6,9 +6,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from bitwise import assert_bitwise
+from helpers.bitwise import assert_bitwise
+from helpers.oracle import Muon64
 from muon8bit_kernels import dynamic_map
-from oracle import Muon64
 from test_state_dict import SHAPES, make, train
 
 from muon8bit import Muon8bit, convert_state_dict

@@ -11,9 +11,9 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from allocator import peak_bytes
-from bitwise import assert_bitwise
-from refusals import check_refused
+from helpers.allocator import peak_bytes
+from helpers.bitwise import assert_bitwise
+from helpers.refusals import check_refused
 from test_convert import MATRICES, OTHERS, both, ours_for, quietly, torch_pair, torch_params, torch_train
 from test_state_dict import make, train
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from bitwise import assert_nested_equal
+from helpers.bitwise import assert_nested_equal
 
 from muon8bit import Muon8bit, release_gradients
 from muon8bit.step import adamw_chunks, clipping, muon, phases

@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from bad_values import SHAPES, everything, make
-from bitwise import assert_bitwise
+from helpers.bad_values import SHAPES, everything, make
+from helpers.bitwise import assert_bitwise
 
 from muon8bit import Muon8bit, convert_state_dict
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from allocator import peak_bytes
-from lanes import force  # noqa: F401  # a fixture
-from memory_models import TINY, config_of
+from helpers.allocator import peak_bytes
+from helpers.lanes import force  # noqa: F401  # a fixture
+from helpers.memory_models import TINY, config_of
 from transformers import AutoModelForCausalLM
 
 from muon8bit import Muon8bit, param_groups

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from memory_models import TINY, config_of
+from helpers.memory_models import TINY, config_of
 from transformers import AutoModelForCausalLM
 
 from benchmarks.training.memory_peaks import MEASURED, compare

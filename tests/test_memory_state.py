@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from memory_models import LADDER, TINY, config_of, ladder_config
+from helpers.memory_models import LADDER, TINY, config_of, ladder_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from allocator import peak_bytes
+from helpers.allocator import peak_bytes
 
 from muon8bit.orthogonalize import Path, batch_size, choose, orthogonalize, resolve, workspace_bytes
 

@@ -5,8 +5,8 @@ from functools import cache
 
 import pytest
 import torch
-from bitwise import assert_bitwise
-from old_checkpoints import CASES, DCP_FOLDER, FILE, FOLDER, Net, build, optimizer_of, train
+from helpers.bitwise import assert_bitwise
+from helpers.old_checkpoints import CASES, DCP_FOLDER, FILE, FOLDER, Net, build, optimizer_of, train
 
 from muon8bit.integrations.distributed_checkpoint import load_checkpoint
 

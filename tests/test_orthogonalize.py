@@ -1,9 +1,9 @@
 """Newton-Schulz forms, dtypes and products against float64; coefficients."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from helpers import oracle
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muon8bit.orthogonalize import NAMES, Path, choose, orthogonalize, resolve, segments

@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from bitwise import assert_bitwise
+from helpers.bitwise import assert_bitwise
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 

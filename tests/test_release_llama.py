@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from allocator import peak_bytes
+from helpers.allocator import peak_bytes
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -3,9 +3,9 @@
 import io
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from helpers import oracle
 from torch.nn import Parameter
 
 from muon8bit import Muon8bit, NonFiniteGradientError

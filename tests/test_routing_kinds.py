@@ -7,9 +7,9 @@ from typing import Any
 
 import peft
 import pytest
-import routing_models
 import torch
 import transformers as hf
+from helpers import routing_models
 from torch import nn
 
 from muon8bit import param_groups

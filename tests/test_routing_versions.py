@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import routing_models
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from helpers import routing_models
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 

@@ -4,9 +4,9 @@ import copy
 import io
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from helpers import oracle
 
 from muon8bit import Muon8bit, NonFiniteGradientError
 from muon8bit.config import DEFAULT_WORKSPACE_BYTES

@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 import torch
-from allocator import peak_bytes
-from bitwise import assert_bitwise
-from lanes import Early, Late, Recorded, force  # noqa: F401  # a fixture
+from helpers.allocator import peak_bytes
+from helpers.bitwise import assert_bitwise
+from helpers.lanes import Early, Late, Recorded, force  # noqa: F401  # a fixture
 from torch import nn
 
 from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients, state_report

@@ -14,7 +14,7 @@ import re
 
 import pytest
 import torch
-from bitwise import assert_nested_equal
+from helpers.bitwise import assert_nested_equal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook

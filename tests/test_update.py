@@ -1,9 +1,9 @@
 """bits=32 against float64, beside torch.optim.Muon on the same gradients."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from helpers import oracle
 from torch.optim import Muon
 from torch.optim._muon import _zeropower_via_newtonschulz
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from allocator import peak_bytes
+from helpers.allocator import peak_bytes
 from muon8bit_kernels import ops
 
 from muon8bit import Muon8bit

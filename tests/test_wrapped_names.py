@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from bitwise import assert_bitwise
+from helpers.bitwise import assert_bitwise
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from muon8bit import Muon8bit, convert_state_dict, param_groups, state_report

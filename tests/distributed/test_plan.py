@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from spreads import expert, replicated, sharded, sharded_state
+from helpers.spreads import expert, replicated, sharded, sharded_state
 
 from muon8bit.distributed.assignment import Plan, gathered_bytes, plan
 from muon8bit.distributed.matrix_sharding import Region, Spread

@@ -1,15 +1,17 @@
 """On several ranks, what one process does: see `sharded_checks`, whose checks run in one group of 4 gloo processes."""
 
 import pytest
-import sharded_checks_adamw8  # noqa: F401  # they register their checks
-import sharded_checks_doors  # noqa: F401
-import sharded_checks_errors  # noqa: F401
-import sharded_checks_more  # noqa: F401
-import sharded_checks_reshard  # noqa: F401
-import sharded_checks_values  # noqa: F401
 import torch
-from ranks import on_ranks
-from sharded_checks import CHECKS, NUM_RANKS, run_all
+from helpers import (  # noqa: F401  # they register their checks
+    sharded_checks_adamw8,
+    sharded_checks_doors,
+    sharded_checks_errors,
+    sharded_checks_more,
+    sharded_checks_reshard,
+    sharded_checks_values,
+)
+from helpers.ranks import on_ranks
+from helpers.sharded_checks import CHECKS, NUM_RANKS, run_all
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool | None
 @pytest.fixture(scope="session")
 def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Llama with a chat tokenizer."""
-    from finetune_chat import make_base
+    from helpers.finetune_chat import make_base
 
     return make_base(tmp_path_factory.mktemp("chat") / "base")
 
@@ -124,7 +124,7 @@ def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .jsonl file of 60 short conversations."""
-    from finetune_chat import write_chats
+    from helpers.finetune_chat import write_chats
 
     return write_chats(tmp_path_factory.mktemp("chat") / "chats.jsonl")
 

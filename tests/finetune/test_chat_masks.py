@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from chat_tokenizers import make_tokenizer, template_text
+from helpers.chat_tokenizers import make_tokenizer, template_text
 
 from finetune.config.errors import InputError
 from finetune.data.messages import Example

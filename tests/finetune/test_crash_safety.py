@@ -8,7 +8,7 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-from refusals import check_refused
+from helpers.refusals import check_refused
 
 
 def steps_saved(folder):

@@ -7,7 +7,7 @@ import os
 import shutil
 
 import pytest
-from refusals import check_refused
+from helpers.refusals import check_refused
 
 from finetune.config.recipe import read_recipe
 from finetune.storage.checkpoints import (

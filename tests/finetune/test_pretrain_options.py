@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from refusals import check_refused
+from helpers.refusals import check_refused
 
 from finetune.config.errors import InputError
 from finetune.config.recipe import read_recipe

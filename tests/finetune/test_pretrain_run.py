@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from bitwise import assert_nested_equal
-from refusals import check_refused
+from helpers.bitwise import assert_nested_equal
+from helpers.refusals import check_refused
 from safetensors.torch import load_file
 
 from finetune.storage.checkpoints import complete, file_names, seal_files

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finetune_chat import make_base
+from helpers.finetune_chat import make_base
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.training import recipe_peaks

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import signal
 
-import finetune_saves
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ranks import prepare
+from helpers import finetune_saves
+from helpers.ranks import prepare
 
 from finetune.parallel import ranks
 

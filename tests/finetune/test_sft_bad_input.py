@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from finetune_chat import make_base
-from refusals import check_refused
+from helpers.finetune_chat import make_base
+from helpers.refusals import check_refused
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaConfig, T5Config
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from refusals import check_refused
+from helpers.refusals import check_refused
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from finetune_chat import make_tokenizer
+from helpers.finetune_chat import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune.config.sft_recipe import (

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from finetune_chat import make_base, make_tokenizer
-from refusals import check_refused
+from helpers.finetune_chat import make_base, make_tokenizer
+from helpers.refusals import check_refused
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,

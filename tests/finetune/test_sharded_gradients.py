@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-import finetune_sharded
-from ranks import on_ranks
+from helpers import finetune_sharded
+from helpers.ranks import on_ranks
 
 
 def test_accumulation_over_two_ranks_is_as_precise_as_one_process_without_it(tmp_path):

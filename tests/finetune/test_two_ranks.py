@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 
-import finetune_ranks
 import pytest
 import torch
 import yaml
-from bitwise import assert_nested_equal
-from ranks import start_processes
+from helpers import finetune_ranks
+from helpers.bitwise import assert_nested_equal
+from helpers.ranks import start_processes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

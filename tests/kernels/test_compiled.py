@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 import triton
-from background import compile_kernels
+from helpers.background import compile_kernels
 from muon8bit_kernels.triton.gemm_tilings import TILINGS
 
 from benchmarks.compile import table

@@ -7,7 +7,7 @@ import re
 import pytest
 
 pytest.importorskip("triton")
-from background import compile_kernels
+from helpers.background import compile_kernels
 
 pytestmark = pytest.mark.background(command=compile_kernels)
 # Of every kernel the small side and the elements of a tile.

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from bitwise import assert_bitwise
+from helpers.bitwise import assert_bitwise
 from muon8bit_kernels import CODE_DTYPES, momentum_apply_cut, momentum_stats_cut, num_blocks
 from muon8bit_kernels.reference import momentum_apply, momentum_stats, quantize
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from helpers import oracle
 from muon8bit_kernels import reference, rounding_key
 from muon8bit_kernels.reference.update import random_bits
 

@@ -10,11 +10,11 @@ import os
 
 import pytest
 import torch
-from bitwise import assert_bitwise, on
+from helpers.bitwise import assert_bitwise, on
+from helpers.layouts import laid_out
+from helpers.momentum_steps import Both, random_stacks, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import laid_out
-from momentum_steps import Both, random_stacks, state_of
 from muon8bit_kernels import CODE_DTYPES, reference
 
 from muon8bit import Muon8bit

@@ -11,8 +11,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from bitwise import assert_bitwise
-from layouts import laid_out
+from helpers.bitwise import assert_bitwise
+from helpers.layouts import laid_out
 from muon8bit_kernels import reference
 from muon8bit_kernels.codebooks import dynamic_midpoints
 from muon8bit_kernels.self_check import self_check

@@ -10,10 +10,10 @@ import os
 import numpy as np
 import pytest
 import torch
-from bitwise import assert_bitwise, bits, on
+from helpers.bitwise import assert_bitwise, bits, on
+from helpers.layouts import laid_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import laid_out
 from muon8bit_kernels import reference, rounding_key
 
 from muon8bit import Muon8bit

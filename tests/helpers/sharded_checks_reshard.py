@@ -12,9 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from sharded_checks import NUM_RANKS, check
-from sharded_checks_doors import Net, everything, optimizer_of, train
-from sharded_runs import assert_same, raises
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -25,6 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers.sharded_checks import NUM_RANKS, check
+from helpers.sharded_checks_doors import Net, everything, optimizer_of, train
+from helpers.sharded_runs import assert_same, raises
 from muon8bit.integrations.distributed_checkpoint import load_checkpoint
 
 FORMATS = {

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from finetune_spread import spread_models
+
+from helpers.finetune_spread import spread_models
 
 WORLD = 2
 

@@ -11,10 +11,11 @@ from importlib import import_module
 
 import torch
 import torch.distributed as dist
-from sharded_runs import MATRICES, VECTORS, Run, assert_same, on_mesh
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.testing import assert_close
+
+from helpers.sharded_runs import MATRICES, VECTORS, Run, assert_same, on_mesh
 
 NUM_RANKS = 4
 CHECKS = {}
@@ -50,12 +51,12 @@ def check(name, *, ranks=NUM_RANKS):
 def run_all(folder):
     """All checks; this rank's errors, by name, into a file of the folder."""
     for module in (
-        "sharded_checks_more",
-        "sharded_checks_doors",
-        "sharded_checks_errors",
-        "sharded_checks_reshard",
-        "sharded_checks_adamw8",
-        "sharded_checks_values",
+        "helpers.sharded_checks_more",
+        "helpers.sharded_checks_doors",
+        "helpers.sharded_checks_errors",
+        "helpers.sharded_checks_reshard",
+        "helpers.sharded_checks_adamw8",
+        "helpers.sharded_checks_values",
     ):  # they register their checks
         import_module(module)
     world, errors = World(folder), {}

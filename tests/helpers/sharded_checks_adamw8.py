@@ -10,13 +10,13 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_checks import arm, check
-from sharded_checks_doors import everything, train
-from sharded_checks_reshard import LOADERS, told
-from sharded_runs import Run, assert_same, on_mesh, raises
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from helpers.sharded_checks import arm, check
+from helpers.sharded_checks_doors import everything, train
+from helpers.sharded_checks_reshard import LOADERS, told
+from helpers.sharded_runs import Run, assert_same, on_mesh, raises
 from muon8bit import Muon8bit
 from muon8bit.distributed.param_sharding import local_tensor
 from muon8bit.step import nonfinite

@@ -1,7 +1,8 @@
 """Optimizers of every option that shapes saved state, as the first release saved them: `tests/data/` has their state.
 
 The files were written by that release (commit 2966fc6) and are never written anew: they hold what users have on disk.
-`python tests/old_checkpoints.py FOLDER`, run on a checkout of it with `PYTHONPATH=.:kernels:tests`, makes them again.
+`python tests/helpers/old_checkpoints.py FOLDER` makes them again on a checkout of it, with
+`PYTHONPATH=.:kernels:tests`.
 They hold state and options, no results, so that later code may compute other bits from them.
 """
 
@@ -13,12 +14,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import on_ranks
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+from helpers.ranks import on_ranks
 from muon8bit import Muon8bit
 
-FOLDER = Path(__file__).parent / "data"
+FOLDER = Path(__file__).parents[1] / "data"
 FILE, DCP_FOLDER = "checkpoints_0_1_0.pt", "dcp_0_1_0"
 
 # By name: arguments of the optimizer, keys of the Muon group, keys of the AdamW group.

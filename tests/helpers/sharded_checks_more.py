@@ -7,12 +7,12 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
-from allocator import peak_bytes
-from oracle import JORDAN, newton_schulz
-from sharded_checks import arm, check, last_dim
-from sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises, values
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from helpers.allocator import peak_bytes
+from helpers.oracle import JORDAN, newton_schulz
+from helpers.sharded_checks import arm, check, last_dim
+from helpers.sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises, values
 from muon8bit import Muon8bit, NonFiniteGradientError
 from muon8bit.distributed.assignment import gathered_bytes
 from muon8bit.distributed.norms import num_gathered

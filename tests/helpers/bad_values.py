@@ -8,8 +8,8 @@ from fractions import Fraction
 import numpy
 import pytest
 import torch
-from bitwise import bits
 
+from helpers.bitwise import bits
 from muon8bit import Muon8bit
 
 NAN, INF = math.nan, math.inf

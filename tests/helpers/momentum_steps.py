@@ -1,9 +1,10 @@
 """Momentum steps by the Triton kernels and by the reference, side by side."""
 
 import torch
-from bitwise import assert_bitwise, on
-from layouts import laid_out
 from muon8bit_kernels import reference
+
+from helpers.bitwise import assert_bitwise, on
+from helpers.layouts import laid_out
 
 
 def random_stacks(counts, rows, cols, dtype=torch.float32, layout="rows", seed=0):

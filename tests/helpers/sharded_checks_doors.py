@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from sharded_checks import arm, check
-from sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -22,6 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers.sharded_checks import arm, check
+from helpers.sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises
 from muon8bit import Muon8bit
 from muon8bit.integrations.accelerate import register
 

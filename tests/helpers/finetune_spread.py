@@ -6,7 +6,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from bitwise import assert_bitwise
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,6 +13,7 @@ from finetune.config.errors import InputError, RanksError
 from finetune.config.recipe import DEFAULT_RECIPE, read_recipe
 from finetune.parallel.ranks import connect
 from finetune.parallel.sharding import build_once, spread
+from helpers.bitwise import assert_bitwise
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 30, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-TEMPLATES = Path(__file__).parent / "chat_templates"
+TEMPLATES = Path(__file__).parents[1] / "chat_templates"
 CHATML = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "extra": []}
 LLAMA3 = {
     "eos_token": "<|eot_id|>",

@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from sharded_checks import arm, check
-from sharded_runs import MATRICES, VECTORS, Run, assert_same, on_mesh, raises
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from helpers.sharded_checks import arm, check
+from helpers.sharded_runs import MATRICES, VECTORS, Run, assert_same, on_mesh, raises
 from muon8bit import Muon8bit
 from muon8bit.distributed import meeting, sharded_batch
 from muon8bit.orthogonalize import RATES, device_kind, rates_of

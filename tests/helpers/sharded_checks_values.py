@@ -6,7 +6,11 @@ import copy
 
 import torch
 import torch.distributed as dist
-from bad_values import (
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from helpers.bad_values import (
     BY_HAND,
     GROUP_VALUES,
     MISFITS,
@@ -19,13 +23,9 @@ from bad_values import (
     without,
     written,
 )
-from sharded_checks import check as on_ranks
-from sharded_checks_doors import Net, optimizer_of, train
-from sharded_runs import raises
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
-
+from helpers.sharded_checks import check as on_ranks
+from helpers.sharded_checks_doors import Net, optimizer_of, train
+from helpers.sharded_runs import raises
 from muon8bit import Muon8bit
 
 

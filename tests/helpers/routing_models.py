@@ -1,6 +1,6 @@
 """Tiny models whose routing changed after 0.1, and groups in words; run with 0.1 it writes `data/routing_0_1.json`.
 
-PYTHONPATH=<checkout of 0.1>:<its kernels> python tests/routing_models.py > tests/data/routing_0_1.json
+PYTHONPATH=<checkout of 0.1>:<its kernels> python tests/helpers/routing_models.py > tests/data/routing_0_1.json
 """
 
 from __future__ import annotations
