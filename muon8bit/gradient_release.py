@@ -20,7 +20,7 @@ from .config import Options
 from .optimizer import Muon8bit
 from .step import phases
 from .step.local_params import check_grads
-from .step.nonfinite import PartialVerdict, Verdict
+from .step.nonfinite import GradientCheck, PerParamGradientCheck
 
 # Known by their names: importing them takes seconds, and not every build of torch has them.
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
@@ -41,7 +41,7 @@ class GradientRelease:
         # Weakly: the model's hooks must not keep an optimizer, and its state, that nobody has any more.
         self._optimizer = weakref.ref(optimizer, lambda _: self._detach())
         self._places = places
-        self._verdicts: dict[Tensor, Verdict] = {}  # of the parameters whose gradients this step has taken
+        self._verdicts: dict[Tensor, GradientCheck] = {}  # of the parameters whose gradients this step has taken
         self._lock = RLock()  # autograd has a thread for every device
         hooks: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._take) for p in places]
         hooks.append(optimizer.register_step_pre_hook(self._check_rest))
@@ -96,12 +96,12 @@ class GradientRelease:
         check_grads([alone])
         if phases.is_dry([alone]):
             phases.dry_run([alone], optimizer.state, None, optimizer._staging, place.param_index)
-            self._verdicts[param] = Verdict([], optimizer._num_calls + 1)
+            self._verdicts[param] = GradientCheck([], optimizer._num_calls + 1)
             param.grad = None
             return
         with optimizer._committing(has_begun=bool(self._verdicts)) as commit:
             work = phases.read([alone], optimizer.state, options, None, optimizer._staging, place.param_index)
-            verdict = Verdict(phases.found(work), optimizer._num_calls + 1)
+            verdict = GradientCheck(phases.found(work), optimizer._num_calls + 1)
             if verdict.is_asynchronous or not verdict.nonfinite_names():
                 pending = verdict if verdict.is_asynchronous else None
                 phases.write(work, optimizer.state, options, pending, None, optimizer._staging, commit)
@@ -137,7 +137,7 @@ class GradientRelease:
     def _close(self) -> None:
         """End a step: what was found in its gradients is left to the optimizer, which asks for it later."""
         if self._verdicts and (optimizer := self._optimizer()) is not None:
-            optimizer._pending = PartialVerdict(list(self._verdicts.values()))
+            optimizer._pending = PerParamGradientCheck(list(self._verdicts.values()))
         self._verdicts = {}
 
 

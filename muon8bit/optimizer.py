@@ -35,8 +35,8 @@ from .state_dict import checked, empty
 from .step import phases, rounding
 from .step.commit import Commit
 from .step.local_params import check_grads
-from .step.nonfinite import NonFiniteGradientError, PartialVerdict, Verdict
-from .step.offload import Staging
+from .step.nonfinite import GradientCheck, NonFiniteGradientError, PerParamGradientCheck
+from .step.offload import StateOffload
 from .step.options import (
     IMPLEMENTATION_DEFAULTS,
     MATRIX_DEFAULTS,
@@ -52,7 +52,7 @@ from .step.options import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .distributed import Gathering, Team
+    from .distributed import Gathering, RankGroup
 
 
 class Muon8bit(SharingOptimizer):
@@ -204,10 +204,12 @@ class Muon8bit(SharingOptimizer):
         self.param_rounding, self.workspace_bytes = param_rounding, workspace_bytes
         self.step_timeout = step_timeout
         self._num_calls = self._num_skipped_steps = 0
-        self._pending: Verdict | PartialVerdict | None = None  # of the last step, if that did not wait for it
+        self._pending: GradientCheck | PerParamGradientCheck | None = (
+            None  # of the last step, if that did not wait for it
+        )
         self._untold: tuple[list[str], int, bool] | None = None  # what was learned of it by others than `step`
         self._failure: str | None = None  # of a step that had begun to write
-        staging = Staging(state_device)
+        staging = StateOffload(state_device)
         super().__init__(params, defaults, process_group=process_group, shard_state=shard_state, staging=staging)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -273,13 +275,13 @@ class Muon8bit(SharingOptimizer):
             self._step(team, commit)
         return loss
 
-    def _step(self, team: Team | None, commit: Commit) -> None:
+    def _step(self, team: RankGroup | None, commit: Commit) -> None:
         """Read, decide whether the gradients are finite, and write."""
         of_all = Options(self.ns_dtype, self.backend, self.workspace_bytes)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         options = replace(of_all, grad_scale=getattr(self, "grad_scale", None))
 
-        def read() -> tuple[list[phases.Work], Gathering | None]:
+        def read() -> tuple[list[phases.GroupStep], Gathering | None]:
             self._check_groups()
             check_grads(self.param_groups)
             work = phases.read(self.param_groups, self.state, options, team, self._staging)
@@ -289,7 +291,7 @@ class Muon8bit(SharingOptimizer):
         alike = of_all, self.on_nonfinite, self.shard_state, is_scaled
         work, gathering = team.agree(read, self.param_groups, self.state, alike) if team else read()
         found = phases.found(work, team, gathering, found_inf)
-        verdict = Verdict(found, self._num_calls, is_scaled=is_scaled)
+        verdict = GradientCheck(found, self._num_calls, is_scaled=is_scaled)
         wait = self.on_nonfinite == "raise_at_once" or not verdict.is_asynchronous
         if wait and (names := verdict.nonfinite_names()):
             self._refuse(names, verdict.step, is_scaled)
@@ -300,7 +302,7 @@ class Muon8bit(SharingOptimizer):
         self._pending = pending  # only now: settling takes back what was advanced
         self._consolidated = None
 
-    def _arrive(self, team: Team) -> None:
+    def _arrive(self, team: RankGroup) -> None:
         """Meet the other ranks. If a step failed on one of them when it had begun to write, all refuse to go on."""
         failure: Exception | None = None
         try:
@@ -315,7 +317,7 @@ class Muon8bit(SharingOptimizer):
             raise
 
     @contextmanager
-    def _committing(self, team: Team | None = None, *, has_begun: bool = False) -> Iterator[Commit]:
+    def _committing(self, team: RankGroup | None = None, *, has_begun: bool = False) -> Iterator[Commit]:
         """Mark the optimizer where a step fails after its `Commit`, or, with `has_begun`, at all; and see that the
         other ranks learn of it."""
         commit = Commit(team.confirm if team is not None else None)

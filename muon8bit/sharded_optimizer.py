@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .step.commit import Commit
-from .step.offload import Staging
+from .step.offload import StateOffload
 from .step.options import describe
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .distributed import Team
+    from .distributed import RankGroup
 
 # `distributed` is imported by those who need it: torch's DTensor takes a second, and not every build of torch has it.
 
@@ -44,7 +44,7 @@ class SharingOptimizer(Optimizer):
         *,
         process_group: ProcessGroup | None,
         shard_state: bool,
-        staging: Staging,
+        staging: StateOffload,
     ) -> None:
         self._staging = staging
         if shard_state and process_group is None:
@@ -58,7 +58,7 @@ class SharingOptimizer(Optimizer):
 
             check_group(process_group)
         self.process_group, self.shard_state = process_group, shard_state
-        self._team: Team | None = None
+        self._team: RankGroup | None = None
         self._consolidated: dict[Tensor, dict[str, Tensor]] | None = None  # of the last step
         self._tells_parts = False
         super().__init__(params, defaults)
@@ -86,7 +86,7 @@ class SharingOptimizer(Optimizer):
                 "fully_shard, or shard_state=True on replicas, divides the state among the GPUs instead"
             )
 
-    def _find_team(self) -> Team | None:
+    def _find_team(self) -> RankGroup | None:
         """The ranks with which matrices are shared, looked for anew: parameters may be swapped for sharded ones.
 
         Raises:
@@ -144,7 +144,7 @@ class SharingOptimizer(Optimizer):
             team.failed(error, is_agreed=commit.is_confirmed)
             raise
 
-    def _arrive(self, team: Team) -> None:
+    def _arrive(self, team: RankGroup) -> None:
         """Meet the other ranks, which all refuse to go on if one of them has to."""
         team.arrive(None)
 

@@ -32,8 +32,8 @@ from .step.local_params import home, layout_of, made
 from .step.options import AS_SAVED, OWN_DEFAULTS, RUNNING_KEYS, check_foreign, check_options, describe, group_keys
 
 if TYPE_CHECKING:
-    from .distributed import Layout, Team
-    from .step.offload import Staging
+    from .distributed import ParamSharding, RankGroup
+    from .step.offload import StateOffload
 
 _FORMATS = {
     LINEAR_CODES_KEY: "bits=8, codebook='linear'",
@@ -45,7 +45,7 @@ _FORMATS = {
 
 
 def checked(
-    state_dict: Mapping[str, Any], current: list[dict[str, Any]], team: Team | None, staging: Staging
+    state_dict: Mapping[str, Any], current: list[dict[str, Any]], team: RankGroup | None, staging: StateOffload
 ) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Any]]]:
     """What to assign: the saved hyper-parameters over the running parameters and format, and copies of the state.
 
@@ -157,7 +157,9 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
     return group
 
 
-def empty(groups: list[dict[str, Any]], team: Team | None, staging: Staging) -> dict[Tensor, dict[str, Tensor]]:
+def empty(
+    groups: list[dict[str, Any]], team: RankGroup | None, staging: StateOffload
+) -> dict[Tensor, dict[str, Tensor]]:
     """Uninitialized state of every parameter, of the shapes, dtypes and placements that `checked` asks for."""
     state = {}
     for i, group in enumerate(groups):
@@ -168,7 +170,7 @@ def empty(groups: list[dict[str, Any]], team: Team | None, staging: Staging) -> 
 
 
 def _tensors(
-    tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: Layout | None, staging: Staging
+    tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: ParamSharding | None, staging: StateOffload
 ) -> dict[str, Tensor]:
     """Checked copies of one parameter's state, or of this rank's part, on its device, contiguous, in their dtypes."""
     layout = layout_of(param, group)

@@ -249,7 +249,7 @@ def assert_same(left, right):
 @pytest.mark.parametrize("policy", ["raise", "skip"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_bad_step_that_is_not_waited_for_leaves_no_trace(dtype, policy, device, monkeypatch):
-    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", True)
+    monkeypatch.setattr(nonfinite.GradientCheck, "is_asynchronous", True)
     torch.manual_seed(0)
     start, grads = torch.randn(40, 256), torch.randn(3, 40, 256)
     pairs = []
@@ -273,7 +273,7 @@ def test_a_bad_step_that_is_not_waited_for_leaves_no_trace(dtype, policy, device
 
 
 def test_a_bad_first_step_leaves_a_state_of_zeros(monkeypatch):
-    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", True)
+    monkeypatch.setattr(nonfinite.GradientCheck, "is_asynchronous", True)
     param = torch.nn.Parameter(torch.randn(40, 256))
     param.grad = torch.full_like(param, torch.inf)
     optimizer = optimizer_for(param, on_nonfinite="skip")
@@ -285,7 +285,7 @@ def test_a_bad_first_step_leaves_a_state_of_zeros(monkeypatch):
 @pytest.mark.parametrize("loads", [True, False])
 def test_a_bad_step_leaves_no_trace_in_its_own_state_loaded_again(loads, monkeypatch):
     """Whether that can be loaded or not."""
-    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", True)
+    monkeypatch.setattr(nonfinite.GradientCheck, "is_asynchronous", True)
     param = torch.nn.Parameter(torch.ones(40, 256))
     optimizer = optimizer_for(param, on_nonfinite="skip")
     for value in (1.0, torch.nan, 1.0):
@@ -304,7 +304,7 @@ def test_a_bad_step_leaves_no_trace_in_its_own_state_loaded_again(loads, monkeyp
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_released_steps_equal_ordinary_steps_bitwise_and_skip_alone(asynchronous, monkeypatch):
     """Where one parameter's gradient is not finite, the other is stepped; both go on as if that had not been."""
-    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", asynchronous)
+    monkeypatch.setattr(nonfinite.GradientCheck, "is_asynchronous", asynchronous)
     torch.manual_seed(0)
     weights, inputs = torch.randn(2, 40, 256), torch.randn(4, 2, 40, 256)
 

@@ -14,7 +14,17 @@ import torch
 from helpers.memory_models import LADDER, TINY, config_of, ladder_config
 
 from muon8bit.cli import main
-from muon8bit.estimate import LABELS, OPTIMIZERS, Estimator, Memory, Setup, judge, load_config, parse_bytes, print_table
+from muon8bit.estimate import (
+    LABELS,
+    OPTIMIZERS,
+    Estimator,
+    Memory,
+    Setup,
+    check_budget,
+    load_config,
+    parse_bytes,
+    print_table,
+)
 from muon8bit.estimate.advice import changes
 from muon8bit.estimate.classes import longest
 from muon8bit.estimate.models import build
@@ -183,7 +193,7 @@ def test_every_change_that_is_offered_fits_and_no_other(estimator: Estimator) ->
     estimate = estimator.estimate(setup)
     peaks = {name: estimate.peak_bytes(name) for name in OPTIMIZERS}
     budget = (min(peaks.values()) + max(peaks.values())) // 2
-    verdicts = judge(estimator, estimate, budget)
+    verdicts = check_budget(estimator, estimate, budget)
     assert {verdict.fits for verdict in verdicts.values()} == {True, False}
     for name, verdict in verdicts.items():
         assert verdict.spare_bytes == budget - peaks[name]
@@ -200,7 +210,7 @@ def test_every_change_that_is_offered_fits_and_no_other(estimator: Estimator) ->
         row = next(line for line in table.getvalue().splitlines() if f" {LABELS[name]} " in line)
         assert ("fits, " in row, " over" in row) == (verdict.fits, not verdict.fits)
         assert (f"{LABELS[name]} would fit with: the optimizer" in table.getvalue()) == (not verdict.fits)
-    hopeless = judge(estimator, estimate, 1000)
+    hopeless = check_budget(estimator, estimate, 1000)
     assert all(not verdict.fits and verdict.changes == () for verdict in hopeless.values())
     assert all(verdict.together is None for verdict in hopeless.values())
 
@@ -211,7 +221,7 @@ def test_options_offered_together_fit_and_without_the_last_do_not(
     setup = Setup(seq=128, batch=8, dtype="fp32", loss_chunk=512)
     estimate = estimator.estimate(setup)
     budget = estimator.estimate(replace(setup, checkpointing=True, batch=1)).peak_bytes("muon8bit")
-    verdict = judge(estimator, estimate, budget)["muon8bit"]
+    verdict = check_budget(estimator, estimate, budget)["muon8bit"]
     assert verdict.together == "--activation-checkpointing --batch 1"
     assert not any(words.startswith(("--act", "--batch", "--release", "--dtype")) for words in verdict.changes)
     own = ("--seq", 128, "--dtype", "fp32", "--loss-chunk", 512, "--budget", f"{budget}B")

@@ -66,7 +66,7 @@ def test_updates_equal_those_of_unscaled_gradients_and_planted_infinities_are_sk
     path, is_asynchronous, monkeypatch
 ):
     """A scale is a power of two, so that nothing is rounded. Without a scaler the bad steps are left out by hand."""
-    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", is_asynchronous)
+    monkeypatch.setattr(nonfinite.GradientCheck, "is_asynchronous", is_asynchronous)
     params, optimizer = make(path)
     twins, twin = make(path)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)

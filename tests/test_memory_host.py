@@ -32,7 +32,7 @@ STAGED = ("muon8bit", "muon8bit+adamw8bit")
 def test_staged_and_moved_bytes_are_those_of_a_real_step(kind, budget, force, monkeypatch):  # noqa: F811
     moved, buffers, real = [], [], offload.buffer_bytes
 
-    class Counted(offload.Lane):
+    class Counted(offload.CopyStream):
         def _copy(self, copies, is_waited_for=True):
             moved.extend(target.numel() * target.itemsize for target, _ in copies)
             super()._copy(copies, is_waited_for)
@@ -59,7 +59,7 @@ def test_staged_and_moved_bytes_are_those_of_a_real_step(kind, budget, force, mo
 @pytest.mark.parametrize("bits", [32, 8])
 def test_copies_of_an_adamw_weight_beside_its_staged_state_are_those_of_a_real_step(bits, force, monkeypatch):  # noqa: F811
     """With 8 bits bitsandbytes' own memory on a CPU is left out."""
-    force(offload.Lane)
+    force(offload.CopyStream)
     monkeypatch.setattr(adamw_chunks, "_is_counter_staged", lambda _: True)  # as on CUDA
     monkeypatch.setattr(adamw8bit, "_update_", lambda *_: None)
     budget, weight = 2**25, torch.nn.Parameter(torch.randn(5 * 2**20).bfloat16())

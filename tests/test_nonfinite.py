@@ -16,7 +16,7 @@ from muon8bit.step import nonfinite
 
 @pytest.fixture(autouse=True)
 def _asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", True)
+    monkeypatch.setattr(nonfinite.GradientCheck, "is_asynchronous", True)
 
 
 def make(**options):
@@ -207,6 +207,6 @@ class _Copies(TorchDispatchMode):
 def test_flags_are_waited_for_where_no_event_tells_of_them():
     """On MPS and XPU a copy that is not waited for is read before it has arrived."""
     with _Copies() as copies:
-        verdict = nonfinite.Verdict([(lambda: ["a"], torch.ones(1, dtype=torch.bool, device="meta"))], 1)
+        verdict = nonfinite.GradientCheck([(lambda: ["a"], torch.ones(1, dtype=torch.bool, device="meta"))], 1)
         assert verdict.nonfinite_names() == []
     assert copies.waited_for == [True]

@@ -4,20 +4,27 @@ import pytest
 import torch
 from helpers.allocator import peak_bytes
 
-from muon8bit.orthogonalize import Path, batch_size, choose, orthogonalize, resolve, workspace_bytes
+from muon8bit.orthogonalize import (
+    NSMethod,
+    batch_size,
+    choose_method,
+    orthogonalize,
+    resolve_coefficients,
+    workspace_bytes,
+)
 
-JORDAN = resolve("jordan", 5)
+JORDAN = resolve_coefficients("jordan", 5)
 PATHS = [
-    Path("standard", torch.float32),
-    Path("standard", torch.float32, "panels"),
-    Path("standard", torch.bfloat16),
-    Path("standard", torch.bfloat16, "panels"),
-    Path("standard", torch.float16),
-    Path("gram", torch.float32, "vendor", (5,)),
-    Path("gram", torch.float32, "panels", (5,)),
-    Path("gram", torch.float32, "vendor", (2, 3)),
-    Path("gram", torch.float32, "vendor", (2, 2, 1)),
-    Path("gram", torch.float16, "vendor", (2, 3)),
+    NSMethod("standard", torch.float32),
+    NSMethod("standard", torch.float32, "panels"),
+    NSMethod("standard", torch.bfloat16),
+    NSMethod("standard", torch.bfloat16, "panels"),
+    NSMethod("standard", torch.float16),
+    NSMethod("gram", torch.float32, "vendor", (5,)),
+    NSMethod("gram", torch.float32, "panels", (5,)),
+    NSMethod("gram", torch.float32, "vendor", (2, 3)),
+    NSMethod("gram", torch.float32, "vendor", (2, 2, 1)),
+    NSMethod("gram", torch.float16, "vendor", (2, 3)),
 ]
 
 
@@ -39,11 +46,11 @@ def test_counted_bytes_bound_the_peak(batch, rows, cols, path):
 
 def test_batches_fit_the_budget():
     """By hand, 64 x 512: X and its successor; standard A and P; Gram with a restart R, Z, Q and a successor."""
-    standard, gram = Path("standard", torch.float16), Path("gram", torch.float16, "kernel", (2, 3))
+    standard, gram = NSMethod("standard", torch.float16), NSMethod("gram", torch.float16, "kernel", (2, 3))
     for path, per_matrix in ((standard, 2 * (2 * 32768 + 2 * 4096)), (gram, 2 * (2 * 32768 + 4 * 4096))):
         for shape in ((64, 512), (512, 64)):
             assert workspace_bytes(path, *shape, "cuda_sm90") == per_matrix
             assert batch_size(path, *shape, "cuda_sm90", 10 * per_matrix) == 10
             assert batch_size(path, *shape, "cuda_sm90", 10 * per_matrix - 1) == 9
             assert batch_size(path, *shape, "cuda_sm90", per_matrix - 1) == 1
-    assert batch_size(choose(512, 512, JORDAN, "cpu"), 512, 512, "cpu", 2**40) == 1
+    assert batch_size(choose_method(512, 512, JORDAN, "cpu"), 512, 512, "cpu", 2**40) == 1

@@ -6,9 +6,9 @@ import torch
 from helpers import oracle
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from muon8bit.orthogonalize import NAMES, Path, choose, orthogonalize, resolve, segments
+from muon8bit.orthogonalize import NAMES, NSMethod, choose_method, orthogonalize, resolve_coefficients, segments
 
-JORDAN = resolve("jordan", 5)
+JORDAN = resolve_coefficients("jordan", 5)
 
 SPECTRA = {
     "gaussian": lambda _: None,
@@ -34,20 +34,20 @@ def error(result, exact):
 # Paths and the most that their error may be of torch.optim.Muon's. `kernel` runs the torch reference here: fp16 or bf16
 # storage, fp32 products, one rounding.
 HALF_PATHS = [
-    (Path("standard", torch.bfloat16), 1.05),
-    (Path("standard", torch.bfloat16, "kernel"), 1.05),
-    (Path("standard", torch.float16), 0.2),
-    (Path("standard", torch.float16, "kernel"), 0.2),
+    (NSMethod("standard", torch.bfloat16), 1.05),
+    (NSMethod("standard", torch.bfloat16, "kernel"), 1.05),
+    (NSMethod("standard", torch.float16), 0.2),
+    (NSMethod("standard", torch.float16, "kernel"), 0.2),
 ]
 FP32_PATHS = [
-    (Path("standard", torch.float32), 0.5),
-    (Path("gram", torch.float32, "vendor", (5,)), 0.5),
-    (Path("gram", torch.float32, "vendor", (2, 3)), 0.5),
-    (Path("gram", torch.float32, "kernel", (5,)), 0.5),
+    (NSMethod("standard", torch.float32), 0.5),
+    (NSMethod("gram", torch.float32, "vendor", (5,)), 0.5),
+    (NSMethod("gram", torch.float32, "vendor", (2, 3)), 0.5),
+    (NSMethod("gram", torch.float32, "kernel", (5,)), 0.5),
 ]
 FP16_GRAM_PATHS = [
-    (Path("gram", torch.float16, "vendor", (2, 3)), 0.5),
-    (Path("gram", torch.float16, "kernel", (2, 3)), 0.5),
+    (NSMethod("gram", torch.float16, "vendor", (2, 3)), 0.5),
+    (NSMethod("gram", torch.float16, "kernel", (2, 3)), 0.5),
 ]
 
 
@@ -101,17 +101,19 @@ def test_half_precision_gram_needs_fp16_and_its_restart(dtype, without_restart):
     matrix = matrix_with("power_law", 256, 512)
     exact = oracle.newton_schulz(matrix, [oracle.JORDAN] * 5)
     theirs = error(_zeropower_via_newtonschulz(torch.tensor(matrix).float(), oracle.JORDAN, 5, 1e-7), exact)
-    out = orthogonalize(torch.tensor(matrix).to(dtype)[None], JORDAN, Path("gram", dtype, "kernel", without_restart))
+    out = orthogonalize(
+        torch.tensor(matrix).to(dtype)[None], JORDAN, NSMethod("gram", dtype, "kernel", without_restart)
+    )
     assert error(out[0], exact) > 2 * theirs
 
 
 SCHEDULES = {
-    "you": resolve("you", 5),
-    "polar_express": resolve("polar_express", 5),
-    "jordan, 7 steps": resolve("jordan", 7),
-    "cubic": resolve([(1.5, -0.5, 0.0)] * 8, 8),
-    "quintic": resolve((1.875, -1.25, 0.375), 7),
-    "aol": resolve(
+    "you": resolve_coefficients("you", 5),
+    "polar_express": resolve_coefficients("polar_express", 5),
+    "jordan, 7 steps": resolve_coefficients("jordan", 7),
+    "cubic": resolve_coefficients([(1.5, -0.5, 0.0)] * 8, 8),
+    "quintic": resolve_coefficients((1.875, -1.25, 0.375), 7),
+    "aol": resolve_coefficients(
         [
             (4.0098, -7.0585, 2.4635),
             (3.4585, -5.5479, 2.5959),
@@ -131,32 +133,34 @@ def test_restarts_keep_the_gram_form_stable(spectrum, name):
     matrix = matrix_with(spectrum, 128, 256) / schedule.norm_factor
     exact = oracle_schedule(matrix, schedule.steps)
     start = torch.tensor(matrix)[None]
-    standard = orthogonalize(start.bfloat16(), schedule, Path("standard", torch.bfloat16))[0]
+    standard = orthogonalize(start.bfloat16(), schedule, NSMethod("standard", torch.bfloat16))[0]
     for dtype, bound in ((torch.float16, 0.5), (torch.float32, 0.1)):
         parts = segments(schedule, dtype)
         assert sum(parts) == len(schedule.steps)
         for products in ("vendor", "kernel"):
-            out = orthogonalize(start.to(dtype), schedule, Path("gram", dtype, products, parts))[0]
+            out = orthogonalize(start.to(dtype), schedule, NSMethod("gram", dtype, products, parts))[0]
             assert error(out, exact) <= bound * error(standard, exact), (dtype, products)
 
 
 def test_segments_of_the_named_schedules():
-    assert [segments(resolve(name, 5), torch.float16) for name in ("jordan", "you", "polar_express")] == [(2, 3)] * 3
-    assert segments(resolve("jordan", 5), torch.float32) == (5,)
-    assert segments(resolve("jordan", 6), torch.float32) == (5, 1)
-    assert [segments(resolve(name, 5), torch.float32) for name in ("you", "polar_express")] == [(2, 3)] * 2
-    assert segments(resolve("deepseek_v4", 10), torch.float32) == (3, 3, 4)
+    assert [segments(resolve_coefficients(name, 5), torch.float16) for name in ("jordan", "you", "polar_express")] == [
+        (2, 3)
+    ] * 3
+    assert segments(resolve_coefficients("jordan", 5), torch.float32) == (5,)
+    assert segments(resolve_coefficients("jordan", 6), torch.float32) == (5, 1)
+    assert [segments(resolve_coefficients(name, 5), torch.float32) for name in ("you", "polar_express")] == [(2, 3)] * 2
+    assert segments(resolve_coefficients("deepseek_v4", 10), torch.float32) == (3, 3, 4)
     assert segments(JORDAN, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize(
     "schedule",
     [
-        resolve("you", 5),
-        resolve("polar_express", 5),
-        resolve("deepseek_v4", 10),
-        resolve((2.0, -1.5, 0.5), 8),
-        resolve((3.0, -3.2, 1.2), 7),
+        resolve_coefficients("you", 5),
+        resolve_coefficients("polar_express", 5),
+        resolve_coefficients("deepseek_v4", 10),
+        resolve_coefficients((2.0, -1.5, 0.5), 8),
+        resolve_coefficients((3.0, -3.2, 1.2), 7),
     ],
 )
 @pytest.mark.parametrize("value", [1.0, -3e-5])
@@ -166,18 +170,18 @@ def test_a_constant_matrix_is_as_near_to_float64_as_others_where_the_schedule_co
     constant = np.full((256, 1024), value)
     constant = constant / (np.linalg.norm(constant) * schedule.norm_factor)
     exact = oracle_schedule(constant, schedule.steps)
-    path = Path("gram", torch.float32, "vendor", segments(schedule, torch.float32))
+    path = NSMethod("gram", torch.float32, "vendor", segments(schedule, torch.float32))
     out = orthogonalize(torch.tensor(constant).float()[None], schedule, path)[0]
     assert error(out, exact) < 1.4e-3
 
 
 def test_fp16_is_refused_to_schedules_it_cannot_hold():
     """(60, -70, 11) takes a singular value of .7 to 42 - 24 + 2 = 20, and then 11 * 20**5 beyond all bounds."""
-    wild = resolve((60.0, -70.0, 11.0), 3)
+    wild = resolve_coefficients((60.0, -70.0, 11.0), 3)
     assert segments(wild, torch.float16) is None
-    assert choose(512, 2048, wild, "cuda").dtype is torch.bfloat16
+    assert choose_method(512, 2048, wild, "cuda").dtype is torch.bfloat16
     with pytest.raises(ValueError, match=r"float16 cannot hold .* use torch\.bfloat16"):
-        choose(512, 2048, wild, "cuda", torch.float16)
+        choose_method(512, 2048, wild, "cuda", torch.float16)
 
 
 def test_large_fp32_products_match_float64():
@@ -203,8 +207,8 @@ def test_large_fp32_products_match_float64():
 def test_panels_match_whole_products(form, dtype, parts, rows, cols):
     """The path of large CPU matrices, on small ones."""
     x = torch.tensor(matrix_with("gaussian", rows, cols)).to(dtype)[None]
-    whole = orthogonalize(x.clone(), JORDAN, Path(form, dtype, "vendor", parts))
-    panels = orthogonalize(x, JORDAN, Path(form, dtype, "panels", parts))
+    whole = orthogonalize(x.clone(), JORDAN, NSMethod(form, dtype, "vendor", parts))
+    panels = orthogonalize(x, JORDAN, NSMethod(form, dtype, "panels", parts))
     tolerance = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(panels, whole, rtol=0, atol=tolerance)
 
@@ -215,7 +219,9 @@ def test_cubic_schedule_matches_float64(dtype, products):
     """c = 0 takes no product for the square term."""
     x = matrix_with("gaussian", 24, 60)
     steps = [(1.5, -0.5, 0.0)] * 5
-    ours = orthogonalize(torch.tensor(x).to(dtype)[None], resolve(steps, 5), Path("standard", dtype, products))[0]
+    ours = orthogonalize(
+        torch.tensor(x).to(dtype)[None], resolve_coefficients(steps, 5), NSMethod("standard", dtype, products)
+    )[0]
     assert error(ours, oracle_schedule(x, steps)) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
@@ -223,7 +229,7 @@ def test_cubic_schedule_matches_float64(dtype, products):
 def test_named_schedules_bring_singular_values_near_one(name):
     """From a spectrum of 1 down to 1/50. Jordan's stop between 0.65 and 1.25; the others come closer."""
     steps = {"jordan": 5, "you": 5, "polar_express": 5, "deepseek_v4": 10}[name]
-    schedule = resolve(name, steps)
+    schedule = resolve_coefficients(name, steps)
     assert len(schedule.steps) == steps
     rng = np.random.default_rng(0)
     u, _, vt = np.linalg.svd(rng.standard_normal((24, 60)), full_matrices=False)
@@ -231,7 +237,7 @@ def test_named_schedules_bring_singular_values_near_one(name):
     x = torch.tensor(x / (np.linalg.norm(x) * schedule.norm_factor))
     values = np.linalg.svd(oracle_schedule(x.numpy(), schedule.steps), compute_uv=False)
     ours = orthogonalize(
-        x.float()[None], schedule, Path("gram", torch.float32, "vendor", segments(schedule, torch.float32))
+        x.float()[None], schedule, NSMethod("gram", torch.float32, "vendor", segments(schedule, torch.float32))
     )[0]
     assert error(ours, oracle_schedule(x.numpy(), schedule.steps)) < 1e-3
     low, high = (0.65, 1.25) if name == "jordan" else (0.8, 1.2)
@@ -259,4 +265,4 @@ def oracle_schedule(x, steps):
 )
 def test_bad_coefficients_are_refused(coefficients, steps, message):
     with pytest.raises(ValueError, match=message):
-        resolve(coefficients, steps)
+        resolve_coefficients(coefficients, steps)

@@ -3,14 +3,23 @@
 import pytest
 import torch
 
-from muon8bit.orthogonalize import RATES, Path, Rates, choose, device_kind, flops, forced_path, resolve
+from muon8bit.orthogonalize import (
+    RATES,
+    NSMethod,
+    Rates,
+    choose_method,
+    device_kind,
+    flops,
+    force_method,
+    resolve_coefficients,
+)
 
-JORDAN = resolve("jordan", 5)
+JORDAN = resolve_coefficients("jordan", 5)
 FP32_GRAM = ("gram", torch.float32, "vendor")
 
 
 def chosen(rows, cols, kind, dtype=None, schedule=JORDAN, **options):
-    path = choose(rows, cols, schedule, kind, dtype, **options)
+    path = choose_method(rows, cols, schedule, kind, dtype, **options)
     return path.form, path.dtype, path.products
 
 
@@ -74,27 +83,27 @@ def test_path_is_the_cheapest_by_the_table(kind, shape, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_path_honours_a_forced_dtype(kind, dtype):
     for shape in ((64, 4096), (1024, 1024), (4096, 1024), (2**14, 2**15)):
-        path = choose(*shape, JORDAN, kind, dtype)
+        path = choose_method(*shape, JORDAN, kind, dtype)
         assert path.dtype is dtype
-        assert path == choose(*shape[::-1], JORDAN, kind, dtype)
+        assert path == choose_method(*shape[::-1], JORDAN, kind, dtype)
 
 
 def test_half_precision_gram_is_fp16_with_its_restart_on_narrow_shapes_only():
-    with forced_path(form="gram"):
-        assert choose(800, 1000, JORDAN, "cuda", torch.float16).segments == (2, 3)
+    with force_method(form="gram"):
+        assert choose_method(800, 1000, JORDAN, "cuda", torch.float16).segments == (2, 3)
         with pytest.raises(ValueError, match=r"no path of a matrix \[801, 1000\] on cuda in torch.float16"):
-            choose(801, 1000, JORDAN, "cuda", torch.float16)
+            choose_method(801, 1000, JORDAN, "cuda", torch.float16)
         with pytest.raises(ValueError, match="no path"):
-            choose(800, 1000, JORDAN, "cuda", torch.bfloat16)
+            choose_method(800, 1000, JORDAN, "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("forced", [{"form": "standard"}, {"products": "kernel"}, {"dtype": torch.bfloat16}])
 def test_forced_path_holds_inside_its_context_only(forced):
-    before = choose(256, 4096, JORDAN, "cuda")
-    with forced_path(**forced):
-        path = choose(256, 4096, JORDAN, "cuda")
+    before = choose_method(256, 4096, JORDAN, "cuda")
+    with force_method(**forced):
+        path = choose_method(256, 4096, JORDAN, "cuda")
         assert {name: getattr(path, name) for name in forced} == forced
-    assert choose(256, 4096, JORDAN, "cuda") == before != path
+    assert choose_method(256, 4096, JORDAN, "cuda") == before != path
 
 
 def test_installed_rates_decide(monkeypatch):
@@ -113,26 +122,26 @@ def test_installed_rates_decide(monkeypatch):
 def test_no_gpu_without_measured_gain_uses_the_symmetric_kernel():
     for rows, cols in [(128, 128), (512, 2048), (4096, 14336), (8192, 8192)]:
         for dtype in (None, torch.float16, torch.bfloat16, torch.float32):
-            assert choose(rows, cols, JORDAN, "cuda_sm120", dtype).products == "vendor"
+            assert choose_method(rows, cols, JORDAN, "cuda_sm120", dtype).products == "vendor"
 
 
 def test_tiny_matrices_take_one_launch_on_cuda():
-    assert choose(16, 2048, JORDAN, "cuda") == Path("gram", torch.float32, "vendor", (5,), tiny=True)
-    assert choose(2**14, 64, JORDAN, "cuda", torch.float32).tiny
+    assert choose_method(16, 2048, JORDAN, "cuda") == NSMethod("gram", torch.float32, "vendor", (5,), tiny=True)
+    assert choose_method(2**14, 64, JORDAN, "cuda", torch.float32).tiny
     for shape, kind, options in (
         ((16, 2048), "cpu", {}),
         ((65, 2048), "cuda", {}),
         ((64, 2**14 + 1), "cuda", {}),  # too long for one program
         ((16, 2048), "cuda", {"tiny": False}),
         ((16, 2048), "cuda", {"dtype": torch.float16}),
-        ((16, 2048), "cuda", {"schedule": resolve("jordan", 6)}),  # fp32 would need a restart
+        ((16, 2048), "cuda", {"schedule": resolve_coefficients("jordan", 6)}),  # fp32 would need a restart
     ):
-        assert not choose(*shape, options.pop("schedule", JORDAN), kind, **options).tiny, (shape, kind)
+        assert not choose_method(*shape, options.pop("schedule", JORDAN), kind, **options).tiny, (shape, kind)
 
 
 def test_fp32_gram_restarts_where_the_schedule_amplifies_rounding():
-    assert choose(64, 4096, JORDAN, "cpu").segments == (5,)
-    assert choose(64, 4096, resolve("jordan", 10), "cpu").segments == (5, 5)
+    assert choose_method(64, 4096, JORDAN, "cpu").segments == (5,)
+    assert choose_method(64, 4096, resolve_coefficients("jordan", 10), "cpu").segments == (5, 5)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muon8bit.step.adamw_chunks import Piece
+from muon8bit.step.adamw_chunks import AdamWChunk
 
 
 def piece_of(shape, **state):
     param = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
-    return Piece(param, -param, {"step": torch.zeros(()), **state}, key=3, first=0, size=param.numel())
+    return AdamWChunk(param, -param, {"step": torch.zeros(()), **state}, key=3, first=0, size=param.numel())
 
 
 @pytest.mark.parametrize("shape", [(9, 4096), (3, 25600), (70001,), (20, 70, 50)])
@@ -38,7 +38,7 @@ def test_what_is_small_or_not_in_the_order_of_its_elements_stays_whole():
     small = piece_of((5, 7), exp_avg=torch.zeros(5, 7))
     assert list(small.split(1)) == [small]
     param = torch.zeros(200, 100).T
-    turned = Piece(param, torch.zeros(100, 200), {"exp_avg": torch.zeros(100, 200)}, None, 0, 20000)
+    turned = AdamWChunk(param, torch.zeros(100, 200), {"exp_avg": torch.zeros(100, 200)}, None, 0, 20000)
     assert list(turned.split(4096)) == [turned]
 
 

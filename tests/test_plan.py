@@ -3,24 +3,24 @@
 import pytest
 import torch
 
-from benchmarks.scaling.step_plan import Plan, flop_ceiling, plan
-from muon8bit.orthogonalize import RATES, Rates, flops, resolve
+from benchmarks.scaling.step_plan import StepPlan, flop_ceiling, plan
+from muon8bit.orthogonalize import RATES, Rates, flops, resolve_coefficients
 
-JORDAN = resolve("jordan", 5)
+JORDAN = resolve_coefficients("jordan", 5)
 
 # bf16 gradients and parameters, blocks of 2048, half-precision X and O unless said. Per element: stats 1 + 2; apply
 # 1 + 2 read, 1 + 2 written; update 2 + 2 read, 2 written. Per block: stats 4 + 4; apply 4 + 4. Per matrix: apply 4.
 HAND_COUNTS = {
     # 1048576 elements, 1024 blocks; 30 * 1024^3 operations
-    (1024, 1024): Plan(32212254720, 32212254720, 3153920, 6299652, 6291456),
+    (1024, 1024): StepPlan(32212254720, 32212254720, 3153920, 6299652, 6291456),
     # 4194304 elements, 2 * 1024 blocks; Gram with a restart: (8 * 4 + 28) * 1024^3, standard (20 * 4 + 10) * 1024^3
-    (1024, 4096): Plan(64424509440, 96636764160, 12599296, 25182212, 25165824),
+    (1024, 4096): StepPlan(64424509440, 96636764160, 12599296, 25182212, 25165824),
     # 4194304 elements, 4096 blocks
-    (4096, 1024): Plan(64424509440, 96636764160, 12615680, 25198596, 25165824),
+    (4096, 1024): StepPlan(64424509440, 96636764160, 12615680, 25198596, 25165824),
     # 300 * 700 = 210000 elements, 300 blocks; 8 * 63e6 + 28 * 27e6, 20 * 63e6 + 10 * 27e6
-    (300, 700): Plan(1260000000, 1530000000, 632400, 1262404, 1260000),
+    (300, 700): StepPlan(1260000000, 1530000000, 632400, 1262404, 1260000),
     # tiny: no X, no O, and no restart. 32768 elements, 16 blocks; 4 * 16^2 * 2048 + 34 * 16^3, 20 .. + 10 ..
-    (16, 2048): Plan(2236416, 10526720, 98432, 131204, 131072),
+    (16, 2048): StepPlan(2236416, 10526720, 98432, 131204, 131072),
 }
 
 
@@ -67,4 +67,4 @@ def test_ceilings_of_llama_layers_are_the_published_ones(name):
 
 def test_no_ceiling_for_a_schedule_beyond_fp16():
     with pytest.raises(ValueError, match="fp16 cannot hold"):
-        flop_ceiling({(64, 64): 1}, resolve((60.0, -70.0, 11.0), 3))
+        flop_ceiling({(64, 64): 1}, resolve_coefficients((60.0, -70.0, 11.0), 3))

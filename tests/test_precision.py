@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from muon8bit.orthogonalize import Path, orthogonalize, resolve
+from muon8bit.orthogonalize import NSMethod, orthogonalize, resolve_coefficients
 from muon8bit.orthogonalize.precision import accumulating_in_fp32
 
 # A process of its own: torch refuses to read one generation of settings once the other has been written.
@@ -78,7 +78,7 @@ def test_fp16_sums_stay_in_fp32_and_settings_come_back(accumulation, reduction):
 
 def test_autocast_does_not_reach_the_iteration():
     x = torch.randn(1, 32, 64) / 50
-    path = Path("gram", torch.float32, "vendor", (5,))
-    plain = orthogonalize(x.clone(), resolve("jordan", 5), path)
+    path = NSMethod("gram", torch.float32, "vendor", (5,))
+    plain = orthogonalize(x.clone(), resolve_coefficients("jordan", 5), path)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(orthogonalize(x, resolve("jordan", 5), path), plain)
+        assert torch.equal(orthogonalize(x, resolve_coefficients("jordan", 5), path), plain)

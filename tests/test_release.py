@@ -178,7 +178,7 @@ def test_a_resumed_run_equals_an_unbroken_ordinary_one_bitwise(door):
 @pytest.mark.parametrize("is_asynchronous", [False, True])  # as on CUDA, played on the CPU
 @pytest.mark.parametrize("bad", ["up.weight", "embed.weight"])
 def test_a_bad_gradient_leaves_out_its_parameter_alone(bad, is_asynchronous, monkeypatch):
-    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", is_asynchronous)
+    monkeypatch.setattr(nonfinite.GradientCheck, "is_asynchronous", is_asynchronous)
     how = OPTIONS["bf16, stochastic"]
     model, optimizer, scheduler = make(**how)
     twin, its, its_scheduler = make(**how)

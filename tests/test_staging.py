@@ -16,7 +16,7 @@ from torch import nn
 from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients, state_report
 from muon8bit.step import adamw_chunks, nonfinite, offload
 from muon8bit.step.local_params import entries_of, new_state
-from muon8bit.step.offload import Job, Staging
+from muon8bit.step.offload import OffloadTask, StateOffload
 
 MIB = 2**20
 OPTIONS = {
@@ -126,10 +126,10 @@ def test_the_next_state_is_fetched_before_the_work_into_two_buffers_in_turn(forc
             staged[0].add_(1)
             staged[1].add_(1)
 
-        return Job(torch.device("cpu"), run, written=[host[index]], read=[nine])
+        return OffloadTask(torch.device("cpu"), run, written=[host[index]], read=[nine])
 
     nine = torch.full((1,), 9.0)
-    Staging("cpu").run([job(i) for i in range(5)])
+    StateOffload("cpu").run([job(i) for i in range(5)])
     expected = ["begin", "fetch 0"]
     for i in range(4):
         expected += [f"fetch {i + 1}", f"arrive {i}", f"work {i}", "write"]
@@ -148,14 +148,14 @@ def test_a_job_that_fails_leaves_no_copy_behind(force):  # noqa: F811
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        Staging("cpu").run([Job(torch.device("cpu"), fail, written=[torch.zeros(2)])] * 2)
+        StateOffload("cpu").run([OffloadTask(torch.device("cpu"), fail, written=[torch.zeros(2)])] * 2)
     assert lane.events[-1] == "end"
 
 
 def test_an_optimizer_step_has_two_transfers_in_and_one_out_for_muon_and_one_each_for_adamw(force):  # noqa: F811
     moved = {"fetch": 0, "write": 0}
 
-    class Counted(offload.Lane):
+    class Counted(offload.CopyStream):
         def fetch(self, copies):
             moved["fetch"] += sum(target.numel() * target.itemsize for target, _ in copies)
             return super().fetch(copies)
@@ -195,7 +195,7 @@ def test_at_most_two_batches_are_on_the_device(name, force, monkeypatch):  # noq
         return peak_bytes(optimizer.step)
 
     in_place, _ = peak(None)
-    force(offload.Lane)
+    force(offload.CopyStream)
     sizes, real = [], offload.buffer_bytes
     monkeypatch.setattr(offload, "buffer_bytes", lambda jobs: sizes.append(list(jobs)) or real(jobs))
     staged, left = peak("cpu")
@@ -210,7 +210,7 @@ def test_at_most_two_batches_are_on_the_device(name, force, monkeypatch):  # noq
 def test_adamw_keeps_to_the_workspace_with_its_staged_state(dtype, force):  # noqa: F811
     param = nn.Parameter(torch.randn(4096, 4096).to(dtype))
     param.grad = torch.randn_like(param)
-    force(offload.Lane)
+    force(offload.CopyStream)
     group = {"params": [param], "algorithm": "adamw", "lr": 1e-3}
     optimizer = Muon8bit([group], workspace_bytes=32 * MIB, state_device="cpu")
     optimizer.step()
@@ -222,7 +222,7 @@ def test_adamw_keeps_to_the_workspace_with_its_staged_state(dtype, force):  # no
 @pytest.mark.parametrize("is_asynchronous", [False, True])  # as on CUDA, played on the CPU
 @pytest.mark.parametrize("index", [0, -3])  # a matrix, and one of AdamW's
 def test_a_nonfinite_gradient_changes_nothing(index, is_asynchronous, force, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(nonfinite.Verdict, "is_asynchronous", is_asynchronous)
+    monkeypatch.setattr(nonfinite.GradientCheck, "is_asynchronous", is_asynchronous)
     force(Late)
     how = OPTIONS["stochastic"]
     optimizer, its = make(**how, state_device="cpu"), make(**how)
@@ -312,10 +312,10 @@ def test_state_on_the_host_is_pinned_for_parameters_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor is pinned)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _: pinned)
     tensor, cuda = torch.ones(3), torch.device("cuda", 0)
-    assert Staging("cpu").at_home(tensor, cuda) is pinned
-    assert Staging("cpu").at_home(pinned, cuda) is pinned
-    assert Staging("cpu").at_home(tensor, torch.device("cpu")) is tensor
-    assert Staging(None).at_home(tensor, cuda) is tensor
+    assert StateOffload("cpu").at_home(tensor, cuda) is pinned
+    assert StateOffload("cpu").at_home(pinned, cuda) is pinned
+    assert StateOffload("cpu").at_home(tensor, torch.device("cpu")) is tensor
+    assert StateOffload(None).at_home(tensor, cuda) is tensor
 
 
 @pytest.mark.parametrize("door", ["load_state_dict", "deepcopy", "pickle"])
@@ -330,7 +330,7 @@ def test_loading_copying_and_pickling_bring_every_tensor_home(door, monkeypatch)
         home.add(id(tensor))
         return tensor
 
-    monkeypatch.setattr(Staging, "at_home", at_home)
+    monkeypatch.setattr(StateOffload, "at_home", at_home)
     if door == "load_state_dict":
         optimizer.load_state_dict(optimizer.state_dict())
     else:
@@ -340,7 +340,7 @@ def test_loading_copying_and_pickling_bring_every_tensor_home(door, monkeypatch)
 
 
 def test_new_state_of_parameters_elsewhere_is_made_on_the_host():
-    optimizer, staged = make(device="meta", state_device="cpu"), Staging("cpu")
+    optimizer, staged = make(device="meta", state_device="cpu"), StateOffload("cpu")
     give_gradients(optimizer, 0)
     num_found = 0
     for group in optimizer.param_groups:

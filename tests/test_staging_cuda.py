@@ -1,4 +1,4 @@
-"""The order of `CudaLane` on streams that only keep account: what must be over before what, without a GPU."""
+"""The order of `CudaCopyStream` on streams that only keep account: what must be over before what, without a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from muon8bit.step import offload
-from muon8bit.step.offload import CudaLane, Job, Staging
+from muon8bit.step.offload import CudaCopyStream, OffloadTask, StateOffload
 
 
 class Stream:
@@ -54,8 +54,8 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
     monkeypatch.setattr(torch.cuda, "stream", context)
-    monkeypatch.setattr(CudaLane, "_copy", copy)
-    monkeypatch.setattr(offload, "lane_of", CudaLane)
+    monkeypatch.setattr(CudaCopyStream, "_copy", copy)
+    monkeypatch.setattr(offload, "lane_of", CudaCopyStream)
     return current, log
 
 
@@ -72,9 +72,9 @@ def test_copies_and_work_are_ordered_where_they_share_memory_and_only_there(stre
             staged[0].add_(1)
             current.do(f"work {index}", log)
 
-        return Job(torch.device("cpu"), run, **{"written" if is_written else "read": [host[index]]})
+        return OffloadTask(torch.device("cpu"), run, **{"written" if is_written else "read": [host[index]]})
 
-    Staging("cpu").run([job(i) for i in range(6)])
+    StateOffload("cpu").run([job(i) for i in range(6)])
     current.do("later work in the memory of the buffers", log)
     assert [int(tensor[0]) for tensor in host] == [10 * i + is_written for i in range(6)]
     for i in range(6):
@@ -95,8 +95,8 @@ def test_copies_and_work_are_ordered_where_they_share_memory_and_only_there(stre
 def test_copies_of_a_later_run_come_after_those_of_an_earlier_one(streams):
     _, log = streams
     host = torch.full((600,), 30, dtype=torch.uint8)
-    staged_state = Staging("cpu")
-    staged_state.run([Job(torch.device("cpu"), lambda staged: staged[0].add_(20), written=[host])])
+    staged_state = StateOffload("cpu")
+    staged_state.run([OffloadTask(torch.device("cpu"), lambda staged: staged[0].add_(20), written=[host])])
     assert log["write 5"] >= {"fetch 3"}
-    staged_state.run([Job(torch.device("cpu"), lambda _: None, read=[host])])
+    staged_state.run([OffloadTask(torch.device("cpu"), lambda _: None, read=[host])])
     assert log["fetch 5"] >= {"fetch 3", "write 5"}

@@ -8,7 +8,7 @@ from torch.optim import Muon
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muon8bit import Muon8bit
-from muon8bit.orthogonalize import resolve
+from muon8bit.orthogonalize import resolve_coefficients
 from muon8bit.step.update import factors, lr_ratio, update_params_
 
 SHAPES = [
@@ -116,7 +116,7 @@ def test_polar_express_is_normalized_with_its_safety_factor():
     Muon8bit([param], lr=1.0, weight_decay=0.0, ns_coefficients="polar_express").step()
     x = grad.double().numpy()
     x = x / (1.02 * np.linalg.norm(x))
-    for a, b, c in resolve("polar_express", 5).steps:
+    for a, b, c in resolve_coefficients("polar_express", 5).steps:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     assert np.linalg.norm(-param.detach().double().numpy() - x) / np.linalg.norm(x) < 1e-5

@@ -16,7 +16,7 @@ import triton
 from muon8bit_kernels import CODE_DTYPES
 from muon8bit_kernels.codebooks import Codebook
 from muon8bit_kernels.triton import gemm, kernels
-from muon8bit_kernels.triton.gemm_tilings import FP32_TILING, TILINGS, Tiling
+from muon8bit_kernels.triton.gemm_tilings import FP32_TILING, TILINGS, GemmTiling
 from muon8bit_kernels.triton.tiny import step_tiny
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -100,7 +100,7 @@ def _elementwise() -> list[Case]:
     ]
 
 
-def product(tiling: Tiling, dtype: torch.dtype, *, tall: bool, with_descriptors: bool, k: int = WIDE[0]) -> None:
+def product(tiling: GemmTiling, dtype: torch.dtype, *, tall: bool, with_descriptors: bool, k: int = WIDE[0]) -> None:
     """X X^T + D, through TMA or through pointers."""
     X = empty(2, WIDE[0], k, dtype=dtype, across=tall)
     D = empty(2, WIDE[0], WIDE[0], dtype=dtype)
@@ -134,7 +134,7 @@ def _products() -> list[Case]:
     ]
 
 
-def _sizes(tiling: Tiling) -> str:
+def _sizes(tiling: GemmTiling) -> str:
     return f"{tiling.block_m}x{tiling.block_n}x{tiling.block_k}"
 
 

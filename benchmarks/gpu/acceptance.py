@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarks.gpu.optimizers import BITS32, DYNAMIC, LINEAR, MUON_BF16
-from benchmarks.gpu.record import DRY, Record, Row, as_number
+from benchmarks.gpu.record import DRY, Measurement, Record, as_number
 from benchmarks.gpu.steps import FLOOR
 from benchmarks.gpu.workloads import LORA, MODELS, MOE, shape_classes
 from muon8bit.config import DEFAULT_WORKSPACE_BYTES
@@ -17,7 +17,7 @@ NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TargetCheck:
     """One target: what is asked, what was reached (a number with its unit, or why there is none), pass or miss."""
 
     name: str
@@ -27,8 +27,8 @@ class Verdict:
 
 
 def _judge(
-    name: str, rows: Iterable[Row], worst: Callable[[Iterable[float]], float], bound: float, unit: str
-) -> Verdict:
+    name: str, rows: Iterable[Measurement], worst: Callable[[Iterable[float]], float], bound: float, unit: str
+) -> TargetCheck:
     """The worst of `rows` against `bound`: with `worst=min` it must be at least that, with `max` at most. A row without
     a number, or no row at all, is no pass."""
     rows, sign = list(rows), "at least" if worst is min else "at most"
@@ -36,21 +36,23 @@ def _judge(
     words = [row.value for row in rows if as_number(row.value) is None]
     if not rows or words:
         reached = words[0] if words else NOT_RUN
-        return Verdict(name, target, reached, DRY if reached == DRY else NOT_RUN if reached == NOT_RUN else "miss")
+        return TargetCheck(name, target, reached, DRY if reached == DRY else NOT_RUN if reached == NOT_RUN else "miss")
     value = worst(float(row.value) for row in rows)
     where = next(f"{row.case}, {row.arm}" for row in rows if float(row.value) == value)
     passed = value >= bound if worst is min else value <= bound
     shown = f"{value:.4g}{unit}" + (f" ({where})" if len(rows) > 1 else "")
-    return Verdict(name, target, shown, "pass" if passed else "miss")
+    return TargetCheck(name, target, shown, "pass" if passed else "miss")
 
 
-def verdicts(record: Record) -> list[Verdict]:
+def verdicts(record: Record) -> list[TargetCheck]:
     """Every target of the acceptance, in its order."""
     result = [_tests(record)]
     for case in (*MODELS, MOE):
         ceiling = record.number("steps", "FLOP ceiling", case, FLOOR)
         if ceiling is None:
-            result.append(Verdict(f"{case}, over torch Muon", f"{OF_CEILING} of the FLOP ceiling", NOT_RUN, NOT_RUN))
+            result.append(
+                TargetCheck(f"{case}, over torch Muon", f"{OF_CEILING} of the FLOP ceiling", NOT_RUN, NOT_RUN)
+            )
             continue
         rows = record.find("steps", "ratio", case=case, arm=MUON_BF16)
         name = f"{case}, over torch Muon ({OF_CEILING} of the FLOP ceiling {ceiling:.2f})"
@@ -82,23 +84,23 @@ def _is_square_class(name: str) -> bool:
     return rows == cols and number != "1"
 
 
-def _tests(record: Record) -> Verdict:
+def _tests(record: Record) -> TargetCheck:
     """Every GPU test ran and passed."""
     counts = {row.arm: row.value for row in record.find("correctness", "tests")}
     if not counts:
-        return Verdict("tests marked gpu", "all pass, none skipped", NOT_RUN, NOT_RUN)
+        return TargetCheck("tests marked gpu", "all pass, none skipped", NOT_RUN, NOT_RUN)
     reached = ", ".join(f"{value} {name}" for name, value in counts.items())
     if record.dry:
-        return Verdict("tests marked gpu", "all pass, none skipped", DRY, DRY)
+        return TargetCheck("tests marked gpu", "all pass, none skipped", DRY, DRY)
     good = counts["passed"] != "0" and all(counts[name] == "0" for name in ("failed", "errors", "skipped"))
-    return Verdict("tests marked gpu", "all pass, none skipped", reached, "pass" if good else "miss")
+    return TargetCheck("tests marked gpu", "all pass, none skipped", reached, "pass" if good else "miss")
 
 
-def _over_bits32(record: Record, arm: str) -> list[Row]:
+def _over_bits32(record: Record, arm: str) -> list[Measurement]:
     """Time of `arm` over that of bits=32, as rows, of each workload."""
     result = []
     for row in record.find("steps", "time", arm=arm):
         ours, theirs = as_number(row.value), record.number("steps", "time", row.case, BITS32)
         value = row.value if ours is None else NOT_RUN if theirs is None else f"{ours / theirs:.6g}"
-        result.append(Row("steps", row.case, arm, "over bits=32", value, "times"))
+        result.append(Measurement("steps", row.case, arm, "over bits=32", value, "times"))
     return result

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu.optimizers import MUON_LR, Arm, Tensors, make_job
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.timing import Clock, Job
+from benchmarks.gpu.timing import Clock, TimedJob
 from benchmarks.gpu.workloads import MODELS, workloads
 from muon8bit import Muon8bit
 from muon8bit.estimate.host import bus_bytes
@@ -67,7 +67,7 @@ def _rates(clock: Clock, record: Record) -> None:
     copies = {"to the device": (device, host), "to the host": (host, device)}
     device.copy_(host)
     makers = {
-        name: partial(Job, partial(target.copy_, source, non_blocking=True), check)
+        name: partial(TimedJob, partial(target.copy_, source, non_blocking=True), check)
         for name, (target, source) in copies.items()
     }
     for name, result in clock.turns(makers, rounds=1, repeats=1 if record.dry else 7).items():

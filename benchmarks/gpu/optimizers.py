@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.gpu.timing import Job, UnavailableError
+from benchmarks.gpu.timing import TimedJob, UnavailableError
 from muon8bit import Muon8bit
 
 LINEAR, DYNAMIC, BITS32 = "this, linear", "this, dynamic", "this, bits=32"
@@ -116,7 +116,7 @@ def needed_bytes(arm: Arm, num_elements: int) -> int:
     return int(num_elements * (arm.bytes_per_element + (8 if arm.fp32 else 0))) + 2**30
 
 
-def make_job(arm: Arm, tensors: Tensors) -> Job:
+def make_job(arm: Arm, tensors: Tensors) -> TimedJob:
     """The arm's step on `tensors`.
 
     Raises:
@@ -149,4 +149,4 @@ def make_job(arm: Arm, tensors: Tensors) -> Job:
             if torch.equal(values.flatten()[:_PROBE], probe):
                 raise ValueError(f"parameter {index} {tuple(values.shape)} was not updated")
 
-    return Job(optimizer.step, check)
+    return TimedJob(optimizer.step, check)

@@ -13,8 +13,16 @@ from muon8bit_kernels import kernels_for
 from torch import Tensor
 
 from benchmarks.gpu.record import Record, as_number
-from benchmarks.gpu.timing import Clock, Job, Result
-from muon8bit.orthogonalize import Path, choose, device_kind, flops, forced_path, orthogonalize, resolve
+from benchmarks.gpu.timing import Clock, Result, TimedJob
+from muon8bit.orthogonalize import (
+    NSMethod,
+    choose_method,
+    device_kind,
+    flops,
+    force_method,
+    orthogonalize,
+    resolve_coefficients,
+)
 from muon8bit.orthogonalize.rates import rates_of
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,7 +33,7 @@ _BATCH_ELEMENTS, _LARGEST_BATCH = 2**25, 64
 # Shapes of whole orthogonalizations, and how many: k and v, gate and up of the models, experts.
 PATH_SHAPES = ((8, 512, 2048), (8, 1024, 4096), (64, 1024, 2048), (2, 3072, 8192), (2, 4096, 14336), (4, 2048, 2048))
 VENDOR, SYMMETRIC = "vendor", "symmetric"
-_SCHEDULE = resolve("jordan", 5)
+_SCHEDULE = resolve_coefficients("jordan", 5)
 
 
 def check_finite(tensors: list[Tensor]) -> None:
@@ -34,7 +42,7 @@ def check_finite(tensors: list[Tensor]) -> None:
             raise ValueError(f"a result {tuple(tensor.shape)} {tensor.dtype} is not finite, or was not written")
 
 
-def product_job(device: torch.device, dtype: torch.dtype, batch: int, n: int, k: int, symmetric: bool) -> Job:
+def product_job(device: torch.device, dtype: torch.dtype, batch: int, n: int, k: int, symmetric: bool) -> TimedJob:
     """X X^T [batch, n, n] by our kernel or by the vendor's, on random X of unit norm rows, sets taken in turn."""
     sets = [torch.randn(batch, n, k, device=device, dtype=dtype).div_(k**0.5) for _ in range(2)]
     turn, kernels = cycle(sets), kernels_for(device)
@@ -44,7 +52,7 @@ def product_job(device: torch.device, dtype: torch.dtype, batch: int, n: int, k:
         X = next(turn)
         last[:] = [kernels.symmetric_product(X, X) if symmetric else X @ X.mT]
 
-    return Job(run, lambda: check_finite(last))
+    return TimedJob(run, lambda: check_finite(last))
 
 
 def products(clock: Clock, record: Record) -> None:
@@ -82,8 +90,8 @@ def paths(clock: Clock, record: Record) -> None:
         makers, chosen = {}, {}
         for form in ("standard", "gram"):
             for made_by in dict.fromkeys((VENDOR, rates_of(kind).symmetric_kind or VENDOR)):
-                with forced_path(form=form, products=made_by):
-                    path = choose(rows, cols, _SCHEDULE, kind, dtype, tiny=False)
+                with force_method(form=form, products=made_by):
+                    path = choose_method(rows, cols, _SCHEDULE, kind, dtype, tiny=False)
                 arm = f"{form}, {VENDOR if made_by == VENDOR else SYMMETRIC}"
                 chosen[arm], makers[arm] = path, partial(_path_job, clock.device, path, batch, rows, cols)
         dry = record.dry
@@ -99,7 +107,7 @@ def paths(clock: Clock, record: Record) -> None:
                 )
 
 
-def _path_job(device: torch.device, path: Path, batch: int, rows: int, cols: int) -> Job:
+def _path_job(device: torch.device, path: NSMethod, batch: int, rows: int, cols: int) -> TimedJob:
     sets = [torch.randn(batch, rows, cols, device=device).div_((rows * cols) ** 0.5) for _ in range(2)]
     inputs = [X.to(path.dtype) for X in sets]
     turn, work, last = cycle(inputs), torch.empty_like(inputs[0]), list[Tensor]()
@@ -107,7 +115,7 @@ def _path_job(device: torch.device, path: Path, batch: int, rows: int, cols: int
     def run() -> None:
         last[:] = [orthogonalize(work.copy_(next(turn)), _SCHEDULE, path)]  # which overwrites its input
 
-    return Job(run, lambda: check_finite(last))
+    return TimedJob(run, lambda: check_finite(last))
 
 
 def rates_row(record: Record, kind: str) -> str:

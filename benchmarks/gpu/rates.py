@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu.products import HALF, check_finite, product_job
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.timing import Clock, Job, Result
+from benchmarks.gpu.timing import Clock, Result, TimedJob
 from muon8bit.config import BLOCK_SIZES
 
 COPY, GEMM = "copy", "gemm"
@@ -30,16 +30,16 @@ def ceilings(clock: Clock, record: Record) -> dict[str, float]:
     num_bytes, n = (2**16, 64) if dry else (2**32, 8192)
     source = torch.randint(-128, 128, (num_bytes,), dtype=torch.int8, device=clock.device)
 
-    def copy_job() -> Job:
+    def copy_job() -> TimedJob:
         target = torch.empty_like(source)
 
         def check() -> None:
             if not torch.equal(target, source):
                 raise ValueError("the copy is not one")
 
-        return Job(lambda: target.copy_(source), check)
+        return TimedJob(lambda: target.copy_(source), check)
 
-    makers: dict[str, Callable[[], Job]] = {COPY: copy_job}
+    makers: dict[str, Callable[[], TimedJob]] = {COPY: copy_job}
     for name, dtype in HALF.items():
         makers[f"{GEMM} {name}"] = partial(product_job, clock.device, dtype, 1, n, n, symmetric=False)
     results = clock.turns(makers, rounds=3, repeats=1 if dry else 5, warm_up=2, queued=True)
@@ -69,7 +69,7 @@ def momentum_bytes(elements: int, cols: int, block_size: int, codebook: Codebook
 
 def _momentum_job(
     device: torch.device, phase: str, codebook: Codebook | None, block_size: int, count: int, side: int
-) -> Job:
+) -> TimedJob:
     """One phase on [count, side, side], from its own state, sets taken in turn; outputs start as NaN."""
     kernels = kernels_for(device)
     options: dict[str, Any] = {"beta": BETA, "nesterov": True, "codebook": codebook, "block_size": block_size}
@@ -98,7 +98,7 @@ def _momentum_job(
         kernels.momentum_apply(codes, scales, grads, norms, out, **options)
         outputs[:] = [out, *(scales or codes)]
 
-    return Job(stats if phase == "stats" else apply, lambda: check_finite(outputs))
+    return TimedJob(stats if phase == "stats" else apply, lambda: check_finite(outputs))
 
 
 def momentum(clock: Clock, record: Record, rates: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ ABOUT = "about"  # the section of what figures depend on
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One figure. `value` is a number, or the words that stand in its place: not installed, does not fit, dry run."""
 
     section: str
@@ -33,10 +33,10 @@ class Record:
     """
 
     def __init__(self, path: Path, dry: bool) -> None:
-        self.path, self.dry, self.rows = path, dry, list[Row]()
+        self.path, self.dry, self.rows = path, dry, list[Measurement]()
         if path.exists():
             with path.open(newline="") as file:
-                self.rows = [Row(**row) for row in csv.DictReader(file)]
+                self.rows = [Measurement(**row) for row in csv.DictReader(file)]
 
     def about(self, facts: dict[str, str], command: str) -> None:
         """What the figures depend on, and the command, one of a few.
@@ -47,7 +47,9 @@ class Record:
         known = {row.metric: row.value for row in self.rows if row.section == ABOUT and row.metric != "command"}
         if known and known != facts:
             raise ValueError(f"{self.path} is of {known}, this is {facts}: give another --out")
-        wanted = [Row(ABOUT, "run", "", name, value, "") for name, value in [*facts.items(), ("command", command)]]
+        wanted = [
+            Measurement(ABOUT, "run", "", name, value, "") for name, value in [*facts.items(), ("command", command)]
+        ]
         earlier = [row for row in self.rows if row.section == ABOUT]
         self.rows = earlier + [row for row in wanted if row not in earlier] + self.rows[len(earlier) :]
 
@@ -64,13 +66,13 @@ class Record:
     ) -> None:
         """A figure of this run; words stay words."""
         text = value if isinstance(value, str) else DRY if self.dry else f"{value:.6g}"
-        self.rows.append(Row(section, case, arm, metric, text, unit, note))
+        self.rows.append(Measurement(section, case, arm, metric, text, unit, note))
 
     def counted(self, section: str, case: str, arm: str, metric: str, value: float, unit: str, note: str = "") -> None:
         """A figure that no clock had a part in: the same on every machine."""
-        self.rows.append(Row(section, case, arm, metric, f"{value:.6g}", unit, note))
+        self.rows.append(Measurement(section, case, arm, metric, f"{value:.6g}", unit, note))
 
-    def find(self, section: str, metric: str, *, case: str | None = None, arm: str | None = None) -> list[Row]:
+    def find(self, section: str, metric: str, *, case: str | None = None, arm: str | None = None) -> list[Measurement]:
         return [
             row
             for row in self.rows
@@ -87,7 +89,7 @@ class Record:
 
     def write(self) -> None:
         with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+            writer = csv.DictWriter(file, [field.name for field in fields(Measurement)], lineterminator="\n")
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.rows)
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from benchmarks.gpu.rates import COPY, GEMM, momentum_bytes
 from benchmarks.gpu.workloads import Workload
 from muon8bit.config import DEFAULT_BLOCK_SIZE, DEFAULT_NS_STEPS
-from muon8bit.orthogonalize import Path, choose, flops, resolve
+from muon8bit.orthogonalize import NSMethod, choose_method, flops, resolve_coefficients
 
-_SCHEDULE = resolve("jordan", DEFAULT_NS_STEPS)
+_SCHEDULE = resolve_coefficients("jordan", DEFAULT_NS_STEPS)
 _STEPS = len(_SCHEDULE.steps)
 # The Gram form in half precision, whose one restart makes two segments.
 _SEGMENTS = 2
 
 
 @dataclass(frozen=True)
-class Counts:
+class OperationCounts:
     """Of one step of a workload, linear codebook, bf16 parameters and gradients. Operations: multiply-add = 2.
 
     Attributes:
@@ -50,21 +50,21 @@ class Counts:
         return iteration + (self.momentum_bytes + self.update_bytes) / bandwidth
 
 
-def _planned(path: Path, rows: int, cols: int) -> int:
+def _planned(path: NSMethod, rows: int, cols: int) -> int:
     segments = max(1, len(path.segments))
     return flops(path.form, rows, cols, _STEPS, triangle=path.products == "kernel", num_segments=segments)
 
 
-def count(workload: Workload, kind: str) -> Counts:
+def count(workload: Workload, kind: str) -> OperationCounts:
     """Sum over the matrices of a workload, paths as on a device of this `device_kind`."""
     least = planned = theirs = moved = ns = update = 0
     for (rows, cols), number in workload.matrices().items():
         standard = flops("standard", rows, cols, _STEPS, triangle=True)
         least += number * min(standard, flops("gram", rows, cols, _STEPS, triangle=True, num_segments=_SEGMENTS))
-        planned += number * _planned(choose(rows, cols, _SCHEDULE, kind), rows, cols)
+        planned += number * _planned(choose_method(rows, cols, _SCHEDULE, kind), rows, cols)
         theirs += number * flops("standard", rows, cols, _STEPS)
         elements = number * rows * cols
         moved += sum(momentum_bytes(elements, cols, DEFAULT_BLOCK_SIZE, "linear").values())
         ns += elements * (2 + 2)  # input and result, half precision
         update += elements * (2 + 2 + 2)  # result, parameter read and written
-    return Counts(least, planned, theirs, moved, ns, update)
+    return OperationCounts(least, planned, theirs, moved, ns, update)

@@ -39,7 +39,7 @@ class UnavailableError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Job:
+class TimedJob:
     """`run` is timed; `check` raises unless what the runs left behind is finite and was written."""
 
     run: Callable[[], Any]
@@ -114,7 +114,7 @@ class Clock:
 
     def turns(
         self,
-        makers: Mapping[str, Callable[[], Job]],
+        makers: Mapping[str, Callable[[], TimedJob]],
         *,
         rounds: int,
         repeats: int,
@@ -135,7 +135,7 @@ class Clock:
         return results
 
     def _turn(
-        self, name: str, make: Callable[[], Job], result: Result, repeats: int, warm_up: int, queued: bool
+        self, name: str, make: Callable[[], TimedJob], result: Result, repeats: int, warm_up: int, queued: bool
     ) -> None:
         try:
             job = make()

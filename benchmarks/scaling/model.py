@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from benchmarks.gpu.workloads import Llama
 from muon8bit.config import DEFAULT_BLOCK_SIZE, DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES
-from muon8bit.distributed.assignment import Plan, gathered_bytes, plan
+from muon8bit.distributed.assignment import Assignment, gathered_bytes, plan
 from muon8bit.distributed.exchange import NUM_SHARES
-from muon8bit.distributed.matrix_sharding import Region, Spread
+from muon8bit.distributed.matrix_sharding import MatrixSharding, Region
 from muon8bit.distributed.route import Matrix
-from muon8bit.orthogonalize import choose, flops, resolve
+from muon8bit.orthogonalize import choose_method, flops, resolve_coefficients
 
 # HSDP: a replica is the least power of two of at least one node whose GPUs take this much each of bf16 weights, bf16
 # gradients and 8-bit momentum (an 80 GB card, half of it left for everything else).
@@ -32,7 +32,7 @@ class Machine:
     node_size: int = 8
 
 
-class Traffic:
+class SimulatedTraffic:
     """Bytes by rank: sent and received, inside the node and over the network."""
 
     def __init__(self, num_ranks: int, machine: Machine) -> None:
@@ -55,7 +55,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Row:
+class SimulatedStep:
     """One model on one mesh. Bytes of one step and one rank, the mean and the most of any; ms of the slowest rank,
     ours round after round.
 
@@ -101,14 +101,14 @@ def shards_of(model: Llama) -> int:
 
 def matrices_of(model: Llama, num_shards: int, replicas: int, kind: str) -> list[Matrix]:
     """Every hidden matrix, its rows in chunks (torch.chunk, FSDP2's `Shard(0)`), replica after replica."""
-    schedule = resolve("jordan", DEFAULT_NS_STEPS)
+    schedule = resolve_coefficients("jordan", DEFAULT_NS_STEPS)
     found: dict[tuple[int, ...], Matrix] = {}
     for rows, cols in model.linears():
         size = -(-rows // num_shards)
         spans = [(min(i * size, rows), min((i + 1) * size, rows)) for i in range(num_shards)]
         held = tuple(Region(span, (0, cols)) if span[0] < span[1] else None for span in spans) * replicas
-        path = choose(rows, cols, schedule, kind, tiny=False)
-        found[rows, cols] = Matrix(rows, cols, Spread(held, held), path)
+        path = choose_method(rows, cols, schedule, kind, tiny=False)
+        found[rows, cols] = Matrix(rows, cols, MatrixSharding(held, held), path)
     return [found[shape] for shape in model.linears()] * model.layers
 
 
@@ -119,7 +119,7 @@ def operations(matrix: Matrix) -> int:
     return flops(path.form, matrix.rows, matrix.cols, DEFAULT_NS_STEPS, num_segments=num_segments)
 
 
-def slowest_of_rounds(planned: Plan) -> int:
+def slowest_of_rounds(planned: Assignment) -> int:
     """Operations one after the other where every round waits for its slowest owner."""
     total = 0
     for members in planned.rounds:
@@ -130,14 +130,14 @@ def slowest_of_rounds(planned: Plan) -> int:
     return total
 
 
-def moonlight(matrices: Sequence[Matrix], num_ranks: int, machine: Machine) -> tuple[Traffic, list[int]]:
+def moonlight(matrices: Sequence[Matrix], num_ranks: int, machine: Machine) -> tuple[SimulatedTraffic, list[int]]:
     """Distributed Muon of Moonlight (arXiv 2502.16982, algorithm 1): traffic and operations by rank of one replica.
 
     Our reading: ZeRO-1 as in Megatron. The momenta of all matrices, one after the other, are cut into equal ranges,
     one a rank. Each rank gathers in bf16 every matrix of which its range has a part, orthogonalizes it whole, and keeps
     its part. Not counted, on neither side, are gradients and the all-gather of updated parameters.
     """
-    traffic, work = Traffic(num_ranks, machine), [0] * num_ranks
+    traffic, work = SimulatedTraffic(num_ranks, machine), [0] * num_ranks
     total, start = sum(m.rows * m.cols for m in matrices), 0
     for matrix in matrices:
         stop, parts = start + matrix.rows * matrix.cols, dict[int, int]()
@@ -154,11 +154,11 @@ def moonlight(matrices: Sequence[Matrix], num_ranks: int, machine: Machine) -> t
     return traffic, work
 
 
-def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str, machine: Machine) -> Row:
+def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str, machine: Machine) -> SimulatedStep:
     """Plan one step of `model` on `num_gpus`, in replicas of `num_shards`."""
     matrices = matrices_of(model, num_shards, num_gpus // num_shards, kind)
     planned = plan(matrices, num_gpus, PLANNED_BYTES)
-    traffic = Traffic(num_gpus, machine)
+    traffic = SimulatedTraffic(num_gpus, machine)
     for index in range(len(matrices)):
         for transfer in planned.transfers(index):
             traffic.add(*transfer)
@@ -168,7 +168,7 @@ def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str,
     num_sums = sum(rows * blocks for rows, _, blocks in held)
     elements = sum(rows * cols for rows, cols, _ in held)
     received = traffic.totals(traffic.received)
-    return Row(
+    return SimulatedStep(
         model=name,
         num_gpus=num_gpus,
         num_shards=num_shards,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.workloads import Llama
-from benchmarks.scaling.model import Machine, Row, shards_of, simulate
+from benchmarks.scaling.model import Machine, SimulatedStep, shards_of, simulate
 
 # Of the published config.json of meta-llama/Llama-3.1-8B, -70B and -405B; embeddings, head and norms are AdamW's.
 MODELS = {
@@ -39,7 +39,7 @@ def gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.3g}"
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[SimulatedStep]) -> str:
     head = (
         "| model (matrices) | GPUs | shards x replicas | balance | mean / most sent / most received, GB | row sums, GB "
         "| all-gather fp32, GB | Moonlight mean / most, GB | state, GB | arithmetic / transfer, ms "
@@ -65,7 +65,7 @@ def table(rows: Sequence[Row]) -> str:
     return head + "".join(lines)
 
 
-def markdown(rows: Sequence[Row], machine: Machine, kind: str, command: str) -> str:
+def markdown(rows: Sequence[SimulatedStep], machine: Machine, kind: str, command: str) -> str:
     return f"""# One step on many GPUs, planned
 
 Nothing here was run or measured: bytes and balance are the planner's, times follow from assumed rates.

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from muon8bit.config import DEFAULT_BLOCK_SIZE, MIN_QUANTIZED_COLUMNS
-from muon8bit.orthogonalize import Schedule, choose, flops, segments
+from muon8bit.orthogonalize import Coefficients, choose_method, flops, segments
 
 # How many matrices of each [rows, cols].
 Matrices = Mapping[tuple[int, int], int]
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Counts of one step.
 
     Attributes:
@@ -46,7 +46,7 @@ class Plan:
 
 def plan(
     matrices: Matrices,
-    schedule: Schedule,
+    schedule: Coefficients,
     kind: str,
     *,
     bits: int = 8,
@@ -54,11 +54,11 @@ def plan(
     grad_dtype: torch.dtype = torch.bfloat16,
     param_dtype: torch.dtype = torch.bfloat16,
     ns_dtype: torch.dtype | None = None,
-) -> Plan:
+) -> StepPlan:
     """Count one step of these matrices on a device kind (of `orthogonalize.device_kind`, present or not)."""
     ours = theirs = stats = apply = update = 0
     for (rows, cols), count in matrices.items():
-        path = choose(rows, cols, schedule, kind, ns_dtype)
+        path = choose_method(rows, cols, schedule, kind, ns_dtype)
         num_steps, num_segments = len(schedule.steps), max(1, len(path.segments))
         triangle = path.products != "vendor"
         ours += count * flops(path.form, rows, cols, num_steps, triangle=triangle, num_segments=num_segments)
@@ -71,10 +71,10 @@ def plan(
         stats += count * (codes + scales + grad + 4 * blocks)
         apply += count * (2 * codes + 2 * scales + grad + 4 + direction)
         update += count * (direction + 2 * param)
-    return Plan(ours, theirs, stats, apply, update)
+    return StepPlan(ours, theirs, stats, apply, update)
 
 
-def flop_ceiling(matrices: Matrices, schedule: Schedule) -> float:
+def flop_ceiling(matrices: Matrices, schedule: Coefficients) -> float:
     """How many times fewer operations than torch.optim.Muon's Newton-Schulz half precision can do: the cheaper form of
     each shape, every symmetric product one triangle, with the restarts that fp16 needs. A ratio of times at equal rate.
 

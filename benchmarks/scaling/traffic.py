@@ -29,7 +29,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from benchmarks.gpu.workloads import Llama
 from muon8bit import Muon8bit
 from muon8bit.config import Options
-from muon8bit.distributed import Bundle, exchange
+from muon8bit.distributed import ShardedBatch, exchange
 from muon8bit.distributed.assignment import gathered_bytes
 from muon8bit.distributed.norms import Gathering, num_gathered
 
@@ -58,11 +58,11 @@ def run(rank: int, num_ranks: int, mode: str, divisor: int, folder: str) -> None
         optimizer.step()
 
     step()
-    team, bundles = optimizer._find_team(), list[Bundle]()
+    team, bundles = optimizer._find_team(), list[ShardedBatch]()
     assert team is not None
     before, gather = vars(team.traffic).copy(), team.gathering
 
-    def remembering(found: Sequence[Bundle], flags: torch.Tensor, options: Options) -> Gathering:
+    def remembering(found: Sequence[ShardedBatch], flags: torch.Tensor, options: Options) -> Gathering:
         bundles.extend(found)
         return gather(found, flags, options)
 

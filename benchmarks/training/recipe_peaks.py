@@ -100,7 +100,7 @@ def random_batch(recipe: SftRecipe, vocab_size: int, device: torch.device) -> Ba
     return collate([[conversation() for _ in range(num)] for _ in range(recipe.batch_size)], device)
 
 
-class Training:
+class RecipeTraining:
     """A recipe set up as `finetune.sft` does it, on a model of `config` with random weights in bf16."""
 
     def __init__(self, recipe: SftRecipe, config: Any) -> None:
@@ -132,7 +132,7 @@ class Training:
             optimizer.zero_grad()
 
 
-def allocated_bytes(training: Training) -> int:
+def allocated_bytes(training: RecipeTraining) -> int:
     """The most bytes that CUDA has allocated in two steps; 0 on a CPU."""
     on_gpu = training.device.type == "cuda"
     gc.collect()
@@ -151,7 +151,7 @@ def measure(name: str, dry: bool) -> dict[str, Any]:
         config.update(TINY)
         recipe = replace(recipe, max_length=64)
     estimated = Estimator(config).estimate(setup_of(recipe)).peak_bytes(column_of(recipe))
-    measured = allocated_bytes(Training(recipe, config))
+    measured = allocated_bytes(RecipeTraining(recipe, config))
     return {
         "recipe": name,
         "optimizer": column_of(recipe),

@@ -22,5 +22,5 @@ class StorageError(Exception):
     """The disk is full, or fails: a run could not write what it must. Its text is the cause."""
 
 
-class RanksError(Exception):
+class OtherRankError(Exception):
     """A process of a run has failed, for another reason than the disk. Its text is the cause."""

@@ -33,7 +33,7 @@ ROW_SUFFIXES = {".jsonl": jsonl_rows, ".parquet": parquet_rows}
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-class Piece(NamedTuple):
+class CorpusPiece(NamedTuple):
     """A stretch of text of one document; `ends` marks its last piece."""
 
     part: Part
@@ -63,7 +63,7 @@ class Corpus:
 
     label: str
     hash: str
-    pieces: Callable[[], Iterator[Piece]]
+    pieces: Callable[[], Iterator[CorpusPiece]]
     endless: bool = False
 
 
@@ -127,7 +127,7 @@ def _local_corpus(files: Sequence[Path], root: Path, label: str, recipe: Recipe)
     held_out = _held_out(texts, recipe.validation_fraction)
     digest.update("\n".join(sorted(held_out)).encode())
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[CorpusPiece]:
         for stretch in texts:
             part: Part = "validation" if stretch.name in held_out else "train"
             yield from _text_pieces(stretch, part)
@@ -196,7 +196,7 @@ def _rest_of_character(following: bytes) -> int:
     return next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
 
-def _text_pieces(stretch: Stretch, part: Part) -> Iterator[Piece]:
+def _text_pieces(stretch: Stretch, part: Part) -> Iterator[CorpusPiece]:
     """Text of a stretch in pieces that end with a line wherever there is one."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, left, undecoded = "", stretch.end - stretch.start, 0
@@ -213,7 +213,7 @@ def _text_pieces(stretch: Stretch, part: Part) -> Iterator[Piece]:
                     raise InputError("--dataset", f"{stretch.path} seems to be UTF-16 without a mark; {SAVE}")
                 is_first = False
                 cut = len(rest) if left == 0 else (rest.rfind("\n") + 1 or len(rest))
-                yield Piece(part, rest[:cut], ends=left == 0)
+                yield CorpusPiece(part, rest[:cut], ends=left == 0)
                 rest = rest[cut:]
     except OSError as error:
         raise InputError("--dataset", f"cannot read {stretch.path}: {error.strerror}") from None
@@ -222,7 +222,7 @@ def _text_pieces(stretch: Stretch, part: Part) -> Iterator[Piece]:
         raise InputError("--dataset", f"byte {place} of {stretch.path} {not_utf8(stretch.path)}") from None
 
 
-def _row_pieces(rows: Iterator[str], fraction: float) -> Iterator[Piece]:
+def _row_pieces(rows: Iterator[str], fraction: float) -> Iterator[CorpusPiece]:
     """Rows as pieces: empty ones and duplicates left out, a row's side decided by the hash of its text."""
     seen: set[int] = set()
     for text in rows:
@@ -236,4 +236,4 @@ def _row_pieces(rows: Iterator[str], fraction: float) -> Iterator[Piece]:
         part: Part = "validation" if digest < fraction * 2**64 else "train"
         starts = range(0, len(text), PIECE_BYTES)
         for start in starts:
-            yield Piece(part, text[start : start + PIECE_BYTES], ends=start == starts[-1])
+            yield CorpusPiece(part, text[start : start + PIECE_BYTES], ends=start == starts[-1])

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.config.errors import InputError
-from finetune.data.corpus import Corpus, Part, Piece
+from finetune.data.corpus import Corpus, CorpusPiece, Part
 from finetune.storage.run_dir import folder_beside
 
 END_OF_TEXT = "<|endoftext|>"
@@ -189,8 +189,8 @@ def _write_tokens(corpus: Corpus, tokenizer: Any, folder: Path, budget: int | No
     return counts
 
 
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batches(pieces: Iterator[CorpusPiece]) -> Iterator[list[CorpusPiece]]:
+    batch: list[CorpusPiece] = []
     chars = 0
     for piece in pieces:
         batch.append(piece)

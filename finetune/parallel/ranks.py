@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
-from finetune.config.errors import InputError, RanksError, StorageError
+from finetune.config.errors import InputError, OtherRankError, StorageError
 from finetune.parallel.watch import watch_group, watched
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def _attempt(accelerator: Accelerator, work: Callable[[], T] | None) -> tuple[li
         return [], error, error
     except Exception as error:
         text = " ".join(str(error).split())[:200]
-        return [], RanksError(f"process {accelerator.process_index} failed: {type(error).__name__}: {text}"), error
+        return [], OtherRankError(f"process {accelerator.process_index} failed: {type(error).__name__}: {text}"), error
 
 
 def first_on_node(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -192,5 +192,5 @@ def write_together(accelerator: Accelerator, write: Callable[[], T]) -> list[T]:
         if from_disk:
             raise StorageError(text) from cause
     for rank, (_, text, kind) in failed:
-        raise RanksError(f"process {rank} failed: {kind}: {text}") from cause
+        raise OtherRankError(f"process {rank} failed: {kind}: {text}") from cause
     return [results[0] for results, _ in outcomes]

@@ -17,7 +17,7 @@ from finetune.parallel.ranks import gather
 TIME_IS_UP = 124  # exit code: that of timeout(1), so that a script which knows that one knows ours
 
 
-class Stop:
+class StopSignal:
     """Reasons to stop before the last step; all ranks agree on them between two steps.
 
     SIGTERM and SIGINT, a time that has passed, and a disk that took no metrics.
@@ -31,7 +31,7 @@ class Stop:
         self.error: OSError | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[Stop]:
+    def listening(self) -> Iterator[StopSignal]:
         """Catch both signals inside the block; the handlers before it come back at its end."""
         before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         try:

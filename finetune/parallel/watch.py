@@ -21,7 +21,7 @@ ROUND_S = 0.5  # between two signs
 _GROUPS: dict[Any, ProcessGroup] = {}
 
 
-class Watch:
+class RankWatch:
     """A thread that exchanges signs with those of the other processes, over a group of its own.
 
     Args:
@@ -86,13 +86,13 @@ def watch_group() -> ProcessGroup:
 
 
 @contextmanager
-def watched(accelerator: Accelerator) -> Iterator[Watch]:
+def watched(accelerator: Accelerator) -> Iterator[RankWatch]:
     """Watch over the processes while all do what is inside; a collective call.
 
     A process that is killed ends the others at once, one that is stopped after `LIMIT_S`. One that has failed lets
     them wait for `GRACE_S` at most in what they were doing.
     """
-    watch = Watch(watch_group() if accelerator.num_processes > 1 else None, LIMIT_S)
+    watch = RankWatch(watch_group() if accelerator.num_processes > 1 else None, LIMIT_S)
     watch.start()
     try:
         yield watch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accelerate.utils import DistributedType
 
-from finetune.config.errors import InputError, RanksError, StorageError
+from finetune.config.errors import InputError, OtherRankError, StorageError
 from finetune.parallel.ranks import write_together
 from finetune.storage.checkpoints import PROGRESS_FILE, file_names, partial_checkpoint, seal_files
 from finetune.training.run import Run
@@ -40,7 +40,7 @@ def save(run: Run) -> None:
         parts = write_together(accelerator, seal)
         files = {name: entry for part in parts for name, entry in part.items()}
         write_together(accelerator, finish)
-    except (StorageError, RanksError) as error:
+    except (StorageError, OtherRankError) as error:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         raise type(error)(f"cannot save a checkpoint: {error}") from error.__cause__

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from finetune.command_line import STARTED
-from finetune.config.errors import RanksError, StorageError
+from finetune.config.errors import OtherRankError, StorageError
 from finetune.parallel.ranks import leave
-from finetune.parallel.stopping import Stop
+from finetune.parallel.stopping import StopSignal
 from finetune.storage.checkpoints import named_checkpoints
 from finetune.storage.saving import restore, resume_command, save
 from finetune.training.run import Run
@@ -54,7 +54,7 @@ def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
         _complain(run, f"step {run.step}: {error}; {_free_space(run)}")
         _tell_of_checkpoints(run, script)
         code = 1
-    except RanksError as error:
+    except OtherRankError as error:
         _complain(run, f"step {run.step}: {error}")
         _tell_of_checkpoints(run, script)
         code = 1
@@ -95,7 +95,7 @@ def _train(run: Run, script: str) -> int:
         unit="step",
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )
-    stop = Stop(STARTED + 60 * recipe.max_minutes if recipe.max_minutes else math.inf)
+    stop = StopSignal(STARTED + 60 * recipe.max_minutes if recipe.max_minutes else math.inf)
     queued: Step | None = None  # a step that is not read yet
     with stop.listening(), bar:
         while run.step < recipe.max_steps:
@@ -133,7 +133,7 @@ def _evaluate(run: Run) -> float:
     return val_loss
 
 
-def _log(run: Run, stop: Stop, record: dict[str, Any], bar: Any) -> None:
+def _log(run: Run, stop: StopSignal, record: dict[str, Any], bar: Any) -> None:
     if not run.accelerator.is_main_process:
         return
     try:

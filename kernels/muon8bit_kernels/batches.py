@@ -19,7 +19,7 @@ def batch_shape(stacks: Sequence[Tensor]) -> tuple[int, int, int]:
     return sum(len(stack) for stack in stacks), stacks[0].shape[1], stacks[0].shape[2]
 
 
-class Rows:
+class StackedRows:
     """The rows of a list of stacks, numbered through, as if they were those of one matrix."""
 
     def __init__(self, stacks: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from muon8bit import __version__
 
 from . import convert, estimate, report
-from .errors import InputError
+from .errors import UsageError
 
 # `add_parser(subparsers)` adds one parser and sets its default `run`, a function from the parsed arguments to an exit
 # code, which raises InputError for bad input.
@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**{**options, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
+        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         code: int = args.run(args)
         return code
-    except InputError as error:
+    except UsageError as error:
         print(error, file=sys.stderr)
         return 2

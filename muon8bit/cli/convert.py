@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import BITS, BLOCK_SIZES, CODEBOOKS
 from ..convert import DIALECTS, EXPORTS, convert_state_dict, files, folders
-from .errors import InputError
+from .errors import UsageError
 
 if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             _convert(args)
     except (ValueError, OSError) as error:
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        raise InputError(f"muon8bit convert: {message}") from error
+        raise UsageError(f"muon8bit convert: {message}") from error
     for message in [str(warning.message) for warning in caught] or ["no momentum had to be converted"]:
         print(f"{args.out}: {message}")
     return 0

@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class InputError(Exception):
+class UsageError(Exception):
     """Bad input: one clear sentence that names the file or option and the way out. `main` prints it and returns 2."""

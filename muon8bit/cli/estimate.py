@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from muon8bit.estimate import Estimator, Setup, describe, judge, load_config, parse_bytes, plot, print_table
+from muon8bit.estimate import Estimator, Setup, check_budget, describe, load_config, parse_bytes, plot, print_table
 from muon8bit.estimate.classes import longest as longest_sequence
 
-from .errors import InputError
+from .errors import UsageError
 
 if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except (ValueError, ImportError) as error:
-        raise InputError(f"muon8bit estimate: {error}") from None
+        raise UsageError(f"muon8bit estimate: {error}") from None
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     estimator = Estimator(config)
     estimate = estimator.estimate(setup)
-    verdicts = None if budget is None else judge(estimator, estimate, budget)
+    verdicts = None if budget is None else check_budget(estimator, estimate, budget)
     if args.json:
         record = {"model": args.model, **estimate.to_dict(), "budget_bytes": budget}
         for name, verdict in (verdicts or {}).items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from muon8bit.estimate import print_report, report
 
-from .errors import InputError
+from .errors import UsageError
 
 if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
         else:
             print_report(found, sys.stdout)
     except (ValueError, ImportError) as error:
-        raise InputError(f"muon8bit report: {error}") from None
+        raise UsageError(f"muon8bit report: {error}") from None
     return 0

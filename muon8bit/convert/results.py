@@ -19,9 +19,9 @@ from ..config import (
     LINEAR_CODES_KEY,
 )
 from ..damage import why_damaged
-from ..orthogonalize import resolve
+from ..orthogonalize import resolve_coefficients
 from ..orthogonalize.coefficients import JORDAN
-from ..step.momentum import Format, Momentum
+from ..step.momentum import Momentum, MomentumFormat
 from ..step.options import (
     FORMAT_KEYS,
     IMPLEMENTATION_DEFAULTS,
@@ -158,7 +158,7 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
     unknown = {*own, "algorithm", "rounding_seed", "rounding_step"}
     result = {key: value for key, value in options.items() if key not in unknown}
     if "ns_coefficients" in result:
-        schedule = resolve(result["ns_coefficients"], result["ns_steps"])
+        schedule = resolve_coefficients(result["ns_coefficients"], result["ns_steps"])
         if len(set(schedule.steps)) > 1 or schedule.norm_factor != 1.0:
             raise ValueError(f"ns_coefficients={result['ns_coefficients']!r} differ by step: torch.optim.Muon has one")
         result["ns_coefficients"] = schedule.steps[0]
@@ -171,7 +171,7 @@ def _state(entry: Entry, options: Mapping[str, Any], changes: set[Change]) -> di
         return moments(entry, options["adamw_bits"], changes)
     momentum, source = _momentum(entry)
     shape = momentum.codes.shape
-    format = Format.of(shape, *(options[key] for key in FORMAT_KEYS))
+    format = MomentumFormat.of(shape, *(options[key] for key in FORMAT_KEYS))
     # Block sizes are powers of two: where the layouts are equal, so are the blocks.
     if entry.dialect == "muon8bit" and format.layout(shape) == momentum.format.layout(shape):
         return momentum.to_state()
@@ -197,10 +197,10 @@ def _momentum(entry: Entry) -> tuple[Momentum, str]:
         raise ValueError(f"state of {entry.where} has {listed}: that is no momentum of {entry.dialect}'s")
     codes = dense(entry, found[0])
     if entry.dialect == "muon8bit":
-        format = Format.of(codes.shape, *(entry.options[key] for key in FORMAT_KEYS))
+        format = MomentumFormat.of(codes.shape, *(entry.options[key] for key in FORMAT_KEYS))
         words = format.options
     else:
-        codes, format, words = codes.float(), Format(None, DEFAULT_BLOCK_SIZE), _WORDS[entry.dialect]
+        codes, format, words = codes.float(), MomentumFormat(None, DEFAULT_BLOCK_SIZE), _WORDS[entry.dialect]
         if codes.ndim != 2:
             raise ValueError(f"{entry.where} has {codes.ndim} dimensions: only matrices come from torch.optim.Muon")
     layout = format.layout(codes.shape)

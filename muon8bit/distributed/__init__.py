@@ -11,9 +11,18 @@ team         all of it for one optimizer
 """
 
 from .norms import Gathering
-from .param_sharding import Layout, check_placements
-from .rank_group import Team, check_group, team_of
-from .sharded_batch import Bundle
+from .param_sharding import ParamSharding, check_placements
+from .rank_group import RankGroup, check_group, team_of
+from .sharded_batch import ShardedBatch
 from .watch import RanksError
 
-__all__ = ["Bundle", "Gathering", "Layout", "RanksError", "Team", "check_group", "check_placements", "team_of"]
+__all__ = [
+    "Gathering",
+    "ParamSharding",
+    "RankGroup",
+    "RanksError",
+    "ShardedBatch",
+    "check_group",
+    "check_placements",
+    "team_of",
+]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from .matrix_sharding import Piece, whole_holders
+from .matrix_sharding import ShardPiece, whole_holders
 from .route import (
     Matrix,
     Route,
@@ -31,7 +31,7 @@ _EVENNESS = 1.1
 
 
 @dataclass(frozen=True)
-class Plan:
+class Assignment:
     """Of `plan`. Ranks are those of the group, matrices are meant by their index in `matrices`.
 
     Attributes:
@@ -52,11 +52,11 @@ class Plan:
     load: tuple[float, ...]
     workspace_bytes: int
 
-    def sources(self, index: int) -> tuple[Piece, ...]:
+    def sources(self, index: int) -> tuple[ShardPiece, ...]:
         """Disjoint pieces that cover the matrix, in the order of ranks: the owner's own, the others of its replica."""
         return sources(self.matrices[index], self.owners[index])
 
-    def targets(self, index: int) -> tuple[Piece, ...]:
+    def targets(self, index: int) -> tuple[ShardPiece, ...]:
         """What every rank wants of O, the owner included, in the order of ranks."""
         return targets(self.matrices[index])
 
@@ -108,7 +108,7 @@ class Plan:
             yield tuple(part)
 
 
-def plan(matrices: Sequence[Matrix], num_ranks: int, workspace_bytes: int) -> Plan:
+def plan(matrices: Sequence[Matrix], num_ranks: int, workspace_bytes: int) -> Assignment:
     """Share the matrices out among the ranks.
 
     A matrix that ranks hold whole is one of theirs, the least loaded's, so what a single rank holds and wants is never
@@ -129,7 +129,7 @@ def plan(matrices: Sequence[Matrix], num_ranks: int, workspace_bytes: int) -> Pl
     costs = [owner_cost(matrix, route) for matrix, route in zip(matrices, routes, strict=True)]
     owners, load = _assign(matrices, costs, num_ranks)
     rounds = _rounds(matrices, owners, routes, costs, load, workspace_bytes)
-    return Plan(tuple(matrices), owners, routes, rounds, load, workspace_bytes)
+    return Assignment(tuple(matrices), owners, routes, rounds, load, workspace_bytes)
 
 
 def gathered_bytes(num_sums: Sequence[int]) -> int:

@@ -9,10 +9,10 @@ from math import prod
 
 from ..config import ADAMW8_BLOCK_SIZE
 from ..step import adamw8bit
-from .param_sharding import Layout, Spans
+from .param_sharding import ParamSharding, Spans
 
 
-def with_scales(layout: Layout, name: str) -> Layout:
+def with_scales(layout: ParamSharding, name: str) -> ParamSharding:
     """A layout of `layout.sharded` that knows where the scales lie.
 
     Raises:
@@ -29,7 +29,7 @@ def with_scales(layout: Layout, name: str) -> Layout:
 
 
 @cache
-def _with_scales(layout: Layout) -> Layout | None:
+def _with_scales(layout: ParamSharding) -> ParamSharding | None:
     shape = adamw8bit.scales_shape(layout.shape)
     if any((getattr(placement, "dim", None) or 0) >= len(shape) for placement in layout.placements):
         return None

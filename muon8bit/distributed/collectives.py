@@ -16,7 +16,7 @@ from .watch import RanksError, Watch, cause_of
 
 
 @dataclass
-class Traffic:
+class ByteCounter:
     """Payload bytes of this rank since the optimizer was made. What a rank keeps for itself does not count.
 
     Attributes:
@@ -40,7 +40,7 @@ class Parcel:
 
 
 @dataclass(frozen=True)
-class Flight:
+class PendingExchange:
     """A parcel under way; `landed` waits for it."""
 
     parcel: Parcel  # must live until the transfer is done
@@ -62,7 +62,7 @@ class Transport:
 
     group: ProcessGroup
     watch: Watch
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: ByteCounter = field(default_factory=ByteCounter)
     # The last gather's tensors. gloo's thread must not be the last to let them go: it would wait for the interpreter's
     # lock, which a group's destructor may hold while it waits for that thread.
     _kept: list[Tensor] = field(default_factory=list, repr=False)
@@ -135,7 +135,7 @@ class Transport:
         buffer = torch.empty(sum(incoming), dtype=torch.uint8, device=device)
         return Parcel(send, sizes, buffer, incoming)
 
-    def sent(self, parcel: Parcel) -> Flight:
+    def sent(self, parcel: Parcel) -> PendingExchange:
         """Start an all-to-all."""
         how = AllToAllOptions()
         how.asyncOp, how.timeout = True, self.watch.timeout
@@ -143,7 +143,7 @@ class Transport:
         self.traffic.sent += sum(parcel.outgoing) - parcel.outgoing[self.rank]
         self.traffic.received += sum(parcel.incoming) - parcel.incoming[self.rank]
         on_host = parcel.buffer.device.type == "cpu"
-        return Flight(parcel, partial(self.watch.wait if on_host else _on_device, work))
+        return PendingExchange(parcel, partial(self.watch.wait if on_host else _on_device, work))
 
 
 def _on_device(work: dist.Work) -> None:

@@ -25,10 +25,10 @@ from ..step import momentum
 from ..step.matrix_batches import gradients, momenta_on, momentum_tensors
 from ..step.muon import written
 from ..step.update import factors, lr_ratio, update_params_
-from .collectives import Flight, Transport, typed
-from .matrix_sharding import Piece
-from .sharded_batch import Bundle, Member, is_cut, runs
-from .timetable import Item, Timetable
+from .collectives import PendingExchange, Transport, typed
+from .matrix_sharding import ShardPiece
+from .sharded_batch import ShardedBatch, ShardedMatrix, is_cut, runs
+from .timetable import Timetable, Transfer
 
 # Of the workspace, the part that each of these may take: of the round that is iterated the bytes received, X with the
 # iteration's own memory, and O; of the next one what is sent, made contiguous, and received; of the last one O, what is
@@ -36,7 +36,7 @@ from .timetable import Item, Timetable
 NUM_SHARES = 12
 
 
-class Round:
+class ExchangeRound:
     """Matrices that are iterated together. Call `pack`, `depart`, `iterate`, `give_back` and `land` in this order, on
     all ranks alike. With `is_first` `pack` writes no momenta; call `keep` when they may be written.
 
@@ -47,7 +47,7 @@ class Round:
 
     def __init__(
         self,
-        parts: list[list[Item]],
+        parts: list[list[Transfer]],
         transport: Transport,
         options: Options,
         device: torch.device,
@@ -85,13 +85,13 @@ class Round:
         for _ in self._applied():
             pass
 
-    def _owned(self, items: Iterable[Item]) -> list[Item]:
+    def _owned(self, items: Iterable[Transfer]) -> list[Transfer]:
         return [item for item in items if item.owner == self.rank]
 
-    def _applied(self) -> Iterator[tuple[Item, Tensor]]:
+    def _applied(self) -> Iterator[tuple[Transfer, Tensor]]:
         """Write the momenta that this rank holds; their parts of X, in the order of the items."""
 
-        def kind(item: Item) -> tuple[int, object]:
+        def kind(item: Transfer) -> tuple[int, object]:
             return id(item.bundle), item.member.held and item.member.held.layout
 
         held = [item for item in self.items if item.member.held is not None]
@@ -106,7 +106,7 @@ class Round:
                 X = self._apply(some)
                 yield from zip(some, X, strict=True)
 
-    def _apply(self, items: list[Item]) -> Tensor:
+    def _apply(self, items: list[Transfer]) -> Tensor:
         """The new momenta of these into codes and scales, and their parts of X: [items, rows, cols]."""
         bundle, (stacks,) = items[0].bundle, runs([item.member for item in items])
         norms = torch.stack([bundle.norms[item.place] for item in items])
@@ -129,7 +129,7 @@ class Round:
         """Orthogonalize what this rank owns, or make the factor."""
         data, place = self.flight.landed(), [0] * self.transport.num_ranks
 
-        def take(item: Item, piece: Piece) -> Tensor:
+        def take(item: Transfer, piece: ShardPiece) -> Tensor:
             start = place[piece.rank]
             place[piece.rank] = stop = start + item.sent_bytes(piece.region)
             return typed(data[piece.rank][start:stop], item.sent_dtype).view(item.sent_shape(piece.region))
@@ -140,7 +140,7 @@ class Round:
         """Send the first part of the results to who wants them."""
         self.flight = self._returning(self.parts[0])
 
-    def _returning(self, part: list[Item]) -> Flight:
+    def _returning(self, part: list[Transfer]) -> PendingExchange:
         """Send what this rank owns of a part, or the factor, to who wants it."""
         outgoing: list[list[Tensor]] = [[] for _ in range(self.transport.num_ranks)]
         owned = self._owned(part)
@@ -156,10 +156,12 @@ class Round:
                 incoming[item.owner] += item.returned_bytes(wanted)
         return self.transport.sent(self.transport.packed(outgoing, incoming, self.device))
 
-    def _orthogonalized(self, items: list[Item], take: Callable[[Item, Piece], Tensor]) -> Iterator[Tensor]:
+    def _orthogonalized(
+        self, items: list[Transfer], take: Callable[[Transfer, ShardPiece], Tensor]
+    ) -> Iterator[Tensor]:
         """In their order O, or the factor Q; those that can go through the iteration together do."""
 
-        def kind(item: Item) -> tuple[Any, ...]:
+        def kind(item: Transfer) -> tuple[Any, ...]:
             return item.matrix.rows, item.matrix.cols, item.matrix.path, item.bundle.schedule, item.is_gram
 
         for (rows, cols, path, schedule, is_gram), run in groupby(items, key=kind):
@@ -169,7 +171,7 @@ class Round:
                 whole = self._assembled(together[start : start + size], take)
                 yield from step(whole, schedule, path, self.options.backend)
 
-    def _assembled(self, items: list[Item], take: Callable[[Item, Piece], Tensor]) -> Tensor:
+    def _assembled(self, items: list[Transfer], take: Callable[[Transfer, ShardPiece], Tensor]) -> Tensor:
         """X of whole matrices from its parts, or the sums of their Gram matrices in the order of ranks."""
         first = items[0]
         shape = (first.small, first.small) if first.is_gram else (first.matrix.rows, first.matrix.cols)
@@ -191,11 +193,11 @@ class Round:
                 self.flight = self._returning(self.parts[number + 1])
             self._update(part, data)
 
-    def _update(self, part: list[Item], data: list[Tensor]) -> None:
+    def _update(self, part: list[Transfer], data: list[Tensor]) -> None:
         """Take a part's results from the bytes that came from each rank."""
         place = [0] * self.transport.num_ranks
 
-        def kind(item: Item) -> tuple[object, ...]:
+        def kind(item: Transfer) -> tuple[object, ...]:
             param = item.member.param
             assert param is not None
             return id(item.bundle), item.owner, param.shape, param.stride(), param.dtype
@@ -216,7 +218,7 @@ class Round:
             _update([item.member for item in items], got, items[0].bundle, self.options)
 
 
-def _update(members: list[Member], directions: Tensor, bundle: Bundle, options: Options) -> None:
+def _update(members: list[ShardedMatrix], directions: Tensor, bundle: ShardedBatch, options: Options) -> None:
     """Update the parts of these parameters by `directions` [members, rows, cols], scaled by the whole shape."""
     group, matrix = bundle.group, bundle.matrix
     ratio = lr_ratio(matrix.rows, matrix.cols, group["adjust_lr_fn"])
@@ -242,7 +244,7 @@ class Rounds:
 
     def __init__(
         self,
-        bundles: Sequence[Bundle],
+        bundles: Sequence[ShardedBatch],
         timetable: Timetable,
         transport: Transport,
         options: Options,
@@ -251,9 +253,9 @@ class Rounds:
         places = [(bundle, place) for bundle in bundles for place in range(len(bundle.members))]
         self._how = transport, options, device
         self._rounds = [
-            [[Item(stop, *places[stop.number]) for stop in part] for part in parts] for parts in timetable if parts
+            [[Transfer(stop, *places[stop.number]) for stop in part] for part in parts] for parts in timetable if parts
         ]
-        self._first = Round(self._rounds[0], *self._how, is_first=True)
+        self._first = ExchangeRound(self._rounds[0], *self._how, is_first=True)
 
     def pack(self) -> None:
         """Allocate and compute, without communication, what the first round sends."""
@@ -271,13 +273,13 @@ class Rounds:
         """Write the first round's momenta, and step all matrices."""
         self._first.keep()
         self._first.give_back()
-        landing: Round | None = self._first
+        landing: ExchangeRound | None = self._first
         del self._first
-        flying: Round | None = None
+        flying: ExchangeRound | None = None
         for parts in [*self._rounds[1:], [], []]:
             current = None
             if parts:
-                current = Round(parts, *self._how)
+                current = ExchangeRound(parts, *self._how)
                 current.pack()
                 current.depart()
             if flying is not None:

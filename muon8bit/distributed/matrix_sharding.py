@@ -20,7 +20,7 @@ class Region(NamedTuple):
         return (self.rows[1] - self.rows[0]) * (self.cols[1] - self.cols[0])
 
 
-class Piece(NamedTuple):
+class ShardPiece(NamedTuple):
     """What a rank sends or receives of a matrix; never empty."""
 
     rank: int
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spread:
+class MatrixSharding:
     """Where matrices of one shape lie that lie alike, by rank of the group; None: nothing. Hashable, to be shared.
 
     Attributes:
@@ -42,20 +42,20 @@ class Spread:
 
 
 @cache
-def pieces(regions: tuple[Region | None, ...]) -> tuple[Piece, ...]:
+def pieces(regions: tuple[Region | None, ...]) -> tuple[ShardPiece, ...]:
     """In the order of ranks."""
-    return tuple(Piece(rank, region) for rank, region in enumerate(regions) if region and region.num_elements)
+    return tuple(ShardPiece(rank, region) for rank, region in enumerate(regions) if region and region.num_elements)
 
 
 @cache
-def whole_holders(rows: int, cols: int, spread: Spread) -> tuple[int, ...]:
+def whole_holders(rows: int, cols: int, spread: MatrixSharding) -> tuple[int, ...]:
     """The ranks that hold all of the matrix [rows, cols]."""
     whole = Region((0, rows), (0, cols))
     return tuple(rank for rank, region in pieces(spread.held) if region == whole)
 
 
 @cache
-def holders(rows: int, cols: int, spread: Spread) -> dict[Region, list[int]]:
+def holders(rows: int, cols: int, spread: MatrixSharding) -> dict[Region, list[int]]:
     """The ranks that hold each part, ascending.
 
     Raises:
@@ -78,7 +78,7 @@ def _is_chain(spans: list[Span], length: int) -> bool:
     return [start for start, _ in spans] == ends[:-1] and ends[-1] == length
 
 
-def cover(rows: int, cols: int, spread: Spread, rank: int) -> tuple[Piece, ...]:
+def cover(rows: int, cols: int, spread: MatrixSharding, rank: int) -> tuple[ShardPiece, ...]:
     """Every part once, in the order of ranks: what `rank` itself holds, the others from its replica."""
     return _cover(rows, cols, spread, _replica(holders(rows, cols, spread), spread.held, rank))
 
@@ -93,6 +93,6 @@ def _replica(ranks_of: dict[Region, list[int]], held: tuple[Region | None, ...],
 
 
 @cache
-def _cover(rows: int, cols: int, spread: Spread, replica: int) -> tuple[Piece, ...]:
+def _cover(rows: int, cols: int, spread: MatrixSharding, replica: int) -> tuple[ShardPiece, ...]:
     found = holders(rows, cols, spread).items()
-    return tuple(sorted(Piece(ranks[min(replica, len(ranks) - 1)], region) for region, ranks in found))
+    return tuple(sorted(ShardPiece(ranks[min(replica, len(ranks) - 1)], region) for region, ranks in found))

@@ -15,13 +15,13 @@ from torch import Tensor
 from ..config import Options
 from .collectives import Transport
 from .matrix_sharding import Region
-from .sharded_batch import Bundle, is_cut, sums_of_squares
+from .sharded_batch import ShardedBatch, is_cut, sums_of_squares
 
 
 class _Slot:
     """What a bundle takes of the gathered numbers: by rank, how many it sends, and of which region."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: ShardedBatch) -> None:
         held, self.block_size = bundle.matrix.spread.held, bundle.format.block_size
         self.count, self.shape = len(bundle.members), (bundle.matrix.rows, bundle.blocks)
         first_holder: dict[Region, int] = {}
@@ -91,7 +91,9 @@ class Gathering:
         options: of the step.
     """
 
-    def __init__(self, bundles: Sequence[Bundle], flags: Tensor, rank: int, num_ranks: int, options: Options) -> None:
+    def __init__(
+        self, bundles: Sequence[ShardedBatch], flags: Tensor, rank: int, num_ranks: int, options: Options
+    ) -> None:
         self._bundles, self._slots, self._num_flags = bundles, [_Slot(bundle) for bundle in bundles], len(flags)
         mine = [flags]
         for bundle, slot in zip(bundles, self._slots, strict=True):
@@ -127,7 +129,7 @@ class Gathering:
         return gathered[:, : self._num_flags].sum(0)
 
 
-def num_gathered(bundles: Sequence[Bundle], num_flags: int) -> list[int]:
+def num_gathered(bundles: Sequence[ShardedBatch], num_flags: int) -> list[int]:
     """By rank, the numbers that it sends in a `Gathering`, without padding: what `plan.gathered_bytes` takes."""
     sizes = [_Slot(bundle).sizes for bundle in bundles]
     return [num_flags + sum(of_rank) for of_rank in zip(*sizes, strict=True)]

@@ -24,7 +24,7 @@ Spans: TypeAlias = tuple[Span, ...]  # of a tensor, one a dimension
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class ParamSharding:
     """Of one parameter; the same object for all that lie alike.
 
     Attributes:
@@ -85,7 +85,7 @@ class Layout:
             )
         return local_tensor(param), local_tensor(grad), self.first or 0
 
-    def like(self, shape: tuple[int, ...]) -> Layout:
+    def like(self, shape: tuple[int, ...]) -> ParamSharding:
         """Of a tensor of another shape that is sharded by the same placements."""
         assert self.mesh is not None
         found = _sharded(shape, self.mesh, self.placements, self.ranks, self.rank)
@@ -169,20 +169,20 @@ def _dim_of(placement: Placement) -> int | None:
 
 
 @cache
-def replicated(shape: tuple[int, ...], num_ranks: int, rank: int) -> Layout:
+def replicated(shape: tuple[int, ...], num_ranks: int, rank: int) -> ParamSharding:
     """Parameter and state whole on every rank."""
     everywhere = (whole_of(shape),) * num_ranks
-    return Layout(shape, everywhere, everywhere, rank)
+    return ParamSharding(shape, everywhere, everywhere, rank)
 
 
 @cache
-def state_sharded(shape: tuple[int, ...], num_ranks: int, rank: int, mesh: DeviceMesh) -> Layout:
+def state_sharded(shape: tuple[int, ...], num_ranks: int, rank: int, mesh: DeviceMesh) -> ParamSharding:
     """The parameter whole on every rank, its state by rows of its first dimension, over a mesh of one dimension."""
     held = tuple(_spans(shape, (num_ranks,), (r,), (Shard(0),)) for r in range(num_ranks))
-    return Layout(shape, held, (whole_of(shape),) * num_ranks, rank, mesh, (Shard(0),))
+    return ParamSharding(shape, held, (whole_of(shape),) * num_ranks, rank, mesh, (Shard(0),))
 
 
-def sharded(param: DTensor, name: str, ranks: tuple[int, ...], rank: int) -> Layout:
+def sharded(param: DTensor, name: str, ranks: tuple[int, ...], rank: int) -> ParamSharding:
     """As the placements of a DTensor say.
 
     Args:
@@ -245,14 +245,14 @@ def check_placements(param: DTensor, name: str) -> None:
 @cache
 def _sharded(
     shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...], ranks: tuple[int, ...], rank: int
-) -> Layout | None:
+) -> ParamSharding | None:
     """None if the mesh has other ranks."""
     sizes, numbers = tuple(mesh.mesh.shape), mesh.mesh.flatten().tolist()
     if sorted(numbers) != sorted(ranks):
         return None
     coordinates = dict(zip(numbers, product(*map(range, sizes)), strict=True))
     held = tuple(_spans(shape, sizes, coordinates[number], placements) for number in ranks)
-    return Layout(shape, held, held, rank, mesh, placements, ranks)
+    return ParamSharding(shape, held, held, rank, mesh, placements, ranks)
 
 
 def _spans(

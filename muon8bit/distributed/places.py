@@ -7,42 +7,42 @@ from functools import cache
 from itertools import product
 from math import prod
 
-from .matrix_sharding import Region, Span, Spread
-from .param_sharding import Layout, Spans
+from .matrix_sharding import MatrixSharding, Region, Span
+from .param_sharding import ParamSharding, Spans
 
 
 @dataclass(frozen=True)
-class Place:
+class MatrixSlot:
     """One matrix in a parameter: its place in the leading dimensions (none in a 2-D or flattened parameter), its rows
     there, and where it lies."""
 
     lead: tuple[int, ...]
     rows: Span
     cols: int
-    spread: Spread
+    spread: MatrixSharding
 
 
 @cache
-def places(layout: Layout, flatten: bool, splits: tuple[int, ...] | None) -> tuple[Place, ...]:
+def places(layout: ParamSharding, flatten: bool, splits: tuple[int, ...] | None) -> tuple[MatrixSlot, ...]:
     """The matrices of a parameter that are orthogonalized one by one, in its order. `splits`: sizes of pieces of rows,
     None for one."""
     shape = layout.shape
     lead_shape, num_rows = ((), shape[0]) if flatten else (shape[:-2], shape[-2])
     cols = prod(shape[1:]) if flatten else shape[-1]
-    found, spreads = list[Place](), dict[Spread, Spread]()
+    found, spreads = list[MatrixSlot](), dict[MatrixSharding, MatrixSharding]()
     for lead in product(*map(range, lead_shape)):
         start = 0
         for size in splits or (num_rows,):
             rows = (start, start + size)
             start += size
-            spread = Spread(
+            spread = MatrixSharding(
                 *(
                     tuple(_region(spans, lead, rows, cols, flatten) for spans in by_rank)
                     for by_rank in (layout.held, layout.wanted)
                 )
             )
             spread = spreads.setdefault(spread, spread)
-            found.append(Place(lead, rows, cols, spread))
+            found.append(MatrixSlot(lead, rows, cols, spread))
     return tuple(found)
 
 

@@ -16,17 +16,17 @@ from torch.distributed.tensor import DTensor, Shard
 from ..config import Options
 from ..step import adamw8bit
 from . import blocks, param_sharding
-from .assignment import Plan, plan
-from .collectives import Traffic
+from .assignment import Assignment, plan
+from .collectives import ByteCounter
 from .exchange import NUM_SHARES, Rounds
 from .meeting import Meeting
 from .norms import Gathering
-from .param_sharding import Layout
-from .sharded_batch import Bundle, Part, bundled
+from .param_sharding import ParamSharding
+from .sharded_batch import MatrixPart, ShardedBatch, bundled
 from .timetable import Timetable, timetable
 
 
-class Team(Meeting):
+class RankGroup(Meeting):
     """One process group, the flat group: the ranks of the mesh of sharded parameters, or the one that was given.
 
     Args:
@@ -43,14 +43,14 @@ class Team(Meeting):
         super().__init__(group, device, timeout_s)
         self.replicates, self.ranks = replicates, tuple(dist.get_process_group_ranks(group))
         self.mesh = DeviceMesh.from_group(group, device.type) if shard_state else None
-        self._plans: dict[object, tuple[Plan, Timetable]] = {}
+        self._plans: dict[object, tuple[Assignment, Timetable]] = {}
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ByteCounter:
         """The bytes that this rank has moved."""
         return self.transport.traffic
 
-    def layout_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> Layout | None:
+    def layout_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> ParamSharding | None:
         """Where a parameter and its state lie; None where both are this rank's own affair.
 
         Raises:
@@ -87,16 +87,18 @@ class Team(Meeting):
             )
         return param_sharding.state_sharded(shape, len(self.ranks), rank, self.mesh)
 
-    def bundled(self, parts: Sequence[Part], group: dict[str, Any], group_index: int, options: Options) -> list[Bundle]:
+    def bundled(
+        self, parts: Sequence[MatrixPart], group: dict[str, Any], group_index: int, options: Options
+    ) -> list[ShardedBatch]:
         """The matrices of a group that need other ranks."""
         return bundled(parts, group, group_index, options)
 
-    def gathering(self, bundles: Sequence[Bundle], flags: Tensor, options: Options) -> Gathering:
+    def gathering(self, bundles: Sequence[ShardedBatch], flags: Tensor, options: Options) -> Gathering:
         """What this rank gives to the all-gather of a step. Communicates nothing."""
         self._gathering = Gathering(bundles, flags, self.transport.rank, self.transport.num_ranks, options)
         return self._gathering
 
-    def rounds(self, bundles: Sequence[Bundle], options: Options) -> Rounds | None:
+    def rounds(self, bundles: Sequence[ShardedBatch], options: Options) -> Rounds | None:
         """The step of all matrices that lie on several ranks; None without any, which is so on all ranks."""
         if not bundles:
             return None
@@ -144,11 +146,11 @@ class Team(Meeting):
             )
         return -(-value.shape[0] // len(self.ranks))
 
-    def plan(self, bundles: Sequence[Bundle], options: Options) -> Plan:
+    def plan(self, bundles: Sequence[ShardedBatch], options: Options) -> Assignment:
         """Who orthogonalizes what."""
         return self._planned(bundles, options)[0]
 
-    def _planned(self, bundles: Sequence[Bundle], options: Options) -> tuple[Plan, Timetable]:
+    def _planned(self, bundles: Sequence[ShardedBatch], options: Options) -> tuple[Assignment, Timetable]:
         """Made once for the same matrices; hashing their spreads at every step would cost more than the rest of it."""
         of = [(bundle.matrix, len(bundle.members)) for bundle in bundles]
         key = tuple((m.rows, m.cols, id(m.spread), m.path, count) for m, count in of), options.workspace_bytes
@@ -175,8 +177,8 @@ def team_of(
     process_group: ProcessGroup | None,
     shard_state: bool,
     timeout_s: float,
-    previous: Team | None,
-) -> Team | None:
+    previous: RankGroup | None,
+) -> RankGroup | None:
     """The team for these parameters, `previous` if it is still right; None without sharded parameters and a group.
 
     Raises:
@@ -191,7 +193,7 @@ def team_of(
     if previous is not None and previous.group is group and previous.device == device:
         previous.watch.timeout_s = timeout_s
         return previous
-    return Team(group, device, replicates=process_group is not None, shard_state=shard_state, timeout_s=timeout_s)
+    return RankGroup(group, device, replicates=process_group is not None, shard_state=shard_state, timeout_s=timeout_s)
 
 
 def flat_group(mesh: DeviceMesh) -> ProcessGroup:

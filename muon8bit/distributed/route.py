@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
 
-from ..orthogonalize import Path, flops
-from .matrix_sharding import Piece, Region, Spread, cover, holders, pieces
+from ..orthogonalize import NSMethod, flops
+from .matrix_sharding import MatrixSharding, Region, ShardPiece, cover, holders, pieces
 
 Route: TypeAlias = Literal["move", "gram"]
 
@@ -21,20 +21,20 @@ _GRAM_ITEMSIZE = 4
 
 
 class Matrix(NamedTuple):
-    """A matrix [rows, cols] to orthogonalize; `path` of `orthogonalize.choose(..., tiny=False)`."""
+    """A matrix [rows, cols] to orthogonalize; `path` of `orthogonalize.choose_method(..., tiny=False)`."""
 
     rows: int
     cols: int
-    spread: Spread
-    path: Path
+    spread: MatrixSharding
+    path: NSMethod
 
 
-def sources(matrix: Matrix, owner: int) -> tuple[Piece, ...]:
+def sources(matrix: Matrix, owner: int) -> tuple[ShardPiece, ...]:
     """Disjoint pieces that cover the matrix, in the order of ranks: the owner's own, the others of its replica."""
     return cover(matrix.rows, matrix.cols, matrix.spread, owner)
 
 
-def targets(matrix: Matrix) -> tuple[Piece, ...]:
+def targets(matrix: Matrix) -> tuple[ShardPiece, ...]:
     """What every rank wants, the owner included, in the order of ranks."""
     return pieces(matrix.spread.wanted)
 

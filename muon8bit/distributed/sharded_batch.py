@@ -16,41 +16,41 @@ import torch
 from torch import Tensor
 
 from ..config import Options
-from ..orthogonalize import Schedule, choose, device_kind, resolve
+from ..orthogonalize import Coefficients, choose_method, device_kind, resolve_coefficients
 from ..step import momentum
 from ..step.clipping import Clip, with_factor
-from ..step.matrix_batches import Stack, chunks, gradients
-from ..step.momentum import Format, Momentum
+from ..step.matrix_batches import ParamMatrices, chunks, gradients
+from ..step.momentum import Momentum, MomentumFormat
 from ..step.update import frobenius_norm
 from .matrix_sharding import Region, Span
-from .param_sharding import Layout, Spans
-from .places import Place, places
+from .param_sharding import ParamSharding, Spans
+from .places import MatrixSlot, places
 from .route import Matrix
 
 
-class Member(NamedTuple):
+class ShardedMatrix(NamedTuple):
     """One matrix. `held`: this rank's part of its momentum with the gradient there, a stack of one; `param`: its part
     of the parameter, [1, rows, cols], with `flatten` [1, rows, ...]; None without such a part. `param_index` and `key`
-    as in `Stack`; `first`: index in the whole parameter of the first element of `param`."""
+    as in `ParamMatrices`; `first`: index in the whole parameter of the first element of `param`."""
 
     param_index: int
     key: int | None
-    held: Stack | None
+    held: ParamMatrices | None
     param: Tensor | None
     first: int
 
 
 @dataclass
-class Bundle:
+class ShardedBatch:
     """Matrices of one shape, spread and format. From `gather`: `sumsq` and `norms`, fp32 [members], and where columns
     are cut `scales`, fp32 [members, rows, blocks], the new ones of this rank's rows."""
 
     group: dict[str, Any]
     group_index: int
     matrix: Matrix
-    format: Format
-    schedule: Schedule
-    members: list[Member]
+    format: MomentumFormat
+    schedule: Coefficients
+    members: list[ShardedMatrix]
     norms: Tensor
     sumsq: Tensor
     scales: Tensor | None = None
@@ -72,7 +72,7 @@ class Bundle:
         self.norms = frobenius_norm(sumsq, eps=self.group["eps"], factor=self.schedule.norm_factor)
 
 
-class Part(Protocol):
+class MatrixPart(Protocol):
     """A parameter that lies on several ranks, with this rank's tensors: momentum as held, the others as wanted."""
 
     @property
@@ -80,7 +80,7 @@ class Part(Protocol):
     @property
     def key(self) -> int | None: ...
     @property
-    def layout(self) -> Layout | None: ...
+    def layout(self) -> ParamSharding | None: ...
     @property
     def local(self) -> Tensor: ...
     @property
@@ -89,10 +89,12 @@ class Part(Protocol):
     def momentum(self) -> Momentum | None: ...
 
 
-def bundled(parts: Sequence[Part], group: dict[str, Any], group_index: int, options: Options) -> list[Bundle]:
+def bundled(
+    parts: Sequence[MatrixPart], group: dict[str, Any], group_index: int, options: Options
+) -> list[ShardedBatch]:
     """The matrices of one group, sorted into bundles."""
-    schedule = resolve(group["ns_coefficients"], group["ns_steps"])
-    found: dict[Any, Bundle] = {}
+    schedule = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+    found: dict[Any, ShardedBatch] = {}
     for part in parts:
         assert part.layout is not None
         assert part.momentum is not None
@@ -103,10 +105,10 @@ def bundled(parts: Sequence[Part], group: dict[str, Any], group_index: int, opti
                 continue
             key = rows, place.cols, id(spread), format
             if key not in found:
-                path = choose(rows, place.cols, schedule, kind, options.ns_dtype, tiny=False)
+                path = choose_method(rows, place.cols, schedule, kind, options.ns_dtype, tiny=False)
                 matrix = Matrix(rows, place.cols, spread, path)
                 none = torch.empty(0, dtype=torch.float32, device=part.local.device)
-                found[key] = Bundle(group, group_index, matrix, format, schedule, [], none, none)
+                found[key] = ShardedBatch(group, group_index, matrix, format, schedule, [], none, none)
             member, clip = _member(part, part.layout, part.momentum, place, group, options)
             found[key].members.append(member)
             found[key].clips += [] if clip is None else [clip]
@@ -114,8 +116,13 @@ def bundled(parts: Sequence[Part], group: dict[str, Any], group_index: int, opti
 
 
 def _member(
-    part: Part, layout: Layout, momentum: Momentum, place: Place, group: dict[str, Any], options: Options
-) -> tuple[Member, Clip | None]:
+    part: MatrixPart,
+    layout: ParamSharding,
+    momentum: Momentum,
+    place: MatrixSlot,
+    group: dict[str, Any],
+    options: Options,
+) -> tuple[ShardedMatrix, Clip | None]:
     rank, flatten = layout.rank, momentum.format.flatten
     held_region, wanted_region = place.spread.held[rank], place.spread.wanted[rank]
     wanted, held, first, clip = None, None, 0, None
@@ -128,22 +135,22 @@ def _member(
     if held_region is not None:
         grad = _cut(part.grad, layout.wanted[rank], place, held_region, flatten)
         of_part = _momentum(momentum, layout.held[rank], place, held_region.rows, flatten)
-        held = Stack(part.index, part.key, 1, grad, grad, of_part, 0, 0)
+        held = ParamMatrices(part.index, part.key, 1, grad, grad, of_part, 0, 0)
         # Clipped are replicas alone, which are here whole, whatever part of the momentum is.
         whole = _cut(part.grad, layout.wanted[rank], place, wanted_region or held_region, flatten)
         of_whole, clip = with_factor(held._replace(grad=whole), group, options)
         held = held._replace(factor=of_whole.factor)
-    return Member(part.index, part.key, held, wanted, first), clip
+    return ShardedMatrix(part.index, part.key, held, wanted, first), clip
 
 
-def _local_rows(spans: Spans, place: Place, rows: Span, flatten: bool) -> tuple[tuple[int, ...], slice]:
+def _local_rows(spans: Spans, place: MatrixSlot, rows: Span, flatten: bool) -> tuple[tuple[int, ...], slice]:
     """Where rows of a matrix lie in this rank's tensor: its index in the leading dimensions, and the rows there."""
     lead = tuple(index - span[0] for index, span in zip(place.lead, spans, strict=False))
     offset = place.rows[0] - (spans[0] if flatten else spans[-2])[0]
     return lead, slice(rows[0] + offset, rows[1] + offset)
 
 
-def _cut(tensor: Tensor, spans: Spans, place: Place, region: Region, flatten: bool) -> Tensor:
+def _cut(tensor: Tensor, spans: Spans, place: MatrixSlot, region: Region, flatten: bool) -> Tensor:
     """The region of a matrix out of a parameter or gradient with these spans: [1, rows, cols] or [1, rows, ...]."""
     lead, rows = _local_rows(spans, place, region.rows, flatten)
     for index in lead:
@@ -154,7 +161,7 @@ def _cut(tensor: Tensor, spans: Spans, place: Place, region: Region, flatten: bo
     return tensor[rows].unsqueeze(0)
 
 
-def _momentum(momentum: Momentum, spans: Spans, place: Place, rows: Span, flatten: bool) -> Momentum:
+def _momentum(momentum: Momentum, spans: Spans, place: MatrixSlot, rows: Span, flatten: bool) -> Momentum:
     """The part of these rows of a matrix, as a stack of one."""
     lead, where = _local_rows(spans, place, rows, flatten)
     sizes = [stop - start for start, stop in spans]
@@ -162,14 +169,14 @@ def _momentum(momentum: Momentum, spans: Spans, place: Place, rows: Span, flatte
     return momentum.stack().part(slice(index, index + 1), where)
 
 
-def runs(members: Sequence[Member]) -> Iterator[list[Stack]]:
+def runs(members: Sequence[ShardedMatrix]) -> Iterator[list[ParamMatrices]]:
     """What this rank holds of them, cut where strides differ: each run can go through a kernel together."""
     stacks = [member.held for member in members if member.held is not None]
     for _, run in groupby(stacks, key=lambda stack: stack.layout):
         yield list(run)
 
 
-def sums_of_squares(bundle: Bundle, region: Region, options: Options) -> list[Tensor]:
+def sums_of_squares(bundle: ShardedBatch, region: Region, options: Options) -> list[Tensor]:
     """fp32 [members, rows, blocks] of the region that this rank holds of them: `state.stats` of their momenta; and
     where its columns are not all, and quantized, the largest magnitudes of the blocks that they touch."""
     found: list[list[Tensor]] = [[], []]

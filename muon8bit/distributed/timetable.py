@@ -8,42 +8,42 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from .assignment import Plan
-from .matrix_sharding import Piece, Region
+from .assignment import Assignment
+from .matrix_sharding import Region, ShardPiece
 from .route import Matrix, Route, returned_bytes, sent_bytes
-from .sharded_batch import Bundle, Member
+from .sharded_batch import ShardedBatch, ShardedMatrix
 
 
-class Stop(NamedTuple):
+class PlannedTransfer(NamedTuple):
     """One matrix in a round, as planned."""
 
     number: int
     owner: int
     route: Route
-    sources: tuple[Piece, ...]
-    targets: tuple[Piece, ...]
+    sources: tuple[ShardPiece, ...]
+    targets: tuple[ShardPiece, ...]
 
 
 # Of one plan, round by round: its matrices, those of an owner together, cut into the parts that go back at once.
-Timetable: TypeAlias = list[list[list[Stop]]]
+Timetable: TypeAlias = list[list[list[PlannedTransfer]]]
 
 
-def timetable(plan: Plan) -> Timetable:
+def timetable(plan: Assignment) -> Timetable:
     """What `write` does of a plan."""
 
-    def stops(part: Iterable[int]) -> list[Stop]:
-        found = (Stop(i, plan.owners[i], plan.routes[i], plan.sources(i), plan.targets(i)) for i in part)
+    def stops(part: Iterable[int]) -> list[PlannedTransfer]:
+        found = (PlannedTransfer(i, plan.owners[i], plan.routes[i], plan.sources(i), plan.targets(i)) for i in part)
         return sorted(found, key=lambda stop: (stop.owner, stop.number))
 
     return [[stops(part) for part in plan.parts(number)] for number in range(len(plan.rounds))]
 
 
 @dataclass(frozen=True)
-class Item:
+class Transfer:
     """One matrix in a round, as this rank sees it: the `place`-th of its bundle."""
 
-    stop: Stop
-    bundle: Bundle
+    stop: PlannedTransfer
+    bundle: ShardedBatch
     place: int
 
     @property
@@ -55,7 +55,7 @@ class Item:
         return self.stop.route == "gram"
 
     @property
-    def member(self) -> Member:
+    def member(self) -> ShardedMatrix:
         return self.bundle.members[self.place]
 
     @property

@@ -3,7 +3,7 @@
 `estimate` has the formula of the peak, `optimizers` those of state and workspace, `activations` counts a pass.
 """
 
-from .advice import Verdict, judge
+from .advice import BudgetCheck, check_budget
 from .checkpoint import Report, report
 from .estimator import Estimate, Estimator, Memory, Peak
 from .models import load_config
@@ -14,15 +14,15 @@ from .table import describe, plot, print_report, print_table
 __all__ = [
     "LABELS",
     "OPTIMIZERS",
+    "BudgetCheck",
     "Estimate",
     "Estimator",
     "Memory",
     "Peak",
     "Report",
     "Setup",
-    "Verdict",
+    "check_budget",
     "describe",
-    "judge",
     "load_config",
     "parse_bytes",
     "plot",

@@ -19,7 +19,7 @@ _ALONE = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BudgetCheck:
     """Of one optimizer: `spare_bytes` is the budget less the peak, negative where it does not fit; `changes` are the
     single changes with which it would fit; where none of them leaves what is trained and on how many GPUs, `together`
     are options with which it would."""
@@ -33,7 +33,7 @@ class Verdict:
         return self.spare_bytes >= 0
 
 
-def judge(estimator: Estimator, estimate: Estimate, budget: int) -> dict[str, Verdict]:
+def check_budget(estimator: Estimator, estimate: Estimate, budget: int) -> dict[str, BudgetCheck]:
     """The verdict on every optimizer. Changes are estimated only where something does not fit."""
     spare = {name: budget - estimate.peak_bytes(name) for name in OPTIMIZERS}
     changed: list[tuple[str, Estimate]] = []
@@ -49,7 +49,7 @@ def judge(estimator: Estimator, estimate: Estimate, budget: int) -> dict[str, Ve
         if spare[name] < 0:
             found = [f"the optimizer {LABELS[other]}" for other in OPTIMIZERS if spare[other] >= 0]
             found += [words for words, other in changed if other.peak_bytes(name) <= budget]
-        verdicts[name] = Verdict(spare[name], tuple(found))
+        verdicts[name] = BudgetCheck(spare[name], tuple(found))
     pending = [
         name
         for name in OPTIMIZERS

@@ -18,7 +18,7 @@ from .optimizers import BNB_MAPS_BYTES, OPTIMIZERS, state_bytes
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckpointPart:
     """`measured_bytes` and `predicted_bytes` of the state of one algorithm ("muon", "adamw"), or of the weights."""
 
     name: str
@@ -38,15 +38,15 @@ class Report:
 
     path: Path
     optimizer: str
-    state: tuple[Part, ...]
-    weights: Part | None
+    state: tuple[CheckpointPart, ...]
+    weights: CheckpointPart | None
     others: dict[str, int]
     notes: tuple[str, ...] = ()
 
     @property
-    def total(self) -> Part:
+    def total(self) -> CheckpointPart:
         """All of the state."""
-        return Part(
+        return CheckpointPart(
             "state in all",
             sum(part.num_parameters for part in self.state),
             sum(part.measured_bytes for part in self.state),
@@ -68,7 +68,7 @@ class Report:
         }
 
 
-def _part_dict(part: Part) -> dict[str, int]:
+def _part_dict(part: CheckpointPart) -> dict[str, int]:
     names = ("num_parameters", "measured_bytes", "predicted_bytes", "difference_bytes")
     return {name: getattr(part, name) for name in names}
 
@@ -82,8 +82,8 @@ def report(path: Path) -> Report:
         ValueError: names the file, or the parameter whose state is no optimizer's that is known.
     """
     files, folder = saved.find(path)
-    weights: saved.Weights | str = (None if folder is None else saved.beside(folder)) or ""
-    entries: list[states.Entry] = []
+    weights: saved.SavedWeights | str = (None if folder is None else saved.beside(folder)) or ""
+    entries: list[states.StateEntry] = []
     for file in files:
         loaded = states.load(file)
         weights = saved.inside(file, loaded) if isinstance(weights, str) else weights
@@ -98,18 +98,18 @@ def report(path: Path) -> Report:
         if members:
             measured = sum(_storage_bytes(entry.tensors, seen) for entry in members)
             predicted = sum(entry.predicted_bytes for entry in members) + (maps if name == "adamw" else 0)
-            parts.append(Part(name, sum(entry.param.num_elements for entry in members), measured, predicted))
+            parts.append(CheckpointPart(name, sum(entry.param.num_elements for entry in members), measured, predicted))
     params = [entry.param for entry in entries]
     is_routed = any(param.is_muon for param in params)  # else nothing says what is a hidden matrix
     others = {name: state_bytes(name, params) for name in OPTIMIZERS if is_routed or "muon" not in name}
     part = None
     if not isinstance(weights, str):
-        part = Part("weights", weights.num_elements, weights.measured_bytes, weights.predicted_bytes)
+        part = CheckpointPart("weights", weights.num_elements, weights.measured_bytes, weights.predicted_bytes)
     name = states.optimizer_of({entry.format for entry in entries})
     return Report(path, name, tuple(parts), part, others, _notes(weights, entries))
 
 
-def _notes(weights: saved.Weights | str, entries: Sequence[states.Entry]) -> tuple[str, ...]:
+def _notes(weights: saved.SavedWeights | str, entries: Sequence[states.StateEntry]) -> tuple[str, ...]:
     """Whose shapes the predictions are for."""
     if isinstance(weights, str):
         return (f"The state is predicted for its own shapes: {weights}.",)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..config import DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES
-from ..orthogonalize import batch_size, choose, resolve
+from ..orthogonalize import batch_size, choose_method, resolve_coefficients
 from ..orthogonalize.coefficients import JORDAN
 from ..step.adamw_chunks import ALIGNMENT
 from ..step.offload import NUM_BUFFERS, aligned_bytes, buffer_bytes
@@ -59,7 +59,7 @@ def staging_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget:
 
 
 def _together(rows: int, cols: int, kind: str, budget: int) -> int:
-    path = choose(rows, cols, resolve(JORDAN, DEFAULT_NS_STEPS), kind)
+    path = choose_method(rows, cols, resolve_coefficients(JORDAN, DEFAULT_NS_STEPS), kind)
     return batch_size(path, rows, cols, kind, budget - SMALL_WORKSPACE_BYTES)
 
 

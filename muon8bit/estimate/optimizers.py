@@ -28,11 +28,11 @@ from ..config import (
     SMALL_WORKSPACE_BYTES,
     Codebook,
 )
-from ..orthogonalize import batch_size, choose, resolve, workspace_bytes
+from ..orthogonalize import batch_size, choose_method, resolve_coefficients, workspace_bytes
 from ..orthogonalize.coefficients import JORDAN
 from ..report import ADAMW_BYTES, bnb_bytes
 from ..step.adamw8bit import chunk_size, is_8bit, layout
-from ..step.momentum import Format
+from ..step.momentum import MomentumFormat
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon", "muon_bf16", "muon8bit", "muon8bit+adamw8bit")
 LABELS = {
@@ -85,7 +85,7 @@ def momentum_sizes(
 ) -> list[int]:
     """Bytes of each tensor of Muon8bit's momentum of a parameter of `shape`."""
     size = torch.Size(shape)
-    return _sizes(Format.of(size, bits, codebook, block_size, flatten).layout(size))
+    return _sizes(MomentumFormat.of(size, bits, codebook, block_size, flatten).layout(size))
 
 
 def moments_sizes(shape: Sequence[int], bits: int, whole_elements: int | None = None) -> list[int]:
@@ -197,7 +197,7 @@ def _torch_muon_bytes(params: Sequence[Param]) -> int:
 
 
 def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
-    schedule = resolve(JORDAN, DEFAULT_NS_STEPS)
+    schedule = resolve_coefficients(JORDAN, DEFAULT_NS_STEPS)
     whole: Counter[tuple[int, int]] = Counter()
     cut: Counter[tuple[int, int, tuple[int, ...]]] = Counter()
     for param in params:
@@ -210,7 +210,7 @@ def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
                 cut[rows, cols, param.split[0]] += count
     most = 0
     for (rows, cols), count in whole.items():
-        path = choose(rows, cols, schedule, kind)
+        path = choose_method(rows, cols, schedule, kind)
         if not path.tiny:
             together = min(count, batch_size(path, rows, cols, kind, budget - SMALL_WORKSPACE_BYTES))
             most = max(most, together * workspace_bytes(path, rows, cols, kind), _piece_bytes(rows * cols, kind))
@@ -218,7 +218,7 @@ def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
         half = (budget - SMALL_WORKSPACE_BYTES) // 2
         momenta = min(count, max(1, half // (4 * rows * cols)))
         for width in set(sizes):
-            path = choose(rows, width, schedule, kind, tiny=False)
+            path = choose_method(rows, width, schedule, kind, tiny=False)
             together = min(momenta, batch_size(path, rows, width, kind, half))
             most = max(most, momenta * 4 * rows * cols + together * workspace_bytes(path, rows, width, kind))
     return most

@@ -29,7 +29,7 @@ _ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16"
 
 
 @dataclass(frozen=True)
-class Weights:
+class SavedWeights:
     """`where` they are, in words; of each name its shape; elements, bytes measured and those of shapes and dtypes."""
 
     where: str
@@ -82,7 +82,7 @@ def _newest(files: Sequence[Path]) -> list[Path]:
     return [files[steps.index(max(steps))]]
 
 
-def beside(folder: Path) -> Weights | None:
+def beside(folder: Path) -> SavedWeights | None:
     """The weights that a folder holds: of a model, whole or in shards, else of what was trained of it or of an adapter.
 
     Raises:
@@ -118,7 +118,7 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _of_files(files: Sequence[Path], where: str) -> Weights:
+def _of_files(files: Sequence[Path], where: str) -> SavedWeights:
     shapes: dict[str, tuple[int, ...]] = {}
     num_elements = measured = predicted = 0
     for file in files:
@@ -129,7 +129,7 @@ def _of_files(files: Sequence[Path], where: str) -> Weights:
             num_elements += math.prod(entry["shape"])
             measured += entry["data_offsets"][1] - entry["data_offsets"][0]
             predicted += math.prod(entry["shape"]) * _ITEMSIZES[entry["dtype"]]
-    return Weights(where, shapes, num_elements, measured, predicted)
+    return SavedWeights(where, shapes, num_elements, measured, predicted)
 
 
 def _header(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -146,7 +146,7 @@ def _header(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     return iter(entries)
 
 
-def inside(file: Path, loaded: Any) -> Weights | str:
+def inside(file: Path, loaded: Any) -> SavedWeights | str:
     """The weights in a training file, such as `{"model": ..., "optimizer": ...}` or Lightning's `state_dict`; or in
     words why they are not known."""
     held = {key: value for key, value in loaded.items() if _is_state_dict(value)} if isinstance(loaded, Mapping) else {}
@@ -157,7 +157,7 @@ def inside(file: Path, loaded: Any) -> Weights | str:
         return f"{file.name} holds several sets of weights ({', '.join(map(str, keys))})"
     tensors = {name: value for name, value in held[keys[0]].items() if isinstance(value, Tensor)}
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors.values()}  # tied ones once
-    return Weights(
+    return SavedWeights(
         f"{keys[0]!r} of {file.name}",
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         sum(tensor.numel() for tensor in storages.values()),
@@ -178,7 +178,7 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def shapes_by_name(names: Sequence[str], weights: Weights) -> dict[str, tuple[int, ...]]:
+def shapes_by_name(names: Sequence[str], weights: SavedWeights) -> dict[str, tuple[int, ...]]:
     """Of an optimizer's parameter names those that the weights have, with their shapes.
 
     Equal are names without wrappers' segments, without peft's segments for the adapter, which it does not save, and

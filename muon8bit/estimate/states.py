@@ -34,7 +34,7 @@ _ADAMW_STATE = {"step", EXP_AVG_KEY, EXP_AVG_SQ_KEY}
 
 
 @dataclass(frozen=True)
-class Entry:
+class StateEntry:
     """State of a parameter; `name`: None where the optimizer saved none; `has_weight`: its weight's shape is known."""
 
     name: str | None
@@ -68,7 +68,7 @@ def _no_state_dict(file: Path, error: Exception) -> ValueError:
     return ValueError(f"{file}: no optimizer's state_dict as torch.save writes it ({reason})")
 
 
-def entries(file: Path, loaded: Any, weights: saved.Weights | None) -> Iterator[Entry]:
+def entries(file: Path, loaded: Any, weights: saved.SavedWeights | None) -> Iterator[StateEntry]:
     """Every state in a loaded file, of all optimizers there.
 
     Raises:
@@ -148,7 +148,7 @@ def _entry(
     shape: tuple[int, ...] | None,
     state: Mapping[str, Any],
     group: Mapping[str, Any],
-) -> Entry:
+) -> StateEntry:
     """What is known of one parameter's state, by its keys."""
     tensors = {**state, **state.get(_BNB_KEY, {})}
     keys = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY, EXP_AVG_KEY, EXP_AVG_CODES_KEY, "state1")
@@ -181,7 +181,7 @@ def _entry(
     else:
         name, predicted = ("muon" if first.dtype == torch.float32 else "muon_bf16"), num_elements * first.dtype.itemsize
     param = Param(where, shape, torch.float32, name.startswith("muon"), flatten=bool(group.get("flatten")))
-    return Entry(saved_name, param, name, tensors, predicted, has_weight)
+    return StateEntry(saved_name, param, name, tensors, predicted, has_weight)
 
 
 def optimizer_of(formats: set[str]) -> str:

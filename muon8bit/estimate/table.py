@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from .advice import Verdict
+from .advice import BudgetCheck
 from .checkpoint import Report
 from .estimator import Estimate, Memory
 from .optimizers import LABELS
@@ -40,7 +40,7 @@ def _print(file: IO[str], *things: Any) -> None:
 
 
 def print_table(
-    title: str, estimate: Estimate, verdicts: Mapping[str, Verdict] | None, budget: int | None, file: IO[str]
+    title: str, estimate: Estimate, verdicts: Mapping[str, BudgetCheck] | None, budget: int | None, file: IO[str]
 ) -> None:
     """Print one row an optimizer, and below what the figures rest on.
 
@@ -80,7 +80,7 @@ def print_table(
     _print(file, table, *lines)
 
 
-def _ways(verdict: Verdict) -> list[str]:
+def _ways(verdict: BudgetCheck) -> list[str]:
     return [*verdict.changes, *([verdict.together] if verdict.together else [])]
 
 

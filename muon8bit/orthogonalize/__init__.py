@@ -9,9 +9,9 @@ import torch
 from muon8bit_kernels import Backend
 from torch import Tensor
 
-from .coefficients import NAMES, Schedule, resolve
+from .coefficients import NAMES, Coefficients, resolve_coefficients
 from .cost import flops
-from .method import Path, choose, forced_path
+from .method import NSMethod, choose_method, force_method
 from .newton_schulz import gram, standard
 from .precision import accumulating_in_fp32
 from .products import Products
@@ -23,33 +23,33 @@ from .workspace import batch_size, workspace_bytes
 __all__ = [
     "NAMES",
     "RATES",
-    "Path",
+    "Coefficients",
+    "NSMethod",
     "Rates",
-    "Schedule",
     "apply_factor",
     "batch_size",
-    "choose",
+    "choose_method",
     "device_kind",
     "diverges",
     "flops",
-    "forced_path",
+    "force_method",
     "gram_factor",
     "orthogonalize",
     "partial_gram",
     "rates_of",
-    "resolve",
+    "resolve_coefficients",
     "segments",
     "workspace_bytes",
 ]
 
 
-def orthogonalize(X: Tensor, schedule: Schedule, path: Path, backend: Backend | None = None) -> Tensor:
+def orthogonalize(X: Tensor, schedule: Coefficients, path: NSMethod, backend: Backend | None = None) -> Tensor:
     """Newton-Schulz of a batch, whatever autocast and the process's fp32 precision say.
 
     Args:
         X: [batch, rows, cols] in `path.dtype`, each matrix with Frobenius norm at most 1. Overwritten.
         schedule: the coefficients, one triple a step.
-        path: from `choose`.
+        path: from `choose_method`.
         backend: of the kernel that `path.products == "kernel"` asks for: None (by device), `"reference"`, `"triton"`.
 
     Returns:

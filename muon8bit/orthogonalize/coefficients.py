@@ -36,17 +36,17 @@ _LARGEST = 2.0**127  # float32 ends at twice that
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Coefficients:
     """A resolved schedule: `steps` triples, and `norm_factor` by which the Frobenius norm is multiplied."""
 
     steps: tuple[Triple, ...]
     norm_factor: float = 1.0
 
 
-_NAMED: dict[str, Schedule] = {
-    "you": Schedule(_YOU),
-    "polar_express": Schedule(_POLAR_EXPRESS, norm_factor=1.02),
-    "deepseek_v4": Schedule((JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2),
+_NAMED: dict[str, Coefficients] = {
+    "you": Coefficients(_YOU),
+    "polar_express": Coefficients(_POLAR_EXPRESS, norm_factor=1.02),
+    "deepseek_v4": Coefficients((JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2),
 }
 NAMES = ("jordan", *_NAMED)
 
@@ -63,7 +63,9 @@ def _triple(value: Any) -> Triple:
     return a, b, c
 
 
-def resolve(ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]], ns_steps: int) -> Schedule:
+def resolve_coefficients(
+    ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]], ns_steps: int
+) -> Coefficients:
     """Turn what the user gave into one triple a step.
 
     Args:
@@ -78,7 +80,7 @@ def resolve(ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]], 
         raise ValueError(f"ns_steps must be an integer from 1 to 99, not {reprlib.repr(ns_steps)}")
     if isinstance(ns_coefficients, str):
         if ns_coefficients == "jordan":
-            return Schedule((JORDAN,) * ns_steps)
+            return Coefficients((JORDAN,) * ns_steps)
         if ns_coefficients not in _NAMED:
             raise ValueError(f"ns_coefficients {ns_coefficients!r} is not one of {', '.join(NAMES)}")
         schedule = _NAMED[ns_coefficients]
@@ -94,9 +96,9 @@ def resolve(ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]], 
         )
     values = list(ns_coefficients)
     if len(values) == 3 and not any(isinstance(v, Sequence) for v in values):
-        return Schedule((_triple(values),) * ns_steps)
+        return Coefficients((_triple(values),) * ns_steps)
     if not all(isinstance(v, Sequence) and len(v) == 3 for v in values):
         raise ValueError("ns_coefficients must be a triple (a, b, c), a list of triples, or a name")
     if len(values) != ns_steps:
         raise ValueError(f"ns_coefficients holds {len(values)} triples but ns_steps is {ns_steps}: make them equal")
-    return Schedule(tuple(_triple(v) for v in values))
+    return Coefficients(tuple(_triple(v) for v in values))

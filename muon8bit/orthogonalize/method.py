@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from muon8bit_kernels import TINY_MAX
 
-from .coefficients import Schedule
+from .coefficients import Coefficients
 from .cost import Form, operations
 from .products import ProductKind
 from .rates import Rates, at_size, rates_of
@@ -33,7 +33,7 @@ _FP16_GRAM_MIN_ASPECT = 1.25
 
 
 @dataclass(frozen=True)
-class Path:
+class NSMethod:
     """How a shape is orthogonalized.
 
     Attributes:
@@ -57,10 +57,10 @@ _FORCED: ContextVar[dict[str, Any] | None] = ContextVar("_FORCED", default=None)
 
 
 @contextmanager
-def forced_path(**attributes: Any) -> Iterator[None]:
-    """In this context `choose` takes only paths with these attributes of `Path`: `forced_path(products="kernel")`.
+def force_method(**attributes: Any) -> Iterator[None]:
+    """Let `choose_method` take only methods with these attributes of `NSMethod`, as `force_method(products="kernel")`.
 
-    For benchmarks and tests. `choose` raises ValueError where no path has them.
+    For benchmarks and tests. `choose_method` raises ValueError where no path has them.
     """
     token = _FORCED.set(attributes)
     try:
@@ -69,9 +69,9 @@ def forced_path(**attributes: Any) -> Iterator[None]:
         _FORCED.reset(token)
 
 
-def choose(
-    rows: int, cols: int, schedule: Schedule, kind: str, dtype: torch.dtype | None = None, *, tiny: bool = True
-) -> Path:
+def choose_method(
+    rows: int, cols: int, schedule: Coefficients, kind: str, dtype: torch.dtype | None = None, *, tiny: bool = True
+) -> NSMethod:
     """The cheapest path for matrices [rows, cols].
 
     In half precision fp16 is preferred to bf16, at equal cost: its error is .11 to .17 of that of torch.optim.Muon's
@@ -85,7 +85,7 @@ def choose(
         tiny: whether the caller can take the one-launch kernel.
 
     Raises:
-        ValueError: for fp16 with a schedule whose iterates it cannot hold, or a `forced_path` that does not exist.
+        ValueError: for fp16 with a schedule whose iterates it cannot hold, or a `force_method` that does not exist.
     """
     if dtype == torch.float16 and not fits_fp16(schedule):
         raise ValueError("ns_dtype=torch.float16 cannot hold the iterates of these ns_coefficients: use torch.bfloat16")
@@ -97,13 +97,13 @@ def choose(
 def _cheapest(
     rows: int,
     cols: int,
-    schedule: Schedule,
+    schedule: Coefficients,
     kind: str,
     dtype: torch.dtype | None,
     tiny: bool,
     rates: Rates,
     forced: tuple[tuple[str, Any], ...],
-) -> Path:
+) -> NSMethod:
     paths = [
         replace(path, cost=_cost(path, rows, cols, len(schedule.steps), rates))
         for path in _candidates(rows, cols, schedule, kind, dtype, tiny, rates)
@@ -115,8 +115,8 @@ def _cheapest(
 
 
 def _candidates(
-    rows: int, cols: int, schedule: Schedule, kind: str, dtype: torch.dtype | None, tiny: bool, rates: Rates
-) -> Iterator[Path]:
+    rows: int, cols: int, schedule: Coefficients, kind: str, dtype: torch.dtype | None, tiny: bool, rates: Rates
+) -> Iterator[NSMethod]:
     """The paths that are accurate on this kind of device; of equal ones the preferred first."""
     kinds: list[ProductKind] = ["vendor", *([rates.symmetric_kind] if rates.symmetric_kind else [])]
     small, large = min(rows, cols), max(rows, cols)
@@ -131,14 +131,14 @@ def _candidates(
         for products in kinds:
             if products == "kernel" and candidate == torch.float32:
                 continue  # on sm_100 Triton would make it TF32
-            yield Path("standard", candidate, products)
+            yield NSMethod("standard", candidate, products)
             if parts:
-                yield Path("gram", candidate, products, parts)
+                yield NSMethod("gram", candidate, products, parts)
         if candidate == torch.float32 and parts and len(parts) == 1 and tiny and fits_tiny:
-            yield Path("gram", candidate, "vendor", parts, tiny=True)
+            yield NSMethod("gram", candidate, "vendor", parts, tiny=True)
 
 
-def _cost(path: Path, rows: int, cols: int, num_steps: int, rates: Rates) -> float:
+def _cost(path: NSMethod, rows: int, cols: int, num_steps: int, rates: Rates) -> float:
     """The cost function: operations over relative rates. A launch of many tiny matrices is cheaper than any."""
     if path.tiny:
         return 0.0

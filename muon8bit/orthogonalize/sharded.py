@@ -8,8 +8,8 @@ import torch
 from muon8bit_kernels import Backend
 from torch import Tensor
 
-from .coefficients import Schedule
-from .method import Path
+from .coefficients import Coefficients
+from .method import NSMethod
 from .newton_schulz import factor
 from .precision import accumulating_in_fp32
 from .products import Products
@@ -22,7 +22,7 @@ def partial_gram(X: Tensor, tall: bool) -> Tensor:
         return wide @ wide.mT
 
 
-def gram_factor(R: Tensor, schedule: Schedule, path: Path, backend: Backend | None = None) -> Tensor:
+def gram_factor(R: Tensor, schedule: Coefficients, path: NSMethod, backend: Backend | None = None) -> Tensor:
     """The factor Q of all steps, in `path.dtype`.
 
     Args:

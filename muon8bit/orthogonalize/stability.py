@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from muon8bit_kernels import MAX_GROWTH
 
-from .coefficients import Schedule
+from .coefficients import Coefficients
 
 # eps of the dtype, and how far eps * prod(a^2) may grow in the first and in later segments. fp32: five of Jordan's
 # steps reach .014 (error 1e-3), six .17 (error .015), ten diverge, on ranks 1 and 4. fp16: the limits cut five steps of
@@ -31,7 +31,7 @@ _SINGULAR_VALUES = 257
 
 
 @cache
-def segments(schedule: Schedule, dtype: torch.dtype) -> tuple[int, ...] | None:
+def segments(schedule: Coefficients, dtype: torch.dtype) -> tuple[int, ...] | None:
     """Numbers of steps between the restarts of the Gram form, their sum the schedule's; None: not in this dtype.
 
     One segment is no restart. bf16 has none: it fails on spectra like 1/k (measured errors of 1 to 3.7 times those of
@@ -52,7 +52,7 @@ def segments(schedule: Schedule, dtype: torch.dtype) -> tuple[int, ...] | None:
     return tuple(counts)
 
 
-def _converges(schedule: Schedule) -> bool:
+def _converges(schedule: Coefficients) -> bool:
     """Whether the schedule takes singular values so near to 1 that rounding errors of a few hundredths show."""
     for index in range(_SINGULAR_VALUES):
         x = (0.5 + 0.5 * index / (_SINGULAR_VALUES - 1)) / schedule.norm_factor
@@ -64,18 +64,18 @@ def _converges(schedule: Schedule) -> bool:
 
 
 @cache
-def diverges(schedule: Schedule) -> bool:
+def diverges(schedule: Coefficients) -> bool:
     """Whether an iterate grows beyond what float32 and bfloat16 hold, so that parameters become NaN."""
     return not _stays_under(_LARGEST_IN_FP32, schedule)
 
 
 @cache
-def fits_fp16(schedule: Schedule) -> bool:
+def fits_fp16(schedule: Coefficients) -> bool:
     """Whether every iterate of either form, singular values from 0 to 1, stays far from fp16's largest number."""
     return _stays_under(_LARGEST_IN_FP16, schedule)
 
 
-def _stays_under(limit: float, schedule: Schedule) -> bool:
+def _stays_under(limit: float, schedule: Coefficients) -> bool:
     for index in range(_SINGULAR_VALUES):
         x = index / (_SINGULAR_VALUES - 1)
         q = 1.0  # product of the polynomials of two steps, the least between restarts

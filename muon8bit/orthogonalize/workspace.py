@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .method import Path
+from .method import NSMethod
 from .products import NUM_PANELS
 
 # Matrices with fewer rows than this gain on CPU from batching; above, one fills the cores.
 _CPU_BATCH_ROWS = 128
 
 
-def workspace_bytes(path: Path, rows: int, cols: int, kind: str) -> int:
+def workspace_bytes(path: NSMethod, rows: int, cols: int, kind: str) -> int:
     """Bytes of one matrix at the peak of `orthogonalize`: X, its successors, the small matrices, casts and copies.
 
     What a library keeps for itself (cuBLAS' workspace, oneDNN's packing) is not counted, nor the casts of the torch
@@ -41,7 +41,7 @@ def workspace_bytes(path: Path, rows: int, cols: int, kind: str) -> int:
     return elements * path.dtype.itemsize + casts
 
 
-def batch_size(path: Path, rows: int, cols: int, kind: str, budget_bytes: int) -> int:
+def batch_size(path: NSMethod, rows: int, cols: int, kind: str, budget_bytes: int) -> int:
     """How many matrices [rows, cols] to orthogonalize together so that they fit into `budget_bytes`; at least 1."""
     if kind.startswith("cpu") and min(rows, cols) >= _CPU_BATCH_ROWS:
         return 1

@@ -13,14 +13,14 @@ from torch import Tensor
 from ..config import Options
 from . import adamw
 from .commit import Commit
-from .offload import NUM_BUFFERS, Job
+from .offload import NUM_BUFFERS, OffloadTask
 
 # Pieces begin at multiples of this many elements: whole vectors of every kernel, and whole blocks of an 8-bit state.
 ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
-class Piece:
+class AdamWChunk:
     """A parameter, or from element `first` on a flat part of one of `size` elements, with its gradient and state; `key`
     is that of stochastic rounding. `is_last`: no later part has the same step counter."""
 
@@ -36,7 +36,7 @@ class Piece:
     def state_bytes(self) -> int:
         return sum(tensor.numel() * tensor.itemsize for tensor in self.state.values())
 
-    def split(self, num_bytes: int) -> Iterator[Piece]:
+    def split(self, num_bytes: int) -> Iterator[AdamWChunk]:
         """Flat parts with at most so many bytes of state, or `ALIGNMENT` elements; whole where its elements or those of
         its gradient do not lie in their order. A tensor of the state that has fewer elements than the parameter, one
         for every so many, is cut at the same places; one without dimensions is in every part."""
@@ -47,7 +47,7 @@ class Piece:
             return
         for start in range(0, num_elements, size):
             stop = min(start + size, num_elements)
-            yield Piece(
+            yield AdamWChunk(
                 self.param.view(-1)[start:stop],
                 self.grad.view(-1)[start:stop],
                 {name: _cut(tensor, start, stop, num_elements) for name, tensor in self.state.items()},
@@ -69,8 +69,8 @@ def _cut(tensor: Tensor, start: int, stop: int, num_elements: int) -> Tensor:
 
 
 def jobs(
-    pieces: Sequence[Piece], group: dict[str, Any], options: Options, commit: Commit, *, is_staged: bool
-) -> Iterator[Job]:
+    pieces: Sequence[AdamWChunk], group: dict[str, Any], options: Options, commit: Commit, *, is_staged: bool
+) -> Iterator[OffloadTask]:
     """The step of parameters of one device, together where they are small. Of `options.workspace_bytes` staged state
     takes one half, the copies that AdamW makes the other; the result is bitwise the same."""
     if not pieces:
@@ -84,9 +84,9 @@ def jobs(
         yield _job(together, group, options, commit)
 
 
-def _packed(pieces: Iterable[Piece], num_bytes: int) -> Iterator[list[Piece]]:
+def _packed(pieces: Iterable[AdamWChunk], num_bytes: int) -> Iterator[list[AdamWChunk]]:
     """In lists of at most so many bytes of state, or of one piece."""
-    together: list[Piece] = []
+    together: list[AdamWChunk] = []
     filled = 0
     for piece in pieces:
         if together and filled + piece.state_bytes > num_bytes:
@@ -97,22 +97,24 @@ def _packed(pieces: Iterable[Piece], num_bytes: int) -> Iterator[list[Piece]]:
     yield together
 
 
-def _job(pieces: Sequence[Piece], group: dict[str, Any], options: Options, commit: Commit) -> Job:
+def _job(pieces: Sequence[AdamWChunk], group: dict[str, Any], options: Options, commit: Commit) -> OffloadTask:
     tensors = [(piece, tensor) for piece in pieces for tensor in piece.state.values()]
     written = [tensor for piece, tensor in tensors if tensor.ndim > 0 or (piece.is_last and _is_counter_staged(piece))]
     # Each part starts from the old counter, so that only the last may write it.
     read = [tensor for piece, tensor in tensors if tensor.ndim == 0 and not piece.is_last and _is_counter_staged(piece)]
     run = partial(_step, pieces, group, options, commit, len(written))
     copies = max(adamw.copied_bytes(piece.param, piece.grad, piece.state, options) for piece in pieces)
-    return Job(pieces[0].param.device, run, written, read, copies)
+    return OffloadTask(pieces[0].param.device, run, written, read, copies)
 
 
-def _is_counter_staged(piece: Piece) -> bool:
+def _is_counter_staged(piece: AdamWChunk) -> bool:
     """Where torch's fused kernel reads the counter on the device; else it is advanced on the host."""
     return not adamw.is_8bit(piece.state) and adamw.step_device(piece.param).type != "cpu"
 
 
-def _states(pieces: Sequence[Piece], written: Iterator[Tensor], read: Iterator[Tensor]) -> Iterator[dict[str, Tensor]]:
+def _states(
+    pieces: Sequence[AdamWChunk], written: Iterator[Tensor], read: Iterator[Tensor]
+) -> Iterator[dict[str, Tensor]]:
     """Their states, of staged tensors in the order of `_job`."""
     for piece in pieces:
         state = {}
@@ -127,7 +129,7 @@ def _states(pieces: Sequence[Piece], written: Iterator[Tensor], read: Iterator[T
 
 
 def _step(
-    pieces: Sequence[Piece],
+    pieces: Sequence[AdamWChunk],
     group: dict[str, Any],
     options: Options,
     commit: Commit,

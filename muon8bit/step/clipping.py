@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import Options
-from .matrix_batches import Stack
+from .matrix_batches import ParamMatrices
 from .options import describe
 
 
@@ -52,7 +52,7 @@ def check_not_sharded(group: dict[str, Any], group_index: int) -> None:
             )
 
 
-def with_factor(stack: Stack, group: Mapping[str, Any], options: Options) -> tuple[Stack, Clip | None]:
+def with_factor(stack: ParamMatrices, group: Mapping[str, Any], options: Options) -> tuple[ParamMatrices, Clip | None]:
     """Return the stack with what its gradient is multiplied by, -1 for `maximize` / scale * min(1, limit / norm).
 
     The limit holds for each matrix that is orthogonalized by itself, so for every expert of a stack and every piece of

@@ -13,19 +13,19 @@ from torch import Tensor
 from ..config import STATE_KEYS
 from . import adamw, adamw8bit, rounding
 from .dense import is_fake, is_overlapping, why_not_dense, with_memory
-from .momentum import Format, Momentum
-from .offload import Staging
+from .momentum import Momentum, MomentumFormat
+from .offload import StateOffload
 from .options import DTYPES, FORMAT_KEYS, describe
 
 if TYPE_CHECKING:
-    from ..distributed import Layout, Team
+    from ..distributed import ParamSharding, RankGroup
 
 
 _WAY_OUT = "undo that, or delete its entry in the optimizer's state, which then starts at zero"
 
 
 @dataclass(frozen=True)
-class Entry:
+class LocalParam:
     """A parameter that has a gradient, by its place in its group; its momentum, None in an AdamW group; and `key`,
     None where rounding is to nearest.
 
@@ -40,7 +40,7 @@ class Entry:
     momentum: Momentum | None
     key: int | None
     first: int
-    layout: Layout | None
+    layout: ParamSharding | None
 
     @property
     def is_shared(self) -> bool:
@@ -55,9 +55,9 @@ def entries_of(
     group_index: int,
     num_before: int,
     state: Mapping[Tensor, dict[str, Any]],
-    team: Team | None,
-    staging: Staging,
-) -> Iterator[Entry]:
+    team: RankGroup | None,
+    staging: StateOffload,
+) -> Iterator[LocalParam]:
     """The parameters of a group that have a gradient now. `num_before`: of the optimizer, in front of this group.
 
     Raises:
@@ -105,13 +105,13 @@ def entries_of(
                 f"{problem}"
             )
         if is_muon:
-            format = Format.of(param.shape, *form)
+            format = MomentumFormat.of(param.shape, *form)
             if stored:
                 momentum = Momentum.from_state(stored, format)
             else:
                 momentum = Momentum.zeros(shapes, format, staging.home(local.device))
                 momentum = momentum.on(staging.at_home(tensor, local.device) for tensor in momentum.tensors)
-        yield Entry(index, param, local, grad, momentum, key, first, layout)
+        yield LocalParam(index, param, local, grad, momentum, key, first, layout)
 
 
 def check_grads(groups: Sequence[dict[str, Any]]) -> None:
@@ -178,7 +178,7 @@ def _misfit(
     return f"now, its state on {where}: optimizer.load_state_dict(optimizer.state_dict()) brings it along"
 
 
-def new_state(entry: Entry, group: dict[str, Any], staging: Staging) -> dict[str, Tensor]:
+def new_state(entry: LocalParam, group: dict[str, Any], staging: StateOffload) -> dict[str, Tensor]:
     """What the optimizer keeps for a parameter."""
     param, where = entry.param, entry.layout
     if entry.momentum is not None:
@@ -201,15 +201,15 @@ _moments = cache(adamw.layout)
 
 @cache
 def _momentum(shape: torch.Size, *form: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return Format.of(shape, *form).layout(shape)
+    return MomentumFormat.of(shape, *form).layout(shape)
 
 
 def made(
     make: Callable[..., Tensor],
     param: Tensor,
     group: dict[str, Any],
-    where: Layout | None,
-    staging: Staging,
+    where: ParamSharding | None,
+    staging: StateOffload,
 ) -> dict[str, Tensor]:
     """A parameter's state by torch.zeros or torch.empty, where it lives; of sharded parameters this rank's part."""
     layout = layout_of(param, group)
@@ -221,6 +221,6 @@ def made(
     return tensors if where is None else where.wrapped(tensors, shapes)
 
 
-def home(key: str, param: Tensor, group: dict[str, Any], staging: Staging) -> torch.device:
+def home(key: str, param: Tensor, group: dict[str, Any], staging: StateOffload) -> torch.device:
     """Where a tensor of a parameter's state lives."""
     return staging.home(adamw.step_device(param, group["adamw_bits"]) if key == "step" else param.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .momentum import Momentum
 
 
-class Stack(NamedTuple):
+class ParamMatrices(NamedTuple):
     """Matrices of one parameter, or one piece of each of them.
 
     `param` and `grad` are views [num_matrices, rows, cols], with `flatten` [1, rows, ...]. `param_index` is the
@@ -36,7 +36,7 @@ class Stack(NamedTuple):
     pitch: int
     factor: Tensor | None = None
 
-    def matrices(self, start: int, stop: int) -> Stack:
+    def matrices(self, start: int, stop: int) -> ParamMatrices:
         """A part of the stack."""
         part = self.momentum.part(slice(start, stop), slice(None))
         return self._replace(
@@ -57,11 +57,11 @@ class Stack(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class MatrixBatch:
     """Stacks of one shape and layout; and `sumsq` of their matrices, fp32 [count]: the squared norms of the
     Newton-Schulz inputs, not finite where the gradient is not, or its norm overflows."""
 
-    stacks: list[Stack]
+    stacks: list[ParamMatrices]
     sumsq: Tensor
 
     @property
@@ -74,29 +74,29 @@ class Batch:
         """The gradient of each stack, as `gradients` gives it."""
         return gradients(self.stacks)
 
-    def on(self, tensors: Sequence[Tensor] | None) -> Batch:
+    def on(self, tensors: Sequence[Tensor] | None) -> MatrixBatch:
         """With the momenta in `tensors`; see `momenta_on`."""
-        return Batch(momenta_on(self.stacks, tensors), self.sumsq)
+        return MatrixBatch(momenta_on(self.stacks, tensors), self.sumsq)
 
-    def copied(self) -> Batch:
+    def copied(self) -> MatrixBatch:
         """With copies of the momenta, so that what is written there changes no state."""
         return self.on([tensor.clone() for tensor in momentum_tensors(self.stacks)])
 
-    def split(self, size: int) -> Iterator[Batch]:
+    def split(self, size: int) -> Iterator[MatrixBatch]:
         """Its matrices in their order, `size` at a time."""
         done = 0
         for stacks in chunks(self.stacks, size):
             count = sum(stack.num_matrices for stack in stacks)
-            yield Batch(stacks, self.sumsq[done : done + count])
+            yield MatrixBatch(stacks, self.sumsq[done : done + count])
             done += count
 
 
-def momentum_tensors(stacks: Iterable[Stack]) -> list[Tensor]:
+def momentum_tensors(stacks: Iterable[ParamMatrices]) -> list[Tensor]:
     """Codes and scales of each stack, as `momenta_on` takes them."""
     return [tensor for stack in stacks for tensor in stack.momentum.tensors]
 
 
-def momenta_on(stacks: list[Stack], tensors: Sequence[Tensor] | None) -> list[Stack]:
+def momenta_on(stacks: list[ParamMatrices], tensors: Sequence[Tensor] | None) -> list[ParamMatrices]:
     """The stacks with their momenta in other tensors of the same shapes, as `momentum_tensors` orders them; with None
     as they are."""
     if tensors is None:
@@ -105,9 +105,9 @@ def momenta_on(stacks: list[Stack], tensors: Sequence[Tensor] | None) -> list[St
     return [stack._replace(momentum=stack.momentum.on(given)) for stack in stacks]
 
 
-def chunks(stacks: list[Stack], size: int) -> Iterator[list[Stack]]:
+def chunks(stacks: list[ParamMatrices], size: int) -> Iterator[list[ParamMatrices]]:
     """Cut into lists of `size` matrices in all, the last of fewer."""
-    chunk: list[Stack] = []
+    chunk: list[ParamMatrices] = []
     room = size
     for stack in stacks:
         start = 0
@@ -124,7 +124,7 @@ def chunks(stacks: list[Stack], size: int) -> Iterator[list[Stack]]:
 
 def stacks_of(
     index: int, param: Tensor, grad: Tensor, momentum: Momentum, group: dict[str, Any], key: int | None, first: int = 0
-) -> Iterator[Stack]:
+) -> Iterator[ParamMatrices]:
     """The stacks of one parameter; none of a parameter without elements. `first`: where these are some matrices of a
     larger parameter, the index there of their first element."""
     if param.numel() == 0:
@@ -138,7 +138,7 @@ def stacks_of(
         if (count, rows) != (num_matrices, num_rows):
             part = whole.part(slice(matrices, matrices + count), slice(row, row + rows))
         start = first + (matrices * num_rows + row) * cols
-        yield Stack(index, key, count, view, grad_view, part, start, num_rows * cols)
+        yield ParamMatrices(index, key, count, view, grad_view, part, start, num_rows * cols)
         row += rows
         if row == num_rows:
             matrices, row = matrices + count, 0
@@ -160,7 +160,7 @@ def _stacks(tensor: Tensor, flatten: bool) -> list[Tensor]:
     return [stack for part in tensor.unbind(0) for stack in _stacks(part, flatten)]
 
 
-def gradients(stacks: Iterable[Stack]) -> list[Tensor]:
+def gradients(stacks: Iterable[ParamMatrices]) -> list[Tensor]:
     """Return the gradients as a step uses them, [count, rows, cols]: copies where they have a factor.
 
     A copy has the gradient's dtype, but fp32 for fp16, in which what a GradScaler has scaled up may vanish.

@@ -36,7 +36,7 @@ _DTYPES: dict[Codebook | None, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class Format:
+class MomentumFormat:
     """How a momentum is stored: `codebook` None means fp32; `block_size` in elements; a row, which no block leaves,
     is the last dimension, or all but the first with `flatten`."""
 
@@ -46,7 +46,7 @@ class Format:
 
     @classmethod
     @cache
-    def of(cls, shape: torch.Size, bits: int, codebook: Codebook, block_size: int, flatten: bool) -> Format:
+    def of(cls, shape: torch.Size, bits: int, codebook: Codebook, block_size: int, flatten: bool) -> MomentumFormat:
         """The format of a parameter of `shape`: fp32 for bits=32, or if a row is too short to be worth a scale."""
         quantized = bits == 8 and prod(shape[1:] if flatten else shape[-1:]) >= MIN_QUANTIZED_COLUMNS
         return cls(codebook if quantized else None, block_size, flatten)
@@ -77,10 +77,10 @@ class Momentum:
 
     codes: Tensor
     scales: Tensor | None
-    format: Format
+    format: MomentumFormat
 
     @classmethod
-    def zeros(cls, shapes: Mapping[str, Sequence[int]], format: Format, device: torch.device) -> Momentum:
+    def zeros(cls, shapes: Mapping[str, Sequence[int]], format: MomentumFormat, device: torch.device) -> Momentum:
         """A zero momentum of these shapes, by state key: those of `Format.layout`, or a rank's part of them."""
         dtypes = {_CODES_KEYS[format.codebook]: _DTYPES[format.codebook], SCALES_KEY: torch.float32}
         tensors = {k: torch.zeros(tuple(s), dtype=dtypes[k], device=device) for k, s in shapes.items()}
@@ -90,7 +90,7 @@ class Momentum:
         return momentum
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], format: Format) -> Momentum:
+    def from_state(cls, state: Mapping[str, Tensor], format: MomentumFormat) -> Momentum:
         """The momentum whose tensors lie in `optimizer.state[param]`; they are shared, not copied."""
         return cls(state[_CODES_KEYS[format.codebook]], state.get(SCALES_KEY), format)
 
@@ -109,7 +109,7 @@ class Momentum:
         return Momentum(next(tensors), None if self.scales is None else next(tensors), self.format)
 
     @classmethod
-    def encode(cls, values: Tensor, format: Format) -> Momentum:
+    def encode(cls, values: Tensor, format: MomentumFormat) -> Momentum:
         """The momentum that stores these finite fp32 `values`, of its shape; unquantized, the same memory."""
         if format.codebook is None:
             return cls(values, None, format)

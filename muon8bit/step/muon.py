@@ -17,20 +17,30 @@ import torch
 from torch import Tensor
 
 from ..config import SMALL_WORKSPACE_BYTES, Options
-from ..orthogonalize import Schedule, batch_size, choose, device_kind, orthogonalize, resolve, workspace_bytes
+from ..orthogonalize import (
+    Coefficients,
+    batch_size,
+    choose_method,
+    device_kind,
+    orthogonalize,
+    resolve_coefficients,
+    workspace_bytes,
+)
 from . import momentum
 from .commit import Commit
-from .matrix_batches import Batch, Stack, chunks, flat, gradients, momenta_on, momentum_tensors
-from .offload import Job, Staging
+from .matrix_batches import MatrixBatch, ParamMatrices, chunks, flat, gradients, momenta_on, momentum_tensors
+from .offload import OffloadTask, StateOffload
 from .update import factors, frobenius_norm, lr_ratio, update_params_
 
 
-def read(stacks: Sequence[Stack], group: dict[str, Any], options: Options, staging: Staging) -> list[Batch]:
+def read(
+    stacks: Sequence[ParamMatrices], group: dict[str, Any], options: Options, staging: StateOffload
+) -> list[MatrixBatch]:
     """First phase: sort stacks into batches, with the statistics of their new momenta."""
-    sorted_stacks: dict[Hashable, list[Stack]] = {}
+    sorted_stacks: dict[Hashable, list[ParamMatrices]] = {}
     for stack in stacks:
         sorted_stacks.setdefault(stack.layout, []).append(stack)
-    jobs: list[Job] = []
+    jobs: list[OffloadTask] = []
     sums: list[list[Tensor]] = []
     for members in sorted_stacks.values():
         # Room for copies: a channels_last gradient is flattened into one, and one with a factor is multiplied.
@@ -39,39 +49,43 @@ def read(stacks: Sequence[Stack], group: dict[str, Any], options: Options, stagi
         sums.append([])
         for chunk in chunks(members, size):
             run = partial(_stats, chunk, group, options, sums[-1])
-            jobs.append(Job(chunk[0].param.device, run, read=momentum_tensors(chunk)))
+            jobs.append(OffloadTask(chunk[0].param.device, run, read=momentum_tensors(chunk)))
     staging.run(jobs)
     return [
-        Batch(members, found[0] if len(found) == 1 else torch.cat(found))
+        MatrixBatch(members, found[0] if len(found) == 1 else torch.cat(found))
         for members, found in zip(sorted_stacks.values(), sums, strict=True)
     ]
 
 
 def _stats(
-    stacks: list[Stack], group: dict[str, Any], options: Options, sums: list[Tensor], staged: Sequence[Tensor] | None
+    stacks: list[ParamMatrices],
+    group: dict[str, Any],
+    options: Options,
+    sums: list[Tensor],
+    staged: Sequence[Tensor] | None,
 ) -> None:
     """Add the squared norms of the Newton-Schulz inputs, fp32 [count]."""
     momenta, grads = [s.momentum for s in momenta_on(stacks, staged)], gradients(stacks)
     sums.append(momentum.stats(momenta, grads, **_average(group), backend=options.backend).flatten(1).sum(1))
 
 
-def jobs(batch: Batch, group: dict[str, Any], options: Options, commit: Commit) -> Iterator[Job]:
+def jobs(batch: MatrixBatch, group: dict[str, Any], options: Options, commit: Commit) -> Iterator[OffloadTask]:
     """Second phase: each writes the new momenta of a part of the batch, orthogonalizes their exact values, updates the
     parameters. Together they are bitwise the same wherever the momenta lie. The first one writes nothing before its
     Newton-Schulz has returned."""
-    schedule = resolve(group["ns_coefficients"], group["ns_steps"])
+    schedule = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     kind = device_kind(batch.sumsq.device)
     if group["split_sizes"] is not None and group["split_dim"] == -1:
         size, step = max(1, _half(options) // (4 * rows * cols)), _step_columns
         one = 4 * rows * cols
     else:
-        path = choose(rows, cols, schedule, kind, options.ns_dtype)
+        path = choose_method(rows, cols, schedule, kind, options.ns_dtype)
         size, step = batch_size(path, rows, cols, kind, options.workspace_bytes - SMALL_WORKSPACE_BYTES), _step_whole
         one = 0 if path.tiny else workspace_bytes(path, rows, cols, kind)
     for part in batch.split(size):
         run, count = partial(step, part, group, schedule, options, commit), len(part.sumsq)
-        yield Job(batch.sumsq.device, run, written=momentum_tensors(part.stacks), workspace_bytes=count * one)
+        yield OffloadTask(batch.sumsq.device, run, written=momentum_tensors(part.stacks), workspace_bytes=count * one)
 
 
 def _half(options: Options) -> int:
@@ -80,9 +94,9 @@ def _half(options: Options) -> int:
 
 
 def _step_whole(
-    batch: Batch,
+    batch: MatrixBatch,
     group: dict[str, Any],
-    schedule: Schedule,
+    schedule: Coefficients,
     options: Options,
     commit: Commit,
     staged: Sequence[Tensor] | None,
@@ -90,7 +104,7 @@ def _step_whole(
     batch, is_first = batch.on(staged), staged is None and not commit.is_done
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     device = batch.sumsq.device
-    path = choose(rows, cols, schedule, device_kind(device), options.ns_dtype)
+    path = choose_method(rows, cols, schedule, device_kind(device), options.ns_dtype)
     norms = frobenius_norm(batch.sumsq, eps=group["eps"], factor=schedule.norm_factor)
     if path.tiny:
         commit.confirm()
@@ -106,7 +120,9 @@ def _step_whole(
     _update(batch.stacks, X, slice(0, cols), group, options)
 
 
-def _step_tiny(batch: Batch, norms: Tensor, group: dict[str, Any], schedule: Schedule, options: Options) -> None:
+def _step_tiny(
+    batch: MatrixBatch, norms: Tensor, group: dict[str, Any], schedule: Coefficients, options: Options
+) -> None:
     """All of the second phase in one launch, in fp32."""
     places = _places(batch.stacks, 0)
     with written([stack.param for stack in batch.stacks]) as params:
@@ -116,9 +132,9 @@ def _step_tiny(batch: Batch, norms: Tensor, group: dict[str, Any], schedule: Sch
 
 
 def _step_columns(
-    batch: Batch,
+    batch: MatrixBatch,
     group: dict[str, Any],
-    schedule: Schedule,
+    schedule: Coefficients,
     options: Options,
     commit: Commit,
     staged: Sequence[Tensor] | None,
@@ -137,7 +153,7 @@ def _step_columns(
     for width in group["split_sizes"]:
         columns = slice(start, start + width)
         start += width
-        path = choose(rows, width, schedule, kind, options.ns_dtype, tiny=False)
+        path = choose_method(rows, width, schedule, kind, options.ns_dtype, tiny=False)
         sumsq = torch.linalg.vector_norm(U[..., columns], dim=(-2, -1)).square()
         norms = frobenius_norm(sumsq, eps=group["eps"], factor=schedule.norm_factor)
         done = 0
@@ -154,7 +170,7 @@ def _step_columns(
             del X  # before the next one is made
 
 
-def _apply(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
+def _apply(batch: MatrixBatch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
     """The new momenta into codes and scales, and u / norm into `out` [batch, rows, cols]. Copies of gradients, where
     they have factors, are made for a part of the batch at a time."""
     if batch.stacks[0].factor is None:
@@ -164,17 +180,19 @@ def _apply(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], opti
         _apply_at_once(part, norms[which], out[which], group, options)
 
 
-def _apply_at_once(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
+def _apply_at_once(batch: MatrixBatch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
     momentum.apply_(batch.momenta, batch.grads, norms, out, **_average(group), **_how(options))
 
 
-def _apply_to_copies(batch: Batch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
+def _apply_to_copies(batch: MatrixBatch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
     """Write what `_apply` writes into `out`, and leave the momenta as they are."""
     for part, which in _parts(batch):
         _apply_at_once(part.copied(), norms[which], out[which], group, options)
 
 
-def _write_momenta(batch: Batch, norms: Tensor, dtype: torch.dtype, group: dict[str, Any], options: Options) -> None:
+def _write_momenta(
+    batch: MatrixBatch, norms: Tensor, dtype: torch.dtype, group: dict[str, Any], options: Options
+) -> None:
     """Write the new momenta alone; u / norm, which comes out beside them, has been used by now."""
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     for part, which in _parts(batch):
@@ -182,7 +200,7 @@ def _write_momenta(batch: Batch, norms: Tensor, dtype: torch.dtype, group: dict[
         _apply_at_once(part, norms[which], unused, group, options)
 
 
-def _parts(batch: Batch, num_parts: int = 8) -> Iterator[tuple[Batch, slice]]:
+def _parts(batch: MatrixBatch, num_parts: int = 8) -> Iterator[tuple[MatrixBatch, slice]]:
     """Cut a batch, so that what it takes beside its Newton-Schulz input fits into the workspace."""
     start = 0
     for part in batch.split(max(1, len(batch.sumsq) // num_parts)):
@@ -191,7 +209,7 @@ def _parts(batch: Batch, num_parts: int = 8) -> Iterator[tuple[Batch, slice]]:
 
 
 def _update(
-    stacks: Sequence[Stack], directions: Tensor, columns: slice, group: dict[str, Any], options: Options
+    stacks: Sequence[ParamMatrices], directions: Tensor, columns: slice, group: dict[str, Any], options: Options
 ) -> None:
     """Update these columns of the parameters by `directions` [batch, rows, cols], scaled by that shape."""
     with written([stack.param for stack in stacks]) as params:
@@ -218,7 +236,7 @@ def _factors(shape: Sequence[int], group: dict[str, Any]) -> tuple[Tensor, Tenso
     return factors(lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
 
 
-def _places(stacks: Sequence[Stack], first_column: int) -> dict[str, Any]:
+def _places(stacks: Sequence[ParamMatrices], first_column: int) -> dict[str, Any]:
     """What the random bits of stochastic rounding depend on, in the order of the matrices."""
     if stacks[0].key is None:
         return {}

@@ -1,6 +1,6 @@
 """Non-finite gradients: found before anything is written, told at once on the CPU, without a wait on other devices.
 
-A `Verdict` is what one step found. On the CPU, and for `on_nonfinite="raise_at_once"`, it is read before the step
+A `GradientCheck` is what one step found. On the CPU, and for `on_nonfinite="raise_at_once"`, it is read before the step
 writes. Elsewhere the step goes on with `skip`, a number on each device that stops its kernels from writing; a copy of
 the flags travels to the host meanwhile and is read when the next step begins, or the state is asked for. By then the
 device has passed that point, unless the host runs more than a whole step ahead and has to wait here: what happens does
@@ -36,7 +36,7 @@ class NonFiniteGradientError(RuntimeError):
         return type(self), (self.names, self.step)
 
 
-class Verdict:
+class GradientCheck:
     """Whether the gradients of one step are finite.
 
     Args:
@@ -92,13 +92,13 @@ class Verdict:
             self.advanced.pop().sub_(1)
 
 
-class PartialVerdict:
+class PerParamGradientCheck:
     """Of a step whose parameters were stepped one by one: each was skipped alone where its gradient is not finite, so
     that the step as a whole was done."""
 
     is_whole = is_scaled = False
 
-    def __init__(self, parts: Sequence[Verdict]) -> None:
+    def __init__(self, parts: Sequence[GradientCheck]) -> None:
         self._parts, self.step = parts, parts[0].step
 
     def nonfinite_names(self) -> list[str]:

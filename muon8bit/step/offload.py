@@ -39,7 +39,7 @@ _ALIGNMENT = 512
 
 
 @dataclass(frozen=True)
-class Job:
+class OffloadTask:
     """Work on parameters of one device that needs state: `written` is read and changed, `read` is only read.
 
     `run` gets the tensors of `written`, then those of `read`, on the device, each contiguous, and must keep none of
@@ -58,7 +58,7 @@ class Job:
         return [*self.written, *self.read]
 
 
-class Lane:
+class CopyStream:
     """The copies between the host and one device, here done at once. A copy is a pair: to where, from where."""
 
     def __init__(self, device: torch.device) -> None:
@@ -89,7 +89,7 @@ class Lane:
             target.copy_(source, non_blocking=not is_waited_for)
 
 
-class CudaLane(Lane):
+class CudaCopyStream(CopyStream):
     """Copies on a stream beside the current one. All that is specific to CUDA is here."""
 
     def __init__(self, device: torch.device) -> None:
@@ -122,14 +122,14 @@ class CudaLane(Lane):
         self._copies.synchronize()
 
 
-def lane_of(device: torch.device) -> Lane | None:
+def lane_of(device: torch.device) -> CopyStream | None:
     """How state comes from the host to `device`; None for the host itself."""
     if device.type == "cpu":
         return None
-    return CudaLane(device) if device.type == "cuda" else Lane(device)
+    return CudaCopyStream(device) if device.type == "cuda" else CopyStream(device)
 
 
-class Staging:
+class StateOffload:
     """Where state lives, and how it comes to the device.
 
     Args:
@@ -138,7 +138,7 @@ class Staging:
 
     def __init__(self, state_device: str | None) -> None:
         self.state_device = state_device
-        self._lanes: dict[torch.device, Lane | None] = {}
+        self._lanes: dict[torch.device, CopyStream | None] = {}
 
     def __reduce__(self) -> tuple[type, tuple[str | None]]:
         return type(self), (self.state_device,)  # streams belong to their process
@@ -158,9 +158,9 @@ class Staging:
         tensor = tensor.to(self.state_device)
         return tensor.pin_memory() if device.type == "cuda" and not tensor.is_pinned() else tensor
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[OffloadTask]) -> None:
         """Do them, for each device in their order, with the state of the next job on its way."""
-        by_device: dict[torch.device, list[Job]] = {}
+        by_device: dict[torch.device, list[OffloadTask]] = {}
         for job in jobs:
             by_device.setdefault(job.device, []).append(job)
         for device, own in by_device.items():
@@ -177,7 +177,7 @@ class Staging:
             if lane is not None:
                 lane.synchronize()
 
-    def _lane(self, device: torch.device) -> Lane | None:
+    def _lane(self, device: torch.device) -> CopyStream | None:
         if device not in self._lanes:
             self._lanes[device] = None if self.state_device is None else lane_of(device)
         return self._lanes[device]
@@ -193,7 +193,7 @@ def buffer_bytes(jobs: Sequence[int]) -> list[int]:
     return [max(jobs[i::NUM_BUFFERS]) for i in range(min(NUM_BUFFERS, len(jobs)))]
 
 
-def _run_staged(lane: Lane, jobs: Sequence[Job]) -> None:
+def _run_staged(lane: CopyStream, jobs: Sequence[OffloadTask]) -> None:
     sizes = buffer_bytes([sum(aligned_bytes(t.numel() * t.itemsize) for t in job.tensors) for job in jobs])
     buffers = [torch.empty(size, dtype=torch.uint8, device=lane.device) for size in sizes]
 

@@ -22,7 +22,7 @@ from ..config import (
     DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
 )
-from ..orthogonalize import choose, diverges, resolve
+from ..orthogonalize import choose_method, diverges, resolve_coefficients
 from . import adamw8bit
 from .dense import is_overlapping, why_not_dense, why_not_written
 
@@ -170,9 +170,9 @@ def check_schedule(group: dict[str, Any], ns_dtype: torch.dtype | None, where: s
     """Raise ValueError for coefficients that this dtype of Newton-Schulz cannot hold: a step is too late for it."""
     if group["algorithm"] != "muon":
         return
-    schedule = resolve(group["ns_coefficients"], group["ns_steps"])
+    schedule = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
     try:
-        choose(1, 1, schedule, "cpu", ns_dtype)
+        choose_method(1, 1, schedule, "cpu", ns_dtype)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
     if diverges(schedule):
@@ -248,7 +248,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     require("split_dim", not (sizes and options["flatten"] and options["split_dim"] == -1), "-2 beside flatten=True")
     require("adjust_lr_fn", is_choice(options["adjust_lr_fn"], (None, *ADJUST_LR)), f"None or one of {ADJUST_LR}")
     try:
-        resolve(options["ns_coefficients"], options["ns_steps"])
+        resolve_coefficients(options["ns_coefficients"], options["ns_steps"])
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
 

@@ -11,30 +11,30 @@ from torch import Tensor
 
 from ..config import STEP_KEY, Options
 from . import adamw, adamw_chunks, clipping, muon
-from .adamw_chunks import Piece
+from .adamw_chunks import AdamWChunk
 from .commit import Commit
 from .dense import fake_mode_of, is_fake
-from .local_params import Entry, entries_of, new_state, own_state
-from .matrix_batches import Batch, Stack, stacks_of
-from .nonfinite import Verdict
-from .offload import Job, Staging
+from .local_params import LocalParam, entries_of, new_state, own_state
+from .matrix_batches import MatrixBatch, ParamMatrices, stacks_of
+from .nonfinite import GradientCheck
+from .offload import OffloadTask, StateOffload
 from .options import describe
 
 if TYPE_CHECKING:
-    from ..distributed import Bundle, Gathering, Team
+    from ..distributed import Gathering, RankGroup, ShardedBatch
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Work:
+class GroupStep:
     """What one group does at this step; an AdamW group has no batches. `bundles`: of matrices that need other ranks."""
 
     group: dict[str, Any]
     group_index: int
-    entries: list[Entry]
-    batches: list[Batch]
-    bundles: list[Bundle]
+    entries: list[LocalParam]
+    batches: list[MatrixBatch]
+    bundles: list[ShardedBatch]
     clips: list[clipping.Clip]
 
     def found(self) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
@@ -46,7 +46,7 @@ class Work:
         """Parameters of this rank alone, and what is finite where their gradients are: fp32."""
         for batch in self.batches:
             yield [stack.param_index for stack in batch.stacks for _ in range(stack.num_matrices)], batch.sumsq
-        by_device: dict[torch.device, list[Entry]] = {}
+        by_device: dict[torch.device, list[LocalParam]] = {}
         for entry in self.entries:
             if entry.momentum is None:
                 by_device.setdefault(entry.grad.device, []).append(entry)
@@ -84,7 +84,7 @@ def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([pair.float().square().sum() for pair in ends])
 
 
-def gathering(work: Sequence[Work], team: Team, options: Options, found_inf: Tensor | None) -> Gathering:
+def gathering(work: Sequence[GroupStep], team: RankGroup, options: Options, found_inf: Tensor | None) -> Gathering:
     """What this rank gives to the step's all-gather: computed and allocated, without communication."""
     values = [] if found_inf is None else [torch.where(found_inf.reshape(()) != 0, torch.nan, 0.0).to(team.device)]
     values += [value for members in work for value in members.flags()]
@@ -94,12 +94,12 @@ def gathering(work: Sequence[Work], team: Team, options: Options, found_inf: Ten
 
 
 def found(
-    work: Sequence[Work],
-    team: Team | None = None,
+    work: Sequence[GroupStep],
+    team: RankGroup | None = None,
     gathering: Gathering | None = None,
     found_inf: Tensor | None = None,
 ) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
-    """What `Verdict` takes, of all groups; with a team it is that of all ranks, and the bundles have their norms."""
+    """What `GradientCheck` takes, of all groups; with a team that of all ranks, and the bundles have their norms."""
 
     def of_scaler() -> list[str]:
         return ["what the GradScaler has looked at"]
@@ -136,10 +136,10 @@ def read(
     groups: Sequence[dict[str, Any]],
     state: Mapping[Tensor, dict[str, Any]],
     options: Options,
-    team: Team | None,
-    staging: Staging,
+    team: RankGroup | None,
+    staging: StateOffload,
     num_before: int = 0,
-) -> list[Work]:
+) -> list[GroupStep]:
     """First phase.
 
     Args:
@@ -154,7 +154,7 @@ def read(
         clipping.check_not_sharded(group, index)
         entries = list(entries_of(group, index, num_before, state, team, staging))
         num_before += len(group["params"])
-        stacks: list[Stack] = []
+        stacks: list[ParamMatrices] = []
         for entry in entries:
             if entry.grad.is_meta:
                 name = describe(group, index, entry.index)
@@ -168,7 +168,7 @@ def read(
             clips += [] if clip is None else [clip]
         shared = [entry for entry in entries if entry.is_shared]
         bundles = team.bundled(shared, group, index, _on(team.device, options, None)) if team and shared else []
-        work.append(Work(group, index, entries, muon.read(stacks, group, options, staging), bundles, clips))
+        work.append(GroupStep(group, index, entries, muon.read(stacks, group, options, staging), bundles, clips))
     return work
 
 
@@ -179,7 +179,7 @@ def is_dry(groups: Sequence[dict[str, Any]]) -> bool:
 
 
 def dry_run(
-    groups: Sequence[dict[str, Any]], state: State, team: Team | None, staging: Staging, num_before: int = 0
+    groups: Sequence[dict[str, Any]], state: State, team: RankGroup | None, staging: StateOffload, num_before: int = 0
 ) -> None:
     """Make the state that a step would make, and count that step, of parameters without values. Arguments: of `read`.
 
@@ -204,12 +204,12 @@ def dry_run(
 
 
 def write(
-    work: Sequence[Work],
+    work: Sequence[GroupStep],
     state: State,
     options: Options,
-    verdict: Verdict | None,
-    team: Team | None,
-    staging: Staging,
+    verdict: GradientCheck | None,
+    team: RankGroup | None,
+    staging: StateOffload,
     commit: Commit,
 ) -> None:
     """Second phase; with a verdict that is not yet known, its `skip` keeps the kernels from writing.
@@ -239,13 +239,13 @@ def write(
 
 
 def _prepared(
-    work: Sequence[Work],
+    work: Sequence[GroupStep],
     state: State,
     options: Options,
-    verdict: Verdict | None,
-    staging: Staging,
+    verdict: GradientCheck | None,
+    staging: StateOffload,
     commit: Commit,
-) -> list[Job]:
+) -> list[OffloadTask]:
     """The jobs of what is this rank's own, with the state that they need, and memory tried."""
     new = {
         entry.param: new_state(entry, members.group, staging)
@@ -263,7 +263,7 @@ def _prepared(
         for clips in (members.clips, *(bundle.clips for bundle in members.bundles)):
             for clip in clips:
                 commit.then(clip.apply_)
-    jobs: list[Job] = []
+    jobs: list[OffloadTask] = []
     for members in work:
         for batch in members.batches:
             jobs += muon.jobs(batch, members.group, _on(batch.sumsq.device, options, verdict), commit)
@@ -280,19 +280,19 @@ def _prepared(
     return jobs
 
 
-def _pieces(work: Work, state: Mapping[Tensor, dict[str, Any]]) -> dict[torch.device, list[Piece]]:
+def _pieces(work: GroupStep, state: Mapping[Tensor, dict[str, Any]]) -> dict[torch.device, list[AdamWChunk]]:
     """The parameters of an AdamW group, by their devices."""
-    by_device: dict[torch.device, list[Piece]] = {}
+    by_device: dict[torch.device, list[AdamWChunk]] = {}
     for e in work.entries:
         if e.momentum is None:
             own = own_state(state[e.param])
             own = e.layout.unwrapped(own) if e.layout else own
-            piece = Piece(e.local, e.grad, own, e.key, e.first, e.param.numel())
+            piece = AdamWChunk(e.local, e.grad, own, e.key, e.first, e.param.numel())
             by_device.setdefault(e.local.device, []).append(piece)
     return by_device
 
 
-def _on(device: torch.device, options: Options, verdict: Verdict | None) -> Options:
+def _on(device: torch.device, options: Options, verdict: GradientCheck | None) -> Options:
     """The options of one step on a device: whether it is skipped, and what its gradients are divided by."""
     scale = options.grad_scale
     if scale is not None and scale.device != device:

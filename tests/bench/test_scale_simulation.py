@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.gpu.workloads import Llama
 from benchmarks.scaling import simulation
-from benchmarks.scaling.model import Machine, Traffic, matrices_of, moonlight, operations, shards_of, simulate
+from benchmarks.scaling.model import Machine, SimulatedTraffic, matrices_of, moonlight, operations, shards_of, simulate
 from benchmarks.scaling.simulation import MODELS
 
 KIND, MACHINE = "cuda_sm90", Machine()
@@ -53,7 +53,7 @@ def test_replicas_get_all_of_their_share_of_o():
 def test_bytes_of_a_rank_are_split_between_node_and_network():
     """One matrix at rank 0 of 4, in nodes of two: one piece stays in the node, two come over the network."""
     machine = replace(MACHINE, node_size=2, node_gb_s=100.0, network_gb_s=10.0)
-    traffic = Traffic(4, machine)
+    traffic = SimulatedTraffic(4, machine)
     for source in (1, 2, 3):
         traffic.add(source, 0, 10**6)
     assert traffic.received == [[10**6, 0, 0, 0], [2 * 10**6, 0, 0, 0]]

@@ -7,14 +7,14 @@ import torch
 from benchmarks.scaling import traffic
 from benchmarks.scaling.model import matrices_of
 from muon8bit.distributed.assignment import gathered_bytes, plan
-from muon8bit.orthogonalize import choose, resolve
+from muon8bit.orthogonalize import choose_method, resolve_coefficients
 
 
 def test_a_layer_in_bf16_moves_a_quarter_of_its_momenta_in_fp32():
     """On 4 ranks: pieces there and back in bf16, and one fp32 sum a row and block of 2048."""
-    layer, schedule = traffic.LAYER, resolve("jordan", 5)
+    layer, schedule = traffic.LAYER, resolve_coefficients("jordan", 5)
     matrices = [
-        matrix._replace(path=choose(matrix.rows, matrix.cols, schedule, "cuda_sm90", torch.bfloat16, tiny=False))
+        matrix._replace(path=choose_method(matrix.rows, matrix.cols, schedule, "cuda_sm90", torch.bfloat16, tiny=False))
         for matrix in matrices_of(layer, 4, 1, "cuda_sm90")
     ]
     elements = sum(rows * cols for rows, cols in layer.linears())

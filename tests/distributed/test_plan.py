@@ -11,10 +11,10 @@ import pytest
 import torch
 from helpers.spreads import expert, replicated, sharded, sharded_state
 
-from muon8bit.distributed.assignment import Plan, gathered_bytes, plan
-from muon8bit.distributed.matrix_sharding import Region, Spread
+from muon8bit.distributed.assignment import Assignment, gathered_bytes, plan
+from muon8bit.distributed.matrix_sharding import MatrixSharding, Region
 from muon8bit.distributed.route import Matrix
-from muon8bit.orthogonalize import Path, choose, resolve
+from muon8bit.orthogonalize import NSMethod, choose_method, resolve_coefficients
 
 LARGE = 2**40
 SPREADS = {
@@ -33,15 +33,15 @@ SPREADS = {
 }
 
 
-def path(cost: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Path:
-    return Path("standard", dtype, cost=cost)
+def path(cost: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> NSMethod:
+    return NSMethod("standard", dtype, cost=cost)
 
 
-def gram_path(num_segments: int = 1) -> Path:
-    return Path("gram", torch.float32, segments=(5,) * num_segments, cost=1.0)
+def gram_path(num_segments: int = 1) -> NSMethod:
+    return NSMethod("gram", torch.float32, segments=(5,) * num_segments, cost=1.0)
 
 
-def shape_of(spread: Spread) -> tuple[int, int]:
+def shape_of(spread: MatrixSharding) -> tuple[int, int]:
     present = [region for region in spread.held if region]
     return max(region.rows[1] for region in present), max(region.cols[1] for region in present)
 
@@ -76,7 +76,7 @@ def random_case(seed: int) -> tuple[int, list[Matrix]]:
     return num_ranks, matrices
 
 
-def counted_bytes(planned: Plan) -> tuple[list[int], list[int]]:
+def counted_bytes(planned: Assignment) -> tuple[list[int], list[int]]:
     """Sent and received by rank, from painted matrices: what is not where it is needed comes from somewhere else."""
     num_ranks = len(planned.load)
     sent, received = [0] * num_ranks, [0] * num_ranks
@@ -168,10 +168,10 @@ def test_bytes_match_hand_counts():
 
 def test_bytes_of_a_llama_layer_are_a_quarter_of_gathered_fp32_momenta():
     """Llama-3.2-1B in bf16 on 4 ranks: X and O once each, instead of everything in fp32 to everyone; row sums too."""
-    schedule = resolve("jordan", 5)
+    schedule = resolve_coefficients("jordan", 5)
     shapes = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)]
     matrices = [
-        Matrix(*s, sharded(*s, 4), choose(*s, schedule, "cuda_sm90", torch.bfloat16, tiny=False)) for s in shapes
+        Matrix(*s, sharded(*s, 4), choose_method(*s, schedule, "cuda_sm90", torch.bfloat16, tiny=False)) for s in shapes
     ]
     planned = plan(matrices, 4, 2**29)
     sums = 4 * gathered_bytes([sum(rows // 4 * -(-cols // 2048) for rows, cols in shapes)] * 4)
@@ -260,7 +260,7 @@ def test_gram_route_is_not_taken_where_it_cannot_be():
 
 def test_gram_route_loads_the_owner_with_the_iteration_alone():
     """5 steps on [64, 64]: R^2 in each, three more products in all but the last, 34 * 64^3; R and O 4 * 64^2 * 4096."""
-    how = Path("gram", torch.float32, segments=(5,), cost=34 * 64**3 + 4 * 64**2 * 4096)
+    how = NSMethod("gram", torch.float32, segments=(5,), cost=34 * 64**3 + 4 * 64**2 * 4096)
     planned = plan([Matrix(4096, 64, sharded(4096, 64, 4), how)], 4, LARGE)
     assert planned.routes == ("gram",)
     assert planned.load == pytest.approx((34 * 64**3, 0, 0, 0))
@@ -325,4 +325,4 @@ def test_spreads_that_cannot_be_planned_are_refused():
     top, rest = Region((0, 3), (0, 4)), Region((3, 6), (0, 4))
     for held in ((top, None), (top, Region((2, 6), (0, 4))), (top, Region((3, 6), (0, 3))), (rest, rest)):
         with pytest.raises(ValueError, match=r"held parts of a matrix \[6, 4\] are no tiling"):
-            plan([Matrix(6, 4, Spread(held, held), path())], 2, LARGE)
+            plan([Matrix(6, 4, MatrixSharding(held, held), path())], 2, LARGE)

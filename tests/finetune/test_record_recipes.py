@@ -98,7 +98,7 @@ def test_steps_of_a_recipe_take_the_estimates_memory(name):
     config.update({**recipe_peaks.TINY, **SMALL})
     recipe = replace(recipe, max_length=256, loss_chunk=64)
     estimate = Estimator(config).estimate(replace(recipe_peaks.setup_of(recipe), device="cpu"))
-    training = recipe_peaks.Training(recipe, config)
+    training = recipe_peaks.RecipeTraining(recipe, config)
     training.step()
     tracker = MemTracker()
     optimizers = [optimizer.optimizer for optimizer in training.optimizers]

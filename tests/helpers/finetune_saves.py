@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from finetune.config.errors import RanksError, StorageError
+from finetune.config.errors import OtherRankError, StorageError
 from finetune.parallel import ranks, watch
 
 
@@ -37,7 +37,7 @@ def save(rank, folder, fault, waits_inside):
     except StorageError as error:
         print(error, file=sys.stderr)
         os._exit(10)
-    except RanksError as error:
+    except OtherRankError as error:
         print(error, file=sys.stderr)
         os._exit(20)
     dist.barrier()

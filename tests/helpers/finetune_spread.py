@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.config.errors import InputError, RanksError
+from finetune.config.errors import InputError, OtherRankError
 from finetune.config.recipe import DEFAULT_RECIPE, read_recipe
 from finetune.parallel.ranks import connect
 from finetune.parallel.sharding import build_once, spread
@@ -72,7 +72,7 @@ def spread_models(rank: int, kind: type) -> None:
             if rank == failing:
                 raise ValueError("no memory")
 
-        with pytest.raises(ValueError if rank == failing else RanksError, match="no memory") as raised:
+        with pytest.raises(ValueError if rank == failing else OtherRankError, match="no memory") as raised:
             (build_once if failing == 0 else replicated)(accelerator, recipe, fail)
         assert rank == failing or str(raised.value) == f"process {failing} failed: ValueError: no memory"
 

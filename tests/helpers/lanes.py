@@ -8,7 +8,7 @@ import torch
 from muon8bit.step import offload
 
 
-class Early(offload.Lane):
+class Early(offload.CopyStream):
     """Every copy is done at once, as early as CUDA may do it; what was written back is lost on the device, so that
     whoever still used it would see."""
 
@@ -18,7 +18,7 @@ class Early(offload.Lane):
             source.view(-1).view(torch.uint8).fill_(0xAB)
 
 
-class Late(offload.Lane):
+class Late(offload.CopyStream):
     """A stream of copies that are done as late as CUDA may do them: when the work waits for one, all before it, the
     rest when the host waits."""
 
@@ -42,7 +42,7 @@ class Late(offload.Lane):
             self._copy(self.pending.pop(0))
 
 
-class Recorded(offload.Lane):
+class Recorded(offload.CopyStream):
     """Keeps what happened, and where the buffers were."""
 
     def __init__(self, device):

@@ -85,7 +85,7 @@ def is_refused(world, name):
 
 def bad_step(world, mode):
     """A step that is not waited for, with a NaN on one rank: no trace of it on any, nor in what is gathered then."""
-    original, nonfinite.Verdict.is_asynchronous = nonfinite.Verdict.is_asynchronous, True
+    original, nonfinite.GradientCheck.is_asynchronous = nonfinite.GradientCheck.is_asynchronous, True
     try:
         single, shared = runs(world, mode, 3, "bf16", ROWS, on_nonfinite="skip")
         single.train([1])
@@ -100,7 +100,7 @@ def bad_step(world, mode):
                 assert_same(tensors, single.optimizer.state_dict()["state"][index])
         shared.train([2])
     finally:
-        nonfinite.Verdict.is_asynchronous = original
+        nonfinite.GradientCheck.is_asynchronous = original
     assert shared.optimizer.num_skipped_steps == 1
     single.train([2])
     assert_same(shared.state_whole(), single.state_whole())

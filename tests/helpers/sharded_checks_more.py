@@ -154,8 +154,8 @@ def bad_gradients(world, mode, name, policy, is_asynchronous):
     local = grad.to_local() if isinstance(grad, DTensor) else grad
     if dist.get_rank() == (0 if name == "bias" else 2):
         local.view(-1)[-1] = torch.nan
-    original = nonfinite.Verdict.is_asynchronous
-    nonfinite.Verdict.is_asynchronous = is_asynchronous
+    original = nonfinite.GradientCheck.is_asynchronous
+    nonfinite.GradientCheck.is_asynchronous = is_asynchronous
     try:
         if policy == "skip":
             run.optimizer.step()
@@ -170,7 +170,7 @@ def bad_gradients(world, mode, name, policy, is_asynchronous):
         for either in (run, twin):
             either.train([3])
     finally:
-        nonfinite.Verdict.is_asynchronous = original
+        nonfinite.GradientCheck.is_asynchronous = original
     assert_same(run.state_whole(), twin.state_whole())
     assert_same(run.params_whole(), twin.params_whole())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from muon8bit.distributed.matrix_sharding import Region, Span, Spread
+from muon8bit.distributed.matrix_sharding import MatrixSharding, Region, Span
 
 
 def chunks(length: int, num_ranks: int) -> list[Span]:
@@ -17,23 +17,23 @@ def grid(rows: int, cols: int, row_ranks: int, col_ranks: int = 1, replicas: int
     return tuple(cell if cell.num_elements else None for cell in cells) * replicas
 
 
-def sharded(rows: int, cols: int, row_ranks: int, col_ranks: int = 1, replicas: int = 1) -> Spread:
+def sharded(rows: int, cols: int, row_ranks: int, col_ranks: int = 1, replicas: int = 1) -> MatrixSharding:
     held = grid(rows, cols, row_ranks, col_ranks, replicas)
-    return Spread(held, held)
+    return MatrixSharding(held, held)
 
 
-def replicated(rows: int, cols: int, num_ranks: int) -> Spread:
+def replicated(rows: int, cols: int, num_ranks: int) -> MatrixSharding:
     """Data parallel."""
     return sharded(rows, cols, 1, replicas=num_ranks)
 
 
-def sharded_state(rows: int, cols: int, num_ranks: int) -> Spread:
+def sharded_state(rows: int, cols: int, num_ranks: int) -> MatrixSharding:
     """Data parallel with the momentum sharded over its rows."""
-    return Spread(grid(rows, cols, num_ranks), grid(rows, cols, 1, replicas=num_ranks))
+    return MatrixSharding(grid(rows, cols, num_ranks), grid(rows, cols, 1, replicas=num_ranks))
 
 
-def expert(rows: int, cols: int, holders: list[int], num_ranks: int) -> Spread:
+def expert(rows: int, cols: int, holders: list[int], num_ranks: int) -> MatrixSharding:
     """Whole, on some of the ranks."""
     whole = Region((0, rows), (0, cols))
     held = tuple(whole if rank in holders else None for rank in range(num_ranks))
-    return Spread(held, held)
+    return MatrixSharding(held, held)

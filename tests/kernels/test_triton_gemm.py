@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from muon8bit_kernels.triton import gemm
-from muon8bit_kernels.triton.gemm_tilings import NUM_PROCESSORS, TILINGS, Tiling, num_tiles, tiling_for
+from muon8bit_kernels.triton.gemm_tilings import NUM_PROCESSORS, TILINGS, GemmTiling, num_tiles, tiling_for
 
-SQUARE, WIDE = Tiling(16, 16, 16, 4, 2), Tiling(16, 32, 16, 4, 2)
+SQUARE, WIDE = GemmTiling(16, 16, 16, 4, 2), GemmTiling(16, 32, 16, 4, 2)
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # (batch, n, k): less than a tile, exactly one, one and a bit, several, tails along k, more than a group of squares
 SHAPES = [(1, 1, 1), (1, 5, 3), (3, 16, 16), (1, 17, 40), (3, 33, 16), (1, 48, 50), (1, 100, 32), (1, 150, 16)]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..batches import Rows, batch_shape
+from ..batches import StackedRows, batch_shape
 from ..codebooks import Codebook
 from .momentum import _block_scales, _buffers, _encode_, _Piece, _pieces, _State
 
@@ -44,8 +44,8 @@ def _walk(
     buffers = _buffers(2, batch * rows, width, codes[0].device)
     for cols, blocks in _cut(first_col, width, block_size):
         here = [[t[..., cols] for t in stacks] for stacks in (codes, grads)]
-        of_blocks = None if scales is None else Rows([t[..., blocks] for t in scales])
-        state = _State(Rows(here[0]), of_blocks, Rows(here[1]), beta, codebook)
+        of_blocks = None if scales is None else StackedRows([t[..., blocks] for t in scales])
+        state = _State(StackedRows(here[0]), of_blocks, StackedRows(here[1]), beta, codebook)
         for piece in _pieces(batch * rows, cols.stop - cols.start, block_size):
             m, scaled_grad = state.momentum(piece, *buffers)
             there = slice(cols.start + piece.cols.start, cols.start + piece.cols.stop)
@@ -109,7 +109,7 @@ def momentum_apply_cut(
         return
     _, rows, _ = batch_shape(codes)
     inverses = norms.reciprocal().clamp_(max=torch.finfo(torch.float32).max)
-    row_inverses, target = inverses.repeat_interleave(rows).view(-1, 1, 1), Rows([out])
+    row_inverses, target = inverses.repeat_interleave(rows).view(-1, 1, 1), StackedRows([out])
     of_rows = None if new_scales is None else new_scales.flatten(0, 1)
     for state, piece, cols, block, m, scaled_grad in _walk(codes, scales, grads, beta, codebook, first_col, block_size):
         u = (m * beta).add_(scaled_grad) if nesterov else m.clone()
@@ -118,4 +118,4 @@ def momentum_apply_cut(
             m = _encode_(m, of_rows[piece.rows, block : block + m.shape[1]], codebook)
         state.codes.write(piece.rows, piece.cols, m.flatten(1))
     if scales is not None and of_rows is not None:
-        Rows(scales).write(slice(0, len(of_rows)), slice(0, of_rows.shape[1]), of_rows)
+        StackedRows(scales).write(slice(0, len(of_rows)), slice(0, of_rows.shape[1]), of_rows)

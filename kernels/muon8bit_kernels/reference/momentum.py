@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..batches import Rows, batch_shape
+from ..batches import StackedRows, batch_shape
 from ..codebooks import (
     CODE_DTYPES,
     LINEAR_MAX,
@@ -134,9 +134,9 @@ def dequantize(codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size:
 class _State:
     """What a momentum step works on; see `momentum_stats`."""
 
-    codes: Rows
-    scales: Rows | None
-    grads: Rows
+    codes: StackedRows
+    scales: StackedRows | None
+    grads: StackedRows
     beta: float
     codebook: Codebook | None
 
@@ -174,7 +174,9 @@ def momentum_stats(
     """
     batch, rows, cols = batch_shape(codes)
     sumsq = torch.empty(batch, rows, num_blocks(cols, block_size), dtype=torch.float32, device=codes[0].device)
-    state = _State(Rows(codes), None if scales is None else Rows(scales), Rows(grads), beta, codebook)
+    state = _State(
+        StackedRows(codes), None if scales is None else StackedRows(scales), StackedRows(grads), beta, codebook
+    )
     buffers = _buffers(2, batch * rows, cols, sumsq.device)
     for piece in _pieces(batch * rows, cols, block_size):
         m, scaled_grad = state.momentum(piece, *buffers)
@@ -207,9 +209,11 @@ def momentum_apply(
     if skip is not None and skip.item() != 0:
         return
     batch, rows, cols = batch_shape(codes)
-    state = _State(Rows(codes), None if scales is None else Rows(scales), Rows(grads), beta, codebook)
+    state = _State(
+        StackedRows(codes), None if scales is None else StackedRows(scales), StackedRows(grads), beta, codebook
+    )
     inverses = norms.reciprocal().clamp_(max=torch.finfo(torch.float32).max)  # a zero momentum stays zero
-    row_inverses, target = inverses.repeat_interleave(rows).view(-1, 1, 1), Rows([out])
+    row_inverses, target = inverses.repeat_interleave(rows).view(-1, 1, 1), StackedRows([out])
     buffers = _buffers(3, batch * rows, cols, out.device)
     for piece in _pieces(batch * rows, cols, block_size):
         m, scaled_grad = state.momentum(piece, *buffers[:2])

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..batches import Rows, batch_shape
+from ..batches import StackedRows, batch_shape
 from ..random_bits import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2, signed
 
 # Elements that one pass works on: its temporaries stay in a core's cache.
@@ -95,7 +95,7 @@ def update_params(
     if not isinstance(scale, Tensor):  # in fp32, as a kernel gets it: 1e-46 is 0 there
         scale = torch.tensor(scale, dtype=torch.float32, device="cpu").item()
     batch, rows, cols = batch_shape(params)
-    old, towards, device, every = Rows(params), Rows([directions]), directions.device, slice(0, cols)
+    old, towards, device, every = StackedRows(params), StackedRows([directions]), directions.device, slice(0, cols)
     if keys is not None:
         row_keys = torch.tensor(keys, dtype=torch.int32, device=device).repeat_interleave(rows).unsqueeze(1)
         row_starts = torch.tensor(firsts or [0] * batch, dtype=torch.int64, device=device).unsqueeze(1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.products import check_operands
-from .gemm_tilings import Tiling, num_tiles, tiling_for
+from .gemm_tilings import GemmTiling, num_tiles, tiling_for
 
 # Squares of this many rows are walked column by column: programs that run together share their operands in L2.
 _GROUP = tl.constexpr(8)
@@ -175,7 +175,7 @@ def _launch(
     B: Tensor,
     D: Tensor | None,
     factors: tuple[float, float, float],
-    tiling: Tiling,
+    tiling: GemmTiling,
     with_descriptors: bool,
 ) -> Tensor:
     """Run the kernel with (alpha, beta, diagonal) in this tiling, through descriptors if asked for and possible."""

@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Tiling:
+class GemmTiling:
     """Elements of a tile (block_m x block_n) and of a step along k, warps, pipeline stages.
 
     `rate` is the share of the tensor cores that the traffic in shared memory leaves busy, by counting bytes; it only
@@ -24,26 +24,26 @@ class Tiling:
 
 
 # Half precision, by compute capability. All of them compile without spilling for either order of the operands.
-TILINGS: dict[int | None, tuple[Tiling, ...]] = {
-    80: (Tiling(64, 64, 64, 4, 4, 0.6), Tiling(128, 128, 32, 4, 4, 0.9), Tiling(128, 256, 32, 8, 4)),
-    90: (Tiling(64, 64, 64, 4, 4, 0.5), Tiling(128, 128, 64, 4, 3, 0.8), Tiling(128, 256, 64, 8, 4)),
-    100: (Tiling(64, 64, 64, 4, 4, 0.4), Tiling(128, 128, 64, 8, 4, 0.7), Tiling(128, 256, 64, 8, 4)),
+TILINGS: dict[int | None, tuple[GemmTiling, ...]] = {
+    80: (GemmTiling(64, 64, 64, 4, 4, 0.6), GemmTiling(128, 128, 32, 4, 4, 0.9), GemmTiling(128, 256, 32, 8, 4)),
+    90: (GemmTiling(64, 64, 64, 4, 4, 0.5), GemmTiling(128, 128, 64, 4, 3, 0.8), GemmTiling(128, 256, 64, 8, 4)),
+    100: (GemmTiling(64, 64, 64, 4, 4, 0.4), GemmTiling(128, 128, 64, 8, 4, 0.7), GemmTiling(128, 256, 64, 8, 4)),
 }
 # Any other: within the 99 KiB of shared memory that consumer GPUs give a program.
-TILINGS[None] = (TILINGS[80][0], Tiling(128, 128, 32, 8, 4, 0.8))
-FP32_TILING = Tiling(64, 64, 32, 4, 3)
+TILINGS[None] = (TILINGS[80][0], GemmTiling(128, 128, 32, 8, 4, 0.8))
+FP32_TILING = GemmTiling(64, 64, 32, 4, 3)
 # Multiprocessors of A100, H100 and H200, B200, and of a large consumer GPU; constants, not the device's own number, so
 # that a product takes one path on all variants of an architecture.
 NUM_PROCESSORS: dict[int | None, int] = {80: 108, 90: 132, 100: 148, None: 128}
 
 
-def num_tiles(n: int, batch: int, tiling: Tiling) -> int:
+def num_tiles(n: int, batch: int, tiling: GemmTiling) -> int:
     """Tiles that a symmetric product computes for `batch` results [n, n], of `block_m * block_n` elements each."""
     side = -(-n // tiling.block_n)
     return batch * (tiling.block_n // tiling.block_m) * side * (side + 1) // 2
 
 
-def tiling_for(n: int, batch: int, dtype: torch.dtype, architecture: int | None) -> Tiling:
+def tiling_for(n: int, batch: int, dtype: torch.dtype, architecture: int | None) -> GemmTiling:
     """The tiling for `batch` results [n, n]: the least time for the processor that gets the most tiles.
 
     Of 132 processors a result keeps 52% busy at n = 1024, 55% at 2048, 76% at 3072, all at 4096; 16 results of 1024
@@ -56,7 +56,7 @@ def tiling_for(n: int, batch: int, dtype: torch.dtype, architecture: int | None)
     if dtype == torch.float32:
         return FP32_TILING
 
-    def time(tiling: Tiling) -> float:
+    def time(tiling: GemmTiling) -> float:
         most_tiles = -(-num_tiles(n, batch, tiling) // NUM_PROCESSORS[architecture])
         return most_tiles * tiling.block_m * tiling.block_n / tiling.rate
 
