@@ -154,9 +154,15 @@ def test_reference_has_every_public_name_and_no_other():
 
 def test_files_named_in_the_map_exist():
     page = (DOCS / "design" / "architecture.md").read_text()
-    names = re.findall(r"^((?:muon8bit|kernels|finetune|tests|examples)/[\w/.]*)", page, re.MULTILINE)
-    assert len(names) > 12
-    assert all((ROOT / name).exists() for name in names), names
+    lines = re.findall(
+        r"^( *)((?:\w+/)*\w*\.?\w*)(?:  |$)", "".join(re.findall(r"```text\n(.*?)```", page, re.DOTALL)), re.MULTILINE
+    )
+    assert len(lines) > 30
+    folders = {0: ""}
+    for indent, name in lines:
+        path = folders[len(indent)] + name
+        folders[len(indent) + 2] = path
+        assert (ROOT / path).exists(), path
 
 
 def test_files_and_tests_named_in_text_exist():

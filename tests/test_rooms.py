@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,13 @@ def test_muon8bit_imports_no_library_that_it_integrates():
 def test_kernels_is_a_source_root_not_a_package():
     """An importable `kernels` would shadow the distribution of that name, which transformers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_no_class_name_stands_twice():
+    files = [
+        path for folder in ("muon8bit", "kernels", "finetune", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    classes = Counter(
+        n.name for path in files for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)
+    )
+    assert [name for name, count in classes.items() if count > 1] == []
