@@ -333,8 +333,8 @@ def test_released_steps_equal_ordinary_steps_bitwise_and_skip_alone(asynchronous
 GROUPS = {
     "codebook='linear' beside adamw_bits=8.*blows up": {"adamw_bits": 8, "codebook": "linear"},
     "codebook has no meaning": {"adamw_bits": 8, "codebook": "dynamic"},
-    r"adamw_bits must be one of \(8, 32\), not 16": {"adamw_bits": 16},
-    r"adamw_bits must be one of \(8, 32\), not True": {"adamw_bits": True},
+    r"adamw_bits must be one of .*, not 16": {"adamw_bits": 16},
+    r"adamw_bits must be one of .*, not True": {"adamw_bits": True},
     "adamw_bits has no meaning in a group of 'muon'": {"algorithm": "muon", "adamw_bits": 8},
 }
 

@@ -12,7 +12,7 @@ from muon8bit.orthogonalize.precision import accumulating_in_fp32
 # A process of its own: torch refuses to read one generation of settings once the other has been written.
 PROGRAM = """
 import torch
-from muon8bit.orthogonalize import Path, newton_schulz, orthogonalize, products, resolve
+from muon8bit.orthogonalize import NSMethod, newton_schulz, orthogonalize, products, resolve_coefficients
 
 def read():
     return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
@@ -26,7 +26,7 @@ products.Products.symmetric = spy
 {setting}
 before = read()
 x = torch.randn(1, 64, 128) / 100
-orthogonalize(x, resolve("jordan", 5), Path("gram", torch.float32, "vendor", (5,)))
+orthogonalize(x, resolve_coefficients("jordan", 5), NSMethod("gram", torch.float32, "vendor", (5,)))
 assert len(seen) > 5 and set(seen) == {{({inside!r}, {mkldnn_inside!r})}}, seen
 assert read() == before == ({outside!r}, {mkldnn_outside!r}), (before, read())
 {check}

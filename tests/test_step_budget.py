@@ -11,6 +11,7 @@ import torch
 
 import muon8bit
 from muon8bit import Muon8bit
+from muon8bit.step import momentum
 
 ROOTS = tuple(str(Path(package.__file__).parent) for package in (muon8bit, muon8bit_kernels))
 
@@ -39,7 +40,7 @@ def walked(algorithm, num_params=1):
     return codes, num_calls
 
 
-@pytest.mark.parametrize(("algorithm", "num_files", "num_functions"), [("muon", 28, 136), ("adamw", 15, 69)])
+@pytest.mark.parametrize(("algorithm", "num_files", "num_functions"), [("muon", 28, 135), ("adamw", 15, 69)])
 def test_a_step_enters_at_most_so_many_files_and_functions(algorithm, num_files, num_functions):
     codes, _ = walked(algorithm)
     assert len({code.co_filename for code in codes}) <= num_files
@@ -47,4 +48,19 @@ def test_a_step_enters_at_most_so_many_files_and_functions(algorithm, num_files,
 
 
 def test_one_more_matrix_of_a_shape_costs_at_most_so_many_calls():
-    assert walked("muon", 16)[1] - walked("muon", 8)[1] <= 8 * 29
+    assert walked("muon", 16)[1] - walked("muon", 8)[1] <= 8 * 30
+
+
+def test_momenta_of_a_shape_are_averaged_once(monkeypatch):
+    """Also those of the first batch, which are not written before its Newton-Schulz has returned."""
+    applied, original = [], momentum.apply_
+    monkeypatch.setattr(
+        momentum,
+        "apply_",
+        lambda momenta, *args, **more: applied.append(len(momenta)) or original(momenta, *args, **more),
+    )
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((16, 512), (512, 16)) for _ in range(8)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    Muon8bit(params).step()
+    assert applied == [8, 8]

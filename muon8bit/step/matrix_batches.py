@@ -82,6 +82,11 @@ class MatrixBatch:
         """With copies of the momenta, so that what is written there changes no state."""
         return self.on([tensor.clone() for tensor in momentum_tensors(self.stacks)])
 
+    def take(self, other: MatrixBatch) -> None:
+        """Write the momenta of the same matrices as `copied` has them; nothing where they are these."""
+        if other is not self:
+            torch._foreach_copy_(momentum_tensors(self.stacks), momentum_tensors(other.stacks))
+
     def split(self, size: int) -> Iterator[MatrixBatch]:
         """Its matrices in their order, `size` at a time."""
         done = 0

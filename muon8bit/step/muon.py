@@ -69,22 +69,29 @@ def _stats(
     sums.append(momentum.stats(momenta, grads, **_average(group), backend=options.backend).flatten(1).sum(1))
 
 
-def jobs(batch: MatrixBatch, group: dict[str, Any], options: Options, commit: Commit) -> Iterator[OffloadTask]:
+def jobs(
+    batch: MatrixBatch, group: dict[str, Any], options: Options, commit: Commit, *, is_first: bool
+) -> Iterator[OffloadTask]:
     """Second phase: each writes the new momenta of a part of the batch, orthogonalizes their exact values, updates the
-    parameters. Together they are bitwise the same wherever the momenta lie. The first one writes nothing before its
-    Newton-Schulz has returned."""
+    parameters. Together they are bitwise the same wherever the momenta lie. With `is_first` the first one works on
+    copies of the momenta, and writes nothing before its Newton-Schulz has returned."""
     schedule = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     kind = device_kind(batch.sumsq.device)
     if group["split_sizes"] is not None and group["split_dim"] == -1:
-        size, step = max(1, _half(options) // (4 * rows * cols)), _step_columns
-        one = 4 * rows * cols
+        budget, step, one = _half(options), _step_columns, 4 * rows * cols
+        size = max(1, budget // one)
     else:
         path = choose_method(rows, cols, schedule, kind, options.ns_dtype)
-        size, step = batch_size(path, rows, cols, kind, options.workspace_bytes - SMALL_WORKSPACE_BYTES), _step_whole
+        budget, step = options.workspace_bytes - SMALL_WORKSPACE_BYTES, _step_whole
+        size = batch_size(path, rows, cols, kind, budget)
         one = 0 if path.tiny else workspace_bytes(path, rows, cols, kind)
+    if is_first and one:  # room for the copies; twice, since they are there when the reference has most temporaries
+        one += 2 * sum(tensor[0].nbytes for tensor in batch.stacks[0].momentum.tensors)
+        size = min(size, max(1, budget // one))
     for part in batch.split(size):
-        run, count = partial(step, part, group, schedule, options, commit), len(part.sumsq)
+        run, count = partial(step, part, group, schedule, options, commit, is_first), len(part.sumsq)
+        is_first = False
         yield OffloadTask(batch.sumsq.device, run, written=momentum_tensors(part.stacks), workspace_bytes=count * one)
 
 
@@ -99,9 +106,10 @@ def _step_whole(
     schedule: Coefficients,
     options: Options,
     commit: Commit,
+    is_first: bool,
     staged: Sequence[Tensor] | None,
 ) -> None:
-    batch, is_first = batch.on(staged), staged is None and not commit.is_done
+    batch = batch.on(staged)
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     device = batch.sumsq.device
     path = choose_method(rows, cols, schedule, device_kind(device), options.ns_dtype)
@@ -111,12 +119,12 @@ def _step_whole(
         _step_tiny(batch, norms, group, schedule, options)
         commit()  # only now: what fails in one launch has not been launched
         return
+    copies = batch.copied() if is_first and staged is None else batch
     X = torch.empty(len(batch.sumsq), rows, cols, dtype=path.dtype, device=device)
-    (_apply_to_copies if is_first else _apply)(batch, norms, X, group, options)
+    _apply(copies, norms, X, group, options)
     X = orthogonalize(X, schedule, path, options.backend)
     commit()
-    if is_first:
-        _write_momenta(batch, norms, path.dtype, group, options)
+    batch.take(copies)
     _update(batch.stacks, X, slice(0, cols), group, options)
 
 
@@ -137,18 +145,19 @@ def _step_columns(
     schedule: Coefficients,
     options: Options,
     commit: Commit,
+    is_first: bool,
     staged: Sequence[Tensor] | None,
 ) -> None:
     """The momenta whole into fp32, then cut, each piece normalized by its own norm.
 
     The fp32 momenta get one half of the workspace budget, Newton-Schulz the other.
     """
-    batch, is_first = batch.on(staged), staged is None and not commit.is_done
+    batch = batch.on(staged)
+    copies = batch.copied() if is_first and staged is None else batch
     _, rows, cols = batch.stacks[0].momentum.codes.shape
     device, kind = batch.sumsq.device, device_kind(batch.sumsq.device)
     U = torch.empty(len(batch.sumsq), rows, cols, dtype=torch.float32, device=device)
-    ones = torch.ones_like(batch.sumsq)
-    (_apply_to_copies if is_first else _apply)(batch, ones, U, group, options)
+    _apply(copies, torch.ones_like(batch.sumsq), U, group, options)
     start = 0
     for width in group["split_sizes"]:
         columns = slice(start, start + width)
@@ -163,9 +172,8 @@ def _step_columns(
             X = U[which, :, columns].div_(norms[which].view(-1, 1, 1)).to(path.dtype).contiguous()
             X = orthogonalize(X, schedule, path, options.backend)
             commit()
-            if is_first:
-                _apply(batch, ones, U, group, options)  # U again, and now the momenta
-                is_first = False
+            batch.take(copies)
+            copies = batch
             _update(chunk, X, columns, group, options)
             del X  # before the next one is made
 
@@ -176,36 +184,15 @@ def _apply(batch: MatrixBatch, norms: Tensor, out: Tensor, group: dict[str, Any]
     if batch.stacks[0].factor is None:
         _apply_at_once(batch, norms, out, group, options)
         return
-    for part, which in _parts(batch, 16):
+    start = 0
+    for part in batch.split(max(1, len(batch.sumsq) // 16)):
+        which = slice(start, start + len(part.sumsq))
+        start = which.stop
         _apply_at_once(part, norms[which], out[which], group, options)
 
 
 def _apply_at_once(batch: MatrixBatch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
     momentum.apply_(batch.momenta, batch.grads, norms, out, **_average(group), **_how(options))
-
-
-def _apply_to_copies(batch: MatrixBatch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
-    """Write what `_apply` writes into `out`, and leave the momenta as they are."""
-    for part, which in _parts(batch):
-        _apply_at_once(part.copied(), norms[which], out[which], group, options)
-
-
-def _write_momenta(
-    batch: MatrixBatch, norms: Tensor, dtype: torch.dtype, group: dict[str, Any], options: Options
-) -> None:
-    """Write the new momenta alone; u / norm, which comes out beside them, has been used by now."""
-    _, rows, cols = batch.stacks[0].momentum.codes.shape
-    for part, which in _parts(batch):
-        unused = torch.empty(len(part.sumsq), rows, cols, dtype=dtype, device=norms.device)
-        _apply_at_once(part, norms[which], unused, group, options)
-
-
-def _parts(batch: MatrixBatch, num_parts: int = 8) -> Iterator[tuple[MatrixBatch, slice]]:
-    """Cut a batch, so that what it takes beside its Newton-Schulz input fits into the workspace."""
-    start = 0
-    for part in batch.split(max(1, len(batch.sumsq) // num_parts)):
-        yield part, slice(start, start + len(part.sumsq))
-        start += len(part.sumsq)
 
 
 def _update(

@@ -266,7 +266,8 @@ def _prepared(
     jobs: list[OffloadTask] = []
     for members in work:
         for batch in members.batches:
-            jobs += muon.jobs(batch, members.group, _on(batch.sumsq.device, options, verdict), commit)
+            how = _on(batch.sumsq.device, options, verdict)
+            jobs += muon.jobs(batch, members.group, how, commit, is_first=not jobs)
     states = {**state, **new}
     for members in work:  # after all matrices: AdamW cannot be computed before it is written
         for device, of_device in _pieces(members, states).items():
