@@ -81,9 +81,7 @@ ALLOWED = {
     "commit": set(),
     "nonfinite": set(),
     "clipping": {"matrix_batches", "options", "config"},
-    "moved": {"options", "_names"},
     "state_dict": {
-        "moved",
         "damage",
         "dense",
         "_names",

@@ -1,6 +1,7 @@
 """Kernels of muon8bit: codebooks, the torch reference, Triton kernels and the dispatch between them."""
 
 from . import ops
+from .backend import Backend, Kernels
 from .codebooks import (
     CODE_DTYPES,
     Codebook,
@@ -10,7 +11,7 @@ from .codebooks import (
     unsigned_dynamic_midpoints,
     zero_code,
 )
-from .dispatch import Backend, Kernels, kernels_for
+from .dispatch import kernels_for
 from .random_bits import rounding_key
 from .reference import num_blocks
 from .reference.cut import momentum_apply_cut, momentum_stats_cut

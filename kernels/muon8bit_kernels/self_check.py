@@ -7,15 +7,13 @@ on tensor cores) cost a second, most of it compilation that the first step needs
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-
-if TYPE_CHECKING:
-    from .dispatch import Kernels
+from .backend import Kernels
 
 # More than one tile each way, and a ragged end of rows and columns.
 _ROWS, _COLS, _BLOCK = 10, 2048 + 72, 2048
