@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,10 +17,19 @@ from torch.utils.data import DataLoader
 
 from examples import accelerate_loop, pytorch_loop, trainer
 from examples.stand_in import llama, rows, tokenizer
+from muon8bit import Muon8bit, param_groups
 
 ROOT = Path(__file__).parent.parent
 SHOWN_IN = ("README.md", "docs/guide/integrations.md")
 IN_ORDER = {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+LIGHTNING = {
+    "gradient_clip_val": 1.0,
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def batches() -> DataLoader[Any]:
@@ -40,7 +51,16 @@ def by_trl(folder: Path) -> list[float]:
     return trl_sft.train(llama(), rows(), tokenizer(), str(folder), None, bf16=False, **IN_ORDER)
 
 
-@pytest.mark.parametrize("losses_of", [by_accelerate, by_trainer, by_trl])
+def by_lightning(folder: Path) -> list[float]:
+    return lightning_module().train(llama(), batches(), folder / "last.ckpt", max_epochs=1, **LIGHTNING)
+
+
+def lightning_module() -> ModuleType:
+    pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
+    return importlib.import_module("examples.lightning_module")
+
+
+@pytest.mark.parametrize("losses_of", [by_accelerate, by_trainer, by_trl, by_lightning])
 def test_losses_agree_with_the_plain_loop(losses_of: Callable[[Path], list[float]], tmp_path: Path) -> None:
     """In fp32; they differ by the order of the sums in the loss, a few units in the last place of 4."""
     plain = pytorch_loop.train(llama(), batches())
@@ -57,6 +77,54 @@ def test_plain_loop_resumes_bitwise(tmp_path: Path) -> None:
     assert first + pytorch_loop.train(resumed, all_batches[4:], tmp_path / "checkpoint.pt") == losses
     for (name, param), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(param, other), name
+
+
+def test_lightning_resumes_bitwise(tmp_path: Path) -> None:
+    train, whole, parts, resumed = lightning_module().train, llama(), llama(), llama()
+    losses = train(whole, batches(), tmp_path / "whole.ckpt", max_epochs=2, **LIGHTNING)
+    first = train(parts, batches(), tmp_path / "parts.ckpt", max_epochs=1, **LIGHTNING)
+    assert first + train(resumed, batches(), tmp_path / "parts.ckpt", max_epochs=2, **LIGHTNING) == losses
+    assert len(losses) == 20
+    for (name, param), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(param, other), name
+
+
+def test_lightning_accumulates_as_a_larger_batch(tmp_path: Path) -> None:
+    """Rows of one length have losses of equal weight, so two micro-batches are one batch of both, but for rounding."""
+    train, once, twice = lightning_module().train, llama(), llama()
+    large = DataLoader(rows().with_format("torch"), batch_size=8)
+    train(once, large, tmp_path / "once.ckpt", max_epochs=1, **LIGHTNING)
+    train(twice, batches(), tmp_path / "twice.ckpt", max_epochs=1, accumulate_grad_batches=2, **LIGHTNING)
+    for (name, param), other in zip(once.named_parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(param, other, rtol=0, atol=1e-4, msg=name)
+
+
+def test_lightning_clips_unscaled_gradients_in_fp16(tmp_path: Path) -> None:
+    """Trainer would refuse to clip for an optimizer to which GradScaler gives its scale."""
+    train = lightning_module().train
+    plugin = importlib.import_module("lightning.pytorch.plugins.precision").MixedPrecision
+    fp16 = plugin("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    losses = train(
+        llama(),
+        batches(),
+        tmp_path / "last.ckpt",
+        max_epochs=1,
+        plugins=fp16,
+        **{**LIGHTNING, "gradient_clip_val": 0.1},
+    )
+    model, scaler, expected = llama(), torch.amp.GradScaler("cpu"), []
+    optimizer = Muon8bit(param_groups(model, lr=1e-3, weight_decay=0.1))
+    for batch in batches():
+        with torch.autocast("cpu", torch.float16):
+            loss = model(**batch).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1) > 0.1  # clipping has a part in it
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses == expected
 
 
 def test_trl_with_lora_and_loraplus_trains_the_adapters_alone(tmp_path: Path) -> None:
@@ -84,8 +152,9 @@ BLOCKS = [
 
 @pytest.mark.parametrize("page", SHOWN_IN)
 def test_page_shows_every_example(page: str) -> None:
+    names = ["pytorch_loop", "accelerate_loop", "trainer", "trl_sft", "lightning_module"]
     shown = {path for where, path, _ in BLOCKS if where == page}
-    assert shown == {f"examples/{name}.py" for name in ("pytorch_loop", "accelerate_loop", "trainer", "trl_sft")}
+    assert shown == {f"examples/{name}.py" for name in names}
 
 
 @pytest.mark.parametrize(("page", "path", "block"), BLOCKS)
