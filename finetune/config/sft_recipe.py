@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune.config.errors import InputError
 from finetune.config.options import Training, build, check_ranges, flag, option, read_values
+from finetune.data.columns import parse_columns
 
 SFT_RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "sft"
 NEWCOMER_RECIPE = "smollm2_135m"
@@ -59,6 +60,11 @@ class SftRecipe(Training):
     )
     dataset_config: str | None = option(None, "configuration of a `datasets` name")
     split: str = option("train", "split of a `datasets` name")
+    columns: str | None = option(
+        None,
+        "what the dataset calls columns, keys of messages and roles, as in prompt=title,role=from,assistant=bot; "
+        "default: the names of the known formats",
+    )
     limit: int | None = option(None, "take so many rows, drawn by --seed; default: all")
     validation_fraction: float = option(0.05, "share of the examples held out, by the hash of the prompt")
     max_length: int = option(2048, "tokens kept of an example")
@@ -114,8 +120,11 @@ def sft_recipe_from(values: Mapping[str, Any], origin: str) -> SftRecipe:
     named = {"name": f"{Path(str(values['model'])).name}-{values.get('mode', 'lora')}", **values}
     recipe = build(SftRecipe, named, origin)
     check_ranges(recipe, "lora_rank", "lora_alpha", "loraplus_ratio", "limit", "max_length", "epochs", "answer_tokens")
+    parse_columns(recipe.columns)
     if recipe.dataset == "stdlib" and recipe.limit is not None:
         raise InputError("--limit", "the standard library is taken whole; leave it out")
+    if recipe.dataset == "stdlib" and recipe.columns is not None:
+        raise InputError("--columns", "the standard library has no columns; leave it out")
     if recipe.num_answers < 0:
         raise InputError("--num-answers", f"{recipe.num_answers} must not be negative")
     for name in ("validation_fraction", "lora_dropout"):

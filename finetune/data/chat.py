@@ -24,8 +24,11 @@ from typing import Any
 import numpy as np
 
 from finetune.config.errors import InputError
-from finetune.data.messages import COLUMNS, FORMS, Example, example_from_row
+from finetune.data.columns import Columns, check_seen, column_names, parse_columns
+from finetune.data.messages import Example
 from finetune.data.readers import is_saved_dataset, jsonl_objects, open_hub, opened_rows, parquet_objects
+from finetune.data.report import DataReport, RowError
+from finetune.data.row_formats import FORMS, ReadRow, read_row
 from finetune.data.stdlib_pairs import standard_library
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -56,6 +59,8 @@ def load_parts(
     split: str = "train",
     limit: int | None = None,
     seed: int = 0,
+    columns: str | None = None,
+    report: DataReport | None = None,
 ) -> Parts:
     """Conversations of a dataset in two parts: held out is a share of the different prompts (what stands before the
     first answer), in the order of their hashes. For `stdlib` it is a share of the modules.
@@ -63,7 +68,7 @@ def load_parts(
     Args:
         dataset: as for `load_examples`, or `stdlib`: `finetune.data.stdlib_pairs`.
         validation_fraction: share to hold out, 0 <= fraction < 1; rounded up.
-        config: as for `load_examples`; so are `split`, `limit` and `seed`, which `stdlib` ignores.
+        config: as for `load_examples`; so are the others, which `stdlib` ignores.
 
     Raises:
         InputError: as `load_examples`, or fewer than two different prompts where one is to be held out.
@@ -71,21 +76,30 @@ def load_parts(
     if dataset == "stdlib":
         train, validation, label = standard_library(validation_fraction)
     else:
-        examples = load_examples(dataset, config=config, split=split, limit=limit, seed=seed)
+        examples = load_examples(
+            dataset, config=config, split=split, limit=limit, seed=seed, columns=columns, report=report
+        )
         held_out = _held_out({_prompt_hash(example) for example in examples}, validation_fraction, dataset)
         train = [example for example in examples if _prompt_hash(example) not in held_out]
         validation = [example for example in examples if _prompt_hash(example) in held_out]
         label = dataset
     digest = hashlib.sha256()
     for example in (*train, None, *validation):
-        digest.update(json.dumps(example and [example.messages, example.first_answer]).encode())
+        digest.update(json.dumps(example and example.content, default=str).encode())
     return Parts(train, validation, label, digest.hexdigest())
 
 
 def load_examples(
-    dataset: str, *, config: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
+    dataset: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    columns: str | None = None,
+    report: DataReport | None = None,
 ) -> list[Example]:
-    """Read conversations; `finetune.data.messages.example_from_row` tells the columns.
+    """Read conversations; `finetune.data.row_formats.FORMATS` tells the columns.
 
     Args:
         dataset: a .jsonl or .parquet file, a folder of them, a dataset saved on disk, or a name for `datasets`.
@@ -93,6 +107,8 @@ def load_examples(
         split: split of a `datasets` name or of a saved dataset.
         limit: take so many rows, drawn without replacement; None takes all.
         seed: of that draw.
+        columns: other names of columns, as of `--columns`.
+        report: what is found is written there, and bad rows are treated as it says; by default the first one raises.
 
     Returns:
         Examples in the order of the rows.
@@ -101,34 +117,71 @@ def load_examples(
         InputError: nothing there, unreadable, empty, or a bad row; the sentence names file and row, counted from 1 (in
             .jsonl, lines).
     """
+    report = DataReport() if report is None else report
+    named = parse_columns(columns)
     path = Path(dataset)
     if path.is_file() or (path.is_dir() and not is_saved_dataset(path)):
-        rows = list(_local_rows(path))
+        rows = list(_local_rows(path, named, report))
         if not rows:
             raise InputError("--dataset", f"{dataset} is empty; give a file with rows in it")
-        return [example_from_row(*rows[i]) for i in _drawn(len(rows), limit, seed)]
+        drawn = iter([rows[i] for i in _drawn(len(rows), limit, seed)])
+    else:
+        drawn = _opened_rows(dataset, config, split, limit, seed, named, report)
+    examples = []
+    for row, where in drawn:
+        report.num_rows += 1
+        try:
+            found = read_row(row, where, named)
+        except RowError as error:
+            report.add_bad_row(error)
+            continue
+        _note(found, report, bool(named))
+        examples.append(found.example)
+    if examples:
+        check_seen(named, report.seen, dataset)
+    return examples
+
+
+def _note(found: ReadRow, report: DataReport, has_columns: bool) -> None:
+    """Write down what is to be said of a row."""
+    report.unused.update(found.unused)
+    if has_columns:
+        report.seen |= found.names
+    roles = [m["role"] for m in found.example.messages if m["role"] not in ("system", "developer")]
+    report.num_assistant_first += roles[0] == "assistant"
+    report.num_unanswered += roles[-1] != "assistant"
+
+
+def _opened_rows(
+    dataset: str, config: str | None, split: str, limit: int | None, seed: int, columns: Columns, report: DataReport
+) -> Iterator[tuple[Any, str]]:
+    """(row, its origin) of what `datasets` opens."""
+    path = Path(dataset)
     if not path.exists() and (path.is_absolute() or path.suffix.lower() in SUFFIXES):
         raise InputError("--dataset", f"there is no {dataset}; give a file, a folder or a name for `datasets`")
     opened = open_hub(dataset, config, split)
     if len(opened) == 0:
         raise InputError("--dataset", f"{dataset}, split {split!r}, is empty; give one with rows in it")
-    kept = [name for name in opened.column_names if name in COLUMNS]
+    wanted = column_names(columns)
+    kept = [name for name in opened.column_names if name in wanted]
     if not kept:
         names = ", ".join(f"`{name}`" for name in opened.column_names)
         raise InputError("--dataset", f"{dataset} has {names}; it needs {FORMS}")
     drawn = _drawn(len(opened), limit, seed)
+    report.unused.update({name: len(drawn) for name in opened.column_names if name not in wanted})
     chosen = opened.select_columns(kept).select(drawn)
-    numbered = opened_rows(chosen, dataset, (i + 1 for i in drawn))
-    return [example_from_row(row, f"row {number} of {dataset}") for number, row in numbered]
+    for number, row in opened_rows(chosen, dataset, (i + 1 for i in drawn)):
+        yield row, f"row {number} of {dataset}"
 
 
-def _local_rows(path: Path) -> Iterator[tuple[Any, str]]:
+def _local_rows(path: Path, columns: Columns, report: DataReport) -> Iterator[tuple[Any, str]]:
     files = sorted(filter(_has_rows, path.rglob("*"))) if path.is_dir() else [path]
     if not files or files[0].suffix.lower() not in SUFFIXES:
         raise InputError("--dataset", f"{path} is no .jsonl or .parquet file, and no folder with one; give such a file")
+    wanted = column_names(columns)
     for file in files:
         is_jsonl = file.suffix.lower() == ".jsonl"
-        for number, row in jsonl_objects(file) if is_jsonl else parquet_objects(file, COLUMNS):
+        for number, row in jsonl_objects(file) if is_jsonl else parquet_objects(file, wanted, report):
             yield row, f"row {number} of {file}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune.config.errors import InputError
 from finetune.config.recipe import Recipe
+from finetune.data.report import DataReport
 from finetune.data.texts import ENCODING, check_characters, holds_nul, not_utf8
 
 PARQUET_ROWS = 256  # rows decoded at a time
@@ -54,12 +55,15 @@ def jsonl_rows(file: Path, column: str) -> Iterator[str]:
         yield _text(value, column, f"line {number} of {file}")
 
 
-def parquet_objects(file: Path, columns: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def parquet_objects(
+    file: Path, columns: Collection[str], report: DataReport | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, {column: value}) of a .parquet file, `PARQUET_ROWS` rows in memory at a time.
 
     Args:
         file: what to read.
         columns: those wanted; the file may lack some. If it lacks all of them, every column is read.
+        report: the columns that are not read are written there.
 
     Raises:
         InputError: not a parquet file, damaged, or a value in it that cannot be read, such as a text that is not UTF-8.
@@ -71,6 +75,9 @@ def parquet_objects(file: Path, columns: Collection[str]) -> Iterator[tuple[int,
     try:
         with pq.ParquetFile(file) as opened:
             wanted = [name for name in opened.schema_arrow.names if name in columns]
+            if report is not None and wanted:
+                others = set(opened.schema_arrow.names) - set(wanted)
+                report.unused.update(dict.fromkeys(others, opened.metadata.num_rows))
             for batch in opened.iter_batches(PARQUET_ROWS, columns=wanted or None):
                 for row in _python_rows(batch):
                     number += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.config.errors import InputError
+from finetune.data.report import RowError
 
 # Windows writes a byte order mark; this codec drops it where there is one.
 ENCODING = "utf-8-sig"
@@ -72,7 +73,7 @@ def check_characters(text: str, what: str) -> None:
         what: the value, the row and the file that it is from, to be shown to people.
 
     Raises:
-        InputError: it holds a lone surrogate, which is half of a character beyond U+FFFF.
+        RowError: it holds a lone surrogate, which is half of a character beyond U+FFFF.
     """
     if text.isascii():
         return
@@ -80,8 +81,9 @@ def check_characters(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])[1:-1]
-        raise InputError(
+        raise RowError(
             "--dataset",
             f"{what} holds half of a character ({half}, a lone surrogate) at position {error.start + 1}; correct the "
             "text, or leave the row out",
+            "half of a character",
         ) from None

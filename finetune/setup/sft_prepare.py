@@ -15,6 +15,7 @@ from finetune.config.errors import InputError
 from finetune.config.sft_recipe import SftRecipe, resolve
 from finetune.data.chat import Parts, load_parts
 from finetune.data.packing import Rows, check_isolation
+from finetune.data.report import DataReport
 from finetune.data.texts import read_text
 from finetune.data.tokenize_chat import ChatEncoding, EncodedExamples, encode_examples
 from finetune.models.adapters import add_adapter, checkpoint_trainable_only
@@ -49,6 +50,7 @@ class _Data:
     encoding: ChatEncoding
     train: EncodedExamples
     validation: EncodedExamples
+    notes: list[str]
 
 
 def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
@@ -136,6 +138,7 @@ def _prepare_data(recipe: SftRecipe, config: Any, tokenizer: Any) -> _Data:
         tokenizer.chat_template = read_template(recipe.chat_template, tokenizer.chat_template)
     turns: Any = recipe.turns
     encoding = ChatEncoding(tokenizer, date=recipe.date, turns=turns)
+    report = DataReport()
     parts = load_parts(
         recipe.dataset,
         validation_fraction=recipe.validation_fraction,
@@ -143,6 +146,8 @@ def _prepare_data(recipe: SftRecipe, config: Any, tokenizer: Any) -> _Data:
         split=recipe.split,
         limit=recipe.limit,
         seed=recipe.seed,
+        columns=recipe.columns,
+        report=report,
     )
     options: Any = {"max_length": recipe.max_length, "drop_truncated": recipe.drop_truncated}
     train = encode_examples(parts.train, encoding, **options)
@@ -150,7 +155,7 @@ def _prepare_data(recipe: SftRecipe, config: Any, tokenizer: Any) -> _Data:
     for part, encoded in (("training", train), ("validation", validation)):
         if not encoded.rows:
             raise InputError("--max-length", f"{recipe.max_length} leaves no {part} example; give more")
-    return _Data(parts, encoding, train, validation)
+    return _Data(parts, encoding, train, validation, report.notes())
 
 
 def read_template(given: str, own: str | dict[str, str] | None) -> str:
@@ -222,7 +227,7 @@ def _introduce(run: SftRun, data: _Data, notes: Sequence[str]) -> None:
         f"  validation: {data.validation}; {len(run.validation):,} rows\n"
         f"model {run.base}: {trained:,} parameters are trained{adapter}, optimizer {recipe.optimizer}"
     )
-    for note in notes:
+    for note in (*data.notes, *notes):
         run.say(note)
 
 

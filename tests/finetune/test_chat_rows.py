@@ -8,6 +8,9 @@ import pytest
 
 from finetune.config.errors import InputError
 from finetune.data.chat import load_examples, load_parts
+from finetune.data.columns import parse_columns
+from finetune.data.report import DataReport
+from finetune.data.row_formats import example_from_row
 
 USER, ANSWER, SYSTEM = (
     {"role": "user", "content": "Hi"},
@@ -102,7 +105,146 @@ def test_no_prompt_is_on_both_sides_of_the_split(tmp_path):
     assert not load_parts(str(tmp_path / "r.jsonl"), validation_fraction=0).validation
 
 
+def test_rows_of_earlier_releases_keep_the_hash_by_which_a_run_is_resumed(tmp_path):
+    """Made by release 0.1; a run continues only where it is the same."""
+    rows = [
+        {**FORMS[name][0], "id": i} | ({"prompt": f"p{i}"} if name == "texts" else {})
+        for i, name in enumerate([*FORMS] * 3)
+    ]
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    parts = load_parts(str(tmp_path / "r.jsonl"), validation_fraction=0.3)
+    assert (len(parts.train), len(parts.validation)) == (13, 5)
+    assert parts.hash == "759c01accf8e7dd1df44fd7bd4fdc8d4ccddd1e65544ca5b3062b1e1abf77ded"
+
+
+HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}
+OTHER_FORMS = {
+    "ShareGPT": ({"conversations": [{"from": "system", "value": "Be terse."}, HUMAN, GPT]}, None, "SUA", 0),
+    "ShareGPT with roles": ({"conversations": [USER, ANSWER]}, None, "UA", 0),
+    "messages of from and value": ({"messages": [HUMAN, GPT], "conversations": None}, None, "UA", 0),
+    "response": ({"prompt": "Hi", "response": "Ho"}, None, "UA", 1),
+    "answer": ({"question": "Hi", "answer": "Ho"}, None, "UA", 1),
+    "system and history": (
+        {"instruction": "Hi", "input": "", "output": "Ho", "system": "Be terse.", "history": [["Hi", "Ho"]]},
+        None,
+        "SUAUA",
+        0,
+    ),
+    "history before a prompt": (
+        {"prompt": "Hi", "response": "Ho", "history": [["Hi", "Ho"], ["Hi", "Ho"]]},
+        None,
+        "UAUAUA",
+        5,
+    ),
+    "empty system, history and tools": (
+        {"instruction": "Hi", "output": "Ho", "system": " ", "history": [], "tools": ""},
+        None,
+        "UA",
+        0,
+    ),
+    "a column system": ({"system": "Be terse.", "messages": [USER, ANSWER]}, None, "SUA", 0),
+    "the same system twice": ({"system": "Be terse.", "messages": [SYSTEM, USER, ANSWER]}, None, "SUA", 0),
+    "a column system before a prompt": ({"system": "Be terse.", "prompt": [USER], "completion": "Ho"}, None, "SUA", 2),
+    "text parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in "Hi"]}, ANSWER]},
+        None,
+        "UA",
+        0,
+    ),
+    "JSON": ({"messages": json.dumps([SYSTEM, USER, ANSWER])}, None, "SUA", 0),
+    "JSON history": ({"instruction": "Hi", "output": "Ho", "history": '[["Hi", "Ho"]]'}, None, "UAUA", 0),
+    "no system": ({"messages": [{"role": "system", "content": None}, USER, ANSWER]}, None, "UA", 0),
+    "developer": ({"messages": [{**SYSTEM, "role": "developer"}, USER, ANSWER]}, None, "DUA", 0),
+    "tool": ({"messages": [USER, ANSWER, {**USER, "role": "tool"}, ANSWER]}, None, "UATA", 0),
+    "other keys": (
+        {"dialog": [{"who": "user", "says": "Hi"}, {"who": "bot", "says": "Ho"}]},
+        "messages=dialog,role=who,content=says,assistant=bot",
+        "UA",
+        0,
+    ),
+    "other columns": (
+        {"Question": "Hi", "Reply": "Ho", "note": "Be terse.", "messages": [ANSWER]},
+        "question=Question,answer=Reply,system=note",
+        "SUA",
+        2,
+    ),
+    "one of two formats": (
+        {"question": "no", "answer": "no", "conversations": [HUMAN, GPT]},
+        "conversations=conversations",
+        "UA",
+        0,
+    ),
+}
+TURN_OF = {"S": SYSTEM, "U": USER, "A": ANSWER, "D": {**SYSTEM, "role": "developer"}, "T": {**USER, "role": "tool"}}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_rows_as_people_have_them_give_their_turns(form):
+    row, columns, turns, first_answer = OTHER_FORMS[form]
+    example = example_from_row(row, "row 1 of x.jsonl", parse_columns(columns))
+    assert list(example.messages) == [TURN_OF[letter] for letter in turns]
+    assert example.first_answer == first_answer
+
+
+@pytest.mark.parametrize(("name", "write"), FORMATS)
+def test_other_forms_and_names_are_read_from_every_kind_of_source(tmp_path, name, write):
+    write(tmp_path / name, [{"talk": [HUMAN, GPT], "system": "Be terse.", "id": 7}] * 2)
+    report = DataReport()
+    one, _ = load_examples(str(tmp_path / name), columns="conversations=talk", report=report)
+    assert list(one.messages) == [SYSTEM, USER, ANSWER]
+    assert report.unused == {"id": 2}
+    assert report.notes() == ["note: columns and keys that were not used: `id` (2 rows)"]
+    for other in ("system=sys", "assistant=sys", "weight=sys"):
+        with pytest.raises(InputError, match=rf"--columns: no row of .* has `sys`; correct {other}, or leave it out"):
+            load_examples(str(tmp_path / name), columns=f"conversations=talk,{other}")
+
+
+def test_what_nothing_reads_is_named_and_unusual_conversations_are_counted(tmp_path):
+    rows = [
+        {"messages": [{**USER, "name": "Ann", "x": None}, ANSWER], "score": 0.5, "prompt": "Hi", "completion": "no"},
+        {"messages": [ANSWER, USER, ANSWER, USER], "score": None, "note": ""},
+        {"messages": [SYSTEM, ANSWER, USER]},
+        {"prompt": "Hi", "completion": "Ho", "score": 1},
+    ]
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    report = DataReport()
+    load_examples(str(tmp_path / "r.jsonl"), report=report)
+    assert report.unused == {"score": 2, "prompt": 1, "completion": 1, "messages.name": 1}
+    assert report.notes()[1:] == [
+        "note: 2 conversations begin with an assistant turn",
+        "note: 2 conversations end with a turn that no answer follows: nothing is learned from it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("role", "'role' is not NAME=YOURS"),
+        ("role=from,", "'' is not NAME=YOURS"),
+        ("role=", "'role=' is not NAME=YOURS"),
+        ("text=body", "'text' is no name that is known here; give one of the columns messages"),
+        ("role=a,role=b", "'role' stands twice"),
+    ],
+)
+def test_columns_that_cannot_be_read_are_one_sentence(text, words):
+    with pytest.raises(InputError) as caught:
+        parse_columns(text)
+    assert caught.value.args[0] == "--columns"
+    assert words in str(caught.value)
+
+
 BAD = [
+    ({"question": "a", "answer": "b", "prompt": "c", "response": "d"}, "row 2 of {file} fits several formats: `prompt` "
+     "and `response`, and `question` and `answer`; say which to take, such as --columns prompt=prompt,response="),
+    ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "give --columns completion=chosen"),
+    ({"text": "a"}, "plain text is what finetune.pretrain trains on"),
+    ({"instruction": "Hi", "output": "Ho", "history": ["Hi"]}, "`history` of row 2 of {file} holds something"),
+    ({"system": "Be kind.", "messages": [SYSTEM, USER, ANSWER]}, "and another text in `system`"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, ANSWER]}, "has a part of type 'ima"),
+    ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "message 2 of row 2 of {file} has the weight 0.5; give 1 to"),
+    ({"messages": [USER, {**ANSWER, "weight": 0}]}, "row 2 of {file} has no assistant turn whose weight is above 0"),
+    ({"messages": [USER, ANSWER], "tools": "x"}, "`tools` of row 2 of {file} is no list of JSON schemas"),
+    ({"messages": [{"role": "user", "content": None}, ANSWER]}, "`content` of message 1 of row 2 of {file} holds None"),
     ({"messages": [USER]}, "row 2 of {file} has no assistant turn"),
     ({"prompt": "Hi", "completion": [USER]}, "row 2 of {file} has no assistant turn"),
     ({"messages": [USER, {"role": "assistant", "content": "  "}]}, "row 2 of {file} has an empty assistant turn"),

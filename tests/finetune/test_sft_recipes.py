@@ -16,7 +16,7 @@ from finetune.config.sft_recipe import (
     resolve,
     sft_recipe_from,
 )
-from finetune.data.messages import example_from_row
+from finetune.data.row_formats import example_from_row
 from finetune.data.tokenize_chat import ChatEncoding, encode_examples
 from finetune.models.adapters import add_adapter
 from finetune.models.optimizers import build_optimizers
