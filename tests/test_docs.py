@@ -152,6 +152,35 @@ def test_reference_has_every_public_name_and_no_other():
     assert shown == public
 
 
+# Words of the headings of the FAQ that a newcomer looks for.
+QUESTIONS = [
+    *("8B fit on 24 GB", "learning rate after AdamW", "resume, on another number of GPUs", "fused QKV", "conv stem"),
+    *("tied head", "LoRA and QLoRA", "torch.compile, autocast or accumulation", "on_nonfinite", "add a codebook"),
+    *("faster on my GPU", "files are trusted", "Where is the equation", "tried and failed", "How do I cite"),
+    *("shows NaN", "rank dies", "from 32 bits to 8", "another Muon", "MPS, XPU or ROCm"),
+]
+
+
+def test_faq_answers_each_question_shortly_with_a_link():
+    assert "](docs/faq.md)" in README.read_text()
+    page = (DOCS / "faq.md").read_text()
+    answers = dict(re.findall(r"^### ([^\n]*)\n\n(.*?)(?=\n#|\Z)", page, re.MULTILINE | re.DOTALL))
+    assert len(answers) == page.count("\n### ")
+    for words in QUESTIONS:
+        assert [heading for heading in answers if words in heading.replace("`", "")], words
+    for heading, answer in answers.items():
+        assert re.search(r"\]\([\w/-]+\.md[#)]", answer), f"{heading}: no link"
+        assert len(answer) < 640, f"{heading}: belongs on a page of the guide"
+
+
+def test_speeds_of_the_faq_are_those_of_the_table():
+    cells = re.findall(r"^\| [\d x]+ \| (.*) \|$", (DOCS / "results" / "speed.md").read_text(), re.MULTILINE)
+    ratios = [cell for row in cells for cell in row.split(" | ")]
+    assert len(ratios) == 20
+    lowest, highest = min(ratios, key=float), max(ratios, key=float)
+    assert f"{lowest} to {highest} times torch.optim.Muon's speed" in (DOCS / "faq.md").read_text()
+
+
 def test_files_named_in_the_map_exist():
     page = (DOCS / "design" / "architecture.md").read_text()
     lines = re.findall(
