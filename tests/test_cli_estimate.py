@@ -333,8 +333,7 @@ def test_missing_library_is_told_with_what_to_install(
     monkeypatch.setitem(sys.modules, missing, None)
     code, _, err = run(capfd, "estimate", llama, "--seq", 8, *argv)
     assert (code, len(err.strip().splitlines())) == (2, 1), err
-    assert missing in err
-    assert "pip install 'muon8bit[train]'" in err
+    assert f"pip install {missing}" in err
 
 
 def test_tiny_models_are_the_ones_their_names_say() -> None:

@@ -72,6 +72,17 @@ def test_wheel_steps_without_optional_packages(wheel, tmp_path):
     assert origin.startswith(str(tmp_path))
 
 
+def test_messages_advise_only_names_that_a_registry_has():
+    """Those of the dependencies; this package itself is installed out of a checkout."""
+    project = (ROOT / "pyproject.toml").read_text()
+    for folder in ("muon8bit", "kernels", "finetune", "benchmarks", "examples"):
+        for path in ROOT.glob(f"{folder}/**/*.py"):
+            text = path.read_text()
+            assert path.name == "dispatch.py" or "muon8bit[" not in re.sub(r"muon8bit\[\"", "", text), path
+            for name in re.findall(r"pip install (\S*\w)", text):
+                assert f'"{name}>=' in project, f"{path}: {name}"
+
+
 def commands(text: str) -> list[str]:
     """Of a shell script, without what sets it up."""
     lines = [line.strip() for line in text.splitlines()]

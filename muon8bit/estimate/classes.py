@@ -18,7 +18,7 @@ def library() -> Any:
     try:
         import transformers
     except ImportError:
-        raise ImportError("building a model needs transformers: pip install 'muon8bit[train]'") from None
+        raise ImportError("building a model needs transformers: pip install transformers") from None
     return transformers
 
 

@@ -140,7 +140,7 @@ def build(config: Any, dtype: torch.dtype, lora_rank: int | None = None) -> nn.M
         try:
             import peft
         except ImportError:
-            raise ImportError("an adapter needs peft: pip install 'muon8bit[train]'") from None
+            raise ImportError("an adapter needs peft: pip install peft") from None
         excluded = [name.removesuffix(".weight") for name in beside if name.endswith(".weight")]
         adapter: Any = peft.LoraConfig(r=lora_rank, target_modules="all-linear", **_task(model, excluded))
         try:

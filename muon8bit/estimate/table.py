@@ -28,7 +28,7 @@ def _rich() -> tuple[Any, Any]:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        raise ImportError("the table needs rich: pip install 'muon8bit[train]', or give --json") from None
+        raise ImportError("the table needs rich: pip install rich, or give --json") from None
     return Console, Table
 
 
@@ -176,7 +176,7 @@ def plot(path: Path, title: str, estimate: Estimate, budget: int | None) -> None
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install 'muon8bit[train]'") from None
+        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
