@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.gpu.workloads import Llama
+from benchmarks.scaling.transfers import gathered_bytes, transfers
 from muon8bit.config import DEFAULT_BLOCK_SIZE, DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES
-from muon8bit.distributed.assignment import Assignment, gathered_bytes, plan
+from muon8bit.distributed.assignment import Assignment, Matrix, plan
 from muon8bit.distributed.exchange import NUM_SHARES
 from muon8bit.distributed.matrix_sharding import MatrixSharding, Region
-from muon8bit.distributed.route import Matrix
 from muon8bit.orthogonalize import choose_method, flops, resolve_coefficients
 
 # HSDP: a replica is the least power of two of at least one node whose GPUs take this much each of bf16 weights, bf16
@@ -107,25 +107,25 @@ def matrices_of(model: Llama, num_shards: int, replicas: int, kind: str) -> list
         size = -(-rows // num_shards)
         spans = [(min(i * size, rows), min((i + 1) * size, rows)) for i in range(num_shards)]
         held = tuple(Region(span, (0, cols)) if span[0] < span[1] else None for span in spans) * replicas
-        path = choose_method(rows, cols, schedule, kind, tiny=False)
-        found[rows, cols] = Matrix(rows, cols, MatrixSharding(held, held), path)
+        method = choose_method(rows, cols, schedule, kind, tiny=False)
+        found[rows, cols] = Matrix(rows, cols, MatrixSharding(held, held), method)
     return [found[shape] for shape in model.linears()] * model.layers
 
 
 def operations(matrix: Matrix) -> int:
-    """Floating-point operations of one matrix on its path."""
-    path = matrix.path
-    num_segments = max(1, len(path.segments))
-    return flops(path.form, matrix.rows, matrix.cols, DEFAULT_NS_STEPS, num_segments=num_segments)
+    """Floating-point operations of one matrix by its method."""
+    method = matrix.method
+    num_segments = max(1, len(method.segments))
+    return flops(method.form, matrix.rows, matrix.cols, DEFAULT_NS_STEPS, num_segments=num_segments)
 
 
 def slowest_of_rounds(planned: Assignment) -> int:
     """Operations one after the other where every round waits for its slowest owner."""
     total = 0
-    for members in planned.rounds:
+    for parts in planned.rounds:
         work: Counter[int] = Counter()
-        for index in members:
-            work[planned.owners[index]] += operations(planned.matrices[index])
+        for transfer in (transfer for part in parts for transfer in part):
+            work[transfer.owner] += operations(transfer.matrix)
         total += max(work.values())
     return total
 
@@ -159,9 +159,8 @@ def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str,
     matrices = matrices_of(model, num_shards, num_gpus // num_shards, kind)
     planned = plan(matrices, num_gpus, PLANNED_BYTES)
     traffic = SimulatedTraffic(num_gpus, machine)
-    for index in range(len(matrices)):
-        for transfer in planned.transfers(index):
-            traffic.add(*transfer)
+    for transfer in transfers(planned):
+        traffic.add(*transfer)
     theirs, their_work = moonlight(matrices, num_shards, machine)
     their_bytes = theirs.totals(theirs.received)
     held = [(-(-m.rows // num_shards), m.cols, -(-m.cols // DEFAULT_BLOCK_SIZE)) for m in matrices]
@@ -175,7 +174,7 @@ def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str,
         num_matrices=len(matrices),
         balance=max(planned.load) * num_gpus / sum(planned.load),
         num_rounds=len(planned.rounds),
-        num_parts=sum(len(list(planned.parts(number))) for number in range(len(planned.rounds))),
+        num_parts=sum(map(len, planned.rounds)),
         mean_bytes=sum(received) / num_gpus,
         most_sent_bytes=max(traffic.totals(traffic.sent)),
         most_received_bytes=max(received),

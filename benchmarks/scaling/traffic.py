@@ -27,11 +27,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from benchmarks.gpu.workloads import Llama
+from benchmarks.scaling.transfers import bytes_received, bytes_sent, counted_bytes, gathered_bytes, num_gathered
 from muon8bit import Muon8bit
 from muon8bit.config import Options
-from muon8bit.distributed import ShardedBatch, exchange
-from muon8bit.distributed.assignment import gathered_bytes
-from muon8bit.distributed.norms import Gathering, num_gathered
+from muon8bit.distributed import Gathering, ShardedBatch, exchange
 
 # Of the published config.json of meta-llama/Llama-3.2-1B; one of its layers.
 LAYER = Llama(hidden=2048, intermediate=8192, layers=1, kv=8 * 64)
@@ -60,19 +59,19 @@ def run(rank: int, num_ranks: int, mode: str, divisor: int, folder: str) -> None
     step()
     team, bundles = optimizer._find_team(), list[ShardedBatch]()
     assert team is not None
-    before, gather = vars(team.traffic).copy(), team.gathering
+    gather = team.gathering
 
     def remembering(found: Sequence[ShardedBatch], flags: torch.Tensor, options: Options) -> Gathering:
         bundles.extend(found)
         return gather(found, flags, options)
 
     team.gathering = remembering  # type: ignore[method-assign]
-    step()
-    counted = {name: value - before[name] for name, value in vars(team.traffic).items()}
-    plan = team.plan(bundles, Options(optimizer.ns_dtype, optimizer.backend, optimizer.workspace_bytes))
+    with counted_bytes() as counted:
+        step()
+    (plan,) = team._assignments.values()
     sums = gathered_bytes(num_gathered(bundles, num_flags=0))
-    predicted = {"gathered": sums, "sent": plan.bytes_sent()[rank], "received": plan.bytes_received()[rank]}
-    Path(folder, f"{mode}{rank}.json").write_text(json.dumps({"counted": counted, "predicted": predicted}))
+    predicted = {"gathered": sums, "sent": bytes_sent(plan)[rank], "received": bytes_received(plan)[rank]}
+    Path(folder, f"{mode}{rank}.json").write_text(json.dumps({"counted": vars(counted), "predicted": predicted}))
     dist.barrier()
     dist.destroy_process_group()
 

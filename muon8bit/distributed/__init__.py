@@ -14,7 +14,7 @@ from .norms import Gathering
 from .param_sharding import ParamSharding, check_placements
 from .rank_group import RankGroup, check_group, team_of
 from .sharded_batch import ShardedBatch
-from .watch import RanksError
+from .watchdog import RanksError
 
 __all__ = [
     "Gathering",

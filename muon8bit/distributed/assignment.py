@@ -1,111 +1,130 @@
 """Who orthogonalizes what, and what that moves: a pure function of shapes, so that ranks which compute it alone agree.
 
 Every matrix goes to one rank, its owner: the longest first, to the least loaded (LPT; Graham, SIAM J. Appl. Math. 17,
-1969).
+1969). It gets there, and its update back, in one of two ways:
+
+gather       the parts of X go to the owner, the parts of O = NS(X) come back
+reduce_gram  of a matrix cut along its long side: the Gram matrix of every part goes, in fp32, to the owner, which sums
+             them and iterates. The factor Q comes back to every rank that wants a part, which makes its own of O = Q X
+             (or X Q)
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import inf
+from functools import cache, cached_property
+from math import inf, prod
+from typing import Literal, NamedTuple, TypeAlias
 
-from .matrix_sharding import ShardPiece, whole_holders
-from .route import (
-    Matrix,
-    Route,
-    choose_route,
-    in_flight_bytes,
-    is_moved,
-    owner_cost,
-    returned_bytes,
-    sent_bytes,
-    sources,
-    targets,
-)
+import torch
+
+from ..orthogonalize import NSMethod, flops
+from .matrix_sharding import MatrixSharding, Region
+
+Strategy: TypeAlias = Literal["gather", "reduce_gram"]
 
 # More rounds are taken where they are cheaper by this factor, and rounds are even to this factor. Messages and smaller
 # batches have their price too.
 _EVENNESS = 1.1
 
 
+class Matrix(NamedTuple):
+    """A matrix [rows, cols] to orthogonalize, by a `method` of `orthogonalize.choose_method(..., tiny=False)`."""
+
+    rows: int
+    cols: int
+    sharding: MatrixSharding
+    method: NSMethod
+
+
 @dataclass(frozen=True)
-class Assignment:
-    """Of `plan`. Ranks are those of the group, matrices are meant by their index in `matrices`.
+class PlannedTransfer:
+    """How one matrix gets to its owner, and its update back.
 
     Attributes:
-        matrices: what was planned.
-        owners: by matrix, the rank that orthogonalizes it.
-        routes: by matrix.
-        rounds: the matrices, each in one round, to be moved together. In a round all matrices of one owner have one
-            shape, route and path, and at most `workspace_bytes` (or there is one). What is not moved comes last.
-        load: by rank, the sum of `Path.cost` of its matrices; on the route "gram" of the iteration alone, since all
-            holders share the rest.
-        workspace_bytes: the budget of `rounds` and `parts`.
+        index: place of the matrix among those that were planned.
+        owner: rank that orthogonalizes it.
+        cost: what the owner alone does, in the unit of `NSMethod.cost`. With "reduce_gram" that is the iteration: R and
+            O are the work of those who hold X.
     """
 
-    matrices: tuple[Matrix, ...]
-    owners: tuple[int, ...]
-    routes: tuple[Route, ...]
-    rounds: tuple[tuple[int, ...], ...]
-    load: tuple[float, ...]
-    workspace_bytes: int
+    index: int
+    matrix: Matrix
+    owner: int
+    strategy: Strategy
+    cost: float
 
-    def sources(self, index: int) -> tuple[ShardPiece, ...]:
-        """Disjoint pieces that cover the matrix, in the order of ranks: the owner's own, the others of its replica."""
-        return sources(self.matrices[index], self.owners[index])
+    @cached_property
+    def sources(self) -> dict[int, Region]:
+        """Return the part that each rank sends to the owner, itself included, in the order of ranks."""
+        return self.matrix.sharding.sources(self.owner)
 
-    def targets(self, index: int) -> tuple[ShardPiece, ...]:
-        """What every rank wants of O, the owner included, in the order of ranks."""
-        return targets(self.matrices[index])
+    @property
+    def targets(self) -> dict[int, Region]:
+        """Return the part that the owner sends to each rank, itself included, in the order of ranks."""
+        return self.matrix.sharding.targets
 
-    def transfers(self, index: int) -> Iterator[tuple[int, int, int]]:
-        """(from rank, to rank, bytes) of every message: to the owner, and back."""
-        matrix, owner, route = self.matrices[index], self.owners[index], self.routes[index]
-        for piece in self.sources(index):
-            if piece.rank != owner:
-                yield piece.rank, owner, sent_bytes(matrix, route, piece.region)
-        for piece in self.targets(index):
-            if piece.rank != owner:
-                yield owner, piece.rank, returned_bytes(matrix, route, piece.region)
+    @property
+    def is_gram(self) -> bool:
+        """Return whether Gram matrices and factors are sent in place of parts."""
+        return self.strategy == "reduce_gram"
 
-    def bytes_sent(self) -> tuple[int, ...]:
-        """By rank, of the payload of all transfers."""
-        return self._bytes(end=0)
+    @property
+    def is_tall(self) -> bool:
+        """Return whether it has more rows than columns."""
+        return self.matrix.rows > self.matrix.cols
 
-    def bytes_received(self) -> tuple[int, ...]:
-        """By rank, of the payload of all transfers."""
-        return self._bytes(end=1)
+    @property
+    def is_moved(self) -> bool:
+        """Return whether anything is communicated."""
+        return any(rank != self.owner for rank in (*self.sources, *self.targets))
 
-    def _bytes(self, end: int) -> tuple[int, ...]:
-        totals = [0] * len(self.load)
-        for index in range(len(self.matrices)):
-            for transfer in self.transfers(index):
-                totals[transfer[end]] += transfer[2]
-        return tuple(totals)
+    @property
+    def sent_dtype(self) -> torch.dtype:
+        """Return the dtype of what the owner gets."""
+        return torch.float32 if self.is_gram else self.matrix.method.dtype
 
-    def parts(self, number: int) -> Iterator[tuple[int, ...]]:
-        """Round `number` cut so that no rank has more than `workspace_bytes` of pieces of X at once, nor of O.
+    def sent_shape(self, region: Region) -> tuple[int, int]:
+        """Return the shape of what is sent for a part, in both directions.
 
-        One part where all ranks hold equal shares of matrices within the budget. Where a replica or every rank wants a
-        large share, the matrices of all owners together are more than it should take. A part has one matrix at least.
+        A Gram matrix is sent whole: a triangle would need an index of twice its size.
         """
-        num_ranks, part = len(self.load), list[int]()
-        totals = [0] * (2 * num_ranks)
-        for index in self.rounds[number]:
-            matrix, route = self.matrices[index], self.routes[index]
-            sizes = [(piece.rank, sent_bytes(matrix, route, piece.region)) for piece in self.sources(index)]
-            for rank, region in self.targets(index):
-                sizes.append((num_ranks + rank, returned_bytes(matrix, route, region)))
-            if part and any(totals[place] + size > self.workspace_bytes for place, size in sizes):
-                yield tuple(part)
-                part, totals = [], [0] * (2 * num_ranks)
-            part.append(index)
-            for place, size in sizes:
-                totals[place] += size
-        if part:
-            yield tuple(part)
+        side = min(self.matrix.rows, self.matrix.cols)
+        return (side, side) if self.is_gram else region.shape
+
+    def sent_bytes(self, region: Region) -> int:
+        """Return the bytes that the owner gets for a part."""
+        return prod(self.sent_shape(region)) * self.sent_dtype.itemsize
+
+    def returned_bytes(self, region: Region) -> int:
+        """Return the bytes that the owner gives for a part."""
+        return prod(self.sent_shape(region)) * self.matrix.method.dtype.itemsize
+
+    @property
+    def owner_bytes(self) -> int:
+        """Return the bytes that the owner has of it at once: X, or every Gram matrix and the factor."""
+        num_bytes = sum(map(self.sent_bytes, self.sources.values()))
+        return num_bytes + self.returned_bytes(next(iter(self.sources.values()))) if self.is_gram else num_bytes
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What `plan` returns. Ranks are those of the group.
+
+    Attributes:
+        transfers: one a matrix, in the order of the matrices.
+        rounds: the transfers, each in one round, to be gathered together. In a round all matrices of one owner have one
+            shape, strategy and method, and at most `workspace_bytes` (or there is one). What is not moved comes last. A
+            round consists of the parts that are returned together, a part is sorted by owners.
+        load: by rank, the sum of the costs of its matrices.
+    """
+
+    transfers: tuple[PlannedTransfer, ...]
+    rounds: tuple[tuple[tuple[PlannedTransfer, ...], ...], ...]
+    load: tuple[float, ...]
 
 
 def plan(matrices: Sequence[Matrix], num_ranks: int, workspace_bytes: int) -> Assignment:
@@ -117,33 +136,62 @@ def plan(matrices: Sequence[Matrix], num_ranks: int, workspace_bytes: int) -> As
     Args:
         matrices: in an order on which all ranks agree.
         num_ranks: of the group.
-        workspace_bytes: of matrices that one owner has in flight, and of pieces that a rank has (see `Plan.parts`).
+        workspace_bytes: of matrices that one owner has at once, and of parts that a rank has (see `_parts`).
 
     Raises:
-        ValueError: for a spread over another number of ranks, or one whose held parts are no tiling of the matrix.
+        ValueError: for a sharding over another number of ranks, or one whose held parts are no tiling of the matrix.
     """
     for index, matrix in enumerate(matrices):
-        if not len(matrix.spread.held) == len(matrix.spread.wanted) == num_ranks:
-            raise ValueError(f"matrix {index} is spread over {len(matrix.spread.held)} ranks, not {num_ranks}")
-    routes = tuple(choose_route(matrix) for matrix in matrices)
-    costs = [owner_cost(matrix, route) for matrix, route in zip(matrices, routes, strict=True)]
+        sharding = matrix.sharding
+        if not len(sharding.held) == len(sharding.wanted) == num_ranks:
+            raise ValueError(f"matrix {index} is sharded over {len(sharding.held)} ranks, not {num_ranks}")
+        sharding.check_tiling(matrix.rows, matrix.cols)
+    strategies = [choose_strategy(matrix) for matrix in matrices]
+    costs = [owner_cost(matrix, strategy) for matrix, strategy in zip(matrices, strategies, strict=True)]
     owners, load = _assign(matrices, costs, num_ranks)
-    rounds = _rounds(matrices, owners, routes, costs, load, workspace_bytes)
-    return Assignment(tuple(matrices), owners, routes, rounds, load, workspace_bytes)
+    transfers = tuple(map(PlannedTransfer, range(len(matrices)), matrices, owners, strategies, costs))
+    rounds = _rounds(transfers, load, workspace_bytes)
+    return Assignment(transfers, tuple(tuple(_parts(members, workspace_bytes)) for members in rounds), tuple(load))
 
 
-def gathered_bytes(num_sums: Sequence[int]) -> int:
-    """Bytes that each rank receives, and in a ring sends, of an all-gather of `num_sums[rank]` fp32 numbers a rank,
-    padded to the longest: the sums of squares that a step's norms are made of, one a row and block, and its flags."""
-    return 4 * (len(num_sums) - 1) * max(num_sums, default=0)
+def owner_cost(matrix: Matrix, strategy: Strategy) -> float:
+    """Return what the owner alone does: see `PlannedTransfer.cost`."""
+    method = matrix.method
+    if strategy == "gather":
+        return method.cost
+    small, large = sorted(matrix[:2])
+    return method.cost * (1 - 4 * small * small * large / flops("gram", small, large, sum(method.segments)))
 
 
-def _assign(
-    matrices: Sequence[Matrix], costs: Sequence[float], num_ranks: int
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Owners by matrix, loads by rank."""
+@cache
+def choose_strategy(matrix: Matrix) -> Strategy:
+    """Return "reduce_gram" where that is possible and moves fewer bytes, whoever the owner is; else "gather".
+
+    It is possible for the Gram form without restart, of a matrix cut along its long side alone, whose parts are wanted
+    where they are held. Replicas would keep their parts of all owners' matrices at once, so there are none.
+    """
+    rows, cols, sharding, method = matrix
+    across = 1 if rows > cols else 0
+    if rows == cols or method.form != "gram" or len(method.segments) != 1:
+        return "gather"
+    if any(region[across] != (0, matrix[across]) or len(ranks) > 1 for region, ranks in sharding.holders.items()):
+        return "gather"
+    if any(wanted not in (None, held) for held, wanted in zip(sharding.held, sharding.wanted, strict=True)):
+        return "gather"
+    gather, gram = (PlannedTransfer(0, matrix, 0, strategy, 0.0) for strategy in ("gather", "reduce_gram"))
+    saved = [0] * len(sharding.held)
+    for region, (rank,) in sharding.holders.items():
+        saved[rank] += gather.sent_bytes(region) - gram.sent_bytes(region)
+    for rank, region in sharding.targets.items():
+        saved[rank] += gather.returned_bytes(region) - gram.returned_bytes(region)
+    # The owner's own part is not moved.
+    return "reduce_gram" if all(sum(saved) > saved_by_owner for saved_by_owner in saved) else "gather"
+
+
+def _assign(matrices: Sequence[Matrix], costs: Sequence[float], num_ranks: int) -> tuple[list[int], list[float]]:
+    """Return owners by matrix, and loads by rank."""
     owners, load = [0] * len(matrices), [0.0] * num_ranks
-    candidates = [whole_holders(matrix.rows, matrix.cols, matrix.spread) for matrix in matrices]
+    candidates = [m.sharding.holders.get(Region((0, m.rows), (0, m.cols)), []) for m in matrices]
     # Where there is no choice first: these are loads from the start.
     order = sorted(range(len(matrices)), key=lambda i: (len(candidates[i]) != 1, -costs[i], i))
     heap = [(0.0, rank) for rank in range(num_ranks)]  # every rank once, at its load or an earlier, smaller one
@@ -156,48 +204,73 @@ def _assign(
             owner = heap[0][1]
         owners[index] = owner
         load[owner] += costs[index]
-    return tuple(owners), tuple(load)
+    return owners, load
 
 
 def _rounds(
-    matrices: Sequence[Matrix],
-    owners: Sequence[int],
-    routes: Sequence[Route],
-    costs: Sequence[float],
-    load: Sequence[float],
-    workspace_bytes: int,
-) -> tuple[tuple[int, ...], ...]:
-    """Every owner's matrices, kind by kind, cut by the budget; its n-th cut belongs to round n.
+    transfers: Sequence[PlannedTransfer], load: Sequence[float], workspace_bytes: int
+) -> list[list[PlannedTransfer]]:
+    """Cut every owner's matrices, kind by kind, by the budget; its n-th cut belongs to round n.
 
     A round takes as long as its slowest owner. Where that costs much, costly cuts are cut again, in more rounds.
     """
 
-    def kind(index: int) -> tuple[bool, float, int, int, str, Route]:
-        matrix = matrices[index]
-        stays = not is_moved(matrix, owners[index])
-        return stays, -matrix.path.cost, matrix.rows, matrix.cols, f"{matrix.path}", routes[index]
+    def kind(transfer: PlannedTransfer) -> tuple[bool, float, int, int, str, bool]:
+        rows, cols, _, method = transfer.matrix
+        return not transfer.is_moved, -method.cost, rows, cols, str(method), not transfer.is_gram
 
-    order = sorted((kind(index), index) for index in range(len(matrices)))
-
-    def cut(largest_cost: float) -> tuple[list[list[int]], float]:
-        """Rounds, and their cost one after the other."""
-        rounds, slowest = list[list[int]](), list[float]()
-        last: dict[int, tuple[object, int, int, float]] = {}  # by owner: kind, round, bytes and cost of its last cut
-        for key, index in order:
-            owner, size = owners[index], in_flight_bytes(matrices[index], routes[index])
-            last_key, number, num_bytes, cost = last.get(owner, (None, -1, 0, 0.0))
-            if last_key != key or num_bytes + size > workspace_bytes or cost + costs[index] > largest_cost:
-                number, num_bytes, cost = number + 1, 0, 0.0
-            if number == len(rounds):
-                rounds.append([])
-                slowest.append(0.0)
-            rounds[number].append(index)
-            last[owner] = key, number, num_bytes + size, cost + costs[index]
-            slowest[number] = max(slowest[number], cost + costs[index])
-        return rounds, sum(slowest)
-
-    rounds, cost = cut(inf)
+    in_order = sorted(((kind(transfer), transfer) for transfer in transfers), key=lambda pair: pair[0])
+    rounds, cost = _cut(in_order, workspace_bytes, inf)
     if rounds:
-        evener, lower_cost = cut(_EVENNESS * max(*costs, max(load) / len(rounds)))
+        largest = max(*(transfer.cost for transfer in transfers), max(load) / len(rounds))
+        evener, lower_cost = _cut(in_order, workspace_bytes, _EVENNESS * largest)
         rounds = evener if _EVENNESS * lower_cost < cost else rounds
-    return tuple(tuple(sorted(members)) for members in rounds)
+    return [sorted(members, key=lambda transfer: transfer.index) for members in rounds]
+
+
+def _cut(
+    in_order: Sequence[tuple[object, PlannedTransfer]], workspace_bytes: int, largest_cost: float
+) -> tuple[list[list[PlannedTransfer]], float]:
+    """Return rounds, and their cost one after the other.
+
+    Args:
+        in_order: the transfers with their kinds, sorted by these.
+        workspace_bytes: of one owner in one round, or it has one matrix there.
+        largest_cost: of one owner in one round, likewise.
+    """
+    rounds, slowest = list[list[PlannedTransfer]](), list[float]()
+    last: dict[int, tuple[object, int, int, float]] = {}  # by owner: kind, round, bytes and cost of its last cut
+    for kind, transfer in in_order:
+        last_kind, number, num_bytes, cost = last.get(transfer.owner, (None, -1, 0, 0.0))
+        num_bytes, cost = num_bytes + transfer.owner_bytes, cost + transfer.cost
+        if last_kind != kind or num_bytes > workspace_bytes or cost > largest_cost:
+            number, num_bytes, cost = number + 1, transfer.owner_bytes, transfer.cost
+        if number == len(rounds):
+            rounds.append([])
+            slowest.append(0.0)
+        rounds[number].append(transfer)
+        slowest[number] = max(slowest[number], cost)
+        last[transfer.owner] = kind, number, num_bytes, cost
+    return rounds, sum(slowest)
+
+
+def _parts(members: Sequence[PlannedTransfer], workspace_bytes: int) -> Iterator[tuple[PlannedTransfer, ...]]:
+    """Cut a round so that no rank has more than `workspace_bytes` of parts of X at once, nor of O.
+
+    It stays whole where all ranks hold equal shares of matrices within the budget. Where a replica or every rank wants
+    a large share, the matrices of all owners together are more than it should take. A part has one matrix at least.
+    """
+    part, totals = list[PlannedTransfer](), Counter[tuple[str, int]]()
+    for transfer in members:
+        sizes = {("X", rank): transfer.sent_bytes(region) for rank, region in transfer.sources.items()}
+        sizes |= {("O", rank): transfer.returned_bytes(region) for rank, region in transfer.targets.items()}
+        if part and any(totals[key] + size > workspace_bytes for key, size in sizes.items()):
+            yield _by_owner(part)
+            part, totals = [], Counter()
+        part.append(transfer)
+        totals.update(sizes)
+    yield _by_owner(part)
+
+
+def _by_owner(part: Sequence[PlannedTransfer]) -> tuple[PlannedTransfer, ...]:
+    return tuple(sorted(part, key=lambda transfer: transfer.owner))

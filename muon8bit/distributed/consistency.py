@@ -41,8 +41,8 @@ def arrive(transport: Transport, device: torch.device, failure: Exception | None
     """
     device = wait_device(transport, device)
     mine = torch.tensor([failure is not None, randbits(62)], dtype=torch.int64, device=device)
-    found = transport.all_gather(mine, is_arrival=True, is_counted=False).tolist()
-    transport.watch.token = f"{found[0][1]:x}"
+    found = transport.all_gather(mine, is_bounded=False).tolist()
+    transport.watchdog.token = f"{found[0][1]:x}"
     _tell(transport, device, [bool(has_failed) for has_failed, _ in found], failure)
 
 
@@ -54,7 +54,7 @@ def confirm(transport: Transport, device: torch.device, failure: BaseException |
     """
     device = wait_device(transport, device)
     mine = torch.tensor([failure is not None], dtype=torch.int64, device=device)
-    found = transport.all_gather(mine, is_counted=False).tolist()
+    found = transport.all_gather(mine).tolist()
     _tell(transport, device, [bool(has_failed) for (has_failed,) in found], failure)
 
 
@@ -102,7 +102,7 @@ def agree(
     hashes = [_hash(of) for of in lines]
     device = wait_device(transport, device)
     mine = torch.tensor(hashes, dtype=torch.int64, device=device)
-    found = transport.all_gather(mine, is_counted=False).tolist()
+    found = transport.all_gather(mine).tolist()
     if all(hashes == found[0] for hashes in found) and failure is None:
         return
     texts = [json.loads(text) for text in transport.gather_texts(json.dumps(lines), device)]

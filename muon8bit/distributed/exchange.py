@@ -1,20 +1,21 @@
 """Second phase of matrices that lie on several ranks: every matrix is orthogonalized whole, once, by its owner.
 
-    X   =  u / norm             of the part that a rank holds, with the new codes and scales        (depart)
-    X  ->  owner:   O = NS(X)   of the whole                                                        (iterate)
-    O  ->  every rank that wants a part, which updates its part of W                                (land)
+    X   =  u / norm             of the part that a rank holds, with the new codes and scales        (send_inputs)
+    X  ->  owner:   O = NS(X)   of the whole                                                        (orthogonalize)
+    O  ->  every rank that wants a part, which updates its part of W                                (apply_updates)
 
-On the route "gram" the parts stay: R = sum of the parts' Gram matrices goes to the owner, and the factor Q, with which
-O = Q X (or X Q), comes back. While a round is iterated, the next one's parts travel, and the last one's results.
-The first round alone is iterated before anything is written: what fails until then on any rank has changed nothing.
+With the strategy "reduce_gram" the parts stay: R = sum of the parts' Gram matrices goes to the owner, and the factor Q,
+with which O = Q X (or X Q), comes back. While a round is orthogonalized, the next one's inputs are on their way, and
+the last one's updates. The first round alone is orthogonalized before anything is written: what fails until then on any
+rank has changed nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,202 +26,231 @@ from ..step import momentum
 from ..step.matrix_batches import gradients, momenta_on, momentum_tensors
 from ..step.muon import written
 from ..step.update import factors, lr_ratio, update_params_
-from .collectives import PendingExchange, Transport, typed
-from .matrix_sharding import ShardPiece
-from .sharded_batch import ShardedBatch, ShardedMatrix, is_cut, runs
-from .timetable import Timetable, Transfer
+from .assignment import Assignment, PlannedTransfer
+from .collectives import PendingExchange, Transport
+from .sharded_batch import ShardedBatch, ShardedMatrix, is_cut
 
-# Of the workspace, the part that each of these may take: of the round that is iterated the bytes received, X with the
-# iteration's own memory, and O; of the next one what is sent, made contiguous, and received; of the last one O, what is
-# sent and what is received. Besides, passes over the momentum take up to 10 MiB on a CPU.
+# Of the workspace, the part that each of these may take: of the round that is orthogonalized the bytes received, X with
+# the iteration's own memory, and O; of the next one what is sent, made contiguous, and received; of the last one O,
+# what is sent and what is received. Besides, passes over the momentum take up to 10 MiB on a CPU.
 NUM_SHARES = 12
 
 
-class ExchangeRound:
-    """Matrices that are iterated together. Call `pack`, `depart`, `iterate`, `give_back` and `land` in this order, on
-    all ranks alike. With `is_first` `pack` writes no momenta; call `keep` when they may be written.
+class Transfer(NamedTuple):
+    """One matrix in a round, as this rank sees it: the `place`-th of its batch."""
 
-    The parts of X travel all at once: a rank sends no more than its share of its replica's matrices. The results come
-    back part by part, since a rank may want all of every owner's. What is sent lies in one buffer: where several ranks
-    want the same, its owner has a copy for each of them there, beyond the workspace if the matrix is large.
+    plan: PlannedTransfer
+    batch: ShardedBatch
+    place: int
+
+    @property
+    def matrix(self) -> ShardedMatrix:
+        """Return this rank's part."""
+        return self.batch.members[self.place]
+
+
+class ExchangeRound:
+    """Matrices that are orthogonalized together. All ranks call the methods in their order here.
+
+    The parts of X are sent all at once: a rank sends no more than its share of its replica's matrices. The updates come
+    back part by part of the round, since a rank may want all of every owner's. What is sent lies in one buffer: where
+    several ranks want the same, its owner has a copy for each of them there, beyond the workspace if the matrix is
+    large.
     """
+
+    is_first = False  # whether momenta are written later, by `FirstRound.write`
+
+    def __init__(
+        self, parts: list[list[Transfer]], transport: Transport, options: Options, device: torch.device
+    ) -> None:
+        """Take the transfers of a round, by its parts."""
+        self._parts, self._transfers = parts, [transfer for part in parts for transfer in part]
+        self._transport, self._options, self._device = transport, options, device
+        self._share = options.workspace_bytes // NUM_SHARES
+        self._own_X: dict[int, Tensor] = {}  # by matrix, this rank's part of X with the strategy "reduce_gram"
+        self._results: list[Tensor] = []  # O, or the factors, of the matrices that this rank owns, until they are sent
+
+    def prepare_inputs(self) -> None:
+        """Write the new momenta, and make the parts of X, or their Gram matrices, ready to be sent to the owners."""
+        rank, outgoing = self._transport.rank, self._by_rank()
+        for (plan, *_), X in self._applied():
+            if plan.is_gram:
+                self._own_X[plan.index] = X
+            if rank in plan.sources:
+                outgoing[plan.owner].append(partial_gram(X, plan.is_tall) if plan.is_gram else X)
+        incoming = [0] * len(outgoing)
+        for plan, *_ in self._owned(self._transfers):
+            for source, region in plan.sources.items():
+                incoming[source] += plan.sent_bytes(region)
+        self._pending = PendingExchange(self._transport, outgoing, incoming, self._device)
+
+    def send_inputs(self) -> None:
+        """Send what `prepare_inputs` has made."""
+        self._pending.start()
+
+    def orthogonalize(self) -> None:
+        """Orthogonalize what this rank owns, or make the factors."""
+
+        def key(transfer: Transfer) -> tuple[Any, ...]:
+            matrix = transfer.batch.matrix
+            return matrix.rows, matrix.cols, matrix.method, transfer.batch.coefficients, transfer.plan.is_gram
+
+        self._pending.wait()
+        for (rows, cols, method, coefficients, is_gram), run in groupby(self._owned(self._transfers), key=key):
+            together, solve = list(run), gram_factor if is_gram else orthogonalize
+            size = batch_size(method, rows, cols, device_kind(self._device), self._share)
+            for start in range(0, len(together), size):
+                whole = self._assembled([transfer.plan for transfer in together[start : start + size]])
+                self._results.extend(solve(whole, coefficients, method, self._options.backend))
+
+    def send_updates(self, number: int = 0) -> None:
+        """Send what this rank owns of a part of the round to who wants it, O or the factor."""
+        outgoing, owned = self._by_rank(), self._owned(self._parts[number])
+        for (plan, *_), result in zip(owned, self._results, strict=False):
+            for rank, region in plan.targets.items():
+                outgoing[rank].append(result if plan.is_gram else result[region.slices])
+        del self._results[: len(owned)]
+        incoming = [0] * len(outgoing)
+        for plan, *_ in self._parts[number]:
+            if self._transport.rank in plan.targets:
+                incoming[plan.owner] += plan.returned_bytes(plan.targets[self._transport.rank])
+        self._pending = PendingExchange(self._transport, outgoing, incoming, self._device)
+        self._pending.start()
+
+    def apply_updates(self) -> None:
+        """Update this rank's parts of the parameters, and let the memory go."""
+        for number, part in enumerate(self._parts):
+            received = self._pending
+            received.wait()
+            if number + 1 < len(self._parts):
+                self.send_updates(number + 1)
+            self._update(part, received)
+            del received
+        del self._pending
+        self._own_X.clear()
+
+    def _by_rank(self) -> list[list[Tensor]]:
+        return [[] for _ in range(self._transport.num_ranks)]
+
+    def _owned(self, transfers: Iterable[Transfer]) -> list[Transfer]:
+        return [transfer for transfer in transfers if transfer.plan.owner == self._transport.rank]
+
+    def _applied(self) -> Iterator[tuple[Transfer, Tensor]]:
+        """Write the momenta that this rank holds, and yield their parts of X, in the order of the transfers."""
+
+        def key(transfer: Transfer) -> tuple[int, object]:
+            return id(transfer.batch), transfer.matrix.held and transfer.matrix.held.layout
+
+        held = [transfer for transfer in self._transfers if transfer.matrix.held is not None]
+        for _, run in groupby(held, key=key):
+            together = list(run)
+            shape = together[0].matrix.held.momentum.codes.shape[1:]  # type: ignore[union-attr]
+            # X, and copies of gradients; in the first round of momenta too
+            one = (12 if self.is_first else 8) * prod(shape)
+            size = max(1, self._share // one)
+            for start in range(0, len(together), size):
+                some = together[start : start + size]
+                yield from zip(some, self._apply(some), strict=True)
+
+    def _apply(self, transfers: list[Transfer]) -> Tensor:
+        """Write the new momenta of these into codes and scales; return their parts of X, [transfers, rows, cols]."""
+        batch, places = transfers[0].batch, [transfer.place for transfer in transfers]
+        stacks = [held for transfer in transfers if (held := transfer.matrix.held) is not None]
+        norms = torch.stack([batch.norms[place] for place in places])
+        shape = stacks[0].momentum.codes.shape[1:]
+        X = torch.empty(len(stacks), *shape, dtype=batch.matrix.method.dtype, device=self._device)
+        grads = gradients(stacks)
+        skip = self._options.skip
+        kept = [tensor.clone() for tensor in momentum_tensors(stacks)] if self.is_first else None
+        momenta = [stack.momentum for stack in momenta_on(stacks, kept)]
+        region = batch.matrix.sharding.held[self._transport.rank]
+        if region is not None and is_cut(region, batch.matrix):
+            scales = None if batch.scales is None else torch.stack([batch.scales[place] for place in places])
+            first_col = region.cols[0]
+            momentum.cut_apply_(momenta, grads, scales, norms, X, first_col=first_col, **batch.average, skip=skip)
+        else:
+            momentum.apply_(momenta, grads, norms, X, **batch.average, skip=skip, backend=self._options.backend)
+        return X
+
+    def _assembled(self, plans: list[PlannedTransfer]) -> Tensor:
+        """Return X of whole matrices from its parts, or the sums of their Gram matrices in the order of ranks."""
+        is_gram, matrix = plans[0].is_gram, plans[0].matrix
+        shape = (min(matrix[:2]),) * 2 if is_gram else matrix[:2]
+        new = torch.zeros if is_gram else torch.empty
+        whole = new(len(plans), *shape, dtype=plans[0].sent_dtype, device=self._device)
+        for out, plan in zip(whole, plans, strict=True):
+            for rank, region in plan.sources.items():
+                part = self._pending.read(rank, plan.sent_shape(region), plan.sent_dtype)
+                if is_gram:
+                    out += part
+                else:
+                    out[region.slices] = part
+        return whole
+
+    def _update(self, part: list[Transfer], received: PendingExchange) -> None:
+        """Update this rank's parts of parameters by a part of the round's results."""
+
+        def key(transfer: Transfer) -> tuple[object, ...]:
+            param = transfer.matrix.param
+            assert param is not None
+            return id(transfer.batch), transfer.plan.owner, param.shape, param.stride(), param.dtype
+
+        rank = self._transport.rank
+        for _, run in groupby([transfer for transfer in part if rank in transfer.plan.targets], key=key):
+            together = list(run)
+            plan, batch, _ = together[0]
+            shape = len(together), *plan.sent_shape(plan.targets[rank])
+            directions = received.read(plan.owner, shape, batch.matrix.method.dtype)
+            if plan.is_gram:
+                X = torch.stack([self._own_X[transfer.plan.index] for transfer in together])
+                directions = apply_factor(directions, X, plan.is_tall)
+            _update([transfer.matrix for transfer in together], directions, batch, self._options)
+
+
+class FirstRound(ExchangeRound):
+    """The first round of a step, which writes nothing before `write`, and the rounds after it."""
+
+    is_first = True
 
     def __init__(
         self,
-        parts: list[list[Transfer]],
+        batches: Sequence[ShardedBatch],
+        assignment: Assignment,
         transport: Transport,
         options: Options,
         device: torch.device,
-        *,
-        is_first: bool = False,
     ) -> None:
-        self.parts, self.items, self.is_first = parts, [item for part in parts for item in part], is_first
-        self.transport, self.options, self.device = transport, options, device
-        self.rank = transport.rank
-        self.kept: dict[int, Tensor] = {}  # by matrix, this rank's part of X on the route "gram"
-        self.results: list[Tensor] = []  # by matrix that this rank owns, until they have been sent
+        """Take the assignment of the matrices of these batches, numbered through in their order."""
+        places = [(batch, place) for batch in batches for place in range(len(batch.members))]
+        first, *self._later = [
+            [[Transfer(plan, *places[plan.index]) for plan in part] for part in parts] for parts in assignment.rounds
+        ]
+        super().__init__(first, transport, options, device)
 
-    def pack(self) -> None:
-        """Write the new momenta, and make the parts of X, or their Gram matrices, ready to be sent to the owners."""
-        outgoing: list[list[Tensor]] = [[] for _ in range(self.transport.num_ranks)]
-        for item, X in self._applied():
-            if item.is_gram:
-                self.kept[item.stop.number] = X
-            if item.source(self.rank) is not None:
-                outgoing[item.owner].append(partial_gram(X, item.is_tall) if item.is_gram else X)
-        incoming = [0] * self.transport.num_ranks
-        for item in self._owned(self.items):
-            for rank, region in item.stop.sources:
-                incoming[rank] += item.sent_bytes(region)
-        self.parcel = self.transport.packed(outgoing, incoming, self.device)
-
-    def depart(self) -> None:
-        """Send what `pack` has made."""
-        self.flight = self.transport.sent(self.parcel)
-        del self.parcel
-
-    def keep(self) -> None:
-        """Of the first round, write the new momenta; X, which comes out beside them, has been used by now."""
+    def write(self) -> None:
+        """Write the first round's momenta, and step all matrices."""
         self.is_first = False
-        for _ in self._applied():
+        for _ in self._applied():  # X, which comes out beside the momenta, has been used by now
             pass
-
-    def _owned(self, items: Iterable[Transfer]) -> list[Transfer]:
-        return [item for item in items if item.owner == self.rank]
-
-    def _applied(self) -> Iterator[tuple[Transfer, Tensor]]:
-        """Write the momenta that this rank holds; their parts of X, in the order of the items."""
-
-        def kind(item: Transfer) -> tuple[int, object]:
-            return id(item.bundle), item.member.held and item.member.held.layout
-
-        held = [item for item in self.items if item.member.held is not None]
-        for _, run in groupby(held, key=kind):
-            items = list(run)
-            shape = items[0].member.held.momentum.codes.shape[1:]  # type: ignore[union-attr]
-            # X, and copies of gradients; in the first round of momenta too
-            one = (12 if self.is_first else 8) * prod(shape)
-            size = max(1, self.options.workspace_bytes // NUM_SHARES // one)
-            for start in range(0, len(items), size):
-                some = items[start : start + size]
-                X = self._apply(some)
-                yield from zip(some, X, strict=True)
-
-    def _apply(self, items: list[Transfer]) -> Tensor:
-        """The new momenta of these into codes and scales, and their parts of X: [items, rows, cols]."""
-        bundle, (stacks,) = items[0].bundle, runs([item.member for item in items])
-        norms = torch.stack([bundle.norms[item.place] for item in items])
-        shape = stacks[0].momentum.codes.shape[1:]
-        X = torch.empty(len(items), *shape, dtype=bundle.matrix.path.dtype, device=self.device)
-        grads = gradients(stacks)
-        skip = self.options.skip
-        kept = [tensor.clone() for tensor in momentum_tensors(stacks)] if self.is_first else None
-        momenta = [stack.momentum for stack in momenta_on(stacks, kept)]
-        region = bundle.matrix.spread.held[self.rank]
-        if region is not None and is_cut(region, bundle.matrix):
-            scales = None if bundle.scales is None else torch.stack([bundle.scales[item.place] for item in items])
-            first_col = region.cols[0]
-            momentum.cut_apply_(momenta, grads, scales, norms, X, first_col=first_col, **bundle.average, skip=skip)
-        else:
-            momentum.apply_(momenta, grads, norms, X, **bundle.average, skip=skip, backend=self.options.backend)
-        return X
-
-    def iterate(self) -> None:
-        """Orthogonalize what this rank owns, or make the factor."""
-        data, place = self.flight.landed(), [0] * self.transport.num_ranks
-
-        def take(item: Transfer, piece: ShardPiece) -> Tensor:
-            start = place[piece.rank]
-            place[piece.rank] = stop = start + item.sent_bytes(piece.region)
-            return typed(data[piece.rank][start:stop], item.sent_dtype).view(item.sent_shape(piece.region))
-
-        self.results = list(self._orthogonalized(self._owned(self.items), take))
-
-    def give_back(self) -> None:
-        """Send the first part of the results to who wants them."""
-        self.flight = self._returning(self.parts[0])
-
-    def _returning(self, part: list[Transfer]) -> PendingExchange:
-        """Send what this rank owns of a part, or the factor, to who wants it."""
-        outgoing: list[list[Tensor]] = [[] for _ in range(self.transport.num_ranks)]
-        owned = self._owned(part)
-        for item, result in zip(owned, self.results, strict=False):
-            for rank, region in item.stop.targets:
-                part_of = result if item.is_gram else result[slice(*region.rows), slice(*region.cols)]
-                outgoing[rank].append(part_of)
-        del self.results[: len(owned)]
-        incoming = [0] * self.transport.num_ranks
-        for item in part:
-            wanted = item.target(self.rank)
-            if wanted is not None:
-                incoming[item.owner] += item.returned_bytes(wanted)
-        return self.transport.sent(self.transport.packed(outgoing, incoming, self.device))
-
-    def _orthogonalized(
-        self, items: list[Transfer], take: Callable[[Transfer, ShardPiece], Tensor]
-    ) -> Iterator[Tensor]:
-        """In their order O, or the factor Q; those that can go through the iteration together do."""
-
-        def kind(item: Transfer) -> tuple[Any, ...]:
-            return item.matrix.rows, item.matrix.cols, item.matrix.path, item.bundle.schedule, item.is_gram
-
-        for (rows, cols, path, schedule, is_gram), run in groupby(items, key=kind):
-            together, step = list(run), gram_factor if is_gram else orthogonalize
-            size = batch_size(path, rows, cols, device_kind(self.device), self.options.workspace_bytes // NUM_SHARES)
-            for start in range(0, len(together), size):
-                whole = self._assembled(together[start : start + size], take)
-                yield from step(whole, schedule, path, self.options.backend)
-
-    def _assembled(self, items: list[Transfer], take: Callable[[Transfer, ShardPiece], Tensor]) -> Tensor:
-        """X of whole matrices from its parts, or the sums of their Gram matrices in the order of ranks."""
-        first = items[0]
-        shape = (first.small, first.small) if first.is_gram else (first.matrix.rows, first.matrix.cols)
-        new = torch.zeros if first.is_gram else torch.empty
-        whole = new(len(items), *shape, dtype=first.sent_dtype, device=self.device)
-        for matrix, item in zip(whole, items, strict=True):
-            for piece in item.stop.sources:
-                if item.is_gram:
-                    matrix += take(item, piece)
-                else:
-                    matrix[slice(*piece.region.rows), slice(*piece.region.cols)] = take(item, piece)
-        return whole
-
-    def land(self) -> None:
-        """Update this rank's parts of the parameters."""
-        for number, part in enumerate(self.parts):
-            data = self.flight.landed()
-            if number + 1 < len(self.parts):
-                self.flight = self._returning(self.parts[number + 1])
-            self._update(part, data)
-
-    def _update(self, part: list[Transfer], data: list[Tensor]) -> None:
-        """Take a part's results from the bytes that came from each rank."""
-        place = [0] * self.transport.num_ranks
-
-        def kind(item: Transfer) -> tuple[object, ...]:
-            param = item.member.param
-            assert param is not None
-            return id(item.bundle), item.owner, param.shape, param.stride(), param.dtype
-
-        wanted = [item for item in part if item.target(self.rank) is not None]
-        for _, run in groupby(wanted, key=kind):
-            items = list(run)
-            region = items[0].target(self.rank)
-            assert region is not None
-            owner, num_bytes = items[0].owner, len(items) * items[0].returned_bytes(region)
-            start = place[owner]
-            place[owner] += num_bytes
-            shape = len(items), *items[0].sent_shape(region)
-            got = typed(data[owner][start : start + num_bytes], items[0].matrix.path.dtype).view(shape)
-            if items[0].is_gram:
-                X = torch.stack([self.kept[item.stop.number] for item in items])
-                got = apply_factor(got, X, items[0].is_tall)
-            _update([item.member for item in items], got, items[0].bundle, self.options)
+        self.send_updates()
+        returning: ExchangeRound | None = self
+        sending: ExchangeRound | None = None
+        later = (ExchangeRound(parts, self._transport, self._options, self._device) for parts in self._later)
+        for upcoming in chain(later, (None, None)):
+            if upcoming is not None:
+                upcoming.prepare_inputs()
+                upcoming.send_inputs()
+            if sending is not None:
+                sending.orthogonalize()
+                sending.send_updates()
+            if returning is not None:
+                returning.apply_updates()
+            returning, sending = sending, upcoming
 
 
-def _update(members: list[ShardedMatrix], directions: Tensor, bundle: ShardedBatch, options: Options) -> None:
+def _update(members: list[ShardedMatrix], directions: Tensor, batch: ShardedBatch, options: Options) -> None:
     """Update the parts of these parameters by `directions` [members, rows, cols], scaled by the whole shape."""
-    group, matrix = bundle.group, bundle.matrix
+    group, matrix = batch.group, batch.matrix
     ratio = lr_ratio(matrix.rows, matrix.cols, group["adjust_lr_fn"])
     decay, scale = factors(lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
     places: dict[str, Any] = {}
@@ -229,62 +259,3 @@ def _update(members: list[ShardedMatrix], directions: Tensor, bundle: ShardedBat
         places = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}
     with written([member.param for member in members if member.param is not None]) as params:
         update_params_(params, directions, decay, scale, **places, skip=options.skip, backend=options.backend)
-
-
-class Rounds:
-    """All rounds of a step. Call `pack`, `depart`, `iterate` and `write` in this order, on all ranks alike.
-
-    The last one writes.
-
-    Args:
-        bundles: whose matrices are numbered through in their order.
-        timetable: of their plan.
-        transport, options, device: of the team and the step.
-    """
-
-    def __init__(
-        self,
-        bundles: Sequence[ShardedBatch],
-        timetable: Timetable,
-        transport: Transport,
-        options: Options,
-        device: torch.device,
-    ) -> None:
-        places = [(bundle, place) for bundle in bundles for place in range(len(bundle.members))]
-        self._how = transport, options, device
-        self._rounds = [
-            [[Transfer(stop, *places[stop.number]) for stop in part] for part in parts] for parts in timetable if parts
-        ]
-        self._first = ExchangeRound(self._rounds[0], *self._how, is_first=True)
-
-    def pack(self) -> None:
-        """Allocate and compute, without communication, what the first round sends."""
-        self._first.pack()
-
-    def depart(self) -> None:
-        """Send it."""
-        self._first.depart()
-
-    def iterate(self) -> None:
-        """Orthogonalize the first round's matrices."""
-        self._first.iterate()
-
-    def write(self) -> None:
-        """Write the first round's momenta, and step all matrices."""
-        self._first.keep()
-        self._first.give_back()
-        landing: ExchangeRound | None = self._first
-        del self._first
-        flying: ExchangeRound | None = None
-        for parts in [*self._rounds[1:], [], []]:
-            current = None
-            if parts:
-                current = ExchangeRound(parts, *self._how)
-                current.pack()
-                current.depart()
-            if flying is not None:
-                flying.iterate()
-                flying.give_back()
-            if landing is not None:
-                landing.land()
-            landing, flying = flying, current

@@ -25,7 +25,7 @@ from ..step.options import describe
 from .collectives import Transport
 from .consistency import agree, arrive, confirm, described, wait_device
 from .norms import Gathering
-from .watch import RanksError, Watch
+from .watchdog import RanksError, Watchdog
 
 Result = TypeVar("Result")
 
@@ -41,8 +41,8 @@ class Meeting:
 
     def __init__(self, group: ProcessGroup, device: torch.device, timeout_s: float) -> None:
         self.group, self.device = group, device
-        self.watch = Watch(group, timeout_s)
-        self.transport = Transport(group, self.watch)
+        self.watchdog = Watchdog(group, timeout_s)
+        self.transport = Transport(group, self.watchdog)
         self.is_told = False  # whether all ranks know of a failure of this step
         self.is_sending = False  # whether the others may wait for something else than a meeting
         self._broken: str | None = None  # why the ranks' transfers no longer fit together
@@ -114,7 +114,7 @@ class Meeting:
             return
         if is_agreed or self.is_sending or isinstance(error, RanksError) or not isinstance(error, Exception):
             self._broken = f"{type(error).__name__}: {error}"
-            self.watch.tell(error)
+            self.watchdog.publish(error)
             return
         try:
             if self._gathering is not None:

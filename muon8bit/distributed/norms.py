@@ -18,11 +18,11 @@ from .matrix_sharding import Region
 from .sharded_batch import ShardedBatch, is_cut, sums_of_squares
 
 
-class _Slot:
+class GatheredSums:
     """What a bundle takes of the gathered numbers: by rank, how many it sends, and of which region."""
 
     def __init__(self, bundle: ShardedBatch) -> None:
-        held, self.block_size = bundle.matrix.spread.held, bundle.format.block_size
+        held, self.block_size = bundle.matrix.sharding.held, bundle.format.block_size
         self.count, self.shape = len(bundle.members), (bundle.matrix.rows, bundle.blocks)
         first_holder: dict[Region, int] = {}
         for rank, region in enumerate(held):
@@ -94,10 +94,10 @@ class Gathering:
     def __init__(
         self, bundles: Sequence[ShardedBatch], flags: Tensor, rank: int, num_ranks: int, options: Options
     ) -> None:
-        self._bundles, self._slots, self._num_flags = bundles, [_Slot(bundle) for bundle in bundles], len(flags)
+        self._bundles, self._slots, self._num_flags = bundles, [GatheredSums(bundle) for bundle in bundles], len(flags)
         mine = [flags]
         for bundle, slot in zip(bundles, self._slots, strict=True):
-            region = bundle.matrix.spread.held[rank]
+            region = bundle.matrix.sharding.held[rank]
             if region is not None:
                 mine.append(slot.contribution(sums_of_squares(bundle, region, options), rank))
         lengths = [len(flags) + sum(sizes) for sizes in zip(*(slot.sizes for slot in self._slots), strict=True)]
@@ -110,7 +110,6 @@ class Gathering:
         """Gather, once. A rank that fails before it has done so still has to: the others wait for its numbers."""
         if not self._is_done:
             transport.gather_into(self._gathered, self._sent)
-            transport.traffic.gathered += (transport.num_ranks - 1) * self._sent.nbytes
             self._is_done = True
 
     def run(self, transport: Transport) -> Tensor:
@@ -122,14 +121,8 @@ class Gathering:
             ends = [start + size for start, size in zip(place, slot.sizes, strict=True)]
             parts = [numbers[start:end] for numbers, start, end in zip(gathered, place, ends, strict=True)]
             bundle.settle(slot.total(parts))
-            region = bundle.matrix.spread.held[transport.rank]
+            region = bundle.matrix.sharding.held[transport.rank]
             if region is not None and slot.num_kinds == 2:
                 bundle.scales = slot.scales(parts, region)
             place = ends
         return gathered[:, : self._num_flags].sum(0)
-
-
-def num_gathered(bundles: Sequence[ShardedBatch], num_flags: int) -> list[int]:
-    """By rank, the numbers that it sends in a `Gathering`, without padding: what `plan.gathered_bytes` takes."""
-    sizes = [_Slot(bundle).sizes for bundle in bundles]
-    return [num_flags + sum(of_rank) for of_rank in zip(*sizes, strict=True)]

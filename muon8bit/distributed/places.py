@@ -19,7 +19,7 @@ class MatrixSlot:
     lead: tuple[int, ...]
     rows: Span
     cols: int
-    spread: MatrixSharding
+    sharding: MatrixSharding
 
 
 @cache
@@ -29,20 +29,20 @@ def places(layout: ParamSharding, flatten: bool, splits: tuple[int, ...] | None)
     shape = layout.shape
     lead_shape, num_rows = ((), shape[0]) if flatten else (shape[:-2], shape[-2])
     cols = prod(shape[1:]) if flatten else shape[-1]
-    found, spreads = list[MatrixSlot](), dict[MatrixSharding, MatrixSharding]()
+    found, shardings = list[MatrixSlot](), dict[MatrixSharding, MatrixSharding]()
     for lead in product(*map(range, lead_shape)):
         start = 0
         for size in splits or (num_rows,):
             rows = (start, start + size)
             start += size
-            spread = MatrixSharding(
+            sharding = MatrixSharding(
                 *(
                     tuple(_region(spans, lead, rows, cols, flatten) for spans in by_rank)
                     for by_rank in (layout.held, layout.wanted)
                 )
             )
-            spread = spreads.setdefault(spread, spread)
-            found.append(MatrixSlot(lead, rows, cols, spread))
+            sharding = shardings.setdefault(sharding, sharding)
+            found.append(MatrixSlot(lead, rows, cols, sharding))
     return tuple(found)
 
 

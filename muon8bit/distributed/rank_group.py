@@ -17,13 +17,11 @@ from ..config import Options
 from ..step import adamw8bit
 from . import blocks, param_sharding
 from .assignment import Assignment, plan
-from .collectives import ByteCounter
-from .exchange import NUM_SHARES, Rounds
+from .exchange import NUM_SHARES, FirstRound
 from .meeting import Meeting
 from .norms import Gathering
 from .param_sharding import ParamSharding
 from .sharded_batch import MatrixPart, ShardedBatch, bundled
-from .timetable import Timetable, timetable
 
 
 class RankGroup(Meeting):
@@ -43,12 +41,7 @@ class RankGroup(Meeting):
         super().__init__(group, device, timeout_s)
         self.replicates, self.ranks = replicates, tuple(dist.get_process_group_ranks(group))
         self.mesh = DeviceMesh.from_group(group, device.type) if shard_state else None
-        self._plans: dict[object, tuple[Assignment, Timetable]] = {}
-
-    @property
-    def traffic(self) -> ByteCounter:
-        """The bytes that this rank has moved."""
-        return self.transport.traffic
+        self._assignments: dict[object, Assignment] = {}
 
     def layout_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> ParamSharding | None:
         """Where a parameter and its state lie; None where both are this rank's own affair.
@@ -98,11 +91,11 @@ class RankGroup(Meeting):
         self._gathering = Gathering(bundles, flags, self.transport.rank, self.transport.num_ranks, options)
         return self._gathering
 
-    def rounds(self, bundles: Sequence[ShardedBatch], options: Options) -> Rounds | None:
+    def rounds(self, bundles: Sequence[ShardedBatch], options: Options) -> FirstRound | None:
         """The step of all matrices that lie on several ranks; None without any, which is so on all ranks."""
         if not bundles:
             return None
-        return Rounds(bundles, self._planned(bundles, options)[1], self.transport, options, self.device)
+        return FirstRound(bundles, self._assignment(bundles, options), self.transport, options, self.device)
 
     def whole(
         self, state: Mapping[Tensor, Mapping[str, Tensor]], to: int | None, confirm: Callable[[], None]
@@ -146,19 +139,17 @@ class RankGroup(Meeting):
             )
         return -(-value.shape[0] // len(self.ranks))
 
-    def plan(self, bundles: Sequence[ShardedBatch], options: Options) -> Assignment:
-        """Who orthogonalizes what."""
-        return self._planned(bundles, options)[0]
+    def _assignment(self, batches: Sequence[ShardedBatch], options: Options) -> Assignment:
+        """Return who orthogonalizes what, planned once for the same matrices.
 
-    def _planned(self, bundles: Sequence[ShardedBatch], options: Options) -> tuple[Assignment, Timetable]:
-        """Made once for the same matrices; hashing their spreads at every step would cost more than the rest of it."""
-        of = [(bundle.matrix, len(bundle.members)) for bundle in bundles]
-        key = tuple((m.rows, m.cols, id(m.spread), m.path, count) for m, count in of), options.workspace_bytes
-        if key not in self._plans:
-            matrices = [matrix for matrix, count in of for _ in range(count)]
-            made = plan(matrices, len(self.ranks), options.workspace_bytes // NUM_SHARES)
-            self._plans[key] = made, timetable(made)
-        return self._plans[key]
+        Hashing their shardings at every step would cost more than the rest of it, so these are known by their identity.
+        """
+        counts = [(batch.matrix, len(batch.members)) for batch in batches]
+        key = tuple((m.rows, m.cols, id(m.sharding), m.method, count) for m, count in counts), options.workspace_bytes
+        if key not in self._assignments:
+            matrices = [matrix for matrix, count in counts for _ in range(count)]
+            self._assignments[key] = plan(matrices, len(self.ranks), options.workspace_bytes // NUM_SHARES)
+        return self._assignments[key]
 
 
 def check_group(group: object) -> None:
@@ -191,7 +182,7 @@ def team_of(
     group = process_group or flat_group(max(meshes, key=lambda mesh: mesh.size()))
     device = params[0].device if params else torch.device("cpu")
     if previous is not None and previous.group is group and previous.device == device:
-        previous.watch.timeout_s = timeout_s
+        previous.watchdog.timeout_s = timeout_s
         return previous
     return RankGroup(group, device, replicates=process_group is not None, shard_state=shard_state, timeout_s=timeout_s)
 

@@ -22,10 +22,10 @@ from ..step.clipping import Clip, with_factor
 from ..step.matrix_batches import ParamMatrices, chunks, gradients
 from ..step.momentum import Momentum, MomentumFormat
 from ..step.update import frobenius_norm
+from .assignment import Matrix
 from .matrix_sharding import Region, Span
 from .param_sharding import ParamSharding, Spans
 from .places import MatrixSlot, places
-from .route import Matrix
 
 
 class ShardedMatrix(NamedTuple):
@@ -49,7 +49,7 @@ class ShardedBatch:
     group_index: int
     matrix: Matrix
     format: MomentumFormat
-    schedule: Coefficients
+    coefficients: Coefficients
     members: list[ShardedMatrix]
     norms: Tensor
     sumsq: Tensor
@@ -69,7 +69,7 @@ class ShardedBatch:
     def settle(self, sumsq: Tensor) -> None:
         """Take the squared norms of the whole matrices, fp32 [members]."""
         self.sumsq = sumsq
-        self.norms = frobenius_norm(sumsq, eps=self.group["eps"], factor=self.schedule.norm_factor)
+        self.norms = frobenius_norm(sumsq, eps=self.group["eps"], factor=self.coefficients.norm_factor)
 
 
 class MatrixPart(Protocol):
@@ -93,22 +93,22 @@ def bundled(
     parts: Sequence[MatrixPart], group: dict[str, Any], group_index: int, options: Options
 ) -> list[ShardedBatch]:
     """The matrices of one group, sorted into bundles."""
-    schedule = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+    coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
     found: dict[Any, ShardedBatch] = {}
     for part in parts:
         assert part.layout is not None
         assert part.momentum is not None
         kind, format = device_kind(part.local.device), part.momentum.format
         for place in places(part.layout, group["flatten"], group["split_sizes"]):
-            rows, spread = place.rows[1] - place.rows[0], place.spread
+            rows, sharding = place.rows[1] - place.rows[0], place.sharding
             if rows * place.cols == 0:
                 continue
-            key = rows, place.cols, id(spread), format
+            key = rows, place.cols, id(sharding), format
             if key not in found:
-                path = choose_method(rows, place.cols, schedule, kind, options.ns_dtype, tiny=False)
-                matrix = Matrix(rows, place.cols, spread, path)
+                method = choose_method(rows, place.cols, coefficients, kind, options.ns_dtype, tiny=False)
+                matrix = Matrix(rows, place.cols, sharding, method)
                 none = torch.empty(0, dtype=torch.float32, device=part.local.device)
-                found[key] = ShardedBatch(group, group_index, matrix, format, schedule, [], none, none)
+                found[key] = ShardedBatch(group, group_index, matrix, format, coefficients, [], none, none)
             member, clip = _member(part, part.layout, part.momentum, place, group, options)
             found[key].members.append(member)
             found[key].clips += [] if clip is None else [clip]
@@ -124,7 +124,7 @@ def _member(
     options: Options,
 ) -> tuple[ShardedMatrix, Clip | None]:
     rank, flatten = layout.rank, momentum.format.flatten
-    held_region, wanted_region = place.spread.held[rank], place.spread.wanted[rank]
+    held_region, wanted_region = place.sharding.held[rank], place.sharding.wanted[rank]
     wanted, held, first, clip = None, None, 0, None
     if wanted_region is not None:
         wanted = _cut(part.local, layout.wanted[rank], place, wanted_region, flatten)

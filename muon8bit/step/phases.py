@@ -222,14 +222,14 @@ def write(
     shared = team.rounds(bundles, _on(team.device, options, verdict)) if team is not None else None
     jobs = _prepared(work, state, options, verdict, staging, commit)
     if shared is not None:
-        shared.pack()
+        shared.prepare_inputs()
     if team is not None:
         team.confirm()
     if shared is not None and team is not None:
         team.is_sending = True
-        shared.depart()
+        shared.send_inputs()
         team.is_sending = False
-        shared.iterate()
+        shared.orthogonalize()
     staging.run(jobs)
     commit()
     if shared is not None:

@@ -6,7 +6,8 @@ import torch
 
 from benchmarks.scaling import traffic
 from benchmarks.scaling.model import matrices_of
-from muon8bit.distributed.assignment import gathered_bytes, plan
+from benchmarks.scaling.transfers import bytes_received, gathered_bytes
+from muon8bit.distributed.assignment import plan
 from muon8bit.orthogonalize import choose_method, resolve_coefficients
 
 
@@ -14,12 +15,14 @@ def test_a_layer_in_bf16_moves_a_quarter_of_its_momenta_in_fp32():
     """On 4 ranks: pieces there and back in bf16, and one fp32 sum a row and block of 2048."""
     layer, schedule = traffic.LAYER, resolve_coefficients("jordan", 5)
     matrices = [
-        matrix._replace(path=choose_method(matrix.rows, matrix.cols, schedule, "cuda_sm90", torch.bfloat16, tiny=False))
+        matrix._replace(
+            method=choose_method(matrix.rows, matrix.cols, schedule, "cuda_sm90", torch.bfloat16, tiny=False)
+        )
         for matrix in matrices_of(layer, 4, 1, "cuda_sm90")
     ]
     elements = sum(rows * cols for rows, cols in layer.linears())
     sums = sum(rows // 4 * -(-cols // 2048) for rows, cols in layer.linears())
-    moved = sum(plan(matrices, 4, 2**27).bytes_received()) + 4 * gathered_bytes([sums] * 4)
+    moved = sum(bytes_received(plan(matrices, 4, 2**27))) + 4 * gathered_bytes([sums] * 4)
     assert moved == 3 * elements * (2 + 2) // 4 * 1 + 4 * 3 * 4 * sums
     assert moved / (3 * 4 * elements) <= 0.26
 

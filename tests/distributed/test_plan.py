@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers.spreads import expert, replicated, sharded, sharded_state
 
-from muon8bit.distributed.assignment import Assignment, gathered_bytes, plan
+from benchmarks.scaling.transfers import bytes_received, bytes_sent, gathered_bytes, transfers
+from muon8bit.distributed.assignment import Assignment, Matrix, plan
 from muon8bit.distributed.matrix_sharding import MatrixSharding, Region
-from muon8bit.distributed.route import Matrix
 from muon8bit.orthogonalize import NSMethod, choose_method, resolve_coefficients
 
 LARGE = 2**40
@@ -76,22 +76,40 @@ def random_case(seed: int) -> tuple[int, list[Matrix]]:
     return num_ranks, matrices
 
 
+def owners(planned: Assignment) -> tuple[int, ...]:
+    return tuple(transfer.owner for transfer in planned.transfers)
+
+
+def strategies(planned: Assignment) -> tuple[str, ...]:
+    return tuple(transfer.strategy for transfer in planned.transfers)
+
+
+def parts(planned: Assignment) -> list[list[tuple[int, ...]]]:
+    """By round, the indices of the matrices that are returned together."""
+    return [[tuple(sorted(transfer.index for transfer in part)) for part in round] for round in planned.rounds]
+
+
+def rounds(planned: Assignment) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(index for part in round for index in part) for round in parts(planned))
+
+
 def counted_bytes(planned: Assignment) -> tuple[list[int], list[int]]:
     """Sent and received by rank, from painted matrices: what is not where it is needed comes from somewhere else."""
     num_ranks = len(planned.load)
     sent, received = [0] * num_ranks, [0] * num_ranks
-    for index, (rows, cols, spread, how) in enumerate(planned.matrices):
-        owner, itemsize, side = planned.owners[index], how.dtype.itemsize, min(rows, cols)
-        for rank, region in planned.sources(index):
+    for transfer in planned.transfers:
+        (rows, cols, spread, how), owner = transfer.matrix, transfer.owner
+        itemsize, side = how.dtype.itemsize, min(rows, cols)
+        for rank, region in transfer.sources.items():
             missing = painted(region, rows, cols) * (1 - painted(spread.held[owner], rows, cols))
             num_bytes = int(missing.sum()) * itemsize
-            if planned.routes[index] == "gram":
+            if transfer.strategy == "reduce_gram":
                 num_bytes = side * side * 4 * (rank != owner)
             sent[rank] += num_bytes
             received[owner] += num_bytes
         for rank, region in enumerate(spread.wanted):
             num_elements = int(painted(region, rows, cols).sum())
-            if planned.routes[index] == "gram":
+            if transfer.strategy == "reduce_gram":
                 num_elements = side * side * (num_elements > 0)
             if rank != owner:
                 sent[owner] += num_elements * itemsize
@@ -108,13 +126,14 @@ def test_sources_cover_the_matrix_once_whoever_owns_it(name):
         matrices = [Matrix(1, 1, expert(1, 1, [rank], num_ranks), path(9.0)) for rank in range(num_ranks)]
         del matrices[owner]
         planned = plan([*matrices, Matrix(rows, cols, spread, path())], num_ranks, LARGE)
-        chosen = planned.owners[-1]
+        chosen = planned.transfers[-1].owner
         held = [bool(region) and region.num_elements == rows * cols for region in spread.held]
         assert held[chosen] if any(held) else chosen == owner
-        sources = planned.sources(len(matrices))
-        assert (sum(painted(region, rows, cols) for _, region in sources) == 1).all()
-        assert all(spread.held[rank] == region for rank, region in sources)
-        assert spread.held[chosen] is None or chosen in [rank for rank, _ in sources]
+        sources = planned.transfers[-1].sources
+        assert list(sources) == sorted(sources)
+        assert (sum(painted(region, rows, cols) for region in sources.values()) == 1).all()
+        assert all(spread.held[rank] == region for rank, region in sources.items())
+        assert spread.held[chosen] is None or chosen in sources
 
 
 def test_sources_are_of_the_replica_of_the_owner():
@@ -122,10 +141,10 @@ def test_sources_are_of_the_replica_of_the_owner():
         num_ranks = 2 * row_ranks
         matrices = [Matrix(3, 4, sharded(3, 4, row_ranks, replicas=2), path())] * num_ranks
         planned = plan(matrices, num_ranks, LARGE)
-        assert sorted(planned.owners) == list(range(num_ranks))
-        for index, owner in enumerate(planned.owners):
-            first = owner // row_ranks * row_ranks
-            assert [rank for rank, _ in planned.sources(index)] == list(range(first, first + row_ranks - idle))
+        assert sorted(owners(planned)) == list(range(num_ranks))
+        for transfer in planned.transfers:
+            first = transfer.owner // row_ranks * row_ranks
+            assert list(transfer.sources) == list(range(first, first + row_ranks - idle))
 
 
 @pytest.mark.parametrize("name", SPREADS)
@@ -133,7 +152,7 @@ def test_bytes_match_a_painted_count(name):
     num_ranks, spread = SPREADS[name]
     planned = plan([Matrix(*shape_of(spread), spread, path())] * 7, num_ranks, LARGE)
     sent, received = counted_bytes(planned)
-    assert (list(planned.bytes_sent()), list(planned.bytes_received())) == (sent, received)
+    assert (list(bytes_sent(planned)), list(bytes_received(planned))) == (sent, received)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -141,29 +160,30 @@ def test_bytes_and_partitions_of_random_models(seed):
     num_ranks, matrices = random_case(seed)
     planned = plan(matrices, num_ranks, 600)
     sent, received = counted_bytes(planned)
-    assert (list(planned.bytes_sent()), list(planned.bytes_received())) == (sent, received)
-    assert sorted(index for members in planned.rounds for index in members) == list(range(len(matrices)))
-    for number, members in enumerate(planned.rounds):
-        assert tuple(index for part in planned.parts(number) for index in part) == members
+    assert (list(bytes_sent(planned)), list(bytes_received(planned))) == (sent, received)
+    assert sorted(index for members in rounds(planned) for index in members) == list(range(len(matrices)))
+    for members, round in zip(rounds(planned), planned.rounds, strict=True):
+        assert members == tuple(sorted(members))
+        assert all([transfer.owner for transfer in part] == sorted(t.owner for t in part) for part in round)
 
 
 def test_bytes_match_hand_counts():
     """[6, 4] in bf16, two rows a rank of three: 16 bytes a piece."""
     one = plan([Matrix(6, 4, sharded(6, 4, 3), path())], 3, LARGE)
-    assert one.owners == (0,)
-    assert one.bytes_sent() == one.bytes_received() == (32, 16, 16)
+    assert owners(one) == (0,)
+    assert bytes_sent(one) == bytes_received(one) == (32, 16, 16)
     # Two replicas: the owner gets the two other pieces of its own, and sends O to both: two pieces and three.
     twice = plan([Matrix(6, 4, sharded(6, 4, 3, replicas=2), path())], 6, LARGE)
-    assert twice.bytes_sent() == (80, 16, 16, 0, 0, 0)
-    assert twice.bytes_received() == (32, 16, 16, 16, 16, 16)
+    assert bytes_sent(twice) == (80, 16, 16, 0, 0, 0)
+    assert bytes_received(twice) == (32, 16, 16, 16, 16, 16)
     # Data parallel in fp32: 96 bytes to each of the others; with a sharded state the 64 that the owner lacks before.
     everywhere = plan([Matrix(6, 4, replicated(6, 4, 3), path(dtype=torch.float32))], 3, LARGE)
-    assert (everywhere.bytes_sent(), everywhere.bytes_received()) == ((192, 0, 0), (0, 96, 96))
+    assert (bytes_sent(everywhere), bytes_received(everywhere)) == ((192, 0, 0), (0, 96, 96))
     shards = plan([Matrix(6, 4, sharded_state(6, 4, 3), path(dtype=torch.float32))], 3, LARGE)
-    assert (shards.bytes_sent(), shards.bytes_received()) == ((192, 32, 32), (64, 96, 96))
+    assert (bytes_sent(shards), bytes_received(shards)) == ((192, 32, 32), (64, 96, 96))
     # Gram matrices [2, 2] in fp32 instead of pieces [20, 2]: 16 bytes each way
     tall = plan([Matrix(40, 2, sharded(40, 2, 2), gram_path())], 2, LARGE)
-    assert (tall.routes, tall.bytes_sent(), tall.bytes_received()) == (("gram",), (16, 16), (16, 16))
+    assert (strategies(tall), bytes_sent(tall), bytes_received(tall)) == (("reduce_gram",), (16, 16), (16, 16))
 
 
 def test_bytes_of_a_llama_layer_are_a_quarter_of_gathered_fp32_momenta():
@@ -176,8 +196,8 @@ def test_bytes_of_a_llama_layer_are_a_quarter_of_gathered_fp32_momenta():
     planned = plan(matrices, 4, 2**29)
     sums = 4 * gathered_bytes([sum(rows // 4 * -(-cols // 2048) for rows, cols in shapes)] * 4)
     gathered = 4 * 3 * sum(rows * cols for rows, cols in shapes)
-    assert sum(planned.bytes_sent()) == gathered / 4
-    assert (sum(planned.bytes_received()) + sums) / gathered <= 0.26
+    assert sum(bytes_sent(planned)) == gathered / 4
+    assert (sum(bytes_received(planned)) + sums) / gathered <= 0.26
 
 
 def test_gathered_bytes_are_of_the_padded_buffers_of_the_others():
@@ -200,7 +220,7 @@ def test_load_is_within_the_bounds_of_longest_first(seed):
     costs = [rng.choice([rng.random(), 1.0]) for _ in range(rng.randrange(1, 8))]
     planned = plan([Matrix(6, 6, sharded(6, 6, num_ranks), path(cost)) for cost in costs], num_ranks, LARGE)
     by_owner = Counter[int]()
-    for owner, cost in zip(planned.owners, costs, strict=True):
+    for owner, cost in zip(owners(planned), costs, strict=True):
         by_owner[owner] += cost
     assert planned.load == pytest.approx([by_owner[rank] for rank in range(num_ranks)])
     assert max(planned.load) <= sum(costs) / num_ranks + (1 - 1 / num_ranks) * max(costs) + 1e-12
@@ -212,42 +232,42 @@ def test_load_is_within_the_bounds_of_longest_first(seed):
 
 
 def test_ties_go_to_the_lowest_rank():
-    assert plan([Matrix(6, 6, sharded(6, 6, 3), path())] * 5, 3, LARGE).owners == (0, 1, 2, 0, 1)
+    assert owners(plan([Matrix(6, 6, sharded(6, 6, 3), path())] * 5, 3, LARGE)) == (0, 1, 2, 0, 1)
 
 
 def test_matrices_that_one_rank_holds_never_move_and_are_loads_from_the_start():
     experts = [Matrix(6, 4, expert(6, 4, [rank], 4), path(5.0)) for rank in (2, 2, 0)]
     large = Matrix(8, 8, sharded(8, 8, 4), path(7.0))
     planned = plan([large, *experts, large, large], 4, LARGE)
-    assert planned.owners == (1, 2, 2, 0, 3, 0)
-    assert [list(planned.transfers(index)) for index in (1, 2, 3)] == [[], [], []]
-    assert all(list(planned.transfers(index)) for index in (0, 4, 5))
+    assert owners(planned) == (1, 2, 2, 0, 3, 0)
+    assert [index for index, transfer in enumerate(planned.transfers) if transfer.is_moved] == [0, 4, 5]
+    assert len(list(transfers(planned))) == 3 * 2 * 3  # three matrices, three other ranks, there and back
     assert planned.load == (12.0, 7.0, 10.0, 7.0)
 
 
 def test_replicated_experts_are_shared_among_those_who_hold_them():
     planned = plan([Matrix(6, 4, expert(6, 4, [1, 3], 4), path())] * 4, 4, LARGE)
-    assert planned.owners == (1, 3, 1, 3)
-    assert list(planned.transfers(0)) == [(1, 3, 48)]
+    assert owners(planned) == (1, 3, 1, 3)
+    assert list(transfers(planned)) == [(1, 3, 48), (3, 1, 48)] * 2
 
 
-def test_gram_route_is_taken_exactly_where_every_owner_moves_less():
+def test_gram_matrices_are_reduced_exactly_where_every_owner_moves_less():
     """[rows, 4] in fp32: pieces of rows/ranks * 16 bytes or 64 of a Gram matrix, each way."""
     for num_ranks, rows in product((2, 3, 4), range(5, 40)):
         matrix = Matrix(rows, 4, sharded(rows, 4, num_ranks), gram_path())
-        held = [region.num_elements if region else 0 for region in matrix.spread.held]
+        held = [region.num_elements if region else 0 for region in matrix.sharding.held]
         owners = range(num_ranks)
         moved = [sum(4 * n for rank, n in enumerate(held) if rank != owner) for owner in owners]
         grams = [sum(64 for rank, n in enumerate(held) if n and rank != owner) for owner in owners]
-        expected = "gram" if all(gram < move for gram, move in zip(grams, moved, strict=True)) else "move"
-        assert plan([matrix], num_ranks, LARGE).routes == (expected,)
+        expected = "reduce_gram" if all(gram < move for gram, move in zip(grams, moved, strict=True)) else "gather"
+        assert strategies(plan([matrix], num_ranks, LARGE)) == (expected,)
         wide = Matrix(4, rows, sharded(4, rows, 1, num_ranks), gram_path())
-        assert plan([wide], num_ranks, LARGE).routes == (expected,)
+        assert strategies(plan([wide], num_ranks, LARGE)) == (expected,)
 
 
-def test_gram_route_is_not_taken_where_it_cannot_be():
+def test_gram_matrices_are_not_reduced_where_that_is_impossible():
     tall = sharded(40, 2, 2)
-    assert plan([Matrix(40, 2, tall, gram_path())], 2, LARGE).routes == ("gram",)
+    assert strategies(plan([Matrix(40, 2, tall, gram_path())], 2, LARGE)) == ("reduce_gram",)
     for matrix in (
         Matrix(40, 2, tall, path(dtype=torch.float32)),
         Matrix(40, 2, tall, gram_path(2)),  # a restart needs X where Q is
@@ -255,14 +275,14 @@ def test_gram_route_is_not_taken_where_it_cannot_be():
         Matrix(40, 2, sharded(40, 2, 1, 2), gram_path()),
         Matrix(40, 2, sharded_state(40, 2, 2), gram_path()),  # a rank wants rows that it does not hold
     ):
-        assert plan([matrix], 2, LARGE).routes == ("move",)
+        assert strategies(plan([matrix], 2, LARGE)) == ("gather",)
 
 
-def test_gram_route_loads_the_owner_with_the_iteration_alone():
+def test_a_reduced_gram_matrix_loads_the_owner_with_the_iteration_alone():
     """5 steps on [64, 64]: R^2 in each, three more products in all but the last, 34 * 64^3; R and O 4 * 64^2 * 4096."""
     how = NSMethod("gram", torch.float32, segments=(5,), cost=34 * 64**3 + 4 * 64**2 * 4096)
     planned = plan([Matrix(4096, 64, sharded(4096, 64, 4), how)], 4, LARGE)
-    assert planned.routes == ("gram",)
+    assert strategies(planned) == ("reduce_gram",)
     assert planned.load == pytest.approx((34 * 64**3, 0, 0, 0))
 
 
@@ -271,15 +291,15 @@ def test_gram_route_loads_the_owner_with_the_iteration_alone():
 def test_rounds_respect_the_budget_of_every_owner(seed, budget):
     num_ranks, matrices = random_case(seed)
     planned = plan(matrices, num_ranks, budget)
-    for members in planned.rounds:
+    for members in rounds(planned):
         for owner in range(num_ranks):
-            mine = [index for index in members if planned.owners[index] == owner]
-            kinds = {(*matrices[i][:2], matrices[i].path, planned.routes[i]) for i in mine}
+            mine = [index for index in members if owners(planned)[index] == owner]
+            kinds = {(*matrices[i][:2], matrices[i].method, strategies(planned)[i]) for i in mine}
             assert len(kinds) <= 1
             num_bytes = 0
             for index in mine:
                 rows, cols, spread, how = matrices[index]
-                if planned.routes[index] == "gram":
+                if strategies(planned)[index] == "reduce_gram":
                     num_parts = len({region for region in spread.held if region})
                     num_bytes += min(rows, cols) ** 2 * (4 * num_parts + how.dtype.itemsize)
                 else:
@@ -291,36 +311,36 @@ def test_rounds_are_as_few_as_the_budget_allows_and_those_that_move_come_first()
     sharding, local = sharded(8, 8, 2), expert(8, 8, [1], 2)  # 128 bytes in bf16
     matrices = [Matrix(8, 8, local, path()), *[Matrix(8, 8, sharding, path())] * 5]
     planned = plan(matrices, 2, 256)
-    assert planned.owners == (1, 0, 0, 1, 0, 1)
-    assert planned.rounds == ((1, 2, 3, 5), (0, 4))
-    assert plan(matrices, 2, 127).rounds == ((1, 3), (2, 5), (0, 4))
+    assert owners(planned) == (1, 0, 0, 1, 0, 1)
+    assert rounds(planned) == ((1, 2, 3, 5), (0, 4))
+    assert rounds(plan(matrices, 2, 127)) == ((1, 3), (2, 5), (0, 4))
 
 
 def test_rounds_are_evened_out_where_one_owner_would_hold_up_the_others():
     """Costs of 4 (128 bytes, one a round) and 2 (32 bytes, four a round): 4 + 8 + 4 by the budget alone."""
     large, small = Matrix(8, 8, sharded(8, 8, 2), path(4.0)), Matrix(4, 4, sharded(4, 4, 2), path(2.0))
     planned = plan([large] * 3 + [small] * 6, 2, 128)
-    assert planned.owners == (0, 1, 0, 1, 1, 0, 1, 0, 1)
-    assert planned.rounds == ((0, 1), (2, 3, 4), (5, 6, 7, 8))
+    assert owners(planned) == (0, 1, 0, 1, 1, 0, 1, 0, 1)
+    assert rounds(planned) == ((0, 1), (2, 3, 4), (5, 6, 7, 8))
     # Not where the others wait as long anyway, nor where it gains little: 448 tiny matrices of two shapes go in two.
     down, up = Matrix(4, 64, sharded(4, 64, 4), path(1.0)), Matrix(64, 4, sharded(64, 4, 4), path(1.1))
-    assert len(plan([down, up] * 224, 4, 2**20).rounds) == 2
+    assert len(rounds(plan([down, up] * 224, 4, 2**20))) == 2
 
 
 def test_parts_keep_the_pieces_of_every_rank_within_the_budget():
     """Two ranks a replica, four replicas: each rank gets half of every O. A matrix is 128 bytes, a piece 64."""
     matrices = [Matrix(8, 8, sharded(8, 8, 2, replicas=4), path())] * 8
     planned = plan(matrices, 8, 128)
-    assert planned.rounds == (tuple(range(8)),)
-    assert list(planned.parts(0)) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert rounds(planned) == (tuple(range(8)),)
+    assert parts(planned)[0] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     # Equal shares: 8 owners, an eighth of each. A budget below one piece leaves one matrix a part.
     fully = plan([Matrix(8, 8, sharded(8, 8, 8), path())] * 8, 8, 128)
-    assert list(fully.parts(0)) == [tuple(range(8))]
-    assert list(plan(fully.matrices, 8, 1).parts(0)) == [(index,) for index in range(8)]
+    assert parts(fully)[0] == [tuple(range(8))]
+    assert parts(plan([Matrix(8, 8, sharded(8, 8, 8), path())] * 8, 8, 1))[0] == [(index,) for index in range(8)]
 
 
 def test_spreads_that_cannot_be_planned_are_refused():
-    with pytest.raises(ValueError, match="matrix 1 is spread over 3 ranks, not 2"):
+    with pytest.raises(ValueError, match="matrix 1 is sharded over 3 ranks, not 2"):
         plan([Matrix(6, 4, sharded(6, 4, 2), path()), Matrix(6, 4, sharded(6, 4, 3), path())], 2, LARGE)
     top, rest = Region((0, 3), (0, 4)), Region((3, 6), (0, 4))
     for held in ((top, None), (top, Region((2, 6), (0, 4))), (top, Region((3, 6), (0, 3))), (rest, rest)):

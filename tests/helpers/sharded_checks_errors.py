@@ -108,7 +108,7 @@ def rates_of_cpu():
 def _(world):
     run = Run(MATRICES, torch.float32, on_mesh(world.lines[3], [Shard(0)])).train([1])
     its = run.optimizer._team
-    its.watch.timeout_s = 0.2
+    its.watchdog.timeout_s = 0.2
     if dist.get_rank() == RANK:
         time.sleep(1)  # it evaluates, say
     its.arrive(None)

@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from benchmarks.scaling.transfers import bytes_received, bytes_sent, counted_bytes, gathered_bytes, num_gathered
 from helpers.allocator import peak_bytes
 from helpers.oracle import JORDAN, newton_schulz
 from helpers.sharded_checks import arm, check, last_dim
 from helpers.sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises, values
 from muon8bit import Muon8bit, NonFiniteGradientError
-from muon8bit.distributed.assignment import gathered_bytes
-from muon8bit.distributed.norms import num_gathered
 from muon8bit.step import nonfinite
 
 RANK = 2  # whose gradient is bad, or missing
@@ -50,20 +49,22 @@ for _name, (_shapes, _group, _placements) in SHAPES.items():
 def _(world):
     """A batch of one on the CPU: bitwise, whoever has the expert."""
     shapes = {"experts": (4, 128, 136)}
-    single, shared = both(shapes, on_mesh(world.lines[3], [Shard(0)]))
+    with counted_bytes() as counted:
+        single, shared = both(shapes, on_mesh(world.lines[3], [Shard(0)]))
     assert_same(shared.state_whole(), single.state_whole())
     assert_same(shared.params_whole(), single.params_whole())
-    traffic = shared.optimizer._team.traffic
-    assert (traffic.sent, traffic.received) == (0, 0)
+    assert counted.gathered > 0
+    assert (counted.sent, counted.received) == (0, 0)
 
 
 @check("replicas of experts are divided")
 def _(world):
     """Each of 2 replicas orthogonalizes one half of the experts and sends it to the other."""
-    single, shared = both(EXPERTS, on_mesh(world.square, [Replicate(), Shard(0)]))
+    with counted_bytes() as counted:
+        single, shared = both(EXPERTS, on_mesh(world.square, [Replicate(), Shard(0)]))
     assert_same(shared.state_whole(), single.state_whole())
     torch.testing.assert_close(shared.params_whole(), single.params_whole(), rtol=1e-5, atol=1e-6)
-    owned = torch.tensor(shared.optimizer._team.traffic.sent)
+    owned = torch.tensor(counted.sent)
     dist.all_reduce(owned)
     assert owned == 4 * 5 * 6 * 16 * 4  # steps, experts, elements, fp32
 
@@ -74,29 +75,18 @@ def equal_bytes(world, mode, ranks):
     bundles = []
     team = run.train([1]).optimizer._team
     gathering, team.gathering = team.gathering, lambda found, *rest: bundles.extend(found) or gathering(found, *rest)
-    before = (team.traffic.gathered, team.traffic.sent, team.traffic.received)
-    run.train([2])
-    rank, plan = team.transport.rank, team.plan(bundles, _options(run))
-    counted = [
-        a - b for a, b in zip((team.traffic.gathered, team.traffic.sent, team.traffic.received), before, strict=True)
-    ]
-    sums = gathered_bytes(
-        num_gathered(bundles, num_flags=len(run.names) - len({*run.names} & shared_names(bundles, run)))
-    )
-    assert counted == [sums, plan.bytes_sent()[rank], plan.bytes_received()[rank]]
-    assert ranks == 1 or sum(plan.bytes_sent()) > 0
+    with counted_bytes() as counted:
+        run.train([2])
+    rank, (plan,) = team.transport.rank, team._assignments.values()
+    num_flags = len(run.names) - len({*run.names} & shared_names(bundles, run))
+    sums = gathered_bytes(num_gathered(bundles, num_flags))
+    assert vars(counted) == {"gathered": sums, "sent": bytes_sent(plan)[rank], "received": bytes_received(plan)[rank]}
+    assert ranks == 1 or sum(bytes_sent(plan)) > 0
 
 
 def shared_names(bundles, run):
     names = run.optimizer.param_groups[0]["param_names"]
     return {names[member.param_index] for bundle in bundles for member in bundle.members}
-
-
-def _options(run):
-    from muon8bit.config import Options
-
-    o = run.optimizer
-    return Options(o.ns_dtype, o.backend, o.workspace_bytes)
 
 
 for _mode, _ranks in {"fsdp": 3, "hsdp": 4, "ddp": 3, "sharded state": 2, "columns": 3, "rows and columns": 4}.items():
@@ -128,8 +118,8 @@ def is_as_accurate(placed, shapes):
 def _(world):
     shapes = {f"tall {i}": (700 + i, 96) for i in range(8)}
     run = is_as_accurate(on_mesh(world.lines[3], [Shard(0)]), shapes)
-    (plan,) = [plan for plan, _ in run.optimizer._team._plans.values()]
-    assert set(plan.routes) == {"gram"}
+    (plan,) = run.optimizer._team._assignments.values()
+    assert {transfer.strategy for transfer in plan.transfers} == {"reduce_gram"}
 
 
 @check("matrices with cut columns are as accurate", ranks=3)

@@ -1,4 +1,4 @@
-"""Waiting for other ranks inside a step: never longer than `step_timeout`, and with the cause if one does not come.
+"""Waits for other ranks inside a step: never longer than `step_timeout`, and with the cause if one does not come.
 
 Ranks arrive at a step when they can: one may evaluate or save alone before, and the process group's own timeout says
 how long the others wait. Inside the step they work alike, so that what takes longer than `step_timeout` seconds has
@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
 
-_SLICE = timedelta(seconds=1)  # between two looks into the store
+_POLL = timedelta(seconds=1)  # between two looks into the store
 _STORE_S = 2.0  # for an answer of the store, whose host may be the rank that is gone
 
 
@@ -37,15 +37,16 @@ def cause_of(error: Exception) -> str:
     return str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
 
 
-class Watch:
-    """What ranks of one process group tell each other when a step cannot go on.
-
-    Args:
-        group: the process group.
-        timeout_s: seconds that a rank waits for the others inside a step.
-    """
+class Watchdog:
+    """Bounded waits of one process group, and what its ranks tell each other when a step cannot go on."""
 
     def __init__(self, group: ProcessGroup, timeout_s: float) -> None:
+        """Watch a process group.
+
+        Args:
+            group: the process group.
+            timeout_s: seconds that a rank waits for the others inside a step.
+        """
         self.group, self.timeout_s = group, timeout_s
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.token = ""  # of the step, equal on all ranks
@@ -53,11 +54,11 @@ class Watch:
 
     @property
     def timeout(self) -> timedelta:
-        """The longest wait inside a step."""
+        """Return the longest wait inside a step."""
         return timedelta(seconds=self.timeout_s)
 
-    def tell(self, error: BaseException) -> None:
-        """Leave this rank's error for the ranks that wait for it. The first one told stays."""
+    def publish(self, error: BaseException) -> None:
+        """Leave this rank's error for the ranks that wait for it. The first one published stays."""
         text = f"rank {self.rank} failed inside the step: {type(error).__name__}: {error}"
         if isinstance(error, RanksError):
             text = str(error)
@@ -67,25 +68,25 @@ class Watch:
         """Wait on the host for a transfer between CPUs.
 
         Raises:
-            RanksError: if it fails, takes longer than the timeout, or a rank has told that it failed.
+            RanksError: if it fails, takes longer than the timeout, or a rank has published that it failed.
         """
         if work is None:
             return
         grace = min(5.0, self.timeout_s / 4)  # of the timeout, to find out which rank is missing
         deadline = time.monotonic() + self.timeout_s - grace
         while True:
-            left = deadline - time.monotonic()
+            seconds_left = deadline - time.monotonic()
             try:
-                work.wait(min(_SLICE, timedelta(seconds=max(left, 0.001))))
+                work.wait(min(_POLL, timedelta(seconds=max(seconds_left, 0.001))))
                 return
             except RuntimeError as error:
-                told = self._told()
-                if told is None and not work.is_completed() and left > 0:
+                published = self._published()
+                if published is None and not work.is_completed() and seconds_left > 0:
                     continue
-                raise RanksError(told or self._missing(error, grace, is_over=left <= 0)) from error
+                raise RanksError(published or self._missing(error, grace, is_over=seconds_left <= 0)) from error
 
-    def _told(self) -> str | None:
-        """What a rank has told of its failure."""
+    def _published(self) -> str | None:
+        """Return what a rank has published of its failure."""
         key = self._key("failed")
         return self._ask(lambda store: store.get(key).decode() if store.check([key]) else None, None)
 
@@ -96,8 +97,8 @@ class Watch:
         missing = [rank for rank in range(self.num_ranks) if rank != self.rank]
         while missing and not self._is_store_lost:
             missing = [rank for rank in missing if not self._is_alive(rank)]
-            if told := self._told():
-                return told
+            if published := self._published():
+                return published
             if time.monotonic() >= stop:
                 break
             time.sleep(0.05)
@@ -113,8 +114,10 @@ class Watch:
         return f"muon8bit {self.token} {name}"
 
     def _ask(self, question: Callable[[Store], Result], default: Result) -> Result:
-        """Ask the store in a thread of its own, since a store whose host has stopped never answers. After one such
-        question no more are asked."""
+        """Ask the store in a thread of its own, since a store whose host has stopped never answers.
+
+        After one question without an answer no more are asked.
+        """
         if self._is_store_lost:
             return default
         answers: list[Result] = []
