@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import yaml  # noqa: E402
 
-from finetune.config.options import Training, flag, option_fields, option_type  # noqa: E402
+from finetune.config.options import SECTIONS, Training, flag, option_fields, option_type, shown_default  # noqa: E402
 from finetune.config.recipe import DEFAULT_RECIPE, RECIPES, Recipe  # noqa: E402
 from finetune.config.sft_recipe import ADAMW_LR, MUON_LR, NEWCOMER_RECIPE, SFT_RECIPES, SftRecipe  # noqa: E402
 from muon8bit.cli import build_parser  # noqa: E402
@@ -30,14 +30,6 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
-def _default(f: dataclasses.Field[Any]) -> str:
-    if f.default is None:
-        return "-"
-    if option_type(f) is bool:
-        return "on" if f.default else "off"
-    return f"`{f.default:g}`" if isinstance(f.default, float) else f"`{f.default}`"
-
-
 def _option_row(f: dataclasses.Field[Any]) -> str:
     kind = option_type(f)
     names = f"`{flag(f.name)}`" + (f", `{flag('no_' + f.name)}`" if kind is bool else "")
@@ -45,11 +37,19 @@ def _option_row(f: dataclasses.Field[Any]) -> str:
     values = (
         ", ".join(f"`{choice}`" for choice in choices) if choices else {str: "text", bool: ""}.get(kind, kind.__name__)
     )
-    return f"| {names} | {values} | {_default(f)} | {_cell(f.metadata['help'])} |"
+    former = "".join(f"; also `{flag(name)}`" for name in f.metadata["aliases"])
+    default = shown_default(f) if f.default is None else f"`{shown_default(f)}`"
+    return f"| {names} | {values} | {_cell(default)} | {_cell(f.metadata['help'])}{former} |"
 
 
 def _option_table(fields: list[dataclasses.Field[Any]]) -> list[str]:
-    return ["| option | value | default | meaning |", "| --- | --- | --- | --- |", *map(_option_row, fields), ""]
+    """Return a table for each section, in the order of --help."""
+    lines = []
+    for section in SECTIONS:
+        rows = [_option_row(f) for f in fields if f.metadata["section"] == section]
+        head = [f"{section[0].upper()}{section[1:]}:", "", "| option | value | default | meaning |"]
+        lines += [*head, "| --- | --- | --- | --- |", *rows, ""] if rows else []
+    return lines
 
 
 def options_page() -> str:
@@ -66,7 +66,7 @@ def options_page() -> str:
             MADE,
             "",
             "Each option is a key of a recipe (`--batch-size` is `batch_size`) and a command-line option, which "
-            "overrides the recipe. `-` as a default: chosen when the run is set up, or off. A recipe's own values come "
+            "overrides the recipe. A recipe's own values come "
             f"before these defaults: without `--recipe`, `finetune/pretrain.py` takes `{DEFAULT_RECIPE}` "
             "([recipes](recipes.md)).",
             "",

@@ -8,14 +8,23 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune.config.errors import InputError
-from finetune.config.options import RESUME_MAY_CHANGE, Training, flag, option_fields, option_type
+from finetune.config.options import (
+    RESUME_MAY_CHANGE,
+    SECTIONS,
+    Training,
+    flag,
+    option_fields,
+    option_help,
+    option_type,
+)
 from finetune.parallel.launcher import follow_launcher
 from finetune.storage.run_dir import RunFolder
+from muon8bit import cli
 
 STARTED = time.monotonic()  # s; before torch is imported, which counts against --max-minutes
 
@@ -26,27 +35,46 @@ EXIT_CODES = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises InputError, with the options of a recipe class.
+class Parser(cli.CommandParser):
+    """An argument parser that raises InputError, with the options of a recipe class in their sections.
 
     Args:
         prog: name of the script.
-        description: one line.
+        description: of the script, with examples.
         kind: its option fields become options without a default: what is not given is not in the result.
+        recipes: names of its recipes.
+        more: options of this script alone, by name, with their help; they take one value.
     """
 
-    def __init__(self, prog: str, description: str, kind: type[Training]) -> None:
-        super().__init__(prog=prog, description=description, epilog=EXIT_CODES, allow_abbrev=False)
-        self.add_argument("--output-dir", help="a new or empty folder; default: runs/<recipe>-<time>/")
-        self.add_argument("--resume", metavar="FOLDER", help="a run's folder to continue, or 'latest'")
+    def __init__(
+        self, prog: str, description: str, kind: type[Training], recipes: Sequence[str], more: Mapping[str, str]
+    ) -> None:
+        usage = f"{prog} [--recipe NAME] [--OPTION VALUE ...]"
+        super().__init__(prog=prog, usage=usage, description=description, epilog=EXIT_CODES)
+        run = self.add_argument_group("run", "A recipe's values come before the defaults that are shown here.")
+        which = f"one of {', '.join(recipes)}, or a YAML file; {more['--recipe']}"
+        run.add_argument("--recipe", metavar="NAME", help=which)
+        for name in [name for name in more if name != "--recipe"]:
+            run.add_argument(name, metavar="FILE", help=more[name])
+        run.add_argument("--output-dir", metavar="FOLDER", help="a new or empty folder (default: runs/RECIPE-TIME/)")
+        run.add_argument("--resume", metavar="FOLDER", help="a run's folder, or 'latest' (default: a new run)")
+        groups = {section: self.add_argument_group(section) for section in SECTIONS}
         for f in option_fields(kind):
             keys: dict[str, Any] = {"type": option_type(f), "choices": f.metadata["choices"]}
             if option_type(f) is bool:
                 keys = {"action": argparse.BooleanOptionalAction}
-            self.add_argument(flag(f.name), help=f.metadata["help"], default=argparse.SUPPRESS, **keys)
+            elif not f.metadata["choices"]:
+                keys["metavar"] = {int: "N", float: "X"}.get(option_type(f), "TEXT")
+            names = [flag(f.name), *map(flag, f.metadata["aliases"])]
+            text = option_help(f).replace("%", "%%")
+            groups[f.metadata["section"]].add_argument(
+                *names, dest=f.name, help=text, default=argparse.SUPPRESS, **keys
+            )
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(self.prog, f"{message}; see --help")
+        """Raise InputError in place of argparse's exit."""
+        end = "" if message.endswith("?") else ";"
+        raise InputError(self.prog, f"{message}{end} see --help")
 
 
 def absolute(value: Any, option: str) -> Any:
@@ -76,6 +104,13 @@ def check_resumable(folder: RunFolder, saved: Training, overrides: Mapping[str, 
     for key, value in overrides.items():
         if key not in RESUME_MAY_CHANGE and value != was[key]:
             raise InputError(flag(key), f"{folder.path} was run with {was[key]!r}; leave it out, or start anew")
+
+
+def say_on_main(lines: Sequence[str]) -> None:
+    """Print lines on the main process, before there is an Accelerator."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(line, flush=True)
 
 
 def run_script(work: Callable[[], int]) -> int:

@@ -13,16 +13,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: absolute imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from finetune.command_line import Parser, absolute, check_resumable, run_script
+from finetune.command_line import Parser, absolute, check_resumable, run_script, say_on_main
+from finetune.config.defaults import fit_schedule
 from finetune.config.errors import InputError
-from finetune.config.options import flag, read_values, saved_values
+from finetune.config.options import flag
+from finetune.config.reading import read_values, saved_values
 from finetune.config.recipe import DEFAULT_RECIPE, RECIPES, Recipe, read_model_config, read_recipe, recipe_from
 from finetune.data.corpus import check_exists
 from finetune.storage.run_dir import RunFolder, choose_folder, find_run
@@ -31,17 +33,22 @@ PATHS = ("dataset", "tokenizer", "init_from")
 
 
 def _parser() -> Parser:
-    parser = Parser("pretrain", (__doc__ or "").split("\n")[0], Recipe)
-    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    parser.add_argument("--recipe", help=f"one of {recipes}, or a YAML file; default: {DEFAULT_RECIPE}")
-    parser.add_argument("--model-config", help="a transformers config.json that replaces the recipe's model")
-    return parser
+    more = {
+        "--recipe": f"the options override it (default: {DEFAULT_RECIPE})",
+        "--model-config": "a transformers config.json, or its folder (default: the recipe's model)",
+    }
+    recipes = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return Parser("pretrain", (__doc__ or "").rpartition("\n\n")[0], Recipe, recipes, more)
 
 
-def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
+def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) -> tuple[Recipe, RunFolder]:
     """Options -> the recipe to run and the folder to run it in. Imports nothing heavy, writes nothing.
 
     A resumed run takes its recipe from its own folder; options may change only what keeps it the same run.
+
+    Args:
+        argv: the command line.
+        tell: takes lines that say what of the recipe was adapted to the options.
 
     Raises:
         InputError: any option that cannot be obeyed.
@@ -58,7 +65,10 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
         overrides["model"] = read_model_config(config)
     if resume is None:
         recipe = read_recipe(recipe_name or DEFAULT_RECIPE)
-        recipe = recipe_from({**dataclasses.asdict(recipe), **overrides}, "the options")
+        fitted, lines = fit_schedule(dataclasses.asdict(recipe), overrides)
+        recipe = recipe_from({**dataclasses.asdict(recipe), **overrides, **fitted}, "the options")
+        if tell is not None:
+            tell(lines)
         paths = {key: absolute(getattr(recipe, key), flag(key)) for key in PATHS}
         check_exists(paths["dataset"])
         recipe = dataclasses.replace(recipe, **paths)
@@ -67,7 +77,7 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
         option = "--recipe" if recipe_name else "--output-dir"
         raise InputError(option, "a resumed run keeps its own; leave it out, or start anew without --resume")
     folder = find_run(resume)
-    values, origin = read_values(str(folder.recipe_file), RECIPES)
+    values, origin = read_values(str(folder.recipe_file), RECIPES, Recipe)
     saved = recipe_from(saved_values(values), origin)
     if overrides.get("model", saved.model) != saved.model:
         raise InputError("--model-config", f"{folder.path} holds checkpoints of another model; leave it out")
@@ -77,7 +87,7 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, RunFolder]:
 
 
 def _work(argv: Sequence[str]) -> int:
-    recipe, folder = parse(argv)
+    recipe, folder = parse(argv, say_on_main)
     from finetune.setup.prepare import set_up
     from finetune.storage.outputs import finish
     from finetune.training.trainer import run_job  # torch and transformers, after the options have passed

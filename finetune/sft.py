@@ -13,16 +13,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: absolute imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from finetune.command_line import Parser, absolute, check_resumable, run_script
+from finetune.command_line import Parser, absolute, check_resumable, run_script, say_on_main
+from finetune.config.defaults import fit_schedule
 from finetune.config.errors import InputError
-from finetune.config.options import flag, saved_values
+from finetune.config.options import flag
+from finetune.config.reading import saved_values
 from finetune.config.sft_recipe import (
     ADAPTER_OPTIONS,
     ADAPTER_SHAPE,
@@ -38,16 +40,19 @@ PATHS = ("model", "adapter", "dataset", "chat_template")
 
 
 def _parser() -> Parser:
-    parser = Parser("sft", (__doc__ or "").split("\n")[0], SftRecipe)
-    recipes = ", ".join(sorted(path.stem for path in SFT_RECIPES.glob("*.yaml")))
-    parser.add_argument("--recipe", help=f"one of {recipes}, or a YAML file; the options override it")
-    return parser
+    recipes = sorted(path.stem for path in SFT_RECIPES.glob("*.yaml"))
+    more = {"--recipe": "the options override it (default: none)"}
+    return Parser("sft", (__doc__ or "").rpartition("\n\n")[0], SftRecipe, recipes, more)
 
 
-def parse(argv: Sequence[str]) -> tuple[SftRecipe, RunFolder]:
+def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) -> tuple[SftRecipe, RunFolder]:
     """Options -> the recipe to run and the folder to run it in. Imports nothing heavy, writes nothing.
 
     A resumed run takes its recipe from its own folder; options may change only what keeps it the same run.
+
+    Args:
+        argv: the command line.
+        tell: takes lines that say what of the recipe was adapted to the options.
 
     Raises:
         InputError: any option that cannot be obeyed.
@@ -59,7 +64,10 @@ def parse(argv: Sequence[str]) -> tuple[SftRecipe, RunFolder]:
     }
     if resume is None:
         values = read_sft_recipe(recipe_name) if recipe_name else {}
-        recipe = sft_recipe_from({**values, **overrides}, "the options")
+        fitted, lines = fit_schedule(values, overrides)
+        recipe = sft_recipe_from({**values, **overrides, **fitted}, "the options")
+        if tell is not None:
+            tell(lines)
         _check_together(recipe, overrides)
         recipe = dataclasses.replace(recipe, **{key: absolute(getattr(recipe, key), flag(key)) for key in PATHS})
         _check_paths(recipe)
@@ -105,7 +113,7 @@ def _check_paths(recipe: SftRecipe) -> None:
 
 
 def _work(argv: Sequence[str]) -> int:
-    recipe, folder = parse(argv)
+    recipe, folder = parse(argv, say_on_main)
     from finetune.setup.sft_prepare import set_up
     from finetune.storage.sft_outputs import finish
     from finetune.training.trainer import run_job  # torch and transformers, after the options have passed

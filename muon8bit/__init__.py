@@ -1,11 +1,15 @@
 """Muon with its momentum in 8 bits."""
 
-from .convert import convert_state_dict
-from .gradient_release import release_gradients
-from .optimizer import Muon8bit
-from .report import StateReport, state_report
-from .routing import ParamGroups, param_groups
-from .step.nonfinite import NonFiniteGradientError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .convert import convert_state_dict
+    from .gradient_release import release_gradients
+    from .optimizer import Muon8bit
+    from .report import StateReport, state_report
+    from .routing import ParamGroups, param_groups
+    from .step.nonfinite import NonFiniteGradientError
 
 __version__ = "0.1.0"
 
@@ -19,3 +23,27 @@ __all__ = [
     "release_gradients",
     "state_report",
 ]
+
+# Where the public names live. They are imported when they are first used, so that `muon8bit --help` needs no torch.
+_MODULES = {
+    "Muon8bit": "optimizer",
+    "NonFiniteGradientError": "step.nonfinite",
+    "ParamGroups": "routing",
+    "StateReport": "report",
+    "convert_state_dict": "convert",
+    "param_groups": "routing",
+    "release_gradients": "gradient_release",
+    "state_report": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,38 +3,73 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._values import is_choice, shown
-
-Codebook: TypeAlias = Literal["linear", "dynamic"]
-Backend: TypeAlias = Literal["reference", "triton"]
-OnNonfinite: TypeAlias = Literal["raise", "raise_at_once", "skip"]
-AdjustLR: TypeAlias = Literal["original", "match_rms_adamw"]
-ParamRounding: TypeAlias = Literal["nearest", "stochastic"]
-Algorithm: TypeAlias = Literal["muon", "adamw"]
-Bits: TypeAlias = Literal[8, 32]
-StateDevice: TypeAlias = Literal["cpu"]
-Routing: TypeAlias = Literal["0.1", "0.2"]
-
-CODEBOOKS: tuple[str, ...] = get_args(Codebook)
-BACKENDS: tuple[str, ...] = get_args(Backend)
-ON_NONFINITE: tuple[str, ...] = get_args(OnNonfinite)
-ADJUST_LR: tuple[str, ...] = get_args(AdjustLR)
-PARAM_ROUNDINGS: tuple[str, ...] = get_args(ParamRounding)
-ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-BITS: tuple[int, ...] = get_args(Bits)
-STATE_DEVICES: tuple[str, ...] = get_args(StateDevice)
-ROUTINGS: tuple[str, ...] = get_args(Routing)
+from .choices import (
+    ADJUST_LR as ADJUST_LR,
+)
+from .choices import (
+    ALGORITHMS as ALGORITHMS,
+)
+from .choices import (
+    BACKENDS as BACKENDS,
+)
+from .choices import (
+    BITS as BITS,
+)
+from .choices import (
+    BLOCK_SIZES as BLOCK_SIZES,
+)
+from .choices import (
+    CODEBOOKS as CODEBOOKS,
+)
+from .choices import (
+    ON_NONFINITE as ON_NONFINITE,
+)
+from .choices import (
+    PARAM_ROUNDINGS as PARAM_ROUNDINGS,
+)
+from .choices import (
+    ROUTINGS as ROUTINGS,
+)
+from .choices import (
+    STATE_DEVICES as STATE_DEVICES,
+)
+from .choices import (
+    AdjustLR as AdjustLR,
+)
+from .choices import (
+    Algorithm as Algorithm,
+)
+from .choices import (
+    Backend as Backend,
+)
+from .choices import (
+    Bits as Bits,
+)
+from .choices import (
+    Codebook as Codebook,
+)
+from .choices import (
+    OnNonfinite as OnNonfinite,
+)
+from .choices import (
+    ParamRounding as ParamRounding,
+)
+from .choices import (
+    Routing as Routing,
+)
+from .choices import (
+    StateDevice as StateDevice,
+)
 
 # The rules by which `param_groups` routes: those of the newest release.
 DEFAULT_ROUTING: Routing = "0.2"
 
-# Block sizes in elements: those that bitsandbytes' CUDA kernels accept.
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 # One fp32 scale per 2048 elements, the 8-bit Muon paper's choice (arXiv 2509.23106, as reported by third parties).
 DEFAULT_BLOCK_SIZE = 2048
 # Under this many columns a scale per row costs more than half a byte per element: the state stays fp32.

@@ -36,7 +36,7 @@ def test_nothing_asked_is_refused(capsys):
         ((), ("muon8bit:", "COMMAND")),
         (("translate",), ("muon8bit:", "translate", "convert")),
         (("convert",), ("muon8bit convert:", "IN", "OUT")),
-        (("convert", "in", "out", "--bit", "8"), ("muon8bit:", "--bit")),
+        (("convert", "in", "out", "--bit", "8"), ("muon8bit convert:", "--bit")),
     ],
 )
 def test_bad_command_line_is_one_sentence_and_exit_code_2(capsys, argv, words):

@@ -64,7 +64,7 @@ def setup_of(recipe: SftRecipe) -> Setup:
     is_bf16 = recipe.dtype == "bf16" or (recipe.dtype == "auto" and recipe.has_adapter)
     return Setup(
         batch=recipe.batch_size,
-        seq=recipe.max_length,
+        seq=recipe.seq_len,
         dtype="bf16" if is_bf16 else "fp32" if recipe.mixed_precision == "no" else "mixed",
         checkpointing=recipe.activation_checkpointing,
         lora=recipe.lora_rank if recipe.has_adapter else None,
@@ -91,7 +91,7 @@ def preset_of(recipe: SftRecipe) -> str:
 def random_batch(recipe: SftRecipe, vocab_size: int, device: torch.device) -> Batch:
     """Full rows of random tokens, all of them targets; packed ones hold two conversations."""
     rng, num = np.random.default_rng(0), 2 if recipe.packing else 1
-    length = recipe.max_length // num
+    length = recipe.seq_len // num
     targets = np.ones(length, np.bool_)
 
     def conversation() -> Encoded:
@@ -149,7 +149,7 @@ def measure(name: str, dry: bool) -> dict[str, Any]:
     recipe, config = recipe_of(name), load_config(preset_of(recipe_of(name)))
     if dry:
         config.update(TINY)
-        recipe = replace(recipe, max_length=64)
+        recipe = replace(recipe, seq_len=64)
     estimated = Estimator(config).estimate(setup_of(recipe)).peak_bytes(column_of(recipe))
     measured = allocated_bytes(RecipeTraining(recipe, config))
     return {

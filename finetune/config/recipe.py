@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.config.checks import check_ranges
 from finetune.config.errors import InputError
-from finetune.config.options import Training, build, check_ranges, option, read_values
+from finetune.config.options import Training, option
+from finetune.config.reading import build, read_values
 from finetune.data.texts import read_text
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 DEFAULT_RECIPE = "llama_4m"
+SEQ_LEN = 256  # tokens, where neither the recipe nor the command line says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +26,36 @@ class Recipe(Training):
     """
 
     model: dict[str, Any]
+    init_from: str | None = option(
+        None,
+        "folder or name of a pretrained model to continue from",
+        section="model",
+        unset="none, random weights",
+    )
+    tokenizer: str | None = option(
+        None, "folder or name of a tokenizer", section="model", unset="train a byte-level BPE on the text"
+    )
+    dtype: str = option(
+        "fp32",
+        "of the weights and their gradients; bf16 has no fp32 copy",
+        *("fp32", "bf16"),
+        section="memory",
+    )
     dataset: str = option(
         "stdlib",
         "'stdlib' (source text of this Python's standard library), a .txt, .jsonl or .parquet file, "
         "a folder of them, a dataset saved on disk, or a name for `datasets`",
     )
-    dataset_config: str | None = option(None, "configuration of a `datasets` name, such as sample-10BT")
+    dataset_config: str | None = option(
+        None, "configuration of a `datasets` name, such as sample-10BT", unset="its own default"
+    )
     text_column: str = option("text", "column that holds the text in .jsonl, .parquet and `datasets`")
     split: str = option("train", "split of a `datasets` name")
     streaming: bool = option(False, "read a `datasets` name as a stream, only as far as the run needs")
     validation_fraction: float = option(0.02, "share of the text held out: by file, or by row hash")
-    tokenizer: str | None = option(None, "folder or name of a tokenizer; default: train a byte-level BPE")
-    init_from: str | None = option(None, "folder or name of a pretrained model to continue from")
-    dtype: str = option("fp32", "of the weights and their gradients; bf16 has no fp32 copy", "fp32", "bf16")
-    seq_len: int = option(256, "tokens per sequence")
+    seq_len: int = option(
+        None, "tokens of a sequence", section="memory", unset=f"{SEQ_LEN}, or all that the model takes"
+    )
 
 
 def read_recipe(name_or_path: str) -> Recipe:
@@ -45,7 +64,7 @@ def read_recipe(name_or_path: str) -> Recipe:
     Raises:
         InputError: no such recipe, not YAML, an unknown key, a value of the wrong type or out of range.
     """
-    return recipe_from(*read_values(name_or_path, RECIPES))
+    return recipe_from(*read_values(name_or_path, RECIPES, Recipe))
 
 
 def recipe_from(values: dict[str, Any], origin: str) -> Recipe:
@@ -61,7 +80,7 @@ def recipe_from(values: dict[str, Any], origin: str) -> Recipe:
     if not 0 < recipe.validation_fraction < 1:
         raise InputError("--validation-fraction", f"{recipe.validation_fraction} is not between 0 and 1")
     longest = recipe.model.get("max_position_embeddings")
-    if recipe.init_from is None and isinstance(longest, int) and 0 < longest < recipe.seq_len:
+    if recipe.init_from is None and isinstance(longest, int) and 0 < longest < (recipe.seq_len or 0):
         raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
     return recipe
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.config.checks import check_ranges
 from finetune.config.errors import InputError
-from finetune.config.options import Training, build, check_ranges, flag, option, read_values
+from finetune.config.options import Training, flag, option
+from finetune.config.reading import build, read_values
 from finetune.data.columns import parse_columns
 
 SFT_RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "sft"
@@ -32,59 +34,92 @@ LR_REASONS = {
     ("lora", "adamw"): "1e-4 to 5e-4 in arXiv 2605.10468; a run of a few dozen steps wants about ten times as much",
 }
 WARMUP_SHARE = 0.03
+SEQ_LEN = 2048  # tokens, where neither the recipe nor the command line says
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftRecipe(Training):
     """One fine-tuning run. Every field but `name` is also a command-line option."""
 
-    model: str = option(None, "the base: a folder, a GGUF file, a hub name, or package:NAME for a package's GGUF file")
-    mode: str = option("lora", "train all weights, an adapter, or an adapter on an NF4 base", "full", "lora", "qlora")
-    lora_rank: int = option(16, "rank of the adapter")
-    lora_alpha: float = option(None, "scale of the adapter times its rank; default: twice the rank")
-    lora_dropout: float = option(0.0, "dropout before the adapter")
-    lora_targets: str = option("all-linear", "names of modules to adapt, with commas; all-linear leaves out the head")
-    dora: bool = option(False, "DoRA: the adapter learns directions, a vector per matrix learns magnitudes")
-    loraplus_ratio: float = option(1.0, "lr of the B matrices over that of the A matrices (LoRA+)")
-    adapter: str | None = option(None, "folder of an adapter of this base to train further")
-    merge: bool = option(False, "also save the base with the adapter folded in")
+    model: str = option(
+        None,
+        "the base: a folder, a GGUF file, a hub name, or package:NAME for a package's GGUF file",
+        section="model",
+        unset="none, give one or a --recipe",
+    )
+    mode: str = option(
+        "lora",
+        "train all weights, an adapter, or an adapter on an NF4 base",
+        *("full", "lora", "qlora"),
+        section="model",
+    )
+    lora_rank: int = option(16, "rank of the adapter", section="model")
+    lora_alpha: float = option(None, "scale of the adapter times its rank", section="model", unset="twice the rank")
+    lora_dropout: float = option(0.0, "dropout before the adapter", section="model")
+    lora_targets: str = option(
+        "all-linear", "names of modules to adapt, with commas; all-linear leaves out the head", section="model"
+    )
+    dora: bool = option(
+        False, "DoRA: the adapter learns directions, a vector per matrix learns magnitudes", section="model"
+    )
+    loraplus_ratio: float = option(1.0, "LoRA+: lr of the B matrices over that of the A matrices", section="optimizer")
+    adapter: str | None = option(
+        None, "folder of an adapter of this base to train further", section="model", unset="none, a new adapter"
+    )
+    merge: bool = option(False, "also save the base with the adapter folded in", section="results")
     dtype: str = option(
         "auto",
         "of the base's weights; auto is bf16 for qlora and for lora on a CUDA device, else fp32",
         *("auto", "fp32", "bf16"),
+        section="memory",
     )
     dataset: str = option(
         "stdlib",
         "'stdlib' (functions of this Python's standard library), a .jsonl or .parquet file with `messages`, "
         "`prompt` and `completion`, or instruction columns, a folder of them, or a name for `datasets`",
     )
-    dataset_config: str | None = option(None, "configuration of a `datasets` name")
+    dataset_config: str | None = option(None, "configuration of a `datasets` name", unset="its own default")
     split: str = option("train", "split of a `datasets` name")
     columns: str | None = option(
         None,
-        "what the dataset calls columns, keys of messages and roles, as in prompt=title,role=from,assistant=bot; "
-        "default: the names of the known formats",
+        "what the dataset calls columns, keys of messages and roles, as in prompt=title,role=from,assistant=bot",
+        unset="the names of the known formats",
     )
-    limit: int | None = option(None, "take so many rows, drawn by --seed; default: all")
+    limit: int | None = option(None, "take so many rows, drawn by --seed", unset="all rows")
     validation_fraction: float = option(0.05, "share of the examples held out, by the hash of the prompt")
-    max_length: int = option(2048, "tokens kept of an example")
-    packing: bool = option(False, "put several examples into a row of --max-length, kept apart")
-    drop_truncated: bool = option(False, "leave out examples whose answer --max-length cuts off, instead of stopping")
+    seq_len: int = option(
+        None,
+        "tokens kept of an example",
+        section="memory",
+        unset=f"{SEQ_LEN}, or all that the model takes",
+        aliases=("max_length",),
+    )
+    packing: bool = option(False, "put several examples into a row of --seq-len, kept apart")
+    drop_truncated: bool = option(False, "leave out examples whose answer --seq-len cuts off, instead of stopping")
     turns: str = option("all", "which assistant turns carry loss", "all", "last")
     chat_template: str | None = option(
-        None, "a Jinja file that replaces the tokenizer's chat template, or the name of one of several that it has"
+        None,
+        "a Jinja file that replaces the tokenizer's chat template, or the name of one of several that it has",
+        unset="the tokenizer's",
     )
     date: str = option("2024-07-26", "the day that a chat template sees as today")
-    epochs: float = option(1.0, "passes over the training examples, without --max-steps")
-    num_answers: int = option(3, "answers to held-out prompts generated before and after")
-    answer_tokens: int = option(64, "tokens of such an answer at most")
-    lr: float = option(None, "peak learning rate; default: by --mode and --optimizer, with the reason in the log")
-    warmup_steps: int = option(None, "optimizer steps of linear warm-up; default: 3 percent of them")
-    max_steps: int = option(None, "optimizer steps in all; default: by --epochs")
-    weight_decay: float = option(0.0, "decoupled weight decay per unit of lr")
-    batch_size: int = option(8, "rows per micro-batch and rank")
+    epochs: float = option(1.0, "passes over the training examples, without --max-steps", section="length")
+    num_answers: int = option(3, "answers to held-out prompts generated before and after", section="results")
+    answer_tokens: int = option(64, "tokens of such an answer at most", section="results")
+    lr: float = option(
+        None, "peak learning rate", section="optimizer", unset="by --mode and --optimizer, the log says why"
+    )
+    warmup_steps: int = option(
+        None, "optimizer steps of linear warm-up", section="optimizer", unset="3 percent of --max-steps"
+    )
+    max_steps: int = option(None, "optimizer steps in all", section="length", unset="by --epochs")
+    weight_decay: float = option(0.0, "decoupled weight decay per unit of lr", section="optimizer")
+    batch_size: int = option(8, "rows per micro-batch and rank", section="memory")
     mixed_precision: str = option(
-        "auto", "auto is bf16 on a CUDA device that has it and for an NF4 base, else no", "auto", "no", "bf16"
+        "auto",
+        "what is computed in; auto is bf16 on a CUDA device that has it and for an NF4 base, else no",
+        *("auto", "no", "bf16"),
+        section="memory",
     )
 
     @property
@@ -101,7 +136,7 @@ def read_sft_recipe(name_or_path: str) -> dict[str, Any]:
     Raises:
         InputError: no such recipe, or not a YAML mapping.
     """
-    values, origin = read_values(name_or_path, SFT_RECIPES)
+    values, origin = read_values(name_or_path, SFT_RECIPES, SftRecipe)
     template = values.get("chat_template")
     beside = Path(origin).resolve().parent
     if isinstance(template, str) and (Path(template).suffix or (beside / template).is_file()):
@@ -119,7 +154,7 @@ def sft_recipe_from(values: Mapping[str, Any], origin: str) -> SftRecipe:
         raise InputError("--model", f"{origin} name no model; give one, or --recipe {NEWCOMER_RECIPE}")
     named = {"name": f"{Path(str(values['model'])).name}-{values.get('mode', 'lora')}", **values}
     recipe = build(SftRecipe, named, origin)
-    check_ranges(recipe, "lora_rank", "lora_alpha", "loraplus_ratio", "limit", "max_length", "epochs", "answer_tokens")
+    check_ranges(recipe, "lora_rank", "lora_alpha", "loraplus_ratio", "limit", "seq_len", "epochs", "answer_tokens")
     parse_columns(recipe.columns)
     if recipe.dataset == "stdlib" and recipe.limit is not None:
         raise InputError("--limit", "the standard library is taken whole; leave it out")

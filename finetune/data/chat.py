@@ -7,7 +7,7 @@
     batch = rows.batch([rows.shuffled(0)], device)                  # input_ids, targets[, position_ids]
     check_isolation(model, num_rows=batch_size)                     # before the first packed step
 
-Option names that the errors of these modules use: --dataset, --split, --validation-fraction, --max-length,
+Option names that the errors of these modules use: --dataset, --split, --validation-fraction, --seq-len,
 --drop-truncated, --chat-template, --date, --model, --packing.
 """
 

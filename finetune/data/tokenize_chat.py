@@ -195,12 +195,12 @@ def encode_examples(
             result.num_dropped += 1
         else:
             raise InputError(
-                "--max-length",
+                "--seq-len",
                 f"{encoded.where} has {len(encoded)} tokens, and its first {max_length} hold no token of an answer; "
-                "raise --max-length, or leave such rows out by --drop-truncated",
+                "raise --seq-len, or leave such rows out by --drop-truncated",
             )
     if examples and not result.rows:
-        raise InputError("--max-length", f"no conversation keeps a token of an answer within {max_length}; raise it")
+        raise InputError("--seq-len", f"no conversation keeps a token of an answer within {max_length}; raise it")
     return result
 
 

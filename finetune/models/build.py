@@ -37,7 +37,7 @@ def model_config(recipe: Recipe) -> Any:
     except Exception as error:
         raise InputError(option, f"transformers rejects it: {first_line(error)}") from None
     longest = longest_of(config)
-    if longest is not None and recipe.seq_len > longest:
+    if longest is not None and (recipe.seq_len or 0) > longest:
         raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
     return config
 

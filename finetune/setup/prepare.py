@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from finetune.config.recipe import Recipe
+from finetune.config.defaults import fit_seq_len
+from finetune.config.recipe import SEQ_LEN, Recipe
 from finetune.data.bigram import bigram_loss
 from finetune.data.corpus import open_corpus
 from finetune.models.build import build_model, check_vocabulary, config_hash, model_config
 from finetune.models.tokens import TokenCache, check_size, load_tokenizer, token_cache, train_tokenizer
+from finetune.models.weights import longest_of
 from finetune.parallel.launch import load_device
 from finetune.parallel.ranks import first_on_node, on_main
 from finetune.parallel.sharding import build_once
@@ -59,6 +61,8 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
     accelerator, folder = make_accelerator(recipe, folder, recipe.mixed_precision)
     set_seed(recipe.seed)
     config = model_config(recipe)
+    seq_len, notes = fit_seq_len(recipe.seq_len, SEQ_LEN, longest_of(config))
+    recipe = replace(recipe, seq_len=seq_len)
     tokenizer, cache, facts = first_on_node(accelerator, lambda: _prepare_data(recipe, config, accelerator))
     check_same_run(folder, facts, SAME_RUN)
 
@@ -90,6 +94,8 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
         run.bigram, weight = bigram_loss(cache.train, cache.validation, len(tokenizer))
         facts.update(bigram_val_loss=run.bigram, bigram_weight=weight)
         _introduce(run, num_parameters)
+        for note in notes:
+            run.say(note)
 
     on_main(accelerator, begin)
     if recipe.tracker:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 
+from finetune.config.defaults import fit_seq_len
 from finetune.config.errors import InputError
-from finetune.config.sft_recipe import SftRecipe, resolve
+from finetune.config.sft_recipe import SEQ_LEN, SftRecipe, resolve
 from finetune.data.chat import Parts, load_parts
 from finetune.data.packing import Rows, check_isolation
 from finetune.data.report import DataReport
@@ -73,9 +74,11 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     config = base_config(base)
     tokenizer = load_tokenizer(base, "--model")
     check_vocabulary(config, tokenizer, "--model")
-    data = _prepare_data(recipe, config, tokenizer)
+    recipe, seq_notes = _fit_to_model(recipe, config)
+    data = _prepare_data(recipe, tokenizer)
     train, validation = _rows(recipe, data.train, tokenizer), _rows(recipe, data.validation, tokenizer)
     recipe, notes = resolve(recipe, len(train), accelerator.num_processes)
+    notes = seq_notes + notes
 
     def build() -> tuple[Any, str]:
         model = load_base(base, recipe, load_device(accelerator))
@@ -130,10 +133,15 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     return run
 
 
-def _prepare_data(recipe: SftRecipe, config: Any, tokenizer: Any) -> _Data:
+def _fit_to_model(recipe: SftRecipe, config: Any) -> tuple[SftRecipe, list[str]]:
     longest = longest_of(config)
-    if longest is not None and recipe.max_length > longest:
-        raise InputError("--max-length", f"{recipe.max_length} exceeds the model's max_position_embeddings {longest}")
+    seq_len, notes = fit_seq_len(recipe.seq_len, SEQ_LEN, longest)
+    if longest is not None and seq_len > longest:
+        raise InputError("--seq-len", f"{seq_len} exceeds the model's max_position_embeddings {longest}")
+    return replace(recipe, seq_len=seq_len), notes
+
+
+def _prepare_data(recipe: SftRecipe, tokenizer: Any) -> _Data:
     if recipe.chat_template:
         tokenizer.chat_template = read_template(recipe.chat_template, tokenizer.chat_template)
     turns: Any = recipe.turns
@@ -149,12 +157,12 @@ def _prepare_data(recipe: SftRecipe, config: Any, tokenizer: Any) -> _Data:
         columns=recipe.columns,
         report=report,
     )
-    options: Any = {"max_length": recipe.max_length, "drop_truncated": recipe.drop_truncated}
+    options: Any = {"max_length": recipe.seq_len, "drop_truncated": recipe.drop_truncated}
     train = encode_examples(parts.train, encoding, **options)
     validation = encode_examples(parts.validation, encoding, **options)
     for part, encoded in (("training", train), ("validation", validation)):
         if not encoded.rows:
-            raise InputError("--max-length", f"{recipe.max_length} leaves no {part} example; give more")
+            raise InputError("--seq-len", f"{recipe.seq_len} leaves no {part} example; give more")
     return _Data(parts, encoding, train, validation, report.notes())
 
 
@@ -183,7 +191,7 @@ def _rows(recipe: SftRecipe, encoded: EncodedExamples, tokenizer: Any) -> Rows:
     pad = tokenizer.pad_token_id
     return Rows(
         encoded.rows,
-        max_length=recipe.max_length,
+        max_length=recipe.seq_len,
         packing=recipe.packing,
         seed=recipe.seed,
         pad_id=0 if pad is None else pad,

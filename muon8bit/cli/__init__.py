@@ -5,32 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
-from muon8bit import __version__
-
+from .. import __version__
 from . import convert, estimate, report
 from .errors import UsageError
+from .parser import CommandParser, nearest
+
+__all__ = ["CommandParser", "UsageError", "build_parser", "main", "nearest"]
 
 # `add_parser(subparsers)` adds one parser and sets its default `run`, a function from the parsed arguments to an exit
-# code, which raises InputError for bad input.
-_SUBCOMMANDS = (convert, estimate, report)
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises InputError instead of printing its usage and leaving. No option is abbreviated."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{**options, "allow_abbrev": False})
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
+# code, which raises UsageError for bad input. None of these modules imports torch before it runs.
+_SUBCOMMANDS = (estimate, report, convert)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
-    parser = _Parser(prog="muon8bit", description="Tools around the Muon8bit optimizer.")
-    parser.add_argument("--version", action="version", version=f"muon8bit {__version__}")
+    parser = CommandParser(prog="muon8bit", description="Tools around the Muon8bit optimizer.")
+    parser.add_argument("--version", action="version", version=f"muon8bit {__version__}", help="print the version")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     for module in _SUBCOMMANDS:
         module.add_parser(subparsers)

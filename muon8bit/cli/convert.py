@@ -7,8 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import BITS, BLOCK_SIZES, CODEBOOKS
-from ..convert import DIALECTS, EXPORTS, convert_state_dict, files, folders
+from ..choices import BITS, BLOCK_SIZES, CODEBOOKS, DIALECTS, EXPORTS
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from ..convert import convert_state_dict, files, folders  # with torch, which --help does not wait for
+
     is_folder = args.source.is_dir()
     _check(args, is_folder)
     with files.appearing(args.out) as (beside, scratch_folder):

@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from muon8bit.estimate import Estimator, Setup, check_budget, describe, load_config, parse_bytes, plot, print_table
-from muon8bit.estimate.classes import longest as longest_sequence
-
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from muon8bit.estimate import Estimator, Setup, check_budget, describe, load_config, parse_bytes, plot, print_table
+    from muon8bit.estimate.classes import longest as longest_sequence
+
     budget = None if args.budget is None else parse_bytes(args.budget)
     if args.plot is not None and args.plot.suffix != ".png":
         raise ValueError(f"--plot {args.plot}: give a file that ends in .png")

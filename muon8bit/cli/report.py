@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from muon8bit.estimate import print_report, report
-
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: the path holds no state of an optimizer that is known.
     """
+    from muon8bit.estimate import print_report, report  # with torch, which --help does not wait for
+
     try:
         found = report(args.path)
         if args.json:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..choices import DIALECTS, EXPORTS, Dialect
 from .arrange import Like, arrange, targets
-from .entries import DIALECTS, EXPORTS, Dialect
 from .results import Keep, own, stored, torchs
 from .sources import read
 

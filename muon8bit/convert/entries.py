@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-Dialect: TypeAlias = Literal["muon8bit", "torch", "jordan", "heavy-ball"]
-DIALECTS: tuple[str, ...] = get_args(Dialect)
-EXPORTS = ("muon8bit", "torch")
+from ..choices import Dialect
+
 Change: TypeAlias = tuple[str, str, str]  # what was converted, from which format, to which
 
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..choices import DIALECTS, Dialect
 from ..config import ALGORITHMS, BUFFER_KEY
 from ..orthogonalize.coefficients import JORDAN
 from ..step.options import MATRIX_DEFAULTS, OWN_DEFAULTS, RUNNING_KEYS, check_options, group_keys
-from .entries import DIALECTS, Dialect, Entry, Group
+from .entries import Entry, Group
 
 # What other optimizers' groups need not say; `results` settles it.
 _UNSAID = {"muon": {"nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}, "adamw": {"eps"}}

@@ -130,7 +130,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TINY_SFT = {
-    "--max-length": 64,
+    "--seq-len": 64,
     "--max-steps": 6,
     "--warmup-steps": 1,
     "--lr": 3e-3,

@@ -342,13 +342,13 @@ def test_truncation_keeps_the_beginning_and_is_counted():
 def test_a_row_that_loses_its_whole_answer_is_refused_or_left_out_and_counted():
     tokenizer = make_tokenizer("chatml")
     first = int(np.flatnonzero(encode(conversation(*TURNS), tokenizer).rows[0].targets)[0])
-    with pytest.raises(InputError, match=rf"--max-length: row 7 of some.jsonl has \d+ tokens, and its first {first} "):
+    with pytest.raises(InputError, match=rf"--seq-len: row 7 of some.jsonl has \d+ tokens, and its first {first} "):
         encode(conversation(*TURNS), tokenizer, max_length=first)
     encoding = ChatEncoding(tokenizer, date=DATE)
     both = [conversation(*TURNS), conversation(("user", "Hi"), ("assistant", "Ho"))]
     kept = encode_examples(both, encoding, max_length=first, drop_truncated=True)
     assert (len(kept.rows), kept.num_dropped, kept.num_truncated) == (1, 1, 1)
-    with pytest.raises(InputError, match="--max-length: no conversation keeps"):
+    with pytest.raises(InputError, match="--seq-len: no conversation keeps"):
         encode_examples(both[:1], encoding, max_length=first, drop_truncated=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -24,13 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
     ("args", "words"),
     [
         (["--nonsense", "1"], ["--nonsense", "--help"]),
+        (["--bath-size", "1"], ["--bath-size", "did you mean --batch-size?"]),
+        (["--max-seq-length", "8"], ["--max-seq-length", "did you mean --seq-len?"]),
+        (["--recipe", "lama_4m"], ["lama_4m", "did you mean llama_4m?"]),
         (["--lr", "fast"], ["--lr", "fast"]),
         (["--lr", "-1"], ["--lr", "above 0"]),
         (["--lr", "nan"], ["--lr", "finite"]),
         (["--optimizer", "sgd"], ["--optimizer", "adamw8bit"]),
         (["--batch-size", "0"], ["--batch-size", "above 0"]),
         (["--seq-len", "65"], ["--seq-len", "max_position_embeddings 64"]),
-        (["--max-steps", "1"], ["--warmup-steps", "2 steps", "--max-steps"]),
+        (["--max-steps", "1", "--warmup-steps", "2"], ["--warmup-steps", "2 steps", "--max-steps"]),
         (["--schedule", "warmup_stable_decay"], ["--decay-steps", "above 0"]),
         (["--validation-fraction", "1"], ["--validation-fraction"]),
         (["--block-size", "100"], ["--block-size", "100"]),
@@ -68,7 +72,8 @@ def test_a_bad_option_is_refused_in_one_sentence(pretrain, tmp_path, args, words
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"learning_rate": 1}, ["learning_rate"]),
+        ({"learning_rate": 1}, ["bad.yaml", "'learning_rate'", "did you mean 'lr'?"]),
+        ({"warmup_step": 1}, ["bad.yaml", "did you mean 'warmup_steps'?"]),
         ({"batch_size": 2.5}, ["--batch-size", "int"]),
         ({"streaming": "yes"}, ["--streaming", "bool"]),
         ({"model": {"hidden_size": 3}}, ["model"]),
@@ -149,6 +154,39 @@ def test_help_names_every_option_of_the_readme(tmp_path):
         --batch-size --seq-len --max-steps --save-every --eval-every --mixed-precision --seed --output-dir --resume"""
     for option in wanted.split():
         assert f"{option} " in done.stdout
+
+
+def test_a_recipes_warm_up_shrinks_to_fewer_steps_and_says_so(recipe_file):
+    from finetune.pretrain import parse
+
+    lines = []
+    recipe, _ = parse(["--recipe", str(recipe_file), "--max-steps", "1"], lines.extend)
+    assert recipe.warmup_steps == 0
+    assert lines == ["warmup steps 0, of the recipe's 2: --max-steps 1 leaves no more"]
+    wsd = ["--schedule", "warmup_stable_decay", "--decay-steps", "2", "--max-steps", "3"]
+    recipe, _ = parse(["--recipe", str(recipe_file), *wsd])
+    assert (recipe.warmup_steps, recipe.decay_steps) == (1, 2)
+
+
+@pytest.mark.parametrize("script", ["pretrain", "sft"])
+def test_help_gives_every_option_a_section_and_a_default_without_torch(script):
+    import argparse
+
+    from finetune.config.options import SECTIONS
+
+    code = f"import sys; from finetune import {script}; {script}.main(['--help'])"
+    names = "{'torch', 'transformers', 'numpy', 'accelerate', 'datasets'}"
+    code = f"import atexit, sys\natexit.register(lambda: print(sorted({names} & set(sys.modules))))\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("\n[]")
+    for section in SECTIONS:
+        assert f"\n{section}:\n" in done.stdout
+    parser = importlib.import_module(f"finetune.{script}")._parser()
+    options = [a for a in parser._actions if not isinstance(a, argparse._HelpAction)]
+    assert len(options) > 40
+    for action in options:
+        assert "(default: " in action.help, action.option_strings
+        assert "None" not in action.help, action.option_strings
 
 
 def test_a_model_config_replaces_the_recipes_model(recipe_file, tmp_path):

@@ -13,8 +13,8 @@ import pytest
 
 from finetune import pretrain, sft
 from finetune.config.errors import InputError
-from finetune.config.options import read_values
-from finetune.config.recipe import read_model_config, read_recipe, recipe_from
+from finetune.config.reading import read_values
+from finetune.config.recipe import Recipe, read_model_config, read_recipe, recipe_from
 from finetune.config.sft_recipe import sft_recipe_from
 from finetune.data.chat import load_examples
 from finetune.data.corpus import PIECE_BYTES, open_corpus
@@ -84,7 +84,7 @@ def test_a_mark_is_no_text_wherever_text_is_read(tmp_path, texts_of):
     with pytest.raises(InputError, match="plain is empty"):
         texts_of(tmp_path / "plain")
     (tmp_path / "r.yaml").write_bytes(MARK + b"lr: 1e-3\ndate: 2024-07-26\n")
-    values, origin = read_values(str(tmp_path / "r.yaml"), tmp_path)
+    values, origin = read_values(str(tmp_path / "r.yaml"), tmp_path, Recipe)
     assert set(values) == {"lr", "date", "name"}
     assert sft_recipe_from({**values, "model": "m"}, origin).date == "2024-07-26"  # YAML made a date of it
     (tmp_path / "config.json").write_bytes(MARK + b'{"model_type": "llama"}')
@@ -280,12 +280,14 @@ def test_a_broken_link_in_a_folder_is_not_passed_over(tmp_path, texts_of):
 )
 def test_a_recipe_that_cannot_be_read_is_one_sentence(tmp_path, content, word):
     (tmp_path / "r.yaml").write_bytes(content)
-    check_sentence(lambda: read_values(str(tmp_path / "r.yaml"), tmp_path), "--recipe", str(tmp_path / "r.yaml"), word)
+    check_sentence(
+        lambda: read_values(str(tmp_path / "r.yaml"), tmp_path, Recipe), "--recipe", str(tmp_path / "r.yaml"), word
+    )
 
 
 def test_a_key_that_is_no_text_is_an_unknown_key(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"model: m\n1: 2\nlearning: 3\n")
-    values, origin = read_values(str(tmp_path / "r.yaml"), tmp_path)
+    values, origin = read_values(str(tmp_path / "r.yaml"), tmp_path, Recipe)
     check_sentence(lambda: sft_recipe_from(values, origin), "--recipe", "unknown key '1'")
 
 

@@ -71,7 +71,7 @@ def test_a_tiny_model_trains_with_a_recipes_options_and_resumes_to_the_bit(name,
         "--eval-every": 2,
         "--validation-fraction": 0.2,
     }
-    own = {"--model": base, "--dataset": chats, "--max-length": 96, "--num-answers": 1, "--answer-tokens": 4}
+    own = {"--model": base, "--dataset": chats, "--seq-len": 96, "--num-answers": 1, "--answer-tokens": 4}
     options = [word for pair in {**own, **shorter}.items() for word in pair]
     for folder in ("whole", "crashed"):
         outcome = sft("--recipe", name, *options, "--output-dir", folder)
@@ -96,7 +96,7 @@ def test_steps_of_a_recipe_take_the_estimates_memory(name):
     """All tensors of a small model on a CPU, in the second step: 1.0001 and 1.0020 of it on a CPU with AVX-512."""
     recipe, config = recipe_peaks.recipe_of(name), load_config(recipe_peaks.preset_of(recipe_peaks.recipe_of(name)))
     config.update({**recipe_peaks.TINY, **SMALL})
-    recipe = replace(recipe, max_length=256, loss_chunk=64)
+    recipe = replace(recipe, seq_len=256, loss_chunk=64)
     estimate = Estimator(config).estimate(replace(recipe_peaks.setup_of(recipe), device="cpu"))
     training = recipe_peaks.RecipeTraining(recipe, config)
     training.step()

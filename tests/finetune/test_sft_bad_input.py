@@ -30,7 +30,7 @@ GOOD = json.dumps({"messages": [USER, ANSWER]})
         (json.dumps({"messages": [{"role": "robot", "content": "x"}, ANSWER]}), ["row 2", "robot"]),
         (json.dumps({"text": "no columns"}), ["row 2", "`messages`"]),
         ("{not json", ["line 2", "data.jsonl"]),
-        (json.dumps({"messages": [{**USER, "content": "abcd " * 80}, ANSWER]}), ["--max-length", "row 2"]),
+        (json.dumps({"messages": [{**USER, "content": "abcd " * 80}, ANSWER]}), ["--seq-len", "row 2"]),
         (None, ["--dataset", "empty"]),
     ],
     ids=["no assistant", "unknown role", "missing column", "no JSON", "answer cut off", "empty"],
@@ -129,7 +129,7 @@ def test_a_model_that_looks_ahead_is_found_out(sft, tmp_path, monkeypatch):
     [
         (["--lora-targets", "q_proj,w_proj"], ["--lora-targets", "'w_proj'"]),
         (["--lora-targets", "norm"], ["--lora-targets", "peft"]),
-        (["--max-length", "129"], ["--max-length", "max_position_embeddings 128"]),
+        (["--seq-len", "129"], ["--seq-len", "max_position_embeddings 128"]),
     ],
 )
 def test_an_option_that_does_not_fit_the_model_is_refused(sft, tmp_path, args, words):

@@ -80,9 +80,30 @@ def test_bad_options_import_nothing_heavy_and_exit_with_2(tmp_path):
     done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0
     wanted = """--model --dataset --mode --lora-rank --lora-alpha --lora-dropout --lora-targets --dora --optimizer
-        --codebook --lr --max-length --packing --max-steps --seed --output-dir --resume --merge --recipe"""
+        --codebook --lr --seq-len --packing --max-steps --seed --output-dir --resume --merge --recipe"""
     for option in wanted.split():
         assert option in done.stdout
+
+
+def test_a_name_of_before_is_an_alias_on_the_command_line_and_in_a_recipe(tmp_path, chat_base):
+    """Also in a run's folder of before: the option that was recorded compares equal to the one of now."""
+    from finetune.command_line import check_resumable
+    from finetune.config.errors import InputError
+    from finetune.config.sft_recipe import read_sft_recipe, sft_recipe_from
+    from finetune.sft import parse
+    from finetune.storage.run_dir import RunFolder
+
+    for option in ("--max-length", "--seq-len"):
+        assert parse(["--model", str(chat_base), option, "64"])[0].seq_len == 64
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({"model": str(chat_base), "max_length": 64}))
+    saved = sft_recipe_from(read_sft_recipe(str(tmp_path / "old.yaml")), "old")
+    assert saved.seq_len == 64
+    check_resumable(RunFolder(tmp_path), saved, {"seq_len": 64})
+    with pytest.raises(InputError, match=r"--seq-len: .* was run with 64"):
+        check_resumable(RunFolder(tmp_path), saved, {"seq_len": 65})
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"model": "x", "max_length": 64, "seq_len": 64}))
+    with pytest.raises(InputError, match=r"two.yaml has 'seq_len' under two names"):
+        read_sft_recipe(str(tmp_path / "two.yaml"))
 
 
 def test_a_recipe_is_overridden_by_options_and_its_template_lies_beside_it(chat_base):
@@ -92,3 +113,19 @@ def test_a_recipe_is_overridden_by_options_and_its_template_lies_beside_it(chat_
     assert (recipe.lora_rank, recipe.lr, recipe.model) == (4, 2e-4, str(chat_base))
     assert Path(recipe.chat_template).is_file()
     assert recipe.name == "llama_3b_lora"
+
+
+@pytest.mark.parametrize(
+    ("asked", "longest", "tokens", "note"),
+    [
+        (None, None, 2048, ""),
+        (None, 9000, 2048, ""),
+        (None, 128, 128, "--seq-len 128, all that the model"),
+        (64, 128, 64, ""),
+    ],
+)
+def test_the_default_length_is_what_the_model_takes(asked, longest, tokens, note):
+    from finetune.config.defaults import fit_seq_len
+
+    found, lines = fit_seq_len(asked, 2048, longest)
+    assert (found, "".join(lines)[: len(note)], len(lines)) == (tokens, note, bool(note))

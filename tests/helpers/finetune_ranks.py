@@ -161,7 +161,7 @@ def loaded_once(rank: int, folder: Path, recipe: str, base: str, broken: str, ch
     script = Script(rank, folder)
     script.together(lambda: spread_models(rank, finetune.training.run.Accelerator))
     pretraining = ("--recipe", recipe, "--max-steps", 2)
-    tuning = ("--model", base, "--dataset", chats, "--mode", "full", "--max-length", 64, "--max-steps", 2)
+    tuning = ("--model", base, "--dataset", chats, "--mode", "full", "--seq-len", 64, "--max-steps", 2)
     tuning += ("--packing", "--loss-chunk", 24, "--activation-checkpointing", "--batch-size", 4, "--dtype", "bf16")
     script("--recipe", recipe, "--init-from", broken, "--output-dir", "broken")
     for name in ("once", "everywhere"):

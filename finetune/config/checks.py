@@ -1,0 +1,78 @@
+"""Checks of the options that every script has. No torch in here."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from finetune.config.errors import InputError
+from finetune.config.options import Training, flag
+
+MAX_STEP_TIMEOUT = 10**6  # s; as in muon8bit.config
+
+
+def check_ranges(recipe: Training, *more_positive: str) -> None:
+    """Check the options of `Training` against their ranges, and that `more_positive` are above 0 or None.
+
+    Raises:
+        InputError: names the option.
+    """
+    positive = ("lr", "adamw_lr", "batch_size", "gradient_accumulation", "max_steps", "eval_every", "save_every")
+    for name in (*positive, "keep_checkpoints", "step_timeout", *more_positive):
+        value = getattr(recipe, name)
+        if value is not None and value <= 0:
+            raise InputError(flag(name), f"{value} must be above 0")
+    not_negative = ("weight_decay", "clip", "clip_matrix_norm", "loss_chunk", "warmup_steps", "decay_steps", "seed")
+    for name in (*not_negative, "max_minutes"):
+        value = getattr(recipe, name)
+        if value is not None and value < 0:
+            raise InputError(flag(name), f"{value} must not be negative")
+    if recipe.step_timeout >= MAX_STEP_TIMEOUT:
+        raise InputError("--step-timeout", f"{recipe.step_timeout} must be below {MAX_STEP_TIMEOUT} s")
+    _check_muon8bit_only(recipe)
+    _check_release(recipe)
+    if recipe.tracker and find_spec(recipe.tracker) is None:
+        raise InputError("--tracker", f"{recipe.tracker!r} is not installed; install it, or leave it out")
+    if recipe.block_size not in (64, 128, 256, 512, 1024, 2048, 4096):
+        raise InputError("--block-size", f"{recipe.block_size} is not a power of two from 64 to 4096")
+    if recipe.max_steps is not None and (recipe.warmup_steps or 0) + recipe.decay_steps > recipe.max_steps:
+        raise InputError(
+            "--warmup-steps",
+            f"{recipe.warmup_steps} steps of warm-up and {recipe.decay_steps} of decay exceed --max-steps "
+            f"{recipe.max_steps}; lower --warmup-steps, or raise --max-steps",
+        )
+    if recipe.schedule == "warmup_stable_decay" and recipe.decay_steps == 0:
+        raise InputError("--decay-steps", "warmup_stable_decay needs it above 0")
+
+
+def _check_muon8bit_only(recipe: Training) -> None:
+    """Refuse what the other optimizers cannot do."""
+    if recipe.optimizer == "muon8bit":
+        return
+    asked = {
+        "--param-rounding": (recipe.param_rounding == "stochastic", "give nearest"),
+        "--clip-matrix-norm": (recipe.clip_matrix_norm > 0, "give 0"),
+        "--release-gradients": (recipe.release_gradients, "give --no-release-gradients"),
+        "--adamw-bits": (recipe.adamw_bits != 32, "give 32"),
+        "--state-device": (recipe.state_device != "device", "give device"),
+        "--step-timeout": (recipe.step_timeout != 60, "give 60"),
+    }
+    for name, (is_asked, way_out) in asked.items():
+        if is_asked:
+            raise InputError(name, f"{recipe.optimizer} cannot do it; {way_out}, or --optimizer muon8bit")
+
+
+def _check_release(recipe: Training) -> None:
+    """Refuse what needs all gradients, or several of one parameter, at once; `check_launch` refuses several ranks."""
+    if recipe.release_gradients and recipe.gradient_accumulation > 1:
+        raise InputError(
+            "--release-gradients",
+            f"a gradient is used and freed in its own backward pass, so that --gradient-accumulation "
+            f"{recipe.gradient_accumulation} has nothing to add to; give --gradient-accumulation 1, or "
+            "--no-release-gradients",
+        )
+    if recipe.release_gradients and recipe.clip:
+        raise InputError(
+            "--release-gradients",
+            f"the global norm of --clip, here {recipe.clip:g}, needs all gradients at once; give --clip 0, and "
+            "--clip-matrix-norm where a limit is wanted",
+        )

@@ -1,0 +1,33 @@
+"""What may be chosen, by name. No torch in here, so that command lines can be parsed and explained without it."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+Codebook: TypeAlias = Literal["linear", "dynamic"]
+Backend: TypeAlias = Literal["reference", "triton"]
+OnNonfinite: TypeAlias = Literal["raise", "raise_at_once", "skip"]
+AdjustLR: TypeAlias = Literal["original", "match_rms_adamw"]
+ParamRounding: TypeAlias = Literal["nearest", "stochastic"]
+Algorithm: TypeAlias = Literal["muon", "adamw"]
+Bits: TypeAlias = Literal[8, 32]
+StateDevice: TypeAlias = Literal["cpu"]
+Routing: TypeAlias = Literal["0.1", "0.2"]
+
+CODEBOOKS: tuple[str, ...] = get_args(Codebook)
+BACKENDS: tuple[str, ...] = get_args(Backend)
+ON_NONFINITE: tuple[str, ...] = get_args(OnNonfinite)
+ADJUST_LR: tuple[str, ...] = get_args(AdjustLR)
+PARAM_ROUNDINGS: tuple[str, ...] = get_args(ParamRounding)
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+BITS: tuple[int, ...] = get_args(Bits)
+STATE_DEVICES: tuple[str, ...] = get_args(StateDevice)
+ROUTINGS: tuple[str, ...] = get_args(Routing)
+
+# Block sizes in elements: those that bitsandbytes' CUDA kernels accept.
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+# Who saved a checkpoint that is converted, and whose formats can be written.
+Dialect: TypeAlias = Literal["muon8bit", "torch", "jordan", "heavy-ball"]
+DIALECTS: tuple[str, ...] = get_args(Dialect)
+EXPORTS = ("muon8bit", "torch")
