@@ -34,6 +34,7 @@ from finetune.config.sft_recipe import (
     read_sft_recipe,
     sft_recipe_from,
 )
+from finetune.data.files import row_kind
 from finetune.storage.run_dir import RunFolder, choose_folder, find_run
 
 PATHS = ("model", "adapter", "dataset", "chat_template")
@@ -102,7 +103,7 @@ def _check_paths(recipe: SftRecipe) -> None:
     model, dataset = Path(recipe.model).expanduser(), Path(recipe.dataset).expanduser()
     if not model.exists() and (model.is_absolute() or model.suffix == ".gguf" or recipe.model.startswith(".")):
         raise InputError("--model", f"there is no {recipe.model}; give a folder, a GGUF file or a hub name")
-    if not dataset.exists() and (dataset.is_absolute() or dataset.suffix in (".jsonl", ".parquet")):
+    if not dataset.exists() and (dataset.is_absolute() or row_kind(dataset)):
         raise InputError("--dataset", f"there is no {recipe.dataset}; give a file, a folder or a name for `datasets`")
     if recipe.adapter and not (Path(recipe.adapter) / "adapter_config.json").is_file():
         raise InputError("--adapter", f"{recipe.adapter} holds no adapter_config.json; give the folder of an adapter")

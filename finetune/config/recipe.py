@@ -43,13 +43,13 @@ class Recipe(Training):
     )
     dataset: str = option(
         "stdlib",
-        "'stdlib' (source text of this Python's standard library), a .txt, .jsonl or .parquet file, "
-        "a folder of them, a dataset saved on disk, or a name for `datasets`",
+        "'stdlib' (source text of this Python's standard library), a .txt, .jsonl or .parquet file, a folder of "
+        "them, a .json or .csv file, a .gz or .zst of rows, a dataset saved on disk, or a name for `datasets`",
     )
     dataset_config: str | None = option(
         None, "configuration of a `datasets` name, such as sample-10BT", unset="its own default"
     )
-    text_column: str = option("text", "column that holds the text in .jsonl, .parquet and `datasets`")
+    text_column: str = option("text", "column that holds the text in rows")
     split: str = option("train", "split of a `datasets` name")
     streaming: bool = option(False, "read a `datasets` name as a stream, only as far as the run needs")
     validation_fraction: float = option(0.02, "share of the text held out: by file, or by row hash")

@@ -75,8 +75,8 @@ class SftRecipe(Training):
     )
     dataset: str = option(
         "stdlib",
-        "'stdlib' (functions of this Python's standard library), a .jsonl or .parquet file with `messages`, "
-        "`prompt` and `completion`, or instruction columns, a folder of them, or a name for `datasets`",
+        "'stdlib' (functions of this Python's standard library), a .jsonl, .json, .csv or .parquet file of "
+        "conversations or instructions, text also as .gz or .zst, a folder of them, or a name for `datasets`",
     )
     dataset_config: str | None = option(None, "configuration of a `datasets` name", unset="its own default")
     split: str = option("train", "split of a `datasets` name")

@@ -25,13 +25,13 @@ import numpy as np
 
 from finetune.config.errors import InputError
 from finetune.data.columns import Columns, check_seen, column_names, parse_columns
+from finetune.data.files import NAMES, file_rows, find_row_files, row_kind
 from finetune.data.messages import Example
-from finetune.data.readers import is_saved_dataset, jsonl_objects, open_hub, opened_rows, parquet_objects
+from finetune.data.readers import is_saved_dataset, open_hub, opened_rows
 from finetune.data.report import DataReport, RowError
-from finetune.data.row_formats import FORMS, ReadRow, read_row
+from finetune.data.row_formats import FORMS, ReadRow, fits_a_format, read_row
 from finetune.data.stdlib_pairs import standard_library
-
-SUFFIXES = (".jsonl", ".parquet")
+from finetune.data.text_files import lone_object
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def load_examples(
     """Read conversations; `finetune.data.row_formats.FORMATS` tells the columns.
 
     Args:
-        dataset: a .jsonl or .parquet file, a folder of them, a dataset saved on disk, or a name for `datasets`.
+        dataset: a file of rows (`finetune.data.files`), a folder of them, a dataset saved on disk, or a name for
+            `datasets`.
         config: configuration of a `datasets` name.
         split: split of a `datasets` name or of a saved dataset.
         limit: take so many rows, drawn without replacement; None takes all.
@@ -115,16 +116,16 @@ def load_examples(
 
     Raises:
         InputError: nothing there, unreadable, empty, or a bad row; the sentence names file and row, counted from 1 (in
-            .jsonl, lines).
+            .jsonl and .csv, lines).
     """
     report = DataReport() if report is None else report
     named = parse_columns(columns)
     path = Path(dataset)
     if path.is_file() or (path.is_dir() and not is_saved_dataset(path)):
-        rows = list(_local_rows(path, named, report))
-        if not rows:
-            raise InputError("--dataset", f"{dataset} is empty; give a file with rows in it")
-        drawn = iter([rows[i] for i in _drawn(len(rows), limit, seed)])
+        drawn = _local_rows(path, named, report)
+        if limit is not None:
+            rows = list(drawn)
+            drawn = iter([rows[i] for i in _drawn(len(rows), limit, seed)])
     else:
         drawn = _opened_rows(dataset, config, split, limit, seed, named, report)
     examples = []
@@ -137,8 +138,12 @@ def load_examples(
             continue
         _note(found, report, bool(named))
         examples.append(found.example)
+    if not report.num_rows and not report.errors:
+        raise InputError("--dataset", f"{dataset} is empty; give a file with rows in it")
     if examples:
         check_seen(named, report.seen, dataset)
+    elif report.on_bad_row == "skip":
+        raise InputError("--skip-bad-rows", f"every row of {dataset} is bad; the first: {report.errors[0].args[1]}")
     return examples
 
 
@@ -157,7 +162,7 @@ def _opened_rows(
 ) -> Iterator[tuple[Any, str]]:
     """(row, its origin) of what `datasets` opens."""
     path = Path(dataset)
-    if not path.exists() and (path.is_absolute() or path.suffix.lower() in SUFFIXES):
+    if not path.exists() and (path.is_absolute() or row_kind(path)):
         raise InputError("--dataset", f"there is no {dataset}; give a file, a folder or a name for `datasets`")
     opened = open_hub(dataset, config, split)
     if len(opened) == 0:
@@ -175,18 +180,33 @@ def _opened_rows(
 
 
 def _local_rows(path: Path, columns: Columns, report: DataReport) -> Iterator[tuple[Any, str]]:
-    files = sorted(filter(_has_rows, path.rglob("*"))) if path.is_dir() else [path]
-    if not files or files[0].suffix.lower() not in SUFFIXES:
-        raise InputError("--dataset", f"{path} is no .jsonl or .parquet file, and no folder with one; give such a file")
+    """(row, its origin) of a file, or of all files of rows in a folder."""
+    files, others = find_row_files(path) if path.is_dir() else ([path], [])
+    if path.is_dir():
+        described = [file for file in files if _describes_rows(file, columns)]
+        files = [file for file in files if file not in described]
+        others += [f"{file.relative_to(path)} (one object, no row)" for file in described]
+    if not files or row_kind(files[0]) is None:
+        raise InputError("--dataset", f"{path} is no file of rows ({NAMES}), and no folder with one; give such a file")
+    report.unread += others
     wanted = column_names(columns)
     for file in files:
-        is_jsonl = file.suffix.lower() == ".jsonl"
-        for number, row in jsonl_objects(file) if is_jsonl else parquet_objects(file, wanted, report):
-            yield row, f"row {number} of {file}"
+        has_rows = False
+        try:
+            for number, row in file_rows(file, wanted, report):
+                has_rows = True
+                yield row, f"row {number} of {file}"
+        except InputError as error:
+            report.add_bad_file(error)
+            continue
+        if path.is_dir() and not has_rows:
+            report.unread.append(f"{file.relative_to(path)} (empty)")
 
 
-def _has_rows(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.is_dir()
+def _describes_rows(file: Path, columns: Columns) -> bool:
+    """Whether a file is a lone JSON object without the columns of a row, such as those that describe a dataset."""
+    value = lone_object(file) if row_kind(file) == ".json" else None
+    return value is not None and not fits_a_format(value, columns)
 
 
 def _drawn(num_rows: int, limit: int | None, seed: int) -> list[int]:

@@ -19,7 +19,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from finetune.config.errors import InputError
 from finetune.config.recipe import Recipe
-from finetune.data.readers import hub_rows, is_saved_dataset, jsonl_rows, parquet_rows
+from finetune.data.files import row_kind
+from finetune.data.readers import hub_rows, is_saved_dataset, text_rows
+from finetune.data.report import some
 from finetune.data.texts import BYTE_ORDER_MARK, SAVE, is_wide, not_utf8
 
 Part: TypeAlias = Literal["train", "validation"]
@@ -29,7 +31,7 @@ PIECE_BYTES = 2**16
 STRETCHES = 64
 # Digests kept to find duplicate rows (about 100 MB in the worst case). Later duplicates stay, on the same side.
 REMEMBERED_ROWS = 1_000_000
-ROW_SUFFIXES = {".jsonl": jsonl_rows, ".parquet": parquet_rows}
+ROW_SUFFIXES = (".jsonl", ".parquet")  # of a folder; a file that is given by itself may be of any kind of rows
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -74,7 +76,7 @@ def check_exists(dataset: str) -> None:
         InputError: it is not.
     """
     path = Path(dataset)
-    if not path.exists() and (path.is_absolute() or path.suffix.lower() in {".txt", *ROW_SUFFIXES}):
+    if not path.exists() and (path.is_absolute() or path.suffix.lower() == ".txt" or row_kind(path)):
         raise InputError("--dataset", f"there is no {dataset}; give a file, a folder or a name for `datasets`")
 
 
@@ -95,7 +97,9 @@ def open_corpus(recipe: Recipe) -> Corpus:
     if path.is_dir() and not is_saved_dataset(path):
         known = {".txt", *ROW_SUFFIXES}
         files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in known and not p.is_dir()]
-        return _local_corpus(files, path, recipe.dataset, recipe)
+        others = sorted(str(p.relative_to(path)) for p in {*path.rglob("*")} - {*files} if not p.is_dir())
+        label = f"{recipe.dataset} (not read: {some(others)})" if others else recipe.dataset
+        return _local_corpus(files, path, label, recipe)
     identity, rows = hub_rows(recipe)
     digest = hashlib.sha256(f"{identity}\0{recipe.validation_fraction}".encode()).hexdigest()
     return Corpus(
@@ -116,7 +120,9 @@ def _local_corpus(files: Sequence[Path], root: Path, label: str, recipe: Recipe)
         seen.add(content)
         name = file.relative_to(root).as_posix()
         digest.update(f"{name}\0{content}\n".encode())
-        if file.suffix.lower() in ROW_SUFFIXES:
+        if kind := row_kind(file):
+            if file.suffix.lower() not in ROW_SUFFIXES:  # which release 0.1 took for text
+                digest.update(f"rows of {kind}\n".encode())
             row_files.append(file)
         else:
             texts.append(Stretch(name, file, start, size))
@@ -132,8 +138,7 @@ def _local_corpus(files: Sequence[Path], root: Path, label: str, recipe: Recipe)
             part: Part = "validation" if stretch.name in held_out else "train"
             yield from _text_pieces(stretch, part)
         for file in row_files:
-            rows = ROW_SUFFIXES[file.suffix.lower()](file, recipe.text_column)
-            yield from _row_pieces(rows, recipe.validation_fraction)
+            yield from _row_pieces(text_rows(file, recipe.text_column), recipe.validation_fraction)
 
     return Corpus(label, digest.hexdigest(), pieces)
 

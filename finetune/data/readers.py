@@ -1,116 +1,29 @@
-"""Sources whose documents are rows: .jsonl, .parquet, and whatever `datasets` opens."""
+"""Sources of text for pretraining whose documents are rows, and whatever `datasets` opens."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from finetune.config.errors import InputError
 from finetune.config.recipe import Recipe
+from finetune.data.files import file_rows, row_kind
 from finetune.data.report import DataReport
-from finetune.data.texts import ENCODING, check_characters, holds_nul, not_utf8
-
-PARQUET_ROWS = 256  # rows decoded at a time
+from finetune.data.texts import check_characters
 
 
-def jsonl_objects(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, value) of every line of a .jsonl file that is not blank, one in memory at a time.
+def text_rows(file: Path, column: str) -> Iterator[str]:
+    """Texts of a file of rows, in one of their columns.
 
     Raises:
-        InputError: unreadable, or a line that is no JSON, or not UTF-8.
+        InputError: unreadable, or a row that has no text in the column.
     """
-    number = 0
-    try:
-        # Bytes that are no UTF-8 become lone surrogates, so that their line can be named.
-        with file.open(encoding=ENCODING, errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, 1):
-                text = line.removeprefix("\ufeff")  # inside the file, where files with a mark were joined
-                if not text.isascii():
-                    text.encode()
-                if text.strip():
-                    yield number, json.loads(text)
-    except json.JSONDecodeError as error:
-        way_out = "each line must hold one whole value; correct it, or leave it out"
-        reason = holds_nul(text) or f"{error.msg}, character {error.pos + 1}; {way_out}"
-        raise InputError("--dataset", f"line {number} of {file} is no JSON: {reason}") from None
-    except UnicodeEncodeError:
-        raise InputError("--dataset", f"line {number} of {file} {not_utf8(file)}") from None
-    except OSError as error:
-        raise InputError("--dataset", f"cannot read {file} as JSON lines: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists a thousand deep
-        raise InputError("--dataset", f"line {number} of {file} cannot be read as JSON: {error}") from None
-
-
-def jsonl_rows(file: Path, column: str) -> Iterator[str]:
-    """Texts of a .jsonl file, one line in memory at a time.
-
-    Raises:
-        InputError: a line that is no JSON object, or has no text in the column.
-    """
-    for number, value in jsonl_objects(file):
-        yield _text(value, column, f"line {number} of {file}")
-
-
-def parquet_objects(
-    file: Path, columns: Collection[str], report: DataReport | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, {column: value}) of a .parquet file, `PARQUET_ROWS` rows in memory at a time.
-
-    Args:
-        file: what to read.
-        columns: those wanted; the file may lack some. If it lacks all of them, every column is read.
-        report: the columns that are not read are written there.
-
-    Raises:
-        InputError: not a parquet file, damaged, or a value in it that cannot be read, such as a text that is not UTF-8.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(file) as opened:
-            wanted = [name for name in opened.schema_arrow.names if name in columns]
-            if report is not None and wanted:
-                others = set(opened.schema_arrow.names) - set(wanted)
-                report.unused.update(dict.fromkeys(others, opened.metadata.num_rows))
-            for batch in opened.iter_batches(PARQUET_ROWS, columns=wanted or None):
-                for row in _python_rows(batch):
-                    number += 1
-                    yield number, row
-    except UnicodeDecodeError:
-        raise InputError(
-            "--dataset", f"row {number + 1} of {file} holds text that is not UTF-8; leave it out"
-        ) from None
-    except OverflowError as error:  # a day that Python does not know
-        what = f"row {number + 1} of {file} holds a value that cannot be read: {_reason(error)}"
-        raise InputError("--dataset", f"{what}; leave it out") from None
-    except (OSError, ValueError, pa.ArrowException) as error:
-        after = f" after its row {number}" if number else ""
-        raise InputError("--dataset", f"cannot read {file} as parquet{after}: {_reason(error)}") from None
-
-
-def _python_rows(batch: Any) -> Iterable[dict[str, Any]]:
-    """Rows of a record batch; if one cannot be decoded, those before it come first, so that it can be named."""
-    try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-    except (UnicodeDecodeError, OverflowError):
-        return (batch.slice(i, 1).to_pylist()[0] for i in range(batch.num_rows))
-    return rows
-
-
-def parquet_rows(file: Path, column: str) -> Iterator[str]:
-    """Texts of a .parquet file, `PARQUET_ROWS` rows in memory at a time.
-
-    Raises:
-        InputError: as `parquet_objects`, or no such column of text.
-    """
-    for number, row in parquet_objects(file, [column]):
-        yield _text(row, column, f"row {number} of {file}")
+    word = "line" if row_kind(file) == ".jsonl" else "row"
+    for number, value in file_rows(file, [column], DataReport()):
+        yield _text(value, column, f"{word} {number} of {file}")
 
 
 def is_saved_dataset(folder: Path) -> bool:

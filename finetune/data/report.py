@@ -66,6 +66,15 @@ class DataReport:
             raise error
         self.errors.append(error)
 
+    def add_bad_line(self, error: RowError) -> None:
+        """Count a row that could not even be read, and take note of it.
+
+        Raises:
+            RowError: as `add_bad_row`.
+        """
+        self.num_rows += 1
+        self.add_bad_row(error)
+
     def add_bad_file(self, error: InputError) -> None:
         """Take note of a file that cannot be read to its end.
 
@@ -84,11 +93,11 @@ class DataReport:
         """Return the lines for the log: what is not used, left out, or unusual."""
         lines = []
         if self.unread:
-            lines.append(f"note: files that were not read: {_some(self.unread)}")
+            lines.append(f"note: files that were not read: {some(self.unread)}")
         if self.unused:
             by_count = sorted(self.unused.items(), key=lambda item: (-item[1], item[0]))
             names = [f"`{name}` ({count:,} rows)" for name, count in by_count]
-            lines.append(f"note: columns and keys that were not used: {_some(names)}")
+            lines.append(f"note: columns and keys that were not used: {some(names)}")
         if self.num_assistant_first:
             lines.append(f"note: {self.num_assistant_first:,} conversations begin with an assistant turn")
         if self.num_unanswered:
@@ -102,6 +111,7 @@ class DataReport:
         return lines
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Return the first `SHOWN` names in one line, and how many more there are."""
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -42,12 +42,17 @@ def read_text(file: Path, option: str) -> str:
 
 def not_utf8(file: Path) -> str:
     """Return the end of a sentence on a file that is not UTF-8: what it seems to be, and the way out."""
+    kind, way_out = other_kind(file) or ("", SAVE)
+    seems = f" (the file seems to be {kind})" if kind else ""
+    return f"is not UTF-8 text{seems}; {way_out}"
+
+
+def other_kind(file: Path) -> tuple[str, str] | None:
+    """Return what a file that is not UTF-8 seems to be by its beginning, and the way out; None if nothing known."""
     with file.open("rb") as opened:
         beginning = opened.read(8)
     known = (found for start, found in OTHER_BEGINNINGS.items() if beginning.startswith(start))
-    kind, way_out = next(known, ("UTF-16 without a mark" if is_wide(beginning) else "", SAVE))
-    seems = f" (the file seems to be {kind})" if kind else ""
-    return f"is not UTF-8 text{seems}; {way_out}"
+    return next(known, ("UTF-16 without a mark", SAVE) if is_wide(beginning) else None)
 
 
 def holds_nul(text: str) -> str:

@@ -279,8 +279,13 @@ def test_a_bad_row_is_named_in_one_sentence(tmp_path, row, words):
         ("bad.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2 of {file} is no JSON"),
         ("latin.jsonl", b'{"prompt": "caf\xe9"}\n', "line 1 of {file} is not UTF-8"),
         ("bad.parquet", b"PAR1 no", "cannot read {file} as parquet"),
-        ("data.csv", b"prompt,completion\n", "{file} is no .jsonl or .parquet file"),
-        ("folder", "folder", "{file} is no .jsonl or .parquet file, and no folder with one"),
+        ("empty.csv", b"prompt,completion\n", "{file} is empty"),
+        (
+            "data.txt",
+            b"prompt,completion\n",
+            "{file} is no file of rows (.jsonl, .json, .csv, .parquet; text",
+        ),
+        ("folder", "folder", "and no folder with one"),
     ],
 )
 def test_a_bad_file_is_named_in_one_sentence(tmp_path, name, content, words):

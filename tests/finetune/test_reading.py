@@ -18,7 +18,9 @@ from finetune.config.recipe import Recipe, read_model_config, read_recipe, recip
 from finetune.config.sft_recipe import sft_recipe_from
 from finetune.data.chat import load_examples
 from finetune.data.corpus import PIECE_BYTES, open_corpus
-from finetune.data.readers import opened_rows, parquet_objects
+from finetune.data.parquet_files import parquet_objects
+from finetune.data.readers import opened_rows
+from finetune.data.report import DataReport
 from finetune.data.texts import check_characters, read_text
 from finetune.models.adapters import _load_adapter
 from finetune.models.pretrained import pretrained_with
@@ -67,6 +69,22 @@ def prompts_of(dataset):
 def test_jsonl_of_other_systems_gives_the_same_rows(tmp_path, texts_of, content):
     (tmp_path / "r.jsonl").write_bytes(content)
     assert sorted(texts_of(tmp_path / "r.jsonl")) == prompts_of(tmp_path / "r.jsonl") == [r["text"] for r in ROWS]
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.json.gz", "r.jsonl.gz", "r.csv"])
+def test_a_lone_file_of_rows_is_no_text_of_its_syntax(tmp_path, texts_of, name):
+    array = json.dumps(ROWS, indent=1).encode()
+    table = "text\n" + "".join(row["text"] + "\n" for row in ROWS)
+    contents = {"r.json": array, "r.json.gz": gzip.compress(array), "r.jsonl.gz": gzip.compress(lines())}
+    (tmp_path / name).write_bytes(contents.get(name, table.encode()))
+    assert texts_of(tmp_path / name) == [r["text"] for r in ROWS]
+
+
+def test_what_pretraining_does_not_read_of_a_folder_is_named(tmp_path, recipe_file):
+    for name in ("a.txt", "b.json", "c.md"):
+        (tmp_path / name).write_text("some text\n")
+    recipe = dataclasses.replace(read_recipe(str(recipe_file)), dataset=str(tmp_path))
+    assert open_corpus(recipe).label == f"{tmp_path} (not read: b.json, c.md)"
 
 
 def test_a_mark_is_no_text_wherever_text_is_read(tmp_path, texts_of):
@@ -186,7 +204,7 @@ def test_a_parquet_value_that_python_cannot_hold_names_its_row(tmp_path):
 
     table = pa.table({"when": pa.array([0, 2**62], pa.timestamp("us"))})  # the year 148000
     pq.write_table(table, tmp_path / "r.parquet")
-    next(rows := parquet_objects(tmp_path / "r.parquet", ["text"]))
+    next(rows := parquet_objects(tmp_path / "r.parquet", ["text"], DataReport()))
     check_sentence(lambda: next(rows), "--dataset", f"row 2 of {tmp_path / 'r.parquet'}", "leave it out")
 
 
