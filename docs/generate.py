@@ -188,6 +188,7 @@ PAGES = {
 
 
 def main() -> None:
+    """Write the pages."""
     for name, page in PAGES.items():
         (ROOT / "docs" / name).write_text(page())
 

@@ -14,7 +14,10 @@ from muon8bit import Muon8bit, param_groups
 
 
 def train(model: nn.Module, batches: Iterable[dict[str, Tensor]], **options: Any) -> list[float]:
-    """One pass over `batches`; the loss of every micro-batch. `options` are Accelerator's."""
+    """Make one pass over `batches`; return the loss of every micro-batch.
+
+    `options` are Accelerator's.
+    """
     accelerator = Accelerator(**options)
     optimizer = Muon8bit(param_groups(model, lr=1e-3, weight_decay=0.1))
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)

@@ -14,7 +14,10 @@ from muon8bit import Muon8bit, param_groups
 
 
 def train(model: nn.Module, batches: Iterable[dict[str, Tensor]], checkpoint: Path | None = None) -> list[float]:
-    """One pass over `batches`; the loss of every step. Resumes from `checkpoint` if it exists, and writes it."""
+    """Make one pass over `batches`; return the loss of every step.
+
+    Resumes from `checkpoint` if it exists, and writes it.
+    """
     optimizer = Muon8bit(param_groups(model, lr=1e-3, weight_decay=0.1))
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)

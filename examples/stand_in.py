@@ -11,7 +11,7 @@ NUM_TOKENS, NUM_MASKED, VOCABULARY = 24, 8, 64
 
 
 def llama() -> LlamaForCausalLM:
-    """A random Llama of 40 thousand fp32 parameters, the same at each call."""
+    """Return a random Llama of 40 thousand fp32 parameters, the same at each call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -28,7 +28,7 @@ def llama() -> LlamaForCausalLM:
 
 
 def rows(num_rows: int = 40) -> Dataset:
-    """Arithmetic sequences, of one length; `labels` mask the first tokens with -100, as those of a prompt."""
+    """Return arithmetic sequences of one length; `labels` mask the first tokens with -100, as those of a prompt."""
     starts = torch.arange(num_rows)[:, None]
     tokens = 3 + (starts * 7 + (1 + starts % 5) * torch.arange(NUM_TOKENS)) % (VOCABULARY - 3)
     labels = tokens.masked_fill(torch.arange(NUM_TOKENS) < NUM_MASKED, -100)
@@ -36,7 +36,7 @@ def rows(num_rows: int = 40) -> Dataset:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, `<pad>`, `<s>`, `</s>` and the numbers from 3 on."""
+    """Return a tokenizer of one token per word: `<pad>`, `<s>`, `</s>` and the numbers from 3 on."""
     words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *map(str, range(3, VOCABULARY))])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

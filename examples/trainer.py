@@ -14,7 +14,10 @@ from muon8bit.integrations.transformers import muon8bit_for_trainer
 
 
 def train(model: nn.Module, dataset: Dataset, output_dir: str, **changes: Any) -> list[float]:
-    """Ten steps; the loss of every one. `changes` are further TrainingArguments."""
+    """Take ten steps; return the loss of every one.
+
+    `changes` are further TrainingArguments.
+    """
     args = TrainingArguments(
         output_dir,
         learning_rate=1e-3,  # an AdamW rate

@@ -22,7 +22,10 @@ def train(
     lora: LoraConfig | None,
     **changes: Any,
 ) -> list[float]:
-    """Ten steps; the loss of every one. `lora` None trains all weights; `changes` are further options of SFTConfig."""
+    """Take ten steps; return the loss of every one.
+
+    `lora` None trains all weights; `changes` are further options of SFTConfig.
+    """
     args = SFTConfig(
         output_dir,
         learning_rate=1e-3,

@@ -33,7 +33,7 @@ def unwrapper(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def is_same(name: str, other: str) -> bool:
-    """Whether two names are equal but for wrappers' segments, `module` anywhere included."""
+    """Return whether two names are equal but for wrappers' segments, `module` anywhere included."""
     return name == other or _without(name, (*_PRIVATE, _MODULE)) == _without(other, (*_PRIVATE, _MODULE))
 
 
@@ -42,6 +42,6 @@ def _without(name: str, segments: tuple[str, ...]) -> str:
 
 
 def _leading_modules(name: str) -> int:
-    """How many segments `module` a parameter's name begins with, its last segment left out."""
+    """Count the segments `module` that a parameter's name begins with, its last segment left out."""
     parts = name.split(".")[:-1]
     return next((i for i, part in enumerate(parts) if part != _MODULE), len(parts))

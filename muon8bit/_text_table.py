@@ -10,7 +10,7 @@ _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Bytes with thousands separators and, from 1024 on, in binary units: `1,051,648 B (1.00 MiB)`."""
+    """Format bytes with thousands separators and, from 1024 on, in binary units: `1,051,648 B (1.00 MiB)`."""
     for size, unit in _UNITS:
         if num_bytes >= size:
             return f"{num_bytes:,} B ({num_bytes / size:.2f} {unit})"
@@ -18,7 +18,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def render(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
-    """A table with one line per row; `align` has one `<` or `>` per column; no trailing blanks."""
+    """Render a table with one line per row; `align` has one `<` or `>` per column; no trailing blanks."""
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -29,12 +29,12 @@ def render(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> 
 
 
 def template(name: str) -> str:
-    """`name` with every all-digit component replaced by `{}`: equal for the repeated layers of a model."""
+    """Replace every all-digit component of `name` by `{}`, so that the repeated layers of a model become equal."""
     return _INDEX.sub("{}", name)
 
 
 def collapse(names: Sequence[str]) -> str:
-    """One name for names of one template: `layers.{0..11}.mlp.weight x12`; a single name stays as it is."""
+    """Return one name for names of one template: `layers.{0..11}.mlp.weight x12`; a single name stays as it is."""
     if len(names) == 1:
         return names[0]
     columns = zip(*(_INDEX.findall(name) for name in names), strict=True)
@@ -43,7 +43,7 @@ def collapse(names: Sequence[str]) -> str:
 
 
 def _ranges(indices: set[int]) -> str:
-    """`{0,2..5}` for {0, 2, 3, 4, 5}; a single index stands bare."""
+    """Format {0, 2, 3, 4, 5} as `{0,2..5}`; a single index stands bare."""
     if len(indices) == 1:
         return str(next(iter(indices)))
     runs: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""What an option may be, whatever was written into it: numbers, choices, rates; and how errors show anything."""
+"""Checks of what was given for an option, whatever it is: numbers, choices, rates; and its text in errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_SHOWN = 100  # letters
 
 
 def is_number(value: Any, high: float = HUGE) -> bool:
-    """Whether it is a number that torch takes, numpy's included (no bool, no fraction), with 0 <= value < high."""
+    """Return whether it is a number that torch takes, numpy's too (no bool, no fraction), with 0 <= value < high."""
     is_taken = isinstance(value, int | float) or (isinstance(value, Real) and type(value).__module__ == "numpy")
     if isinstance(value, bool) or not is_taken or (isinstance(value, Integral) and int(value) >= 2**63):
         return False
@@ -29,18 +29,20 @@ def is_number(value: Any, high: float = HUGE) -> bool:
 
 
 def is_limit(value: Any) -> bool:
-    """Whether it is None or a number > 0 of any size."""
+    """Return whether it is None or a number > 0 of any size."""
     return value is None or (is_number(value, high=inf) and value > 0)
 
 
 def is_choice(value: Any, allowed: Sequence[Any]) -> bool:
-    """Whether it is one of these values, of the same type: True is no 1."""
+    """Return whether it is one of these values, of the same type: True is no 1."""
     return any(type(value) is type(choice) and value == choice for choice in allowed)
 
 
 def is_rate(lr: Any) -> bool:
-    """Whether it is a learning rate: a number, or a dense 1-element float tensor; one elsewhere than on the host is not
-    waited for."""
+    """Return whether it is a learning rate: a number, or a dense 1-element float tensor.
+
+    One elsewhere than on the host is not waited for.
+    """
     if not isinstance(lr, Tensor):
         return is_number(lr)
     if why_not_dense(lr) or lr.numel() != 1 or not lr.is_floating_point():
@@ -49,6 +51,6 @@ def is_rate(lr: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """What errors show of a value: its repr, cut, or its type where it has none."""
+    """Return what errors show of a value: its repr, cut, or its type where it has none."""
     text = reprlib.repr(value)
     return f"{text[:_MAX_SHOWN]}..." if len(text) > _MAX_SHOWN else text

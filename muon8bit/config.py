@@ -107,10 +107,12 @@ SMALL_WORKSPACE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """How the whole optimizer computes, besides its groups: the dtype of Newton-Schulz (None: by cost), the kernels,
-    and the bytes that a step may allocate at once. `skip`, of one step: None, or 0-d fp32 on the device at hand; where
-    it is not 0, nothing is written. `grad_scale`, of one step: None, or 1-element fp32 on the device at hand, which the
-    gradients are to be divided by."""
+    """Options of the whole optimizer, besides those of its groups.
+
+    The dtype of Newton-Schulz (None: by cost), the kernels, and the bytes that a step may allocate at once.
+    `skip`, of one step: None, or 0-d fp32 on the device at hand; where it is not 0, nothing is written.
+    `grad_scale`, of one step: None, or 1-element fp32 on the device at hand, which the gradients are to be divided by.
+    """
 
     ns_dtype: torch.dtype | None
     backend: Backend | None

@@ -1,4 +1,4 @@
-"""What a saved state cannot hold unless it is damaged, or was never ours."""
+"""Damage of saved states: values that no step leaves."""
 
 from __future__ import annotations
 

@@ -27,14 +27,20 @@ JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 def zero_state(param: Tensor, *, codebook: Codebook = "linear", block_size: int = 2048) -> tuple[Tensor, Tensor]:
-    """Return codes [rows, cols] and scales [rows, blocks] of a momentum of zeros."""
+    """Return codes [rows, cols] and scales [rows, blocks] of a momentum of zeros for `param`.
+
+    `codebook` and `block_size` are as in `muon_step`, here and below.
+    """
     rows, cols = param.shape
     codes = torch.full((rows, cols), zero_code(codebook), dtype=CODE_DTYPES[codebook], device=param.device)
     return codes, torch.zeros(rows, -(-cols // block_size), device=param.device, dtype=torch.float32)
 
 
 def decode(codes: Tensor, scales: Tensor, *, codebook: Codebook = "linear", block_size: int = 2048) -> Tensor:
-    """Return the momentum, fp32 [rows, cols], of codes [rows, cols] and fp32 scales [rows, blocks]."""
+    """Return the momentum, fp32 [rows, cols], of codes [rows, cols] and fp32 scales [rows, blocks].
+
+    `codebook` and `block_size` are those with which it was encoded.
+    """
     scale = scales.repeat_interleave(block_size, 1)[:, : codes.shape[1]]
     if codebook == "linear":
         return codes.float() * scale / 127
@@ -42,7 +48,10 @@ def decode(codes: Tensor, scales: Tensor, *, codebook: Codebook = "linear", bloc
 
 
 def encode(m: Tensor, *, codebook: Codebook = "linear", block_size: int = 2048) -> tuple[Tensor, Tensor]:
-    """Return codes [rows, cols], int8 (linear) or uint8 (dynamic), and fp32 scales [rows, blocks] of fp32 m."""
+    """Return codes [rows, cols], int8 (linear) or uint8 (dynamic), and fp32 scales [rows, blocks] of fp32 m.
+
+    A scale is the largest magnitude in `block_size` columns of a row, a code the nearest value of the `codebook`.
+    """
     blocks = torch.nn.functional.pad(m, (0, -m.shape[1] % block_size)).unflatten(1, (-1, block_size))
     scales = blocks.abs().amax(2)
     scales[scales < torch.finfo(torch.float32).tiny] = 0  # a block without a normal number is stored as zeros
@@ -55,7 +64,10 @@ def encode(m: Tensor, *, codebook: Codebook = "linear", block_size: int = 2048) 
 def orthogonalize(
     u: Tensor, coefficients: Sequence[tuple[float, float, float]] = JORDAN, *, eps: float = 1e-7
 ) -> Tensor:
-    """Return the Newton-Schulz iteration's result for u [rows, cols]: near the nearest semi-orthogonal matrix."""
+    """Return the Newton-Schulz iteration's result for u [rows, cols]: near the nearest semi-orthogonal matrix.
+
+    `coefficients` has a triple for each step. `eps` bounds the norm that u is divided by.
+    """
     is_tall = u.shape[0] > u.shape[1]
     X: Tensor = u.mT if is_tall else u
     X = X / torch.linalg.vector_norm(X).clamp(min=eps)

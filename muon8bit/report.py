@@ -53,10 +53,16 @@ class ParamNote:
 
 @dataclass(frozen=True)
 class StateReport:
-    """What `state_report` returns. `baselines` maps an optimizer to the bytes it would take for the same
-    parameters; `kept_32bit` lists matrices too narrow for 8 bits, `adamw_kept_32bit`
-    AdamW's tensors too small for adamw_bits=8; `without_state` those that no step has
-    reached; `is_sharded`: some tensor is a DTensor, and every figure is of this rank's part."""
+    """Bytes of an optimizer's state, and of what others would take.
+
+    Attributes:
+        algorithms: bytes and elements of Muon, AdamW and others.
+        baselines: name of an optimizer -> the bytes that it would take for the same parameters.
+        kept_32bit: matrices too narrow for 8 bits.
+        adamw_kept_32bit: AdamW's tensors too small for `adamw_bits=8`.
+        without_state: parameters that no step has reached.
+        is_sharded: some tensor is a DTensor, and every figure is of this rank's part.
+    """
 
     algorithms: tuple[AlgorithmBytes, ...]
     baselines: dict[str, int]
@@ -76,10 +82,13 @@ class StateReport:
         return sum(entry.num_parameters for entry in self.algorithms)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able. Keys: `total_bytes`, `num_parameters` (elements), `bytes_per_parameter`, `is_sharded`,
+        """Return the report as JSON takes it.
+
+        Keys: `total_bytes`, `num_parameters` (elements), `bytes_per_parameter`, `is_sharded`,
         `algorithms` ({"muon" | "adamw" | "other": {num_tensors, num_parameters, state_bytes,
         bytes_per_parameter}}), `baselines` ({name: bytes}), `kept_32bit`, `adamw_kept_32bit` and `without_state` (lists
-        of {name, shape, state_bytes}), `note` (str)."""
+        of {name, shape, state_bytes}), `note` (str).
+        """
         total = AlgorithmBytes("", 0, self.num_parameters, self.total_bytes)
         algorithms = {}
         for entry in self.algorithms:
@@ -184,7 +193,7 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
 
 
 def _params(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
-    """Name, parameter and group of every parameter in the groups."""
+    """Yield name, tensor and group of every parameter in the groups."""
     unwrapped = unwrapper(name for group in optimizer.param_groups for name in group.get("param_names") or ())
     for i, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
@@ -192,7 +201,7 @@ def _params(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Map
 
 
 def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], optimizer: object) -> str:
-    """ "muon", "adamw" or "other", by the group, else by the state, else by the class's name."""
+    """Return "muon", "adamw" or "other": by the group, else by the state, else by the class's name."""
     if group.get("algorithm") in ("muon", "adamw"):
         return str(group["algorithm"])
     name = type(optimizer).__name__.lower()
@@ -202,13 +211,13 @@ def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], optimizer: ob
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
+    """Return this rank's part of a DTensor, and any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """Every plain tensor inside nested state; a wrapper subclass (as torchao's) is taken apart."""
+    """Yield every plain tensor inside nested state; a wrapper subclass (as torchao's) is taken apart."""
     if isinstance(value, Tensor):
         value = _local(value)
         if hasattr(value, "__tensor_flatten__"):
@@ -224,7 +233,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _storage_bytes(value: object, seen: set[tuple[torch.device, int]]) -> int:
-    """Bytes of the storages under `value` that are not in `seen` yet; adds them to it."""
+    """Return the bytes of the storages under `value` that are not in `seen` yet, and add them to it."""
     num_bytes = 0
     for tensor in _tensors(value):
         storage = tensor.untyped_storage()
@@ -236,21 +245,24 @@ def _storage_bytes(value: object, seen: set[tuple[torch.device, int]]) -> int:
 
 
 def bnb_bytes(num_elements: int) -> int:
-    """State bytes of one tensor in bitsandbytes' AdamW8bit: two codes per element, two fp32 maxima per 256 elements,
-    under 4096 elements (its `min_8bit_size`) fp32. The two 1 KiB maps that all tensors share are left out."""
+    """Return the state bytes of one tensor in bitsandbytes' AdamW8bit.
+
+    Two codes per element and two fp32 maxima per 256 elements; under 4096 elements (its `min_8bit_size`) fp32. The two
+    1 KiB maps that all tensors share are left out.
+    """
     if num_elements < MIN_ADAMW8_ELEMENTS:
         return ADAMW_BYTES * num_elements
     return 2 * num_elements + 8 * math.ceil(num_elements / ADAMW8_BLOCK_SIZE)
 
 
 def _cells(num_bytes: int, num_elements: int) -> tuple[str, str, str]:
-    """Table cells: elements, bytes, bytes per element."""
+    """Return the cells of a table: elements, bytes, bytes per element."""
     per_parameter = f"{num_bytes / num_elements:.4f}" if num_elements else "-"
     return f"{num_elements:,}", format_bytes(num_bytes), per_parameter
 
 
 def _listed(notes: Iterable[ParamNote]) -> str:
-    """Names with shapes and bytes, repeated layers collapsed."""
+    """Return the names with shapes and bytes, repeated layers collapsed."""
     groups: dict[tuple[str, tuple[int, ...]], list[ParamNote]] = {}
     for note in notes:
         groups.setdefault((template(note.name), note.shape), []).append(note)

@@ -48,7 +48,9 @@ _SHOWN = 5  # moved parameters that an error names
 def checked(
     state_dict: Mapping[str, Any], current: list[dict[str, Any]], team: RankGroup | None, staging: StateOffload
 ) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Any]]]:
-    """What to assign: the saved hyper-parameters over the running parameters and format, and copies of the state.
+    """Check a state dict whole, and return what to assign.
+
+    That is the saved hyper-parameters over the running parameters and format, and copies of the state.
 
     Args:
         state_dict: with `state` and `param_groups`, as `Optimizer.state_dict` gives it.
@@ -112,8 +114,10 @@ def checked(
 
 
 def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
-    """The saved group's hyper-parameters with the running group's parameters, and its names where that has none; other
-    keys of either stay."""
+    """Return the saved group's hyper-parameters with the running group's parameters.
+
+    Names are the saved ones where the running group has none; other keys of either stay.
+    """
     if len(old["params"]) != len(new["params"]):
         raise ValueError(f"{where}: {len(old['params'])} parameters saved, {len(new['params'])} here: {AS_SAVED}")
     if old["algorithm"] != new["algorithm"]:
@@ -161,7 +165,7 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
 def empty(
     groups: list[dict[str, Any]], team: RankGroup | None, staging: StateOffload
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """Uninitialized state of every parameter, of the shapes, dtypes and placements that `checked` asks for."""
+    """Return uninitialized state of every parameter, of the shapes, dtypes and placements that loading asks for."""
     state = {}
     for i, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
@@ -173,7 +177,10 @@ def empty(
 def _tensors(
     tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: ParamSharding | None, staging: StateOffload
 ) -> dict[str, Tensor]:
-    """Checked copies of one parameter's state, or of this rank's part, on its device, contiguous, in their dtypes."""
+    """Check the state of one parameter, and copy it.
+
+    The copies are of this rank's part, on its device, contiguous, in their dtypes.
+    """
     layout = layout_of(param, group)
     missing = [key for key in layout if key not in tensors]
     foreign = [key for key in tensors if key in STATE_KEYS and key not in layout]
@@ -206,8 +213,10 @@ def _tensors(
 
 
 def _check_values(value: Tensor, key: str, what: str, num_steps: float) -> None:
-    """Raise ValueError for a tensor without values, or with such as no step leaves. Of a whole tensor all ranks look at
-    all of it, so that they agree; of a DTensor at their parts."""
+    """Raise ValueError for a tensor without values, or with such as no step leaves.
+
+    Of a whole tensor all ranks look at all of it, so that they agree; of a DTensor at their parts.
+    """
     local = value.to_local() if hasattr(value, "to_local") else value
     if is_fake(local):
         raise ValueError(f"{what} is on the device meta, without values: load the checkpoint with its values")
@@ -231,7 +240,7 @@ def _extras(tensors: Mapping[str, Any], param: Tensor, name: str) -> dict[str, A
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and arrays of numpy as Python has them; anything else as it is."""
+    """Return numbers and arrays of numpy as Python has them, and anything else as it is."""
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
     return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value

@@ -1,5 +1,7 @@
-"""Conversion of checkpoints: 8 and 32 bits, codebooks, block sizes; from and to torch.optim.Muon beside an AdamW; from
-heavy-ball Muon."""
+"""Conversion of checkpoints: between 8 and 32 bits, codebooks and block sizes, and from and to other Muons.
+
+The others are torch.optim.Muon beside an AdamW, K. Jordan's and heavy-ball Muon; the first is a target too.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def convert_state_dict(
     names: Sequence[str] | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """A saved optimizer in another format, with a warning that names both. On load:
+    """Convert a saved optimizer to another format, with a warning that names both.
+
+    On load:
 
         optimizer.load_state_dict(convert_state_dict(saved, like=optimizer))
 

@@ -15,7 +15,7 @@ Like = Optimizer | Mapping[str, Any]
 
 
 def targets(like: Like, dialect: str) -> list[Group]:
-    """The groups to fill: their entries have names and keys, no state.
+    """Return the groups to fill: their entries have names and keys, no state.
 
     Raises:
         ValueError: if `like` is not of that kind.
@@ -47,8 +47,10 @@ def targets(like: Like, dialect: str) -> list[Group]:
 
 
 def arrange(groups: Sequence[Group], wanted: Sequence[Group]) -> list[Group]:
-    """The saved entries in the wanted groups. Hyper-parameters are the saved ones, how momenta are stored and cut the
-    wanted ones. Without names on either side, groups of equal kinds and sizes are matched by position.
+    """Put the saved entries into the wanted groups.
+
+    Hyper-parameters are the saved ones, how momenta are stored and cut the wanted ones. Without names on either side,
+    groups of equal kinds and sizes are matched by position.
 
     Raises:
         ValueError: names the parameter that one side lacks or steps otherwise, or the hyper-parameter that parameters
@@ -84,7 +86,7 @@ def _plain_names(entries: Sequence[Entry]) -> list[str]:
 
 
 def _filled(group: Group, found: Sequence[Entry | None]) -> Group:
-    """A wanted group with the saved entries under its own keys."""
+    """Return a wanted group with the saved entries under its own keys."""
     entries = []
     for slot, entry in zip(group.entries, found, strict=True):
         if entry is None:

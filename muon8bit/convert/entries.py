@@ -39,8 +39,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Entries that share hyper-parameters; `part`: the state dict it belongs to, `"muon"` or `"adamw"` where there are
-    two, else empty."""
+    """Entries that share hyper-parameters.
+
+    `part` is the state dict that it belongs to: `"muon"` or `"adamw"` where there are two, else empty.
+    """
 
     algorithm: str
     options: dict[str, Any]
@@ -49,7 +51,7 @@ class Group:
 
 
 def dense(entry: Entry, key: str) -> Tensor:
-    """A tensor of the entry's state that is whole and dense."""
+    """Return a tensor of the entry's state, which must be whole and dense."""
     value = entry.tensors[key]
     if hasattr(value, "placements"):
         raise ValueError(
@@ -61,5 +63,5 @@ def dense(entry: Entry, key: str) -> Tensor:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or Inf; without temporaries, which isfinite() has."""
+    """Return whether no element is NaN or Inf; without temporaries, which isfinite() has."""
     return values.numel() == 0 or all(bool(bound.isfinite()) for bound in values.aminmax())

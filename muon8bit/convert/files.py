@@ -40,7 +40,7 @@ _STORAGES: dict[torch.dtype, type] = {
 
 
 def read(path: Path) -> Any:
-    """What `torch.save` put into a file, on the CPU; tensors are read from the file when they are used.
+    """Return what `torch.save` put into a file, on the CPU; tensors are read from the file when they are used.
 
     Raises:
         ValueError: names the file, and the record whose checksum is wrong. torch.load itself checks none.
@@ -71,8 +71,9 @@ def read(path: Path) -> Any:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[tuple[Path, Path]]:
-    """Where to write what shall appear under `path`, a file or a folder, when the block ends without an error, else not
-    at all; and an empty folder for the time being.
+    """Yield a place to write what shall appear under `path` when the block ends without an error, and a scratch folder.
+
+    `path` is of a file or a folder. After an error nothing appears.
 
     Raises:
         FileExistsError: if there is one.
@@ -98,7 +99,7 @@ def appearing(path: Path) -> Iterator[tuple[Path, Path]]:
 
 @contextmanager
 def written(path: Path) -> Iterator[Writer]:
-    """A writer of the file `path`."""
+    """Yield a writer of the file `path`."""
     with path.open("wb") as file:
         with zipfile.ZipFile(file, "w") as archive:
             yield Writer(archive, file)

@@ -32,7 +32,7 @@ class Scratch:
         self._folder, self._num_files = folder, 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A new contiguous tensor with zeros."""
+        """Return a new contiguous tensor with zeros."""
         num_elements = torch.Size(shape).numel()
         if num_elements == 0:
             return torch.empty(*shape, dtype=dtype, device="cpu")
@@ -44,12 +44,12 @@ class Scratch:
         return torch.from_file(str(path), shared=True, size=num_elements, dtype=dtype, device="cpu").view(tuple(shape))
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy of a tensor."""
+        """Return a contiguous copy of a tensor."""
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def read(path: Path, scratch: Scratch) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The one optimizer that a folder holds, and the keys under which it lies there.
+    """Return the one optimizer that a folder holds, and the keys under which it lies there.
 
     Raises:
         ValueError: names the folder, or its file and the state whose checksum is wrong.
@@ -92,7 +92,7 @@ def write(structure: Mapping[str, Any], root: Sequence[str], path: Path) -> None
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """As one process, which no_dist=True says and torch warns of; with the error that torch has wrapped."""
+    """Run the block as one process, which no_dist=True says and torch warns of; raise the error that torch wraps."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -122,7 +122,7 @@ def _check(path: Path, metadata: Metadata, chosen: Mapping[str, Any]) -> None:
 
 
 def _nested(flat: Mapping[tuple[Any, ...], Any]) -> dict[str, Any]:
-    """Nested dicts from paths; where all keys are integers, as in `param_groups`, a list in their order."""
+    """Make nested dicts from paths; where all keys are integers, as in `param_groups`, a list in their order."""
     result: dict[Any, Any] = {}
     for keys, value in flat.items():
         inner = result
@@ -136,7 +136,7 @@ def _nested(flat: Mapping[tuple[Any, ...], Any]) -> dict[str, Any]:
 
 
 def _lists(value: Any) -> Any:
-    """Dicts with integer keys, which a flattened list has become, as lists again."""
+    """Turn dicts with integer keys, which a flattened list has become, into lists again."""
     if not isinstance(value, dict):
         return value
     inner = {key: _lists(item) for key, item in value.items()}

@@ -14,7 +14,7 @@ from .entries import Change, Entry, dense
 
 
 def moments(entry: Entry, bits: int, changes: set[Change]) -> dict[str, Tensor]:
-    """AdamW's state as a group with `adamw_bits=bits` stores it: step 0-d."""
+    """Return AdamW's state as a group with `adamw_bits=bits` stores it: step 0-d."""
     state = {key: dense(entry, key) for key in entry.tensors if key != "step"}
     _check(entry, state)
     step = entry.tensors.get("step")

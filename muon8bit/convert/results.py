@@ -60,8 +60,10 @@ _CODES_KEYS = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY)
 
 
 def stored(group: Group, format_options: Mapping[str, Any], index: int) -> Group:
-    """The group with every option that Muon8bit has: its own format or the default one, under the options given; what
-    others leave unsaid as torch.optim.Muon does it, with a warning. All are checked.
+    """Return the group with every option that Muon8bit has, checked.
+
+    Its format is its own or the default one, under the options given. What others leave unsaid is as torch.optim.Muon
+    does it, with a warning.
 
     Raises:
         ValueError: names the group and the hyper-parameter.
@@ -78,7 +80,7 @@ def stored(group: Group, format_options: Mapping[str, Any], index: int) -> Group
 
 
 def own(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[Change]]:
-    """Muon8bit's state dict, and which formats became which."""
+    """Return Muon8bit's state dict, and which formats became which."""
     result: dict[str, Any] = {"state": {}, "param_groups": []}
     changes: set[Change] = set()
     keys = _keys(groups)
@@ -92,7 +94,10 @@ def own(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[Change
 
 
 def torchs(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[Change]]:
-    """State dicts of torch.optim.Muon and torch.optim.AdamW under 'muon' and 'adamw', either only if it has a group."""
+    """Return state dicts of torch.optim.Muon and torch.optim.AdamW under 'muon' and 'adamw', and the changes of format.
+
+    Either is there only if it has a group.
+    """
     optimizers = {"muon": torch.optim.Muon([torch.empty(1, 1)]), "adamw": torch.optim.AdamW([torch.empty(1)])}
     result: dict[str, Any] = {}
     changes: set[Change] = set()
@@ -118,19 +123,19 @@ def _kept(state: Mapping[str, Tensor], keep: Keep) -> dict[str, Any]:
 
 
 def _keys(groups: Sequence[Group]) -> Iterator[int | str]:
-    """Ids of the entries in their order: the names that are ids already, else indices, as torch counts them."""
+    """Yield ids of the entries in their order: the names that are ids already, else indices, as torch counts them."""
     for index, entry in enumerate(entry for group in groups for entry in group.entries):
         yield entry.key if isinstance(entry.key, str) else index
 
 
 def _named(group: Group) -> dict[str, Any]:
-    """The group's options, with the names of its parameters if all have one."""
+    """Return the group's options, with the names of its parameters if all have one."""
     names = [entry.name for entry in group.entries]
     return {**group.options, **({"param_names": names} if names and None not in names else {})}
 
 
 def _torch_state(entry: Entry, options: Mapping[str, Any], changes: set[Change]) -> dict[str, Tensor]:
-    """One parameter's state as torch stores it; its Muon takes whole matrices only."""
+    """Return one parameter's state as torch stores it; its Muon takes whole matrices only."""
     if entry.algorithm == "adamw":
         return moments(entry, 32, changes)
     if options["split_sizes"] is not None:
@@ -144,7 +149,7 @@ def _torch_state(entry: Entry, options: Mapping[str, Any], changes: set[Change])
 
 
 def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options without those that torch lacks; a schedule of coefficients as one triple.
+    """Return a group's options without those that torch lacks; a schedule of coefficients as one triple.
 
     Raises:
         ValueError: for coefficients that differ by step, or clipping.
@@ -166,7 +171,7 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _state(entry: Entry, options: Mapping[str, Any], changes: set[Change]) -> dict[str, Tensor]:
-    """One parameter's state in the format of `options`."""
+    """Return one parameter's state in the format of `options`."""
     if entry.algorithm == "adamw":
         return moments(entry, options["adamw_bits"], changes)
     momentum, source = _momentum(entry)
@@ -180,7 +185,7 @@ def _state(entry: Entry, options: Mapping[str, Any], changes: set[Change]) -> di
 
 
 def _values(entry: Entry, momentum: Momentum) -> Tensor:
-    """The exponential moving average, fp32."""
+    """Return the exponential moving average, fp32."""
     values = momentum.decode()
     if entry.dialect == "heavy-ball":
         values = values * (1 - entry.options["momentum"])
@@ -190,7 +195,7 @@ def _values(entry: Entry, momentum: Momentum) -> Tensor:
 
 
 def _momentum(entry: Entry) -> tuple[Momentum, str]:
-    """The saved momentum, checked but for its values, and its format in words."""
+    """Return the saved momentum, checked but for its values, and its format in words."""
     found = [key for key in _CODES_KEYS if key in entry.tensors]
     if len(found) != 1 or (entry.dialect != "muon8bit" and found != [BUFFER_KEY]):
         listed = ", ".join(map(str, entry.tensors))

@@ -42,7 +42,7 @@ _DION = ("mu", "rank_fraction", "rank_multiple_of", "epsilon")
 def read(
     state_dict: Mapping[str, Any], dialect: Dialect, names: Sequence[str] | None, momentum: float | None
 ) -> list[Group]:
-    """The groups of a saved optimizer, Muon's parameters and AdamW's apart; see `convert_state_dict`.
+    """Return the groups of a saved optimizer, Muon's parameters and AdamW's apart; see `convert_state_dict`.
 
     Raises:
         ValueError: names the group, parameter or key that is missing or foreign.
@@ -76,7 +76,7 @@ def read(
 
 
 def _parts(state_dict: Mapping[str, Any], dialect: Dialect) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The state dicts in one, with their labels."""
+    """Yield the state dicts inside of one, with their labels."""
     if "param_groups" in state_dict:
         yield "", state_dict
         return
@@ -92,7 +92,7 @@ def _parts(state_dict: Mapping[str, Any], dialect: Dialect) -> Iterator[tuple[st
 
 
 def _own_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str, given: Iterator[str] | None) -> Group:
-    """A group saved by Muon8bit."""
+    """Return a group saved by Muon8bit."""
     _check_not_dions(group, where)
     if "algorithm" not in group:
         raise ValueError(f"{where} was not saved by Muon8bit: give source (--from) torch, jordan or heavy-ball")
@@ -121,7 +121,7 @@ def _foreign_groups(
     given: Iterator[str] | None,
     momentum: float | None,
 ) -> list[Group]:
-    """A group saved by another optimizer, as one group of Muon or AdamW or as one of each."""
+    """Return a group saved by another optimizer, as one group of Muon or AdamW or as one of each."""
     _check_author(group, where, dialect)
     members: dict[str, list[tuple[int | str, str, Mapping[str, Any]]]] = {"muon": [], "adamw": []}
     for key, name in zip(group["params"], _names(group, where, given), strict=True):
@@ -180,7 +180,7 @@ def _check_author(group: Mapping[str, Any], where: str, dialect: Dialect) -> Non
 
 
 def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], name: str) -> str:
-    """Whether Muon or AdamW steps a parameter of an optimizer that can do both."""
+    """Tell whether Muon or AdamW steps a parameter of an optimizer that can do both."""
     flag = group.get("use_muon", state.get("use_muon"))
     if flag is None and (state or "adamw_betas" not in group):
         flag = BUFFER_KEY in state if state else "betas" not in group
@@ -192,7 +192,7 @@ def _algorithm(group: Mapping[str, Any], state: Mapping[str, Any], name: str) ->
 def _foreign_options(
     group: Mapping[str, Any], algorithm: str, where: str, dialect: Dialect, momentum: float | None
 ) -> dict[str, Any]:
-    """The group's hyper-parameters under Muon8bit's names."""
+    """Return the group's hyper-parameters under Muon8bit's names."""
     renamed, foreign = _MOONLIGHT[algorithm], {*_DROPPED, "params", "param_names", "use_muon", "step"}
     if "adamw_lr_ratio" in group:  # of Jordan's first releases, before an average was taken without decay too
         group = {"weight_decay": 0.0, **_JORDAN, **group}
@@ -222,7 +222,7 @@ def _foreign_options(
 
 
 def _names(group: Mapping[str, Any], where: str, given: Iterator[str] | None) -> list[str | None]:
-    """A name for each parameter: as given, or saved, or its key, or None."""
+    """Return a name for each parameter: as given, or saved, or its key, or None."""
     keys = group["params"]
     if given is not None:
         names = [name for _, name in zip(keys, given, strict=False)]

@@ -34,10 +34,11 @@ Keys = tuple[str | int, ...]  # the way to a value in the nested state dict, as 
 def load_checkpoint(
     model: nn.Module, optimizer: Muon8bit, path: str | os.PathLike[str], *, process_group: ProcessGroup | None = None
 ) -> None:
-    """Load model and optimizer from a folder of torch.distributed.checkpoint, saved on any number of ranks with
-    `dcp.save({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)},
-    checkpoint_id=path)`; with `shard_state=True` in `with optimizer.sharded_state_dict():`. Other entries of the
-    folder are left alone. To be called on all ranks.
+    """Load model and optimizer from a folder of torch.distributed.checkpoint, on all ranks together.
+
+    It was saved on any number of ranks with `dcp.save({"model": get_model_state_dict(model), "optimizer":
+    get_optimizer_state_dict(model, optimizer)}, checkpoint_id=path)`; with `shard_state=True` in
+    `with optimizer.sharded_state_dict():`. Other entries of the folder are left alone.
 
     After an error model and optimizer are as before, on every rank. A bare `dcp.load` is not atomic: it writes into the
     live tensors as it reads, converts dtypes without a word, and what a rank has read before another one fails, stays.
@@ -63,7 +64,7 @@ def load_checkpoint(
 
 
 def _agreed(work: Callable[[], T], path: object, group: ProcessGroup | None) -> T:
-    """What `work` gives, if it succeeds on all ranks."""
+    """Return what `work` gives, if it succeeds on all ranks."""
     cause = result = None
     try:
         result = work()
@@ -81,7 +82,10 @@ def _agreed(work: Callable[[], T], path: object, group: ProcessGroup | None) -> 
 
 
 def _templates(model: nn.Module, optimizer: Muon8bit, folder: Path) -> tuple[dict[str, Any], dict[str, Keys], Any]:
-    """Memory to load into, by the checkpoint's flat keys; where these belong; and, by group, its parameters' names."""
+    """Return memory to load into, by the checkpoint's flat keys.
+
+    Also where these belong, and each group's parameter names.
+    """
     try:
         saved = FileSystemReader(folder).read_metadata()
     except Exception as error:  # unpickling a damaged file raises anything
@@ -116,7 +120,7 @@ def _templates(model: nn.Module, optimizer: Muon8bit, folder: Path) -> tuple[dic
 
 
 def _check_files(saved: Metadata, folder: Path) -> None:
-    """Whether all files are there, as long as the metadata says: torch's errors do not name them."""
+    """Check that all files are there, as long as the metadata says: torch's errors do not name them."""
     lengths: dict[str, int] = {}
     for entry in saved.storage_data.values():
         name, end = entry.relative_path, entry.offset + entry.length
@@ -130,8 +134,10 @@ def _check_files(saved: Metadata, folder: Path) -> None:
 
 
 def _named(model: nn.Module, optimizer: Muon8bit) -> dict[str, Any]:
-    """Empty state and groups by the names of distributed checkpointing. Asking for the optimizer's own would take a
-    step to make its state, or give none where there are gradients."""
+    """Return empty state and groups by the names of distributed checkpointing.
+
+    Asking for the optimizer's own would take a step to make its state, or give none where there are gradients.
+    """
     known = set(model.parameters())
     for i, group in enumerate(optimizer.param_groups):
         for j, param in enumerate(group["params"]):
@@ -150,7 +156,7 @@ def _read(
     path: str | os.PathLike[str],
     group: ProcessGroup | None,
 ) -> tuple[dict[str, Any], Callable[[], None]]:
-    """The model's values, and what assigns the optimizer's."""
+    """Return the model's values, and a function that assigns the optimizer's."""
     try:
         load_values(templates, checkpoint_id=path, process_group=group)
     except CheckpointException as error:  # on all ranks, and no Exception

@@ -18,9 +18,10 @@ _OPTIONS = _GROUP_OPTIONS | (frozenset(inspect.signature(Muon8bit).parameters) -
 
 
 class Muon8bitFactory:
-    """What `Trainer(optimizer_cls_and_kwargs=(Muon8bitFactory, {...}))` calls as `Muon8bitFactory()(model, **kwargs)`.
+    """Factory of the optimizer, for `Trainer(optimizer_cls_and_kwargs=(Muon8bitFactory, {...}))`.
 
-    Trainer gives it the model alone: `muon8bit_for_trainer` makes the pair with the values of TrainingArguments.
+    Trainer calls `Muon8bitFactory()(model, **kwargs)` and gives it the model alone: `muon8bit_for_trainer` makes the
+    pair with the values of TrainingArguments.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -31,7 +32,7 @@ class Muon8bitFactory:
             )
 
     def __call__(self, model: nn.Module, *, lr: float | None = None, **options: Any) -> Muon8bit:
-        """The optimizer of the model's trainable parameters.
+        """Return the optimizer of the model's trainable parameters.
 
         Weight decay is 0 where `param_groups` or Trainer's own rule (`get_decay_parameter_names`: norms and biases,
         by name and module) says so. Without `weight_decay` it is that of `param_groups`, 0.1, not TrainingArguments'.
@@ -66,7 +67,7 @@ class Muon8bitFactory:
 
 
 def muon8bit_for_trainer(args: TrainingArguments, **options: Any) -> tuple[type[Any], dict[str, Any]]:
-    """`Trainer(model, args, optimizer_cls_and_kwargs=muon8bit_for_trainer(args))`.
+    """Return what `Trainer(model, args, optimizer_cls_and_kwargs=...)` takes to train by Muon8bit.
 
     Args:
         args: `learning_rate`, `weight_decay`, `adam_beta1`, `adam_beta2` and `adam_epsilon` are taken from here. With
@@ -74,7 +75,7 @@ def muon8bit_for_trainer(args: TrainingArguments, **options: Any) -> tuple[type[
         options: further options of `Muon8bitFactory`; they win over `args`.
 
     Returns:
-        (Muon8bitFactory, its keyword arguments): what Trainer's `optimizer_cls_and_kwargs` takes.
+        (Muon8bitFactory, its keyword arguments).
 
     Raises:
         ValueError: an unknown option; `args.optim` or `args.optim_args`, which this would silently override.
