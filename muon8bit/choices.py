@@ -1,4 +1,7 @@
-"""What may be chosen, by name. No torch in here, so that command lines can be parsed and explained without it."""
+"""Choices that options have, by name.
+
+No torch in here, so that command lines can be parsed and explained without it.
+"""
 
 from __future__ import annotations
 

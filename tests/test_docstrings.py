@@ -21,7 +21,7 @@ PENDING = re.findall(r'^"([\w./]+?)(?:/\*\*)?" = \["D"\]$', (ROOT / "pyproject.t
 VERBS = """
 Add Apply Ask Assign Begin Build Call Check Clip Close Compare Compile Convert Copy Count Delete Exit Fail Fill Forget
 Format Keep Kill Let Load Make Measure Plant Print Put Raise Read Register Remove Render Replace Return Run Save Say
-Screen Start State Step Take Tell Train Turn Wait Write Yield
+Screen Start Step Take Tell Train Turn Wait Write Yield
 """
 RIDDLES = ("What", "Of", "How", "Whether", "Where", "As")
 
