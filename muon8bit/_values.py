@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 from math import inf
@@ -18,6 +19,7 @@ TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 # How errors call the numbers that `is_number` takes.
 FINITE = "finite in float32 (2**63 and more as a float)"
 _MAX_SHOWN = 100  # letters
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
 def is_number(value: Any, high: float = HUGE) -> bool:
@@ -51,6 +53,8 @@ def is_rate(lr: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return what errors show of a value: its repr, cut, or its type where it has none."""
+    """Return what errors show of a value: its repr, cut, or its type where it has none; for a quoted number a hint."""
     text = reprlib.repr(value)
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        return f"{text}, a string: give the number (YAML takes 1e-3 for a string, 1.0e-3 for a number)"
     return f"{text[:_MAX_SHOWN]}..." if len(text) > _MAX_SHOWN else text

@@ -236,5 +236,5 @@ def test_param_groups_asks_for_it_and_predicts_its_bytes():
     predicted = {route.name: route.state_bytes for route in groups.routes}
     assert predicted["0.weight"] == 2 * (64 * 96 + 4 * 24)
     assert predicted["2.weight"] == 8 * 96
-    with pytest.raises(ValueError, match=r"adamw_bits is 4; it must be one of \(8, 32\)"):
+    with pytest.raises(ValueError, match=r"adamw_bits must be one of \(8, 32\), not 4"):
         param_groups(model, lr=1e-3, adamw_bits=4)

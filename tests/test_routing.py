@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from muon8bit import Muon8bit
 from muon8bit.config import DEFAULT_ADAMW_BETAS, DEFAULT_ADAMW_EPS
 from muon8bit.routing.groups import ParamGroups, Route, param_groups
 
@@ -378,6 +379,138 @@ def test_first_matching_pattern_wins_and_aliases_match() -> None:
 def test_wrong_pattern_raises_and_names_what_is_wrong(pattern: str, algorithm: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         param_groups(causal_lm("llama"), lr=1e-3, patterns=[(pattern, algorithm)])
+
+
+def test_a_dict_makes_a_group_of_its_own_and_is_shown() -> None:
+    patterns = [
+        ("*.0.self_attn.q_proj.*", {"split_sizes": [8, 8], "split_dim": -1, "bits": 32}),
+        ("*.self_attn.q_proj.*", {"lr": 5e-4}),
+        ("*.mlp.*", {"codebook": "dynamic", "block_size": 64}),
+        ("*embed_tokens*", {"adamw_bits": 8, "lr": 2e-3}),
+        ("lm_head.*", {"algorithm": "adamw", "lr": 1e-4}),
+    ]
+    groups = param_groups(causal_lm("llama"), lr=1e-3, patterns=patterns)
+    keys = ("lr", "split_sizes", "split_dim", "bits", "codebook", "block_size", "adamw_bits")
+    found = [({key: group[key] for key in keys if key in group}, len(group["params"])) for group in groups]
+    assert found == [
+        ({"lr": 1e-3}, 9),  # k, v and o of three layers
+        ({"lr": 1e-3, "codebook": "dynamic", "block_size": 64}, 9),
+        ({"lr": 5e-4}, 2),
+        ({"lr": 1e-3, "split_sizes": (8, 8), "split_dim": -1, "bits": 32}, 1),
+        ({"lr": 1e-3, "adamw_bits": 32}, 7),
+        ({"lr": 2e-3, "adamw_bits": 8}, 1),
+        ({"lr": 1e-4, "adamw_bits": 32}, 1),
+    ]
+    routes = by_name(groups)
+    assert routes["lm_head.weight"].reason == "pattern 'lm_head.*'"
+    assert routes["model.embed_tokens.weight"].reason == "embedding, pattern '*embed_tokens*', adamw_bits=8"
+    assert routes["model.layers.0.self_attn.q_proj.weight"].state_bytes == 4 * 16 * 16
+    assert routes["model.layers.0.mlp.up_proj.weight"].state_bytes == 48 * (16 + 4)
+    text = str(groups)
+    assert "hidden matrix, pattern '*.0.self_attn.q_proj.*', split 8 + 8 along -1, bits=32" in text
+    assert "block_size=2048, where no pattern says otherwise" in text
+
+
+def test_a_dict_of_another_split_replaces_the_known_one_and_none_takes_it_whole() -> None:
+    def split(sizes: Any) -> list[Any]:
+        groups = param_groups(causal_lm("phi3"), lr=1e-3, patterns=[("*.qkv_proj.weight", {"split_sizes": sizes})])
+        assert not any(route.flag for route in groups.routes)
+        return [group.get("split_sizes") for group in groups if any("qkv_proj" in n for n, _ in group["params"])]
+
+    assert split((16, 32)) == [(16, 32)]
+    assert split(None) == [None]
+    groups = param_groups(Vision(), lr=1e-3, patterns=[("conv.weight", {"algorithm": "muon", "flatten": False})])
+    assert [group["flatten"] for group in groups if "flatten" in group] == []
+    neox = [("*.query_key_value.weight", {"split_sizes": (16, 16, 16)})]
+    assert not any(r.flag for r in param_groups(causal_lm("gpt_neox"), lr=1e-3, patterns=neox).routes)
+
+
+def test_a_step_takes_the_groups_of_dicts_and_their_checkpoint_loads() -> None:
+    def make() -> tuple[nn.Module, Muon8bit]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 48), nn.Linear(48, 16), nn.Linear(16, 20))
+        patterns = [("1.weight", {"split_sizes": (32, 8, 8), "bits": 32}), ("2.*t", {"codebook": "dynamic", "lr": 0.1})]
+        return model, Muon8bit(param_groups(model, lr=1e-3, patterns=patterns))
+
+    (model, optimizer), (other, resumed) = make(), make()
+    model(torch.arange(4)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.state[model[1].weight].keys() == {"momentum_buffer"}
+    assert "momentum_dynamic8" in optimizer.state[model[2].weight]
+    resumed.load_state_dict(optimizer.state_dict())
+    assert torch.equal(
+        resumed.state[other[1].weight]["momentum_buffer"], optimizer.state[model[1].weight]["momentum_buffer"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"split_size": (8, 8)}, r"pattern '\*q_proj\*': unknown key 'split_size', did you mean 'split_sizes'\?"),
+        ({"momentum": 0.9}, r"unknown key 'momentum', there are algorithm, split_sizes, .*, adamw_bits"),
+        ({}, r"pattern '\*q_proj\*': its dict is empty: give one of algorithm"),
+        ({"algorithm": "sgd"}, r"asks for 'sgd'; it must be one of"),
+        (
+            {"split_sizes": (8, 9)},
+            r"'\*q_proj\*': split_sizes \(8, 9\) sum to 17.*-2 of model\..*q_proj.*\(16, 16\).*16",
+        ),
+        ({"split_sizes": (8, 0)}, r"split_sizes must be None or positive ints, not \(8, 0\)"),
+        ({"split_sizes": (8, 8), "split_dim": 1}, r"split_dim must be one of \(-2, -1\), .* not 1"),
+        ({"split_dim": -1}, "split_dim says nothing without split_sizes: give both"),
+        ({"split_sizes": (8, 8), "split_dim": -1, "flatten": True}, "split_dim must be -2 beside flatten=True"),
+        ({"flatten": 1}, "flatten must be True or False, not 1"),
+        ({"algorithm": "adamw", "split_sizes": (8, 8)}, r"split_sizes has no meaning with algorithm='adamw': leave it"),
+        ({"algorithm": "muon", "adamw_bits": 8}, r"adamw_bits has no meaning with algorithm='muon'"),
+        ({"adamw_bits": 8}, r"gives adamw_bits to model\..*q_proj.*goes to 'muon'.*narrow.*'algorithm': 'adamw'"),
+        ({"bits": 16}, r"bits must be one of \(8, 32\), not 16"),
+        ({"bits": "8"}, r"bits must be one of \(8, 32\), not '8', a string: give the number"),
+        ({"codebook": "nf4"}, r"codebook must be one of \('linear', 'dynamic'\), not 'nf4'"),
+        ({"block_size": 100}, r"block_size must be one of"),
+        ({"lr": "1e-3"}, r"pattern '\*q_proj\*': lr must be >= 0.*not '1e-3', a string: give the number"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused_by_pattern_and_parameter(keys: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        param_groups(causal_lm("llama"), lr=1e-3, patterns=[("*q_proj*", keys)])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lr": "1e-3"}, r"^lr must be >= 0 .*not '1e-3', a string: give the number \(YAML takes 1e-3 for a string"),
+        ({"lr": -1.0}, "^lr must be >= 0"),
+        ({"lr": None}, "^lr must be >= 0.*not None"),
+        ({"weight_decay": "0.1"}, "^weight_decay must be.*'0.1', a string"),
+        ({"adamw_lr": "x"}, "^adamw_lr must be None, or >= 0.*not 'x'$"),
+        ({"adamw_betas": 0.9}, "^adamw_betas must be two numbers"),
+        ({"adamw_eps": 0.0}, "^adamw_eps must be at least"),
+        ({"adamw_bits": 16}, r"^adamw_bits must be one of \(8, 32\), not 16"),
+        ({"patterns": "lm_head"}, r"^patterns must be a list of .* not 'lm_head'"),
+        ({"patterns": [("lm_head.weight", ["muon"])]}, r"asks for \['muon'\]; it must be one of"),
+    ],
+)
+def test_values_that_no_group_can_have_are_refused_where_they_are_given(keys: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        param_groups(causal_lm("llama"), **{"lr": 1e-3, **keys})
+
+
+def test_what_is_no_model_is_refused_with_the_call_to_make() -> None:
+    model = causal_lm("llama")
+    for what, kind in (
+        (model.parameters(), "generator"),
+        (dict(model.named_parameters()), "dict"),
+        (type(model), "type"),
+    ):
+        with pytest.raises(TypeError, match=rf"param_groups\(model, lr=\.\.\.\), not a {kind}"):
+            param_groups(what, lr=1e-3)  # type: ignore[arg-type]
+
+
+def test_bfloat16_weights_are_told_about_rounding() -> None:
+    model = causal_lm("llama")
+    assert "bfloat16" not in str(param_groups(model, lr=1e-3))
+    text = str(param_groups(model.bfloat16(), lr=1e-3))
+    assert f"bfloat16 weights: {len(list(model.parameters()))} tensors; rounded to nearest" in text
+    assert "Muon8bit(groups, param_rounding='stochastic')" in text
 
 
 class Flattened(nn.Module):

@@ -312,3 +312,109 @@ def test_a_convolutional_network_is_warned_of_and_a_pattern_sends_its_kernels() 
     with pytest.warns(UserWarning, match=r"no matrix for Muon.*convolution.*patterns"):
         param_groups(make(), lr=1e-3)
     assert param_groups(make(), lr=1e-3, patterns=[("0.weight", "muon")])[0]["flatten"]
+
+
+class Attention(nn.Module):
+    """Attention over one fused Linear, cut as timm, nanoGPT, flash-attn or a model with fewer key heads cut theirs."""
+
+    def __init__(self, name: str, rows: int, sizes: tuple[int, ...], **said: Any) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.add_module(name, nn.Linear(24, rows))
+        self.out = nn.Linear(sizes[0], 24)
+        for key, value in said.items():
+            setattr(self, key, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = next(self.children())(x).split(self.sizes, -1)
+        q, k, v = (t.unflatten(-1, (-1, 4)).transpose(-2, -3) for t in (q, k, v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.out(y.transpose(-2, -3).flatten(-2))
+
+
+TOLD: dict[str, Callable[[], nn.Module]] = {
+    "timm": lambda: Attention("qkv", 72, (24,) * 3, num_heads=6, head_dim=4),
+    "swin": lambda: Attention("qkv", 72, (24,) * 3, dim=24, num_heads=6),
+    "nanoGPT": lambda: Attention("c_attn", 72, (24,) * 3, n_head=6, n_embd=24),
+    "wider": lambda: Attention("qkv", 96, (32,) * 3, num_heads=8, head_dim=4),
+    "grouped": lambda: Attention("qkv", 40, (24, 8, 8), num_heads=6, num_kv_heads=2, head_dim=4),
+    "grouped, by counts": lambda: Attention("Wqkv", 32, (24, 4, 4), num_heads=6, num_heads_kv=1),
+    "grouped, by config": lambda: Attention(
+        "qkv", 40, (24, 8, 8), config=hf.LlamaConfig(hidden_size=24, num_attention_heads=6, num_key_value_heads=2)
+    ),
+    "lucidrains": lambda: Attention("to_qkv", 72, (24,) * 3, heads=6),
+    "torch": lambda: nn.MultiheadAttention(24, 6, batch_first=True),
+    "encoder": lambda: nn.TransformerEncoderLayer(24, 6, 48, dropout=0.0, batch_first=True),
+}
+
+
+def fused_groups(model: nn.Module, **options: Any) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:
+    groups = param_groups(model, lr=1e-3, **options)
+    return [(name, param, group) for group in groups if "split_sizes" in group for name, param in group["params"]]
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_q_k_and_v_are_cut_where_the_forward_pass_cuts_them_by_the_modules_own_sizes(kind: str) -> None:
+    """With the values zero, queries and keys have no gradient: any other border would mix them."""
+    torch.manual_seed(0)
+    model = TOLD[kind]()
+    ((name, param, group),) = fused_groups(model)
+    sizes = getattr(model, "sizes", (24,) * 3)
+    assert (group["split_sizes"], group["split_dim"]) == (sizes, -2)
+    bias = dict(model.named_parameters())[name.replace("weight", "bias")]
+    with torch.no_grad():
+        for tensor in (param, bias):
+            tensor.split(sizes)[2].zero_()
+    x = torch.randn(2, 5, 24)
+    (model(x, x, x)[0] if kind == "torch" else model(x)).add(1).square().sum().backward()
+    assert [bool(piece.any()) for piece in param.grad.split(sizes)] == [False, False, True]
+    assert not any("fused" in route.flag or "result" in route.flag for route in param_groups(model, lr=1e-3).routes)
+    assert not fused_groups(model, routing="0.1")
+
+
+UNTOLD: dict[str, Callable[[], nn.Module]] = {
+    "no size fits": lambda: Attention("qkv", 96, (32,) * 3, num_heads=6),
+    "sizes that do not add up": lambda: Attention("qkv", 40, (24, 8, 8), num_heads=6, num_kv_heads=3, head_dim=4),
+    "head by head": lambda: Attention("query_key_value", 72, (24,) * 3, num_heads=6, head_dim=4),
+    "GPTBigCode's": lambda: Attention("c_attn", 72, (24,) * 3, num_heads=6, head_dim=4, embed_dim=24, split_size=24),
+}
+
+
+@pytest.mark.parametrize("kind", UNTOLD)
+def test_a_layout_that_no_module_tells_is_flagged_with_the_pattern_to_paste(kind: str) -> None:
+    model = nn.ModuleList([UNTOLD[kind]()])
+    groups = param_groups(model, lr=1e-3)
+    (route,) = [route for route in groups.routes if "fused" in route.flag]
+    assert route.flag == "looks fused: orthogonalized as one matrix"
+    pasted = str(groups).rpartition("patterns=")[2]
+    sizes = (route.shape[0] // 3,) * 3 if route.shape[0] % 3 == 0 else "(...)"
+    assert pasted == f'[("{route.name}", {{"split_sizes": {sizes}}})]'
+    if sizes != "(...)":
+        ((name, _, group),) = fused_groups(model, patterns=eval(pasted))
+        assert (name, group["split_sizes"]) == (route.name, sizes)
+
+
+def test_gates_of_recurrent_layers_are_their_pieces() -> None:
+    """At the first step from zeros nothing is kept that the forget gate of an LSTM could scale, and the reset gate of a
+    GRU scales the bias of its third piece alone."""
+    for layer, unused in ((nn.LSTM(8, 12), 1), (nn.GRU(8, 12), 0), (nn.LSTMCell(8, 12), 1), (nn.GRUCell(8, 12), 0)):
+        for name, param in layer.named_parameters():
+            if "bias" in name:
+                nn.init.zeros_(param)
+        found = layer(torch.randn(1, 8))[0]
+        found.square().sum().backward()
+        fused = {name: (param, group["split_sizes"]) for name, param, group in fused_groups(layer)}
+        assert fused.keys() == {name for name, _ in layer.named_parameters() if name.startswith("weight_")}
+        name = next(iter(fused))
+        param, sizes = fused[name]
+        assert [i for i, piece in enumerate(param.grad.split(sizes)) if not piece.any()] == [unused]
+    assert not fused_groups(nn.RNN(8, 12))
+
+
+def test_adapters_of_told_projections_are_cut_as_their_outputs_are() -> None:
+    for model, sizes in ((TOLD["grouped"](), (24, 8, 8)), (nn.Sequential(nn.MultiheadAttention(24, 6)), (24,) * 3)):
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["qkv", "0"]))
+        cut = {name: group["split_sizes"] for name, _, group in fused_groups(wrapped)}
+        assert list(cut.values()) == [sizes]
+        assert "lora_B" in next(iter(cut))
+        assert not fused_groups(wrapped, routing="0.1")

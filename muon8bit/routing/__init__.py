@@ -1,6 +1,7 @@
 """From a model to parameter groups: which parameters are whose, and why."""
 
-from .groups import ParamGroups, param_groups
+from .groups import param_groups
 from .rules import Route
+from .table import ParamGroups
 
 __all__ = ["ParamGroups", "Route", "param_groups"]

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from typing import Any
 
-from .._text_table import template
-from ..config import ALGORITHMS, Algorithm
+from torch import nn
+
+from .._values import FINITE, TINY, is_choice, is_number, is_rate, shown
+from ..config import BITS
 from .rules import Route
 
 
-def check_patterns(patterns: Sequence[tuple[str, Algorithm]], no_decay: Sequence[str], names: Sequence[str]) -> None:
-    """Raise ValueError for an unknown algorithm and for a pattern that matches no name."""
-    if isinstance(no_decay, str):
-        raise ValueError(f"no_decay must be a list of patterns, not the string {no_decay!r}")
-    if not all(isinstance(p, tuple | list) and len(p) == 2 for p in patterns):  # of a string, each is a string
-        raise ValueError(f"patterns must be a list of (pattern, 'muon' | 'adamw') pairs, not {patterns!r}")
-    for pattern, algorithm in patterns:
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"pattern {pattern!r} asks for {algorithm!r}; it must be one of {ALGORITHMS}")
-    for pattern in (*(pattern for pattern, _ in patterns), *no_decay):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            layers = {template(name): name for name in reversed(names)}
-            near = difflib.get_close_matches(template(pattern), layers, n=3, cutoff=0.0)
-            raise ValueError(
-                f"pattern {pattern!r} matches no parameter (fnmatch over the whole name, case-sensitive); "
-                f"near names: {', '.join(layers[name] for name in near)}"
-            )
+def check_arguments(
+    model: Any, *, lr: Any, weight_decay: Any, adamw_lr: Any, adamw_betas: Any, adamw_eps: Any, adamw_bits: Any
+) -> None:
+    """Check the arguments of `param_groups` that become values of groups.
+
+    Raises:
+        TypeError: if `model` is no module.
+        ValueError: names the argument, its value, and what it may be.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "param_groups takes the model, whose modules and names it reads: param_groups(model, lr=...), not a "
+            f"{type(model).__name__}"
+        )
+    betas = adamw_betas
+    is_pair = isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(beta, high=1) for beta in betas)
+    rules: tuple[tuple[str, Any, bool, str], ...] = (
+        ("lr", lr, is_rate(lr), f">= 0 and {FINITE}"),
+        ("weight_decay", weight_decay, is_number(weight_decay), f">= 0 and {FINITE}"),
+        ("adamw_lr", adamw_lr, adamw_lr is None or is_rate(adamw_lr), f"None, or >= 0 and {FINITE}"),
+        ("adamw_betas", betas, is_pair, "two numbers in [0, 1)"),
+        ("adamw_eps", adamw_eps, is_number(adamw_eps) and adamw_eps >= TINY, f"at least {TINY:.4g}"),
+        ("adamw_bits", adamw_bits, is_choice(adamw_bits, BITS), f"one of {BITS}"),
+    )
+    for name, value, is_valid, allowed in rules:
+        if not is_valid:
+            raise ValueError(f"{name} must be {allowed}, not {shown(value)}")
 
 
 def check_any_matrix(routes: Sequence[Route]) -> None:

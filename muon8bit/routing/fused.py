@@ -24,7 +24,7 @@ _SINGLE_PROJECTION = re.compile(
     r"(^|\.)([qkvo]|(w?[qkvo]|query|key|value|out|o)(_\w+)?|\w*_[qkvo])(\.|$)", re.IGNORECASE
 )
 # peft's names between a module and the weight that stands for its own.
-_COPIES = re.compile(r"(\.(base_layer|original_module|modules_to_save\.\w+))+$")
+COPIES = re.compile(r"(\.(base_layer|original_module|modules_to_save\.\w+))+$")
 # Layouts as read in transformers 5.23: the class (or a base of it) around the Linear or Conv1D.
 _PHI_ATTENTIONS = {"Phi3Attention", "Phi4MultimodalAttention"}  # rows of all query, key, then value heads
 _PHI_MLPS = {"Phi3MLP", "Phi4MultimodalMLP", "GlmMLP", "Glm4MLP"}  # rows of the gate, then of the up projection
@@ -44,7 +44,7 @@ def known_split(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module
     path, _, local = name.rpartition(".")
     if len(shape) == 3:
         return _experts_split(modules[path], shape) if local == "gate_up_proj" else None
-    parent_path, _, module = _COPIES.sub("", path).rpartition(".")
+    parent_path, _, module = COPIES.sub("", path).rpartition(".")
     parent = modules.get(parent_path)
     classes = {base.__name__ for base in type(parent).__mro__}
     sizes, dim = [0], -2
@@ -87,7 +87,7 @@ def holds_twice(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module
     So that the second one takes the first one's result, it must also give vectors of the size that the first one takes.
     """
     path, _, local = name.rpartition(".")
-    path = _COPIES.sub("", path)
+    path = COPIES.sub("", path)
     own = linear_shape(modules.get(path))
     if len(shape) == 3:
         owner = modules[name.rpartition(".")[0]]

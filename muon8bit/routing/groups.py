@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,10 +11,8 @@ from typing import Any
 from torch import nn
 
 from .._names import unwrapper
-from .._text_table import collapse, format_bytes, render, template
 from ..config import (
     ADJUST_LR,
-    BITS,
     DEFAULT_ADAMW_BETAS,
     DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
@@ -24,45 +22,17 @@ from ..config import (
     MIN_QUANTIZED_COLUMNS,
     ROUTINGS,
     AdjustLR,
-    Algorithm,
     Bits,
     Routing,
 )
 from ..report import ADAMW_BYTES, bnb_bytes
 from ..step.dense import is_fake
-from .checks import check_any_matrix, check_patterns, check_ratio
+from .checks import check_any_matrix, check_arguments, check_ratio
 from .ends import find_ends
 from .outputs import add_outputs
+from .patterns import Target, overridden, read_patterns
 from .rules import Route, check_whole, default_route
-
-
-class ParamGroups(list[dict[str, Any]]):
-    """Group dicts for `Muon8bit(groups, lr=...)`; `routes` has one Route per parameter, in the model's order,
-    frozen ones included; `str()` is a table of them with repeated layers collapsed and totals below."""
-
-    def __init__(self, groups: Iterable[dict[str, Any]], routes: Sequence[Route]) -> None:
-        super().__init__(groups)
-        self.routes = tuple(routes)
-
-    def __str__(self) -> str:
-        rows: dict[Route, list[Route]] = {}
-        for route in self.routes:
-            rows.setdefault(replace(route, name=template(route.name), aliases=()), []).append(route)
-        table = render(
-            ("parameter", "shape", "goes to", "lr", "decay", "state bytes", "why"),
-            [_row(routes) for routes in rows.values()],
-            "<<<>>><",
-        )
-        totals = [line for kind in ("muon", "adamw", None) if (line := _total(self.routes, kind))]
-        state = sum(route.state_bytes for route in self.routes)
-        predicted = f"bits=8, block_size={DEFAULT_BLOCK_SIZE}"
-        if any(group.get("adamw_bits") == 8 for group in self):
-            predicted += ", adamw_bits=8"
-        totals.append(f"state in all: {format_bytes(state)}, predicted for {predicted}")
-        num_flagged = sum(bool(route.flag) for route in self.routes)
-        if num_flagged:
-            totals.append(f"flagged with '!': {num_flagged} tensors; `patterns` can reroute them")
-        return "\n".join((table, "", *totals))
+from .table import ParamGroups
 
 
 def param_groups(
@@ -75,7 +45,7 @@ def param_groups(
     adamw_betas: tuple[float, float] = DEFAULT_ADAMW_BETAS,
     adamw_eps: float = DEFAULT_ADAMW_EPS,
     adamw_bits: Bits = DEFAULT_ADAMW_BITS,
-    patterns: Sequence[tuple[str, Algorithm]] = (),
+    patterns: Sequence[tuple[str, Target]] = (),
     no_decay: Sequence[str] = (),
     loraplus_ratio: float | None = None,
     routing: Routing = DEFAULT_ROUTING,
@@ -87,8 +57,10 @@ def param_groups(
     head, MoE routers and convolutions, B of stacked experts, DoRA magnitudes, biases, and the trained copies of
     embeddings and head (`modules_to_save`, `trainable_token_indices`) to AdamW.
 
-    Fused weights whose layout is known (gate_up_proj of stacked experts, of Phi-3, Phi-4-multimodal and GLM; Phi-3's
-    qkv_proj; GPT-2's c_attn) go to groups with their `split_sizes` and `split_dim`; others that look fused are flagged.
+    Fused weights whose layout is known go to groups with their `split_sizes` and `split_dim`: gate_up_proj of stacked
+    experts, of Phi-3, Phi-4-multimodal and GLM; Phi-3's qkv_proj; GPT-2's and nanoGPT's c_attn; Linears called qkv,
+    Wqkv or to_qkv by the heads or width that their module names; torch.nn.MultiheadAttention's in_proj_weight, and the
+    gates of nn.LSTM and nn.GRU. Others that look fused are flagged, and the table shows a pattern to paste.
 
     Embeddings are nn.Embedding modules and what Hugging Face's `get_input_embeddings` gives. The head is what
     `get_output_embeddings` gives, a Linear that shares its weight with an embedding, or one named lm_head,
@@ -106,9 +78,13 @@ def param_groups(
         adamw_betas, adamw_eps: of the AdamW groups; defaults and their sources in `config`.
         adamw_bits: of the AdamW groups: 32, or 8, with which tensors of 4096 elements and more keep both moments in 8
             bits (needs bitsandbytes).
-        patterns: `(pattern, "muon" | "adamw")`, fnmatch over the whole qualified name, case-sensitive; the
-            first match wins. A tied tensor is matched by any of its names, and one of a wrapped model with the
-            wrapper's prefix (`_orig_mod.`, `module.`) or without it. Patterns do not unfreeze. "muon" takes
+        patterns: `(pattern, target)`, fnmatch over the whole qualified name, case-sensitive; the first match wins.
+            A target is "muon", "adamw", or a dict with any of these keys of a group: algorithm, lr; for Muon
+            split_sizes, split_dim, flatten, bits, codebook, block_size; for AdamW adamw_bits. Without algorithm the
+            parameter stays where the rules send it, and what has no meaning there is an error; `lr` is taken as it is,
+            without `loraplus_ratio`; `split_sizes=None` takes a fused weight as one matrix.
+            A tied tensor is matched by any of its names, and one of a wrapped model with the wrapper's prefix
+            (`_orig_mod.`, `module.`) or without it. Patterns do not unfreeze. "muon" takes
             a convolution flattened, any other tensor of three or more dimensions as a stack over its last two.
         no_decay: patterns of further parameters whose weight decay is 0, Muon's too.
         loraplus_ratio: lr of every LoRA factor B over that of its A (LoRA+, where 16 is usual); None for equal ones.
@@ -121,13 +97,23 @@ def param_groups(
         once, under its first name.
 
     Raises:
-        ValueError: an unknown mode; adamw_lr missing with `original`; a pattern that matches nothing or sends
-            a tensor of fewer than two dimensions to Muon; a flattened or uninitialized weight; no matrix for Muon;
-            loraplus_ratio without a factor B.
+        TypeError: `model` is no module.
+        ValueError: a value that an argument cannot have; adamw_lr missing with `original`; a pattern that matches
+            nothing, sends a tensor of fewer than two dimensions to Muon, or gives keys that do not fit a parameter; a
+            flattened or uninitialized weight; no matrix for Muon; loraplus_ratio without a factor B.
 
     Source: which parameters are hidden: K. Jordan's Muon notes (2024) and Moonlight (arXiv 2502.16982); LoRA+:
     arXiv 2402.12354.
     """
+    check_arguments(
+        model,
+        lr=lr,
+        weight_decay=weight_decay,
+        adamw_lr=adamw_lr,
+        adamw_betas=adamw_betas,
+        adamw_eps=adamw_eps,
+        adamw_bits=adamw_bits,
+    )
     if adjust_lr_fn is not None and adjust_lr_fn not in ADJUST_LR:
         raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}; it must be one of {ADJUST_LR} or None")
     if adamw_lr is None and adjust_lr_fn != "match_rms_adamw":
@@ -136,8 +122,6 @@ def param_groups(
             "AdamW lr is not (usual values differ tenfold and more): give adamw_lr, or use "
             "adjust_lr_fn='match_rms_adamw'"
         )
-    if adamw_bits not in BITS:
-        raise ValueError(f"adamw_bits is {adamw_bits!r}; it must be one of {BITS}")
     if routing not in ROUTINGS:
         raise ValueError(f"routing is {routing!r}; it must be one of {ROUTINGS}, the releases whose rules are known")
     routes, params = _route_all(model, patterns, no_decay, routing)
@@ -150,25 +134,25 @@ def param_groups(
     done: list[Route] = []
     for route, param in zip(routes, params, strict=True):
         if route.algorithm is not None:
-            keys = route.matrix_keys if route.algorithm == "muon" else {}
-            is_raised = route.is_lora_b and loraplus_ratio is not None
-            group = {**(muon if route.algorithm == "muon" else adamw), **keys, "params": []}
+            keys, options = route.matrix_keys if route.algorithm == "muon" else {}, dict(route.options)
+            is_raised = route.is_lora_b and loraplus_ratio is not None and "lr" not in options
+            group = {**(muon if route.algorithm == "muon" else adamw), **keys, **options, "params": []}
             if is_raised:
-                group["lr"] *= loraplus_ratio
+                group["lr"] = group["lr"] * loraplus_ratio  # not in place: a tensor is that of all groups
                 route = replace(route, reason=f"{route.reason}, lr x {loraplus_ratio:g} (LoRA+)")
             if not route.decays:
                 group["weight_decay"] = 0.0
-            kind = (route.algorithm == "adamw", bool(keys), is_raised, not route.decays)  # sorts as documented
-            group = groups.setdefault((*kind, *keys.items()), group)
+            kind = (route.algorithm == "adamw", bool(keys), is_raised, bool(options), not route.decays)  # as documented
+            group = groups.setdefault((*kind, *keys.items(), *options.items()), group)
             group["params"].append((route.name, param))
             state = _predicted_bytes(route, adamw_bits)
             route = replace(route, lr=group["lr"], weight_decay=group["weight_decay"], state_bytes=state)
         done.append(route)
-    return ParamGroups([groups[key] for key in sorted(groups, key=lambda key: key[:4])], done)
+    return ParamGroups([groups[key] for key in sorted(groups, key=lambda key: key[:5])], done)
 
 
 def _route_all(
-    model: nn.Module, patterns: Sequence[tuple[str, Algorithm]], no_decay: Sequence[str], routing: Routing
+    model: nn.Module, patterns: Sequence[tuple[str, Target]], no_decay: Sequence[str], routing: Routing
 ) -> tuple[list[Route], list[nn.Parameter]]:
     """One route per distinct parameter with the patterns applied, and the parameters in the same order."""
     named = list(model.named_parameters(remove_duplicate=False))
@@ -178,7 +162,8 @@ def _route_all(
     for name, param in named:
         names.setdefault(param, []).append(unwrapped(name))
         wrapped.setdefault(param, []).append(name)
-    check_patterns(patterns, no_decay, [*(unwrapped(name) for name, _ in named), *(name for name, _ in named)])
+    all_names = [*(unwrapped(name) for name, _ in named), *(name for name, _ in named)]
+    asked = read_patterns(patterns, no_decay, all_names)
     modules = {unwrapped(path): module for path, module in model.named_modules(remove_duplicate=False)}  # inner last
     ends, routes = find_ends(model, routing), []
     if routing != "0.1":
@@ -188,9 +173,9 @@ def _route_all(
         check_whole(name, param, modules[name.rpartition(".")[0]])
         route = default_route(name, param, modules, ends)
         of_param = (name, *aliases, *wrapped[param])
-        for pattern, algorithm in patterns:
+        for pattern, keys in asked:
             if any(fnmatchcase(alias, pattern) for alias in of_param):
-                route = _overridden(route, pattern, algorithm)
+                route = overridden(route, pattern, keys)
                 break
         if route.decays and any(fnmatchcase(alias, pattern) for alias in of_param for pattern in no_decay):
             route = replace(route, decays=False, reason=f"{route.reason}, no decay as asked")
@@ -207,47 +192,15 @@ def _route_all(
     return routes, list(names)
 
 
-def _overridden(route: Route, pattern: str, algorithm: Algorithm) -> Route:
-    """`route` as the user's pattern wants it; its decay stays, its flags only where they still hold."""
-    if algorithm == "muon" and len(route.shape) < 2:
-        raise ValueError(
-            f"pattern {pattern!r} sends {route.name} of shape {route.shape} to Muon, which takes "
-            "matrices: narrow the pattern, or put a pattern before it that sends this parameter to 'adamw'"
-        )
-    flag = route.flag if route.algorithm == algorithm == "muon" else ""
-    return replace(route, algorithm=algorithm, reason=f"pattern {pattern!r}", flag=flag)
-
-
 def _predicted_bytes(route: Route, adamw_bits: int) -> int:
-    """State bytes at the defaults: codes, a scale per row and block; fp32 buffer; AdamW's two moments."""
+    """Return the state bytes at the defaults and a pattern's own keys: codes, a scale per row and block; fp32 buffer;
+    AdamW's two moments."""
+    options: dict[str, int] = dict(route.options)
     if route.algorithm == "adamw":
-        return bnb_bytes(route.num_elements) if adamw_bits == 8 else ADAMW_BYTES * route.num_elements
+        is_8bit = options.get("adamw_bits", adamw_bits) == 8
+        return bnb_bytes(route.num_elements) if is_8bit else ADAMW_BYTES * route.num_elements
     first_of_row = 1 if route.flatten else len(route.shape) - 1
     rows, cols = math.prod(route.shape[:first_of_row]), math.prod(route.shape[first_of_row:])
-    if cols < MIN_QUANTIZED_COLUMNS:
+    if cols < MIN_QUANTIZED_COLUMNS or options.get("bits", 8) == 32:
         return 4 * route.num_elements
-    return route.num_elements + 4 * rows * math.ceil(cols / DEFAULT_BLOCK_SIZE)
-
-
-def _row(routes: Sequence[Route]) -> tuple[str, ...]:
-    """Table cells of routes that differ only in the numbers of their names."""
-    first, name = routes[0], collapse([route.name for route in routes])
-    shape = " x ".join(map(str, first.shape)) or "scalar"
-    if first.algorithm is None:
-        return name, shape, "-", "-", "-", "-", "frozen: skipped"
-    state = f"{sum(route.state_bytes for route in routes):,}"
-    why = first.reason + (f" ! {first.flag}" if first.flag else "")
-    return name, shape, first.algorithm, f"{first.lr:g}", f"{first.weight_decay:g}", state, why
-
-
-def _total(routes: Sequence[Route], algorithm: Algorithm | None) -> str:
-    """`muon: 84 tensors, 1,000 parameters, 1,002 B of state, 1.002 B per parameter`; empty for none."""
-    chosen = [route for route in routes if route.algorithm == algorithm]
-    if not chosen:
-        return ""
-    num_elements = sum(route.num_elements for route in chosen)
-    line = f"{algorithm or 'frozen'}: {len(chosen)} tensors, {num_elements:,} parameters"
-    if algorithm is None or not num_elements:
-        return line
-    state = sum(route.state_bytes for route in chosen)
-    return f"{line}, {format_bytes(state)} of state, {state / num_elements:.4f} B per parameter"
+    return route.num_elements + 4 * rows * math.ceil(cols / options.get("block_size", DEFAULT_BLOCK_SIZE))

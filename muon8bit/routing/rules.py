@@ -13,12 +13,14 @@ from torch import nn
 from ..config import MIN_QUANTIZED_COLUMNS, Algorithm
 from .ends import Ends
 from .experts import is_router
-from .fused import Split, holds_twice, known_split, looks_fused
+from .fused import Split, holds_twice, looks_fused
 from .lora import Part, adapter_part, factor_split, looks_fused_factor
 from .newer_rules import Role, newer_role
+from .projections import split_of
 
 # Stacked experts [experts, rows, cols] as transformers 5 keeps them, in Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Llama 4.
 _EXPERTS = re.compile(r"(^|\.)experts\.")
+FUSED_FLAG = "looks fused: orthogonalized as one matrix"
 _NARROW = f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32"
 
 
@@ -31,7 +33,7 @@ class Route:
     bits=8 and block_size 2048; `aliases` are the further names of a shared tensor. `split` (sizes of the pieces and
     their dimension) and `flatten` say which matrices Muon takes it for; without them it is one, or a stack.
     `is_lora_b`: the factor of LoRA that starts at zero, whose lr LoRA+ raises.
-    `is_adapter`: part of an adapter other than LoRA.
+    `is_adapter`: part of an adapter other than LoRA. `options` are further keys of its group that a pattern gave.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Route:
     flatten: bool = False
     is_lora_b: bool = False
     is_adapter: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def matrix_keys(self) -> dict[str, Any]:
@@ -105,18 +108,20 @@ def _route_of(role: Role, name: str, param: nn.Parameter, modules: Mapping[str, 
     shape = tuple(param.shape)
     if role.algorithm == "adamw":
         return Route(name, shape, "adamw", role.reason, role.flag, role.decays, is_adapter=role.is_adapter)
-    split = role.split or known_split(name, shape, modules)
+    split = role.split or split_of(name, shape, modules, is_told=ends.routing != "0.1")
     is_fused = split is None and (looks_fused(name, shape[-2:]) or holds_twice(name, shape, modules))
     flags = {
-        "looks fused: orthogonalized as one matrix": is_fused,
+        FUSED_FLAG: is_fused,
         _NARROW: shape[-1] < MIN_QUANTIZED_COLUMNS,
         role.flag: bool(role.flag),
         "last Linear of the model: is it the head?": param is ends.doubtful,
-        "nothing in the model takes its result: is it a head?": param in ends.sinks and param is not ends.doubtful,
+        "nothing in the model takes its result: is it a head?": param in ends.sinks
+        and param is not ends.doubtful
+        and split is None,
     }
     flag = "; ".join(flag for flag, is_set in flags.items() if is_set)
     return Route(
-        name, shape, "muon", role.reason + _in_words(split), flag, True, split=split, is_adapter=role.is_adapter
+        name, shape, "muon", role.reason + split_in_words(split), flag, True, split=split, is_adapter=role.is_adapter
     )
 
 
@@ -142,17 +147,17 @@ def _adapter_route(
         return replace(adamw("LoRA of a convolution: a pattern sends it to Muon, flattened"), flatten=True)
     if part.kind == "B" and part.num_experts > 1:
         return adamw("LoRA B of stacked experts", flag="the experts' columns alternate: Muon would take them as one")
-    split = factor_split(part, shape, modules)
+    split = factor_split(part, shape, modules, is_told=ends.routing != "0.1")
     flags = {
-        "looks fused: orthogonalized as one matrix": split is None and looks_fused_factor(part, shape),
+        FUSED_FLAG: split is None and looks_fused_factor(part, shape),
         _NARROW: shape[-1] < MIN_QUANTIZED_COLUMNS,
     }
     flag = "; ".join(flag for flag, is_set in flags.items() if is_set)
-    reason = f"LoRA {part.kind}{_in_words(split)}"
+    reason = f"LoRA {part.kind}{split_in_words(split)}"
     return Route(name, shape, "muon", reason, flag, True, split=split, is_lora_b=part.kind == "B")
 
 
-def _in_words(split: Split | None) -> str:
+def split_in_words(split: Split | None) -> str:
     """`, split 16 + 8 + 8 along -2`, or `, split 128 x 16 along -2` for many equal pieces; empty for None."""
     if split is None:
         return ""

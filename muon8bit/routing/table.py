@@ -1,0 +1,99 @@
+"""The groups with their table: where each parameter goes and why, totals, and what deserves a look."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .._text_table import collapse, format_bytes, render, template
+from ..config import DEFAULT_BLOCK_SIZE, Algorithm
+from .rules import FUSED_FLAG, Route
+
+# Names of weights that usually hold three, or two, pieces of one size.
+_THIRDS = re.compile(r"qkv|query_key_value|c_attn|W_pack|att_proj", re.IGNORECASE)
+_HALVES = re.compile(r"gate_up|up_gate|gate_and_up|w1[23]|kv_proj|key_value", re.IGNORECASE)
+
+
+class ParamGroups(list[dict[str, Any]]):
+    """Group dicts for `Muon8bit(groups, lr=...)`; `routes` has one Route per parameter, in the model's order,
+    frozen ones included; `str()` is a table of them with repeated layers collapsed and totals below."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], routes: Sequence[Route]) -> None:
+        super().__init__(groups)
+        self.routes = tuple(routes)
+        params = [param for group in self for _, param in group["params"]]  # optimizers replace the pairs by tensors
+        self._num_bf16 = sum(param.dtype == torch.bfloat16 for param in params)
+        own = {route.name: dict(route.options) for route in self.routes if dict(route.options).keys() - {"lr"}}
+        is_8bit = any(g.get("adamw_bits") == 8 and any(name not in own for name, _ in g["params"]) for g in self)
+        self._assumed = f"bits=8, block_size={DEFAULT_BLOCK_SIZE}" + ", adamw_bits=8" * is_8bit
+        self._assumed += ", where no pattern says otherwise" * bool(own)
+
+    def __str__(self) -> str:
+        rows: dict[Route, list[Route]] = {}
+        for route in self.routes:
+            rows.setdefault(replace(route, name=template(route.name), aliases=()), []).append(route)
+        table = render(
+            ("parameter", "shape", "goes to", "lr", "decay", "state bytes", "why"),
+            [_row(routes) for routes in rows.values()],
+            "<<<>>><",
+        )
+        totals = [line for kind in ("muon", "adamw", None) if (line := _total(self.routes, kind))]
+        state = sum(route.state_bytes for route in self.routes)
+        totals.append(f"state in all: {format_bytes(state)}, predicted for {self._assumed}")
+        if self._num_bf16:
+            totals.append(
+                f"bfloat16 weights: {self._num_bf16} tensors; rounded to nearest, they lose updates under half a unit "
+                "in their last place: Muon8bit(groups, param_rounding='stochastic') keeps them"
+            )
+        num_flagged = sum(bool(route.flag) for route in self.routes)
+        if num_flagged:
+            totals.append(f"flagged with '!': {num_flagged} tensors; `patterns` can reroute them")
+            totals += [hint for routes in rows.values() if (hint := _fused_hint(routes))]
+        return "\n".join((table, "", *totals))
+
+
+def _fused_hint(routes: Sequence[Route]) -> str:
+    """Return the pattern to paste for fused weights that differ only in the numbers of their names; empty for others.
+
+    Where the name tells how many pieces there usually are, it has their sizes.
+    """
+    route = routes[0]
+    if FUSED_FLAG not in route.flag:
+        return ""
+    parts = [route.name.split(".") for route in routes]
+    pattern = ".".join(column[0] if len(set(column)) == 1 else "*" for column in zip(*parts, strict=True))
+    num_pieces = 3 if _THIRDS.search(route.name) else 2 if _HALVES.search(route.name) else 0
+    dim = -2 if route.shape[-2] >= route.shape[-1] else -1
+    sizes = "(...)"
+    if num_pieces and route.shape[dim] % num_pieces == 0:
+        sizes = str((route.shape[dim] // num_pieces,) * num_pieces)
+    keys = f'{{"split_sizes": {sizes}' + (', "split_dim": -1}' if dim == -1 else "}")
+    return f'if these are its pieces, one after the other: patterns=[("{pattern}", {keys})]'
+
+
+def _row(routes: Sequence[Route]) -> tuple[str, ...]:
+    """Table cells of routes that differ only in the numbers of their names."""
+    first, name = routes[0], collapse([route.name for route in routes])
+    shape = " x ".join(map(str, first.shape)) or "scalar"
+    if first.algorithm is None:
+        return name, shape, "-", "-", "-", "-", "frozen: skipped"
+    state = f"{sum(route.state_bytes for route in routes):,}"
+    why = first.reason + (f" ! {first.flag}" if first.flag else "")
+    return name, shape, first.algorithm, f"{float(first.lr):g}", f"{first.weight_decay:g}", state, why
+
+
+def _total(routes: Sequence[Route], algorithm: Algorithm | None) -> str:
+    """`muon: 84 tensors, 1,000 parameters, 1,002 B of state, 1.002 B per parameter`; empty for none."""
+    chosen = [route for route in routes if route.algorithm == algorithm]
+    if not chosen:
+        return ""
+    num_elements = sum(route.num_elements for route in chosen)
+    line = f"{algorithm or 'frozen'}: {len(chosen)} tensors, {num_elements:,} parameters"
+    if algorithm is None or not num_elements:
+        return line
+    state = sum(route.state_bytes for route in chosen)
+    return f"{line}, {format_bytes(state)} of state, {state / num_elements:.4f} B per parameter"
