@@ -20,8 +20,8 @@ ROOMS = ("muon8bit", "kernels", "finetune", "benchmarks", "examples", "tests/hel
 PENDING = re.findall(r'^"([\w./]+?)(?:/\*\*)?" = \["D"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 VERBS = """
 Add Apply Ask Assign Begin Build Call Check Clip Close Compare Compile Convert Copy Count Delete Exit Fail Fill Forget
-Format Keep Kill Let Load Make Measure Plant Print Put Raise Read Register Remove Render Replace Return Run Save Say
-Screen Start Step Take Tell Train Turn Wait Write Yield
+Format Give Keep Kill Let Load Make Measure Plan Plant Print Put Raise Read Register Remove Render Replace Return Run
+Save Say Screen Start Step Sum Take Tell Train Turn Wait Write Yield
 """
 RIDDLES = ("What", "Of", "How", "Whether", "Where", "As")
 

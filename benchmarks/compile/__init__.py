@@ -1,1 +1,1 @@
-"""What the compiler makes of the kernels, without a GPU."""
+"""Code that the compiler makes of the kernels, without a GPU."""

@@ -37,7 +37,7 @@ class Case:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, across: bool = False) -> torch.Tensor:
-    """Without storage; `across`: each matrix column by column."""
+    """Return a tensor without storage; `across`: each matrix column by column."""
     tensor = torch.empty(*shape[:-2], *shape[:-3:-1], dtype=dtype, device="meta")
     return tensor.mT if across else tensor.view(shape)
 
@@ -45,7 +45,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, across: bool = False)
 def momentum(
     phase: str, codebook: str | None, block: int = 2048, shape: tuple[int, int] = WIDE, across: bool = False
 ) -> None:
-    """bf16 gradients and output, the flag of the step given."""
+    """Call a phase on bf16 gradients and output, the flag of the step given."""
     codes = empty(COUNT, *shape, dtype=torch.float32 if codebook is None else CODE_DTYPES[codebook])
     scales = None if codebook is None else [empty(COUNT, shape[0], triton.cdiv(shape[1], block))]
     grads = [empty(COUNT, *shape, dtype=torch.bfloat16, across=across)]
@@ -101,15 +101,18 @@ def _elementwise() -> list[Case]:
 
 
 def product(tiling: GemmTiling, dtype: torch.dtype, *, tall: bool, with_descriptors: bool, k: int = WIDE[0]) -> None:
-    """X X^T + D, through TMA or through pointers."""
+    """Call X X^T + D, through TMA or through pointers."""
     X = empty(2, WIDE[0], k, dtype=dtype, across=tall)
     D = empty(2, WIDE[0], WIDE[0], dtype=dtype)
     gemm._launch(X, X, D, (1.5, 0.5, 0.0), tiling, with_descriptors)
 
 
 def _products() -> list[Case]:
-    """Every tiling for both orders of the operands, the small ones for one; those of consumer GPUs; fp32; and through
-    pointers, with a tail, what TMA cannot take."""
+    """Return the cases of the product.
+
+    They are every tiling for both orders of the operands, the small ones for one; those of consumer GPUs; fp32; and,
+    through pointers, with a tail, what TMA cannot take.
+    """
     through_pointers: dict[str, Any] = {"tall": False, "with_descriptors": False}
     cases = []
     for target in NVIDIA:
@@ -147,7 +150,7 @@ def tiny(
     keys: list[int] | None = None,
     block: int = 2048,
 ) -> None:
-    """The whole step of LoRA's matrices, gradients and parameters of one dtype, the flag of the step given."""
+    """Call the whole step of LoRA's matrices, gradients and parameters of one dtype, the flag of the step given."""
     codes = empty(COUNT, rows, cols, dtype=torch.float32 if codebook is None else CODE_DTYPES[codebook])
     scales = None if codebook is None else [empty(COUNT, rows, triton.cdiv(cols, block))]
     matrices, norms, skip = [empty(COUNT, rows, cols, dtype=dtype)], empty(1, COUNT).view(COUNT), empty(1, 1).view(())
@@ -157,7 +160,7 @@ def tiny(
 
 
 def _tiny() -> list[Case]:
-    """Every tile shape for one target, the smallest and the largest for all."""
+    """Return every tile shape for one target, the smallest and the largest for all."""
     stochastic: dict[str, Any] = {"codebook": "dynamic", "keys": [-5] * COUNT}
     return [
         Case("tiny-wide-16", partial(tiny, 16, 2048), NVIDIA),

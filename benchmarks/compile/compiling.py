@@ -44,7 +44,7 @@ class Compiled:
     instructions: dict[str, int]  # how often each stands in the machine code, slow paths of divisions included
 
     def count(self, pattern: str) -> int:
-        """Instructions whose whole name matches the regular expression."""
+        """Count the instructions whose whole name matches the regular expression."""
         return sum(number for name, number in self.instructions.items() if re.fullmatch(pattern, name))
 
 
@@ -65,7 +65,7 @@ class _Driver:
 
 
 def binary_of(call: Callable[[], None], target: str) -> Any:
-    """The kernel that `call` launches, once, compiled for a key of TARGETS."""
+    """Return the kernel that `call` launches, once, compiled for a key of TARGETS."""
     run, binaries = triton.JITFunction.run, []
 
     def compile_only(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:  # noqa: ARG001
@@ -80,8 +80,10 @@ def binary_of(call: Callable[[], None], target: str) -> Any:
 
 
 def compile_case(name: str, call: Callable[[], None], target: str, folder: Path) -> None:
-    """Compile, and write the fields of `Compiled` to FOLDER/TARGET/NAME.json and the code beside it, as .ptx and .sass
-    or as .amdgcn."""
+    """Compile, and write the fields of `Compiled` to FOLDER/TARGET/NAME.json.
+
+    The code lies beside it, as .ptx and .sass or as .amdgcn.
+    """
     binary = binary_of(call, target)
     common = {"name": name, "target": target, "num_warps": binary.metadata.num_warps}
     if TARGETS[target].backend == "cuda":
@@ -110,13 +112,13 @@ def compile_case(name: str, call: Callable[[], None], target: str, folder: Path)
 
 
 def load(folder: Path) -> dict[tuple[str, str], Compiled]:
-    """The records of a folder by name and target."""
+    """Return the records of a folder by name and target."""
     records = [Compiled(**json.loads(path.read_text())) for path in sorted(folder.glob("*/*.json"))]
     return {(record.name, record.target): record for record in records}
 
 
 def _tool(path: str, option: str, image: bytes) -> str:
-    """What one of the programs in Triton's wheel prints about a cubin."""
+    """Return what one of the programs in Triton's wheel prints about a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(image)
         file.flush()

@@ -47,7 +47,7 @@ SHOWN = {
 
 
 def sources_key() -> str:
-    """A hash of what the machine code depends on."""
+    """Return a hash of what the machine code depends on."""
     digest = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
     for path in sorted([*(ROOT / "kernels/muon8bit_kernels").rglob("*.py"), *Path(__file__).parent.glob("*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
@@ -66,9 +66,9 @@ def _compile_all(folder: Path) -> None:
 
 
 def compiled_folder(cache: Path, make: Callable[[Path], None] = _compile_all) -> Path:
-    """The folder with the records and the code of all JOBS (see `compile_case`), made if these sources have none yet.
+    """Return the folder with the records and the code of all JOBS, made if these sources have none yet.
 
-    Folders of other sources are deleted. Processes that ask at once wait for the first.
+    See `compile_case`. Folders of other sources are deleted. Processes that ask at once wait for the first.
     """
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"compiled-{sources_key()}"
@@ -92,7 +92,7 @@ def row(record: Compiled) -> str:
 
 
 def table(records: dict[tuple[str, str], Compiled]) -> str:
-    """Markdown, in the order of the cases."""
+    """Return the table in Markdown, in the order of the cases."""
     head = (
         "# Compiled kernels\n\n"
         "Every shipped kernel as its wrapper launches it, compiled for GPUs that were not there: nothing was run.\n"

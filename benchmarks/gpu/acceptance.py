@@ -29,8 +29,10 @@ class TargetCheck:
 def _judge(
     name: str, rows: Iterable[Measurement], worst: Callable[[Iterable[float]], float], bound: float, unit: str
 ) -> TargetCheck:
-    """The worst of `rows` against `bound`: with `worst=min` it must be at least that, with `max` at most. A row without
-    a number, or no row at all, is no pass."""
+    """Compare the worst of `rows` with `bound`: with `worst=min` it must be at least that, with `max` at most.
+
+    A row without a number, or no row at all, is no pass.
+    """
     rows, sign = list(rows), "at least" if worst is min else "at most"
     target = f"{sign} {bound:.4g}{unit}"
     words = [row.value for row in rows if as_number(row.value) is None]
@@ -45,7 +47,7 @@ def _judge(
 
 
 def verdicts(record: Record) -> list[TargetCheck]:
-    """Every target of the acceptance, in its order."""
+    """Return every target of the acceptance, in its order."""
     result = [_tests(record)]
     for case in (*MODELS, MOE):
         ceiling = record.number("steps", "FLOP ceiling", case, FLOOR)
@@ -85,7 +87,7 @@ def _is_square_class(name: str) -> bool:
 
 
 def _tests(record: Record) -> TargetCheck:
-    """Every GPU test ran and passed."""
+    """Check that every GPU test ran and passed."""
     counts = {row.arm: row.value for row in record.find("correctness", "tests")}
     if not counts:
         return TargetCheck("tests marked gpu", "all pass, none skipped", NOT_RUN, NOT_RUN)
@@ -97,7 +99,7 @@ def _tests(record: Record) -> TargetCheck:
 
 
 def _over_bits32(record: Record, arm: str) -> list[Measurement]:
-    """Time of `arm` over that of bits=32, as rows, of each workload."""
+    """Return the time of `arm` over that of bits=32, a row for each workload."""
     result = []
     for row in record.find("steps", "time", arm=arm):
         ours, theirs = as_number(row.value), record.number("steps", "time", row.case, BITS32)

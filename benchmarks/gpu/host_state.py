@@ -27,7 +27,7 @@ _COPY_BYTES, _DRY_COPY_BYTES = 2**28, 2**12
 
 
 def host_state(clock: Clock, record: Record) -> None:
-    """Rates of the bus, then each model's hidden matrices."""
+    """Measure the rates of the bus, then each model's hidden matrices."""
     _rates(clock, record)
     for workload in workloads(record.dry):
         if workload.name not in MODELS:
@@ -54,7 +54,7 @@ def host_state(clock: Clock, record: Record) -> None:
 
 
 def _rates(clock: Clock, record: Record) -> None:
-    """Pinned memory to the device and back: what the bus can carry."""
+    """Measure copies of pinned memory to the device and back: what the bus can carry."""
     is_cuda = clock.device.type == "cuda"
     size = _DRY_COPY_BYTES if record.dry else _COPY_BYTES
     host = torch.ones(size, dtype=torch.uint8, pin_memory=is_cuda)
@@ -76,7 +76,7 @@ def _rates(clock: Clock, record: Record) -> None:
 
 
 def _peak_bytes(clock: Clock, arm: Arm, tensors: Tensors) -> int:
-    """State and workspace on the device at most during a step; 0 on a CPU."""
+    """Return the most bytes of state and workspace on the device during a step; 0 on a CPU."""
     if clock.device.type != "cuda":
         return 0
     before = torch.cuda.memory_allocated(clock.device)

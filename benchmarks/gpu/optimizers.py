@@ -33,8 +33,11 @@ _PROBE = 1024
 
 
 class DecodeThenMuon:
-    """What a user would write around torch.optim.Muon: int8 codes are kept, the momentum is decoded before its step
-    and encoded after it, by torch operations, in flat blocks of 2048."""
+    """The optimizer that a user would write around torch.optim.Muon.
+
+    int8 codes are kept, the momentum is decoded before its step and encoded after it, by torch operations, in flat
+    blocks of 2048.
+    """
 
     def __init__(self, params: Sequence[Parameter], lr: float) -> None:
         self.muon = torch.optim.Muon(params, lr=lr)
@@ -67,7 +70,7 @@ def _bitsandbytes_adamw(params: list[Parameter]) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True)
 class Arm:
-    """How an optimizer is made, and the bytes an element costs it in state and what it holds besides during a step."""
+    """A way to make an optimizer, and the bytes that an element costs it, in state and besides during a step."""
 
     make: Callable[[list[Parameter]], torch.optim.Optimizer | DecodeThenMuon]
     bytes_per_element: float
@@ -112,12 +115,12 @@ class Tensors:
 
 
 def needed_bytes(arm: Arm, num_elements: int) -> int:
-    """What must fit on the card beside the bf16 parameters and gradients: state, copies, and 1 GiB to work in."""
+    """Return the bytes on the card beside the bf16 parameters and gradients: state, copies, and 1 GiB to work in."""
     return int(num_elements * (arm.bytes_per_element + (8 if arm.fp32 else 0))) + 2**30
 
 
 def make_job(arm: Arm, tensors: Tensors) -> TimedJob:
-    """The arm's step on `tensors`.
+    """Return the arm's step on `tensors`.
 
     Raises:
         UnavailableError: if it is not installed, or does not fit on the card.

@@ -43,7 +43,10 @@ def check_finite(tensors: list[Tensor]) -> None:
 
 
 def product_job(device: torch.device, dtype: torch.dtype, batch: int, n: int, k: int, symmetric: bool) -> TimedJob:
-    """X X^T [batch, n, n] by our kernel or by the vendor's, on random X of unit norm rows, sets taken in turn."""
+    """Return the job of X X^T [batch, n, n] by our kernel or by the vendor's.
+
+    X is random with rows of unit norm; sets are taken in turn.
+    """
     sets = [torch.randn(batch, n, k, device=device, dtype=dtype).div_(k**0.5) for _ in range(2)]
     turn, kernels = cycle(sets), kernels_for(device)
     last: list[Tensor] = []
@@ -56,9 +59,10 @@ def product_job(device: torch.device, dtype: torch.dtype, batch: int, n: int, k:
 
 
 def products(clock: Clock, record: Record) -> None:
-    """X X^T by the symmetric kernel and by the vendor's product, [n, n], one matrix and a batch that fills the chip.
+    """Measure X X^T by the symmetric kernel and by the vendor's product.
 
-    Rates are those of the whole product, 2 n^3 operations, whatever the kernel leaves out: so they compare as times do.
+    It is [n, n], of one matrix and of a batch that fills the chip. Rates are those of the whole product, 2 n^3
+    operations, whatever the kernel leaves out: so they compare as times do.
     """
     dry = record.dry
     for n in tuple(size // 32 for size in SIZES[:3]) if dry else SIZES:
@@ -83,7 +87,7 @@ def _add_products(record: Record, case: str, operations: int, results: dict[str,
 
 
 def paths(clock: Clock, record: Record) -> None:
-    """Whole orthogonalizations of batches by either form, with either product."""
+    """Measure whole orthogonalizations of batches by either form, with either product."""
     kind = device_kind(clock.device)
     dtype = torch.float16 if clock.device.type == "cuda" else torch.float32
     for batch, rows, cols in [(2, r // 32, c // 32) for _, r, c in PATH_SHAPES] if record.dry else PATH_SHAPES:
@@ -119,7 +123,7 @@ def _path_job(device: torch.device, path: NSMethod, batch: int, rows: int, cols:
 
 
 def rates_row(record: Record, kind: str) -> str:
-    """The row of RATES that the sections `products` and `paths` measured, to be put there by hand.
+    """Return the row of RATES that the sections `products` and `paths` measured, to be put there by hand.
 
     The least gain of a size, one matrix or a batch, bf16 or fp16; half precision over fp32 likewise; the Gram form's
     rate over the standard form's, the least of the shapes. The words "not measured" where a figure is missing.

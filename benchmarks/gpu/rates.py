@@ -1,4 +1,4 @@
-"""What the hardware gives, and what the momentum kernels take of it."""
+"""Rates that the hardware gives, and that the momentum kernels reach."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ BETA = 0.95
 
 
 def ceilings(clock: Clock, record: Record) -> dict[str, float]:
-    """GB/s of a large copy, bytes read and written counted, and TFLOP/s of a large product on random data, of each
-    half-precision dtype: the better of those under GEMM."""
+    """Measure GB/s of a large copy, and TFLOP/s of a large product of each half-precision dtype.
+
+    Bytes read and written are counted. The product is on random data, the better of those under GEMM.
+    """
     dry, section = record.dry, "ceilings"
     num_bytes, n = (2**16, 64) if dry else (2**32, 8192)
     source = torch.randint(-128, 128, (num_bytes,), dtype=torch.int8, device=clock.device)
@@ -53,10 +55,10 @@ def ceilings(clock: Clock, record: Record) -> dict[str, float]:
 
 
 def momentum_bytes(elements: int, cols: int, block_size: int, codebook: Codebook | None) -> dict[str, int]:
-    """Least bytes of the two phases on matrices of `cols` columns, `elements` in all, with bf16 gradients and outputs.
+    """Return the least bytes of the two phases on matrices of `cols` columns, `elements` in all.
 
-    stats reads codes, scales and gradient, and writes a sum for each block; apply reads codes, scales and gradient,
-    and writes codes, scales and the Newton-Schulz input.
+    Gradients and outputs are bf16. stats reads codes, scales and gradient, and writes a sum for each block; apply reads
+    codes, scales and gradient, and writes codes, scales and the Newton-Schulz input.
     """
     code = 4 if codebook is None else 1
     blocks = elements // cols * num_blocks(cols, block_size)
@@ -70,7 +72,7 @@ def momentum_bytes(elements: int, cols: int, block_size: int, codebook: Codebook
 def _momentum_job(
     device: torch.device, phase: str, codebook: Codebook | None, block_size: int, count: int, side: int
 ) -> TimedJob:
-    """One phase on [count, side, side], from its own state, sets taken in turn; outputs start as NaN."""
+    """Return one phase on [count, side, side], from its own state, sets taken in turn; outputs start as NaN."""
     kernels = kernels_for(device)
     options: dict[str, Any] = {"beta": BETA, "nesterov": True, "codebook": codebook, "block_size": block_size}
     sets, outputs = [], list[Tensor]()
@@ -102,7 +104,7 @@ def _momentum_job(
 
 
 def momentum(clock: Clock, record: Record, rates: dict[str, float]) -> None:
-    """Both phases alone: achieved bandwidth and its part of the copy's, for each codebook and block size."""
+    """Measure both phases alone: bandwidth and its part of the copy's, for each codebook and block size."""
     dry = record.dry
     count, side = (1, 128) if dry else (MOMENTUM_COUNT, MOMENTUM_SIDE)
     books: tuple[Codebook | None, ...] = ("linear", "dynamic", None)

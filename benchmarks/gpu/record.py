@@ -39,7 +39,7 @@ class Record:
                 self.rows = [Measurement(**row) for row in csv.DictReader(file)]
 
     def about(self, facts: dict[str, str], command: str) -> None:
-        """What the figures depend on, and the command, one of a few.
+        """Add what the figures depend on, and the command, one of a few.
 
         Raises:
             ValueError: if an earlier call in the same file had other facts.
@@ -54,7 +54,7 @@ class Record:
         self.rows = earlier + [row for row in wanted if row not in earlier] + self.rows[len(earlier) :]
 
     def failed(self) -> bool:
-        """Whether an arm raised."""
+        """Return whether an arm raised."""
         return any(row.value.startswith(FAILED) for row in self.rows)
 
     def restart(self, section: str) -> None:
@@ -64,12 +64,12 @@ class Record:
     def measured(
         self, section: str, case: str, arm: str, metric: str, value: float | str, unit: str, note: str = ""
     ) -> None:
-        """A figure of this run; words stay words."""
+        """Add a figure of this run; words stay words."""
         text = value if isinstance(value, str) else DRY if self.dry else f"{value:.6g}"
         self.rows.append(Measurement(section, case, arm, metric, text, unit, note))
 
     def counted(self, section: str, case: str, arm: str, metric: str, value: float, unit: str, note: str = "") -> None:
-        """A figure that no clock had a part in: the same on every machine."""
+        """Add a figure that no clock had a part in: the same on every machine."""
         self.rows.append(Measurement(section, case, arm, metric, f"{value:.6g}", unit, note))
 
     def find(self, section: str, metric: str, *, case: str | None = None, arm: str | None = None) -> list[Measurement]:
@@ -80,11 +80,11 @@ class Record:
         ]
 
     def text(self, section: str, metric: str, case: str, arm: str) -> str:
-        """The value as written, "-" where there is none."""
+        """Return the value as written, "-" where there is none."""
         return next((row.value for row in self.find(section, metric, case=case, arm=arm)), "-")
 
     def number(self, section: str, metric: str, case: str, arm: str) -> float | None:
-        """The value, None where there is none or it is no number."""
+        """Return the value, None where there is none or it is no number."""
         return as_number(self.text(section, metric, case, arm))
 
     def write(self) -> None:

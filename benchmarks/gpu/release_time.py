@@ -23,7 +23,7 @@ CASES = ((24, 64), (8, 512), (4, 1024))  # layers, width; the other side of a la
 
 
 def arm(layers: int, hidden: int, is_released: bool) -> Callable[[], None]:
-    """One training step of `layers` layers of width `hidden`: backward and `step()`."""
+    """Return one training step of `layers` layers of width `hidden`: backward and `step()`."""
     torch.manual_seed(0)
     shapes = [(hidden, hidden)] * 4 + [(4 * hidden, hidden)] * 2 + [(hidden, 4 * hidden)]
     model = nn.ParameterList([torch.randn(shape) for _ in range(layers) for shape in shapes])

@@ -28,7 +28,7 @@ def _cases(record: Record, section: str) -> list[str]:
 
 
 def markdown(record: Record) -> str:
-    """Facts of the run, targets, and a table for each section that was run."""
+    """Return the facts of the run, targets, and a table for each section that was run."""
     title = "# Dry run on a CPU: nothing here is a measurement" if record.dry else "# Measured on a GPU"
     facts = [(row.metric, row.value) for row in record.rows if row.section == ABOUT]
     parts = [title + "\n", _table(["", ""], facts)]

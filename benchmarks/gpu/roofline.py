@@ -17,7 +17,9 @@ _SEGMENTS = 2
 
 @dataclass(frozen=True)
 class OperationCounts:
-    """Of one step of a workload, linear codebook, bf16 parameters and gradients. Operations: multiply-add = 2.
+    """Operations and bytes of one step of a workload, linear codebook, bf16 parameters and gradients.
+
+    A multiply-add is 2 operations.
 
     Attributes:
         least: the cheaper form, in half precision, of each symmetric product one triangle: the FLOP ceiling's.
@@ -43,8 +45,10 @@ class OperationCounts:
         return self.torch_flops / self.least
 
     def floor_ms(self, rates: dict[str, float]) -> float:
-        """The phases follow each other: each takes the larger of its bytes at the copy's bandwidth and its operations
-        at the product's rate."""
+        """Return the least time of the phases, which follow each other.
+
+        Each takes the larger of its bytes at the copy's bandwidth and its operations at the product's rate.
+        """
         bandwidth, rate = rates[COPY] * 1e6, rates[GEMM] * 1e9  # a millisecond's
         iteration = max(self.least / rate, self.ns_bytes / bandwidth)
         return iteration + (self.momentum_bytes + self.update_bytes) / bandwidth

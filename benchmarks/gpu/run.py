@@ -39,7 +39,7 @@ TESTS_LIMIT_S = 400
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """What a figure depends on: GPU, driver, versions, date."""
+    """Return what a figure depends on: GPU, driver, versions, date."""
     name, driver = "none", "none"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -29,14 +29,14 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile"
 
 
 def cpu_flags() -> list[str]:
-    """The instruction-set flags that decide matrix rates, as the kernel lists them."""
+    """Return the instruction-set flags that decide matrix rates, as the kernel lists them."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
     return [flag for flag in FLAGS if flag in flags]
 
 
 def interleaved(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each arm; the arms take turns, after one warm-up each."""
+    """Return the median seconds of each arm; the arms take turns, after one warm-up each."""
     for arm in arms.values():
         arm()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -67,8 +67,10 @@ def write_record(figures: dict[str, Any], unit: str, out: Path | None) -> None:
 
 
 def measure(shapes: list[tuple[int, int]], rounds: int) -> dict[str, float]:
-    """Of one optimizer for all these matrices: the ratio of torch.optim.Muon's median step time to that of each of
-    ours (above 1: ours is faster)."""
+    """Return the ratios of torch.optim.Muon's median step time to that of each of ours, above 1: ours is faster.
+
+    Each step is of one optimizer for all these matrices.
+    """
     import torch
 
     from muon8bit import Muon8bit

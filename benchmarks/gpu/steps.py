@@ -17,7 +17,7 @@ _LONG_FLOPS = 1e14
 
 
 def steps(clock: Clock, record: Record, rates: dict[str, float]) -> None:
-    """Times, host times, extra memory of every arm on every workload, and the floor."""
+    """Measure times, host times and extra memory of every arm on every workload, and add the floor."""
     for workload in workloads(record.dry):
         print(f"steps: {workload.name}", flush=True)
         results = _run(clock, record, workload, list(ARMS))
@@ -45,7 +45,7 @@ def steps(clock: Clock, record: Record, rates: dict[str, float]) -> None:
 
 
 def shapes(clock: Clock, record: Record) -> None:
-    """Each distinct shape alone: no class may be slower than torch.optim.Muon."""
+    """Measure each distinct shape alone: no class may be slower than torch.optim.Muon."""
     for workload in shape_classes(record.dry):
         results = _run(clock, record, workload, [LINEAR, DYNAMIC, MUON_BF16])
         _add("shapes", record, workload, results)
@@ -62,7 +62,7 @@ def _run(clock: Clock, record: Record, workload: Workload, names: list[str]) -> 
 
 
 def _add(section: str, record: Record, workload: Workload, results: dict[str, Result]) -> None:
-    """Time of each arm, and how many times this step (linear) it takes."""
+    """Add the time of each arm, and how many times this step (linear) it takes."""
     ours = results[LINEAR]
     for arm, result in results.items():
         if result.problem:

@@ -25,7 +25,7 @@ FAILED = "failed"  # how the words begin that stand for the figures of an arm th
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """torch.empty gives NaN (integers: their largest value), so that what is read without being written shows."""
+    """Make torch.empty give NaN (integers: their largest value), so that what is read without being written shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -48,9 +48,10 @@ class TimedJob:
 
 @dataclass
 class Result:
-    """What the turns of an arm gave. Times in ms; `extra_bytes` is the peak of a run above what was there before it.
+    """Times that the turns of an arm took, in ms, and memory.
 
-    `host_ms` is how long the call took to return, without waiting for the device. `problem` is empty if all went well.
+    `extra_bytes` is the peak of a run above what was there before it. `host_ms` is how long the call took to return,
+    without waiting for the device. `problem` is empty if all went well.
     """
 
     device_ms: list[list[float]] = field(default_factory=list)
@@ -88,7 +89,7 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def measure(self, run: Callable[[], Any], queued: bool) -> tuple[float, float]:
-        """Milliseconds on the device, and until the call returned, of a run, cache overwritten.
+        """Return the milliseconds of a run on the device, and until the call returned, cache overwritten.
 
         It starts on an idle device, so that a launch costs what it costs; `queued` behind other work, so that what the
         host does is hidden and only the kernels are timed.
@@ -121,7 +122,7 @@ class Clock:
         warm_up: int = 1,
         queued: bool = False,
     ) -> dict[str, Result]:
-        """Every arm gets `rounds` turns, interleaved with the others': made, warmed up, timed, checked, freed."""
+        """Give every arm `rounds` turns, interleaved with the others': made, warmed up, timed, checked, freed."""
         results = {name: Result() for name in makers}
         gc.collect()
         gc.freeze()  # what is alive now need not be walked after every turn
@@ -163,7 +164,7 @@ class Clock:
         print(f"  {name}: {result.problem}", flush=True)
 
     def _reset_peak(self) -> int:
-        """Bytes allocated now, from where the peak counts; without meaning on a CPU."""
+        """Return the bytes allocated now, from where the peak counts; without meaning on a CPU."""
         if not self._cuda:
             return 0
         torch.cuda.reset_peak_memory_stats(self.device)

@@ -1,4 +1,4 @@
-"""What is stepped: the hidden matrices of real models, of LoRA adapters on one, and of a layer of experts.
+"""Workloads: the hidden matrices of real models, of LoRA adapters on one, and of a layer of experts.
 
 Dimensions are those of the models' published config.json: hidden_size, intermediate_size, num_hidden_layers,
 num_attention_heads, num_key_value_heads and head_dim of meta-llama/Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B.
@@ -24,7 +24,7 @@ class Llama:
     kv: int
 
     def linears(self) -> list[Shape]:
-        """[out, in] of q, k, v, o, gate, up and down of one layer."""
+        """Return [out, in] of q, k, v, o, gate, up and down of one layer."""
         h, f, kv = self.hidden, self.intermediate, self.kv
         return [(h, h), (kv, h), (kv, h), (h, h), (f, h), (f, h), (h, f)]
 
@@ -42,7 +42,7 @@ class Workload:
         return sum(prod(shape) for shape in self.shapes)
 
     def matrices(self) -> Counter[tuple[int, int]]:
-        """How many matrices of each [rows, cols]; a stack of experts counts each of them."""
+        """Return how many matrices of each [rows, cols]; a stack of experts counts each of them."""
         counts: Counter[tuple[int, int]] = Counter()
         for shape in self.shapes:
             counts[shape[-2], shape[-1]] += prod(shape[:-2])
@@ -67,7 +67,7 @@ def _dry(model: Llama) -> Llama:
 
 
 def workloads(dry: bool = False) -> list[Workload]:
-    """The five workloads, in the order of the report; with `dry` tiny ones of the same form."""
+    """Return the five workloads, in the order of the report; with `dry` tiny ones of the same form."""
     models = {name: _dry(model) if dry else model for name, model in MODELS.items()}
     result = [
         Workload(name, model.linears() * model.layers, f"all hidden matrices, {model.layers} layers")
@@ -86,7 +86,10 @@ def workloads(dry: bool = False) -> list[Workload]:
 
 
 def shape_classes(dry: bool = False, largest_class: int = 16) -> list[Workload]:
-    """Each distinct matrix shape of the workloads by itself, as one matrix and as a class of up to `largest_class`."""
+    """Return each distinct matrix shape of the workloads by itself.
+
+    It is there as one matrix and as a class of up to `largest_class`.
+    """
     counts: Counter[tuple[int, int]] = Counter()
     for workload in workloads(dry):
         for shape, count in workload.matrices().items():

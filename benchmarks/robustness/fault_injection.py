@@ -1,4 +1,4 @@
-"""What a step does when something fails on one of several ranks: a table of phases and failures.
+"""Failures planted on one of several ranks, and what the step then does: a table of phases and failures.
 
     python -m benchmarks.robustness.fault_injection             # 2 and 3 ranks, all cases
     python -m benchmarks.robustness.fault_injection --only killed --ranks 2
@@ -105,7 +105,7 @@ def everything(params: Mapping[str, torch.nn.Parameter], optimizer: Muon8bit) ->
 
 
 def is_same(left: Any, right: Any) -> bool:
-    """Whether two such copies are equal, to the bit."""
+    """Return whether two such copies are equal, to the bit."""
     if isinstance(left, Tensor):
         return isinstance(right, Tensor) and left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):

@@ -36,7 +36,7 @@ STAGES = ("files being written", "files being synced and hashed", "manifest writ
 
 
 def save_seconds(runs: Runs) -> list[float]:
-    """Median times of the first and of the second save of a process, to the end of its deletions, in s."""
+    """Return the median times, in s, of the first and of the second save of a process, to the end of its deletions."""
     folder = runs.work / "rehearsal"
     seconds: list[list[float]] = [[], []]
     for _ in range(4):

@@ -78,13 +78,13 @@ _LACKING: dict[str, dict[str, Any]] = {
 
 
 def modeling_modules() -> list[str]:
-    """Names of transformers' modules that define models, sorted: `transformers.models.llama.modeling_llama`."""
+    """Return the sorted names of modules that define models: `transformers.models.llama.modeling_llama`."""
     root = Path(transformers.__file__).parent / "models"
     return [f"transformers.models.{path.parent.name}.{path.stem}" for path in sorted(root.glob("*/modeling_*.py"))]
 
 
 def classes_of(module_name: str) -> list[type[PreTrainedModel]]:
-    """The model classes that a module defines, by name, without the abstract bases of a family.
+    """Return the model classes that a module defines, by name, without the abstract bases of a family.
 
     Raises:
         Exception: what the import raises, such as an ImportError of a package that is not installed.
@@ -104,7 +104,7 @@ def classes_of(module_name: str) -> list[type[PreTrainedModel]]:
 
 
 def build(cls: type[PreTrainedModel], num_layers: int | None = None) -> nn.Module:
-    """A model of default size on the meta device.
+    """Build a model of default size on the meta device.
 
     Args:
         cls: of transformers, with a config class.
@@ -148,7 +148,7 @@ def _on_meta(cls: type[PreTrainedModel], config: Any) -> nn.Module:
 
 
 def _default(cls: type[PreTrainedModel]) -> Any:
-    """The default config of a class.
+    """Return the default config of a class.
 
     Raises:
         ValueError: if it has none.
@@ -167,7 +167,7 @@ def _default(cls: type[PreTrainedModel]) -> Any:
 
 
 def configs(config: Any) -> Iterator[Any]:
-    """A config and all configs inside it, each once."""
+    """Yield a config and all configs inside it, each once."""
     seen: set[int] = set()
     queue = [config]
     while queue:
@@ -183,7 +183,7 @@ def configs(config: Any) -> Iterator[Any]:
 
 
 def integers(config: Any) -> Iterator[tuple[str, int]]:
-    """Key and value of every integer of a config and of the configs and dicts inside it, its number of labels too."""
+    """Yield key and value of each integer of a config, and of configs and dicts inside it, its number of labels too."""
     for part in configs(config):
         yield "num_labels", getattr(part, "num_labels", 0)
         yield from _integers(part.to_dict())
@@ -199,7 +199,7 @@ def _integers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _filled(cls: type[PreTrainedModel]) -> Any:
-    """The default config with what it leaves open, and without timm."""
+    """Return the default config with what it leaves open, and without timm."""
     config = _default(cls)
     for part in list(configs(config)):
         for key, value in {**_OPEN, **_LACKING.get(type(part).__name__, {})}.items():

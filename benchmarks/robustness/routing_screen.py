@@ -76,7 +76,7 @@ def screen_one(module_name: str, name: str, num_layers: int | None = None) -> Ro
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a class cannot be built, in a few words that are the same for all classes of that reason."""
+    """Return why a class cannot be built, in a few words that are the same for all classes of that reason."""
     text = " ".join(str(error).split())
     if missing := re.search(r"No module named '(\w+)|requires the (\w+) library|install (\w+)", text):
         return f"needs {next(filter(None, missing.groups())).lower()}"
@@ -84,7 +84,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def all_classes() -> Iterator[tuple[str, str] | Row]:
-    """Module and name of every class, or a row for a module that cannot be imported."""
+    """Yield module and name of every class, or a row for a module that cannot be imported."""
     from benchmarks.robustness import model_classes
 
     for module_name in model_classes.modeling_modules():
@@ -95,8 +95,10 @@ def all_classes() -> Iterator[tuple[str, str] | Row]:
 
 
 def run_child(classes: Sequence[tuple[str, str]]) -> Iterator[Row]:
-    """The rows of some classes, made in a process of their own; it ends at the first class that it does not survive,
-    whose row says so."""
+    """Yield the rows of some classes, made in a process of their own.
+
+    It ends at the first class that it does not survive, whose row says so.
+    """
     command = [sys.executable, "-m", "benchmarks.robustness.routing_screen", "--child"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -133,7 +135,7 @@ def be_child() -> None:
 
 
 def screen(classes: Sequence[tuple[str, str]]) -> Iterator[Row]:
-    """The rows of all classes, in their order."""
+    """Yield the rows of all classes, in their order."""
     todo = list(classes)
     while todo:
         for row in run_child(todo[:CLASSES_A_PROCESS]):
@@ -142,7 +144,7 @@ def screen(classes: Sequence[tuple[str, str]]) -> Iterator[Row]:
 
 
 def about() -> str:
-    """What the rows depend on: releases, and the source of the rules."""
+    """Return what the rows depend on: releases, and the source of the rules."""
     root = Path(__file__).parents[2]
     files = [*sorted((root / "muon8bit").rglob("*.py")), *(Path(__file__).with_name(n) for n in SOURCES)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""What became of each class of a screen: its row, the file of rows, and the table made of them."""
+"""Record of a screen: a row for each class, the file of rows, and the table made of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ BUILT, NO_MATRIX = "built", "built, nothing for Muon"
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one class. `outcome`: built, or the reason why not; the numbers are of parameters; `lost` are
-    matrices of attention and MLP that AdamW has; `faults` are `kind: name [shape]`, joined by `; `."""
+    """Result of one class.
+
+    `outcome`: built, or the reason why not; the numbers are of parameters; `lost` are matrices of attention and MLP
+    that AdamW has; `faults` are `kind: name [shape]`, joined by `; `.
+    """
 
     module: str
     name: str
@@ -32,7 +35,7 @@ class Row:
 
 
 def read(path: Path) -> tuple[str, list[Row]]:
-    """The first line of a record, and its rows."""
+    """Return the first line of a record, and its rows."""
     if not path.exists():
         return "", []
     with path.open(newline="") as file:
@@ -42,7 +45,7 @@ def read(path: Path) -> tuple[str, list[Row]]:
 
 
 def table(first: str, rows: Iterable[Row]) -> str:
-    """The Markdown table of a finished record."""
+    """Return the Markdown table of a finished record."""
     rows = list(rows)
     built = [row for row in rows if row.is_built]
     faults = [(fault, row.name) for row in built for fault in row.faults.split("; ") if fault]

@@ -32,8 +32,11 @@ _LAYER = re.compile(r"(^|\.)\d+\.")
 
 
 class Placed(NamedTuple):
-    """Where a parameter went: `muon` or `adamw`, whether its group decays it, whether the table flags it, and into
-    how many matrices its group cuts it."""
+    """Place of a parameter.
+
+    `muon` or `adamw`, whether its group decays it, whether the table flags it, and into how many matrices its group
+    cuts it.
+    """
 
     algorithm: str
     decays: bool
@@ -58,17 +61,17 @@ class Owner(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the parameter, in the whole model."""
+        """Name of the parameter, in the whole model."""
         return f"{self.path}.{self.local}".removeprefix(".")
 
     @property
     def type_name(self) -> str:
-        """Of the module, in lower case."""
+        """Type of the module, in lower case."""
         return type(self.module).__name__.lower()
 
 
 def faults(model: nn.Module, placed: Mapping[str, Placed]) -> list[Fault]:
-    """Parameters that went to Muon, or are decayed, and must not.
+    """Return the parameters that went to Muon, or are decayed, and must not.
 
     Args:
         model: of transformers, or any other; on any device, meta included.
@@ -94,7 +97,10 @@ def faults(model: nn.Module, placed: Mapping[str, Placed]) -> list[Fault]:
 
 
 def lost(model: nn.Module, placed: Mapping[str, Placed]) -> list[str]:
-    """Names of matrices of attention and MLP in numbered layers, 32 rows and columns or more, that AdamW has."""
+    """Return the names of matrices of attention and MLP in numbered layers that AdamW has.
+
+    They have 32 rows and columns or more.
+    """
     facts, found = Facts(model), []
     for param, owners in facts.owners.items():
         place = _place(owners, placed)
@@ -113,7 +119,7 @@ def _place(owners: list[Owner], placed: Mapping[str, Placed]) -> Placed | None:
 
 
 class Facts:
-    """What the second rule knows of a model, before any parameter: owners, sizes from the config, ends."""
+    """Facts that the second rule knows of a model, before any parameter: owners, sizes from the config, ends."""
 
     def __init__(self, model: nn.Module) -> None:
         self.owners: dict[Tensor, list[Owner]] = {}
@@ -131,7 +137,7 @@ class Facts:
         self.modules = dict(model.named_modules(remove_duplicate=False))
 
     def not_for_muon(self, param: Tensor, owners: list[Owner]) -> Iterator[str]:
-        """The kinds for which a parameter is none of Muon's."""
+        """Yield the kinds for which a parameter is none of Muon's."""
         shape = tuple(param.shape)
         if param.ndim < 2:
             yield "1-D"
@@ -162,7 +168,7 @@ class Facts:
                 yield "element by element"
 
     def to_be_flagged(self, param: Tensor, owners: list[Owner], num_pieces: int) -> Iterator[str]:
-        """The kinds for which a parameter is Muon's only if the user is told to look at it."""
+        """Yield the kinds for which a parameter is Muon's only if the user is told to look at it."""
         if param in self.last and param.shape[0] * 2 <= param.shape[1]:
             yield "may be an output"
         is_layer = all(_LAYER.search(owner.path) for owner in owners)
@@ -173,7 +179,7 @@ class Facts:
                 yield "bare"
 
     def not_to_decay(self, param: Tensor, owners: list[Owner]) -> Iterator[str]:
-        """The kinds for which weight decay would be wrong."""
+        """Yield the kinds for which weight decay would be wrong."""
         for owner in owners:
             if param.ndim < 2 or owner.local.endswith("bias") or ("norm" in owner.type_name and param.ndim < 2):
                 yield "decayed: 1-D, norm or bias"
@@ -186,12 +192,12 @@ class Facts:
                 yield "decayed: element by element"
 
     def is_in_router(self, owner: Owner) -> bool:
-        """Whether a matrix is one of a router of several layers."""
+        """Return whether a matrix is one of a router of several layers."""
         paths = [owner.path.rsplit(".", count)[0] for count in range(4)]
         return any("router" in type(self.modules[path]).__name__.lower() for path in paths)
 
     def _is_beside_experts(self, owner: Owner) -> bool:
-        """Whether the module that owns a matrix, or one of the two around it, has experts for a child."""
+        """Return whether the module that owns a matrix, or one of the two around it, has experts for a child."""
         if re.search(r"rout|gate|topk", owner.type_name):
             return True
         path = owner.path
@@ -205,13 +211,13 @@ class Facts:
         return False
 
     def _is_stack(self, param: Tensor, owner: Owner, num_pieces: int) -> bool:
-        """Whether a bare parameter is a stack of experts, or experts one below the other that its group cuts."""
+        """Return whether a bare parameter is a stack of experts, or experts one below the other that its group cuts."""
         is_named = "expert" in f"{owner.path}.{owner.local}".lower() or "expert" in owner.type_name
         return is_named and (param.shape[0] in self.experts | {1} if param.ndim == 3 else num_pieces in self.experts)
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether its weight multiplies: nn.Linear, nn.MultiheadAttention, and classes that are called so."""
+    """Return whether its weight multiplies: nn.Linear, nn.MultiheadAttention, and classes that are called so."""
     is_known = isinstance(module, (nn.Linear, nn.MultiheadAttention))
     return is_known or bool(re.search(r"Linear|Conv1D$|Dense$", type(module).__name__))
 
@@ -222,7 +228,7 @@ def _numbers(module: nn.Module) -> list[tuple[str, int]]:
 
 
 def _heads(model: nn.Module) -> Iterator[Tensor]:
-    """Weights of what `get_output_embeddings` of any module returns."""
+    """Yield the weights of what `get_output_embeddings` of any module returns."""
     for module in model.modules():
         if hasattr(module, "get_output_embeddings"):
             try:
@@ -234,7 +240,10 @@ def _heads(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _last(model: nn.Module) -> Iterator[Tensor]:
-    """Weights of the Linears that end the parts of a `...For...` behind its base, and that no later part takes."""
+    """Yield the weights of the Linears that end the parts of a `...For...` behind its base.
+
+    No later part takes what they give.
+    """
     base = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
     children = list(model.children())
     behind = children[children.index(base) + 1 :] if base in children else []

@@ -1,5 +1,7 @@
-"""One step of a model on many GPUs as the planner would have it: bytes by link, operations by rank, and what
-gathering momenta would take instead. Nothing is run."""
+"""One step of a model on many GPUs as the planner would have it: bytes by link, operations by rank.
+
+Beside it stands what gathering momenta would take instead. Nothing is run.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ class SimulatedTraffic:
         return [sum(pair) for pair in zip(*direction, strict=True)]
 
     def ms(self) -> float:
-        """Of the slowest rank, both kinds of links and both directions at once; latencies are not counted."""
+        """Return the slowest rank's time, both kinds of links and both directions at once, latencies aside."""
         machine = self.machine
         inside = max(*self.sent[0], *self.received[0]) / machine.node_gb_s
         return max(inside, max(*self.sent[1], *self.received[1]) / machine.network_gb_s) / 1e6
@@ -56,8 +58,9 @@ class SimulatedTraffic:
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """One model on one mesh. Bytes of one step and one rank, the mean and the most of any; ms of the slowest rank,
-    ours round after round.
+    """One model on one mesh.
+
+    Bytes of one step and one rank, the mean and the most of any; ms of the slowest rank, ours round after round.
 
     Attributes:
         balance: the most loaded rank's cost over the mean.
@@ -91,7 +94,7 @@ class SimulatedStep:
 
 
 def shards_of(model: Llama) -> int:
-    """GPUs of one replica in HSDP."""
+    """Count the GPUs of one replica in HSDP."""
     needed = sum(rows * cols for rows, cols in model.linears()) * model.layers * BYTES_PER_ELEMENT / BYTES_PER_GPU
     count = MIN_SHARDS
     while count < needed:
@@ -100,7 +103,7 @@ def shards_of(model: Llama) -> int:
 
 
 def matrices_of(model: Llama, num_shards: int, replicas: int, kind: str) -> list[Matrix]:
-    """Every hidden matrix, its rows in chunks (torch.chunk, FSDP2's `Shard(0)`), replica after replica."""
+    """Return every hidden matrix, its rows in chunks (torch.chunk, FSDP2's `Shard(0)`), replica after replica."""
     schedule = resolve_coefficients("jordan", DEFAULT_NS_STEPS)
     found: dict[tuple[int, ...], Matrix] = {}
     for rows, cols in model.linears():
@@ -113,14 +116,14 @@ def matrices_of(model: Llama, num_shards: int, replicas: int, kind: str) -> list
 
 
 def operations(matrix: Matrix) -> int:
-    """Floating-point operations of one matrix by its method."""
+    """Count the floating-point operations of one matrix by its method."""
     method = matrix.method
     num_segments = max(1, len(method.segments))
     return flops(method.form, matrix.rows, matrix.cols, DEFAULT_NS_STEPS, num_segments=num_segments)
 
 
 def slowest_of_rounds(planned: Assignment) -> int:
-    """Operations one after the other where every round waits for its slowest owner."""
+    """Sum the operations of the slowest owner of each round, for which all wait."""
     total = 0
     for parts in planned.rounds:
         work: Counter[int] = Counter()
@@ -131,11 +134,12 @@ def slowest_of_rounds(planned: Assignment) -> int:
 
 
 def moonlight(matrices: Sequence[Matrix], num_ranks: int, machine: Machine) -> tuple[SimulatedTraffic, list[int]]:
-    """Distributed Muon of Moonlight (arXiv 2502.16982, algorithm 1): traffic and operations by rank of one replica.
+    """Count traffic and operations by rank of one replica in Moonlight's Distributed Muon.
 
-    Our reading: ZeRO-1 as in Megatron. The momenta of all matrices, one after the other, are cut into equal ranges,
-    one a rank. Each rank gathers in bf16 every matrix of which its range has a part, orthogonalizes it whole, and keeps
-    its part. Not counted, on neither side, are gradients and the all-gather of updated parameters.
+    It is algorithm 1 of arXiv 2502.16982. Our reading: ZeRO-1 as in Megatron. The momenta of all matrices, one after
+    the other, are cut into equal ranges, one a rank. Each rank gathers in bf16 every matrix of which its range has a
+    part, orthogonalizes it whole, and keeps its part. Not counted, on neither side, are gradients and the all-gather
+    of updated parameters.
     """
     traffic, work = SimulatedTraffic(num_ranks, machine), [0] * num_ranks
     total, start = sum(m.rows * m.cols for m in matrices), 0

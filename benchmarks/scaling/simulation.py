@@ -1,6 +1,6 @@
-"""Who would orthogonalize what, and what would move, for large models on many GPUs: planned, nothing is run.
+r"""Plan of who would orthogonalize what, and what would move, for large models on many GPUs: planned, nothing is run.
 
-    python -m benchmarks.scaling.simulation --out benchmarks/results/scale_simulation.md \\
+    python -m benchmarks.scaling.simulation --out benchmarks/results/scale_simulation.md \
         --json benchmarks/results/scale_simulation.json
 
 The planner is the one that `Muon8bit.step()` uses. Bytes and balance are counted; times are predicted from the rates

@@ -1,4 +1,4 @@
-"""What a step must do, counted from shapes: operations of Newton-Schulz, bytes of the phases around it.
+"""Work of a step, counted from shapes: operations of Newton-Schulz, bytes of the phases around it.
 
     stats    reads codes, scales and gradient; writes one sum a block
     apply    reads codes, scales, gradient and one norm; writes codes, scales and X
@@ -75,8 +75,10 @@ def plan(
 
 
 def flop_ceiling(matrices: Matrices, schedule: Coefficients) -> float:
-    """How many times fewer operations than torch.optim.Muon's Newton-Schulz half precision can do: the cheaper form of
-    each shape, every symmetric product one triangle, with the restarts that fp16 needs. A ratio of times at equal rate.
+    """Return how many times fewer operations than torch.optim.Muon's Newton-Schulz half precision can do.
+
+    The count is of the cheaper form of each shape, of every symmetric product one triangle, with the restarts that fp16
+    needs. It is a ratio of times at equal rate.
 
     Raises:
         ValueError: where fp16 cannot hold the schedule.

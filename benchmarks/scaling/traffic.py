@@ -38,7 +38,7 @@ MODES = ("fsdp", "shard_state")
 
 
 def run(rank: int, num_ranks: int, mode: str, divisor: int, folder: str) -> None:
-    """One rank: two steps, of which the second is counted, into a file of the folder."""
+    """Run one rank: two steps, of which the second is counted, into a file of the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{mode}", rank=rank, world_size=num_ranks)
     exchange.orthogonalize = lambda X, *_: X  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def run(rank: int, num_ranks: int, mode: str, divisor: int, folder: str) -> None
 
 
 def measure(mode: str, num_ranks: int, divisor: int) -> dict[str, Any]:
-    """Of all ranks: bytes counted and predicted, and their part of all-gathering every momentum in fp32."""
+    """Count the bytes of all ranks, beside those predicted, and their part of all-gathering every momentum in fp32."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run, (num_ranks, mode, divisor, folder), nprocs=num_ranks)
         ranks = [json.loads(Path(folder, f"{mode}{rank}.json").read_text()) for rank in range(num_ranks)]

@@ -62,7 +62,7 @@ def train(folder: Path, recipe: Path, steps: int, seed: int, num_ranks: int) -> 
 
 
 def compare(one: list[dict[str, Any]], two: dict[str, Any]) -> dict[str, Any]:
-    """What was found, and whether it is what must hold.
+    """Return what was found, and whether it is what must hold.
 
     Args:
         one: results of one process, by seed.

@@ -50,7 +50,7 @@ class Grid:
         self.records: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.exists() else {}
 
     def loss(self, mode: str, arm: str, lr: float, seed: int, steps: int) -> float:
-        """Held-out loss of a run in nats per target; it is run, or continued, unless its record is there."""
+        """Return a run's held-out loss, in nats per target; run it, or continue it, unless its record is there."""
         name = f"{mode}-{arm.replace(' ', '-')}-lr{lr:g}-seed{seed}-steps{steps}"
         if name not in self.records:
             folder = self.runs / name
@@ -79,7 +79,7 @@ class Grid:
         subprocess.run(command, cwd=ROOT, check=True)
 
     def best_rate(self, mode: str, arm: str) -> float:
-        """The best of a grid of rates at 20 steps, which grows by factors of 2 until the best is interior."""
+        """Return the best of a grid of rates at 20 steps, which grows by factors of 2 until the best is interior."""
         rates = list(FIRST_RATES[mode, arm])
         while True:
             losses = {lr: self.loss(mode, arm, lr, seed=0, steps=20) for lr in rates}
@@ -92,7 +92,7 @@ class Grid:
                 return best
 
     def table(self) -> str:
-        """Markdown: mean held-out loss by mode, arm, steps and rate, with the spread over seeds."""
+        """Return the table in Markdown: mean held-out loss by mode, arm, steps and rate, with the spread over seeds."""
         groups: dict[tuple[str, int, str, float], list[dict[str, Any]]] = {}
         for record in self.records.values():
             key = (record["mode"], record["steps"], record["arm"], record["lr"])

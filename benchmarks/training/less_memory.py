@@ -1,4 +1,4 @@
-"""What less memory costs the default recipe: bf16 weights, rounded stochastically and to nearest; 8-bit AdamW.
+"""Cost of less memory in the default recipe: bf16 weights, rounded stochastically and to nearest; 8-bit AdamW.
 
     python -m benchmarks.training.less_memory --runs runs/less_memory          # runs what is not recorded yet
     python -m benchmarks.training.less_memory --table
@@ -34,7 +34,7 @@ KEPT = ("val_loss", "step", "tokens", "corpus", "tokenizer", "model_config", "py
 
 
 def run(folder: Path, arm: str, seed: int) -> dict[str, Any]:
-    """One run from its start; returns its record."""
+    """Run once from the start; return the record."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, str(ROOT / "finetune" / "pretrain.py"), *ARMS[arm], "--seed", str(seed)]
     subprocess.run([*command, "--output-dir", str(folder)], cwd=ROOT, check=True)
@@ -44,7 +44,10 @@ def run(folder: Path, arm: str, seed: int) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown, over the seeds that every arm has: validation losses, mean gap to fp32; the ratio of the mean gaps."""
+    """Return the table in Markdown, over the seeds that every arm has.
+
+    It has validation losses, the mean gap to fp32, and the ratio of the mean gaps.
+    """
     losses = {(record["arm"], record["seed"]): record["val_loss"] for record in records}
     seeds = [seed for seed in SEEDS if all((arm, seed) in losses for arm in ARMS)]
     if not seeds:

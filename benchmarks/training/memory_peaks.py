@@ -44,7 +44,7 @@ BATCHES = ((1, 64), (4, 256))
 
 
 def optimizers(name: str, model: torch.nn.Module) -> list[Optimizer]:
-    """Optimizers that together are the column `name` of the estimate."""
+    """Return the optimizers that together are the column `name` of the estimate."""
     return _optimizers(name, _groups(name, model))
 
 
@@ -73,7 +73,7 @@ def _optimizers(name: str, groups: list[dict[str, Any]]) -> list[Optimizer]:
 
 
 def released(name: str, model: torch.nn.Module) -> list[Optimizer]:
-    """An optimizer for each parameter, which steps and frees its gradient in the backward pass."""
+    """Return an optimizer for each parameter, which steps and frees its gradient in the backward pass."""
     found = []
     for group in _groups(name, model):
         for pair in group["params"]:
@@ -89,7 +89,7 @@ def released(name: str, model: torch.nn.Module) -> list[Optimizer]:
 
 
 def peak_bytes(config: Any, name: str, setup: Setup) -> int:
-    """Most bytes of tensors that are alive at once in a training step."""
+    """Return the most bytes of tensors that are alive at once in a training step."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=setup.weight_dtype)
     model.train()
@@ -118,7 +118,7 @@ def peak_bytes(config: Any, name: str, setup: Setup) -> int:
 
 
 def compare(config: Any, name: str, setup: Setup, estimator: Estimator) -> dict[str, Any]:
-    """Measured and estimated bytes, the relative error of the estimate and its phase of the peak."""
+    """Return measured and estimated bytes, the relative error of the estimate and its phase of the peak."""
     peak = estimator.estimate(setup).optimizers[name].peak(setup.checkpointing)
     measured = peak_bytes(config, name, setup)
     return {
@@ -136,7 +136,7 @@ def compare(config: Any, name: str, setup: Setup, estimator: Estimator) -> dict[
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """Every optimizer, with and without activation checkpointing and gradient release."""
+    """Yield a row for every optimizer, with and without activation checkpointing and gradient release."""
     config = LlamaConfig(**LLAMA_30M)
     estimator = Estimator(config)
     for (batch, seq), name, release, checkpointing in product(BATCHES, MEASURED, (False, True), (False, True)):

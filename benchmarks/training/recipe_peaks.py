@@ -55,12 +55,12 @@ MICRO_BATCHES = 2
 
 
 def recipe_of(name: str) -> SftRecipe:
-    """A recipe of `finetune/recipes/sft`, with what it leaves to be chosen."""
+    """Return a recipe of `finetune/recipes/sft`, with what it leaves to be chosen."""
     return resolve(sft_recipe_from(read_sft_recipe(name), name), 1000, 1)[0]
 
 
 def setup_of(recipe: SftRecipe) -> Setup:
-    """What `muon8bit estimate` is asked for a recipe on a GPU that has bf16."""
+    """Return what `muon8bit estimate` is asked for a recipe on a GPU that has bf16."""
     is_bf16 = recipe.dtype == "bf16" or (recipe.dtype == "auto" and recipe.has_adapter)
     return Setup(
         batch=recipe.batch_size,
@@ -77,19 +77,19 @@ def setup_of(recipe: SftRecipe) -> Setup:
 
 
 def column_of(recipe: SftRecipe) -> str:
-    """The optimizer of the estimate that a recipe trains with."""
+    """Return the optimizer of the estimate that a recipe trains with."""
     if recipe.optimizer == "muon8bit" and recipe.adamw_bits == 8:
         return "muon8bit+adamw8bit"
     return recipe.optimizer
 
 
 def preset_of(recipe: SftRecipe) -> str:
-    """The estimate's name of the model: the last part of the hub's."""
+    """Return the estimate's name of the model: the last part of the hub's."""
     return recipe.model.rpartition("/")[2]
 
 
 def random_batch(recipe: SftRecipe, vocab_size: int, device: torch.device) -> Batch:
-    """Full rows of random tokens, all of them targets; packed ones hold two conversations."""
+    """Return full rows of random tokens, all of them targets; packed ones hold two conversations."""
     rng, num = np.random.default_rng(0), 2 if recipe.packing else 1
     length = recipe.seq_len // num
     targets = np.ones(length, np.bool_)
@@ -122,7 +122,7 @@ class RecipeTraining:
         self.batches = [random_batch(recipe, config.vocab_size, self.device)] * micro_batches
 
     def step(self) -> None:
-        """One optimizer step, as `finetune.training.trainer` takes it."""
+        """Take one optimizer step, as `finetune.training.trainer` takes it."""
         targets = sum(int(num_targets(batch)) for batch in self.batches)
         accumulate_gradients(self.accelerator, self.model, self.batches, targets, self.recipe.loss_chunk)
         if not self.recipe.release_gradients:
@@ -133,7 +133,7 @@ class RecipeTraining:
 
 
 def allocated_bytes(training: RecipeTraining) -> int:
-    """The most bytes that CUDA has allocated in two steps; 0 on a CPU."""
+    """Return the most bytes that CUDA has allocated in two steps; 0 on a CPU."""
     on_gpu = training.device.type == "cuda"
     gc.collect()
     if on_gpu:
@@ -145,7 +145,7 @@ def allocated_bytes(training: RecipeTraining) -> int:
 
 
 def measure(name: str, dry: bool) -> dict[str, Any]:
-    """A row of the record: measured and estimated GiB; words stand in place of what a dry run does not measure."""
+    """Return a row of the record: measured and estimated GiB; words in place of what a dry run does not measure."""
     recipe, config = recipe_of(name), load_config(preset_of(recipe_of(name)))
     if dry:
         config.update(TINY)

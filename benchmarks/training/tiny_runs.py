@@ -31,7 +31,7 @@ PROCESSES = multiprocessing.get_context("forkserver")  # imports torch once; eac
 
 
 def train(arguments: list[str], log: Path, largest_file: int | None) -> None:
-    """One process: the pretraining script, its output in a file; ends with the script's exit code."""
+    """Run the pretraining script in this process, its output in a file, and end with its exit code."""
     with log.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -44,12 +44,12 @@ def train(arguments: list[str], log: Path, largest_file: int | None) -> None:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints that have a name."""
+    """Return the steps of the checkpoints that have a name."""
     return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
 
 
 def check_sealed(folder: Path) -> None:
-    """Every checkpoint with a name matches its manifest; read here without the code under test."""
+    """Check that every checkpoint with a name matches its manifest; read here without the code under test."""
     for step in saved_steps(folder):
         checkpoint = named(folder, step)
         listed = json.loads((checkpoint / "manifest.json").read_text())["files"]
@@ -112,17 +112,17 @@ class Runs:
 
 
 def named(folder: Path, step: int) -> Path:
-    """A complete checkpoint."""
+    """Return a complete checkpoint."""
     return folder / "checkpoints" / f"step-{step:07d}"
 
 
 def partial(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written before it has its name."""
+    """Return where the checkpoint of a step is written before it has its name."""
     return folder / "checkpoints" / f".step-{step:07d}.partial"
 
 
 def check_same(folder: Path, other: Path) -> None:
-    """Two whole runs have the same weights and the same losses, bit for bit."""
+    """Check that two whole runs have the same weights and the same losses, bit for bit."""
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (folder, other)]
     texts = [(run / "metrics.jsonl").read_text().splitlines() for run in (folder, other)]
     losses = [[{**json.loads(line), "seconds": 0} for line in lines] for lines in texts]
