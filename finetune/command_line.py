@@ -22,7 +22,7 @@ from finetune.config.options import (
     option_help,
     option_type,
 )
-from finetune.parallel.launcher import follow_launcher
+from finetune.parallel.launcher import follow_launcher, tell_launcher
 from finetune.storage.run_dir import RunFolder
 from muon8bit import cli
 
@@ -30,8 +30,8 @@ STARTED = time.monotonic()  # s; before torch is imported, which counts against 
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a gradient or a validation loss was not finite, or the disk is full; 2 bad input; 124 "
-    "--max-minutes have passed; 130 or 143 Ctrl-C or SIGTERM came. After 124, 130 and 143 the run is saved and not "
-    "complete. torchrun and accelerate launch make 1 of all but 0; a complete run has a result.json."
+    "--max-minutes have passed; 129, 130 or 143 SIGHUP, Ctrl-C or SIGTERM came. After 124 and these the run is saved "
+    "and not complete. torchrun and accelerate launch make 1 of all but 0; a complete run has a result.json."
 )
 
 
@@ -125,6 +125,10 @@ def run_script(work: Callable[[], int]) -> int:
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
+        tell_launcher(str(error))
         return 2
     except KeyboardInterrupt:  # before or after the training loop, which saves and says how to resume
         return 130
+    except Exception as error:
+        tell_launcher(f"{type(error).__name__}: {error}")
+        raise

@@ -27,7 +27,7 @@ from finetune.config.options import flag
 from finetune.config.reading import read_values, saved_values
 from finetune.config.recipe import DEFAULT_RECIPE, RECIPES, Recipe, read_model_config, read_recipe, recipe_from
 from finetune.data.corpus import check_exists
-from finetune.storage.run_dir import RunFolder, choose_folder, find_run
+from finetune.storage.run_dir import RunFolder, check_script, choose_folder, find_run
 
 PATHS = ("dataset", "tokenizer", "init_from")
 
@@ -78,6 +78,7 @@ def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) 
         raise InputError(option, "a resumed run keeps its own; leave it out, or start anew without --resume")
     folder = find_run(resume)
     values, origin = read_values(str(folder.recipe_file), RECIPES, Recipe)
+    check_script(folder, values, "pretrain")
     saved = recipe_from(saved_values(values), origin)
     if overrides.get("model", saved.model) != saved.model:
         raise InputError("--model-config", f"{folder.path} holds checkpoints of another model; leave it out")

@@ -35,7 +35,7 @@ from finetune.config.sft_recipe import (
     sft_recipe_from,
 )
 from finetune.data.files import row_kind
-from finetune.storage.run_dir import RunFolder, choose_folder, find_run
+from finetune.storage.run_dir import RunFolder, check_script, choose_folder, find_run
 
 PATHS = ("model", "adapter", "dataset", "chat_template")
 
@@ -78,6 +78,7 @@ def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) 
         raise InputError(option, "a resumed run keeps its own; leave it out, or start anew without --resume")
     folder = find_run(resume)
     values = saved_values(read_sft_recipe(str(folder.recipe_file)))
+    check_script(folder, values, "sft")
     saved = sft_recipe_from(values, str(folder.recipe_file))
     check_resumable(folder, saved, overrides)
     recipe = sft_recipe_from({**values, **overrides}, "the options")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -33,6 +35,18 @@ def follow_launcher() -> None:
         raise OSError(number, f"prctl: {os.strerror(number)}")
     if os.getppid() != parent:  # it died before the kernel knew
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def tell_launcher(text: str) -> None:
+    """Leave the reason why this process ends where torchrun looks for it; torchrun prints it last.
+
+    It is the file that torch's `record` writes, with a sentence in place of a traceback, and without importing torch.
+    Without torchrun, which `accelerate launch` runs for several processes, nothing is written.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        record = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": record}))
 
 
 def _is_launcher(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,13 +15,15 @@ from accelerate import Accelerator
 from finetune.config.errors import StorageError
 from finetune.parallel.ranks import gather
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TIME_IS_UP = 124  # exit code: that of timeout(1), so that a script which knows that one knows ours
 
 
 class StopSignal:
     """Reasons to stop before the last step; all ranks agree on them between two steps.
 
-    SIGTERM and SIGINT, a time that has passed, and a disk that took no metrics.
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a terminal that is closed), a time that has passed, and a disk that took no
+    metrics, of which `error` tells. The first one counts.
 
     Args:
         deadline: on the clock of `time.monotonic`, in seconds.
@@ -28,12 +31,17 @@ class StopSignal:
 
     def __init__(self, deadline: float = math.inf) -> None:
         self.deadline, self.code = deadline, 0
-        self.error: OSError | None = None
+        self.error = ""
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]  # one that is gone does not tell
 
     @contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Catch both signals inside the block; the handlers before it come back at its end."""
-        before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        """Catch the signals inside the block; the handlers before it come back at its end.
+
+        One that is ignored stays so: nohup lets a run ignore SIGHUP.
+        """
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield self
         finally:
@@ -41,7 +49,16 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
-        self.code = 128 + number
+        self.code = self.code or 128 + number
+        if number == signal.SIGHUP:
+            self._leave_terminal()
+
+    def _leave_terminal(self) -> None:
+        """Let what goes to the terminal go nowhere: it has been closed, and a print to it would fail."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in self._terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any rank has a reason to stop; a collective call. `code` is then the exit code, equal on all ranks.
@@ -50,8 +67,9 @@ class StopSignal:
             StorageError: some rank's disk took no metrics; on all ranks.
         """
         code = self.code or (TIME_IS_UP if time.monotonic() >= self.deadline else 0)
-        reasons = gather(accelerator, (self.error is not None, code))
+        reasons = gather(accelerator, (self.error, code))
         self.code = max(code for _, code in reasons)
-        if any(failed for failed, _ in reasons):
-            raise StorageError(f"cannot write metrics.jsonl: {self.error or 'on the main process'}")
+        for error, _ in reasons:
+            if error:
+                raise StorageError(error)
         return self.code > 0

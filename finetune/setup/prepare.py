@@ -40,6 +40,10 @@ class PretrainRun(Run):
     cache: TokenCache
     bigram: float = float("nan")
 
+    @property
+    def reference(self) -> tuple[str, float]:
+        return "interpolated bigram", self.bigram
+
     def bits_per_byte(self, nats_per_token: float) -> float:
         """Bits per UTF-8 byte of text, which unlike nats per token compares across tokenizers."""
         return nats_per_token / math.log(2) / self.cache.bytes_per_token
@@ -116,7 +120,7 @@ def _introduce(run: PretrainRun, num_parameters: int) -> None:
 
 
 def _prepare_data(recipe: Recipe, config: Any, accelerator: Accelerator) -> tuple[Any, TokenCache, dict[str, Any]]:
-    """Tokenizer, token cache, and the facts that every record of the run carries."""
+    """Tokenizer, token cache, and the facts that the records of the run carry."""
     corpus = open_corpus(recipe)
     if accelerator.is_main_process:
         print(f"text: {corpus.label}, corpus {corpus.hash[:12]}; tokenizing what is not in the cache", flush=True)

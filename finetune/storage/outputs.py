@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,8 @@ from finetune.parallel.launch import plain_model, whole_state
 from finetune.parallel.ranks import gather
 from finetune.setup.prepare import PretrainRun
 from finetune.storage.run_dir import folder_beside, write_beside
+from finetune.training.memory import peak_bytes
+from finetune.training.progress import plot_run
 from finetune.training.run import Run
 
 
@@ -31,7 +32,7 @@ def finish(run: PretrainRun) -> None:
     val_loss = run.folder.metrics()[-1]["val_loss"]
     bits = run.bits_per_byte(val_loss)
     more = {"bits_per_byte": bits, "parameter_hashes": hashes}
-    write_results(run, more, reference=("interpolated bigram", run.bigram))
+    write_results(run, more)
     below = "below" if val_loss < run.bigram else "NOT below"
     run.say(f"{summary(run, val_loss)}; {below} the interpolated bigram's {run.bigram:.4f}")
 
@@ -44,26 +45,26 @@ def summary(run: Run, val_loss: float) -> str:
     )
 
 
-def write_results(run: Run, more: Mapping[str, Any], reference: tuple[str, float]) -> None:
+def write_results(run: Run, more: Mapping[str, Any]) -> None:
     """Write state_report.json, loss.png and result.json of a finished run, and print the table of state bytes.
 
     Args:
         run: after its last step; the main process's.
         more: for result.json.
-        reference: name and height of a line in the plot, nats per token.
     """
     path = run.folder.path
     optimizers: list[Any] = [getattr(o, "optimizer", o) for o in run.optimizers]
     record, table = report_state(optimizers)
     write_beside(path / "state_report.json", json.dumps(record | run.facts, indent=1))
-    metrics = run.folder.metrics()
-    plot_losses(metrics, reference, f"{run.recipe.name}, {run.recipe.optimizer}", path / "loss.png")
+    plot_run(run)
     result = {
         "optimizer": run.recipe.optimizer,
         "step": run.step,
-        "val_loss": metrics[-1]["val_loss"],
+        "val_loss": run.folder.metrics()[-1]["val_loss"],
         "tokens": run.tokens,
         "seconds": run.seconds,
+        "state_bytes": record["total_bytes"],
+        "peak_bytes": peak_bytes(run.accelerator.device),
         **run.release_facts,
         **more,
         **run.facts,
@@ -99,31 +100,3 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         if path.exists():
             path.rename(old)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def plot_losses(metrics: list[dict[str, Any]], reference: tuple[str, float], title: str, path: Path) -> None:
-    """Plot training and validation loss over steps, with a reference as a line.
-
-    Args:
-        metrics: records of metrics.jsonl; losses in nats per token.
-        reference: its name, and its validation loss in nats per token; not drawn where that is NaN.
-        title: of the figure.
-        path: the .png to write.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], lw=1, label="training")
-    evaluated = [m for m in metrics if m["val_loss"] is not None]
-    axes.plot([m["step"] for m in evaluated], [m["val_loss"] for m in evaluated], "o-", label="validation")
-    name, height = reference
-    if math.isfinite(height):
-        axes.axhline(height, color="gray", ls="--", label=name)
-    axes.set(xlabel="step", ylabel="nats per token", title=title)
-    axes.legend()
-    beside = path.with_name(".loss.png")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(path)

@@ -9,7 +9,7 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +183,26 @@ def find_run(resume: str) -> RunFolder:
     if not checkpoints:
         raise InputError("--resume", f"{path} has no complete checkpoint; start anew without --resume")
     return RunFolder(path, candidates=tuple(reversed(checkpoints)))
+
+
+def check_script(folder: RunFolder, values: Mapping[str, Any], script: str) -> None:
+    """Check that a run is resumed by the script that began it.
+
+    Args:
+        folder: of the run.
+        values: of its recipe; that of pretraining alone has a model's configuration.
+        script: `pretrain` or `sft`, which is to resume it.
+
+    Raises:
+        InputError: it is a run of the other one.
+    """
+    began = "pretrain" if isinstance(values.get("model"), dict) else "sft"
+    if began != script:
+        raise InputError(
+            "--resume",
+            f"{folder.path} is a run of finetune.{began}; resume it by: python -m finetune.{began} --resume "
+            f"{folder.path}",
+        )
 
 
 def scratch_beside(path: Path) -> Path:

@@ -82,6 +82,8 @@ def restore(run: Run) -> None:
     run.step, run.position = record["step"], record["position"]
     run.tokens, run.seconds = record["tokens"], record["seconds"]
     run.skipped = record.get("skipped", [])  # older checkpoints are of runs that skip nothing
+    if "val_loss_before" in record["facts"]:  # which pretraining of release 0.1 did not look at
+        run.facts["val_loss_before"] = record["facts"]["val_loss_before"]
     run.say(f"resumed from {run.folder.checkpoint} at step {run.step}")
 
 

@@ -28,7 +28,7 @@ def finish(run: SftRun) -> None:
         save_merged(run.base, path / "adapter", path / "model", recipe, run.tokenizer)
     run.write_answers("after")
     _show_answers(run)
-    write_results(run, {"parameter_hashes": hashes, "mode": recipe.mode}, ("before", run.val_loss_before))
+    write_results(run, {"parameter_hashes": hashes, "mode": recipe.mode})
     run.say(summary(run, run.folder.metrics()[-1]["val_loss"]))
 
 

@@ -36,9 +36,9 @@ from muon8bit import Muon8bit, release_gradients
 class Run(ABC):
     """Everything that a run holds while it trains.
 
-    `facts` go into result.json and the checkpoints; `corpus` and `python` of them into every record. `position` counts
-    sequences of the shuffled order, `tokens` the targets that were trained on (`unit` is their name in the log),
-    `seconds` the time of steps only. `skipped`: with gradient release, the steps in which a gradient was not finite.
+    `facts` go into run.json, result.json and the checkpoints. `position` counts sequences of the shuffled order,
+    `tokens` the targets that were trained on (`unit` is their name in the log), `seconds` the time of steps only.
+    `skipped`: with gradient release, the steps in which a gradient was not finite.
     """
 
     unit: ClassVar[str] = "tokens"
@@ -61,6 +61,11 @@ class Run(ABC):
     @abstractmethod
     def describe(self, val_loss: float) -> str:
         """A validation loss in words, with whatever compares it."""
+
+    @property
+    def reference(self) -> tuple[str, float] | None:
+        """Name and validation loss, in nats per token, of what the picture compares with; None for nothing."""
+        return None
 
     @property
     def release_facts(self) -> dict[str, int]:

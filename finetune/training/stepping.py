@@ -103,8 +103,6 @@ def read_step(run: Run, step: Step) -> dict[str, Any]:
         "val_loss": None,
         "tokens": step.tokens,
         "seconds": round(run.seconds, 3),
-        "corpus": run.facts["corpus"],
-        "python": run.facts["python"],
     }
 
 

@@ -6,17 +6,20 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from finetune.command_line import STARTED
 from finetune.config.errors import OtherRankError, StorageError
-from finetune.parallel.ranks import leave
+from finetune.parallel.launcher import tell_launcher
+from finetune.parallel.ranks import leave, on_main
 from finetune.parallel.stopping import StopSignal
 from finetune.storage.checkpoints import named_checkpoints
 from finetune.storage.saving import restore, resume_command, save
+from finetune.training.progress import ProgressLog, write_run_record
 from finetune.training.run import Run
 from finetune.training.stepping import Step, one_step, read_step, reads_later
 from finetune.training.train_step import evaluate
@@ -26,7 +29,7 @@ R = TypeVar("R", bound=Run)
 
 
 def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
-    """Run, or continue, one training job.
+    """Run, or continue, one training job. What is printed last says how it ended: why not, or how to go on.
 
     Args:
         run: set up, before its first step; its folder tells whether to continue from a checkpoint.
@@ -39,28 +42,50 @@ def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
 
     Raises:
         InputError: the checkpoint cannot be loaded.
+        KeyboardInterrupt: Ctrl-C outside of the loop; how to resume is said.
     """
-    if run.folder.checkpoint:
-        restore(run)
+    code, failure = 1, ""
     try:
-        code = _train(run, script)
+        _begin(run, script)
+        code = _train(run)
         if code == 0:
             _finish(run, finish)
     except (FloatingPointError, NonFiniteGradientError) as error:
         clip = "--clip-matrix-norm" if run.recipe.release_gradients else "--clip"
-        _complain(run, f"step {run.step + 1}: {error}; start anew with a lower --lr, or with {clip}")
-        code = 1
+        failure = f"step {run.step + 1}: {error}; start anew with a lower --lr, or with {clip}"
     except StorageError as error:
-        _complain(run, f"step {run.step}: {error}; {_free_space(run)}")
-        _tell_of_checkpoints(run, script)
-        code = 1
+        failure = f"step {run.step}: {error}; {_free_space(run)}{_untouched(run, script)}"
     except OtherRankError as error:
-        _complain(run, f"step {run.step}: {error}")
-        _tell_of_checkpoints(run, script)
-        code = 1
+        failure = f"step {run.step}: {error}{_untouched(run, script)}"
+    except KeyboardInterrupt:
+        nothing = " before the first checkpoint; there is nothing to resume"
+        _complain(run, f"stopped{_untouched(run, script) or nothing}")
+        raise
     run.say(f"run folder: {run.folder.path}")
+    if failure:
+        code = 1
+        _complain(run, failure)
+    elif code:
+        stopped = f"stopped at step {run.step} of {run.recipe.max_steps} and saved; to resume:"
+        run.say(f"{stopped}\n  {resume_command(run, script)}")
+        tell_launcher(f"{stopped} {resume_command(run, script)}")
     leave(run.accelerator)
     return code
+
+
+def _begin(run: Run, script: str) -> None:
+    """Continue from the checkpoint, or evaluate the weights before the first step; record the facts of the run."""
+    if run.folder.checkpoint:
+        restore(run)
+    elif "val_loss_before" not in run.facts:  # fine-tuning has looked already
+        recipe = run.recipe
+        val_loss = evaluate(run.accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
+        run.facts["val_loss_before"] = val_loss
+        run.say(f"step 0: validation {run.describe(val_loss)}")
+    try:
+        on_main(run.accelerator, lambda: write_run_record(run, Path(script).stem))
+    except OSError as error:
+        raise StorageError(f"cannot write run.json: {error}") from error
 
 
 def _finish(run: R, finish: Callable[[R], None]) -> None:
@@ -72,13 +97,17 @@ def _finish(run: R, finish: Callable[[R], None]) -> None:
 
 
 def _complain(run: Run, text: str) -> None:
+    """Print on the main process why a run ends, and leave it for the launcher on all."""
     if run.accelerator.is_main_process:
         print(text, file=sys.stderr)
+    tell_launcher(text)
 
 
-def _tell_of_checkpoints(run: Run, script: str) -> None:
-    if run.accelerator.is_main_process and named_checkpoints(run.folder.path):
-        _complain(run, f"the checkpoints before are untouched; to resume:\n  {resume_command(run, script)}")
+def _untouched(run: Run, script: str) -> str:
+    """Return how to resume, to be put behind what happened; nothing where there is no checkpoint."""
+    if not named_checkpoints(run.folder.path):
+        return ""
+    return f"\nthe checkpoints before are untouched; to resume:\n  {resume_command(run, script)}"
 
 
 def _free_space(run: Run) -> str:
@@ -86,7 +115,7 @@ def _free_space(run: Run) -> str:
     return f"{free / 2**20:,.0f} MiB are free on the disk of {run.folder.path}"
 
 
-def _train(run: Run, script: str) -> int:
+def _train(run: Run) -> int:
     recipe, accelerator = run.recipe, run.accelerator
     bar = tqdm(
         total=recipe.max_steps,
@@ -96,6 +125,7 @@ def _train(run: Run, script: str) -> int:
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )
     stop = StopSignal(STARTED + 60 * recipe.max_minutes if recipe.max_minutes else math.inf)
+    progress = ProgressLog(run, stop, bar)
     queued: Step | None = None  # a step that is not read yet
     with stop.listening(), bar:
         while run.step < recipe.max_steps:
@@ -104,7 +134,7 @@ def _train(run: Run, script: str) -> int:
                 queued = one_step(run)
             finally:  # if it raises for a gradient, that may be of the step before
                 if before is not None:
-                    _log(run, stop, read_step(run, before), bar)
+                    progress.log(read_step(run, before))
             done = run.step == recipe.max_steps
             stopped = stop.agreed(accelerator)
             evaluated = done or (run.step % recipe.eval_every == 0 and not stopped)
@@ -113,13 +143,11 @@ def _train(run: Run, script: str) -> int:
                 record, queued = read_step(run, queued), None
                 if evaluated:
                     record["val_loss"] = _evaluate(run)
-                _log(run, stop, record, bar)
+                progress.log(record)
             if saved:
                 stop.agreed(accelerator)  # a checkpoint must not say that metrics are there which the disk did not take
                 save(run)
             if stopped and not done:
-                run.say(f"stopped at step {run.step} of {recipe.max_steps} and saved; to resume:")
-                run.say("  " + resume_command(run, script))
                 return stop.code
     return 0
 
@@ -131,20 +159,3 @@ def _evaluate(run: Run) -> float:
         run.step -= 1  # it is this step that went wrong
         raise FloatingPointError("the weights that it leaves have no finite validation loss")
     return val_loss
-
-
-def _log(run: Run, stop: StopSignal, record: dict[str, Any], bar: Any) -> None:
-    if not run.accelerator.is_main_process:
-        return
-    try:
-        run.folder.append_metrics(record)
-    except OSError as error:  # the other ranks hear of it when all agree next
-        stop.error = error
-    speed = record["tokens"] / run.seconds
-    bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.2e}", tok_s=f"{speed:.0f}", refresh=False)
-    bar.update()
-    keys = ("loss", "lr", "grad_norm", "num_skipped_steps", "val_loss")
-    scalars = {key: record[key] for key in keys if record.get(key) is not None}
-    run.accelerator.log(scalars, step=record["step"])
-    if record["val_loss"] is not None:
-        run.say(f"step {record['step']}: validation {run.describe(record['val_loss'])}")

@@ -77,7 +77,7 @@ def test_a_full_run_leaves_everything_it_promises(sft, tmp_path, chats):
     records = metrics(folder)
     assert [m["step"] for m in records] == list(range(1, 7))
     for record in records:
-        assert {"step", "loss", "lr", "val_loss", "tokens", "seconds", "grad_norm", "corpus", "python"} == set(record)
+        assert {"step", "loss", "lr", "val_loss", "tokens", "seconds", "grad_norm"} == set(record)
         assert (record["val_loss"] is None) == (record["step"] % 3 != 0)
     answers = json.loads((folder / "answers.json").read_text())
     assert [set(a) for a in answers] == [{"prompt", "reference", "before", "after"}] * 2
@@ -182,9 +182,9 @@ def test_qlora_lowers_the_loss_in_20_steps_and_leaves_the_nf4_weights_to_the_bit
 
     train = job._train
 
-    def watched(run, script):
+    def watched(run):
         watch(run)
-        code = train(run, script)
+        code = train(run)
         watch(run)
         return code
 

@@ -1,0 +1,92 @@
+"""Pictures of losses over steps: of one run, or of several in one picture. No torch in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Steps over which a training loss is averaged in a picture: this share of all, and never more than so many.
+SMOOTHED_SHARE, SMOOTHED_AT_MOST = 0.05, 100
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Losses of one run, in nats per token or target.
+
+    Args:
+        name: of the run.
+        metrics: records of metrics.jsonl, in the order of their steps.
+        before: validation loss of the weights before the first step; None where it is not known.
+    """
+
+    name: str
+    metrics: Sequence[dict[str, Any]]
+    before: float | None = None
+
+    @property
+    def training(self) -> tuple[list[int], list[float]]:
+        """Return steps and training losses."""
+        return [m["step"] for m in self.metrics], [m["loss"] for m in self.metrics]
+
+    @property
+    def validation(self) -> tuple[list[int], list[float]]:
+        """Return steps and validation losses, from step 0 on."""
+        found = [] if self.before is None else [(0, self.before)]
+        found += [(m["step"], m["val_loss"]) for m in self.metrics if m.get("val_loss") is not None]
+        return [step for step, _ in found], [loss for _, loss in found]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Return the exponential moving averages of losses, each divided by the weight of what it has seen.
+
+    The first value is the first loss itself. The average spans `SMOOTHED_SHARE` of all values.
+    """
+    span = min(SMOOTHED_AT_MOST, max(1.0, SMOOTHED_SHARE * len(values)))
+    beta = 1 - 2 / (span + 1)
+    averages, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = beta * total + (1 - beta) * value
+        weight = beta * weight + (1 - beta)
+        averages.append(total / weight)
+    return averages
+
+
+def plot_losses(
+    curves: Sequence[LossCurve], path: Path, title: str, reference: tuple[str, float] | None = None
+) -> None:
+    """Plot smoothed training losses and validation losses over steps; of a single run also the losses as they are.
+
+    Args:
+        curves: of the runs.
+        path: the .png to write; a reader sees the old picture or the new one.
+        title: of the figure.
+        reference: name and height of a line, in nats per token; not drawn where the height is NaN.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5))
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.1, 0.11, 0.87, 0.81))
+    alone = len(curves) == 1
+    for number, curve in enumerate(curves):
+        color = f"C{number % 10}"
+        steps, losses = curve.training
+        if alone:
+            axes.plot(steps, losses, color=color, lw=0.8, alpha=0.3)
+        axes.plot(steps, smooth(losses), color=color, lw=1.2, label="training, smoothed" if alone else curve.name)
+        label = "validation" if alone else "validation, dashed" if number == len(curves) - 1 else None
+        axes.plot(*curve.validation, "o--", color="C1" if alone else color, ms=4, label=label)
+    if reference is not None and math.isfinite(reference[1]):
+        axes.axhline(reference[1], color="gray", ls=":", label=reference[0])
+    axes.set(xlabel="step", ylabel="nats per token", title=title)
+    axes.legend()
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(path)
