@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from finetune.config.errors import StorageError
 from finetune.parallel.ranks import gather
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TIME_IS_UP = 124  # exit code: that of timeout(1), so that a script which knows that one knows ours
 
 
@@ -38,9 +37,11 @@ class StopSignal:
     def listening(self) -> Iterator[StopSignal]:
         """Catch the signals inside the block; the handlers before it come back at its end.
 
-        One that is ignored stays so: nohup lets a run ignore SIGHUP.
+        SIGHUP stays ignored where it is: nohup starts a run so.
         """
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        heard = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            heard.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield self
