@@ -78,6 +78,8 @@ def options_page() -> str:
             "| `--output-dir` | a new or empty folder; default: `runs/RECIPE-TIME/` |",
             "| `--resume` | the folder of a run to continue, or `latest` |",
             "| `--model-config` | pretraining only: a transformers `config.json` that replaces the recipe's model |",
+            "| `--preview` | fine-tuning only: print so many conversations, what is learned of them marked, and exit |",
+            "| `--check-data` | fine-tuning only: list all bad rows by reason, and exit, with code 2 if any |",
             "",
             "## Both scripts",
             "",

@@ -43,7 +43,11 @@ PATHS = ("model", "adapter", "dataset", "chat_template")
 def _parser() -> Parser:
     recipes = sorted(path.stem for path in SFT_RECIPES.glob("*.yaml"))
     more = {"--recipe": "the options override it (default: none)"}
-    return Parser("sft", (__doc__ or "").rpartition("\n\n")[0], SftRecipe, recipes, more)
+    parser = Parser("sft", (__doc__ or "").rpartition("\n\n")[0], SftRecipe, recipes, more)
+    look = parser.add_argument_group("look at the data", "Instead of a run; no weights are loaded, nothing is written.")
+    look.add_argument("--preview", metavar="N", type=int, help="print N conversations, what is learned of them marked")
+    look.add_argument("--check-data", action="store_true", help="list all bad rows by reason; exit code 2 if any")
+    return parser
 
 
 def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) -> tuple[SftRecipe, RunFolder]:
@@ -60,6 +64,8 @@ def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) 
     """
     given = vars(_parser().parse_args(argv))
     recipe_name, output_dir, resume = given.pop("recipe"), given.pop("output_dir"), given.pop("resume")
+    if (given.pop("preview") is not None) & given.pop("check_data"):
+        raise InputError("--preview", "--check-data does something else; leave one of them out")
     overrides: dict[str, Any] = {
         key: absolute(value, flag(key)) if key in PATHS else value for key, value in given.items()
     }
@@ -115,7 +121,14 @@ def _check_paths(recipe: SftRecipe) -> None:
 
 
 def _work(argv: Sequence[str]) -> int:
+    asked = _parser().parse_args(argv)
     recipe, folder = parse(argv, say_on_main)
+    if asked.check_data or asked.preview is not None:
+        from finetune.setup.sft_data import check_data, preview
+
+        lines, code = check_data(recipe) if asked.check_data else (preview(recipe, asked.preview), 0)
+        say_on_main(lines)
+        return code
     from finetune.setup.sft_prepare import set_up
     from finetune.storage.sft_outputs import finish
     from finetune.training.trainer import run_job  # torch and transformers, after the options have passed

@@ -96,6 +96,9 @@ class SftRecipe(Training):
     )
     packing: bool = option(False, "put several examples into a row of --seq-len, kept apart")
     drop_truncated: bool = option(False, "leave out examples whose answer --seq-len cuts off, instead of stopping")
+    skip_bad_rows: bool = option(
+        False, "leave out rows that cannot be used, and say how many for which reason, instead of stopping"
+    )
     turns: str = option("all", "which assistant turns carry loss", "all", "last")
     chat_template: str | None = option(
         None,

@@ -12,6 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.config.errors import InputError
 from finetune.data.messages import Example, Message
+from finetune.data.report import RowError
 from finetune.data.templates import TRAINING_TEMPLATES
 from finetune.models.weights import first_line
 
@@ -73,19 +74,19 @@ class ChatTemplate:
             generation_prompt: end with the opening of an assistant turn.
 
         Raises:
-            InputError: the template refuses it.
+            RowError: the template refuses it.
         """
         try:
             text = self._render(self.text, messages, generation_prompt=generation_prompt)[0]
             text.encode()
         except UnicodeEncodeError:
             reason = "it writes half of a character (a lone surrogate), which no tokenizer takes; correct it"
-            raise InputError("--chat-template", f"the chat template fails at {where}: {reason}") from None
+            raise _failure(where, reason) from None
         except TemplateError as error:
-            raise InputError("--dataset", f"the chat template refuses {where}: {first_line(error)}") from None
+            problem = f"the chat template refuses {where}: {first_line(error)}"
+            raise RowError("--dataset", problem, "refused by the chat template") from None
         except Exception as error:  # of what the template does with a value, such as a sum of text and a number
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError("--chat-template", f"the chat template fails at {where}: {reason}") from None
+            raise _failure(where, f"{type(error).__name__}: {first_line(error)}") from None
         return text
 
     def answers(self, example: Example, last_only: bool) -> Rendered:
@@ -96,7 +97,7 @@ class ChatTemplate:
             last_only: only its last answer carries loss.
 
         Raises:
-            InputError: the template refuses it, leaves a turn out, or its answers cannot be told from the rest.
+            RowError: the template refuses it, leaves a turn out, or its answers cannot be told from the rest.
         """
         text = self.render(example.messages, example.where)
         wanted = example.answers[-1:] if last_only else example.answers
@@ -162,12 +163,17 @@ class ChatTemplate:
         before = self.render(example.messages[:answer], example.where, generation_prompt=True)
         through = self.render(example.messages[: answer + 1], example.where)
         if not (through.startswith(before) and text.startswith(through)):
-            raise InputError(
+            raise RowError(
                 "--chat-template",
                 f"the answers of {example.where} cannot be told from the rest: the template writes what precedes an "
                 "answer differently once it is there; give a template with {% generation %} markers",
+                "answers that cannot be told from the rest",
             )
         return len(before), len(through)
+
+
+def _failure(where: str, reason: str) -> RowError:
+    return RowError("--chat-template", f"the chat template fails at {where}: {reason}", "failures of the chat template")
 
 
 def _lost(text: str, example: Example) -> Message | None:
@@ -179,9 +185,10 @@ def _lost(text: str, example: Example) -> Message | None:
 def _refuse_lost(text: str, example: Example) -> None:
     lost = _lost(text, example)
     if lost is not None:
-        raise InputError(
+        raise RowError(
             "--chat-template",
             f"the chat template leaves out the {lost['role']} turn of {example.where}; give a template that has it",
+            f"a {lost['role']} turn that the chat template leaves out",
         )
 
 
@@ -191,9 +198,10 @@ def _chosen(spans: list[tuple[int, int]], wanted: Sequence[int], example: Exampl
     if list(wanted) == everyone:
         return spans
     if len(spans) != len(everyone):
-        raise InputError(
+        raise RowError(
             "--chat-template",
             f"it marks {len(spans)} stretches for the {len(everyone)} assistant turns of {example.where}, so the "
             "turns that carry loss cannot be told; mark each assistant turn once",
+            "assistant turns that are not marked once",
         )
     return [span for i, span in zip(everyone, spans, strict=True) if i in wanted]

@@ -87,7 +87,7 @@ class DataReport:
 
     def reasons(self) -> Counter[str]:
         """Count the errors by their reasons."""
-        return Counter(error.reason if isinstance(error, RowError) else "unreadable file" for error in self.errors)
+        return Counter(map(_reason, self.errors))
 
     def notes(self) -> list[str]:
         """Return the lines for the log: what is not used, left out, or unusual."""
@@ -105,10 +105,22 @@ class DataReport:
                 f"note: {self.num_unanswered:,} conversations end with a turn that no answer follows: nothing is "
                 "learned from it"
             )
-        if self.errors:
+        if self.errors and self.on_bad_row == "skip":
             counts = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons().most_common())
             lines.append(f"note: {len(self.errors):,} of {self.num_rows:,} rows are bad and left out: {counts}")
         return lines
+
+    def listing(self) -> list[str]:
+        """Return a line for every error, those of one reason together behind their number, the most frequent first."""
+        lines = []
+        for reason, count in self.reasons().most_common():
+            lines.append(f"{count:,} {reason}:")
+            lines += [f"  {error}" for error in self.errors if _reason(error) == reason]
+        return lines
+
+
+def _reason(error: InputError) -> str:
+    return error.reason if isinstance(error, RowError) else "unreadable file"
 
 
 def some(names: Sequence[str]) -> str:

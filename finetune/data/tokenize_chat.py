@@ -14,6 +14,7 @@ import numpy.typing as npt
 from finetune.config.errors import InputError
 from finetune.data.messages import Example, Message
 from finetune.data.rendering import ChatTemplate, Rendered
+from finetune.data.report import DataReport, RowError
 
 # Which assistant turns carry loss: all of them, or the last of each conversation.
 Turns: TypeAlias = Literal["all", "last"]
@@ -119,27 +120,48 @@ class ChatEncoding:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def encode(self, examples: Sequence[Example]) -> Iterator[tuple[Encoded, str]]:
+    def encode(self, examples: Sequence[Example], report: DataReport) -> Iterator[tuple[Encoded, str]]:
         """Tokenize conversations at full length, each with the source of its mask.
+
+        Args:
+            examples: conversations.
+            report: gets those that cannot be used.
 
         Raises:
             InputError: as `encode_examples`.
         """
         for start in range(0, len(examples), BATCH):
-            batch = examples[start : start + BATCH]
-            rendered = [self.template.answers(example, self.turns == "last") for example in batch]
-            tokens = self.tokenizer(
-                [one.text for one in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            columns = zip(batch, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True)
-            for example, one, ids, offsets in columns:
-                targets = self._targets(one, ids, offsets, example.where)
-                yield Encoded(np.asarray(ids, np.int32), targets, example.where), one.source
+            usable = []
+            for example in examples[start : start + BATCH]:
+                try:
+                    usable.append((example, self.template.answers(example, self.turns == "last")))
+                except RowError as error:
+                    report.add_bad_row(error)
+            for (example, rendered), (ids, offsets) in zip(
+                usable, self.tokenize([rendered.text for _, rendered in usable]), strict=True
+            ):
+                try:
+                    targets = self.targets(rendered, ids, offsets, example.where)
+                except RowError as error:
+                    report.add_bad_row(error)
+                    continue
+                yield Encoded(np.asarray(ids, np.int32), targets, example.where), rendered.source
 
-    def _targets(
+    def tokenize(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return for each text its token ids, and the [start, end) of each token in characters."""
+        if not texts:
+            return []
+        tokens = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(zip(tokens["input_ids"], tokens["offset_mapping"], strict=True))
+
+    def targets(
         self, rendered: Rendered, ids: Sequence[int], offsets: Sequence[tuple[int, int]], where: str
     ) -> npt.NDArray[np.bool_]:
-        """Tokens that hold any character of an answer, through its end-of-turn token."""
+        """Return which tokens hold any character of an answer, through its end-of-turn token: bool [tokens].
+
+        Raises:
+            RowError: an answer ends without such a token, or no token is marked.
+        """
         targets = np.zeros(len(ids), np.bool_)
         starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
         for first, last in rendered.spans:
@@ -153,18 +175,27 @@ class ChatEncoding:
             elif places and ids[places[-1] + 1 : places[-1] + 2] == [self.tokenizer.eos_token_id]:
                 places.append(places[-1] + 1)
             else:
-                raise InputError(
+                raise RowError(
                     "--chat-template",
                     f"an assistant turn of {where} ends without an end-of-turn token, so the model would never learn "
                     "to stop; give a template that ends turns with a token, inside its {% generation %} markers if any",
+                    "answers without an end-of-turn token",
                 )
             targets[places] = True
         targets[:1] = False
+        if not targets.any():
+            problem = f"it marks no token of {where} as an answer; mark the answers"
+            raise RowError("--chat-template", problem, "conversations without a marked answer")
         return targets
 
 
 def encode_examples(
-    examples: Sequence[Example], encoding: ChatEncoding, *, max_length: int, drop_truncated: bool = False
+    examples: Sequence[Example],
+    encoding: ChatEncoding,
+    *,
+    max_length: int,
+    drop_truncated: bool = False,
+    report: DataReport | None = None,
 ) -> EncodedExamples:
     """Tokenize conversations and mark the tokens that carry loss: assistant turns with their end-of-turn token.
 
@@ -173,6 +204,7 @@ def encode_examples(
         encoding: tokenizer and template.
         max_length: tokens kept of each conversation, from its start.
         drop_truncated: leave out, and count, a conversation whose answers were all cut off, instead of raising.
+        report: gets conversations that cannot be used, and is treated as it says; by default the first one raises.
 
     Returns:
         The conversations in order, and what was cut.
@@ -181,10 +213,9 @@ def encode_examples(
         InputError: a template that refuses a row, leaves a turn out, marks no answer, whose answers cannot be told from
             the rest or end without a token; a row that loses its whole answer to `max_length`. Each names the row.
     """
+    report = DataReport() if report is None else report
     result = EncodedExamples(max_length)
-    for encoded, source in encoding.encode(examples):
-        if not encoded.targets.any():
-            raise InputError("--chat-template", f"it marks no token of {encoded.where} as an answer; mark the answers")
+    for encoded, source in encoding.encode(examples, report):
         kept = Encoded(encoded.input_ids[:max_length].copy(), encoded.targets[:max_length].copy(), encoded.where)
         result.sources[source] += 1
         result.num_truncated += len(kept) < len(encoded)
@@ -194,12 +225,12 @@ def encode_examples(
         elif drop_truncated:
             result.num_dropped += 1
         else:
-            raise InputError(
-                "--seq-len",
+            problem = (
                 f"{encoded.where} has {len(encoded)} tokens, and its first {max_length} hold no token of an answer; "
-                "raise --seq-len, or leave such rows out by --drop-truncated",
+                "raise --seq-len, or leave such rows out by --drop-truncated"
             )
-    if examples and not result.rows:
+            report.add_bad_row(RowError("--seq-len", problem, "answers that --seq-len cuts off"))
+    if examples and not result.rows and not report.errors:
         raise InputError("--seq-len", f"no conversation keeps a token of an answer within {max_length}; raise it")
     return result
 

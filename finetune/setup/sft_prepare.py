@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 
-from finetune.config.defaults import fit_seq_len
 from finetune.config.errors import InputError
-from finetune.config.sft_recipe import SEQ_LEN, SftRecipe, resolve
-from finetune.data.chat import Parts, load_parts
-from finetune.data.packing import Rows, check_isolation
-from finetune.data.report import DataReport
-from finetune.data.texts import read_text
-from finetune.data.tokenize_chat import ChatEncoding, EncodedExamples, encode_examples
+from finetune.config.sft_recipe import SftRecipe, resolve
+from finetune.data.packing import check_isolation
 from finetune.models.adapters import add_adapter, checkpoint_trainable_only
 from finetune.models.build import check_vocabulary, config_hash
 from finetune.models.pretrained import (
@@ -31,10 +24,11 @@ from finetune.models.pretrained import (
     weight_dtype,
 )
 from finetune.models.tokens import load_tokenizer
-from finetune.models.weights import beside_text, longest_of
+from finetune.models.weights import beside_text
 from finetune.parallel.launch import is_sharded, load_device
 from finetune.parallel.ranks import first_on_node, on_main
 from finetune.parallel.sharding import build_once
+from finetune.setup.sft_data import SftData, fit_to_model, prepare_data, rows_of, tokenizer_hash
 from finetune.storage.resuming import check_same_run
 from finetune.storage.run_dir import RunFolder
 from finetune.training.loss import check_head
@@ -43,15 +37,6 @@ from finetune.training.sft_run import SftRun, samples_of
 from finetune.training.train_step import evaluate
 
 SAME_RUN = {"model": ("--model", "model"), "corpus": ("--dataset", "dataset"), "tokenizer": ("--model", "tokenizer")}
-
-
-@dataclass(frozen=True)
-class _Data:
-    parts: Parts
-    encoding: ChatEncoding
-    train: EncodedExamples
-    validation: EncodedExamples
-    notes: list[str]
 
 
 def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
@@ -74,9 +59,9 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     config = base_config(base)
     tokenizer = load_tokenizer(base, "--model")
     check_vocabulary(config, tokenizer, "--model")
-    recipe, seq_notes = _fit_to_model(recipe, config)
-    data = _prepare_data(recipe, tokenizer)
-    train, validation = _rows(recipe, data.train, tokenizer), _rows(recipe, data.validation, tokenizer)
+    recipe, seq_notes = fit_to_model(recipe, config)
+    data = prepare_data(recipe, tokenizer)
+    train, validation = rows_of(recipe, data.train, tokenizer), rows_of(recipe, data.validation, tokenizer)
     recipe, notes = resolve(recipe, len(train), accelerator.num_processes)
     notes = seq_notes + notes
 
@@ -92,10 +77,12 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     facts = {
         "model": hashlib.sha256((config_hash(config) + digest).encode()).hexdigest(),
         "corpus": data.parts.hash,
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
         **versions(accelerator),
     }
     check_same_run(folder, facts, SAME_RUN)
+    if recipe.skip_bad_rows:
+        facts["num_bad_rows"] = data.num_bad_rows
     notes += _warnings(recipe, base, config)
     if aside := beside_text(model):
         notes.append(
@@ -133,76 +120,6 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     return run
 
 
-def _fit_to_model(recipe: SftRecipe, config: Any) -> tuple[SftRecipe, list[str]]:
-    longest = longest_of(config)
-    seq_len, notes = fit_seq_len(recipe.seq_len, SEQ_LEN, longest)
-    if longest is not None and seq_len > longest:
-        raise InputError("--seq-len", f"{seq_len} exceeds the model's max_position_embeddings {longest}")
-    return replace(recipe, seq_len=seq_len), notes
-
-
-def _prepare_data(recipe: SftRecipe, tokenizer: Any) -> _Data:
-    if recipe.chat_template:
-        tokenizer.chat_template = read_template(recipe.chat_template, tokenizer.chat_template)
-    turns: Any = recipe.turns
-    encoding = ChatEncoding(tokenizer, date=recipe.date, turns=turns)
-    report = DataReport()
-    parts = load_parts(
-        recipe.dataset,
-        validation_fraction=recipe.validation_fraction,
-        config=recipe.dataset_config,
-        split=recipe.split,
-        limit=recipe.limit,
-        seed=recipe.seed,
-        columns=recipe.columns,
-        report=report,
-    )
-    options: Any = {"max_length": recipe.seq_len, "drop_truncated": recipe.drop_truncated}
-    train = encode_examples(parts.train, encoding, **options)
-    validation = encode_examples(parts.validation, encoding, **options)
-    for part, encoded in (("training", train), ("validation", validation)):
-        if not encoded.rows:
-            raise InputError("--seq-len", f"{recipe.seq_len} leaves no {part} example; give more")
-    return _Data(parts, encoding, train, validation, report.notes())
-
-
-def read_template(given: str, own: str | dict[str, str] | None) -> str:
-    """The text of a file, or that of the tokenizer's template with this name.
-
-    Args:
-        given: path or name.
-        own: the tokenizer's template, or several by their names.
-
-    Raises:
-        InputError: neither, or a file that is not text.
-    """
-    if Path(given).is_file():
-        return read_text(Path(given), "--chat-template")
-    if isinstance(own, dict) and given in own:
-        return own[given]
-    if isinstance(own, dict):
-        names = f"the tokenizer's templates are {', '.join(sorted(own))}; give one of them, or a file"
-    else:
-        names = "the tokenizer has a single template or none, without a name; give a file"
-    raise InputError("--chat-template", f"there is no file {given}, and {names}")
-
-
-def _rows(recipe: SftRecipe, encoded: EncodedExamples, tokenizer: Any) -> Rows:
-    pad = tokenizer.pad_token_id
-    return Rows(
-        encoded.rows,
-        max_length=recipe.seq_len,
-        packing=recipe.packing,
-        seed=recipe.seed,
-        pad_id=0 if pad is None else pad,
-    )
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:
     """What a practitioner should know about this combination."""
     notes = []
@@ -221,7 +138,7 @@ def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:
     return notes
 
 
-def _introduce(run: SftRun, data: _Data, notes: Sequence[str]) -> None:
+def _introduce(run: SftRun, data: SftData, notes: Sequence[str]) -> None:
     accelerator, recipe = run.accelerator, run.recipe
     params = list(run.model.parameters())
     trained = sum(p.numel() for p in params if p.requires_grad)

@@ -15,7 +15,7 @@ from finetune.config.errors import InputError
 from finetune.data.messages import Example
 from finetune.data.packing import collate
 from finetune.data.tokenize_chat import ChatEncoding, encode_examples
-from finetune.setup.sft_prepare import read_template
+from finetune.setup.sft_data import read_template
 
 DATE = "2024-07-26"
 SYSTEM = ("system", "You are terse.")

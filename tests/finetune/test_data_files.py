@@ -9,10 +9,14 @@ import json
 import struct
 
 import pytest
+from helpers.chat_tokenizers import make_tokenizer
 
 from finetune.config.errors import InputError
 from finetune.data.chat import load_examples
+from finetune.data.preview import show_example
 from finetune.data.report import DataReport
+from finetune.data.row_formats import example_from_row
+from finetune.data.tokenize_chat import ChatEncoding
 
 ROWS = [
     {"prompt": f'say "{i}",\n caf\u00e9 \U0001f600', "completion": f"it is {i}; \u2028 no; more", "input": ""}
@@ -217,3 +221,151 @@ def test_without_a_report_the_first_fault_of_an_odd_file_is_one_sentence(odd_fol
     else:  # a damaged file is no bad row
         with pytest.raises(InputError, match=name):
             load_examples(str(odd_folder / name), report=report)
+
+
+CHATS = [
+    dialog("abcd"),
+    dialog("ij", ask="gh?", weight=1) | {"id": 1},
+    {
+        "messages": [
+            {"role": "user", "content": "x\x1b[31m"},
+            *dialog("no", weight=0)["messages"][1:],
+            *dialog()["messages"],
+        ]
+    },
+]
+
+
+def write_chats(folder, rows):
+    (folder / "chats.jsonl").write_bytes(jsonl(rows))
+
+
+def ran_nothing(outcome, folder):
+    """Nothing of a run was made, and no weights were loaded."""
+    assert outcome.err == ""
+    assert sorted(path.name for path in folder.iterdir()) == ["chats.jsonl"]
+
+
+def test_preview_prints_what_is_learned_in_brackets_and_exits(sft, tmp_path, chat_base):
+    """The marked text by hand; how many tokens it has, the tokenizer says of its parts."""
+    from transformers import AutoTokenizer
+
+    write_chats(tmp_path, CHATS)
+    outcome = sft("--dataset", "chats.jsonl", "--preview", 3)
+    assert outcome.code == 0, outcome.err
+    ran_nothing(outcome, tmp_path)
+    file = tmp_path / "chats.jsonl"
+    texts = [
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n@abcd<|im_end|>@\n",
+        "<|im_start|>user\ngh?<|im_end|>\n<|im_start|>assistant\n@ij<|im_end|>@\n",
+        "<|im_start|>user\nx\x1b[31m<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n@Ho<|im_end|>@\n",
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(chat_base)
+    expected = ""
+    for number, text in enumerate(texts, 1):
+        before, learned, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("@"))
+        num = len(before) + len(learned) + len(after)
+        shown = text.replace("@", "[[", 1).replace("@", "]]").replace("\x1b", "\\x1b")
+        expected += f"row {number} of {file}: {num} tokens, {len(learned)} learned\n{shown}\n"
+    assert outcome.out == f"{expected}3 of 3 conversations\nnote: columns and keys that were not used: `id` (1 rows)\n"
+
+
+@pytest.mark.parametrize(("is_terminal", "no_colour"), [(True, None), (True, "1"), (False, None)])
+def test_preview_marks_in_colour_on_a_terminal_alone_and_says_what_is_cut_off(monkeypatch, is_terminal, no_colour):
+    monkeypatch.setattr("sys.stdout", type("Output", (), {"isatty": lambda _: is_terminal})())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_colour:
+        monkeypatch.setenv("NO_COLOR", no_colour)
+    encoding = ChatEncoding(make_tokenizer("llama3"), date="2024-07-26")
+    example = example_from_row(dialog("caf\u00e9 Paris"), "row 1")
+    start, end = ("\x1b[1;32m", "\x1b[0m") if is_terminal and not no_colour else ("[[", "]]")
+    before = (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    ids = encoding.tokenizer(before, add_special_tokens=False)["input_ids"]
+    answer = encoding.tokenizer("caf\u00e9 Paris<|eot_id|>", add_special_tokens=False)["input_ids"]
+    head = f"row 1: {len(ids) + len(answer)} tokens, {len(answer)} learned"
+    whole = f"{head}\n{before}{start}caf\u00e9 Paris<|eot_id|>{end}\n"
+    assert show_example(example, encoding, 999) == whole
+    cut = show_example(example, encoding, len(ids) + len(answer) - 1)
+    assert cut == whole.replace("<|eot_id|>" + end, end).replace(
+        head.removeprefix("row 1: "),
+        f"{len(ids) + len(answer) - 1} tokens, {len(answer) - 1} learned, 1 more cut off by --seq-len",
+    )
+
+
+def test_check_data_lists_all_bad_rows_by_reason(sft, tmp_path):
+    """Of reading, of the template and of the length, in one run."""
+    rows = [dialog(), dialog(""), {"text": "a"}, dialog(ask="abcd " * 80), dialog(""), dialog(ask="gh?"), 5]
+    write_chats(tmp_path, rows)
+    outcome = sft("--dataset", "chats.jsonl", "--check-data")
+    assert outcome.code == 2
+    ran_nothing(outcome, tmp_path)
+    file = tmp_path / "chats.jsonl"
+    head, *lines = outcome.out.splitlines()
+    assert head.startswith(f"{file}: 7 rows, 5 faults; good are 2 conversations, ")
+    assert [line for line in lines if not line.startswith("  ")] == [
+        "2 an empty assistant turn:",
+        "1 no format fits:",
+        "1 no object with columns:",
+        "1 answers that --seq-len cuts off:",
+    ]
+    assert lines[1:3] == [
+        f"  --dataset: row {number} of {file} has an empty assistant turn (message 2); leave it out"
+        for number in (2, 5)
+    ]
+    assert f"--seq-len: row 4 of {file} has " in lines[-1]
+    write_chats(tmp_path, [dialog(), dialog(ask="gh?")])
+    outcome = sft("--dataset", "chats.jsonl", "--check-data")
+    assert (outcome.code, outcome.out.count("\n")) == (0, 1)
+    assert "2 rows, 0 faults; good are 2 conversations" in outcome.out
+
+
+def test_the_odd_files_are_listed_by_check_data_too(sft, odd_folder):
+    outcome = sft("--dataset", odd_folder, "--check-data")
+    assert outcome.code == 2
+    listed = [line for line in outcome.out.splitlines() if line.startswith("  --")]
+    assert len(listed) == sum(len(bad) for _, _, bad in ODD_FILES.values())
+
+
+def test_bad_rows_are_left_out_and_counted_and_the_run_is_that_of_the_others(sft, tmp_path):
+    good = [dialog(f"a{i}", ask=f"q{i}") for i in range(12)]
+    write_chats(tmp_path, good)
+    short = ["--dataset", "chats.jsonl", "--max-steps", 2, "--num-answers", 0]
+    assert sft(*short, "--output-dir", "good").code == 0
+    write_chats(tmp_path, [{"text": "a"}, *good[:5], dialog(""), *good[5:], dialog(""), dialog(ask="abcd " * 80)])
+    refused = sft(*short, "--output-dir", "run")
+    assert (refused.code, "row 1 of" in refused.err) == (2, True)
+    done = sft(*short, "--output-dir", "run", "--skip-bad-rows")
+    assert done.code == 0, done.err
+    assert (
+        "note: 4 of 16 rows are bad and left out: 2 an empty assistant turn, 1 no format fits, 1 answers that --seq-len"
+        in done.out
+    )
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("good", "run")]
+    assert results[1]["num_bad_rows"] == 4
+    assert results[0]["parameter_hashes"] == results[1]["parameter_hashes"]
+    for args in (["--skip-bad-rows"], ["--columns", "system=x"]):
+        other = sft("--resume", "good", "--max-steps", 8, *args)
+        assert (other.code, args[0] in other.err) == (2, True), other.err
+    write_chats(tmp_path, [{"text": "a"}, dialog("")])
+    refused = sft("--dataset", "chats.jsonl", "--output-dir", "none", "--skip-bad-rows")
+    assert "--skip-bad-rows: every row of" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--preview", "0"], "--preview: 0 must be above 0"),
+        (["--preview", "2", "--check-data"], "--preview: --check-data does something else"),
+        (["--preview", "two"], "--preview"),
+        (["--columns", "role"], "--columns: 'role' is not NAME=YOURS"),
+        (["--dataset", "stdlib", "--columns", "role=from"], "--columns: the standard library has no columns"),
+    ],
+)
+def test_bad_options_of_the_data_are_one_sentence(sft, args, words):
+    outcome = sft(*args)
+    assert outcome.code == 2
+    assert words in outcome.err

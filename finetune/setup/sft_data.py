@@ -1,0 +1,197 @@
+"""From a checked recipe to tokenized conversations; and looking at them without a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.config.defaults import fit_seq_len
+from finetune.config.errors import InputError
+from finetune.config.sft_recipe import SEQ_LEN, SftRecipe
+from finetune.data.chat import Parts, load_examples, load_parts
+from finetune.data.messages import Example
+from finetune.data.packing import Rows
+from finetune.data.preview import show_example
+from finetune.data.report import DataReport
+from finetune.data.texts import read_text
+from finetune.data.tokenize_chat import ChatEncoding, EncodedExamples, encode_examples
+from finetune.models.build import check_vocabulary
+from finetune.models.pretrained import base_config, find_base
+from finetune.models.tokens import load_tokenizer
+from finetune.models.weights import longest_of
+
+
+@dataclass(frozen=True)
+class SftData:
+    """Conversations of a run, tokenized; `notes` are lines for the log, `num_bad_rows` were left out."""
+
+    parts: Parts
+    encoding: ChatEncoding
+    train: EncodedExamples
+    validation: EncodedExamples
+    notes: list[str]
+    num_bad_rows: int
+
+
+def fit_to_model(recipe: SftRecipe, config: Any) -> tuple[SftRecipe, list[str]]:
+    """Choose or check the sequence length of a recipe by what the model takes; returns it and lines for the log.
+
+    Raises:
+        InputError: the model takes less than was asked for.
+    """
+    longest = longest_of(config)
+    seq_len, notes = fit_seq_len(recipe.seq_len, SEQ_LEN, longest)
+    if longest is not None and seq_len > longest:
+        raise InputError("--seq-len", f"{seq_len} exceeds the model's max_position_embeddings {longest}")
+    return replace(recipe, seq_len=seq_len), notes
+
+
+def prepare_data(recipe: SftRecipe, tokenizer: Any) -> SftData:
+    """Read, split and tokenize the conversations of a run.
+
+    Args:
+        recipe: of `fit_to_model`.
+        tokenizer: gets the recipe's chat template.
+
+    Raises:
+        InputError: as `load_parts` and `encode_examples`, or a part that is left without a conversation.
+    """
+    encoding = _encoding(recipe, tokenizer)
+    report = DataReport("skip" if recipe.skip_bad_rows else "stop")
+    parts = _parts(recipe, report)
+    train, validation = (_encoded(recipe, part, encoding, report) for part in (parts.train, parts.validation))
+    for part, encoded in (("training", train), ("validation", validation)):
+        if not encoded.rows and report.errors:
+            first = f"the first of {len(report.errors):,}: {report.errors[0].args[1]}"
+            raise InputError("--skip-bad-rows", f"without the bad rows no {part} example is left; {first}")
+        if not encoded.rows:
+            raise InputError("--seq-len", f"{recipe.seq_len} leaves no {part} example; give more")
+    return SftData(parts, encoding, train, validation, report.notes(), len(report.errors))
+
+
+def check_data(recipe: SftRecipe) -> tuple[list[str], int]:
+    """Find every row that a run of this recipe could not use. Writes nothing.
+
+    Returns:
+        Lines to print, bad rows by reason, and the exit code: 0, or 2 where there are bad rows.
+
+    Raises:
+        InputError: what a run would refuse, but bad rows and unreadable files.
+    """
+    recipe, encoding = _ready(recipe)
+    report = DataReport("list")
+    examples = _examples(recipe, report)
+    encoded = _encoded(recipe, examples, encoding, report)
+    num_rows = report.num_rows or len(examples)  # those of the standard library are not read row by row
+    head = f"{recipe.dataset}: {num_rows:,} rows, {len(report.errors):,} faults; good are {encoded}"
+    return [head, *report.notes(), *report.listing()], 2 if report.errors else 0
+
+
+def preview(recipe: SftRecipe, num: int) -> list[str]:
+    """Show the first conversations as the model would read them, what is learned marked. Writes nothing.
+
+    Args:
+        recipe: checked options.
+        num: how many, above 0.
+
+    Returns:
+        Texts to print.
+
+    Raises:
+        InputError: as a run.
+    """
+    if num < 1:
+        raise InputError("--preview", f"{num} must be above 0")
+    recipe, encoding = _ready(recipe)
+    report = DataReport("skip" if recipe.skip_bad_rows else "stop")
+    examples = _examples(recipe, report)
+    shown = [show_example(example, encoding, recipe.seq_len) for example in examples[:num]]
+    return [*shown, f"{len(shown):,} of {len(examples):,} conversations", *report.notes()]
+
+
+def _ready(recipe: SftRecipe) -> tuple[SftRecipe, ChatEncoding]:
+    """The recipe that fits its model, and the encoding; no weights are loaded."""
+    base = find_base(recipe.model)
+    config, tokenizer = base_config(base), load_tokenizer(base, "--model")
+    check_vocabulary(config, tokenizer, "--model")
+    recipe, _ = fit_to_model(recipe, config)
+    return recipe, _encoding(recipe, tokenizer)
+
+
+def _encoding(recipe: SftRecipe, tokenizer: Any) -> ChatEncoding:
+    if recipe.chat_template:
+        tokenizer.chat_template = read_template(recipe.chat_template, tokenizer.chat_template)
+    turns: Any = recipe.turns
+    return ChatEncoding(tokenizer, date=recipe.date, turns=turns)
+
+
+def _parts(recipe: SftRecipe, report: DataReport) -> Parts:
+    return load_parts(recipe.dataset, validation_fraction=recipe.validation_fraction, **_source(recipe), report=report)
+
+
+def _examples(recipe: SftRecipe, report: DataReport) -> Sequence[Example]:
+    """All conversations in the order of the rows."""
+    if recipe.dataset == "stdlib":
+        parts = _parts(recipe, report)
+        return [*parts.train, *parts.validation]
+    return load_examples(recipe.dataset, **_source(recipe), report=report)
+
+
+def _source(recipe: SftRecipe) -> dict[str, Any]:
+    return {
+        "config": recipe.dataset_config,
+        "split": recipe.split,
+        "limit": recipe.limit,
+        "seed": recipe.seed,
+        "columns": recipe.columns,
+    }
+
+
+def _encoded(
+    recipe: SftRecipe, examples: Sequence[Example], encoding: ChatEncoding, report: DataReport
+) -> EncodedExamples:
+    return encode_examples(
+        examples, encoding, max_length=recipe.seq_len, drop_truncated=recipe.drop_truncated, report=report
+    )
+
+
+def read_template(given: str, own: str | dict[str, str] | None) -> str:
+    """The text of a file, or that of the tokenizer's template with this name.
+
+    Args:
+        given: path or name.
+        own: the tokenizer's template, or several by their names.
+
+    Raises:
+        InputError: neither, or a file that is not text.
+    """
+    if Path(given).is_file():
+        return read_text(Path(given), "--chat-template")
+    if isinstance(own, dict) and given in own:
+        return own[given]
+    if isinstance(own, dict):
+        names = f"the tokenizer's templates are {', '.join(sorted(own))}; give one of them, or a file"
+    else:
+        names = "the tokenizer has a single template or none, without a name; give a file"
+    raise InputError("--chat-template", f"there is no file {given}, and {names}")
+
+
+def rows_of(recipe: SftRecipe, encoded: EncodedExamples, tokenizer: Any) -> Rows:
+    """Put encoded conversations into the rows of batches."""
+    pad = tokenizer.pad_token_id
+    return Rows(
+        encoded.rows,
+        max_length=recipe.seq_len,
+        packing=recipe.packing,
+        seed=recipe.seed,
+        pad_id=0 if pad is None else pad,
+    )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hex SHA-256 of a tokenizer and its chat template."""
+    text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(text.encode()).hexdigest()
