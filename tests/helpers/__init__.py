@@ -1,1 +1,1 @@
-"""What several tests share: oracles, models, ranks, runs, checks."""
+"""Helpers that several tests share: oracles, models, ranks, runs, checks."""

@@ -4,8 +4,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(function, mapped=None):
-    """What the allocator of the CPU had given out at most while `function` ran, and still at its end; without files of
-    `mapped` bytes, which it counts when they are mapped."""
+    """Return the most that the CPU's allocator had given out while `function` ran, and what it still had at its end.
+
+    Files of `mapped` bytes, which it counts when they are mapped, are left out.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]

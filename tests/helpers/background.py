@@ -15,7 +15,10 @@ Command: TypeAlias = Callable[[Path], tuple[list[object], Mapping[str, str]]]
 
 
 def compile_kernels(folder: Path) -> tuple[list[object], Mapping[str, str]]:
-    """The command behind the committed table of compiled kernels; what it compiles is kept until a source changes."""
+    """Return the command behind the committed table of compiled kernels.
+
+    What it compiles is kept until a source changes.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     return [sys.executable, "-m", "benchmarks.compile.table", "--out", folder / "table.md"], environment

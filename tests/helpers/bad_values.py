@@ -89,7 +89,7 @@ MISSING_KEYS += [(1, key) for key in ("lr", "betas", "algorithm", "weight_decay"
 
 
 def make(**options):
-    """A named optimizer of two groups that has taken a step, with the gradients of another."""
+    """Make a named optimizer of two groups that has taken a step, with the gradients of another."""
     generator = torch.Generator().manual_seed(0)
     params = {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()}
     named = list(params.items())
@@ -107,7 +107,7 @@ def make(**options):
 
 
 def everything(params, optimizer):
-    """Copies of parameters, gradients and state, as integers, and the groups as text."""
+    """Return copies of parameters, gradients and state, as integers, and the groups as text."""
     found = {}
     for name, param in params.items():
         grad = param.grad.coalesce().values() if param.grad.layout == torch.sparse_coo else param.grad

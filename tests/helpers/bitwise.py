@@ -4,7 +4,7 @@ import torch
 
 
 def bits(tensor):
-    """On the CPU, as integers, so that -0.0 differs from 0.0; one bit pattern for all NaN."""
+    """Return a copy on the CPU, as integers, so that -0.0 differs from 0.0; one bit pattern for all NaN."""
     tensor = torch.where(tensor.isnan(), torch.nan, tensor).cpu() if tensor.is_floating_point() else tensor.cpu()
     return tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
 
@@ -15,7 +15,7 @@ def assert_bitwise(actual, expected):
 
 
 def on(device, tensor):
-    """The same values and strides on a device; never the tensor itself."""
+    """Return the same values and strides on a device; never the tensor itself."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
 
 

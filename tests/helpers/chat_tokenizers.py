@@ -29,13 +29,13 @@ TEXT = ["the capital of France is Paris, a city\n\nYou are terse. What is 2 + 2?
 
 
 def template_text(name: str) -> str:
-    """A model's own template."""
+    """Return a model's own template."""
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 @cache
 def make_tokenizer(family: str, metaspace: bool = False, pad_is_eos: bool = True) -> Any:
-    """A tokenizer of bytes and few merges with the tokens and the template of a family.
+    """Make a tokenizer of bytes and few merges with the tokens and the template of a family.
 
     `metaspace` splits as sentencepiece does, into words that begin with their space; else byte level, with the
     trimmed offsets of GPT-2, Llama 3 and Qwen.

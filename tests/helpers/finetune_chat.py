@@ -19,7 +19,7 @@ WORDS = ["".join(random.Random(i).choices("abcdefghij", k=4)) for i in range(40)
 
 
 def conversations(num: int, seed: int = 0) -> list[list[dict[str, str]]]:
-    """Questions that name two words, and answers that repeat the second as often as the first is long."""
+    """Return questions that name two words, and answers that repeat the second as often as the first is long."""
     rng = random.Random(seed)
     rows = []
     for _ in range(num):
@@ -30,13 +30,13 @@ def conversations(num: int, seed: int = 0) -> list[list[dict[str, str]]]:
 
 
 def write_chats(file: Path, num: int = 60, seed: int = 0) -> Path:
-    """A .jsonl file with `messages`."""
+    """Write a .jsonl file with `messages`; return its path."""
     file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in conversations(num, seed)))
     return file
 
 
 def make_tokenizer() -> Any:
-    """A byte-level BPE of 300 tokens with ChatML's; pad is end of turn, as in many chat models."""
+    """Return a byte-level BPE of 300 tokens with ChatML's; pad is end of turn, as in many chat models."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,7 +55,7 @@ def make_tokenizer() -> Any:
 
 
 def make_base(folder: Path, seed: int = 0, **sizes: int) -> Path:
-    """A random Llama of about 60 thousand parameters, its head tied by default, saved with the tokenizer."""
+    """Save a random Llama of about 60 thousand parameters with the tokenizer, its head tied by default."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": True} | sizes

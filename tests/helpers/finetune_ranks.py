@@ -71,7 +71,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def replicated(rank: int, folder: Path, recipe: str) -> None:
-    """DDP: a stop, a full disk and a damaged file that one rank alone knows of."""
+    """Run DDP with a stop, a full disk and a damaged file that one rank alone knows of."""
     import finetune.training.trainer as job
 
     script = Script(rank, folder)
@@ -112,7 +112,7 @@ def replicated(rank: int, folder: Path, recipe: str) -> None:
 
 
 def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
-    """FSDP2 as Accelerate prepares, saves and loads it; on a CPU it has to be told that it may."""
+    """Run FSDP2 as Accelerate prepares, saves and loads it; on a CPU it has to be told that it may."""
     import finetune.training.run
     import finetune.training.stepping as stepping
 
@@ -144,7 +144,7 @@ def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
 
 @contextlib.contextmanager
 def compiled(is_wrapped: bool) -> Iterator[None]:
-    """Whether Accelerate wraps the models inside as `torch.compile` does, though they run uncompiled."""
+    """Let Accelerate wrap the models inside as `torch.compile` does, but run uncompiled; yield whether it has."""
     os.environ["ACCELERATE_DYNAMO_BACKEND"] = "eager" if is_wrapped else "no"
     with torch.compiler.set_stance("force_eager"):
         yield
@@ -152,7 +152,7 @@ def compiled(is_wrapped: bool) -> Iterator[None]:
 
 
 def loaded_once(rank: int, folder: Path, recipe: str, base: str, broken: str, chats: str) -> None:
-    """FSDP2: what the main process alone builds, and the same runs with a model built by every process."""
+    """Run FSDP2 with what the main process alone builds, and the same runs with a model built by every process."""
     import finetune.setup.prepare
     import finetune.setup.sft_prepare
     import finetune.training.run
@@ -181,7 +181,7 @@ def _load(loads: list[str], name: str, made, *args, **options):
 
 @contextlib.contextmanager
 def counted_loads() -> Iterator[list[str]]:
-    """How a causal language model with weights was made."""
+    """Yield how a causal language model with weights was made."""
     from transformers import AutoModelForCausalLM
 
     loads: list[str] = []
@@ -194,7 +194,7 @@ def counted_loads() -> Iterator[list[str]]:
 
 
 def sharding_accelerator() -> type:
-    """Accelerator of `finetune/configs/fsdp2.yaml`, without the GPU that it would need to choose FSDP by itself."""
+    """Return the accelerator of `finetune/configs/fsdp2.yaml`, without the GPU that FSDP needs to be chosen."""
     from accelerate import Accelerator
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin

@@ -1,4 +1,4 @@
-"""What each of two processes does while one of them cannot save, or does not see the other's folder."""
+"""Work of two processes while one of them cannot save, or does not see the other's folder."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def make_batches():
 
 
 def mean_gradient(dtype):
-    """Of one process that takes all in one batch, by torch's own mean."""
+    """Return the gradient of one process that takes all in one batch, by torch's own mean."""
     model, batches = make_model(dtype), make_batches()
     ids, targets = (torch.cat([batch[key] for batch in batches]) for key in ("input_ids", "targets"))
     logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)

@@ -29,7 +29,7 @@ MODELS = [
 
 
 def spread_models(rank: int, kind: type) -> None:
-    """Values, ties, dtypes, what requires gradients, the optimizer's parameters and the random state of each model."""
+    """Save values, ties, dtypes, gradients required, parameters of the optimizer and random state of each model."""
     for keys in MODELS:
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator, recipe = kind(cpu=True), read_recipe(DEFAULT_RECIPE)
@@ -85,6 +85,6 @@ def spread_models(rank: int, kind: type) -> None:
 
 
 def replicated(accelerator, recipe, build):
-    """`build_once` where every process has a whole model."""
+    """Call `build_once` where every process has a whole model."""
     accelerator.state.distributed_type = DistributedType.MULTI_CPU
     return build_once(accelerator, recipe, build)

@@ -9,8 +9,10 @@ from muon8bit.step import offload
 
 
 class Early(offload.CopyStream):
-    """Every copy is done at once, as early as CUDA may do it; what was written back is lost on the device, so that
-    whoever still used it would see."""
+    """A stream whose copies are done at once, as early as CUDA may do them.
+
+    What was written back is lost on the device, so that whoever still used it would see.
+    """
 
     def write(self, copies):
         super().write(copies)
@@ -19,8 +21,10 @@ class Early(offload.CopyStream):
 
 
 class Late(offload.CopyStream):
-    """A stream of copies that are done as late as CUDA may do them: when the work waits for one, all before it, the
-    rest when the host waits."""
+    """A stream of copies that are done as late as CUDA may do them.
+
+    When the work waits for one, all before it are done, the rest when the host waits.
+    """
 
     def __init__(self, device):
         super().__init__(device)
@@ -72,7 +76,7 @@ class Recorded(offload.CopyStream):
 
 @pytest.fixture
 def force(monkeypatch):
-    """`force(Lane)`: state goes through copies by such a lane, which is returned, even if parameters are on the CPU."""
+    """Return `force(Lane)`: state is copied by such a lane, which it returns, for parameters on the CPU too."""
 
     def forced(kind):
         lane = kind(torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 
 def laid_out(matrices, layout):
-    """The same values, of a matrix or a stack of them, in other strides.
+    """Return the same values, of a matrix or a stack of them, in other strides.
 
     "rows": contiguous; "columns": every matrix transposed; "sliced": both strides odd; "row piece", "column piece":
     rows, or columns, out of larger matrices. What lies between is 7.

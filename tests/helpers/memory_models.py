@@ -54,7 +54,7 @@ LADDER = {
 
 
 def ladder_config(size: str) -> dict[str, Any]:
-    """The config.json of a GPT-NeoX of the ladder."""
+    """Return the config.json of a GPT-NeoX of the ladder."""
     layers, width, mlp_width = LADDER[size]
     return {
         "model_type": "gpt_neox",

@@ -8,7 +8,7 @@ from helpers.layouts import laid_out
 
 
 def random_stacks(counts, rows, cols, dtype=torch.float32, layout="rows", seed=0):
-    """One stack [count, rows, cols] a count; rows differ in size, and one of each matrix is zero."""
+    """Return one stack [count, rows, cols] a count; rows differ in size, and one of each matrix is zero."""
     generator = torch.Generator().manual_seed(seed)
     stacks = []
     for count in counts:
@@ -19,7 +19,7 @@ def random_stacks(counts, rows, cols, dtype=torch.float32, layout="rows", seed=0
 
 
 def state_of(momentum, *, codebook, block_size, layout="rows"):
-    """Stacks of codes and of scales in a layout, of a momentum in stacks; scales None without a codebook."""
+    """Return stacks of codes and of scales in a layout, of a momentum in stacks; scales None without a codebook."""
     if codebook is None:
         return [laid_out(stack, layout) for stack in momentum], None
     codes, scales = [], []
@@ -31,7 +31,7 @@ def state_of(momentum, *, codebook, block_size, layout="rows"):
 
 
 def with_surroundings(tensor):
-    """All of the storage that a tensor is a view of."""
+    """Return all of the storage that a tensor is a view of."""
     return tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
 
 

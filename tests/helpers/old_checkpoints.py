@@ -53,7 +53,7 @@ CASES = {
 
 
 def build(name, dtype=None, **more):
-    """Parameters by name and an optimizer of the case's options; `more` are further arguments of it."""
+    """Return parameters by name and an optimizer of the case's options; `more` are further arguments of it."""
     options, muon, adamw = CASES[name]
     is_8bit = adamw.get("adamw_bits") == 8
     stack = (2, 12, 72) if not muon.get("flatten") else (6, 3, 5, 5)
@@ -73,7 +73,7 @@ def build(name, dtype=None, **more):
 
 
 def train(name, params, optimizer, seeds):
-    """Steps with injected gradients."""
+    """Take steps with injected gradients."""
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         for n, param in params.items():
@@ -83,7 +83,7 @@ def train(name, params, optimizer, seeds):
 
 
 class Net(torch.nn.Module):
-    """What the folder of distributed checkpointing holds."""
+    """Model that the folder of distributed checkpointing holds."""
 
     def __init__(self):
         super().__init__()

@@ -37,7 +37,7 @@ class Muon64:
 
 
 def murmur3(data: bytes, seed: int = 0) -> int:
-    """MurmurHash3_x86_32 of whole 32-bit words, after the author's description."""
+    """Return MurmurHash3_x86_32 of whole 32-bit words, after the author's description."""
     h, mask = seed, 0xFFFFFFFF
     for (k,) in struct.iter_unpack("<I", data):
         k = k * 0xCC9E2D51 & mask
@@ -56,7 +56,7 @@ def random_bits(seed, step, param_index, element):
 
 
 def round_stochastic(values, seed, step, param_index):
-    """Finite fp32 array -> what bf16 keeps of it, in fp32: with 16 random bits added to the magnitude's last 16."""
+    """Return what bf16 keeps of a finite fp32 array, in fp32, with 16 random bits added to the magnitude's last 16."""
     words = [random_bits(seed, step, param_index, i) & 0xFFFF for i in range(values.size)]
     bits = values.ravel().view(np.uint32).astype(np.uint64) + np.array(words, dtype=np.uint64)
     return (bits & 0xFFFF0000).astype(np.uint32).view(np.float32).reshape(values.shape)

@@ -62,8 +62,10 @@ def prepare():
 
 
 def start_processes(work, args, num_processes):
-    """Call `work(rank, *args)`, a function of a module, in processes forked from one that has imported what they need;
-    an error in one is raised here. They have the environment that the first call was made in.
+    """Call `work(rank, *args)`, a function of a module, in forked processes; raise an error of one here.
+
+    They are forked from a process that has imported what they need, and have the environment that the first call was
+    made in.
     """
     prepare()
     mp.start_processes(work, args, nprocs=num_processes, start_method="forkserver")

@@ -1,4 +1,4 @@
-"""What a script does with bad input, for the tests of both scripts."""
+"""Checks of a script's refusals of bad input, for the tests of both scripts."""
 
 
 def check_refused(outcome, *words):

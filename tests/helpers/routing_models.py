@@ -69,7 +69,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def in_words(groups: list[dict[str, Any]]) -> list[list[Any]]:
-    """Each group's algorithm, whether it decays, its further keys, and its names, joined."""
+    """Return each group's algorithm, whether it decays, its further keys, and its names, joined."""
     keys = ("split_sizes", "split_dim", "flatten")
     return [
         [

@@ -23,7 +23,7 @@ VECTORS = {"embedding": (10, 16), "bias": (21,)}
 
 
 def values(shapes, dtype, seed):
-    """A tensor of normal numbers for every shape, the same on all ranks."""
+    """Return a tensor of normal numbers for every shape, the same on all ranks."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
@@ -72,12 +72,15 @@ class Run:
 
 
 def whole(tensor):
-    """A collective where it is a DTensor."""
+    """Return the whole tensor: a collective where it is a DTensor."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def on_mesh(mesh, placements):
-    """Places copies of tensors on a mesh, without communication. `placements`: a list, or a function of the tensor."""
+    """Place copies of tensors on a mesh, without communication.
+
+    `placements`: a list, or a function of the tensor.
+    """
 
     def placed(tensor):
         found = placements(tensor) if callable(placements) else placements
@@ -94,7 +97,7 @@ def assert_same(actual, expected):
 
 
 def raises(error, words, work):
-    """Whether `work` raises this error with these words in it, on this rank."""
+    """Return whether `work` raises this error with these words in it, on this rank."""
     try:
         work()
     except error as found:
