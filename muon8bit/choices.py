@@ -31,6 +31,6 @@ ROUTINGS: tuple[str, ...] = get_args(Routing)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 # Who saved a checkpoint that is converted, and whose formats can be written.
-Dialect: TypeAlias = Literal["muon8bit", "torch", "jordan", "heavy-ball"]
+Dialect: TypeAlias = Literal["muon8bit", "torch", "jordan", "heavy-ball", "adamw"]
 DIALECTS: tuple[str, ...] = get_args(Dialect)
 EXPORTS = ("muon8bit", "torch")

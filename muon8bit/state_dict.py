@@ -70,6 +70,12 @@ def checked(
         ids = old["params"]
         if not isinstance(ids, Sequence) or not all(isinstance(param_id, int | str) for param_id in ids):
             raise ValueError(f"group {i} of the state dict has 'params' that are no list of indices or names: {ids!r}")
+        if "betas" in old and "algorithm" not in old:
+            raise ValueError(
+                f"group {i} was saved by an AdamW, whose run Muon8bit does not continue: start fresh, or "
+                "take AdamW's exp_avg as the first momentum, by muon8bit.convert_state_dict(..., source='adamw', "
+                "like=optimizer) or the command `muon8bit convert --from adamw`"
+            )
         if "algorithm" not in old:
             raise ValueError(
                 f"group {i} was not saved by Muon8bit: convert it first, with muon8bit.convert_state_dict(..., "

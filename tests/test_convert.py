@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
@@ -638,3 +639,136 @@ def test_a_step_counted_in_the_group_is_taken(source):
 def test_who_saved_a_muon_is_told_by_its_group(saved, source, message):
     with pytest.raises(ValueError, match=message):
         convert_state_dict(saved(), source=source, names=["a", "bias"])
+
+
+# --- AdamW, from which a run starts -------------------------------------------------------------------------------
+
+
+def whole_models_adamw(params, kind, steps=3):
+    """An optimizer over all parameters in one group, `frozen` included, which has no gradient."""
+    named = [*params.items(), ("frozen", torch.nn.Parameter(torch.ones(3, 3)))]
+    if kind.startswith("bnb"):
+        make = bnb.optim.AdamW8bit if kind == "bnb8" else bnb.optim.AdamW
+        optimizer = make([param for _, param in named], lr=1e-2, betas=(0.9, 0.99))
+    elif kind == "Adam":
+        optimizer = torch.optim.Adam(named, lr=1e-2)
+    else:
+        optimizer = torch.optim.AdamW(named, lr=1e-2, betas=(0.9, 0.99), fused=kind == "fused")
+    torch_train(params, [optimizer], steps, seed=1)
+    return optimizer, [name for name, _ in named]
+
+
+def averages(param, state):
+    """exp_avg and exp_avg_sq in fp32; of bitsandbytes' codes by its own maps."""
+    state = {**state, **state.get("__bnb_optimizer_quant_state__", {})}
+    if "exp_avg" in state:
+        return state["exp_avg"], state["exp_avg_sq"]
+    if state["state1"].dtype == torch.float32:
+        return state["state1"], state["state2"]
+    codes = state["state1"].flatten().long(), state["state2"].flatten().long().clamp(min=1)
+    scales = (state[f"absmax{i}"].repeat_interleave(256)[: param.numel()] for i in (1, 2))
+    return [(state[f"qmap{i}"][c] * s).view(param.shape) for i, c, s in zip((1, 2), codes, scales, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "fused", "Adam", "bnb32", "bnb8"])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_exp_avg_is_the_first_momentum_and_adamws_parameters_keep_all(kind, bits):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (70, 64), "stack": (3, 20, 80), "conv": (8, 4, 3, 3), "embed": (80, 64), "bias": (6,)}
+    params = {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
+    adamw, names = whole_models_adamw(params, kind)
+    ours = Muon8bit(
+        [
+            {"params": [("embed", params["embed"])], "algorithm": "adamw", "lr": 3.0, "weight_decay": 0.3},
+            {"params": [(n, params[n]) for n in ("stack", "a")], "weight_decay": 0.2},
+            {"params": [("conv", params["conv"])], "flatten": True},
+            {"params": [("bias", params["bias"])], "algorithm": "adamw", "lr": 2.0, "betas": (0.8, 0.9)},
+        ],
+        lr=0.5,
+        bits=bits,
+    )
+    groups = copy.deepcopy(ours.state_dict()["param_groups"])
+    saved = adamw.state_dict()
+    if kind == "bnb8":
+        saved["state"][3]["__bnb_optimizer_quant_state__"]["state2"][0, 0] = 0  # a small moment that its step lost
+    given = names if kind.startswith("bnb") else None
+    with pytest.warns(UserWarning, match="AdamW") as told:
+        started = convert_state_dict(saved, source="adamw", like=ours, names=given)
+    words = [str(warning.message) for warning in told]
+    assert any("AdamW's run is not continued: 3 parameters start with its exp_avg" in word for word in words)
+    assert any("the momentum was converted from AdamW's exp_avg to bits=" in word for word in words)
+    ours.load_state_dict(started)
+    assert ours.state_dict()["param_groups"] == groups
+    for key, name in enumerate(shapes):
+        first, second = averages(params[name], saved["state"][key])
+        state = ours.state[params[name]]
+        if name in ("embed", "bias"):
+            assert_bitwise(state["exp_avg"], first)
+            assert_bitwise(state["exp_avg_sq"], second)
+            assert state["step"] == 3
+            continue
+        matrix = first.flatten(1) if name == "conv" else first.flatten(0, -2)
+        flat = {k: v.reshape(-1, v.shape[-1]) if name != "conv" else v.flatten(1) for k, v in state.items()}
+        error = np.abs(decoded(flat, 2048) - matrix.numpy())
+        half_a_step = 0 if bits == 32 else np.abs(matrix.numpy()).max(1, keepdims=True) / 127 * 0.501
+        assert (error <= half_a_step).all()
+    for param in params.values():
+        param.grad = torch.ones_like(param)
+    ours.step()
+
+
+def test_a_step_after_the_start_is_that_of_float64_from_exp_avg():
+    params = {n: p for n, p in torch_params().items() if n == "a"}
+    adamw, _ = whole_models_adamw(params, "AdamW")
+    exact = Muon64(params["a"].detach().numpy(), lr=0.02, decay=0.2)
+    exact.momentum = adamw.state[params["a"]]["exp_avg"].double().numpy()
+    ours = Muon8bit([("a", params["a"])], lr=0.02, weight_decay=0.2, bits=32, ns_dtype=torch.float32)
+    ours.load_state_dict(quietly(adamw.state_dict(), source="adamw", like=ours))
+    torch_train(params, [ours], 1, seed=2)
+    grad = torch.randn(SHAPES["a"], generator=torch.Generator().manual_seed(2))
+    exact.step(grad.double().numpy())
+    assert np.abs(params["a"].detach().double().numpy() - exact.weight).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ("", {"like": None}, r"source='adamw' needs like \(--like\), a new optimizer"),
+        ("group.pop('param_names')", {}, r"group 0 has no 'param_names'.*give names \(--names\)"),
+        ("group.pop('betas')", {}, "group 0 has no 'betas': it was not saved by an AdamW"),
+        ("group.update(algorithm='muon')", {}, r"saved by Muon8bit: give source \(--from\) muon8bit"),
+        ("group.update(amsgrad=True)", {}, "stepped with amsgrad: start with a fresh optimizer"),
+        ("group.update(decoupled_weight_decay=False)", {}, "stepped with L2 weight decay"),
+        ("state[0].pop('exp_avg_sq')", {}, "state of a has .*AdamW's has step, exp_avg, exp_avg_sq"),
+        ("state[0]['exp_avg'].fill_(torch.nan)", {}, "state of a: exp_avg holds NaN"),
+        ("group['param_names'][0] = 'x'", {}, "x is saved, but `like` does not have it"),
+        ("", {"source": "torch"}, r"b was stepped by adamw.*starts by source \(--from\) adamw"),
+        ("", {"source": "muon8bit"}, r"by an AdamW.*not continue: start fresh.*--from\) adamw"),
+    ],
+)
+def test_an_adamw_that_no_run_can_start_from_is_refused_by_name(change, options, message):
+    params = torch_params()
+    adamw, _ = whole_models_adamw(params, "AdamW", steps=1)
+    saved = copy.deepcopy(adamw.state_dict())
+    if options.get("source") == "torch":
+        saved["param_groups"][0]["params"].pop()  # the frozen one
+        saved["param_groups"][0]["param_names"].pop()
+    exec(change, {"group": saved["param_groups"][0], "state": saved["state"], "torch": torch})
+    with pytest.raises(ValueError, match=message):
+        convert_state_dict(saved, **{"source": "adamw", "like": ours_for(params), **options})
+
+
+def test_codes_of_another_map_are_refused():
+    params = {"a": torch.nn.Parameter(torch.ones(70, 64))}
+    adamw, names = whole_models_adamw(params, "bnb8", steps=1)
+    saved = adamw.state_dict()
+    saved["state"][0]["__bnb_optimizer_quant_state__"]["qmap1"] = torch.linspace(-1, 1, 256)
+    with pytest.raises(ValueError, match="state of a: qmap1 is not the dynamic map"):
+        convert_state_dict(saved, source="adamw", like=Muon8bit([*params.items()]), names=names)
+
+
+def test_loading_an_adamws_state_dict_says_start_fresh_or_how_to_start_from_it():
+    params = torch_params()
+    adamw, _ = whole_models_adamw(params, "AdamW", steps=1)
+    with pytest.raises(ValueError, match=r"saved by an AdamW.*start fresh, or take AdamW's exp_avg.*source='adamw'"):
+        ours_for(params).load_state_dict(adamw.state_dict())

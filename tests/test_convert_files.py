@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections import namedtuple
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -124,6 +125,23 @@ def test_imports_and_exports_by_name(tmp_path, run):
     back = torch.load(tmp_path / "torch.pt", weights_only=True)
     assert_equal(back["adamw"], pair[1].state_dict())
     assert back["muon"]["param_groups"] == pair[0].state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, bnb.optim.AdamW8bit])
+def test_a_run_starts_from_adamws_file(tmp_path, run, make):
+    params = torch_params()
+    adamw = make([*params.values()], lr=1e-2)
+    torch_train(params, [adamw], 2, seed=1)
+    ours = ours_for(params, bits=8)
+    torch.save(adamw.state_dict(), tmp_path / "in.pt")
+    torch.save(ours.state_dict(), tmp_path / "like.pt")
+    (tmp_path / "names").write_text("\n".join(params))
+    arguments = ["--from", "adamw", "--like", tmp_path / "like.pt", "--names", tmp_path / "names"]
+    outcome = run(tmp_path / "in.pt", tmp_path / "out.pt", *arguments)
+    assert outcome.code == 0, outcome
+    assert "2 parameters start with its exp_avg as their first momentum, 2 keep its moments" in outcome.out
+    expected = quietly(adamw.state_dict(), source="adamw", like=ours, names=list(params))
+    assert_equal(torch.load(tmp_path / "out.pt", weights_only=True), expected)
 
 
 def test_names_that_are_no_text_are_refused_with_their_file(tmp_path, run):
@@ -281,6 +299,8 @@ def test_an_error_in_the_last_tensor_leaves_nothing(tmp_path, run):
         (["in.pt", "out.pt"], ["nothing to do", "--bits", "--to"]),
         (["in.pt", "out.pt", "--bits", 16], ["--bits", "16"]),
         (["in.pt", "out.pt", "--adamw", "in.pt"], ["--adamw", "--from"]),
+        (["in.pt", "out.pt", "--from", "adamw"], ["--from adamw needs --like", "what Muon takes"]),
+        (["in.pt", "out.pt", "--from", "adamw", "--adamw", "in.pt"], ["--adamw", "IN is AdamW's", "leave it out"]),
         (["in.pt", "out.pt", "--like", "in.pt", "--bits", 8], ["bits", "like"]),
         (["in.pt", "out.pt", "--to", "torch", "--bits", 8], ["bits", "torch"]),
         (["in.pt", "out.pt", "--names", "missing"], ["missing", "No such file"]),

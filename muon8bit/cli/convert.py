@@ -121,6 +121,12 @@ def _names(path: Path) -> list[str]:
 
 def _check(args: argparse.Namespace, is_folder: bool) -> None:
     """Raise ValueError where the options make no sense together."""
+    if args.adamw is not None and args.dialect == "adamw":
+        raise ValueError("--adamw: with --from adamw IN is AdamW's state dict; leave it out")
+    if args.dialect == "adamw" and args.like is None:
+        raise ValueError(
+            "--from adamw needs --like, the saved state dict of a new Muon8bit: its groups say what Muon takes, and how"
+        )
     if args.adamw is not None and args.dialect == "muon8bit":
         raise ValueError(
             "--adamw: Muon8bit saves one state dict; leave it out, or say --from torch, jordan or heavy-ball"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..choices import DIALECTS, EXPORTS, Dialect
 from .arrange import Like, arrange, targets
+from .entries import Group
 from .results import Keep, own, stored, torchs
 from .sources import read
 
@@ -54,6 +55,9 @@ def convert_state_dict(
         source: who saved it: `"muon8bit"`; `"torch"`: Muon with an EMA momentum, as torch.optim.Muon;
             `"jordan"`: K. Jordan's Muon since February 2025, an average with AdamW in the same or in own groups.
             `"heavy-ball"`: b <- beta b + g, whose values are larger by 1 / (1 - beta).
+            `"adamw"`: an AdamW over the whole model, torch's or bitsandbytes', which is not continued: its exp_avg, an
+            average too, becomes the first momentum as it is; AdamW's parameters of `like` keep their whole state; all
+            options are those of `like`, which it needs.
         target: `"muon8bit"`, or `"torch"`: a dict with `muon`, `adamw` or both.
         bits, codebook, block_size, adamw_bits: the format of the result, as for `Muon8bit` and its AdamW groups; None:
             as saved, or the defaults (8, `"linear"`, 2048, 32) if others saved it. Not beside `like` or target="torch".
@@ -76,15 +80,31 @@ def convert_state_dict(
         raise ValueError(f"{', '.join(format_options)}: the format is that of `like`, or torch's; leave it out")
     if momentum is not None and source != "heavy-ball":
         raise ValueError("momentum is only needed with source='heavy-ball': leave it out")
+    if source == "adamw" and like is None:
+        raise ValueError(
+            "source='adamw' needs like (--like), a new optimizer or its state dict: its groups say what Muon takes"
+        )
     groups = read(state_dict, source, names, momentum)
     if like is not None:
         groups = arrange(groups, targets(like, target))
     groups = [stored(group, format_options, i) for i, group in enumerate(groups)]
     write = own if target == "muon8bit" else torchs
     result, changes = write(groups, keep or _same)
+    if source == "adamw":
+        warnings.warn(_started(groups), stacklevel=2)
     for what, before, after in sorted(changes):
         warnings.warn(f"{what} converted from {before} to {after}", stacklevel=2)
     return result
+
+
+def _started(groups: Sequence[Group]) -> str:
+    """Return what a run that starts from AdamW's state has of it."""
+    entries = [entry for group in groups for entry in group.entries if entry.tensors]
+    num_muon = sum(entry.algorithm == "muon" for entry in entries)
+    return (
+        f"AdamW's run is not continued: {num_muon} parameters start with its exp_avg as their first momentum, "
+        f"{len(entries) - num_muon} keep its moments and count of steps; all options are those of `like`"
+    )
 
 
 def _same(tensor: Tensor) -> Tensor:

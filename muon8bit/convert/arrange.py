@@ -64,7 +64,8 @@ def arrange(groups: Sequence[Group], wanted: Sequence[Group]) -> list[Group]:
         for name, entry in zip(saved_names, saved, strict=True):
             if by_name.setdefault(name, entry) is not entry:
                 raise ValueError(f"{entry.name} is saved twice: give the names of one model's parameters")
-        lost = by_name.keys() - set(asked_names)
+        frozen = {name for name, entry in by_name.items() if entry.dialect == "adamw" and not entry.tensors}
+        lost = by_name.keys() - set(asked_names) - frozen
         if lost:
             raise ValueError(f"{min(lost)} is saved, but `like` does not have it: build both from one model")
         matched = [by_name.get(name) for name in asked_names]
@@ -91,17 +92,19 @@ def _filled(group: Group, found: Sequence[Entry | None]) -> Group:
     for slot, entry in zip(group.entries, found, strict=True):
         if entry is None:
             raise ValueError(f"{slot.where} is not saved: build both optimizers from one model")
-        if entry.algorithm != group.algorithm:
+        if entry.algorithm != group.algorithm and entry.dialect != "adamw":
+            is_start = group.algorithm == "muon" and entry.dialect != "muon8bit"
+            hint = "; from an AdamW over the whole model a run starts by source (--from) adamw" * is_start
             raise ValueError(
                 f"{slot.where} was stepped by {entry.algorithm}, `like` has it in a group of {group.algorithm}: "
-                f"{AS_SAVED}"
+                f"{AS_SAVED}{hint}"
             )
         entries.append(
-            Entry(slot.name, entry.where, slot.key, entry.algorithm, entry.tensors, entry.options, entry.dialect)
+            Entry(slot.name, entry.where, slot.key, group.algorithm, entry.tensors, entry.options, entry.dialect)
         )
     own = {key: group.options[key] for key in RUNNING_KEYS if key in group.options}
     options = {key: value for key, value in group.options.items() if key not in ("rounding_seed", "rounding_step")}
-    if entries:
+    if entries and entries[0].dialect != "adamw":  # from which a run starts with options of its own
         saved = [{k: v for k, v in entry.options.items() if k not in RUNNING_KEYS} for entry in entries]
         for entry, other in zip(entries[1:], saved[1:], strict=True):
             unequal = sorted(key for key in other.keys() | saved[0].keys() if other.get(key) != saved[0].get(key))

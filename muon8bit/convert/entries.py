@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -65,3 +65,27 @@ def dense(entry: Entry, key: str) -> Tensor:
 def is_finite(values: Tensor) -> bool:
     """Return whether no element is NaN or Inf; without temporaries, which isfinite() has."""
     return values.numel() == 0 or all(bool(bound.isfinite()) for bound in values.aminmax())
+
+
+def saved_names(group: Mapping[str, Any], where: str, given: Iterator[str] | None) -> list[str | None]:
+    """Return a name for each parameter: as given, or saved, or its key, or None."""
+    keys = group["params"]
+    if given is not None:
+        names = [name for _, name in zip(keys, given, strict=False)]
+        if len(names) < len(keys):
+            raise ValueError(f"there are fewer names than saved parameters: they end in {where}")
+        return list(names)
+    saved = group.get("param_names", [key if isinstance(key, str) else None for key in keys])
+    if not isinstance(saved, Sequence) or not all(isinstance(name, str | None) for name in saved):
+        raise ValueError(f"{where} has 'param_names' that are no names: {saved!r}")
+    if len(saved) != len(keys):
+        raise ValueError(f"{where} has {len(saved)} 'param_names' for {len(keys)} parameters")
+    return list(saved)
+
+
+def saved_state(states: Mapping[Any, Any], key: int | str, where: str) -> Mapping[str, Any]:
+    """Return what is saved of a parameter; empty if that is nothing."""
+    state = states.get(key, {})
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state of {where} is a {type(state).__name__}, expected a mapping of tensors")
+    return state

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY
+from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_CODES_KEY, EXP_AVG_SQ_KEY
 from ..damage import why_damaged
 from ..step import adamw, adamw8bit
 from .entries import Change, Entry, dense
@@ -15,8 +15,7 @@ from .entries import Change, Entry, dense
 
 def moments(entry: Entry, bits: int, changes: set[Change]) -> dict[str, Tensor]:
     """Return AdamW's state as a group with `adamw_bits=bits` stores it: step 0-d."""
-    state = {key: dense(entry, key) for key in entry.tensors if key != "step"}
-    _check(entry, state)
+    state = checked_moments(entry)
     step = entry.tensors.get("step")
     if isinstance(step, int | float):
         step = torch.tensor(step, dtype=torch.float32, device="cpu")
@@ -33,10 +32,22 @@ def moments(entry: Entry, bits: int, changes: set[Change]) -> dict[str, Tensor]:
     return {"step": step.float().reshape(()), **state}
 
 
+def checked_moments(entry: Entry) -> dict[str, Tensor]:
+    """Return AdamW's two moments as they are saved; of bitsandbytes' second one without the code 0.
+
+    Its kernels round a small second moment to 0, by which the next step divides. The smallest code stands for it here.
+    """
+    state = {key: dense(entry, key) for key in entry.tensors if key != "step"}
+    _check(entry, state)
+    if entry.dialect == "adamw" and EXP_AVG_SQ_CODES_KEY in state:
+        state[EXP_AVG_SQ_CODES_KEY] = state[EXP_AVG_SQ_CODES_KEY].clamp(min=1)
+    return state
+
+
 def _check(entry: Entry, state: Mapping[str, Tensor]) -> None:
     """Raise ValueError for what is not AdamW's two moments: floats or, saved by Muon8bit, in 8 bits."""
     listed = ", ".join(map(str, entry.tensors))
-    if EXP_AVG_CODES_KEY in state and entry.dialect == "muon8bit":
+    if EXP_AVG_CODES_KEY in state and entry.dialect in ("muon8bit", "adamw"):
         expected = adamw8bit.layout(state[EXP_AVG_CODES_KEY].shape)
         if {key: (tuple(value.shape), value.dtype) for key, value in state.items()} != expected:
             raise ValueError(f"state of {entry.where} has {listed}; in 8 bits, AdamW's has {expected}")

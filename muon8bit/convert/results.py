@@ -30,8 +30,9 @@ from ..step.options import (
     RUNNING_KEYS,
     check_options,
 )
+from .adamw import first_momentum
 from .entries import Change, Entry, Group, dense, is_finite
-from .moments import moments
+from .moments import checked_moments, moments
 
 Keep = Callable[[Tensor], Any]
 
@@ -55,7 +56,12 @@ _UNSAID: dict[str, dict[str, Any]] = {
     },
     "adamw": {"eps": DEFAULT_ADAMW_EPS},
 }
-_WORDS = {"torch": "torch.optim.Muon's", "jordan": "Jordan's Muon's", "heavy-ball": "heavy-ball Muon's"}
+_WORDS = {
+    "torch": "torch.optim.Muon's",
+    "jordan": "Jordan's Muon's",
+    "heavy-ball": "heavy-ball Muon's",
+    "adamw": "AdamW's exp_avg",
+}
 _CODES_KEYS = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY)
 
 
@@ -196,6 +202,9 @@ def _values(entry: Entry, momentum: Momentum) -> Tensor:
 
 def _momentum(entry: Entry) -> tuple[Momentum, str]:
     """Return the saved momentum, checked but for its values, and its format in words."""
+    if entry.dialect == "adamw":
+        tensors = first_momentum(entry, checked_moments(entry))
+        return Momentum.from_state(tensors, MomentumFormat(None, DEFAULT_BLOCK_SIZE)), _WORDS["adamw"]
     found = [key for key in _CODES_KEYS if key in entry.tensors]
     if len(found) != 1 or (entry.dialect != "muon8bit" and found != [BUFFER_KEY]):
         listed = ", ".join(map(str, entry.tensors))

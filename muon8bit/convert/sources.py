@@ -18,7 +18,8 @@ from ..choices import DIALECTS, Dialect
 from ..config import ALGORITHMS, BUFFER_KEY
 from ..orthogonalize.coefficients import JORDAN
 from ..step.options import MATRIX_DEFAULTS, OWN_DEFAULTS, RUNNING_KEYS, check_options, group_keys
-from .entries import Entry, Group
+from .adamw import adamw_group
+from .entries import Entry, Group, saved_names, saved_state
 
 # What other optimizers' groups need not say; `results` settles it.
 _UNSAID = {"muon": {"nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}, "adamw": {"eps"}}
@@ -65,6 +66,8 @@ def read(
             listed.update(keys)
             if dialect == "muon8bit":
                 groups.append(_own_group(group, states, where, given))
+            elif dialect == "adamw":
+                groups.append(adamw_group(group, states, where, given))
             else:
                 groups += _foreign_groups(group, states, where, part, dialect, given, momentum)
         unlisted = [key for key in states if key not in listed]
@@ -81,7 +84,7 @@ def _parts(state_dict: Mapping[str, Any], dialect: Dialect) -> Iterator[tuple[st
         yield "", state_dict
         return
     parts = [part for part in ("muon", "adamw") if isinstance(state_dict.get(part), Mapping)]
-    if dialect == "muon8bit" or not parts or len(parts) < len(state_dict):
+    if dialect in ("muon8bit", "adamw") or not parts or len(parts) < len(state_dict):
         found = ", ".join(map(str, list(state_dict)[:5])) or "nothing"
         raise ValueError(
             f"no optimizer's state dict: it needs `state` and `param_groups`, or, saved by torch, state dicts under "
@@ -95,6 +98,11 @@ def _own_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str, 
     """Return a group saved by Muon8bit."""
     _check_not_dions(group, where)
     if "algorithm" not in group:
+        if "betas" in group and "momentum" not in group:
+            raise ValueError(
+                f"{where} was saved by an AdamW, whose run Muon8bit does not continue: start fresh, or take its "
+                "exp_avg as the first momentum, by source (--from) adamw; beside a Muon's it is read by source torch"
+            )
         raise ValueError(f"{where} was not saved by Muon8bit: give source (--from) torch, jordan or heavy-ball")
     algorithm = group["algorithm"]
     if algorithm not in ALGORITHMS:
@@ -106,9 +114,9 @@ def _own_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str, 
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     check_options(options, f"{where}: ")
     entries = []
-    for key, name in zip(group["params"], _names(group, where, given), strict=True):
+    for key, name in zip(group["params"], saved_names(group, where, given), strict=True):
         described = name or f"parameter {key} of {where}"
-        entries.append(Entry(name, described, key, algorithm, _state(states, key, described), options, "muon8bit"))
+        entries.append(Entry(name, described, key, algorithm, saved_state(states, key, described), options, "muon8bit"))
     return Group(algorithm, options, entries)
 
 
@@ -124,12 +132,12 @@ def _foreign_groups(
     """Return a group saved by another optimizer, as one group of Muon or AdamW or as one of each."""
     _check_author(group, where, dialect)
     members: dict[str, list[tuple[int | str, str, Mapping[str, Any]]]] = {"muon": [], "adamw": []}
-    for key, name in zip(group["params"], _names(group, where, given), strict=True):
+    for key, name in zip(group["params"], saved_names(group, where, given), strict=True):
         if name is None:
             raise ValueError(
                 f"{where} has no 'param_names', and parameters are matched by name: give names, one a saved parameter"
             )
-        state = _state(states, key, name)
+        state = saved_state(states, key, name)
         algorithm = part or _algorithm(group, state, name)
         state = {_MOONLIGHT_STATE.get(k, k): value for k, value in state.items() if k != "use_muon"}
         if algorithm == "adamw" and state and "step" in group:  # as pytorch_optimizer counts
@@ -219,26 +227,3 @@ def _foreign_options(
         way_out = "; give its momentum" if missing == ["momentum"] and dialect == "heavy-ball" else ""
         raise ValueError(f"{where} lacks {', '.join(missing)}: is it a group of {algorithm}?{way_out}")
     return options
-
-
-def _names(group: Mapping[str, Any], where: str, given: Iterator[str] | None) -> list[str | None]:
-    """Return a name for each parameter: as given, or saved, or its key, or None."""
-    keys = group["params"]
-    if given is not None:
-        names = [name for _, name in zip(keys, given, strict=False)]
-        if len(names) < len(keys):
-            raise ValueError(f"there are fewer names than saved parameters: they end in {where}")
-        return list(names)
-    saved = group.get("param_names", [key if isinstance(key, str) else None for key in keys])
-    if not isinstance(saved, Sequence) or not all(isinstance(name, str | None) for name in saved):
-        raise ValueError(f"{where} has 'param_names' that are no names: {saved!r}")
-    if len(saved) != len(keys):
-        raise ValueError(f"{where} has {len(saved)} 'param_names' for {len(keys)} parameters")
-    return list(saved)
-
-
-def _state(states: Mapping[Any, Any], key: int | str, where: str) -> Mapping[str, Any]:
-    state = states.get(key, {})
-    if not isinstance(state, Mapping):
-        raise ValueError(f"state of {where} is a {type(state).__name__}, expected a mapping of tensors")
-    return state
