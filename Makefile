@@ -28,6 +28,7 @@ test: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 LAUNCH := $(BIN)/accelerate launch $(if $(HAS_GPU),,--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)

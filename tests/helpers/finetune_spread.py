@@ -29,7 +29,7 @@ MODELS = [
 
 
 def spread_models(rank: int, kind: type) -> None:
-    """Save values, ties, dtypes, gradients required, parameters of the optimizer and random state of each model."""
+    """Check values, ties, dtypes, gradients required, parameters of the optimizer and random state of each model."""
     for keys in MODELS:
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator, recipe = kind(cpu=True), read_recipe(DEFAULT_RECIPE)
