@@ -17,14 +17,14 @@ from ..config import Options
 from ..step import adamw8bit
 from . import blocks, param_sharding
 from .assignment import Assignment, plan
+from .consistency import SynchronizedRanks
 from .exchange import NUM_SHARES, FirstRound
-from .meeting import Meeting
 from .norms import Gathering
 from .param_sharding import ParamSharding
 from .sharded_batch import MatrixPart, ShardedBatch, bundled
 
 
-class RankGroup(Meeting):
+class RankGroup(SynchronizedRanks):
     """One process group, the flat group: the ranks of the mesh of sharded parameters, or the one that was given.
 
     Args:

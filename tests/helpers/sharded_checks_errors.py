@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from helpers.sharded_checks import arm, check
 from helpers.sharded_runs import MATRICES, VECTORS, Run, assert_same, on_mesh, raises
 from muon8bit import Muon8bit
-from muon8bit.distributed import meeting, sharded_batch
+from muon8bit.distributed import consistency, sharded_batch
 from muon8bit.orthogonalize import RATES, device_kind, rates_of
 
 RANK = 2  # that sees the error
@@ -76,14 +76,14 @@ def _(world):
 def on_another_device(world, rates):
     """A step where one rank has a device of another model, with these rates."""
     run = Run(MATRICES, torch.float32, on_mesh(world.lines[3], [Shard(0)]))
-    originals = meeting.device_kind, sharded_batch.device_kind
+    originals = consistency.device_kind, sharded_batch.device_kind
     if dist.get_rank() == 1:
         RATES["cpu_of_tomorrow"] = rates
-        meeting.device_kind = sharded_batch.device_kind = lambda _: "cpu_of_tomorrow"
+        consistency.device_kind = sharded_batch.device_kind = lambda _: "cpu_of_tomorrow"
     try:
         return run.train([1])
     finally:
-        meeting.device_kind, sharded_batch.device_kind = originals
+        consistency.device_kind, sharded_batch.device_kind = originals
         RATES.pop("cpu_of_tomorrow", None)
 
 
