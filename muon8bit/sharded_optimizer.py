@@ -1,4 +1,4 @@
-"""The optimizer on several ranks: with which it shares its matrices, and how its sharded state is told."""
+"""The optimizer on several ranks: which ranks share its matrices, and what its state dict holds of sharded state."""
 
 from __future__ import annotations
 
@@ -24,16 +24,7 @@ if TYPE_CHECKING:
 
 
 class SharingOptimizer(Optimizer):
-    """An optimizer whose parameters may lie on several ranks.
-
-    Args:
-        process_group, shard_state: see `Muon8bit`.
-        staging: where the state lives.
-
-    Raises:
-        ValueError: for `shard_state` without a process group, or one that this rank is not in.
-        NotImplementedError: for `state_device` with a process group, or with a sharded parameter, by name.
-    """
+    """An optimizer whose parameters may lie on several ranks."""
 
     step_timeout: float
 
@@ -46,6 +37,19 @@ class SharingOptimizer(Optimizer):
         shard_state: bool,
         staging: StateOffload,
     ) -> None:
+        """Check what ranks are to share.
+
+        Args:
+            params: as torch's optimizers take them.
+            defaults: of the groups.
+            process_group: see `Muon8bit`.
+            shard_state: see `Muon8bit`.
+            staging: where the state lives.
+
+        Raises:
+            ValueError: for `shard_state` without a process group, or one that this rank is not in.
+            NotImplementedError: for `state_device` with a process group, or with a sharded parameter, by name.
+        """
         self._staging = staging
         if shard_state and process_group is None:
             raise ValueError(
@@ -53,19 +57,19 @@ class SharingOptimizer(Optimizer):
                 "process_group=torch.distributed.group.WORLD, or another"
             )
         if process_group is not None:
-            self._check_unshared("a process_group")
+            self._check_state_device("a process_group")
             from .distributed import check_group
 
             check_group(process_group)
         self.process_group, self.shard_state = process_group, shard_state
         self._team: RankGroup | None = None
         self._consolidated: dict[Tensor, dict[str, Tensor]] | None = None  # of the last step
-        self._tells_parts = False
+        self._gives_shards = False  # whether `state_dict` gives DTensors
         super().__init__(params, defaults)
 
     @property
     def state_device(self) -> str | None:
-        """Of the constructor."""
+        """Return where the state lives, as it was asked for."""
         return self._staging.state_device
 
     def _check_sharded(self, group: dict[str, Any], index: int) -> None:
@@ -74,11 +78,15 @@ class SharingOptimizer(Optimizer):
             if hasattr(param, "device_mesh"):
                 from .distributed import check_placements
 
-                self._check_unshared(f"{describe(group, index, place)}, which is sharded")
+                self._check_state_device(f"{describe(group, index, place)}, which is sharded")
                 check_placements(param, describe(group, index, place))
 
-    def _check_unshared(self, what: str) -> None:
-        """Refuse to share state that lies on the host."""
+    def _check_state_device(self, what: str) -> None:
+        """Refuse to share state that lies on the host.
+
+        Args:
+            what: the reason to share it, for the error.
+        """
         if self.state_device is not None:
             raise NotImplementedError(
                 f"state_device={self.state_device!r} does not go with {what}: matrices that several ranks share are "
@@ -87,7 +95,7 @@ class SharingOptimizer(Optimizer):
             )
 
     def _find_team(self) -> RankGroup | None:
-        """The ranks with which matrices are shared, looked for anew: parameters may be swapped for sharded ones.
+        """Return the ranks that share matrices, looked for anew: parameters may have been swapped for sharded ones.
 
         Raises:
             NotImplementedError: for a mesh whose ranks no known process group has, or with `state_device`.
@@ -95,20 +103,21 @@ class SharingOptimizer(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         if self.process_group is None and not any(hasattr(param, "device_mesh") for param in params):
             return None
-        self._check_unshared("sharded parameters")
+        self._check_state_device("sharded parameters")
         from .distributed import team_of
 
         self._team = team_of(params, self.process_group, self.shard_state, self.step_timeout, self._team)
         return self._team
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. With `shard_state`, of whole tensors on the CPU, as `consolidate_state_dict` gathered them, or in
-        `sharded_state_dict` of DTensors.
+        """Return torch's state dict; with `shard_state` of whole tensors, as `consolidate_state_dict` gathered them.
+
+        These are on the CPU. In `sharded_state_dict` they are DTensors.
 
         Raises:
             RuntimeError: with `shard_state`, where this rank has not got the whole state since the last step.
         """
-        if not self.shard_state or not self.state or self._tells_parts:
+        if not self.shard_state or not self.state or self._gives_shards:
             return super().state_dict()
         if self._consolidated is None:
             raise RuntimeError(
@@ -116,16 +125,17 @@ class SharingOptimizer(Optimizer):
                 "after the last step() and before state_dict(), or, for distributed checkpointing, take state_dict() "
                 "in `with optimizer.sharded_state_dict():`"
             )
-        own, self.state = self.state, self._consolidated  # type: ignore[assignment]
+        shards, self.state = self.state, self._consolidated  # type: ignore[assignment]
         try:
             return super().state_dict()
         finally:
-            self.state = own
+            self.state = shards
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int | None = None) -> None:
-        """Gather the sharded state for `state_dict()`, valid until the next step; to be called on all ranks. Without
-        `shard_state` there is nothing to do. The contract of torch's ZeroRedundancyOptimizer.
+        """Gather the sharded state for `state_dict()`, valid until the next step; to be called on all ranks.
+
+        Without `shard_state` there is nothing to do. The contract is that of torch's ZeroRedundancyOptimizer.
 
         Args:
             to: the rank in `process_group` that gets it, None for all.
@@ -145,24 +155,27 @@ class SharingOptimizer(Optimizer):
             raise
 
     def _arrive(self, team: RankGroup) -> None:
-        """Meet the other ranks, which all refuse to go on if one of them has to."""
+        """Wait for the other ranks, which all refuse to go on if one of them has to."""
         team.arrive(None)
 
     @contextmanager
     def sharded_state_dict(self) -> Iterator[None]:
-        """In this context `state_dict()` gives DTensors where the state is sharded, as distributed checkpointing needs
-        them: `with optimizer.sharded_state_dict(): get_optimizer_state_dict(model, optimizer)`."""
-        before, self._tells_parts = self._tells_parts, True
+        """Let `state_dict()` give DTensors where the state is sharded, as distributed checkpointing needs them.
+
+        `with optimizer.sharded_state_dict(): get_optimizer_state_dict(model, optimizer)`.
+        """
+        before, self._gives_shards = self._gives_shards, True
         try:
             yield
         finally:
-            self._tells_parts = before
+            self._gives_shards = before
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds; a process group cannot be in it."""
         if self.process_group is not None:
             raise TypeError(
                 "an optimizer with a process_group cannot be copied or pickled, since the group belongs to its "
                 "process: construct another one and give it this one's state_dict()"
             )
-        own = {"process_group": None, "shard_state": False, "_tells_parts": False, "_staging": self._staging}
+        own = {"process_group": None, "shard_state": False, "_gives_shards": False, "_staging": self._staging}
         return {**super().__getstate__(), **own, "_team": None, "_consolidated": None}

@@ -19,9 +19,10 @@ ROOMS = ("muon8bit", "kernels", "finetune", "benchmarks", "examples", "tests/hel
 # Still to be brought into line: what pyproject.toml lists for ruff.
 PENDING = re.findall(r'^"([\w./]+?)(?:/\*\*)?" = \["D"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 VERBS = """
-Add Apply Ask Assign Begin Build Call Check Clip Close Compare Compile Convert Copy Count Delete Do Exit Fail Fill
-Forget Format Give Keep Kill Let Load Make Measure Place Plan Plant Print Put Raise Read Register Remove Render
-Replace Return Run Save Say Screen Start Step Sum Take Tell Train Turn Wait Write Yield
+Add Allocate Apply Ask Assign Begin Build Call Check Clip Close Compare Compile Convert Copy Count Cut Delete Do Exit
+Fail Fill Forget Format Gather Give Go Keep Kill Learn Leave Let Load Make Measure Orthogonalize Place Plan Plant
+Prepare Print Put Raise Read Refuse Register Remove Render Replace Return Run Save Say Screen Send Set Share Start Step
+Sum Synchronize Take Tell Train Turn Update Use Wait Watch Write Yield
 """
 RIDDLES = ("What", "Of", "How", "Whether", "Where", "As")
 

@@ -1,13 +1,15 @@
-"""Training on several ranks: where tensors lie (`layout`), who orthogonalizes what (`plan`), how it gets there.
+"""Training on several ranks: where tensors lie, who orthogonalizes what, how it gets there.
 
-agreement    ranks agree on groups, options and gradients, or all raise
-matrices     what lies on several ranks, as this rank sees it
-gathering    norms of whole matrices and the verdict on all gradients: one all-gather
-rounds       the second phase: parts to the owner, Newton-Schulz, parts back
-transport    collectives, with their bytes counted
-meeting      where ranks meet in a step, and learn of failures
-watch        bounded waits inside a step, and the cause when a rank does not come
-team         all of it for one optimizer
+param_sharding   where a parameter, its state and its matrices lie
+matrix_sharding  where the parts of one matrix lie
+assignment       who orthogonalizes what, and what that moves: pure functions of shapes
+sharded_batch    matrices that lie on several ranks, as this rank sees them
+norms            norms of whole matrices and the check of all gradients: one all-gather
+exchange         the second phase: parts to the owner, Newton-Schulz, parts back
+consistency      where ranks wait for each other in a step, agree, and learn of failures
+collectives      all-gathers and all-to-alls
+watchdog         bounded waits inside a step, and the cause when a rank does not come
+rank_group       all of it for one optimizer
 """
 
 from .norms import Gathering

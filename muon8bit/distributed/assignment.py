@@ -1,11 +1,13 @@
-"""Who orthogonalizes what, and what that moves: a pure function of shapes, so that ranks which compute it alone agree.
+"""The rank that orthogonalizes each matrix, and the bytes that this moves.
+
+All of it is a pure function of shapes, so that ranks which compute it alone agree.
 
 Every matrix goes to one rank, its owner: the longest first, to the least loaded (LPT; Graham, SIAM J. Appl. Math. 17,
 1969). It gets there, and its update back, in one of two ways:
 
 gather       the parts of X go to the owner, the parts of O = NS(X) come back
 reduce_gram  of a matrix cut along its long side: the Gram matrix of every part goes, in fp32, to the owner, which sums
-             them and iterates. The factor Q comes back to every rank that wants a part, which makes its own of O = Q X
+             them and iterates. The factor Q comes back to every rank that needs a part, which makes its own of O = Q X
              (or X Q)
 """
 
@@ -42,7 +44,7 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedTransfer:
-    """How one matrix gets to its owner, and its update back.
+    """One matrix with its owner, and the parts that are sent to and by it.
 
     Attributes:
         index: place of the matrix among those that were planned.
@@ -112,7 +114,7 @@ class PlannedTransfer:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What `plan` returns. Ranks are those of the group.
+    """The owners of matrices, and the order in which they are sent. Ranks are those of the group.
 
     Attributes:
         transfers: one a matrix, in the order of the matrices.
@@ -130,7 +132,7 @@ class Assignment:
 def plan(matrices: Sequence[Matrix], num_ranks: int, workspace_bytes: int) -> Assignment:
     """Share the matrices out among the ranks.
 
-    A matrix that ranks hold whole is one of theirs, the least loaded's, so what a single rank holds and wants is never
+    A matrix that ranks hold whole is one of theirs, the least loaded's, so what a single rank holds and needs is never
     moved. Any rank may own the others. Ties go to the lowest index and the lowest rank.
 
     Args:
@@ -143,8 +145,8 @@ def plan(matrices: Sequence[Matrix], num_ranks: int, workspace_bytes: int) -> As
     """
     for index, matrix in enumerate(matrices):
         sharding = matrix.sharding
-        if not len(sharding.held) == len(sharding.wanted) == num_ranks:
-            raise ValueError(f"matrix {index} is sharded over {len(sharding.held)} ranks, not {num_ranks}")
+        if not len(sharding.momentum_parts) == len(sharding.param_parts) == num_ranks:
+            raise ValueError(f"matrix {index} is sharded over {len(sharding.momentum_parts)} ranks, not {num_ranks}")
         sharding.check_tiling(matrix.rows, matrix.cols)
     strategies = [choose_strategy(matrix) for matrix in matrices]
     costs = [owner_cost(matrix, strategy) for matrix, strategy in zip(matrices, strategies, strict=True)]
@@ -167,7 +169,7 @@ def owner_cost(matrix: Matrix, strategy: Strategy) -> float:
 def choose_strategy(matrix: Matrix) -> Strategy:
     """Return "reduce_gram" where that is possible and moves fewer bytes, whoever the owner is; else "gather".
 
-    It is possible for the Gram form without restart, of a matrix cut along its long side alone, whose parts are wanted
+    It is possible for the Gram form without restart, of a matrix cut along its long side alone, whose parts are needed
     where they are held. Replicas would keep their parts of all owners' matrices at once, so there are none.
     """
     rows, cols, sharding, method = matrix
@@ -176,10 +178,11 @@ def choose_strategy(matrix: Matrix) -> Strategy:
         return "gather"
     if any(region[across] != (0, matrix[across]) or len(ranks) > 1 for region, ranks in sharding.holders.items()):
         return "gather"
-    if any(wanted not in (None, held) for held, wanted in zip(sharding.held, sharding.wanted, strict=True)):
+    parts = zip(sharding.momentum_parts, sharding.param_parts, strict=True)
+    if any(needed not in (None, held) for held, needed in parts):
         return "gather"
     gather, gram = (PlannedTransfer(0, matrix, 0, strategy, 0.0) for strategy in ("gather", "reduce_gram"))
-    saved = [0] * len(sharding.held)
+    saved = [0] * len(sharding.momentum_parts)
     for region, (rank,) in sharding.holders.items():
         saved[rank] += gather.sent_bytes(region) - gram.sent_bytes(region)
     for rank, region in sharding.targets.items():
@@ -257,7 +260,7 @@ def _cut(
 def _parts(members: Sequence[PlannedTransfer], workspace_bytes: int) -> Iterator[tuple[PlannedTransfer, ...]]:
     """Cut a round so that no rank has more than `workspace_bytes` of parts of X at once, nor of O.
 
-    It stays whole where all ranks hold equal shares of matrices within the budget. Where a replica or every rank wants
+    It stays whole where all ranks hold equal shares of matrices within the budget. Where a replica or every rank needs
     a large share, the matrices of all owners together are more than it should take. A part has one matrix at least.
     """
     part, totals = list[PlannedTransfer](), Counter[tuple[str, int]]()

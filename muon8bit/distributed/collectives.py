@@ -1,4 +1,4 @@
-"""How bytes get from rank to rank: one padded all-gather, and all-to-alls of tensors of any dtype."""
+"""Collectives of one process group: one padded all-gather, and all-to-alls of tensors of any dtype."""
 
 from __future__ import annotations
 

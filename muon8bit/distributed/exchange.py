@@ -12,7 +12,7 @@ rank has changed nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from math import prod
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from ..step.muon import written
 from ..step.update import factors, lr_ratio, update_params_
 from .assignment import Assignment, PlannedTransfer
 from .collectives import PendingExchange, Transport
-from .sharded_batch import ShardedBatch, ShardedMatrix, is_cut
+from .sharded_batch import ShardedBatch, ShardedMatrix
 
 # Of the workspace, the part that each of these may take: of the round that is orthogonalized the bytes received, X with
 # the iteration's own memory, and O; of the next one what is sent, made contiguous, and received; of the last one O,
@@ -37,16 +37,22 @@ NUM_SHARES = 12
 
 
 class Transfer(NamedTuple):
-    """One matrix in a round, as this rank sees it: the `place`-th of its batch."""
+    """One matrix in a round, as this rank sees it.
+
+    Attributes:
+        plan: its owner, and what is sent.
+        batch: where this rank has its part.
+        number: of the matrix in the batch.
+    """
 
     plan: PlannedTransfer
     batch: ShardedBatch
-    place: int
+    number: int
 
     @property
     def matrix(self) -> ShardedMatrix:
         """Return this rank's part."""
-        return self.batch.members[self.place]
+        return self.batch.members[self.number]
 
 
 class ExchangeRound:
@@ -91,17 +97,20 @@ class ExchangeRound:
     def orthogonalize(self) -> None:
         """Orthogonalize what this rank owns, or make the factors."""
 
-        def key(transfer: Transfer) -> tuple[Any, ...]:
-            matrix = transfer.batch.matrix
-            return matrix.rows, matrix.cols, matrix.method, transfer.batch.coefficients, transfer.plan.is_gram
+        def size(transfer: Transfer) -> int:
+            rows, cols, _, method = transfer.batch.matrix
+            return batch_size(method, rows, cols, device_kind(self._device), self._share)
+
+        def key(transfer: Transfer) -> object:
+            rows, cols, _, method = transfer.batch.matrix
+            return rows, cols, method, transfer.batch.coefficients, transfer.plan.is_gram
 
         self._pending.wait()
-        for (rows, cols, method, coefficients, is_gram), run in groupby(self._owned(self._transfers), key=key):
-            together, solve = list(run), gram_factor if is_gram else orthogonalize
-            size = batch_size(method, rows, cols, device_kind(self._device), self._share)
-            for start in range(0, len(together), size):
-                whole = self._assembled([transfer.plan for transfer in together[start : start + size]])
-                self._results.extend(solve(whole, coefficients, method, self._options.backend))
+        for chunk in _chunks(self._owned(self._transfers), key, size):
+            plan, batch, _ = chunk[0]
+            solve = gram_factor if plan.is_gram else orthogonalize
+            whole = self._assembled([transfer.plan for transfer in chunk])
+            self._results.extend(solve(whole, batch.coefficients, plan.matrix.method, self._options.backend))
 
     def send_updates(self, number: int = 0) -> None:
         """Send what this rank owns of a part of the round to who wants it, O or the factor."""
@@ -138,34 +147,33 @@ class ExchangeRound:
     def _applied(self) -> Iterator[tuple[Transfer, Tensor]]:
         """Write the momenta that this rank holds, and yield their parts of X, in the order of the transfers."""
 
-        def key(transfer: Transfer) -> tuple[int, object]:
-            return id(transfer.batch), transfer.matrix.held and transfer.matrix.held.layout
-
-        held = [transfer for transfer in self._transfers if transfer.matrix.held is not None]
-        for _, run in groupby(held, key=key):
-            together = list(run)
-            shape = together[0].matrix.held.momentum.codes.shape[1:]  # type: ignore[union-attr]
+        def size(transfer: Transfer) -> int:
+            assert transfer.matrix.stack is not None
             # X, and copies of gradients; in the first round of momenta too
-            one = (12 if self.is_first else 8) * prod(shape)
-            size = max(1, self._share // one)
-            for start in range(0, len(together), size):
-                some = together[start : start + size]
-                yield from zip(some, self._apply(some), strict=True)
+            num_bytes = (12 if self.is_first else 8) * prod(transfer.matrix.stack.momentum.codes.shape[1:])
+            return max(1, self._share // num_bytes)
+
+        def key(transfer: Transfer) -> object:
+            return id(transfer.batch), transfer.matrix.stack and transfer.matrix.stack.layout
+
+        held = [transfer for transfer in self._transfers if transfer.matrix.stack is not None]
+        for chunk in _chunks(held, key, size):
+            yield from zip(chunk, self._apply(chunk), strict=True)
 
     def _apply(self, transfers: list[Transfer]) -> Tensor:
         """Write the new momenta of these into codes and scales; return their parts of X, [transfers, rows, cols]."""
-        batch, places = transfers[0].batch, [transfer.place for transfer in transfers]
-        stacks = [held for transfer in transfers if (held := transfer.matrix.held) is not None]
-        norms = torch.stack([batch.norms[place] for place in places])
+        batch, numbers = transfers[0].batch, [transfer.number for transfer in transfers]
+        stacks = [stack for transfer in transfers if (stack := transfer.matrix.stack) is not None]
+        norms = torch.stack([batch.norms[number] for number in numbers])
         shape = stacks[0].momentum.codes.shape[1:]
         X = torch.empty(len(stacks), *shape, dtype=batch.matrix.method.dtype, device=self._device)
         grads = gradients(stacks)
         skip = self._options.skip
         kept = [tensor.clone() for tensor in momentum_tensors(stacks)] if self.is_first else None
         momenta = [stack.momentum for stack in momenta_on(stacks, kept)]
-        region = batch.matrix.sharding.held[self._transport.rank]
-        if region is not None and is_cut(region, batch.matrix):
-            scales = None if batch.scales is None else torch.stack([batch.scales[place] for place in places])
+        region = batch.matrix.sharding.momentum_parts[self._transport.rank]
+        if region is not None and batch.is_cut(region):
+            scales = None if batch.scales is None else torch.stack([batch.scales[number] for number in numbers])
             first_col = region.cols[0]
             momentum.cut_apply_(momenta, grads, scales, norms, X, first_col=first_col, **batch.average, skip=skip)
         else:
@@ -190,21 +198,20 @@ class ExchangeRound:
     def _update(self, part: list[Transfer], received: PendingExchange) -> None:
         """Update this rank's parts of parameters by a part of the round's results."""
 
-        def key(transfer: Transfer) -> tuple[object, ...]:
+        def key(transfer: Transfer) -> object:
             param = transfer.matrix.param
             assert param is not None
             return id(transfer.batch), transfer.plan.owner, param.shape, param.stride(), param.dtype
 
         rank = self._transport.rank
-        for _, run in groupby([transfer for transfer in part if rank in transfer.plan.targets], key=key):
-            together = list(run)
-            plan, batch, _ = together[0]
-            shape = len(together), *plan.sent_shape(plan.targets[rank])
-            directions = received.read(plan.owner, shape, batch.matrix.method.dtype)
+        for chunk in _chunks([transfer for transfer in part if rank in transfer.plan.targets], key):
+            plan, batch, _ = chunk[0]
+            shape = len(chunk), *plan.sent_shape(plan.targets[rank])
+            directions = received.read(plan.owner, shape, plan.matrix.method.dtype)
             if plan.is_gram:
-                X = torch.stack([self._own_X[transfer.plan.index] for transfer in together])
+                X = torch.stack([self._own_X[transfer.plan.index] for transfer in chunk])
                 directions = apply_factor(directions, X, plan.is_tall)
-            _update([transfer.matrix for transfer in together], directions, batch, self._options)
+            _update_params([transfer.matrix for transfer in chunk], directions, batch, self._options)
 
 
 class FirstRound(ExchangeRound):
@@ -221,9 +228,9 @@ class FirstRound(ExchangeRound):
         device: torch.device,
     ) -> None:
         """Take the assignment of the matrices of these batches, numbered through in their order."""
-        places = [(batch, place) for batch in batches for place in range(len(batch.members))]
+        matrices = [(batch, number) for batch in batches for number in range(len(batch.members))]
         first, *self._later = [
-            [[Transfer(plan, *places[plan.index]) for plan in part] for part in parts] for parts in assignment.rounds
+            [[Transfer(plan, *matrices[plan.index]) for plan in part] for part in parts] for parts in assignment.rounds
         ]
         super().__init__(first, transport, options, device)
 
@@ -248,14 +255,25 @@ class FirstRound(ExchangeRound):
             returning, sending = sending, upcoming
 
 
-def _update(members: list[ShardedMatrix], directions: Tensor, batch: ShardedBatch, options: Options) -> None:
+def _chunks(
+    transfers: Iterable[Transfer], key: Callable[[Transfer], object], size: Callable[[Transfer], int] | None = None
+) -> Iterator[list[Transfer]]:
+    """Yield transfers that follow on each other and have an equal `key`, as many at a time as `size` of the first."""
+    for _, run in groupby(transfers, key=key):
+        alike = list(run)
+        step = len(alike) if size is None else size(alike[0])
+        for start in range(0, len(alike), step):
+            yield alike[start : start + step]
+
+
+def _update_params(members: list[ShardedMatrix], directions: Tensor, batch: ShardedBatch, options: Options) -> None:
     """Update the parts of these parameters by `directions` [members, rows, cols], scaled by the whole shape."""
     group, matrix = batch.group, batch.matrix
     ratio = lr_ratio(matrix.rows, matrix.cols, group["adjust_lr_fn"])
     decay, scale = factors(lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
-    places: dict[str, Any] = {}
+    random_bits: dict[str, Any] = {}
     if members[0].key is not None:
         keys, firsts = [member.key for member in members], [member.first for member in members]
-        places = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}
+        random_bits = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}
     with written([member.param for member in members if member.param is not None]) as params:
-        update_params_(params, directions, decay, scale, **places, skip=options.skip, backend=options.backend)
+        update_params_(params, directions, decay, scale, **random_bits, skip=options.skip, backend=options.backend)

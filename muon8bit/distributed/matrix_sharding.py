@@ -1,4 +1,4 @@
-"""Where the parts of a matrix lie, rank by rank."""
+"""The parts of a matrix that each rank has."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ class Region(NamedTuple):
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
     @property
-    def num_elements(self) -> int:
-        """Return how many elements it has."""
-        return self.shape[0] * self.shape[1]
-
-    @property
     def slices(self) -> tuple[slice, slice]:
         """Return the index of its elements in the whole matrix."""
         return slice(*self.rows), slice(*self.cols)
@@ -33,30 +28,30 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class MatrixSharding:
-    """Where matrices of one shape that lie alike have their parts, by rank of the group; None where a rank has none.
+    """The parts of matrices of one shape that lie alike, by rank of the group; None where a rank has none.
 
     Attributes:
-        held: part of the Newton-Schulz input that the rank computes (its shard of the momentum). Different parts are
-            disjoint and cover the matrix; replicas repeat them, in the same order of ranks.
-        wanted: part of the update that the rank needs (its shard of the parameter).
+        momentum_parts: of the momentum, and so of the Newton-Schulz input. Different parts are disjoint and cover the
+            matrix; replicas repeat them, in the same order of ranks.
+        param_parts: of the parameter, and so of the update that the rank needs.
     """
 
-    held: tuple[Region | None, ...]
-    wanted: tuple[Region | None, ...]
+    momentum_parts: tuple[Region | None, ...]
+    param_parts: tuple[Region | None, ...]
 
     @cached_property
     def holders(self) -> dict[Region, list[int]]:
-        """Return the ranks that hold each part, in ascending order."""
+        """Return the ranks that hold each part of the momentum, in ascending order."""
         holders: dict[Region, list[int]] = {}
-        for rank, region in enumerate(self.held):
+        for rank, region in enumerate(self.momentum_parts):
             if region is not None:
                 holders.setdefault(region, []).append(rank)
         return holders
 
     @cached_property
     def targets(self) -> dict[int, Region]:
-        """Return the part that each rank wants, in the order of ranks."""
-        return {rank: region for rank, region in enumerate(self.wanted) if region is not None}
+        """Return the part of the update that each rank needs, in the order of ranks."""
+        return {rank: region for rank, region in enumerate(self.param_parts) if region is not None}
 
     def sources(self, owner: int) -> dict[int, Region]:
         """Return disjoint parts that cover the matrix, by the rank that sends them to `owner`, in the order of ranks.
@@ -64,11 +59,11 @@ class MatrixSharding:
         The owner gives its own part, the others come from its replica. Replica n has the n-th holder of every part. The
         ranks that hold nothing are divided evenly among the replicas.
         """
-        holders, held = self.holders, self.held[owner]
-        if held is not None:
-            replica = holders[held].index(owner)
+        holders, part = self.holders, self.momentum_parts[owner]
+        if part is not None:
+            replica = holders[part].index(owner)
         else:
-            idle = [rank for rank, region in enumerate(self.held) if region is None]
+            idle = [rank for rank, region in enumerate(self.momentum_parts) if region is None]
             replica = idle.index(owner) * max(map(len, holders.values()), default=0) // len(idle)
         return dict(sorted((ranks[min(replica, len(ranks) - 1)], region) for region, ranks in holders.items()))
 

@@ -1,4 +1,4 @@
-"""Where a parameter and its state lie: the part of them that each rank of the flat group has.
+"""The parts of a parameter, of its state and of the matrices in it that each rank of the flat group has.
 
 A DTensor lies as its placements say. A plain parameter lies whole on every rank; its state does too, or with
 `shard_state` by rows of its first dimension, as `Shard(0)`.
@@ -7,7 +7,7 @@ A DTensor lies as its placements say. A plain parameter lies whole on every rank
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise, product
 from math import prod
@@ -18,27 +18,29 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from .matrix_sharding import Span
+from ..config import ADAMW8_BLOCK_SIZE
+from ..step import adamw8bit
+from .matrix_sharding import MatrixSharding, Region, Span
 
 Spans: TypeAlias = tuple[Span, ...]  # of a tensor, one a dimension
 
 
 @dataclass(frozen=True, eq=False)
 class ParamSharding:
-    """Of one parameter; the same object for all that lie alike.
+    """The parts of a parameter that each rank has; the same object for all that lie alike.
 
     Attributes:
         shape: of the whole parameter.
-        held, wanted: by rank, the part of the state and of the parameter (and its gradient) that it has.
+        state_parts, param_parts: by rank, the part of the state and of the parameter (and its gradient) that it has.
         rank: this process's, in the flat group.
-        ranks: global ranks of the flat group, in its order; of sharded parameters.
         mesh, placements: of the state as DTensors; None where it is plain tensors.
-        scales_shape, scales_part: of AdamW's scales in 8 bits, which have the parameter's placements: see `blocks`.
+        ranks: global ranks of the flat group, in its order; of sharded parameters.
+        scales_shape, scales_part: of AdamW's scales in 8 bits, which have the parameter's placements.
     """
 
     shape: tuple[int, ...]
-    held: tuple[Spans, ...]
-    wanted: tuple[Spans, ...]
+    state_parts: tuple[Spans, ...]
+    param_parts: tuple[Spans, ...]
     rank: int
     mesh: DeviceMesh | None = None
     placements: tuple[Placement, ...] = ()
@@ -48,26 +50,33 @@ class ParamSharding:
 
     @cached_property
     def _has_whole_matrices(self) -> bool:
-        leading = [spans[0] for spans in self.held]
-        whole = all(spans[1:] == whole_of(self.shape)[1:] for spans in self.held)
+        leading = [spans[0] for spans in self.state_parts]
+        whole = all(spans[1:] == _whole(self.shape)[1:] for spans in self.state_parts)
         return len(self.shape) > 2 and whole and all(a[1] <= b[0] for a, b in pairwise(leading))
 
     def is_local(self, flatten: bool) -> bool:
-        """Whether every matrix of the last two dimensions is held whole by one rank, which alone wants it: then no
-        step communicates. So are experts that are sharded by expert."""
-        return not flatten and self.held is self.wanted and self._has_whole_matrices
+        """Return whether one rank alone has the state and the parameter of each matrix of the last two dimensions.
+
+        Then no step communicates. So are experts that are sharded by expert.
+        """
+        return not flatten and self.state_parts is self.param_parts and self._has_whole_matrices
 
     @cached_property
     def first(self) -> int | None:
-        """Index in the whole parameter of this rank's first element; None where its elements are not consecutive."""
-        spans = self.wanted[self.rank]
-        if spans[1:] != whole_of(self.shape)[1:]:
+        """Return the index in the whole parameter of this rank's first element; None where its rows are cut."""
+        spans = self.param_parts[self.rank]
+        if spans[1:] != _whole(self.shape)[1:]:
             return None
         return spans[0][0] * prod(self.shape[1:]) if spans else 0
 
     def local(self, param: Tensor, grad: Tensor, name: str, *, is_rounded: bool) -> tuple[Tensor, Tensor, int]:
-        """This rank's part of the parameter, that of its gradient, and `first`; `is_rounded`: the update draws random
-        bits by `first`.
+        """Return this rank's part of the parameter, that of its gradient, and `first`.
+
+        Args:
+            param: the parameter.
+            grad: its gradient.
+            name: how errors call it.
+            is_rounded: whether the update draws random bits by `first`.
 
         Raises:
             NotImplementedError: names a parameter whose gradient lies otherwise, or that has no `first` but needs it.
@@ -77,29 +86,42 @@ class ParamSharding:
                 f"{name} is sharded by columns: param_rounding='stochastic' numbers the elements of AdamW's parameters "
                 "row by row. Use param_rounding='nearest', or shard it by rows"
             )
-        ours, theirs = _where(param), _where(grad)
-        if ours != theirs:
+        sharded = [(t.device_mesh, tuple(t.placements)) if isinstance(t, DTensor) else None for t in (param, grad)]
+        if sharded[0] != sharded[1]:
+            ours, theirs = ("no DTensor" if pair is None else f"on {pair[0]} as {pair[1]}" for pair in sharded)
             raise NotImplementedError(
-                f"{name} is {_in_words(ours)}, its gradient {_in_words(theirs)}: redistribute the "
-                "gradient before step()"
+                f"{name} is {ours}, its gradient {theirs}: redistribute the gradient before step()"
             )
         return local_tensor(param), local_tensor(grad), self.first or 0
 
-    def like(self, shape: tuple[int, ...]) -> ParamSharding:
-        """Of a tensor of another shape that is sharded by the same placements."""
-        assert self.mesh is not None
-        found = _sharded(shape, self.mesh, self.placements, self.ranks, self.rank)
-        assert found is not None
-        return found
+    def with_scales(self, name: str) -> ParamSharding:
+        """Return the same for AdamW's state in 8 bits, knowing where the scales lie.
+
+        256 elements, in the order of indices, share a scale, and must lie on one rank. Then every rank steps its part
+        as one process steps the whole, to the bit.
+
+        Raises:
+            NotImplementedError: names a parameter of which blocks are cut, or whose scales cannot be sharded as it is.
+        """
+        sharding = _with_scales(self)
+        if sharding is None:
+            raise NotImplementedError(
+                f"{name} {self.shape} is sharded as {self.placements}, which cuts blocks of {ADAMW8_BLOCK_SIZE} "
+                "elements that share a scale of adamw_bits=8: put it into a group of its own with adamw_bits=32, or "
+                "shard it so that every part has a multiple of so many, in the order of its elements"
+            )
+        return sharding
 
     def parts(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-        """Shapes of whole state tensors -> those of this rank's parts."""
+        """Return the shapes of this rank's parts of state tensors, of the shapes of the whole ones."""
         return {key: tuple(stop - start for start, stop in self.part(shape)) for key, shape in shapes.items()}
 
     def part(self, shape: Sequence[int]) -> Spans:
-        """This rank's part of a state tensor: of the parameter's shape, or of scales [..., rows, blocks], of which a
-        rank has whole rows even where it has but some columns of the codes (Muon's)."""
-        held = self.held[self.rank]
+        """Return this rank's part of a state tensor: of the parameter's shape, or of scales [..., rows, blocks].
+
+        Of Muon's scales a rank has whole rows even where it has but some columns of the codes.
+        """
+        held = self.state_parts[self.rank]
         if tuple(shape) == self.scales_shape:
             return self.scales_part
         if tuple(shape) == self.shape or not shape:
@@ -107,85 +129,126 @@ class ParamSharding:
         return (*held[: len(shape) - 1], (0, shape[-1]))
 
     def own_part(self, value: Tensor, name: str) -> Tensor:
-        """This rank's part of a state tensor that was saved: whole, or a DTensor that lies like the state here.
+        """Return this rank's part of a state tensor that was saved: whole, or a DTensor that lies like the state here.
 
         Raises:
             ValueError: by this name, for a DTensor that lies otherwise.
         """
         if not isinstance(value, DTensor):
             return value[tuple(slice(*span) for span in self.part(value.shape))]
-        shape = tuple(value.shape)
-        if value.device_mesh != self.mesh or list(value.placements) != self.placements_of(shape):
+        placements = self._placements(tuple(value.shape))
+        if value.device_mesh != self.mesh or list(value.placements) != placements:
             raise ValueError(
                 f"{name} lies on {value.device_mesh} as {tuple(value.placements)}, here it would be on {self.mesh} as "
-                f"{self.placements_of(shape)}: load through torch.distributed.checkpoint, which reshards"
+                f"{placements}: load through torch.distributed.checkpoint, which reshards"
             )
         return value.to_local()
 
     def unwrapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `optimizer.state` holds -> this rank's parts, over the same memory."""
+        """Return this rank's parts of what `optimizer.state` holds, over the same memory."""
         return {key: local_tensor(value) for key, value in tensors.items()}
 
     def wrapped(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """This rank's parts of state tensors -> what `optimizer.state` holds. `shapes`: of the whole tensors."""
+        """Return what `optimizer.state` holds, of this rank's parts of the state tensors and the shapes of the whole.
+
+        These are DTensors where the state is sharded, but AdamW's step.
+        """
         if self.mesh is None:
             return dict(tensors)
-        return {key: self._wrapped(value, tuple(shapes[key])) for key, value in tensors.items()}
-
-    def _wrapped(self, local: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if not shape:  # AdamW's step
-            return local
-        placements, stride = self.placements_of(shape), torch.empty(shape, device="meta").stride()
-        wrapped: Tensor = DTensor.from_local(local, self.mesh, placements, shape=torch.Size(shape), stride=stride)
+        wrapped: dict[str, Tensor] = {}
+        for key, local in tensors.items():
+            shape = torch.Size(shapes[key])
+            stride, placements = torch.empty(shape, device="meta").stride(), self._placements(shape)
+            dtensor = DTensor.from_local(local, self.mesh, placements, shape=shape, stride=stride) if shape else local
+            wrapped[key] = dtensor
         return wrapped
 
-    def placements_of(self, shape: tuple[int, ...]) -> list[Placement]:
-        """Placements of a state tensor: the parameter's, but Muon's scales are replicated where columns are sharded."""
-        last = len(shape) - 1
-        is_cut = shape not in (self.shape, self.scales_shape)
-        return [Replicate() if is_cut and _dim_of(placement) == last else placement for placement in self.placements]
+    def _placements(self, shape: tuple[int, ...]) -> list[Placement]:
+        """Return a state tensor's placements: the parameter's, but Muon's scales are replicated if columns are cut."""
+        is_like_param, last = shape in (self.shape, self.scales_shape), len(shape) - 1
+        return [p if is_like_param or _dim(p) != last else Replicate() for p in self.placements]
+
+
+@dataclass(frozen=True)
+class MatrixSlot:
+    """One matrix in a parameter.
+
+    Attributes:
+        lead: its index in the leading dimensions (none in a 2-D or flattened parameter).
+        rows: the rows there that it consists of.
+        cols: how many it has.
+        sharding: where it lies.
+    """
+
+    lead: tuple[int, ...]
+    rows: Span
+    cols: int
+    sharding: MatrixSharding
+
+
+@cache
+def matrix_slots(param: ParamSharding, flatten: bool, splits: tuple[int, ...] | None) -> tuple[MatrixSlot, ...]:
+    """Return the matrices of a parameter that are orthogonalized one by one, in its order.
+
+    Args:
+        param: where the parameter lies.
+        flatten: whether its first dimension is the rows of one matrix.
+        splits: sizes of pieces of rows, None for one.
+    """
+    shape = param.shape
+    lead_shape, num_rows = ((), shape[0]) if flatten else (shape[:-2], shape[-2])
+    cols = prod(shape[1:]) if flatten else shape[-1]
+    slots, shardings = list[MatrixSlot](), dict[MatrixSharding, MatrixSharding]()
+    for lead in product(*map(range, lead_shape)):
+        start = 0
+        for size in splits or (num_rows,):
+            rows = start, start + size
+            start += size
+            parts = (
+                tuple(_region(spans, lead, rows, cols, flatten) for spans in by_rank)
+                for by_rank in (param.state_parts, param.param_parts)
+            )
+            sharding = MatrixSharding(*parts)
+            # The same object for matrices that lie alike, which are then known by it.
+            slots.append(MatrixSlot(lead, rows, cols, shardings.setdefault(sharding, sharding)))
+    return tuple(slots)
+
+
+def _region(spans: Spans, lead: tuple[int, ...], rows: Span, cols: int, flatten: bool) -> Region | None:
+    """Return the part of one matrix, in its own coordinates, that lies in these spans of the parameter."""
+    if not all(start <= index < stop for index, (start, stop) in zip(lead, spans, strict=False)):
+        return None
+    row_span, col_span = (spans[0], (0, cols)) if flatten else spans[-2:]
+    start, stop = max(row_span[0], rows[0]) - rows[0], min(row_span[1], rows[1]) - rows[0]
+    if start >= stop or col_span[0] >= col_span[1]:
+        return None
+    return Region((start, stop), col_span)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, over the same memory; any other tensor is returned."""
+    """Return this rank's part of a DTensor, over the same memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _where(tensor: Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]] | None:
-    return (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
-
-
-def _in_words(where: tuple[DeviceMesh, tuple[Placement, ...]] | None) -> str:
-    return "no DTensor" if where is None else f"on {where[0]} as {where[1]}"
-
-
-def whole_of(shape: Sequence[int]) -> Spans:
-    return tuple((0, size) for size in shape)
-
-
-def _dim_of(placement: Placement) -> int | None:
-    dim = getattr(placement, "dim", None)
-    return dim if isinstance(dim, int) else None
 
 
 @cache
 def replicated(shape: tuple[int, ...], num_ranks: int, rank: int) -> ParamSharding:
-    """Parameter and state whole on every rank."""
-    everywhere = (whole_of(shape),) * num_ranks
+    """Return where a parameter lies that is whole on every rank, as its state is."""
+    everywhere = (_whole(shape),) * num_ranks
     return ParamSharding(shape, everywhere, everywhere, rank)
 
 
 @cache
 def state_sharded(shape: tuple[int, ...], num_ranks: int, rank: int, mesh: DeviceMesh) -> ParamSharding:
-    """The parameter whole on every rank, its state by rows of its first dimension, over a mesh of one dimension."""
+    """Return where a parameter lies that is whole on every rank, its state by rows over a mesh of one dimension."""
     held = tuple(_spans(shape, (num_ranks,), (r,), (Shard(0),)) for r in range(num_ranks))
-    return ParamSharding(shape, held, (whole_of(shape),) * num_ranks, rank, mesh, (Shard(0),))
+    return ParamSharding(shape, held, (_whole(shape),) * num_ranks, rank, mesh, (Shard(0),))
 
 
 def sharded(param: DTensor, name: str, ranks: tuple[int, ...], rank: int) -> ParamSharding:
-    """As the placements of a DTensor say.
+    """Return where a DTensor lies, as its placements say.
 
     Args:
+        param: the DTensor.
         name: how errors call it.
         ranks: the global ranks of the flat group, in its order.
         rank: this process's place among them.
@@ -195,19 +258,19 @@ def sharded(param: DTensor, name: str, ranks: tuple[int, ...], rank: int) -> Par
     """
     shape, placements = tuple(param.shape), tuple(param.placements)
     check_placements(param, name)
-    layout = _sharded(shape, param.device_mesh, placements, ranks, rank)
-    if layout is None:
+    sharding = _sharded(shape, param.device_mesh, placements, ranks, rank)
+    if sharding is None:
         raise NotImplementedError(
             f"{name} lies on {param.device_mesh}, other sharded matrices of this optimizer on the ranks {list(ranks)}: "
             "matrices are orthogonalized together on one set of ranks. Give each mesh an optimizer of its own"
         )
-    local = tuple(param.to_local().shape)
-    if local != tuple(stop - start for start, stop in layout.held[rank]):
+    local, part = tuple(param.to_local().shape), sharding.param_parts[rank]
+    if local != tuple(stop - start for start, stop in part):
         raise NotImplementedError(
-            f"{name} is {local} on this rank, not the part {layout.held[rank]} that its placements {placements} say: "
-            "only torch's own even or uneven chunks are understood. Shard it by fully_shard or distribute_tensor"
+            f"{name} is {local} on this rank, not the part {part} that its placements {placements} say: only torch's "
+            "own even or uneven chunks are understood. Shard it by fully_shard or distribute_tensor"
         )
-    return layout
+    return sharding
 
 
 def check_placements(param: DTensor, name: str) -> None:
@@ -219,7 +282,8 @@ def check_placements(param: DTensor, name: str) -> None:
             "are not supported, since their matrices would travel to the GPU and back at every step. Leave out "
             "CPUOffloadPolicy (8-bit momentum takes a quarter of fp32's memory)"
         )
-    for mesh_dim, placement in enumerate(param.placements):
+    placements = param.placements
+    for mesh_dim, placement in enumerate(placements):
         if placement.is_partial():
             raise NotImplementedError(
                 f"{name} has the placement {placement!r}: its values are not there before a reduction. Redistribute it "
@@ -228,17 +292,12 @@ def check_placements(param: DTensor, name: str) -> None:
         factor = getattr(placement, "split_factor", None)
         if factor is None:
             continue
-        others = [
-            size
-            for size, other in zip(
-                param.device_mesh.shape[mesh_dim + 1 :], param.placements[mesh_dim + 1 :], strict=True
-            )
-            if _dim_of(other) == _dim_of(placement)
-        ]
-        if factor != prod(others) or len([p for p in param.placements if getattr(p, "split_factor", None)]) > 1:
+        later = zip(param.device_mesh.shape[mesh_dim + 1 :], placements[mesh_dim + 1 :], strict=True)
+        num_shards = prod(size for size, other in later if _dim(other) == _dim(placement))
+        if factor != num_shards or len([p for p in placements if getattr(p, "split_factor", None)]) > 1:
             raise NotImplementedError(
-                f"{name} has the placements {tuple(param.placements)}: a strided shard is understood only as "
-                "fully_shard makes it on top of tensor parallelism, one cut of each tensor-parallel shard"
+                f"{name} has the placements {tuple(placements)}: a strided shard is understood only as fully_shard "
+                "makes it on top of tensor parallelism, one cut of each tensor-parallel shard"
             )
 
 
@@ -246,7 +305,7 @@ def check_placements(param: DTensor, name: str) -> None:
 def _sharded(
     shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...], ranks: tuple[int, ...], rank: int
 ) -> ParamSharding | None:
-    """None if the mesh has other ranks."""
+    """Return where a tensor of this shape lies; None if the mesh has other ranks."""
     sizes, numbers = tuple(mesh.mesh.shape), mesh.mesh.flatten().tolist()
     if sorted(numbers) != sorted(ranks):
         return None
@@ -255,18 +314,55 @@ def _sharded(
     return ParamSharding(shape, held, held, rank, mesh, placements, ranks)
 
 
+@cache
+def _with_scales(sharding: ParamSharding) -> ParamSharding | None:
+    """Return `ParamSharding.with_scales`, or None where there is none."""
+    shape = adamw8bit.scales_shape(sharding.shape)
+    if sharding.mesh is None or any((_dim(placement) or 0) >= len(shape) for placement in sharding.placements):
+        return None
+    scales = _sharded(shape, sharding.mesh, sharding.placements, sharding.ranks, sharding.rank)
+    blocks = [_blocks(sharding.shape, spans, shape) for spans in sharding.state_parts]
+    if scales is None or list(scales.state_parts) != blocks:
+        return None
+    return replace(sharding, scales_shape=shape, scales_part=scales.state_parts[scales.rank])
+
+
+def _blocks(shape: tuple[int, ...], spans: Spans, scales_shape: tuple[int, ...]) -> Spans | None:
+    """Return the blocks in a part of a parameter, as a part of its scales; None where one is cut."""
+    if len(scales_shape) == len(shape):
+        lead, (start, stop), end = spans[:-1], spans[-1], shape[-1]
+    else:
+        pitch = prod(shape[1:])
+        lead, (start, stop), end = (), (spans[0][0] * pitch, spans[0][1] * pitch), prod(shape)
+    if any(bound % ADAMW8_BLOCK_SIZE and bound != end for bound in (start, stop)):
+        return None
+    return (*lead, (-(-start // ADAMW8_BLOCK_SIZE), -(-stop // ADAMW8_BLOCK_SIZE)))
+
+
 def _spans(
     shape: tuple[int, ...], sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> Spans:
-    """What `torch.chunk`, applied mesh dimension by mesh dimension, leaves at a coordinate of the mesh. FSDP cuts what
-    tensor parallelism has left: its strided shards come last."""
-    spans = list(whole_of(shape))
+    """Return what `torch.chunk`, applied mesh dimension by mesh dimension, leaves at a coordinate of the mesh.
+
+    FSDP cuts what tensor parallelism has left: its strided shards come last.
+    """
+    spans = list(_whole(shape))
     order = sorted(range(len(placements)), key=lambda d: getattr(placements[d], "split_factor", None) is not None)
     for mesh_dim in order:
-        dim = _dim_of(placements[mesh_dim])
+        dim = _dim(placements[mesh_dim])
         if dim is not None:
             start, stop = spans[dim]
             chunk = -(-(stop - start) // sizes[mesh_dim])
             first = min(start + chunk * coordinate[mesh_dim], stop)
             spans[dim] = (first, min(first + chunk, stop))
     return tuple(spans)
+
+
+def _whole(shape: Sequence[int]) -> Spans:
+    return tuple((0, size) for size in shape)
+
+
+def _dim(placement: Placement) -> int | None:
+    """Return the dimension of the tensor that a placement shards."""
+    dim = getattr(placement, "dim", None)
+    return dim if isinstance(dim, int) else None

@@ -1,12 +1,12 @@
 """The matrices of a step that lie on several ranks, each as this rank sees it, and what must be known of all parts.
 
-Matrices of one parameter group that have one shape and lie alike form a bundle, in an order that is the same on all
-ranks: so is what travels.
+Matrices of one parameter group that have one shape and lie alike form a batch, in an order that is the same on all
+ranks: so is what they send each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
@@ -24,56 +24,67 @@ from ..step.momentum import Momentum, MomentumFormat
 from ..step.update import frobenius_norm
 from .assignment import Matrix
 from .matrix_sharding import Region, Span
-from .param_sharding import ParamSharding, Spans
-from .places import MatrixSlot, places
+from .param_sharding import MatrixSlot, ParamSharding, Spans, matrix_slots
 
 
 class ShardedMatrix(NamedTuple):
-    """One matrix. `held`: this rank's part of its momentum with the gradient there, a stack of one; `param`: its part
-    of the parameter, [1, rows, cols], with `flatten` [1, rows, ...]; None without such a part. `param_index` and `key`
-    as in `ParamMatrices`; `first`: index in the whole parameter of the first element of `param`."""
+    """One matrix, as this rank sees it.
+
+    Attributes:
+        param_index, key: as in `ParamMatrices`.
+        stack: this rank's part of its momentum, with the gradient there, as a stack of one; None without one.
+        param: this rank's part of the parameter, [1, rows, cols], with `flatten` [1, rows, ...]; None without one.
+        first: index in the whole parameter of the first element of `param`.
+    """
 
     param_index: int
     key: int | None
-    held: ParamMatrices | None
+    stack: ParamMatrices | None
     param: Tensor | None
     first: int
 
 
 @dataclass
 class ShardedBatch:
-    """Matrices of one shape, spread and format. From `gather`: `sumsq` and `norms`, fp32 [members], and where columns
-    are cut `scales`, fp32 [members, rows, blocks], the new ones of this rank's rows."""
+    """Matrices of one shape, sharding and format.
+
+    Attributes:
+        sumsq, norms: squared norms of the whole matrices, and what divides them; of `Gathering`, fp32 [members].
+        scales: of `Gathering`, where columns are cut the new scales of this rank's rows, fp32 [members, rows, blocks].
+    """
 
     group: dict[str, Any]
-    group_index: int
     matrix: Matrix
     format: MomentumFormat
     coefficients: Coefficients
-    members: list[ShardedMatrix]
-    norms: Tensor
-    sumsq: Tensor
-    scales: Tensor | None = None
+    members: list[ShardedMatrix] = field(default_factory=list)
     clips: list[Clip] = field(default_factory=list)
+    sumsq: Tensor = field(init=False)
+    norms: Tensor = field(init=False)
+    scales: Tensor | None = None
 
     @property
     def blocks(self) -> int:
-        """Blocks of the momentum in a whole row."""
+        """Return the number of blocks of the momentum in a whole row."""
         return -(-self.matrix.cols // self.format.block_size)
 
     @property
     def average(self) -> dict[str, Any]:
-        """How the momentum is averaged."""
+        """Return how the momentum is averaged."""
         return {"beta": self.group["momentum"], "nesterov": self.group["nesterov"]}
 
-    def settle(self, sumsq: Tensor) -> None:
+    def is_cut(self, region: Region) -> bool:
+        """Return whether a part has but some of the columns."""
+        return region.cols != (0, self.matrix.cols)
+
+    def set_norms(self, sumsq: Tensor) -> None:
         """Take the squared norms of the whole matrices, fp32 [members]."""
         self.sumsq = sumsq
         self.norms = frobenius_norm(sumsq, eps=self.group["eps"], factor=self.coefficients.norm_factor)
 
 
-class MatrixPart(Protocol):
-    """A parameter that lies on several ranks, with this rank's tensors: momentum as held, the others as wanted."""
+class _LocalParam(Protocol):
+    """The attributes of `step.local_params.LocalParam` that are read here."""
 
     @property
     def index(self) -> int: ...
@@ -89,112 +100,107 @@ class MatrixPart(Protocol):
     def momentum(self) -> Momentum | None: ...
 
 
-def bundled(
-    parts: Sequence[MatrixPart], group: dict[str, Any], group_index: int, options: Options
-) -> list[ShardedBatch]:
-    """The matrices of one group, sorted into bundles."""
+def group_into_batches(params: Sequence[_LocalParam], group: dict[str, Any], options: Options) -> list[ShardedBatch]:
+    """Return the matrices of one group, by what they have in common."""
     coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
-    found: dict[Any, ShardedBatch] = {}
-    for part in parts:
-        assert part.layout is not None
-        assert part.momentum is not None
-        kind, format = device_kind(part.local.device), part.momentum.format
-        for place in places(part.layout, group["flatten"], group["split_sizes"]):
-            rows, sharding = place.rows[1] - place.rows[0], place.sharding
-            if rows * place.cols == 0:
+    batches: dict[Any, ShardedBatch] = {}
+    for param in params:
+        assert param.layout is not None
+        assert param.momentum is not None
+        format, device = param.momentum.format, device_kind(param.local.device)
+        for slot in matrix_slots(param.layout, group["flatten"], group["split_sizes"]):
+            rows = slot.rows[1] - slot.rows[0]
+            if rows * slot.cols == 0:
                 continue
-            key = rows, place.cols, id(sharding), format
-            if key not in found:
-                method = choose_method(rows, place.cols, coefficients, kind, options.ns_dtype, tiny=False)
-                matrix = Matrix(rows, place.cols, sharding, method)
-                none = torch.empty(0, dtype=torch.float32, device=part.local.device)
-                found[key] = ShardedBatch(group, group_index, matrix, format, coefficients, [], none, none)
-            member, clip = _member(part, part.layout, part.momentum, place, group, options)
-            found[key].members.append(member)
-            found[key].clips += [] if clip is None else [clip]
-    return list(found.values())
+            key = rows, slot.cols, id(slot.sharding), format
+            if key not in batches:
+                method = choose_method(rows, slot.cols, coefficients, device, options.ns_dtype, tiny=False)
+                batches[key] = ShardedBatch(group, Matrix(rows, slot.cols, slot.sharding, method), format, coefficients)
+            matrix, clip = _sharded_matrix(param, param.layout, param.momentum, slot, group, options)
+            batches[key].members.append(matrix)
+            batches[key].clips += [] if clip is None else [clip]
+    return list(batches.values())
 
 
-def _member(
-    part: MatrixPart,
-    layout: ParamSharding,
+def _sharded_matrix(
+    param: _LocalParam,
+    sharding: ParamSharding,
     momentum: Momentum,
-    place: MatrixSlot,
+    slot: MatrixSlot,
     group: dict[str, Any],
     options: Options,
 ) -> tuple[ShardedMatrix, Clip | None]:
-    rank, flatten = layout.rank, momentum.format.flatten
-    held_region, wanted_region = place.sharding.held[rank], place.sharding.wanted[rank]
-    wanted, held, first, clip = None, None, 0, None
-    if wanted_region is not None:
-        wanted = _cut(part.local, layout.wanted[rank], place, wanted_region, flatten)
-        shape = layout.shape[:1] if flatten else layout.shape[:-1]
-        index = (*place.lead, place.rows[0] + wanted_region.rows[0])
-        row = sum(i * prod(shape[dim + 1 :]) for dim, i in enumerate(index))
-        first = row * place.cols + wanted_region.cols[0]
-    if held_region is not None:
-        grad = _cut(part.grad, layout.wanted[rank], place, held_region, flatten)
-        of_part = _momentum(momentum, layout.held[rank], place, held_region.rows, flatten)
-        held = ParamMatrices(part.index, part.key, 1, grad, grad, of_part, 0, 0)
+    """Return this rank's part of a matrix, and how its gradient is to be clipped."""
+    rank, flatten = sharding.rank, momentum.format.flatten
+    spans = sharding.param_parts[rank]
+    momentum_part, param_part = slot.sharding.momentum_parts[rank], slot.sharding.param_parts[rank]
+    stack = local = clip = None
+    first = 0
+    if param_part is not None:
+        local = _cut(param.local, spans, slot, param_part, flatten)
+        row = _flat_index((*slot.lead, slot.rows[0] + param_part.rows[0]), sharding.shape)
+        first = row * slot.cols + param_part.cols[0]
+    if momentum_part is not None:
+        grad = _cut(param.grad, spans, slot, momentum_part, flatten)
+        rows = _momentum(momentum, sharding.state_parts[rank], slot, momentum_part.rows, flatten)
+        stack = ParamMatrices(param.index, param.key, 1, grad, grad, rows, 0, 0)
         # Clipped are replicas alone, which are here whole, whatever part of the momentum is.
-        whole = _cut(part.grad, layout.wanted[rank], place, wanted_region or held_region, flatten)
-        of_whole, clip = with_factor(held._replace(grad=whole), group, options)
-        held = held._replace(factor=of_whole.factor)
-    return ShardedMatrix(part.index, part.key, held, wanted, first), clip
+        whole = _cut(param.grad, spans, slot, param_part or momentum_part, flatten)
+        clipped, clip = with_factor(stack._replace(grad=whole), group, options)
+        stack = stack._replace(factor=clipped.factor)
+    return ShardedMatrix(param.index, param.key, stack, local, first), clip
 
 
-def _local_rows(spans: Spans, place: MatrixSlot, rows: Span, flatten: bool) -> tuple[tuple[int, ...], slice]:
-    """Where rows of a matrix lie in this rank's tensor: its index in the leading dimensions, and the rows there."""
-    lead = tuple(index - span[0] for index, span in zip(place.lead, spans, strict=False))
-    offset = place.rows[0] - (spans[0] if flatten else spans[-2])[0]
+def _local_rows(spans: Spans, slot: MatrixSlot, rows: Span, flatten: bool) -> tuple[tuple[int, ...], slice]:
+    """Return the index of a matrix in the leading dimensions of this rank's tensor, and its rows there."""
+    lead = tuple(index - span[0] for index, span in zip(slot.lead, spans, strict=False))
+    offset = slot.rows[0] - (spans[0] if flatten else spans[-2])[0]
     return lead, slice(rows[0] + offset, rows[1] + offset)
 
 
-def _cut(tensor: Tensor, spans: Spans, place: MatrixSlot, region: Region, flatten: bool) -> Tensor:
-    """The region of a matrix out of a parameter or gradient with these spans: [1, rows, cols] or [1, rows, ...]."""
-    lead, rows = _local_rows(spans, place, region.rows, flatten)
+def _cut(tensor: Tensor, spans: Spans, slot: MatrixSlot, region: Region, flatten: bool) -> Tensor:
+    """Return a part of a matrix out of a parameter or gradient with these spans, [1, rows, cols] or [1, rows, ...]."""
+    lead, rows = _local_rows(spans, slot, region.rows, flatten)
     for index in lead:
         tensor = tensor[index]
-    if not flatten and region.cols[1] - region.cols[0] < tensor.shape[1]:
+    if not flatten and region.shape[1] < tensor.shape[1]:
         offset = spans[-1][0]
         tensor = tensor[:, region.cols[0] - offset : region.cols[1] - offset]
     return tensor[rows].unsqueeze(0)
 
 
-def _momentum(momentum: Momentum, spans: Spans, place: MatrixSlot, rows: Span, flatten: bool) -> Momentum:
-    """The part of these rows of a matrix, as a stack of one."""
-    lead, where = _local_rows(spans, place, rows, flatten)
-    sizes = [stop - start for start, stop in spans]
-    index = sum(i * prod(sizes[dim + 1 : len(lead)]) for dim, i in enumerate(lead))
-    return momentum.stack().part(slice(index, index + 1), where)
+def _momentum(momentum: Momentum, spans: Spans, slot: MatrixSlot, rows: Span, flatten: bool) -> Momentum:
+    """Return these rows of a matrix out of a momentum with these spans, as a stack of one."""
+    lead, local_rows = _local_rows(spans, slot, rows, flatten)
+    index = _flat_index(lead, [stop - start for start, stop in spans])
+    return momentum.stack().part(slice(index, index + 1), local_rows)
 
 
-def runs(members: Sequence[ShardedMatrix]) -> Iterator[list[ParamMatrices]]:
-    """What this rank holds of them, cut where strides differ: each run can go through a kernel together."""
-    stacks = [member.held for member in members if member.held is not None]
-    for _, run in groupby(stacks, key=lambda stack: stack.layout):
-        yield list(run)
+def _flat_index(index: Sequence[int], shape: Sequence[int]) -> int:
+    """Return the place of an index in the first dimensions of a shape, counted through."""
+    flat = 0
+    for place, size in zip(index, shape, strict=False):
+        flat = flat * size + place
+    return flat
 
 
-def sums_of_squares(bundle: ShardedBatch, region: Region, options: Options) -> list[Tensor]:
-    """fp32 [members, rows, blocks] of the region that this rank holds of them: `state.stats` of their momenta; and
-    where its columns are not all, and quantized, the largest magnitudes of the blocks that they touch."""
-    found: list[list[Tensor]] = [[], []]
-    for stacks in runs(bundle.members):
+def sums_of_squares(batch: ShardedBatch, region: Region, options: Options) -> list[Tensor]:
+    """Return the `momentum.stats` of what this rank holds of the matrices, fp32 [members, rows, blocks].
+
+    Where its columns are not all, and quantized, the largest magnitudes of the blocks that they touch come second.
+    """
+    sums, maxima = list[Tensor](), list[Tensor]()
+    members = [member.stack for member in batch.members if member.stack is not None]
+    for _, run in groupby(members, key=lambda stack: stack.layout):  # where strides differ a kernel cannot take both
+        stacks = list(run)
         size = max(1, options.workspace_bytes // (4 * prod(stacks[0].grad.shape[1:])))
         for chunk in chunks(stacks, size):
             momenta, grads = [stack.momentum for stack in chunk], gradients(chunk)
-            if is_cut(region, bundle.matrix):
-                numbers = momentum.cut_stats(momenta, grads, first_col=region.cols[0], **bundle.average)
-                for kind, values in zip(found, numbers, strict=True):
-                    kind.append(values)
+            if batch.is_cut(region):
+                numbers = momentum.cut_stats(momenta, grads, first_col=region.cols[0], **batch.average)
+                sums.append(numbers[0])
+                maxima.append(numbers[1])
             else:
-                found[0].append(momentum.stats(momenta, grads, **bundle.average, backend=options.backend))
-    sums, maxima = (values[0] if len(values) == 1 else torch.cat(values) if values else None for values in found)
-    assert sums is not None
-    return [sums] if maxima is None or bundle.format.codebook is None else [sums, maxima]
-
-
-def is_cut(region: Region, matrix: Matrix) -> bool:
-    """Whether these are not all columns."""
-    return region.cols != (0, matrix.cols)
+                sums.append(momentum.stats(momenta, grads, **batch.average, backend=options.backend))
+    has_scales = maxima and batch.format.codebook is not None
+    return [torch.cat(sums), torch.cat(maxima)] if has_scales else [torch.cat(sums)]

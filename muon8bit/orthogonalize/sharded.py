@@ -1,5 +1,8 @@
-"""The Gram form of a matrix that lies in parts along its long side: R is the sum of the parts' Gram matrices, and each
-part of O is the factor times that part of X. One segment alone: a restart would need the whole matrix.
+"""The Gram form of a matrix that lies in parts along its long side: one segment alone, since a restart needs all of X.
+
+R = sum of the parts' Gram matrices             (partial_gram)
+Q = the factor of all steps, of R               (gram_factor)
+O = Q X, or X Q where rows are cut, by parts    (apply_factor)
 """
 
 from __future__ import annotations
@@ -16,18 +19,24 @@ from .products import Products
 
 
 def partial_gram(X: Tensor, tall: bool) -> Tensor:
-    """The Gram matrix of a part [rows, cols] of X: X^T X (`tall`: rows are cut) or X X^T, fp32, computed in fp32."""
+    """Return the Gram matrix of a part [rows, cols] of X, fp32, computed in fp32: X^T X if `tall`, else X X^T.
+
+    Args:
+        X: the part, of any floating-point dtype.
+        tall: whether X has more rows than columns, and its rows are cut.
+    """
     wide = (X.mT if tall else X).float()
     with torch.autocast(X.device.type, enabled=False), accumulating_in_fp32(torch.float32):
         return wide @ wide.mT
 
 
 def gram_factor(R: Tensor, schedule: Coefficients, path: NSMethod, backend: Backend | None = None) -> Tensor:
-    """The factor Q of all steps, in `path.dtype`.
+    """Return the factor Q of all steps, [batch, n, n] in `path.dtype`.
 
     Args:
         R: [batch, n, n] fp32, the Gram matrices of whole matrices with Frobenius norm at most 1.
-        path: from `choose`, of one segment.
+        schedule: the coefficients, one triple a step.
+        path: from `choose_method`, of one segment.
         backend: as in `orthogonalize`.
 
     Raises:
@@ -41,6 +50,6 @@ def gram_factor(R: Tensor, schedule: Coefficients, path: NSMethod, backend: Back
 
 
 def apply_factor(Q: Tensor, X: Tensor, tall: bool) -> Tensor:
-    """A part of O: Q X, or X Q (`tall`), [batch, rows, cols] in their dtype."""
+    """Return a part of O, [batch, rows, cols] in the dtype of Q and X: X Q if `tall`, else Q X."""
     with torch.autocast(X.device.type, enabled=False), accumulating_in_fp32(X.dtype):
         return X @ Q if tall else Q @ X

@@ -167,7 +167,7 @@ def read(
             stacks[place], clip = clipping.with_factor(stack, group, _on(stack.grad.device, options, None))
             clips += [] if clip is None else [clip]
         shared = [entry for entry in entries if entry.is_shared]
-        bundles = team.bundled(shared, group, index, _on(team.device, options, None)) if team and shared else []
+        bundles = team.bundled(shared, group, _on(team.device, options, None)) if team and shared else []
         work.append(GroupStep(group, index, entries, muon.read(stacks, group, options, staging), bundles, clips))
     return work
 

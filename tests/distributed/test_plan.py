@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 from itertools import product
+from math import prod
 
 import numpy as np
 import pytest
 import torch
-from helpers.spreads import expert, replicated, sharded, sharded_state
+from helpers.shardings import expert, replicated, sharded, sharded_state
 
 from benchmarks.scaling.transfers import bytes_received, bytes_sent, gathered_bytes, transfers
 from muon8bit.distributed.assignment import Assignment, Matrix, plan
@@ -17,7 +18,7 @@ from muon8bit.distributed.matrix_sharding import MatrixSharding, Region
 from muon8bit.orthogonalize import NSMethod, choose_method, resolve_coefficients
 
 LARGE = 2**40
-SPREADS = {
+SHARDINGS = {
     "one rank": (1, sharded(6, 4, 1)),
     "fsdp": (3, sharded(6, 4, 3)),
     "fsdp, uneven": (4, sharded(7, 5, 4)),
@@ -41,8 +42,8 @@ def gram_path(num_segments: int = 1) -> NSMethod:
     return NSMethod("gram", torch.float32, segments=(5,) * num_segments, cost=1.0)
 
 
-def shape_of(spread: MatrixSharding) -> tuple[int, int]:
-    present = [region for region in spread.held if region]
+def shape_of(sharding: MatrixSharding) -> tuple[int, int]:
+    present = [region for region in sharding.momentum_parts if region]
     return max(region.rows[1] for region in present), max(region.cols[1] for region in present)
 
 
@@ -55,14 +56,14 @@ def painted(region: Region | None, rows: int, cols: int) -> np.ndarray:
 
 
 def random_case(seed: int) -> tuple[int, list[Matrix]]:
-    """Matrices of every kind of spread over the same number of ranks."""
+    """Matrices of every kind of sharding over the same number of ranks."""
     rng = random.Random(seed)
     num_ranks = rng.choice([1, 2, 3, 4, 6])
     matrices = []
     for _ in range(rng.randrange(1, 20)):
         rows, cols = rng.randrange(1, 30), rng.randrange(1, 30)
         replicas = rng.choice([n for n in (1, 2, 3) if num_ranks % n == 0])
-        spread = rng.choice(
+        sharding = rng.choice(
             [
                 sharded(rows, cols, num_ranks // replicas, replicas=replicas),
                 sharded(rows, cols, 1, num_ranks // replicas, replicas=replicas),
@@ -72,7 +73,7 @@ def random_case(seed: int) -> tuple[int, list[Matrix]]:
             ]
         )
         how = rng.choice([path(rng.random()), path(dtype=torch.float32), gram_path(), gram_path(2)])
-        matrices.append(Matrix(rows, cols, spread, how))
+        matrices.append(Matrix(rows, cols, sharding, how))
     return num_ranks, matrices
 
 
@@ -98,16 +99,16 @@ def counted_bytes(planned: Assignment) -> tuple[list[int], list[int]]:
     num_ranks = len(planned.load)
     sent, received = [0] * num_ranks, [0] * num_ranks
     for transfer in planned.transfers:
-        (rows, cols, spread, how), owner = transfer.matrix, transfer.owner
+        (rows, cols, sharding, how), owner = transfer.matrix, transfer.owner
         itemsize, side = how.dtype.itemsize, min(rows, cols)
         for rank, region in transfer.sources.items():
-            missing = painted(region, rows, cols) * (1 - painted(spread.held[owner], rows, cols))
+            missing = painted(region, rows, cols) * (1 - painted(sharding.momentum_parts[owner], rows, cols))
             num_bytes = int(missing.sum()) * itemsize
             if transfer.strategy == "reduce_gram":
                 num_bytes = side * side * 4 * (rank != owner)
             sent[rank] += num_bytes
             received[owner] += num_bytes
-        for rank, region in enumerate(spread.wanted):
+        for rank, region in enumerate(sharding.param_parts):
             num_elements = int(painted(region, rows, cols).sum())
             if transfer.strategy == "reduce_gram":
                 num_elements = side * side * (num_elements > 0)
@@ -117,23 +118,23 @@ def counted_bytes(planned: Assignment) -> tuple[list[int], list[int]]:
     return sent, received
 
 
-@pytest.mark.parametrize("name", SPREADS)
+@pytest.mark.parametrize("name", SHARDINGS)
 def test_sources_cover_the_matrix_once_whoever_owns_it(name):
-    num_ranks, spread = SPREADS[name]
-    rows, cols = shape_of(spread)
+    num_ranks, sharding = SHARDINGS[name]
+    rows, cols = shape_of(sharding)
     for owner in range(num_ranks):
         # as many matrices as ranks before it, of higher cost, leave this one to `owner`, where any rank may own it
         matrices = [Matrix(1, 1, expert(1, 1, [rank], num_ranks), path(9.0)) for rank in range(num_ranks)]
         del matrices[owner]
-        planned = plan([*matrices, Matrix(rows, cols, spread, path())], num_ranks, LARGE)
+        planned = plan([*matrices, Matrix(rows, cols, sharding, path())], num_ranks, LARGE)
         chosen = planned.transfers[-1].owner
-        held = [bool(region) and region.num_elements == rows * cols for region in spread.held]
+        held = [bool(region) and region.shape == (rows, cols) for region in sharding.momentum_parts]
         assert held[chosen] if any(held) else chosen == owner
         sources = planned.transfers[-1].sources
         assert list(sources) == sorted(sources)
         assert (sum(painted(region, rows, cols) for region in sources.values()) == 1).all()
-        assert all(spread.held[rank] == region for rank, region in sources.items())
-        assert spread.held[chosen] is None or chosen in sources
+        assert all(sharding.momentum_parts[rank] == region for rank, region in sources.items())
+        assert sharding.momentum_parts[chosen] is None or chosen in sources
 
 
 def test_sources_are_of_the_replica_of_the_owner():
@@ -147,10 +148,10 @@ def test_sources_are_of_the_replica_of_the_owner():
             assert list(transfer.sources) == list(range(first, first + row_ranks - idle))
 
 
-@pytest.mark.parametrize("name", SPREADS)
+@pytest.mark.parametrize("name", SHARDINGS)
 def test_bytes_match_a_painted_count(name):
-    num_ranks, spread = SPREADS[name]
-    planned = plan([Matrix(*shape_of(spread), spread, path())] * 7, num_ranks, LARGE)
+    num_ranks, sharding = SHARDINGS[name]
+    planned = plan([Matrix(*shape_of(sharding), sharding, path())] * 7, num_ranks, LARGE)
     sent, received = counted_bytes(planned)
     assert (list(bytes_sent(planned)), list(bytes_received(planned))) == (sent, received)
 
@@ -255,7 +256,7 @@ def test_gram_matrices_are_reduced_exactly_where_every_owner_moves_less():
     """[rows, 4] in fp32: pieces of rows/ranks * 16 bytes or 64 of a Gram matrix, each way."""
     for num_ranks, rows in product((2, 3, 4), range(5, 40)):
         matrix = Matrix(rows, 4, sharded(rows, 4, num_ranks), gram_path())
-        held = [region.num_elements if region else 0 for region in matrix.sharding.held]
+        held = [prod(region.shape) if region else 0 for region in matrix.sharding.momentum_parts]
         owners = range(num_ranks)
         moved = [sum(4 * n for rank, n in enumerate(held) if rank != owner) for owner in owners]
         grams = [sum(64 for rank, n in enumerate(held) if n and rank != owner) for owner in owners]
@@ -298,9 +299,9 @@ def test_rounds_respect_the_budget_of_every_owner(seed, budget):
             assert len(kinds) <= 1
             num_bytes = 0
             for index in mine:
-                rows, cols, spread, how = matrices[index]
+                rows, cols, sharding, how = matrices[index]
                 if strategies(planned)[index] == "reduce_gram":
-                    num_parts = len({region for region in spread.held if region})
+                    num_parts = len({region for region in sharding.momentum_parts if region})
                     num_bytes += min(rows, cols) ** 2 * (4 * num_parts + how.dtype.itemsize)
                 else:
                     num_bytes += rows * cols * how.dtype.itemsize
@@ -339,7 +340,7 @@ def test_parts_keep_the_pieces_of_every_rank_within_the_budget():
     assert parts(plan([Matrix(8, 8, sharded(8, 8, 8), path())] * 8, 8, 1))[0] == [(index,) for index in range(8)]
 
 
-def test_spreads_that_cannot_be_planned_are_refused():
+def test_shardings_that_cannot_be_planned_are_refused():
     with pytest.raises(ValueError, match="matrix 1 is sharded over 3 ranks, not 2"):
         plan([Matrix(6, 4, sharded(6, 4, 2), path()), Matrix(6, 4, sharded(6, 4, 3), path())], 2, LARGE)
     top, rest = Region((0, 3), (0, 4)), Region((3, 6), (0, 4))

@@ -1,6 +1,8 @@
-"""Spreads of matrices over ranks, as torch's chunking lays shards out."""
+"""Shardings of matrices, as torch's chunking lays shards out."""
 
 from __future__ import annotations
+
+from math import prod
 
 from muon8bit.distributed.matrix_sharding import MatrixSharding, Region, Span
 
@@ -14,12 +16,12 @@ def chunks(length: int, num_ranks: int) -> list[Span]:
 def grid(rows: int, cols: int, row_ranks: int, col_ranks: int = 1, replicas: int = 1) -> tuple[Region | None, ...]:
     """Return a region for each rank of a mesh [replicas, row_ranks, col_ranks]."""
     cells = [Region(r, c) for r in chunks(rows, row_ranks) for c in chunks(cols, col_ranks)]
-    return tuple(cell if cell.num_elements else None for cell in cells) * replicas
+    return tuple(cell if prod(cell.shape) else None for cell in cells) * replicas
 
 
 def sharded(rows: int, cols: int, row_ranks: int, col_ranks: int = 1, replicas: int = 1) -> MatrixSharding:
-    held = grid(rows, cols, row_ranks, col_ranks, replicas)
-    return MatrixSharding(held, held)
+    parts = grid(rows, cols, row_ranks, col_ranks, replicas)
+    return MatrixSharding(parts, parts)
 
 
 def replicated(rows: int, cols: int, num_ranks: int) -> MatrixSharding:
