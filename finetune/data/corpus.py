@@ -70,11 +70,7 @@ class Corpus:
 
 
 def check_exists(dataset: str) -> None:
-    """Find out early that a dataset which can only be a path is not there.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Find out early that a dataset which can only be a path is not there: an InputError."""
     path = Path(dataset)
     if not path.exists() and (path.is_absolute() or path.suffix.lower() == ".txt" or row_kind(path)):
         raise InputError("--dataset", f"there is no {dataset}; give a file, a folder or a name for `datasets`")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.config.errors import InputError
 from finetune.data.messages import Example, Message
+from finetune.data.rendered import Rendered, lost, refuse_altered, refuse_lost, refuse_lost_tools
 from finetune.data.report import RowError
 from finetune.data.templates import TRAINING_TEMPLATES
 from finetune.models.weights import first_line
@@ -19,21 +20,6 @@ from finetune.models.weights import first_line
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What a template may ask of a date; the time of day is that of its first second.
 DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSUwWxXyY"))
-
-
-class Rendered(NamedTuple):
-    """One conversation as text.
-
-    Args:
-        text: what the model reads.
-        spans: [start, end) in characters of the answers that carry loss.
-        source: where the spans come from: "markers" of the model's own template, a "shipped" training template, one of
-            "trl", or differences of a "prefix" rendered with and without the answer.
-    """
-
-    text: str
-    spans: list[tuple[int, int]]
-    source: str
 
 
 class ChatTemplate:
@@ -65,19 +51,22 @@ class ChatTemplate:
         except Exception:
             pass  # it is valid, and says what it asks of a conversation when one is rendered
 
-    def render(self, messages: Sequence[Message], where: str, *, generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], where: str, tools: Sequence[Any] = (), *, generation_prompt: bool = False
+    ) -> str:
         """Text of a conversation by the model's own template.
 
         Args:
             messages: turns.
             where: origin, to be shown to people.
+            tools: JSON schemas of tools.
             generation_prompt: end with the opening of an assistant turn.
 
         Raises:
             RowError: the template refuses it.
         """
         try:
-            text = self._render(self.text, messages, generation_prompt=generation_prompt)[0]
+            text = self._render(self.text, messages, tools, generation_prompt=generation_prompt)[0]
             text.encode()
         except UnicodeEncodeError:
             reason = "it writes half of a character (a lone surrogate), which no tokenizer takes; correct it"
@@ -97,21 +86,26 @@ class ChatTemplate:
             last_only: only its last answer carries loss.
 
         Raises:
-            RowError: the template refuses it, leaves a turn out, or its answers cannot be told from the rest.
+            RowError: the template refuses it, leaves a turn out, changes an answer, or its answers cannot be told from
+                the rest.
         """
-        text = self.render(example.messages, example.where)
+        text = self.render(example.messages, example.where, example.tools)
+        refuse_lost_tools(text, example)
         wanted = example.answers[-1:] if last_only else example.answers
         found = self._marked(text, example)
         if found is not None:
-            return found._replace(spans=_chosen(found.spans, wanted, example))
-        _refuse_lost(text, example)
-        return Rendered(text, [self._difference(text, i, example) for i in wanted], "prefix")
+            found = found._replace(spans=_chosen(found.spans, wanted, example))
+        else:
+            refuse_lost(text, example)
+            found = Rendered(text, [self._difference(text, i, example) for i in wanted], "prefix")
+        refuse_altered(found, wanted, example)
+        return found
 
     def _marked(self, text: str, example: Example) -> Rendered | None:
         """A conversation with the spans of all its answers, from a template that marks them."""
         if self.has_markers:
-            _refuse_lost(text, example)
-            return Rendered(text, self._render(self.text, example.messages)[1], "markers")
+            refuse_lost(text, example)
+            return Rendered(text, self._render(self.text, example.messages, example.tools)[1], "markers")
         for place, (source, candidate) in enumerate(self.candidates):
             found = self._matching(candidate, text, example)
             if found is not None:
@@ -125,11 +119,12 @@ class ChatTemplate:
         return self._marked(text, example)
 
     def _render(
-        self, template: str, messages: Sequence[Message], *, generation_prompt: bool = False
+        self, template: str, messages: Sequence[Message], tools: Sequence[Any] = (), *, generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         marked = bool(MARKER.search(template))
         rendered: Any = render_jinja_template(
             [[dict(message) for message in messages]],
+            tools=list(tools) or None,
             chat_template=self._dated(template),
             return_assistant_tokens_mask=marked,
             add_generation_prompt=generation_prompt,
@@ -149,19 +144,20 @@ class ChatTemplate:
         """(text, spans of all answers) by a training template, if it says what the own template says. Where that one
         loses the system turn, both are compared without it, and the training template must have it."""
         try:
-            rendered, spans = self._render(candidate, example.messages)
+            rendered, spans = self._render(candidate, example.messages, example.tools)
             if rendered == text:
-                return (rendered, spans) if _lost(text, example) is None else None
-            if _lost(text, example) is None or _lost(rendered, example) is not None:
+                return (rendered, spans) if lost(text, example) is None else None
+            if lost(text, example) is None or lost(rendered, example) is not None:
                 return None
             rest = [message for message in example.messages if message["role"] != "system"]
-            return (rendered, spans) if self._render(candidate, rest)[0] == self._render(self.text, rest)[0] else None
+            texts = [self._render(template, rest, example.tools)[0] for template in (candidate, self.text)]
+            return (rendered, spans) if texts[0] == texts[1] else None
         except Exception:  # another family's template, tried on a conversation that is not of its form
             return None
 
     def _difference(self, text: str, answer: int, example: Example) -> tuple[int, int]:
-        before = self.render(example.messages[:answer], example.where, generation_prompt=True)
-        through = self.render(example.messages[: answer + 1], example.where)
+        before = self.render(example.messages[:answer], example.where, example.tools, generation_prompt=True)
+        through = self.render(example.messages[: answer + 1], example.where, example.tools)
         if not (through.startswith(before) and text.startswith(through)):
             raise RowError(
                 "--chat-template",
@@ -174,22 +170,6 @@ class ChatTemplate:
 
 def _failure(where: str, reason: str) -> RowError:
     return RowError("--chat-template", f"the chat template fails at {where}: {reason}", "failures of the chat template")
-
-
-def _lost(text: str, example: Example) -> Message | None:
-    """The first turn, of those that are asked and not answered, whose content is not in the text."""
-    asked = (message for message in example.messages if message["role"] != "assistant")
-    return next((message for message in asked if message["content"].strip() not in text), None)
-
-
-def _refuse_lost(text: str, example: Example) -> None:
-    lost = _lost(text, example)
-    if lost is not None:
-        raise RowError(
-            "--chat-template",
-            f"the chat template leaves out the {lost['role']} turn of {example.where}; give a template that has it",
-            f"a {lost['role']} turn that the chat template leaves out",
-        )
 
 
 def _chosen(spans: list[tuple[int, int]], wanted: Sequence[int], example: Example) -> list[tuple[int, int]]:

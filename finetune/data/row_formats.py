@@ -227,6 +227,7 @@ def _check_answers(example: Example) -> None:
         problem = f"{where} has no assistant turn; there is nothing to learn from it"
         raise RowError("--dataset", problem, "no assistant turn")
     for i in example.answers:
-        if not example.messages[i]["content"].strip():
+        message = example.messages[i]
+        if not message["content"].strip() and "tool_calls" not in message:
             problem = f"{where} has an empty assistant turn (message {i + 1}); leave it out"
             raise RowError("--dataset", problem, "an empty assistant turn")

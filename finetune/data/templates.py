@@ -2,10 +2,12 @@
 
 A template of these is used only where it renders a conversation to exactly the text that the model's own template
 gives, so nothing here can change what a model reads; tool calls, which these leave out, never match. One exception is
-named in `masks`: a system turn that the own template loses.
+named in `rendering`: a system turn that the own template loses.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 _CHATML = """\
 {%- for message in messages %}
@@ -124,3 +126,16 @@ TRAINING_TEMPLATES = {
     "Ministral": _mistral("", " ", "|trim"),
     "Mistral-Nemo": _mistral("", ""),
 }
+
+
+def trl_template(tokenizer: Any) -> str | None:
+    """Return TRL's training template for this tokenizer's own, where TRL is installed and has one."""
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError:
+        return None
+    try:
+        text: str | None = get_training_chat_template(tokenizer)
+    except Exception:  # a template that it does not know, or that fails in its trials
+        return None
+    return text

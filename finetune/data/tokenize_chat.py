@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 from finetune.config.errors import InputError
 from finetune.data.messages import Example, Message
-from finetune.data.rendering import ChatTemplate, Rendered
+from finetune.data.rendered import Rendered
+from finetune.data.rendering import ChatTemplate
 from finetune.data.report import DataReport, RowError
+from finetune.data.templates import trl_template
 
 # Which assistant turns carry loss: all of them, or the last of each conversation.
 Turns: TypeAlias = Literal["all", "last"]
@@ -49,7 +51,7 @@ class EncodedExamples:
         num_truncated: conversations whose end was cut off, dropped ones included.
         num_dropped: conversations left out because no target was left (only with `drop_truncated`).
         num_tokens_cut: tokens cut off.
-        sources: conversations by where their mask comes from; see `finetune.data.rendering.Rendered`.
+        sources: conversations by where their mask comes from; see `finetune.data.rendered.Rendered`.
     """
 
     max_length: int
@@ -109,14 +111,14 @@ class ChatEncoding:
         self.tokenizer, self.turns = tokenizer, turns
         own = chat_template is None
         self.template = ChatTemplate(
-            text, tokenizer.special_tokens_map, today, lambda: _trl_template(tokenizer) if own else None
+            text, tokenizer.special_tokens_map, today, lambda: trl_template(tokenizer) if own else None
         )
         # An answer ends with one of these: end of text, or a token added for the template, such as <|im_end|>.
         self.ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """Token ids of messages and the opening of an answer, to generate from."""
-        text = self.template.render(messages, "the prompt", generation_prompt=True)
+        text = self.template.render(messages, "the prompt", tools, generation_prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -233,16 +235,3 @@ def encode_examples(
     if examples and not result.rows and not report.errors:
         raise InputError("--seq-len", f"no conversation keeps a token of an answer within {max_length}; raise it")
     return result
-
-
-def _trl_template(tokenizer: Any) -> str | None:
-    """TRL's training template for this tokenizer's own, where TRL is installed and has one."""
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-    except ImportError:
-        return None
-    try:
-        text: str | None = get_training_chat_template(tokenizer)
-    except Exception:  # a template that it does not know, or that fails in its trials
-        return None
-    return text

@@ -20,7 +20,9 @@ ROLE_NAMES: dict[str, Role] = {
     "chatgpt": "assistant",
 }
 # Keys of a message that change what the assistant says, and that nothing here renders.
-UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "thinking")
+UNSUPPORTED = ("function_call", "reasoning_content", "thinking")
+# Keys of a tool's turn that a chat template may read.
+TOOL_KEYS = ("name", "tool_call_id")
 
 
 class Turns(NamedTuple):
@@ -69,7 +71,7 @@ def read_turns(value: Any, column: str, where: str, columns: Columns) -> Turns:
                 problem = f"{place} has `{key}`, which is not supported; leave such rows out"
                 raise RowError("--dataset", problem, f"`{key}` in a message")
         weight_key = columns.get("weight", "weight")
-        used = (role_key, content_key, weight_key, *UNSUPPORTED)
+        used = {role_key, content_key, weight_key, *UNSUPPORTED, "tool_calls", *(TOOL_KEYS if role == "tool" else ())}
         held = {key for key, value in turn.items() if value is not None}
         keys |= {*held, str(turn[role_key])}
         unused |= {f"{column}.{key}" for key in held if key not in used}
@@ -77,7 +79,15 @@ def read_turns(value: Any, column: str, where: str, columns: Columns) -> Turns:
             continue
         if not _weight(turn.get(weight_key), place):
             masked.add(len(messages))
-        messages.append(Message(role=role, content=read_text(content, f"`{content_key}` of {place}")))
+        calls = _tool_calls(turn.get("tool_calls"), role, place)
+        if content is None and calls:
+            content = ""
+        message = Message(role=role, content=read_text(content, f"`{content_key}` of {place}"))
+        if calls:
+            message["tool_calls"] = calls
+        if role == "tool":
+            _add_tool_keys(message, turn, place)
+        messages.append(message)
     return Turns(messages, masked, keys, unused)
 
 
@@ -107,6 +117,38 @@ def parsed_list(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _tool_calls(value: Any, role: Role, place: str) -> list[Mapping[str, Any]]:
+    """Calls as chat templates take them: arguments that are JSON in a text become the object."""
+    if not value:
+        return []
+    calls: list[Mapping[str, Any]] = []
+    given_calls: list[Any] = value if isinstance(value, list) and role == "assistant" else [None]
+    for call in given_calls:
+        function: Any = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            problem = f"{place} has `tool_calls` that are no calls {{function: {{name, arguments}}}} of an assistant"
+            raise RowError("--dataset", f"{problem}; correct them", "`tool_calls` that are no calls")
+        given = function.get("arguments")
+        parsed = {**function, "arguments": _parsed_object(given) if isinstance(given, str) else given or {}}
+        calls.append({**call, "function": parsed} if function is not call else parsed)
+    check_characters(json.dumps(calls, ensure_ascii=False, default=str), f"`tool_calls` of {place}")
+    return calls
+
+
+def _parsed_object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _add_tool_keys(message: Message, turn: Mapping[str, Any], place: str) -> None:
+    if turn.get("name") is not None:
+        message["name"] = read_text(turn["name"], f"`name` of {place}")
+    if turn.get("tool_call_id") is not None:
+        message["tool_call_id"] = read_text(turn["tool_call_id"], f"`tool_call_id` of {place}")
 
 
 def _part(part: Any, what: str) -> str:

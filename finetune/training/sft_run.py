@@ -33,7 +33,7 @@ def samples_of(examples: Sequence[Example], encoding: ChatEncoding) -> list[Samp
         first = example.answers[0]
         asked = example.messages[:first]
         prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in asked)
-        samples.append(Sample(prompt, encoding.prompt(asked), example.messages[first]["content"]))
+        samples.append(Sample(prompt, encoding.prompt(asked, example.tools), example.messages[first]["content"]))
     return samples
 
 

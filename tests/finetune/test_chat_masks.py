@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from helpers.chat_tokenizers import make_tokenizer, template_text
 from finetune.config.errors import InputError
 from finetune.data.messages import Example
 from finetune.data.packing import collate
+from finetune.data.row_formats import example_from_row
 from finetune.data.tokenize_chat import ChatEncoding, encode_examples
 from finetune.setup.sft_data import read_template
 
@@ -108,7 +110,7 @@ def test_sentencepiece_words_keep_their_space_in_the_answer():
     assert tokenizer.convert_ids_to_tokens(int(row.input_ids[row.targets][0])).startswith("\u2581")
 
 
-def test_thoughts_of_qwen3_are_targets_after_the_last_question_only():
+def test_thoughts_of_qwen3_are_learned_after_the_last_question_only():
     tokenizer = make_tokenizer("qwen3")
     turns = [
         ASK,
@@ -116,8 +118,103 @@ def test_thoughts_of_qwen3_are_targets_after_the_last_question_only():
         ("user", "Sure?"),
         ("assistant", "<think>\nso\n</think>\n\nYes."),
     ]
-    row = encode(conversation(*turns), tokenizer).rows[0]
-    assert tokenizer.decode(row.input_ids[row.targets]) == "Paris.<|im_end|><think>\nso\n</think>\n\nYes.<|im_end|>"
+    with pytest.raises(InputError, match=r"changes an answer of row 7 .*: of message 2, '<think>.*--turns last"):
+        encode(conversation(*turns), tokenizer)
+    row = encode(conversation(*turns), tokenizer, turns="last").rows[0]
+    assert tokenizer.decode(row.input_ids[row.targets]) == "<think>\nso\n</think>\n\nYes.<|im_end|>"
+    text = tokenizer.decode(row.input_ids)
+    assert "hm" not in text
+    assert "Paris." in text
+
+
+R1 = (
+    "{% for m in messages %}{% set c = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
+    "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_answer_that_the_template_changes_is_refused_if_it_is_learned(marked):
+    template = R1
+    if marked:
+        template = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content.split('</think>')"
+        template += "[-1] }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    tokenizer = make_tokenizer("chatml")
+    thoughtful = [ASK, ("assistant", "<think>a city</think>Paris.")]
+    with pytest.raises(InputError) as caught:
+        encode(conversation(*thoughtful), tokenizer, chat_template=template)
+    assert str(caught.value) == (
+        "--chat-template: the chat template changes an answer of row 7 of some.jsonl: of message 2, "
+        "'<think>a city</think>Paris.', it leaves something out; give a template that writes all of it"
+    )
+    later = conversation(*thoughtful, ("user", "And 2 + 2?"), ("assistant", "4."))
+    row = encode(later, tokenizer, chat_template=template, turns="last").rows[0]
+    assert tokenizer.decode(row.input_ids[row.targets]) == "4.<|im_end|>"
+    masked = Example(later.messages, later.where, masked=frozenset({1}))
+    row = encode(masked, tokenizer, chat_template=template).rows[0]
+    assert tokenizer.decode(row.input_ids[row.targets]) == "4.<|im_end|>"
+
+
+def test_space_that_a_template_trims_or_adds_changes_no_answer():
+    """And what opens an answer may stand in the prompt."""
+    tokenizer = make_tokenizer("qwen3")
+    row = encode(conversation(ASK, ("assistant", "  <think>so</think>Yes.\n")), tokenizer).rows[0]
+    assert tokenizer.decode(row.input_ids[row.targets]) == "<think>\nso\n</think>\n\nYes.\n<|im_end|>"
+    opened = UNKNOWN.replace("<|im_start|>assistant:", "<|im_start|>assistant: <think>")
+    row = encode(conversation(ASK, ("assistant", "<think>so</think>Yes.")), tokenizer, chat_template=opened).rows[0]
+    assert tokenizer.decode(row.input_ids[row.targets]) == "so</think>Yes.<|im_end|>"
+
+
+@pytest.mark.parametrize("family", sorted(ORACLE))
+def test_a_turn_of_weight_0_is_read_and_not_learned(family):
+    tokenizer = make_tokenizer(family)
+    before, _, last = ORACLE[family][0].rpartition("@(")
+    marked = before.replace("@(", "").replace(")@", "") + "@(" + last
+    example = conversation(*TURNS)
+    assert_marked(
+        encode(Example(example.messages, "a row", masked=frozenset({1})), tokenizer).rows[0], tokenizer, marked
+    )
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {}}}
+CALL = {"function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+
+
+def tool_row(**more):
+    asked = {"role": "user", "content": "What is it like?"}
+    turns = [asked, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    turns += [{"role": "tool", "name": "weather", "content": "sunny"}, {"role": "assistant", "content": "Sunny."}]
+    return {"messages": turns, "tools": json.dumps([WEATHER]), **more}
+
+
+def test_tools_and_their_calls_go_to_the_template():
+    tokenizer = make_tokenizer("qwen3")
+    example = example_from_row(tool_row(), "row 7")
+    row = encode(example, tokenizer, turns="last").rows[0]
+    text = tokenizer.decode(row.input_ids)
+    assert f"<tools>\n{json.dumps(WEATHER)}\n</tools>" in text
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>' in text
+    assert "<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>" in text
+    assert tokenizer.decode(row.input_ids[row.targets]) == "<think>\n\n</think>\n\nSunny.<|im_end|>"
+    prompt = ChatEncoding(tokenizer, date=DATE).prompt(example.messages[:1], example.tools)
+    assert tokenizer.decode(prompt) == text[: text.index("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")]
+    call = example_from_row({**tool_row(), "messages": tool_row()["messages"][:2]}, "row 7")
+    row = encode(call, tokenizer).rows[0]
+    learned = tokenizer.decode(row.input_ids[row.targets])
+    assert learned.endswith('<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>')
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (tool_row(), "leaves out the tool 'weather' of row 7"),
+        (tool_row(tools=None), "changes an answer of row 7: of message 2, 'weather'"),
+    ],
+)
+def test_tools_and_calls_that_the_template_leaves_out_are_refused(row, words):
+    with pytest.raises(InputError, match=words):
+        encode(example_from_row(row, "row 7"), make_tokenizer("chatml"))
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "mistral"])
