@@ -73,6 +73,12 @@ class SftRecipe(Training):
         *("auto", "fp32", "bf16"),
         section="memory",
     )
+    resize_embeddings: bool = option(
+        False,
+        "where the tokenizer has more tokens than the model, give it embeddings for them, the mean of the others; kept "
+        "in the cache as a folder, which an adapter names as its base",
+        section="model",
+    )
     dataset: str = option(
         "stdlib",
         "'stdlib' (functions of this Python's standard library), a .jsonl, .json, .csv or .parquet file of "
@@ -102,7 +108,8 @@ class SftRecipe(Training):
     turns: str = option("all", "which assistant turns carry loss", "all", "last")
     chat_template: str | None = option(
         None,
-        "a Jinja file that replaces the tokenizer's chat template, or the name of one of several that it has",
+        "a Jinja file that replaces the tokenizer's chat template, or a name: of one of several that it has, chatml, "
+        "or tulu, which needs no token but the end of text",
         unset="the tokenizer's",
     )
     date: str = option("2024-07-26", "the day that a chat template sees as today")

@@ -114,6 +114,10 @@ def _mistral(before_ask: str, before_answer: str, trim: str = "") -> str:
 """
 
 
+# Templates that are given by name, where the tokenizer has none of that name.
+BUILT_IN = {
+    "chatml": _CHATML + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}\n",
+}
 TRAINING_TEMPLATES = {
     "ChatML": _CHATML,
     "SmolLM2": _chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face"),

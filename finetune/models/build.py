@@ -63,12 +63,14 @@ def check_vocabulary(config: Any, tokenizer: Any, option: str) -> None:
         InputError: the tokenizer is larger than the model's vocabulary.
     """
     vocab_size = text_config(config).vocab_size
-    if len(tokenizer) > vocab_size:
-        raise InputError(
-            option,
-            f"it has {len(tokenizer)} tokens and the model's vocab_size is {vocab_size}; "
-            "give a smaller tokenizer, or a --model-config with a larger vocabulary",
-        )
+    if len(tokenizer) <= vocab_size:
+        return
+    ways_out = {
+        "--model": "give --resize-embeddings, or save the tokenizer without the tokens that were added",
+        "--tokenizer": "give a smaller tokenizer, or a --model-config with a larger vocabulary",
+    }
+    sizes = f"{len(tokenizer)} tokens and the model's vocab_size is {vocab_size}"
+    raise InputError(option, f"{'its tokenizer' if option == '--model' else 'it'} has {sizes}; {ways_out[option]}")
 
 
 def build_model(recipe: Recipe, config: Any, tokenizer: Any, device: torch.device) -> Any:

@@ -10,12 +10,13 @@ from typing import Any
 
 from finetune.config.defaults import fit_seq_len
 from finetune.config.errors import InputError
-from finetune.config.sft_recipe import SEQ_LEN, SftRecipe
+from finetune.config.sft_recipe import SEQ_LEN, SFT_RECIPES, SftRecipe
 from finetune.data.chat import Parts, load_examples, load_parts
 from finetune.data.messages import Example
 from finetune.data.packing import Rows
 from finetune.data.preview import show_example
 from finetune.data.report import DataReport
+from finetune.data.templates import BUILT_IN
 from finetune.data.texts import read_text
 from finetune.data.tokenize_chat import ChatEncoding, EncodedExamples, encode_examples
 from finetune.models.build import check_vocabulary
@@ -116,7 +117,8 @@ def _ready(recipe: SftRecipe) -> tuple[SftRecipe, ChatEncoding]:
     """The recipe that fits its model, and the encoding; no weights are loaded."""
     base = find_base(recipe.model)
     config, tokenizer = base_config(base), load_tokenizer(base, "--model")
-    check_vocabulary(config, tokenizer, "--model")
+    if not recipe.resize_embeddings:
+        check_vocabulary(config, tokenizer, "--model")
     recipe, _ = fit_to_model(recipe, config)
     return recipe, _encoding(recipe, tokenizer)
 
@@ -124,6 +126,7 @@ def _ready(recipe: SftRecipe) -> tuple[SftRecipe, ChatEncoding]:
 def _encoding(recipe: SftRecipe, tokenizer: Any) -> ChatEncoding:
     if recipe.chat_template:
         tokenizer.chat_template = read_template(recipe.chat_template, tokenizer.chat_template)
+        _check_chatml(tokenizer)
     turns: Any = recipe.turns
     return ChatEncoding(tokenizer, date=recipe.date, turns=turns)
 
@@ -159,24 +162,40 @@ def _encoded(
 
 
 def read_template(given: str, own: str | dict[str, str] | None) -> str:
-    """The text of a file, or that of the tokenizer's template with this name.
+    """The text of a file, or of the template with this name: of the tokenizer, built in, or of a recipe.
 
     Args:
         given: path or name.
         own: the tokenizer's template, or several by their names.
 
     Raises:
-        InputError: neither, or a file that is not text.
+        InputError: none of these, or a file that is not text.
     """
+    of_recipes = {file.stem: file for file in SFT_RECIPES.glob("*.jinja")}
     if Path(given).is_file():
         return read_text(Path(given), "--chat-template")
     if isinstance(own, dict) and given in own:
         return own[given]
+    if given in BUILT_IN:
+        return BUILT_IN[given]
+    if given in of_recipes:
+        return read_text(of_recipes[given], "--chat-template")
     if isinstance(own, dict):
-        names = f"the tokenizer's templates are {', '.join(sorted(own))}; give one of them, or a file"
+        names = f"the tokenizer's templates are {', '.join(sorted(own))}; give one of them, of"
     else:
-        names = "the tokenizer has a single template or none, without a name; give a file"
-    raise InputError("--chat-template", f"there is no file {given}, and {names}")
+        names = "the tokenizer has a single template or none, without a name; give one of"
+    others = ", ".join(sorted({*BUILT_IN, *of_recipes}))
+    raise InputError("--chat-template", f"there is no file {given}, and {names} {others}, or a file")
+
+
+def _check_chatml(tokenizer: Any) -> None:
+    """Check that a tokenizer with the built-in template has what that ends turns with."""
+    if tokenizer.chat_template == BUILT_IN["chatml"] and "<|im_end|>" not in tokenizer.get_vocab():
+        raise InputError(
+            "--chat-template",
+            "chatml ends turns with <|im_end|>, and the tokenizer has no such token; add it there, and give "
+            "--resize-embeddings, or give --chat-template tulu, which ends them with the tokenizer's end of text",
+        )
 
 
 def rows_of(recipe: SftRecipe, encoded: EncodedExamples, tokenizer: Any) -> Rows:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from finetune.config.errors import InputError
@@ -23,10 +24,11 @@ from finetune.models.pretrained import (
     pretrained_with,
     weight_dtype,
 )
+from finetune.models.resizing import lacks_embeddings, resized_base
 from finetune.models.tokens import load_tokenizer
 from finetune.models.weights import beside_text
 from finetune.parallel.launch import is_sharded, load_device
-from finetune.parallel.ranks import first_on_node, on_main
+from finetune.parallel.ranks import first_on_node, gather, on_main
 from finetune.parallel.sharding import build_once
 from finetune.setup.sft_data import SftData, fit_to_model, prepare_data, rows_of, tokenizer_hash
 from finetune.storage.resuming import check_same_run
@@ -55,9 +57,13 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
             "--mode", f"{recipe.mode} under FSDP is not supported; launch with ddp.yaml, or give --mode full"
         )
     set_seed(recipe.seed)
-    base = first_on_node(accelerator, lambda: find_base(recipe.model))
-    config = base_config(base)
-    tokenizer = load_tokenizer(base, "--model")
+    given = first_on_node(accelerator, lambda: find_base(recipe.model))
+    config = base_config(given)
+    tokenizer = load_tokenizer(given, "--model")
+    base = given
+    if recipe.resize_embeddings and lacks_embeddings(config, tokenizer):
+        base = _resized(accelerator, given, tokenizer)
+        config = base_config(base)
     check_vocabulary(config, tokenizer, "--model")
     recipe, seq_notes = fit_to_model(recipe, config)
     data = prepare_data(recipe, tokenizer)
@@ -83,7 +89,7 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     check_same_run(folder, facts, SAME_RUN)
     if recipe.skip_bad_rows:
         facts["num_bad_rows"] = data.num_bad_rows
-    notes += _warnings(recipe, base, config)
+    notes += _warnings(recipe, given, base, config)
     if aside := beside_text(model):
         notes.append(
             f"note: the text part alone is trained; {', '.join(aside)} are saved as they were. The files of an image "
@@ -120,10 +126,17 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     return run
 
 
-def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:
+def _resized(accelerator: Accelerator, given: str, tokenizer: Any) -> str:
+    """`resized_base` on one process of every node, since it loads the weights."""
+    is_first = accelerator.is_local_main_process
+    own = first_on_node(accelerator, lambda: resized_base(given, tokenizer) if is_first else "")
+    return next(filter(None, [own, *gather(accelerator, own)]))
+
+
+def _warnings(recipe: SftRecipe, given: str, base: str, config: Any) -> list[str]:
     """What a practitioner should know about this combination."""
     notes = []
-    was = pretrained_with(base, config)
+    was = pretrained_with(given, config)
     if recipe.mode == "full" and recipe.optimizer.startswith("muon") and was is not None and was.startswith("adam"):
         notes.append(
             "note: this base was pretrained with Adam; tuning all weights of such a model, Muon usually trails AdamW "
@@ -133,6 +146,13 @@ def _warnings(recipe: SftRecipe, base: str, config: Any) -> list[str]:
         is_stochastic = recipe.optimizer == "muon8bit" and recipe.param_rounding != "nearest"
         how = "stochastically" if is_stochastic else "to nearest, which loses small updates"
         notes.append(f"note: bf16 weights are trained; {recipe.optimizer} rounds them {how}")
+    if base != given and recipe.has_adapter:
+        notes.append(
+            "note: the embeddings that --resize-embeddings added are the mean of the others, and an adapter does not "
+            "train them; give --mode full where the data uses their tokens"
+        )
+    if recipe.resize_embeddings and base == given:
+        notes.append("note: --resize-embeddings adds nothing, since every token has an embedding")
     if recipe.mode == "qlora" and recipe.merge:
         notes.append("note: --merge folds the adapter into the base's own weights, not into the NF4 ones it learns on")
     return notes

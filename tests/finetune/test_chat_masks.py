@@ -415,6 +415,7 @@ def test_of_several_templates_one_is_named_or_the_default(monkeypatch):
     assert encode(conversation(*TURNS), tokenizer).sources == {"shipped": 1}
     assert encode(conversation(*TURNS), tokenizer, chat_template="rag").sources == {"markers": 1}
     assert read_template("rag", tokenizer.chat_template) == MARKED
+    assert read_template("chatml", {"chatml": MARKED}) == MARKED  # the tokenizer's goes before the built-in one
     with pytest.raises(InputError, match=r"--chat-template: there is no file rug, .* templates are default, rag; give"):
         read_template("rug", tokenizer.chat_template)
     with pytest.raises(InputError, match=r"--chat-template: there is no file rug, and the tokenizer has a single"):
@@ -422,6 +423,21 @@ def test_of_several_templates_one_is_named_or_the_default(monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", {"tools": own, "rag": MARKED})
     with pytest.raises(InputError, match=r"--chat-template: the tokenizer has several, and no default; .* rag, tools"):
         encode(conversation(*TURNS), tokenizer)
+
+
+def test_the_built_in_template_and_those_of_recipes_are_taken_by_name():
+    """The built-in one writes what the common template writes, and marks the answers itself."""
+    tokenizer = make_tokenizer("chatml")
+    result = encode(conversation(SYSTEM, *TURNS), tokenizer, chat_template=read_template("chatml", None))
+    assert_marked(result.rows[0], tokenizer, TERSE + CHATML)
+    assert result.sources == {"markers": 1}
+    encoding = ChatEncoding(tokenizer, date=DATE, chat_template=read_template("chatml", None))
+    prompt = tokenizer.decode(encoding.prompt(conversation(ASK).messages))
+    assert prompt == CHATML[: CHATML.index("@(")]
+    tulu = encode(conversation(*TURNS[:2]), make_tokenizer("llama3"), chat_template=read_template("tulu", None)).rows[0]
+    assert make_tokenizer("llama3").decode(tulu.input_ids[tulu.targets]) == "Paris.<|eot_id|>"
+    with pytest.raises(InputError, match=r"no file rug, .* without a name; give one of chatml, tulu, or a file"):
+        read_template("rug", None)
 
 
 def test_truncation_keeps_the_beginning_and_is_counted():

@@ -10,10 +10,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.config.errors import InputError
 from finetune.models.pretrained import find_base, fingerprint
+from finetune.models.resizing import resized_base
 from finetune.models.tokens import cache_root
 
 BLOCK = 32  # elements per scale of Q8_0
@@ -155,3 +157,72 @@ def test_fingerprint_tells_bases_of_the_same_shapes_apart(chat_base):
     with torch.no_grad():
         other.model.norm.weight[3] += 1e-3
     assert fingerprint(one) != fingerprint(other)
+
+
+@pytest.fixture
+def enlarged(chat_base, tmp_path):
+    """The tiny base, by default with a tied head, whose tokenizer has three tokens more than it has embeddings."""
+
+    def make(tied=True, dtype=torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(chat_base, tie_word_embeddings=tied, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(chat_base)
+        tokenizer.add_tokens([f"<more{i}>" for i in range(3)])
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / "base")
+        return tmp_path / "base", model, tokenizer
+
+    return make
+
+
+@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_added_tokens_get_the_mean_embedding_and_the_rest_is_kept_to_the_bit(enlarged, tied, dtype):
+    base, model, tokenizer = enlarged(tied, dtype)
+    folder = resized_base(str(base), tokenizer)
+    resized = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    num = model.config.vocab_size
+    before, after = model.state_dict(), resized.state_dict()
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert after[name].dtype == dtype
+        assert torch.equal(after[name][: len(weight)], weight), name
+        is_end = name in ("model.embed_tokens.weight", "lm_head.weight")
+        assert len(after[name]) == len(weight) + (3 if is_end else 0)
+        if is_end:
+            mean = torch.from_numpy(weight.double().numpy().mean(0)).to(dtype)
+            assert torch.equal(after[name][num:], mean.expand(3, -1))
+    assert resized.config.vocab_size == len(tokenizer) == len(AutoTokenizer.from_pretrained(folder)) == num + 3
+    assert (resized.lm_head.weight is resized.model.embed_tokens.weight) == tied
+    assert resized_base(str(base), tokenizer) == folder
+
+
+def test_a_tokenizer_that_is_too_large_is_refused_or_its_model_is_resized(sft, enlarged, tmp_path):
+    base, model, _ = enlarged()
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"abcd {i}?", "completion": f"<more{i % 3}> {i}"}) + "\n" for i in range(12))
+    )
+    options = ["--model", base, "--dataset", "chats.jsonl", "--num-answers", 0, "--max-steps", 3, "--output-dir", "run"]
+    refused = sft(*options)
+    num = model.config.vocab_size
+    sizes = f"--model: its tokenizer has {num + 3} tokens and the model's vocab_size is {num}; give --resize-embeddings"
+    assert (refused.code, sizes in refused.err) == (2, True), refused.err
+    assert "--model-config" not in refused.err
+    done = sft(*options, "--resize-embeddings")
+    assert done.code == 0, done.err
+    assert "note: the embeddings that --resize-embeddings added are the mean of the others, and an adapter" in done.out
+    named = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named), tmp_path / "run" / "adapter")
+    assert AutoModelForCausalLM.from_pretrained(named).config.vocab_size == num + 3
+    refused = sft("--resume", "run", "--max-steps", 4, "--no-resize-embeddings")
+    assert (refused.code, "--resize-embeddings: " in refused.err) == (2, True), refused.err
+    assert sft("--resume", "run", "--max-steps", 4).code == 0
+
+
+def test_the_built_in_template_needs_its_token(sft, enlarged):
+    base, _, _ = enlarged()
+    for file in base.iterdir():
+        if file.suffix == ".json":
+            file.write_text(file.read_text().replace("<|im_end|>", "<|finish|>"))
+    refused = sft("--model", base, "--resize-embeddings", "--chat-template", "chatml", "--preview", 1)
+    assert "--chat-template: chatml ends turns with <|im_end|>, and the tokenizer has no such token" in refused.err
+    shown = sft("--model", base, "--resize-embeddings", "--chat-template", "tulu", "--preview", 1)
+    assert (shown.code, "<|finish|>]]" in shown.out) == (0, True), shown
