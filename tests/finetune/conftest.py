@@ -84,6 +84,12 @@ def run_main(main: Callable[..., int], options: list[str], capfd: pytest.Capture
 
 
 @pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run the `main` of another command with its arguments."""
+    return lambda main, *args: run_main(main, [str(a) for a in args], capfd)
+
+
+@pytest.fixture
 def pretrain(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run the script's `main` with the tiny recipe (unless resuming) and further options."""
 

@@ -1,0 +1,187 @@
+"""Compare runs: one table, and one picture of their losses.
+
+    python -m finetune.compare runs/first runs/second
+    python -m finetune.compare runs/            # all runs in a folder
+
+Reads what the runs left, also those that are not complete and those of release 0.1. It needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: absolute imports come from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from finetune.command_line import run_script
+from finetune.config.errors import InputError
+from finetune.config.options import Training
+from finetune.config.reading import read_values
+from finetune.storage.plots import LossCurve, plot_losses, smooth
+from finetune.storage.run_dir import RunFolder
+
+# Column -> how its value is written; "-" where a run does not tell it.
+COLUMNS: dict[str, Callable[[Any], str]] = {
+    "run": str,
+    "optimizer": str,
+    "step": "{:,}".format,
+    "loss": "{:.4f}".format,
+    "val_loss": "{:.4f}".format,
+    "tokens_per_second": "{:,.0f}".format,
+    "state_bytes": lambda size: f"{size / 2**20:,.1f} MiB",
+    "peak_bytes": lambda size: f"{size / 2**20:,.1f} MiB",
+}
+HEADINGS = ("run", "optimizer", "step", "loss", "validation", "tokens/s", "state", "peak")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run, read from its folder.
+
+    Args:
+        path: its folder.
+        curve: its losses.
+        values: column -> value; None where the run does not tell it.
+        corpus: hash of its data; None where it does not tell.
+    """
+
+    path: Path
+    curve: LossCurve
+    values: dict[str, Any]
+    corpus: str | None
+
+
+def find_runs(given: Sequence[str]) -> list[Path]:
+    """Return the folders of the runs that were named, each once: runs, or folders of runs.
+
+    Raises:
+        InputError: one is neither.
+    """
+    found: list[Path] = []
+    for name in given:
+        path = Path(name).expanduser()
+        inside = sorted(file.parent for file in path.glob("*/metrics.jsonl") if not file.parent.is_symlink())
+        runs = [path] if (path / "metrics.jsonl").is_file() else inside
+        if not runs:
+            raise InputError("RUN", f"{path} holds no metrics.jsonl, nor does a folder in it; give the folder of a run")
+        found += [run.resolve() for run in runs]
+    return list(dict.fromkeys(found))
+
+
+def read_run(path: Path, name: str) -> RunSummary:
+    """Read one run.
+
+    Args:
+        path: its folder.
+        name: for the table and the picture.
+
+    Raises:
+        InputError: it has no step yet.
+    """
+    metrics = [m for m in RunFolder(path).metrics() if m.get("loss") is not None]
+    if not metrics:
+        raise InputError("RUN", f"{path} has no step in its metrics.jsonl yet; leave it out")
+    result, report = _record(path / "result.json"), _record(path / "state_report.json")
+    facts = {**metrics[-1], **_recipe(path), **result, **_record(path / "run.json")}
+    losses = [(m["step"], m["val_loss"]) for m in metrics if m.get("val_loss") is not None]
+    values = {
+        "run": name,
+        "optimizer": facts.get("optimizer"),
+        "step": metrics[-1]["step"],
+        "loss": smooth([m["loss"] for m in metrics])[-1],
+        "val_loss": losses[-1][1] if losses else None,
+        "tokens_per_second": _speed(metrics),
+        "state_bytes": report.get("total_bytes"),
+        "peak_bytes": result.get("peak_bytes"),
+    }
+    return RunSummary(path, LossCurve(name, metrics, facts.get("val_loss_before")), values, facts.get("corpus"))
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """Return a JSON file of a run; {} where it has not been written."""
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError("RUN", f"cannot read {file}: {error}; leave that run out") from None
+    return record
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """Return what the recipe of a run tells where the run has left nothing else yet: its optimizer."""
+    file = RunFolder(path).recipe_file
+    if not file.is_file():
+        return {}
+    values, _ = read_values(str(file), path, Training)
+    return {"optimizer": values.get("optimizer")}
+
+
+def _speed(metrics: Sequence[dict[str, Any]]) -> float | None:
+    """Return tokens per second of all steps after the first, which compiles and warms up; None for a single one."""
+    tokens, seconds = (metrics[-1][key] - metrics[0][key] for key in ("tokens", "seconds"))
+    return tokens / seconds if seconds > 0 else None
+
+
+def table(runs: Sequence[RunSummary]) -> str:
+    """Return the runs as lines of text, a run a line, in columns."""
+    rows = [HEADINGS]
+    for run in runs:
+        values = ((run.values[key], show) for key, show in COLUMNS.items())
+        rows.append(tuple("-" if value is None else show(value) for value, show in values))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append(
+            "  ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in cells).rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return the names of folders, with that of the folder above where two are equal."""
+    names = [path.name for path in paths]
+    both = zip(paths, names, strict=True)
+    return [name if names.count(name) == 1 else f"{path.parent.name}/{name}" for path, name in both]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("compare", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a run, or a folder of runs")
+    parser.add_argument("--output", metavar="FILE.png", default="compare.png", help="picture; default: compare.png")
+    parser.add_argument("--no-plot", action="store_true", help="only the table")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table; sizes in bytes")
+    return parser
+
+
+def _work(argv: Sequence[str]) -> int:
+    options = _parser().parse_args(argv)
+    paths = find_runs(options.runs)
+    runs = [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    print(json.dumps([run.values for run in runs], indent=1) if options.json else table(runs))
+    if len({run.corpus for run in runs}) > 1:
+        print("note: these runs are not all on the same data: their losses do not compare", file=sys.stderr)
+    if not options.no_plot:
+        output = Path(options.output).expanduser()
+        try:
+            plot_losses([run.curve for run in runs], output, ", ".join(_names([run.path for run in runs]))[:80])
+        except (OSError, ValueError) as error:
+            raise InputError("--output", f"cannot write {output}: {error}") from None
+        print(f"picture: {output}", file=sys.stderr)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare runs. Returns the exit code: 0, or 2 for bad input, told in one sentence."""
+    return run_script(lambda: _work(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
