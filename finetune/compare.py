@@ -131,7 +131,7 @@ def _speed(metrics: Sequence[dict[str, Any]]) -> float | None:
 
 def table(runs: Sequence[RunSummary]) -> str:
     """Return the runs as lines of text, a run a line, in columns."""
-    rows = [HEADINGS]
+    rows: list[tuple[str, ...]] = [HEADINGS]
     for run in runs:
         values = ((run.values[key], show) for key, show in COLUMNS.items())
         rows.append(tuple("-" if value is None else show(value) for value, show in values))

@@ -120,6 +120,15 @@ def _check_paths(recipe: SftRecipe) -> None:
         raise InputError("--chat-template", f"there is no file {recipe.chat_template}")
 
 
+def _merge(folder: RunFolder) -> int:
+    """Fold the adapter of a complete run into its base; in a launch of several processes the main one does."""
+    from finetune.models.merging import find_adapter, merge_adapter
+
+    if os.environ.get("RANK", "0") == "0":
+        merge_adapter(find_adapter(folder.path), folder.path / "model", None, print)
+    return 0
+
+
 def _work(argv: Sequence[str]) -> int:
     asked = _parser().parse_args(argv)
     recipe, folder = parse(argv, say_on_main)
@@ -129,6 +138,8 @@ def _work(argv: Sequence[str]) -> int:
         lines, code = check_data(recipe) if asked.check_data else (preview(recipe, asked.preview), 0)
         say_on_main(lines)
         return code
+    if recipe.merge and folder.awaits_merge(recipe.max_steps):
+        return _merge(folder)
     from finetune.setup.sft_prepare import set_up
     from finetune.storage.sft_outputs import finish
     from finetune.training.trainer import run_job  # torch and transformers, after the options have passed

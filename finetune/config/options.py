@@ -12,6 +12,7 @@ ROUTINGS = ("0.1", "0.2")  # those of muon8bit.config, which imports torch
 # `dataset` may move to another place: its content is compared by hash.
 RESUME_MAY_CHANGE = (
     *("dataset", "max_steps", "save_every", "eval_every", "keep_checkpoints", "max_minutes", "step_timeout", "tracker"),
+    "merge",
 )
 
 

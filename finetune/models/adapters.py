@@ -1,7 +1,8 @@
-"""LoRA and DoRA adapters through peft: made, continued, checkpointed, saved and folded in."""
+"""LoRA and DoRA adapters through peft: made, continued, checkpointed and saved."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -20,11 +21,15 @@ from torch import nn
 from finetune.config.errors import InputError
 from finetune.config.sft_recipe import SftRecipe
 from finetune.data.texts import read_text
-from finetune.models.pretrained import load_base_weights, weight_dtype
+from finetune.models.pretrained import weight_dtype
 from finetune.models.weights import beside_text, first_line
 from finetune.parallel.launch import plain_parameters
 from finetune.storage.outputs import save_model
 
+# What is told of the base in the folder of an adapter: `mode` and `dtype` of the run, and `weights`, its fingerprint.
+BASE_FILE = "base.json"
+# Elements of each weight that a fingerprint looks at.
+SAMPLED = 256
 # What a checkpoint holds of a run whose base is frozen.
 TRAINABLE_FILE = "trainable.safetensors"
 
@@ -41,7 +46,7 @@ def add_adapter(model: Any, recipe: SftRecipe, base: str) -> Any:
         InputError: targets that the model has not, or an adapter of another base.
     """
     if recipe.adapter:
-        return _load_adapter(model, Path(recipe.adapter), base)
+        return _continue_adapter(model, Path(recipe.adapter), base)
     targets: Any = recipe.lora_targets
     if targets != "all-linear":
         targets = [name.strip() for name in targets.split(",")]
@@ -70,29 +75,58 @@ def _all_of(modules: Sequence[str]) -> str | None:
     return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else None
 
 
-def _load_adapter(model: Any, path: Path, base: str) -> Any:
+def base_of_adapter(path: Path, option: str) -> str:
+    """Return the base that a saved adapter names.
+
+    Args:
+        path: its folder.
+        option: that gave it.
+
+    Raises:
+        InputError: its configuration cannot be read, or it is neither LoRA nor DoRA.
+    """
     try:
-        config = json.loads(read_text(path / "adapter_config.json", "--adapter"))
-        made_for = str(config["base_model_name_or_path"])
+        config = json.loads(read_text(path / "adapter_config.json", option))
+        base = str(config["base_model_name_or_path"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError("--adapter", f"cannot read {path / 'adapter_config.json'}: {error}") from None
+        raise InputError(option, f"cannot read {path / 'adapter_config.json'}: {error}") from None
     if config.get("peft_type") != "LORA":
-        raise InputError("--adapter", f"{path} is of type {config.get('peft_type')}; give a LoRA or DoRA adapter")
-    if not _same_base(made_for, base):
+        raise InputError(option, f"{path} is of type {config.get('peft_type')}; give a LoRA or DoRA adapter")
+    return base
+
+
+def _continue_adapter(model: Any, path: Path, base: str) -> Any:
+    named = base_of_adapter(path, "--adapter")
+    if not same_base(named, base):
         raise InputError(
             "--adapter",
-            f"{path} was trained on {made_for}, not on {base}; give that --model, or, if the base has only moved, "
+            f"{path} was trained on {named}, not on {base}; give that --model, or, if the base has only moved, "
             "correct base_model_name_or_path in its adapter_config.json",
         )
+    return load_adapter(model, path, base, "--adapter")
+
+
+def load_adapter(model: Any, path: Path, base: str, option: str) -> Any:
+    """Put a saved adapter on its base, to be trained.
+
+    Args:
+        model: the base.
+        path: folder of the adapter.
+        base: what the model was loaded from.
+        option: that gave the adapter.
+
+    Raises:
+        InputError: the adapter is damaged, or has weights for another model.
+    """
     try:
         with _quiet():
             adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True)
+        with safe_open(path / "adapter_model.safetensors", "pt") as saved:
+            stray = set(saved.keys()) ^ set(get_peft_model_state_dict(adapted))
     except Exception as error:
-        raise InputError("--adapter", f"{path} does not fit {base}: {first_line(error)}") from None
-    with safe_open(path / "adapter_model.safetensors", "pt") as saved:
-        stray = set(saved.keys()) ^ set(get_peft_model_state_dict(adapted))
+        raise InputError(option, f"{path} does not fit {base}: {first_line(error)}") from None
     if stray:  # peft only warns about weights that are missing or have no place
-        raise InputError("--adapter", f"{path} does not fit {base}: {sorted(stray)[0]} is only on one side")
+        raise InputError(option, f"{path} does not fit {base}: {sorted(stray)[0]} is only on one side")
     return adapted
 
 
@@ -104,7 +138,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _same_base(one: str, other: str) -> bool:
+def same_base(one: str, other: str) -> bool:
+    """Return whether two names are of one base: equal, or paths of one folder."""
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
@@ -132,17 +167,27 @@ def checkpoint_trainable_only(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_adapter(model: Any, path: Path, tokenizer: Any) -> None:
-    """Write the adapter, which names its base, and the tokenizer."""
-    save_model(path, model, None, tokenizer)
+def base_fingerprint(model: nn.Module) -> str:
+    """Return the hex SHA-256 of some elements of every weight of a base, with or without an adapter on it.
 
-
-def save_merged(base: str, adapter: Path, path: Path, recipe: SftRecipe, tokenizer: Any) -> None:
-    """Fold a saved adapter into its base and save the result as an ordinary model, in the dtype of the run.
-
-    An adapter of an NF4 base is folded into the base's own weights, which NF4 only approximates.
+    The elements are rounded to bf16, so that a base is the same one in fp32 and in bf16. Weights in NF4 are left out:
+    what they are differs by the device that rounded them.
     """
-    model = load_base_weights(base, dtype=weight_dtype(recipe))
-    with _quiet():
-        merged: Any = PeftModel.from_pretrained(model, str(adapter))
-    save_model(path, merged.merge_and_unload(safe_merge=True), None, tokenizer)
+    parts = []
+    for name, param in plain_parameters(model):
+        if "lora_" not in name and param.is_floating_point():
+            flat = param.detach().flatten()
+            some = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].to(torch.bfloat16).contiguous().cpu()
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            parts.append((name, some.view(torch.uint8).numpy().tobytes()))
+    digest = hashlib.sha256()
+    for name, content in sorted(parts):
+        digest.update(name.encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+def save_adapter(model: Any, path: Path, recipe: SftRecipe, tokenizer: Any) -> None:
+    """Write the adapter, which names its base, what else is to be known of that, and the tokenizer."""
+    dtype = "bf16" if weight_dtype(recipe) == torch.bfloat16 else "fp32"
+    record = {"mode": recipe.mode, "dtype": dtype, "weights": base_fingerprint(model)}
+    save_model(path, model, None, tokenizer, {BASE_FILE: json.dumps(record, indent=1)})

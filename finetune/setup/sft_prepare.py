@@ -154,7 +154,7 @@ def _warnings(recipe: SftRecipe, given: str, base: str, config: Any) -> list[str
     if recipe.resize_embeddings and base == given:
         notes.append("note: --resize-embeddings adds nothing, since every token has an embedding")
     if recipe.mode == "qlora" and recipe.merge:
-        notes.append("note: --merge folds the adapter into the base's own weights, not into the NF4 ones it learns on")
+        notes.append("note: --merge folds the adapter into the NF4 weights that it learns on, dequantized")
     return notes
 
 

@@ -73,7 +73,9 @@ def write_results(run: Run, more: Mapping[str, Any]) -> None:
     run.say(f"\nstate of the optimizer\n{table}\n")
 
 
-def save_model(path: Path, model: Any, state: Mapping[str, Any] | None, tokenizer: Any) -> None:
+def save_model(
+    path: Path, model: Any, state: Mapping[str, Any] | None, tokenizer: Any, files: Mapping[str, str] | None = None
+) -> None:
     """Write model (or adapter) and tokenizer beside, then exchange the folders.
 
     Args:
@@ -81,12 +83,15 @@ def save_model(path: Path, model: Any, state: Mapping[str, Any] | None, tokenize
         model: with `save_pretrained`.
         state: its state dict, or None for its own.
         tokenizer: its tokenizer.
+        files: further text files, by name.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
     def write(beside: Path) -> None:
         model.save_pretrained(beside, state_dict=state)
         tokenizer.save_pretrained(beside)
+        for name, text in (files or {}).items():
+            write_beside(beside / name, text)
 
     replace_folder(path, write)
 

@@ -75,6 +75,15 @@ class RunFolder:
             return False
         return done and any((self.path / name).is_dir() for name in ("model", "adapter"))
 
+    def awaits_merge(self, last_step: int) -> bool:
+        """Whether the run is to be resumed, although it is complete, and has left an adapter that is not merged."""
+        try:
+            done = json.loads((self.path / "result.json").read_text())["step"] == last_step
+        except (OSError, ValueError, KeyError):
+            return False
+        has_adapter = (self.path / "adapter").is_dir() and not (self.path / "model").exists()
+        return bool(self.candidates) and done and has_adapter
+
     def is_evaluated(self) -> bool:
         """Whether the metrics have a validation loss of the checkpoint's step, which the results of a run need."""
         return any(m["step"] == self.step and m["val_loss"] is not None for m in self.metrics())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from finetune.models.adapters import save_adapter, save_merged
+from finetune.models.adapters import save_adapter
 from finetune.models.build import parameter_hash
+from finetune.models.merging import find_adapter, merge_adapter
 from finetune.parallel.launch import plain_model, whole_state
 from finetune.parallel.ranks import gather
 from finetune.storage.outputs import save_model, summary, write_results
@@ -21,11 +22,11 @@ def finish(run: SftRun) -> None:
         return
     model = plain_model(run.model)
     if recipe.has_adapter:
-        save_adapter(model, path / "adapter", run.tokenizer)
+        save_adapter(model, path / "adapter", recipe, run.tokenizer)
     else:
         save_model(path / "model", model, state, run.tokenizer)
     if recipe.merge:
-        save_merged(run.base, path / "adapter", path / "model", recipe, run.tokenizer)
+        merge_adapter(find_adapter(path / "adapter"), path / "model", None, run.say)
     run.write_answers("after")
     _show_answers(run)
     write_results(run, {"parameter_hashes": hashes, "mode": recipe.mode})
