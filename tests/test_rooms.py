@@ -22,17 +22,17 @@ ALLOWED = {
     "muon8bit": {"base", "convert", "distributed", "orthogonalize", "report", "routing", "step"},
     "convert": {"base", "kernels", "orthogonalize", "step"},
     "estimate": {"base", "orthogonalize", "report", "routing", "step"},
-    "routing": {"base", "report", "step"},
-    "report": {"base", "step"},
+    "routing": {"base", "report"},
+    "report": {"base"},
     "step": {"base", "distributed", "kernels", "orthogonalize"},
     "distributed": {"base", "orthogonalize", "step"},
     "orthogonalize": {"kernels"},
     "functional": {"kernels"},
-    "base": {"step"},
+    "base": set(),
     "kernels": set(),
 }
-# Modules beside the packages of muon8bit that have no room of their own.
-BASE = ("_names", "_text_table", "_values", "choices", "config", "damage")
+# Modules of muon8bit on which all others stand.
+BASE = ("_names", "_text_table", "_values", "choices", "config", "damage", "step.dense")
 FOLDERS = ("muon8bit", "kernels/muon8bit_kernels", "finetune", "benchmarks", "examples")
 
 
@@ -47,7 +47,7 @@ MODULES = {module_name(path): path for folder in FOLDERS for path in sorted(ROOT
 def room_of(module: str) -> str:
     head, *rest = module.split(".")
     if head == "muon8bit" and rest:
-        return "base" if rest[0] in BASE else rest[0] if rest[0] in ALLOWED else "muon8bit"
+        return "base" if ".".join(rest) in BASE else rest[0] if rest[0] in ALLOWED else "muon8bit"
     return "kernels" if head == "muon8bit_kernels" else head
 
 
