@@ -11,59 +11,23 @@ from torch import Tensor
 from ._values import is_choice, shown
 from .choices import (
     ADJUST_LR as ADJUST_LR,
-)
-from .choices import (
     ALGORITHMS as ALGORITHMS,
-)
-from .choices import (
     BACKENDS as BACKENDS,
-)
-from .choices import (
     BITS as BITS,
-)
-from .choices import (
     BLOCK_SIZES as BLOCK_SIZES,
-)
-from .choices import (
     CODEBOOKS as CODEBOOKS,
-)
-from .choices import (
     ON_NONFINITE as ON_NONFINITE,
-)
-from .choices import (
     PARAM_ROUNDINGS as PARAM_ROUNDINGS,
-)
-from .choices import (
     ROUTINGS as ROUTINGS,
-)
-from .choices import (
     STATE_DEVICES as STATE_DEVICES,
-)
-from .choices import (
     AdjustLR as AdjustLR,
-)
-from .choices import (
     Algorithm as Algorithm,
-)
-from .choices import (
     Backend as Backend,
-)
-from .choices import (
     Bits as Bits,
-)
-from .choices import (
     Codebook as Codebook,
-)
-from .choices import (
     OnNonfinite as OnNonfinite,
-)
-from .choices import (
     ParamRounding as ParamRounding,
-)
-from .choices import (
     Routing as Routing,
-)
-from .choices import (
     StateDevice as StateDevice,
 )
 
@@ -181,3 +145,33 @@ def check_running(
             "state_device must be None, which keeps the state with the parameters, or 'cpu', not "
             f"{shown(state_device)}: it comes from host memory to the device for the step, and from nowhere else"
         )
+
+
+# Largest magnitudes, squares, a count: never under zero.
+_NOT_NEGATIVE = (SCALES_KEY, EXP_AVG_SCALES_KEY, EXP_AVG_SQ_SCALES_KEY, EXP_AVG_SQ_KEY, STEP_KEY)
+
+
+def why_damaged(key: str, value: Tensor, num_steps: float = 0) -> str:
+    """Return what no step leaves in a tensor of the state, or nothing. Takes no memory for elements.
+
+    The dynamic maps use all of their 256 codes; of the linear one -128 would be -1.008 of the scale.
+
+    Args:
+        key: one of `config.STATE_KEYS`.
+        value: dense, with values, of the key's dtype.
+        num_steps: AdamW's; from the first on no 8-bit second moment has the code 0.
+    """
+    if value.numel() == 0:
+        return ""
+    low, high = value.aminmax()
+    if value.is_floating_point() and not (low.isfinite() and high.isfinite()):
+        return "NaN or Inf"
+    if key in _NOT_NEGATIVE and low < 0:
+        return f"the negative number {low.item():g}"
+    if key == STEP_KEY and low != low.floor():
+        return f"{low.item():g}, which is no number of steps"
+    if key == LINEAR_CODES_KEY and low < -127:
+        return "the code -128, which is none of the linear codebook's"
+    if key == EXP_AVG_SQ_CODES_KEY and num_steps > 0 and low == 0:
+        return "the code 0, by which a step would be divided, and which it never stores"
+    return ""

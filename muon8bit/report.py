@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._names import unwrapper
-from ._text_table import collapse, format_bytes, render, template
+from ._text import collapse, format_bytes, render, template, unwrapper
 from .config import (
     ADAMW8_BLOCK_SIZE,
     BUFFER_KEY,

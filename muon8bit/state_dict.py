@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._names import is_same, unwrapper
+from ._text import is_same, unwrapper
 from ._values import is_choice, shown
 from .config import (
     ALGORITHMS,
@@ -23,8 +23,8 @@ from .config import (
     LINEAR_CODES_KEY,
     STATE_KEYS,
     STEP_KEY,
+    why_damaged,
 )
-from .damage import why_damaged
 from .step import rounding
 from .step.dense import is_fake, why_not_dense
 from .step.local_params import home, layout_of, made

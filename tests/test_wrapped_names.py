@@ -9,7 +9,7 @@ from helpers.bitwise import assert_bitwise
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from muon8bit import Muon8bit, convert_state_dict, param_groups, state_report
-from muon8bit._names import is_same, unwrapper
+from muon8bit._text import is_same, unwrapper
 
 
 class Net(torch.nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .._names import unwrapper
+from .._text import unwrapper
 from ..step.options import AS_SAVED, RUNNING_KEYS
 from .entries import Entry, Group
 

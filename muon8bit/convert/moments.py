@@ -7,14 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_CODES_KEY, EXP_AVG_SQ_KEY
-from ..damage import why_damaged
+from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_CODES_KEY, EXP_AVG_SQ_KEY, why_damaged
 from ..step import adamw, adamw8bit
 from .entries import Change, Entry, dense
 
 
 def moments(entry: Entry, bits: int, changes: set[Change]) -> dict[str, Tensor]:
-    """Return AdamW's state as a group with `adamw_bits=bits` stores it: step 0-d."""
+    """Return AdamW's state as a group with `adamw_bits=bits` stores it: step 0-d.
+
+    A change of bits is added to `changes`.
+
+    Raises:
+        ValueError: names the parameter and the key that is missing, foreign or damaged.
+    """
     state = checked_moments(entry)
     step = entry.tensors.get("step")
     if isinstance(step, int | float):

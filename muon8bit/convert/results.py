@@ -17,8 +17,8 @@ from ..config import (
     DEFAULT_NS_STEPS,
     DYNAMIC_CODES_KEY,
     LINEAR_CODES_KEY,
+    why_damaged,
 )
-from ..damage import why_damaged
 from ..orthogonalize import resolve_coefficients
 from ..orthogonalize.coefficients import JORDAN
 from ..step.momentum import Momentum, MomentumFormat

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._names import unwrapper
+from .._text import unwrapper
 
 # What Accelerate and transformers' Trainer call an optimizer's file; a second optimizer is optimizer_1.bin.
 _OPTIMIZER_FILES = ("optimizer*.bin", "optimizer*.pt", "last.ckpt")

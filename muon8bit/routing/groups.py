@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .._names import unwrapper
+from .._text import unwrapper
 from ..config import (
     ADJUST_LR,
     DEFAULT_ADAMW_BETAS,

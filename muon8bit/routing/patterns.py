@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, TypeAlias
 
-from .._text_table import template
+from .._text import template
 from .._values import FINITE, is_choice, is_rate, shown
 from ..config import ALGORITHMS, BITS, BLOCK_SIZES, CODEBOOKS, Algorithm
 from .rules import FUSED_FLAG, Route, split_in_words

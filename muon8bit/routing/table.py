@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._text_table import collapse, format_bytes, render, template
+from .._text import collapse, format_bytes, render, template
 from ..config import DEFAULT_BLOCK_SIZE, Algorithm
 from .rules import FUSED_FLAG, Route
 

@@ -13,8 +13,7 @@ import torch
 from helpers.bitwise import assert_bitwise, on
 from helpers.layouts import laid_out
 from helpers.momentum_steps import Both, random_stacks, state_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from muon8bit_kernels import CODE_DTYPES, reference
 
 from muon8bit import Muon8bit

@@ -10,8 +10,7 @@ import os
 import pytest
 import torch
 from helpers.layouts import laid_out
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from muon8bit_kernels import CODE_DTYPES, num_blocks, reference, rounding_key
 from muon8bit_kernels.reference import tiny
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from helpers.bitwise import assert_bitwise, bits, on
 from helpers.layouts import laid_out
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from muon8bit_kernels import reference, rounding_key
 
 from muon8bit import Muon8bit
