@@ -31,7 +31,8 @@ check: install
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-LAUNCH := $(BIN)/accelerate launch $(if $(HAS_GPU),,--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
+# --quiet: the launcher's own traceback would stand below the sentence that tells what is wrong.
+LAUNCH := $(BIN)/accelerate launch --quiet $(if $(HAS_GPU),,--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
 pretrain: install
 	$(LAUNCH) finetune/pretrain.py $(ARGS)
 

@@ -117,10 +117,9 @@ def run_script(work: Callable[[], int]) -> int:
     """Do the work. Returns the exit code, see EXIT_CODES."""
     follow_launcher()
     try:
-        # Accelerate imports bitsandbytes, which warns on some CPUs that a 4-bit product will be slow, and warns at
-        # every checkpoint that a tied weight is saved once (loading ties it again; resuming is bitwise).
-        for name in ("bitsandbytes.backends.cpu.ops", "accelerate.utils.other"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        # Accelerate warns at every checkpoint that a tied weight is saved once (loading ties it again; resuming is
+        # bitwise).
+        logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
         return work()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":

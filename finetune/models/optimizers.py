@@ -76,7 +76,7 @@ def build_optimizers(
     try:
         from bitsandbytes import optim
     except ImportError as error:
-        raise InputError("--optimizer", f"adamw8bit needs bitsandbytes: {error}; install it") from None
+        raise InputError("--optimizer", f"adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes") from None
     for group in everything:  # bitsandbytes takes no (name, tensor) pairs
         group["params"] = [param for _, param in group["params"]]
     adamw8bit: Any = vars(optim)["AdamW8bit"]

@@ -192,7 +192,7 @@ def nf4_config(dtype: torch.dtype) -> Any:
         InputError: bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        raise InputError("--mode", "qlora needs bitsandbytes; install it, or give --mode lora")
+        raise InputError("--mode", "qlora needs bitsandbytes: pip install bitsandbytes, or give --mode lora")
     config: Any = transformers.BitsAndBytesConfig
     return config(
         load_in_4bit=True,

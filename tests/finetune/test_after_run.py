@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from finetune import chat_with, merge
 from finetune.models.merging import LARGEST_CHANGE
 
+ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.tensor([[5, 80, 33, 120, 7, 9, 250, 41]])
 
 
@@ -91,6 +95,14 @@ def test_merge_folds_an_adapter_into_its_base_and_both_answer_as_in_training(
     weights = "model/model.safetensors"
     assert (run / weights).read_bytes() == (tmp_path / weights).read_bytes()
     check_refused(sft("--resume", "run", "--merge"), "already at step 30")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(run)
+    page = (ROOT / "docs" / "training" / "after-a-run.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(snippet.replace("What does os.path.join do?", prompt), {})
+    assert printed.getvalue().strip().startswith(asked["after"])
     # Turns, until an empty line; each sees those before.
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{prompt}\n{prompt}\n\nnot read\n"))
     talk = chat(run, "--max-tokens", 12)

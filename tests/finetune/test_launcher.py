@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -57,3 +58,17 @@ def test_the_one_sentence_is_the_last_thing_that_a_launcher_shows(tmp_path, laun
     *_, said, border = done.stderr.strip().splitlines()
     assert said.split(":", 1)[1].strip() == "--lr: -1.0 must be above 0"
     assert set(border) == {"="}
+
+
+def test_what_the_scripts_need_is_told_with_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("yaml", "peft") else name)
+    package = ROOT / "finetune" / "__init__.py"
+    with pytest.raises(ModuleNotFoundError, match=r"need peft, yaml: pip install '\.\[train\]' in the checkout"):
+        exec(compile(package.read_text(), package, "exec"), {})
+
+
+def test_the_scripts_do_not_show_that_bitsandbytes_found_no_package_kernels():
+    """It logs a warning at its import, on some CPUs."""
+    code = "import finetune, logging; print(logging.getLogger('bitsandbytes.backends.cpu.ops').isEnabledFor(30))"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
