@@ -33,6 +33,8 @@ def find_row_files(folder: Path) -> tuple[list[Path], list[str]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_dir():
+            if path.is_symlink():
+                others.append(f"{name} (a link to a folder)")
             continue
         if any(part.startswith((".", "~")) for part in name.parts):
             others.append(f"{name} (hidden)")

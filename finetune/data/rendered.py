@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from finetune.data.messages import Example, Message
 from finetune.data.report import RowError
@@ -27,7 +28,7 @@ class Rendered(NamedTuple):
 def lost(text: str, example: Example) -> Message | None:
     """Return the first turn, of those that are asked and not answered, whose content is not in the text."""
     asked = (message for message in example.messages if message["role"] != "assistant")
-    return next((message for message in asked if message["content"].strip() not in text), None)
+    return next((message for message in asked if not _is_in(message["content"], text)), None)
 
 
 def refuse_lost(text: str, example: Example) -> None:
@@ -80,9 +81,8 @@ def refuse_altered(rendered: Rendered, wanted: Sequence[int], example: Example) 
         message = example.messages[i]
         # What opens an answer, such as <think>, may stand before the span, in the prompt.
         written = rendered.text[max(0, first - len(message["content"])) : last]
-        calls = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
-        for part in (message["content"], *calls):
-            if part.strip() not in written and _squeezed(part) not in _squeezed(written):
+        for part in (message["content"], *_texts(message.get("tool_calls", []))):
+            if not _is_in(part, written) and _squeezed(part) not in _squeezed(written):
                 way_out = ", or learn the last answer alone by --turns last" if i < example.answers[-1] else ""
                 raise RowError(
                     "--chat-template",
@@ -90,6 +90,25 @@ def refuse_altered(rendered: Rendered, wanted: Sequence[int], example: Example) 
                     f"leaves something out; give a template that writes all of it{way_out}",
                     "answers that the chat template changes",
                 )
+
+
+def _is_in(part: str, text: str) -> bool:
+    """Whether a text is in another one, without the space around it, or as JSON writes it."""
+    part = part.strip()
+    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
+
+
+def _texts(calls: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of functions that are called, and all texts of their arguments."""
+    functions = [call.get("function", call) for call in calls]
+    return [function["name"] for function in functions] + _leaves([function["arguments"] for function in functions])
+
+
+def _leaves(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [leaf for part in parts for leaf in _leaves(part)]
 
 
 def _squeezed(text: str) -> str:

@@ -92,11 +92,6 @@ FORMATS = (
 )
 NUM_FIRST = 3
 FORMS = ", or ".join(form.title for form in FORMATS)
-# What rows of other kinds of training have.
-OTHER_KINDS = {
-    "chosen": "preference pairs are for other methods; to learn the chosen answers, give --columns completion=chosen",
-    "text": "plain text is what finetune.pretrain trains on",
-}
 
 
 def example_from_row(row: Any, where: str, columns: Columns | None = None) -> Example:
@@ -163,8 +158,17 @@ def _choose(row: NamedRow, given: Mapping[Any, Any]) -> RowFormat:
     missing = [f"`{yours}`" for name, yours in row.columns.items() if name in ROW_COLUMNS and given.get(yours) is None]
     if missing:
         problem += f" ({', '.join(missing)} of --columns not being there)"
-    hint = next((hint for name, hint in OTHER_KINDS.items() if given.get(name) is not None), None)
-    raise RowError("--dataset", f"{problem}; {hint or 'name your columns by --columns'}", "no format fits")
+    raise RowError("--dataset", f"{problem}; {_hint(given)}", "no format fits")
+
+
+def _hint(given: Mapping[Any, Any]) -> str:
+    """Say what to do with a row of no known format; some are of other kinds of training."""
+    if given.get("chosen") is not None:
+        name = "messages" if isinstance(given["chosen"], list) else "completion"
+        return f"preference pairs are for other methods; to learn the chosen answers, give --columns {name}=chosen"
+    if given.get("text") is not None:
+        return "plain text is what finetune.pretrain trains on"
+    return "name your columns by --columns"
 
 
 def _text(row: NamedRow, column: str) -> str:

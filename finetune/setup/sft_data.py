@@ -87,7 +87,7 @@ def check_data(recipe: SftRecipe) -> tuple[list[str], int]:
     examples = _examples(recipe, report)
     encoded = _encoded(recipe, examples, encoding, report)
     num_rows = report.num_rows or len(examples)  # those of the standard library are not read row by row
-    head = f"{recipe.dataset}: {num_rows:,} rows, {len(report.errors):,} faults; good are {encoded}"
+    head = f"{recipe.dataset}: {num_rows:,} rows, {len(report.errors):,} faults; usable: {encoded}"
     return [head, *report.notes(), *report.listing()], 2 if report.errors else 0
 
 

@@ -205,6 +205,28 @@ def test_tools_and_their_calls_go_to_the_template():
     assert learned.endswith('<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>')
 
 
+CALLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name + '(' + ARGUMENTS + ')' }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_content_and_arguments_may_be_written_as_json_and_not_left_out():
+    turns = tool_row()["messages"]
+    turns[1]["tool_calls"] = [{"function": {"name": "weather", "arguments": {"city": ['Pa"r\nis']}}}]
+    turns[2]["content"] = 'sun "and"\nwind'
+    example = example_from_row({"messages": turns}, "row 7")
+    tokenizer = make_tokenizer("chatml")
+    template = CALLS.replace("ARGUMENTS", "c.function.arguments | tojson")
+    row = encode(example, tokenizer, chat_template=template).rows[0]
+    learned = tokenizer.decode(row.input_ids[row.targets])
+    assert learned == 'weather({"city": ["Pa\\"r\\nis"]})<|im_end|>Sunny.<|im_end|>'
+    with pytest.raises(InputError, match=r"changes an answer of row 7: of message 2, 'Pa\"r\\nis', it leaves"):
+        encode(example, tokenizer, chat_template=CALLS.replace("ARGUMENTS", "''"))
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

@@ -237,6 +237,7 @@ BAD = [
     ({"question": "a", "answer": "b", "prompt": "c", "response": "d"}, "row 2 of {file} fits several formats: `prompt` "
      "and `response`, and `question` and `answer`; say which to take, such as --columns prompt=prompt,response="),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "give --columns completion=chosen"),
+    ({"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": []}, "give --columns messages=chosen"),
     ({"text": "a"}, "plain text is what finetune.pretrain trains on"),
     ({"instruction": "Hi", "output": "Ho", "history": ["Hi"]}, "`history` of row 2 of {file} holds something"),
     ({"system": "Be kind.", "messages": [SYSTEM, USER, ANSWER]}, "and another text in `system`"),

@@ -6,13 +6,16 @@ import csv
 import gzip
 import io
 import json
+import re
 import struct
+from pathlib import Path
 
 import pytest
 from helpers.chat_tokenizers import make_tokenizer
 
 from finetune.config.errors import InputError
 from finetune.data.chat import load_examples
+from finetune.data.files import KINDS
 from finetune.data.preview import show_example
 from finetune.data.report import DataReport
 from finetune.data.row_formats import example_from_row
@@ -110,6 +113,7 @@ def test_of_a_folder_what_is_not_read_is_named(tmp_path):
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "linked").symlink_to(tmp_path / "sub")
     report = DataReport()
     found = load_examples(str(tmp_path), report=report)
     assert [example.messages[0]["content"] for example in found] == [row["prompt"] for row in ROWS[:3]]
@@ -118,6 +122,7 @@ def test_of_a_folder_what_is_not_read_is_named(tmp_path):
         ".ipynb_checkpoints/a-checkpoint.jsonl (hidden)",
         "a.jsonl.xz",
         "about.json (one object, no row)",
+        "linked (a link to a folder)",
         "none.jsonl (empty)",
         "notes.txt",
         "rows.parquet.gz",
@@ -305,7 +310,7 @@ def test_check_data_lists_all_bad_rows_by_reason(sft, tmp_path):
     ran_nothing(outcome, tmp_path)
     file = tmp_path / "chats.jsonl"
     head, *lines = outcome.out.splitlines()
-    assert head.startswith(f"{file}: 7 rows, 5 faults; good are 2 conversations, ")
+    assert head.startswith(f"{file}: 7 rows, 5 faults; usable: 2 conversations, ")
     assert [line for line in lines if not line.startswith("  ")] == [
         "2 an empty assistant turn:",
         "1 no format fits:",
@@ -320,7 +325,7 @@ def test_check_data_lists_all_bad_rows_by_reason(sft, tmp_path):
     write_chats(tmp_path, [dialog(), dialog(ask="gh?")])
     outcome = sft("--dataset", "chats.jsonl", "--check-data")
     assert (outcome.code, outcome.out.count("\n")) == (0, 1)
-    assert "2 rows, 0 faults; good are 2 conversations" in outcome.out
+    assert "2 rows, 0 faults; usable: 2 conversations" in outcome.out
 
 
 def test_the_odd_files_are_listed_by_check_data_too(sft, odd_folder):
@@ -369,3 +374,35 @@ def test_bad_options_of_the_data_are_one_sentence(sft, args, words):
     outcome = sft(*args)
     assert outcome.code == 2
     assert words in outcome.err
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "training" / "data-formats.md").read_text(encoding="utf-8")
+TABLE_ROW = re.compile(r"^\| (?:(?P<name>[^`|][^|]*) \| )?`(?P<row>\{.*\})` \| (?P<says>.*) \|$", re.MULTILINE)
+
+
+def test_the_rows_on_the_page_of_formats_give_the_turns_or_the_sentences_beside_them():
+    found = [match.groupdict() for match in TABLE_ROW.finditer(PAGE)]
+    assert len([one for one in found if one["name"]]) >= 11
+    assert len([one for one in found if not one["name"]]) >= 12
+    for one in found:
+        if one["name"]:
+            example = example_from_row(json.loads(one["row"]), "row 2 of chats.jsonl")
+            assert ", ".join(message["role"] for message in example.messages) == one["says"], one
+        else:
+            with pytest.raises(InputError) as caught:
+                example_from_row(json.loads(one["row"]), "row 2 of chats.jsonl")
+            assert str(caught.value) == one["says"]
+    assert all(f"| `{kind}` |" in PAGE for kind in KINDS)
+
+
+def test_the_page_of_formats_shows_what_the_commands_print(sft, tmp_path):
+    rows = [dialog("Ho") | {"id": 7}, {"question": "Hi"}, dialog(" ")]
+    write_chats(tmp_path, rows)
+    for args in (["--check-data"], ["--preview", 1, "--skip-bad-rows"]):
+        shown = sft("--dataset", "chats.jsonl", *args).out.replace(str(tmp_path), "/data")
+        assert without_sizes(f"```text\n{shown}```") in without_sizes(PAGE), shown
+
+
+def without_sizes(text):
+    """Leave out how many tokens a text has, which is the tokenizer's affair."""
+    return re.sub(r"\d+ (tokens|learned|of them targets)", r"N \1", text)
