@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.bitwise import assert_bitwise
-from test_state_dict import edit, snapshot, through_file, train
+from helpers.state_dicts import edit, snapshot, through_file, train
 
 from muon8bit import Muon8bit, convert_state_dict, param_groups
 from muon8bit.cli import main

@@ -14,9 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers.allocator import peak_bytes
 from helpers.bitwise import assert_bitwise
+from helpers.other_optimizers import MATRICES, OTHERS, both, ours_for, quietly, torch_pair, torch_params, torch_train
 from helpers.refusals import check_refused
-from test_convert import MATRICES, OTHERS, both, ours_for, quietly, torch_pair, torch_params, torch_train
-from test_state_dict import make, train
+from helpers.state_dicts import make, train
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from muon8bit import Muon8bit, param_groups

@@ -1,47 +1,11 @@
 """Checkpoints: bitwise on continue, loud on anything that does not fit."""
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
-
-from muon8bit import Muon8bit
-
-SHAPES = {"a": (16, 40), "b": (40, 16), "narrow": (12, 4), "embed": (10, 8), "bias": (6,)}
-
-
-def make(dtype=torch.float32, seed=0, **options):
-    generator = torch.Generator().manual_seed(seed)
-    params = {n: torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for n, s in SHAPES.items()}
-    groups = [
-        {"params": [(n, params[n]) for n in ("a", "b", "narrow")], "weight_decay": 0.2},
-        {"params": [(n, params[n]) for n in ("embed", "bias")], "algorithm": "adamw", "lr": 1e-2},
-    ]
-    return params, Muon8bit(groups, lr=0.02, **options)
-
-
-def train(params, optimizer, steps, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for param in params.values():
-            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-        optimizer.step()
-
-
-def through_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def snapshot(params, optimizer):
-    tensors = {n: p.detach().clone() for n, p in params.items()}
-    for name, param in params.items():
-        tensors.update({f"{name}.{k}": v.clone() for k, v in optimizer.state.get(param, {}).items()})
-    return tensors
+from helpers.state_dicts import SHAPES, edit, make, snapshot, through_file, train
 
 
 def assert_bitwise(left, right):
@@ -185,21 +149,6 @@ def test_hooks_run_and_may_replace_the_dict():
     other.load_state_dict(optimizer.state_dict())
     assert seen == ["pre", "post"]
     assert other.param_groups[0]["lr"] == 0.5
-
-
-def edit(path, value):
-    """A change of the saved dict: `path` into it, and a value, or a function of the old one."""
-
-    def change(saved):
-        target = saved
-        for key in path[:-1]:
-            target = target[key]
-        if value is None:
-            del target[path[-1]]
-        else:
-            target[path[-1]] = value(target[path[-1]]) if callable(value) else value
-
-    return change
 
 
 CODES = ("state", 0, "momentum_linear8")
