@@ -125,6 +125,23 @@ def test_step_times_on_a_cpu():
     assert len(shown) == 7
 
 
+def test_step_times_of_llamas_on_a_cpu():
+    sizes = record("cpu_llama_step_c164edb.json")["sizes"]
+    shown = table(page("speed"), "Llama, width x layers")
+    assert {name.replace(" ", "") for name in shown} == set(sizes)
+    for name, cells in shown.items():
+        assert cells == [f"{ratio:.2f}" for ratio in sizes[name.replace(" ", "")]["whole"].values()]
+
+
+def test_comparisons_with_another_commit():
+    found = record("against_09d4133.json")
+    text = (ROOT / "docs" / "stability.md").read_text().replace("\n", " ")
+    assert found["different"] == 0
+    assert found["differences"] == []
+    assert f"commits {found['old']} and {found['new']}" in text
+    assert f"none of {found['comparisons']} comparisons differs" in text
+
+
 def test_cost_of_gradient_release():
     text = page("speed")
     for row in record("release_time.json")["rows"]:

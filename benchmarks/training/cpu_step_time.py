@@ -7,12 +7,14 @@ of another tree, in a process that waits for its turn. Times are CPU times of th
 machine counts little. Reported are ratios of medians, torch / ours: above 1, ours is faster. "range" is that of the
 ratios of blocks of 5 rounds. "parts" are in units of torch's whole step: Newton-Schulz, the two phases of the momentum,
 the update and AdamW, each timed by itself in every third round, and what they leave of the step; "read_write" is one
-multiplication in place of all matrices, from memory and in cache.
+multiplication in place of all matrices, from memory and in cache. A record is written after each size; of the sizes in
+it, those of the same commits and rounds are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -117,22 +119,29 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     tree = None if args.old is None else args.old.resolve()
     other = None if tree is None else OtherTree(tree)
-    results = {}
-    for size in args.sizes:
-        hidden, layers = map(int, size.split("x"))
-        results[size] = {"intermediate": intermediate(hidden), **figures(measure(hidden, layers, args.rounds, other))}
-        print(size, results[size], file=sys.stderr, flush=True)
-    if other:
-        other.close()
-    record = {
+    record: dict[str, Any] = {
         "commit": commit_of(ROOT),
         "old": None if tree is None else commit_of(tree),
         "rounds": args.rounds,
         "vocabulary": VOCABULARY,
-        "sizes": results,
     }
-    unit = "median CPU time of torch.optim.Muon + fused AdamW over ours; above 1: ours is faster; parts: of torch's"
-    write_record(record, unit, args.out)
+    results = _recorded(args.out, record)
+    for size in args.sizes:
+        hidden, layers = map(int, size.split("x"))
+        results[size] = {"intermediate": intermediate(hidden), **figures(measure(hidden, layers, args.rounds, other))}
+        unit = "median CPU time of torch.optim.Muon + fused AdamW over ours; above 1: ours is faster; parts: of torch's"
+        write_record({**record, "sizes": results}, unit, args.out)
+    if other:
+        other.close()
+
+
+def _recorded(out: Path | None, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes in a record of the same commits and number of rounds."""
+    if out is None or not out.exists():
+        return {}
+    before = json.loads(out.read_text())
+    sizes: dict[str, Any] = before["sizes"] if all(before[key] == value for key, value in record.items()) else {}
+    return sizes
 
 
 if __name__ == "__main__":

@@ -32,9 +32,12 @@ def test_ratios_and_parts_of_known_times():
 
 def test_a_run_on_tiny_shapes_beside_another_tree(tmp_path):
     out = tmp_path / "record.json"
-    command = ["--old", str(cpu_step_time.ROOT), "--sizes", "64x1", "--rounds", "2", "--out", str(out)]
-    cpu_step_time.main(command)
-    size = json.loads(out.read_text())["sizes"]["64x1"]
+    command = ["--old", str(cpu_step_time.ROOT), "--rounds", "2", "--out", str(out), "--sizes"]
+    cpu_step_time.main([*command, "32x1"])
+    cpu_step_time.main([*command, "64x1"])
+    sizes = json.loads(out.read_text())["sizes"]
+    size = sizes["64x1"]
+    assert sizes.keys() == {"32x1", "64x1"}
     assert size["whole"].keys() == {*FORMATS, *(f"old {arm}" for arm in FORMATS)}
     assert all(ratio > 0 for of in (size["whole"], size["matrices"]) for ratio in of.values())
     assert all(share > 0 for arm in FORMATS for name, share in size["parts"][arm].items() if name != "between")
