@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .config import Options
 from .optimizer import Muon8bit
 from .step import phases
-from .step.local_params import check_grads
 from .step.nonfinite import GradientCheck, PerParamGradientCheck
 
 # Known by their names: importing them takes seconds, and not every build of torch has them.
@@ -73,14 +71,15 @@ class GradientRelease:
             self._take_alone(param)
 
     def _take_alone(self, param: Tensor) -> None:
-        phases.check_not_captured()
+        if torch.cuda.is_available():
+            phases.check_not_captured()
         optimizer, place = self._optimizer(), self._places[param]
         if optimizer is None:  # it went while this hook was on its way
             return
         if not self._verdicts:
             _check_alone()
             optimizer._check_whole()
-            optimizer._check_groups()
+            optimizer._options()
             optimizer._settle()  # the last step's skips count before this step's numbers are read
         if param in self._verdicts:
             param.grad = None
@@ -91,21 +90,16 @@ class GradientRelease:
                 "release_gradients"
             )
         group = optimizer.param_groups[place.group_index]
-        alone = {**group, "params": [param], "param_names": [place.name]}
-        options = Options(optimizer.ns_dtype, optimizer.backend, optimizer.workspace_bytes)
-        check_grads([alone])
-        if phases.is_dry([alone]):
-            phases.dry_run([alone], optimizer.state, None, optimizer._staging, place.param_index)
+        alone = [{**group, "params": [param], "param_names": [place.name]}]
+        if phases.is_dry(alone):
+            phases.dry_run(
+                alone, optimizer._options(alone), optimizer.state, None, optimizer._staging, place.param_index
+            )
             self._verdicts[param] = GradientCheck([], optimizer._num_calls + 1)
-            param.grad = None
-            return
-        with optimizer._committing(has_begun=bool(self._verdicts)) as commit:
-            work = phases.read([alone], optimizer.state, options, None, optimizer._staging, place.param_index)
-            verdict = GradientCheck(phases.found(work), optimizer._num_calls + 1)
-            if verdict.is_asynchronous or not verdict.nonfinite_names():
-                pending = verdict if verdict.is_asynchronous else None
-                phases.write(work, optimizer.state, options, pending, None, optimizer._staging, commit)
-            self._verdicts[param] = verdict
+        else:
+            with optimizer._committing(has_begun=bool(self._verdicts)) as commit:
+                number = optimizer._num_calls + 1
+                self._verdicts[param], _ = optimizer._step_groups(alone, None, commit, number, place.param_index)
         param.grad = None
 
     def _check_rest(self, optimizer: Optimizer, *_: Any) -> None:

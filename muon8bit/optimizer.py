@@ -1,10 +1,9 @@
-"""The optimizer: groups, lazy state, the two-phase step, state dicts. The equations are in `update.py`."""
+"""The optimizer: groups, lazy state, the two-phase step, state dicts. The equations are in `step/muon.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from .config import (
     STATE_KEYS,
     Backend,
     Codebook,
+    GroupOptions,
     OnNonfinite,
     Options,
     ParamRounding,
@@ -34,19 +34,18 @@ from .sharded_optimizer import SharingOptimizer
 from .state_dict import checked, empty
 from .step import phases, rounding
 from .step.commit import Commit
-from .step.local_params import check_grads
 from .step.nonfinite import GradientCheck, NonFiniteGradientError, PerParamGradientCheck
 from .step.offload import StateOffload
 from .step.options import (
     IMPLEMENTATION_DEFAULTS,
     MATRIX_DEFAULTS,
-    check_groups,
     check_listed,
     check_options,
     check_params,
     check_schedule,
     complete_group,
     describe,
+    resolve_options,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Muon8bit(SharingOptimizer):
     """Muon with its momentum in 8 bits, and AdamW for the rest of the model, in one optimizer.
 
     The first nine arguments are torch.optim.Muon's, with its order, defaults and meaning. Source of the method:
-    arXiv 2509.23106; of the update: Jordan 2024, Moonlight arXiv 2502.16982. Equations: `muon8bit/step/update.py`.
+    arXiv 2509.23106; of the update: Jordan 2024, Moonlight arXiv 2502.16982. Equations: `muon8bit/step/muon.py`.
 
     Args:
         params: tensors of two or more dimensions, `(name, tensor)` pairs, or groups (dicts), which
@@ -249,10 +248,12 @@ class Muon8bit(SharingOptimizer):
                 the step can be tried again. Later parameters and state belong to different steps: `step()` and
                 `state_dict()` then refuse, until a state is loaded.
         """
-        phases.check_not_captured()
-        if self._team is None:
+        if torch.cuda.is_available():
+            phases.check_not_captured()
+        if self._team is None and self._failure is not None:
             self._check_whole()
-        self._settle()
+        if self._pending is not None or self._untold is not None:
+            self._settle()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -263,44 +264,73 @@ class Muon8bit(SharingOptimizer):
         team = self._find_team()
         if phases.is_dry(self.param_groups):
             self._check_whole()
-            self._check_groups()
-            check_grads(self.param_groups)
-            phases.dry_run(self.param_groups, self.state, team, self._staging)
+            phases.dry_run(self.param_groups, self._options(), self.state, team, self._staging)
             self._consolidated = None
             rounding.advance(self.param_groups)
             return loss
         if team is not None:
             self._arrive(team)
         with self._committing(team) as commit:
-            self._step(team, commit)
+            check, is_written = self._step_groups(self.param_groups, team, commit, self._num_calls)
+            if not is_written:
+                self._refuse(check.nonfinite_names(), check.step, check.is_scaled)
+                return loss
+            if self.param_rounding == "stochastic":
+                rounding.advance(self.param_groups)
+            self._pending = check if check.is_pending else None  # settling takes back what was advanced
+            self._consolidated = None
         return loss
 
-    def _step(self, team: RankGroup | None, commit: Commit) -> None:
-        """Read, decide whether the gradients are finite, and write."""
-        of_all = Options(self.ns_dtype, self.backend, self.workspace_bytes)
+    def _options(self, groups: Sequence[dict[str, Any]] | None = None) -> list[GroupOptions]:
+        """Check what groups say now, and return it.
+
+        Raises:
+            ValueError: names the group, and what a hand or a scheduler has written into it since it was made.
+        """
+        running = Options(
+            self.ns_dtype, self.backend, self.workspace_bytes, grad_scale=getattr(self, "grad_scale", None)
+        )
+        is_rounded = self.param_rounding == "stochastic"
+        groups = self.param_groups if groups is None else groups
+        return [resolve_options(group, index, running, is_rounded=is_rounded) for index, group in enumerate(groups)]
+
+    def _step_groups(
+        self,
+        groups: Sequence[dict[str, Any]],
+        team: RankGroup | None,
+        commit: Commit,
+        number: int,
+        num_before: int = 0,
+    ) -> tuple[GradientCheck, bool]:
+        """Read, decide whether the gradients are finite, and write unless they are known not to be.
+
+        Args:
+            number: of the call of `step()`.
+            num_before: how many parameters of the optimizer are in front of these groups.
+
+        Returns:
+            What was found in the gradients, and whether the step was written.
+        """
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        options = replace(of_all, grad_scale=getattr(self, "grad_scale", None))
+        running = Options(self.ns_dtype, self.backend, self.workspace_bytes)
 
         def read() -> tuple[list[phases.GroupStep], Gathering | None]:
-            self._check_groups()
-            check_grads(self.param_groups)
-            work = phases.read(self.param_groups, self.state, options, team, self._staging)
-            return work, phases.gathering(work, team, options, found_inf) if team else None
+            work = phases.read(groups, self._options(groups), self.state, team, self._staging, num_before)
+            return work, phases.gathering(work, team, running, found_inf) if team else None
 
-        is_scaled = found_inf is not None
-        alike = of_all, self.on_nonfinite, self.shard_state, is_scaled
-        work, gathering = team.agree(read, self.param_groups, self.state, alike) if team else read()
-        found = phases.found(work, team, gathering, found_inf)
-        verdict = GradientCheck(found, self._num_calls, is_scaled=is_scaled)
-        wait = self.on_nonfinite == "raise_at_once" or not verdict.is_asynchronous
-        if wait and (names := verdict.nonfinite_names()):
-            self._refuse(names, verdict.step, is_scaled)
-            return
-        pending = None if wait else verdict
-        phases.write(work, self.state, options, pending, team, self._staging, commit)
-        rounding.advance(self.param_groups)
-        self._pending = pending  # only now: settling takes back what was advanced
-        self._consolidated = None
+        if team is None:
+            work, gathering = read()
+        else:
+            alike = running, self.on_nonfinite, self.shard_state, found_inf is not None
+            work, gathering = team.agree(read, self.param_groups, self.state, alike)
+        flags = phases.finite_flags(work, team, gathering, found_inf)
+        check = GradientCheck(flags, number, is_scaled=found_inf is not None)
+        check.is_pending = check.is_asynchronous and self.on_nonfinite != "raise_at_once"
+        if not check.is_pending and check.nonfinite_names():
+            return check, False
+        pending = check if check.is_pending else None
+        phases.write(work, self.state, running, pending, team, self._staging, commit)
+        return check, True
 
     def _arrive(self, team: RankGroup) -> None:
         """Meet the other ranks. If a step failed on one of them when it had begun to write, all refuse to go on."""
@@ -338,10 +368,6 @@ class Muon8bit(SharingOptimizer):
                 "step ahead of the others. Load a checkpoint into the model, and its optimizer state by "
                 "load_state_dict(), which makes this optimizer usable again"
             )
-
-    def _check_groups(self) -> None:
-        """Raise ValueError for what a hand or a scheduler has written into a group since it was made."""
-        check_groups(self.param_groups, self.ns_dtype, is_rounded=self.param_rounding == "stochastic")
 
     def _refuse(self, names: list[str], step: int, is_scaled: bool) -> None:
         """Raise, or count, a step with gradients that are not finite."""

@@ -27,7 +27,7 @@ from .config import (
 )
 from .step import rounding
 from .step.dense import is_fake, why_not_dense
-from .step.local_params import home, layout_of, made
+from .step.local_params import home, layout_of, make_state
 from .step.options import AS_SAVED, OWN_DEFAULTS, RUNNING_KEYS, check_foreign, check_options, describe, group_keys
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def empty(
     for i, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
             where = team.layout_of(param, group, describe(group, i, j)) if team else None
-            state[param] = made(torch.empty, param, group, where, staging)
+            state[param] = make_state(torch.empty, param, group, where, staging)
     return state
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from muon8bit import Muon8bit
-from muon8bit.config import Options
+from muon8bit.config import AdamWOptions
 from muon8bit.step import adamw
+from muon8bit.step.adamw_chunks import AdamWChunk
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.97), "eps": 1e-8, "weight_decay": 0.05, "maximize": False}
 
@@ -76,14 +77,14 @@ def test_any_dtype_and_stride_keeps_fp32_state_and_rounds_once(dtype, contiguous
 def test_every_part_steps_as_in_the_whole(size, dtype, key):
     """Bitwise, wherever the cuts are: torch's kernel on the CPU rounds the last few elements otherwise."""
     generator = torch.Generator().manual_seed(size)
-    group, options = {**OPTIONS, "lr": 1e-2}, Options(None, None, 2**25)
+    options = AdamWOptions(None, None, 2**25, adamw_bits=32, **{**OPTIONS, "lr": 1e-2})
     start, *grads = (torch.randn(size, generator=generator).to(dtype) for _ in range(4))
 
     def stepped(first, stop):
         param = start[first:stop].clone()
         state = {key: torch.zeros(shape, dtype=of) for key, (shape, of) in adamw.layout(param.shape).items()}
         for grad in grads:
-            adamw.step_([param], [grad[first:stop].clone()], [state], group, [key], [(first, size)], options)
+            adamw.apply([AdamWChunk(param, grad[first:stop].clone(), state, key, first, size)], options)
         return {"param": param, **state}
 
     whole = stepped(0, size)

@@ -10,8 +10,9 @@ from helpers.bitwise import assert_bitwise
 from muon8bit_kernels import dynamic_map, ops, rounding_key, unsigned_dynamic_map
 
 from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients, state_report
-from muon8bit.config import Options
+from muon8bit.config import AdamWOptions
 from muon8bit.step import adamw, adamw8bit, nonfinite
+from muon8bit.step.adamw_chunks import AdamWChunk
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -115,7 +116,7 @@ def test_every_part_from_a_multiple_of_256_steps_as_in_the_whole(dtype, key, mon
     size, generator = 5 * 4096 + 77, torch.Generator().manual_seed(1)
     start, *grads = (torch.randn(size, generator=generator).to(dtype) for _ in range(4))
     key = key if dtype == torch.bfloat16 else None
-    options = Options(None, None, 2**25)
+    options = AdamWOptions(None, None, 2**25, adamw_bits=8, maximize=False, **{**OPTIONS, "lr": 1e-2})
 
     def stepped(cuts):
         param = start.clone()
@@ -126,8 +127,7 @@ def test_every_part_from_a_multiple_of_256_steps_as_in_the_whole(dtype, key, mon
                 part = {k: v[first:stop] for k, v in state.items() if v.shape == (size,)}
                 part |= {k: v[first // 256 : -(-stop // 256)] for k, v in state.items() if k.endswith("scales")}
                 part["step"] = state["step"].copy_(before)
-                group = {**OPTIONS, "lr": 1e-2, "maximize": False}
-                adamw.step_([param[first:stop]], [grad[first:stop]], [part], group, [key], [(first, size)], options)
+                adamw.apply([AdamWChunk(param[first:stop], grad[first:stop], part, key, first, size)], options)
         return {"param": param, **state}
 
     whole = stepped([(0, size)])
@@ -149,7 +149,7 @@ def test_stochastic_rounding_rounds_the_fp32_step():
     for param, its in ((wide, optimizer_for(wide)), (narrow, optimizer)):
         param.grad = grad.to(param.dtype)
         its.step()
-    assert_bitwise(narrow.detach(), ops.round_stochastic(wide.detach(), rounding_key(3, 0, 0), 0, None))
+    assert_bitwise(narrow.detach(), ops.round_stochastic(wide.detach(), key=rounding_key(3, 0, 0), first_index=0))
     assert (narrow != wide.bfloat16()).any()
 
 
@@ -180,6 +180,7 @@ def test_a_small_second_moment_is_not_lost_to_the_nearest_code_of_zero(monkeypat
     monkeypatch.setattr(torch.ops.bitsandbytes, "optimizer_update_8bit_blockwise", nearest_update)
     monkeypatch.setattr(adamw8bit, "_CPU_CHUNK", 2**20)
     group = {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+    options = AdamWOptions(None, None, 2**25, adamw_bits=8, **group)
     largest = {}
     for arm in ("alone", "ours"):
         param = torch.zeros(32, 256)
@@ -190,7 +191,7 @@ def test_a_small_second_moment_is_not_lost_to_the_nearest_code_of_zero(monkeypat
             with monkeypatch.context() as patch:
                 if arm == "alone":
                     patch.setattr(torch.Tensor, "clamp_", lambda tensor, **_: tensor)
-                adamw.step_([param], [grad], [state], group, [None], [(0, 32 * 256)], Options(None, None, 2**25))
+                adamw.apply([AdamWChunk(param, grad, state, None, 0, 32 * 256)], options)
             largest[arm] = max(largest[arm], (param - before).abs().max().item())
     assert largest["alone"] > 100
     assert largest["ours"] < 1.1

@@ -10,7 +10,7 @@ import torch
 from helpers.bitwise import assert_nested_equal
 
 from muon8bit import Muon8bit, release_gradients
-from muon8bit.step import adamw_chunks, clipping, muon, phases
+from muon8bit.step import adamw, clipping, muon, phases
 
 SHAPES = {"a": (160, 256), "b": (160, 256), "c": (8, 24), "d": (2, 12, 40), "embed": (30, 16), "norm": (16,)}
 FORMATS = {
@@ -78,20 +78,20 @@ def plant(patch, where, cause):
 
 EARLY = {
     "clipping": (clipping, "with_factor", 1),
-    "reading": (muon.momentum, "stats", 2),
+    "reading": (muon, "squares", 2),
     "looking at AdamW's gradients": (phases, "_sums_of_squares", 1),
     "making state": (phases, "new_state", 3),
     "allocating": (torch, "empty", 1),
-    "encoding": (muon.momentum, "apply_", 1),
+    "encoding": (muon, "average_", 1),
     "first Newton-Schulz": (muon, "orthogonalize", 1),
 }
 LATE = {
     "second Newton-Schulz": (muon, "orthogonalize", 2),
-    "encoding": (muon.momentum, "apply_", 3),
+    "encoding": (muon, "average_", 3),
     "first update": (muon, "update_params_", 1),
     "later update": (muon, "update_params_", 2),
-    "AdamW": (adamw_chunks.adamw, "step_", 1),
-    "the counter of rounding": (phases.muon, "update_params_", 3),
+    "AdamW": (adamw, "apply", 1),
+    "the counter of rounding": (muon, "update_params_", 3),
 }
 
 
@@ -106,6 +106,8 @@ def test_what_fails_before_the_first_write_changes_nothing_and_can_be_tried_agai
         where = "encoding"  # there is one stack alone
     if form == "columns" and where == "making state":
         pytest.skip("two parameters make no third state")
+    if where == "clipping" and form != "clipped":
+        pytest.skip("nothing is clipped")
     if is_warm and where == "making state":
         pytest.skip("there is state")
     model, optimizer = make(form, param_rounding="stochastic", dtype=torch.bfloat16)

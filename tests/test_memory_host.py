@@ -20,7 +20,7 @@ from muon8bit.estimate.models import build
 from muon8bit.estimate.optimizers import Param, state_bytes, step_bytes
 from muon8bit.estimate.sizes import measure
 from muon8bit.orthogonalize import device_kind
-from muon8bit.step import adamw8bit, adamw_chunks, offload
+from muon8bit.step import adamw, adamw8bit, offload
 
 # Some matrices of a batch, some alone, and a table that comes in pieces.
 LLAMA = {**TINY["llama"], "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512}
@@ -38,7 +38,7 @@ def test_staged_and_moved_bytes_are_those_of_a_real_step(kind, budget, force, mo
             super()._copy(copies, is_waited_for)
 
     force(Counted)
-    monkeypatch.setattr(adamw_chunks, "_is_counter_staged", lambda _: True)  # as on CUDA
+    monkeypatch.setattr(adamw, "_is_counter_staged", lambda _: True)  # as on CUDA
     config = config_of(TINY.get(kind, LLAMA))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = Muon8bit(param_groups(model, lr=1e-3), state_device="cpu")
@@ -60,7 +60,7 @@ def test_staged_and_moved_bytes_are_those_of_a_real_step(kind, budget, force, mo
 def test_copies_of_an_adamw_weight_beside_its_staged_state_are_those_of_a_real_step(bits, force, monkeypatch):  # noqa: F811
     """With 8 bits bitsandbytes' own memory on a CPU is left out."""
     force(offload.CopyStream)
-    monkeypatch.setattr(adamw_chunks, "_is_counter_staged", lambda _: True)  # as on CUDA
+    monkeypatch.setattr(adamw, "_is_counter_staged", lambda _: True)  # as on CUDA
     monkeypatch.setattr(adamw8bit, "_update_", lambda *_: None)
     budget, weight = 2**25, torch.nn.Parameter(torch.randn(5 * 2**20).bfloat16())
     weight.grad = torch.randn_like(weight)

@@ -145,7 +145,7 @@ def test_a_step_that_failed_takes_back_no_step_of_rounding(policy, monkeypatch):
     params, optimizer = make(on_nonfinite=policy)
     set_grads(params, 0, "a")
 
-    def fails(*_):
+    def fails(*_, **__):
         raise MemoryError
 
     with monkeypatch.context() as patch:
@@ -162,7 +162,9 @@ def test_the_kernels_get_the_flag_and_not_the_host(monkeypatch):
     calls = []
     for name in ("momentum_apply", "update_params"):
         original = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, f=original, n=name: calls.append((n, args[-2])) or f(*args))
+        monkeypatch.setattr(
+            ops, name, lambda *args, f=original, n=name, **how: calls.append((n, args[-1])) or f(*args, **how)
+        )
     params, optimizer = make()
     set_grads(params, 0, "b")
     optimizer.step()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from muon8bit.orthogonalize import NSMethod, orthogonalize, resolve_coefficients
-from muon8bit.orthogonalize.precision import accumulating_in_fp32
+from muon8bit.orthogonalize.products import accumulating_in_fp32
 
 # A process of its own: torch refuses to read one generation of settings once the other has been written.
 PROGRAM = """

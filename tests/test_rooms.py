@@ -25,7 +25,7 @@ ALLOWED = {
     "routing": {"base", "report"},
     "report": {"base"},
     "step": {"base", "distributed", "kernels", "orthogonalize"},
-    "distributed": {"base", "orthogonalize", "step"},
+    "distributed": {"base", "kernels", "orthogonalize", "step"},
     "orthogonalize": {"kernels"},
     "functional": {"kernels"},
     "base": set(),

@@ -14,8 +14,8 @@ from helpers.lanes import Early, Late, Recorded, force  # noqa: F401  # a fixtur
 from torch import nn
 
 from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients, state_report
-from muon8bit.step import adamw_chunks, nonfinite, offload
-from muon8bit.step.local_params import entries_of, new_state
+from muon8bit.step import adamw, nonfinite, offload
+from muon8bit.step.local_params import local_params, new_state
 from muon8bit.step.offload import OffloadTask, StateOffload
 
 MIB = 2**20
@@ -91,7 +91,7 @@ def test_staged_training_equals_training_in_place_bitwise(name, is_counter_stage
     force(lane)
     optimizer = make(**OPTIONS[name], state_device="cpu")
     with monkeypatch.context() as patch:
-        patch.setattr(adamw_chunks, "_is_counter_staged", lambda _: is_counter_staged)
+        patch.setattr(adamw, "_is_counter_staged", lambda _: is_counter_staged)
         train(optimizer, range(4))
     assert_equal(optimizer, its)
     assert state_report(optimizer).to_dict() == state_report(its).to_dict()
@@ -343,9 +343,9 @@ def test_new_state_of_parameters_elsewhere_is_made_on_the_host():
     optimizer, staged = make(device="meta", state_device="cpu"), StateOffload("cpu")
     give_gradients(optimizer, 0)
     num_found = 0
-    for group in optimizer.param_groups:
-        for entry in entries_of(group, 0, 0, {}, None, staged):
-            new = new_state(entry, group, staged)
+    for group, options in zip(optimizer.param_groups, optimizer._options(), strict=True):
+        for local in local_params(group, options, 0, 0, {}, None, staged):
+            new = new_state(local, group, staged)
             assert {tensor.device.type for tensor in new.values()} == {"cpu"}
             assert all(tensor.is_contiguous() for tensor in new.values())
             num_found += 1

@@ -8,8 +8,9 @@ from helpers.allocator import peak_bytes
 from muon8bit_kernels import ops
 
 from muon8bit import Muon8bit
-from muon8bit.config import Options
+from muon8bit.config import AdamWOptions
 from muon8bit.step import adamw, adamw8bit
+from muon8bit.step.adamw_chunks import AdamWChunk
 
 MIB = 2**20
 
@@ -48,7 +49,7 @@ def test_a_step_keeps_to_its_budget_and_frees_all(name, budget):
 def test_rounding_adamws_weights_takes_no_more_than_its_copies(bits, monkeypatch):
     """By hand, for each element of a piece: parameter and gradient in fp32, and in 8 bits, with the verdict not waited
     for, the codes. Rounding and bitsandbytes' update, replaced here, allocate nothing else in their kernels."""
-    monkeypatch.setattr(ops, "round_stochastic", lambda values, *_: values.bfloat16())
+    monkeypatch.setattr(ops, "round_stochastic", lambda values, **_: values.bfloat16())
     monkeypatch.setattr(adamw8bit, "_update_", lambda *_: None)
     budget = 32 * MIB
     size = adamw8bit.chunk_size("cpu", budget) if bits == 8 else budget // 16
@@ -56,10 +57,10 @@ def test_rounding_adamws_weights_takes_no_more_than_its_copies(bits, monkeypatch
     layout = adamw.layout(param.shape, bits)
     state = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
     group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
-    options = Options(None, None, budget, torch.zeros(()) if bits == 8 else None)
-    step = ([param], [grad], [state], group, [7], [(0, param.numel())], options)
-    adamw.step_(*step)  # what a process allocates once
-    peak, left = peak_bytes(lambda: adamw.step_(*step))
+    options = AdamWOptions(None, None, budget, torch.zeros(()) if bits == 8 else None, adamw_bits=bits, **group)
+    chunks = [AdamWChunk(param, grad, state, 7, 0, param.numel())]
+    adamw.apply(chunks, options)  # what a process allocates once
+    peak, left = peak_bytes(lambda: adamw.apply(chunks, options))
     per_element = 4 + 4 + (2 + 8 / adamw8bit.ADAMW8_BLOCK_SIZE if bits == 8 else 0)
     assert per_element * size <= peak <= per_element * size + 1024
     assert left == 0

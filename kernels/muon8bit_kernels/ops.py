@@ -1,8 +1,9 @@
 """The kernels as operators of torch (`torch.ops.muon8bit`), so that `torch.compile` and fake tensors understand them.
 
-One call serves a batch, never a matrix. Arguments are those of `reference` and `update_reference`; besides, `scales` is
-empty where the codes are an fp32 buffer, `decay` and `scale` are 0-d tensors (on the CPU read at once; on the
-parameters' device never waited for), and `backend` is that of `kernels_for`, whose errors apply.
+One call serves a batch, never a matrix. Arguments are those of `reference`, tensors by position and numbers by keyword;
+besides, `scales` is empty where the codes are an fp32 buffer, `decay` and `scale` are 0-d tensors (on the CPU read at
+once; on the parameters' device never waited for), `keys`, `first_indices` and `row_stride` are those of `RandomBits`,
+and `backend` is that of `kernels_for`, whose errors apply.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ def momentum_stats(
     codes: Sequence[Tensor],
     scales: Sequence[Tensor],
     grads: Sequence[Tensor],
+    *,
     beta: float,
     nesterov: bool,
     codebook: Optional[str],
     block_size: int,
-    backend: Optional[str],
+    backend: Optional[str] = None,
 ) -> Tensor:
-    """First phase of the momentum step, read only: fp32 [batch, rows, blocks], sums of u squared."""
-    kernels, options = kernels_for(grads[0].device, backend), _options(beta, nesterov, codebook, block_size)
-    return kernels.momentum_stats(codes, scales or None, grads, **options)
+    """Compute the first phase of the momentum step, read only: fp32 [batch, rows, blocks], sums of u squared."""
+    options: dict[str, Any] = {"nesterov": nesterov, "codebook": codebook, "block_size": block_size}
+    return kernels_for(grads[0].device, backend).momentum_stats(codes, scales or None, grads, beta=beta, **options)
 
 
 @momentum_stats.register_fake
-def _(codes, scales, grads, beta, nesterov, codebook, block_size, backend):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _(codes, scales, grads, *, beta, nesterov, codebook, block_size, backend=None):  # type: ignore[no-untyped-def]  # noqa: ARG001
     batch, rows, cols = batch_shape(codes)
     return grads[0].new_empty(batch, rows, num_blocks(cols, block_size), dtype=torch.float32)
 
@@ -51,16 +53,17 @@ def momentum_apply(
     grads: Sequence[Tensor],
     norms: Tensor,
     out: Tensor,
+    skip: Optional[Tensor],
+    *,
     beta: float,
     nesterov: bool,
     codebook: Optional[str],
     block_size: int,
-    skip: Optional[Tensor],
-    backend: Optional[str],
+    backend: Optional[str] = None,
 ) -> None:
-    """Second phase of the momentum step: writes codes, scales and the Newton-Schulz input `out`."""
-    kernels, options = kernels_for(out.device, backend), _options(beta, nesterov, codebook, block_size)
-    kernels.momentum_apply(codes, scales or None, grads, norms, out, **options, skip=skip)
+    """Write codes, scales and the Newton-Schulz input `out`: the second phase of the momentum step."""
+    options: dict[str, Any] = {"nesterov": nesterov, "codebook": codebook, "block_size": block_size, "skip": skip}
+    kernels_for(out.device, backend).momentum_apply(codes, scales or None, grads, norms, out, beta=beta, **options)
 
 
 @custom_op("muon8bit::update_params", mutates_args=("params",))
@@ -69,17 +72,18 @@ def update_params(
     directions: Tensor,
     decay: Tensor,
     scale: Tensor,
-    keys: Optional[Sequence[int]],
-    firsts: Optional[Sequence[int]],
-    pitch: Optional[int],
     skip: Optional[Tensor],
-    backend: Optional[str],
+    *,
+    keys: Optional[Sequence[int]] = None,
+    first_indices: Optional[Sequence[int]] = None,
+    row_stride: Optional[int] = None,
+    backend: Optional[str] = None,
 ) -> None:
-    """Writes param <- param * decay - direction * scale."""
-    options: dict[str, Any] = {"decay": _number(decay), "scale": _number(scale)}
-    kernels_for(directions.device, backend).update_params(
-        params, directions, **options, keys=keys, firsts=firsts, pitch=pitch, skip=skip
-    )
+    """Write param <- param * decay - direction * scale."""
+    options: dict[str, Any] = {"keys": keys, "firsts": first_indices, "pitch": row_stride, "skip": skip}
+    factors = (decay, scale) if decay.device.type != "cpu" else (decay.item(), scale.item())
+    options |= dict(zip(("decay", "scale"), factors, strict=True))
+    kernels_for(directions.device, backend).update_params(params, directions, **options)
 
 
 @custom_op("muon8bit::step_tiny", mutates_args=("codes", "scales", "params"))
@@ -89,62 +93,63 @@ def step_tiny(
     grads: Sequence[Tensor],
     params: Sequence[Tensor],
     norms: Tensor,
+    decay: Tensor,
+    scale: Tensor,
+    skip: Optional[Tensor],
+    *,
     beta: float,
     nesterov: bool,
     codebook: Optional[str],
     block_size: int,
     coefficients: Sequence[float],
-    decay: Tensor,
-    scale: Tensor,
-    keys: Optional[Sequence[int]],
-    firsts: Optional[Sequence[int]],
-    pitch: Optional[int],
-    skip: Optional[Tensor],
-    backend: Optional[str],
+    keys: Optional[Sequence[int]] = None,
+    first_indices: Optional[Sequence[int]] = None,
+    row_stride: Optional[int] = None,
+    backend: Optional[str] = None,
 ) -> None:
-    """The second phase of matrices with a small side, whole. `coefficients`: a, b, c of every Newton-Schulz step."""
-    options = _options(beta, nesterov, codebook, block_size) | {"keys": keys, "firsts": firsts, "pitch": pitch}
+    """Do the second phase of matrices with a small side, whole; `coefficients`: a, b, c of every Newton-Schulz step."""
+    options: dict[str, Any] = {"keys": keys, "firsts": first_indices, "pitch": row_stride, "skip": skip}
+    factors = (decay, scale) if decay.device.type != "cpu" else (decay.item(), scale.item())
+    options |= dict(zip(("decay", "scale"), factors, strict=True))
+    options |= {"beta": beta, "nesterov": nesterov, "codebook": codebook, "block_size": block_size}
     steps = [(a, b, c) for a, b, c in zip(*(coefficients[i::3] for i in range(3)), strict=True)]
-    factors: dict[str, Any] = {"decay": _number(decay), "scale": _number(scale)}
-    kernels = kernels_for(norms.device, backend)
-    kernels.step_tiny(codes, scales or None, grads, params, norms, **options, **factors, steps=steps, skip=skip)
+    kernels_for(norms.device, backend).step_tiny(codes, scales or None, grads, params, norms, steps=steps, **options)
 
 
 @custom_op("muon8bit::symmetric_product", mutates_args=())
 def symmetric_product(
-    A: Tensor, B: Tensor, alpha: float, D: Optional[Tensor], beta: float, diagonal: float, backend: Optional[str]
+    A: Tensor,
+    B: Tensor,
+    D: Optional[Tensor],
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    diagonal: float = 0.0,
+    backend: Optional[str] = None,
 ) -> Tensor:
-    """alpha * A B^T + beta * D + diagonal * I, symmetric: [batch, n, n]."""
+    """Compute alpha * A B^T + beta * D + diagonal * I, symmetric: [batch, n, n]."""
     kernels = kernels_for(A.device, backend)
     return kernels.symmetric_product(A, B, alpha=alpha, D=D, beta=beta, diagonal=diagonal)
 
 
 @symmetric_product.register_fake
-def _(A, B, alpha, D, beta, diagonal, backend):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _(A, B, D, *, alpha=1.0, beta=0.0, diagonal=0.0, backend=None):  # type: ignore[no-untyped-def]  # noqa: ARG001
     return A.new_empty(A.shape[0], A.shape[1], A.shape[1])
 
 
 @custom_op("muon8bit::round_stochastic", mutates_args=())
-def round_stochastic(values: Tensor, key: int, first: int, backend: Optional[str]) -> Tensor:
-    """fp32 `values` -> bf16 of the same shape, rounded stochastically."""
-    return kernels_for(values.device, backend).round_stochastic(values, key=key, first=first)
+def round_stochastic(values: Tensor, *, key: int, first_index: int, backend: Optional[str] = None) -> Tensor:
+    """Round fp32 `values` to bf16 of the same shape stochastically."""
+    return kernels_for(values.device, backend).round_stochastic(values, key=key, first=first_index)
 
 
 @round_stochastic.register_fake
-def _(values, key, first, backend):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _(values, *, key, first_index, backend=None):  # type: ignore[no-untyped-def]  # noqa: ARG001
     return torch.empty_like(values, dtype=torch.bfloat16)
 
 
 @momentum_apply.register_fake
 @update_params.register_fake
 @step_tiny.register_fake
-def _(*args):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _(*args, **options):  # type: ignore[no-untyped-def]  # noqa: ARG001
     return None
-
-
-def _options(beta: float, nesterov: bool, codebook: str | None, block_size: int) -> dict[str, Any]:
-    return {"beta": beta, "nesterov": nesterov, "codebook": codebook, "block_size": block_size}
-
-
-def _number(factor: Tensor) -> float | Tensor:
-    return float(factor) if factor.device.type == "cpu" else factor

@@ -13,19 +13,19 @@ rank has changed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, groupby
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from muon8bit_kernels import momentum_apply_cut
 from torch import Tensor
 
 from ..config import Options
 from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, orthogonalize, partial_gram
-from ..step import momentum
-from ..step.matrix_batches import gradients, momenta_on, momentum_tensors
-from ..step.muon import written
-from ..step.update import factors, lr_ratio, update_params_
+from ..step.matrix_batches import MatrixBatch, contiguous_params
+from ..step.muon import average_, lr_ratio, update_params_
 from .assignment import Assignment, PlannedTransfer
 from .collectives import PendingExchange, Transport
 from .sharded_batch import ShardedBatch, ShardedMatrix
@@ -103,14 +103,14 @@ class ExchangeRound:
 
         def key(transfer: Transfer) -> object:
             rows, cols, _, method = transfer.batch.matrix
-            return rows, cols, method, transfer.batch.coefficients, transfer.plan.is_gram
+            return rows, cols, method, transfer.batch.options.coefficients, transfer.plan.is_gram
 
         self._pending.wait()
         for chunk in _chunks(self._owned(self._transfers), key, size):
             plan, batch, _ = chunk[0]
             solve = gram_factor if plan.is_gram else orthogonalize
             whole = self._assembled([transfer.plan for transfer in chunk])
-            self._results.extend(solve(whole, batch.coefficients, plan.matrix.method, self._options.backend))
+            self._results.extend(solve(whole, batch.options.coefficients, plan.matrix.method, self._options.backend))
 
     def send_updates(self, number: int = 0) -> None:
         """Send what this rank owns of a part of the round to who wants it, O or the factor."""
@@ -167,17 +167,16 @@ class ExchangeRound:
         norms = torch.stack([batch.norms[number] for number in numbers])
         shape = stacks[0].momentum.codes.shape[1:]
         X = torch.empty(len(stacks), *shape, dtype=batch.matrix.method.dtype, device=self._device)
-        grads = gradients(stacks)
-        skip = self._options.skip
-        kept = [tensor.clone() for tensor in momentum_tensors(stacks)] if self.is_first else None
-        momenta = [stack.momentum for stack in momenta_on(stacks, kept)]
+        matrices = MatrixBatch(stacks, replace(batch.options, skip=self._options.skip))
+        if self.is_first:
+            matrices = matrices.with_tensors([tensor.clone() for tensor in matrices.state_tensors])
         region = batch.matrix.sharding.momentum_parts[self._transport.rank]
         if region is not None and batch.is_cut(region):
             scales = None if batch.scales is None else torch.stack([batch.scales[number] for number in numbers])
-            first_col = region.cols[0]
-            momentum.cut_apply_(momenta, grads, scales, norms, X, first_col=first_col, **batch.average, skip=skip)
+            tensors = matrices.codes, matrices.scales or None, matrices.grads(), scales, norms, X
+            momentum_apply_cut(*tensors, first_col=region.cols[0], **batch.average, skip=self._options.skip)
         else:
-            momentum.apply_(momenta, grads, norms, X, **batch.average, skip=skip, backend=self._options.backend)
+            average_(matrices, norms, X)
         return X
 
     def _assembled(self, plans: list[PlannedTransfer]) -> Tensor:
@@ -268,12 +267,10 @@ def _chunks(
 
 def _update_params(members: list[ShardedMatrix], directions: Tensor, batch: ShardedBatch, options: Options) -> None:
     """Update the parts of these parameters by `directions` [members, rows, cols], scaled by the whole shape."""
-    group, matrix = batch.group, batch.matrix
-    ratio = lr_ratio(matrix.rows, matrix.cols, group["adjust_lr_fn"])
-    decay, scale = factors(lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
-    random_bits: dict[str, Any] = {}
+    matrix, random_bits = batch.matrix, dict[str, Any]()
     if members[0].key is not None:
         keys, firsts = [member.key for member in members], [member.first for member in members]
-        random_bits = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}
-    with written([member.param for member in members if member.param is not None]) as params:
-        update_params_(params, directions, decay, scale, **random_bits, skip=options.skip, backend=options.backend)
+        random_bits = {"keys": keys, "first_indices": firsts, "row_stride": matrix.cols}
+    ratio = lr_ratio(matrix.rows, matrix.cols, batch.options.adjust_lr_fn)
+    with contiguous_params([member.param for member in members if member.param is not None]) as params:
+        update_params_(params, directions, ratio, replace(batch.options, skip=options.skip), **random_bits)

@@ -87,7 +87,7 @@ class RankGroup(SynchronizedRanks):
             )
         return param_sharding.state_sharded(shape, len(self.ranks), rank, self.mesh)
 
-    bundled = staticmethod(group_into_batches)
+    sharded_batches = staticmethod(group_into_batches)
 
     def gathering(self, batches: Sequence[ShardedBatch], flags: Tensor, options: Options) -> Gathering:
         """Return what this rank gives to the all-gather of a step, without communication."""

@@ -13,15 +13,15 @@ from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from muon8bit_kernels import momentum_stats_cut
 from torch import Tensor
 
-from ..config import Options
-from ..orthogonalize import Coefficients, choose_method, device_kind, resolve_coefficients
-from ..step import momentum
+from ..config import MuonOptions, Options
+from ..orthogonalize import choose_method, device_kind
 from ..step.clipping import Clip, with_factor
-from ..step.matrix_batches import ParamMatrices, chunks, gradients
+from ..step.matrix_batches import MatrixBatch, ParamMatrices
 from ..step.momentum import Momentum, MomentumFormat
-from ..step.update import frobenius_norm
+from ..step.muon import frobenius_norm, squares
 from .assignment import Matrix
 from .matrix_sharding import Region, Span
 from .param_sharding import MatrixSlot, ParamSharding, Spans, matrix_slots
@@ -53,10 +53,9 @@ class ShardedBatch:
         scales: of `Gathering`, where columns are cut the new scales of this rank's rows, fp32 [members, rows, blocks].
     """
 
-    group: dict[str, Any]
+    options: MuonOptions
     matrix: Matrix
     format: MomentumFormat
-    coefficients: Coefficients
     members: list[ShardedMatrix] = field(default_factory=list)
     clips: list[Clip] = field(default_factory=list)
     sumsq: Tensor = field(init=False)
@@ -71,7 +70,8 @@ class ShardedBatch:
     @property
     def average(self) -> dict[str, Any]:
         """Return how the momentum is averaged."""
-        return {"beta": self.group["momentum"], "nesterov": self.group["nesterov"]}
+        form = {"codebook": self.format.codebook, "block_size": self.format.block_size}
+        return {"beta": self.options.momentum, "nesterov": self.options.nesterov, **form}
 
     def is_cut(self, region: Region) -> bool:
         """Return whether a part has but some of the columns."""
@@ -80,7 +80,7 @@ class ShardedBatch:
     def set_norms(self, sumsq: Tensor) -> None:
         """Take the squared norms of the whole matrices, fp32 [members]."""
         self.sumsq = sumsq
-        self.norms = frobenius_norm(sumsq, eps=self.group["eps"], factor=self.coefficients.norm_factor)
+        self.norms = frobenius_norm(sumsq, eps=self.options.eps, factor=self.options.coefficients.norm_factor)
 
 
 class _LocalParam(Protocol):
@@ -100,23 +100,22 @@ class _LocalParam(Protocol):
     def momentum(self) -> Momentum | None: ...
 
 
-def group_into_batches(params: Sequence[_LocalParam], group: dict[str, Any], options: Options) -> list[ShardedBatch]:
+def group_into_batches(params: Sequence[_LocalParam], options: MuonOptions) -> list[ShardedBatch]:
     """Return the matrices of one group, by what they have in common."""
-    coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
     batches: dict[Any, ShardedBatch] = {}
     for param in params:
         assert param.layout is not None
         assert param.momentum is not None
         format, device = param.momentum.format, device_kind(param.local.device)
-        for slot in matrix_slots(param.layout, group["flatten"], group["split_sizes"]):
+        for slot in matrix_slots(param.layout, options.flatten, options.row_splits):
             rows = slot.rows[1] - slot.rows[0]
             if rows * slot.cols == 0:
                 continue
             key = rows, slot.cols, id(slot.sharding), format
             if key not in batches:
-                method = choose_method(rows, slot.cols, coefficients, device, options.ns_dtype, tiny=False)
-                batches[key] = ShardedBatch(group, Matrix(rows, slot.cols, slot.sharding, method), format, coefficients)
-            matrix, clip = _sharded_matrix(param, param.layout, param.momentum, slot, group, options)
+                method = choose_method(rows, slot.cols, options.coefficients, device, options.ns_dtype, tiny=False)
+                batches[key] = ShardedBatch(options, Matrix(rows, slot.cols, slot.sharding, method), format)
+            matrix, clip = _sharded_matrix(param, param.layout, param.momentum, slot, options)
             batches[key].members.append(matrix)
             batches[key].clips += [] if clip is None else [clip]
     return list(batches.values())
@@ -127,8 +126,7 @@ def _sharded_matrix(
     sharding: ParamSharding,
     momentum: Momentum,
     slot: MatrixSlot,
-    group: dict[str, Any],
-    options: Options,
+    options: MuonOptions,
 ) -> tuple[ShardedMatrix, Clip | None]:
     """Return this rank's part of a matrix, and how its gradient is to be clipped."""
     rank, flatten = sharding.rank, momentum.format.flatten
@@ -146,7 +144,7 @@ def _sharded_matrix(
         stack = ParamMatrices(param.index, param.key, 1, grad, grad, rows, 0, 0)
         # Clipped are replicas alone, which are here whole, whatever part of the momentum is.
         whole = _cut(param.grad, spans, slot, param_part or momentum_part, flatten)
-        clipped, clip = with_factor(stack._replace(grad=whole), group, options)
+        clipped, clip = with_factor(stack._replace(grad=whole), options)
         stack = stack._replace(factor=clipped.factor)
     return ShardedMatrix(param.index, param.key, stack, local, first), clip
 
@@ -173,7 +171,7 @@ def _momentum(momentum: Momentum, spans: Spans, slot: MatrixSlot, rows: Span, fl
     """Return these rows of a matrix out of a momentum with these spans, as a stack of one."""
     lead, local_rows = _local_rows(spans, slot, rows, flatten)
     index = _flat_index(lead, [stop - start for start, stop in spans])
-    return momentum.stack().part(slice(index, index + 1), local_rows)
+    return momentum.as_matrices().rows(slice(index, index + 1), local_rows)
 
 
 def _flat_index(index: Sequence[int], shape: Sequence[int]) -> int:
@@ -185,7 +183,7 @@ def _flat_index(index: Sequence[int], shape: Sequence[int]) -> int:
 
 
 def sums_of_squares(batch: ShardedBatch, region: Region, options: Options) -> list[Tensor]:
-    """Return the `momentum.stats` of what this rank holds of the matrices, fp32 [members, rows, blocks].
+    """Return the `muon.squares` of what this rank holds of the matrices, fp32 [members, rows, blocks].
 
     Where its columns are not all, and quantized, the largest magnitudes of the blocks that they touch come second.
     """
@@ -194,13 +192,13 @@ def sums_of_squares(batch: ShardedBatch, region: Region, options: Options) -> li
     for _, run in groupby(members, key=lambda stack: stack.layout):  # where strides differ a kernel cannot take both
         stacks = list(run)
         size = max(1, options.workspace_bytes // (4 * prod(stacks[0].grad.shape[1:])))
-        for chunk in chunks(stacks, size):
-            momenta, grads = [stack.momentum for stack in chunk], gradients(chunk)
+        for part in MatrixBatch(stacks, batch.options).split(size):
             if batch.is_cut(region):
-                numbers = momentum.cut_stats(momenta, grads, first_col=region.cols[0], **batch.average)
+                tensors = part.codes, part.scales or None, part.grads()
+                numbers = momentum_stats_cut(*tensors, first_col=region.cols[0], **batch.average)
                 sums.append(numbers[0])
                 maxima.append(numbers[1])
             else:
-                sums.append(momentum.stats(momenta, grads, **batch.average, backend=options.backend))
+                sums.append(squares(part))
     has_scales = maxima and batch.format.codebook is not None
     return [torch.cat(sums), torch.cat(maxima)] if has_scales else [torch.cat(sums)]

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..config import DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES
-from ..orthogonalize import batch_size, choose_method, resolve_coefficients
+from ..orthogonalize import partition, resolve_coefficients
 from ..orthogonalize.coefficients import JORDAN
 from ..step.adamw_chunks import ALIGNMENT
 from ..step.offload import NUM_BUFFERS, aligned_bytes, buffer_bytes
@@ -53,14 +53,15 @@ def staging_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget:
             if col_sizes is None:
                 written += _cut(_matrix_bytes(size, cols), num, _together(size, cols, kind, budget))
         if col_sizes is not None:
-            written += _cut(one, count, (budget - SMALL_WORKSPACE_BYTES) // 2 // (4 * rows * cols))
+            written += _cut(one, count, _together(rows, cols, kind, budget, col_sizes))
     written += _adamw_jobs(optimizer, [p for p in params if not p.is_muon], budget // 2 // NUM_BUFFERS)
     return max(sum(buffer_bytes(read)), sum(buffer_bytes(written)))
 
 
-def _together(rows: int, cols: int, kind: str, budget: int) -> int:
-    path = choose_method(rows, cols, resolve_coefficients(JORDAN, DEFAULT_NS_STEPS), kind)
-    return batch_size(path, rows, cols, kind, budget - SMALL_WORKSPACE_BYTES)
+def _together(rows: int, cols: int, kind: str, budget: int, widths: Sequence[int] | None = None) -> int:
+    """Return how many matrices are stepped together."""
+    coefficients = resolve_coefficients(JORDAN, DEFAULT_NS_STEPS)
+    return partition(rows, cols, coefficients, kind, budget - SMALL_WORKSPACE_BYTES, widths=widths).size
 
 
 def _cut(num_bytes: int, count: int, size: int) -> list[int]:

@@ -28,7 +28,7 @@ from ..config import (
     SMALL_WORKSPACE_BYTES,
     Codebook,
 )
-from ..orthogonalize import batch_size, choose_method, resolve_coefficients, workspace_bytes
+from ..orthogonalize import partition, resolve_coefficients, workspace_bytes
 from ..orthogonalize.coefficients import JORDAN
 from ..report import ADAMW_BYTES, bnb_bytes
 from ..step.adamw8bit import chunk_size, is_8bit, layout
@@ -197,7 +197,7 @@ def _torch_muon_bytes(params: Sequence[Param]) -> int:
 
 
 def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
-    schedule = resolve_coefficients(JORDAN, DEFAULT_NS_STEPS)
+    coefficients = resolve_coefficients(JORDAN, DEFAULT_NS_STEPS)
     whole: Counter[tuple[int, int]] = Counter()
     cut: Counter[tuple[int, int, tuple[int, ...]]] = Counter()
     for param in params:
@@ -209,18 +209,17 @@ def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
             else:
                 cut[rows, cols, param.split[0]] += count
     most = 0
+    budget -= SMALL_WORKSPACE_BYTES
     for (rows, cols), count in whole.items():
-        path = choose_method(rows, cols, schedule, kind)
-        if not path.tiny:
-            together = min(count, batch_size(path, rows, cols, kind, budget - SMALL_WORKSPACE_BYTES))
-            most = max(most, together * workspace_bytes(path, rows, cols, kind), _piece_bytes(rows * cols, kind))
-    for (rows, cols, sizes), count in cut.items():
-        half = (budget - SMALL_WORKSPACE_BYTES) // 2
-        momenta = min(count, max(1, half // (4 * rows * cols)))
-        for width in set(sizes):
-            path = choose_method(rows, width, schedule, kind, tiny=False)
-            together = min(momenta, batch_size(path, rows, width, kind, half))
-            most = max(most, momenta * 4 * rows * cols + together * workspace_bytes(path, rows, width, kind))
+        how = partition(rows, cols, coefficients, kind, budget)
+        if how.bytes_per_matrix:
+            most = max(most, min(count, how.size) * how.bytes_per_matrix, _piece_bytes(rows * cols, kind))
+    for (rows, cols, widths), count in cut.items():
+        how = partition(rows, cols, coefficients, kind, budget, widths=widths)
+        momenta = min(count, how.size)
+        for width, (_, method, size) in zip(widths, how.pieces, strict=True):
+            iterated = min(momenta, size) * workspace_bytes(method, rows, width, kind)
+            most = max(most, momenta * how.bytes_per_matrix + iterated)
     return most
 
 

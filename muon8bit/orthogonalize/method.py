@@ -1,23 +1,24 @@
-"""Which form, dtype and products a shape takes: by shape and the table of rates alone.
+"""Which form, dtype and products a shape takes, and how many matrices go together.
 
-Free memory or a timing never decides, so a resumed run takes the same path and is bitwise the same run.
+Shape and the table of rates alone decide. Free memory or a timing never decides, so a resumed run takes the same path
+and is bitwise the same run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from muon8bit_kernels import TINY_MAX
 
 from .coefficients import Coefficients
 from .cost import Form, operations
-from .products import ProductKind
+from .products import NUM_PANELS, ProductKind
 from .rates import Rates, at_size, rates_of
 from .stability import fits_fp16, segments
 
@@ -30,6 +31,8 @@ _FP16_MAX_ELEMENTS = 2**28
 # Squarer matrices have tiny singular values: there the fp16 Gram form with one restart has up to .77 of the bf16 error
 # (Gaussian), from here on .45 at most. The standard form is about as cheap for them.
 _FP16_GRAM_MIN_ASPECT = 1.25
+# Matrices with fewer rows than this gain on CPU from batching; above, one fills the cores.
+_CPU_BATCH_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -148,3 +151,117 @@ def _cost(path: NSMethod, rows: int, cols: int, num_steps: int, rates: Rates) ->
     symmetric, other = operations(path.form, rows, cols, num_steps, max(1, len(path.segments)))
     efficiency = (rates.gram or 1.0) if path.form == "gram" else 1.0
     return (symmetric / (gain or 1.0) + other) / ((rate or 1.0) * efficiency)
+
+
+def workspace_bytes(method: NSMethod, rows: int, cols: int, kind: str) -> int:
+    """Return the bytes of one matrix at the peak of `orthogonalize`.
+
+    X, its successors, the small matrices, casts and copies. What a library keeps for itself (cuBLAS' workspace,
+    oneDNN's packing) is not counted, nor the casts of the torch reference of the symmetric product.
+    """
+    m, n = min(rows, cols), max(rows, cols)
+    large, small = m * n, m * m
+    num_large = 2  # X and its successor take turns
+    on_cpu = kind.startswith("cpu")
+    if on_cpu:
+        num_large += rows > cols and (method.form == "standard" or method.products == "panels")  # X as contiguous rows
+        if method.dtype == torch.float16 or (method.dtype == torch.float32 and m >= _CPU_BATCH_ROWS):
+            # Results of casts and of oneDNN's products are new each time.
+            num_large += max(0, min(len(method.segments) - 1, 2))
+        if method.dtype == torch.float16 and method.form == "standard":
+            num_large += 2
+    elements = num_large * large
+    if method.form == "standard":
+        elements += 2 * small  # A, P
+    elif len(method.segments) > 1:
+        elements += 4 * small  # R, Z, Q and a successor
+    else:  # all of them before the last product, and Q with it
+        elements = max(elements - large + 4 * small, elements + small)
+    if method.products == "panels":
+        elements += small // NUM_PANELS
+    casts = 4 * (2 * large + small) if on_cpu and method.dtype == torch.float16 else 0
+    return elements * method.dtype.itemsize + casts
+
+
+def batch_size(method: NSMethod, rows: int, cols: int, kind: str, budget_bytes: int) -> int:
+    """Return how many matrices [rows, cols] to orthogonalize together within `budget_bytes`; at least 1."""
+    if kind.startswith("cpu") and min(rows, cols) >= _CPU_BATCH_ROWS:
+        return 1
+    return max(1, budget_bytes // max(1, workspace_bytes(method, rows, cols, kind)))
+
+
+class ColumnPiece(NamedTuple):
+    """Columns of matrices that are orthogonalized by themselves: how, and how many matrices together."""
+
+    columns: slice
+    method: NSMethod
+    size: int
+
+
+class Partition(NamedTuple):
+    """How matrices of one shape go through the second phase of a step.
+
+    Attributes:
+        size: matrices whose momenta are averaged together; at least 1.
+        bytes_per_matrix: of the workspace, that each of them takes.
+        pieces: all columns, or those of each of `widths`.
+    """
+
+    size: int
+    bytes_per_matrix: int
+    pieces: tuple[ColumnPiece, ...]
+
+
+def partition(
+    rows: int,
+    cols: int,
+    coefficients: Coefficients,
+    kind: str,
+    budget_bytes: int,
+    *,
+    dtype: torch.dtype | None = None,
+    widths: Sequence[int] | None = None,
+    copied_bytes: int = 0,
+) -> Partition:
+    """Return how many matrices [rows, cols] go together, and by which method, within a workspace of `budget_bytes`.
+
+    Args:
+        kind: of `device_kind`.
+        dtype: of Newton-Schulz; None: the cheapest.
+        widths: of the pieces of columns that are orthogonalized by themselves: the fp32 momenta take one half of the
+            budget, Newton-Schulz the other. None: the matrices are whole.
+        copied_bytes: that each matrix takes besides.
+    """
+    rates, forced = rates_of(kind), tuple((_FORCED.get() or {}).items())
+    return _partition(rows, cols, coefficients, kind, budget_bytes, dtype, widths, copied_bytes, rates, forced)
+
+
+@cache
+def _partition(
+    rows: int,
+    cols: int,
+    coefficients: Coefficients,
+    kind: str,
+    budget_bytes: int,
+    dtype: torch.dtype | None,
+    widths: Sequence[int] | None,
+    copied_bytes: int,
+    *_: object,  # what `choose_method` reads besides
+) -> Partition:
+    pieces, start = [], 0
+    if widths is not None:
+        budget_bytes //= 2
+    for width in widths or (cols,):
+        method = choose_method(rows, width, coefficients, kind, dtype, tiny=widths is None)
+        size = batch_size(method, rows, width, kind, budget_bytes)
+        pieces.append(ColumnPiece(slice(start, start + width), method, size))
+        start += width
+    if widths is None:
+        one = 0 if method.tiny else workspace_bytes(method, rows, cols, kind)
+    else:
+        one = 4 * rows * cols
+        size = max(1, budget_bytes // one)
+    if copied_bytes and one:
+        one += copied_bytes
+        size = min(size, max(1, budget_bytes // one))
+    return Partition(size, one, tuple(pieces))

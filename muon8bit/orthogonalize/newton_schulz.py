@@ -13,14 +13,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from muon8bit_kernels import Backend
 from torch import Tensor
 
-from .coefficients import Triple
-from .products import Products
+from .coefficients import Coefficients, Triple
+from .method import NSMethod
+from .products import Products, accumulating_in_fp32
+
+
+def orthogonalize(X: Tensor, coefficients: Coefficients, method: NSMethod, backend: Backend | None = None) -> Tensor:
+    """Orthogonalize a batch by Newton-Schulz, whatever autocast and the process's fp32 precision say.
+
+    Args:
+        X: [batch, rows, cols] in `method.dtype`, each matrix with Frobenius norm at most 1. Overwritten.
+        coefficients: one triple a step.
+        method: of `choose_method`.
+        backend: of the kernel that `method.products == "kernel"` asks for: None (by device), `"reference"`, `"triton"`.
+
+    Returns:
+        [batch, rows, cols] in `method.dtype`, perhaps in the memory of X; singular values near 0.7 to 1.2 (Jordan's
+        coefficients).
+    """
+    products = Products(method.products, backend)
+    wide = X.mT if X.shape[-2] > X.shape[-1] else X
+    # A batch of one as a plain matrix: the 2-D products are the faster ones.
+    matrix = wide[0] if len(wide) == 1 else wide
+    if X.device.type == "cpu" and (method.form == "standard" or method.products == "panels"):
+        # oneDNN is up to some 100 times slower on panels of a transposed view, and into one.
+        matrix = matrix.contiguous()
+    with torch.autocast(X.device.type, enabled=False), accumulating_in_fp32(method.dtype):
+        if method.form == "gram":
+            out = gram(matrix, coefficients.steps, products, method.segments)
+        else:
+            out = standard(matrix, coefficients.steps, products)
+    out = out.view(wide.shape)
+    return out.mT if X.shape[-2] > X.shape[-1] else out
 
 
 def standard(X: Tensor, steps: Sequence[Triple], products: Products) -> Tensor:
-    """All steps in the standard form; X may be overwritten."""
+    """Iterate all steps in the standard form; X may be overwritten."""
     spare = None
     for a, b, c in steps:
         P = products.polynomial(X, b, c)
@@ -30,7 +62,7 @@ def standard(X: Tensor, steps: Sequence[Triple], products: Products) -> Tensor:
 
 
 def gram(X: Tensor, steps: Sequence[Triple], products: Products, segments: Sequence[int]) -> Tensor:
-    """All steps in the Gram form, `segments` of them between restarts; X may be overwritten."""
+    """Iterate all steps in the Gram form, `segments` of them between restarts; X may be overwritten."""
     spare, first = None, 0
     for count in segments:
         Q = factor(products.symmetric(X, X), steps[first : first + count], products)
@@ -41,7 +73,7 @@ def gram(X: Tensor, steps: Sequence[Triple], products: Products, segments: Seque
 
 
 def factor(R: Tensor, steps: Sequence[Triple], products: Products) -> Tensor:
-    """Q of one segment from the Gram matrix of X, [..., rows, rows]; R stays as it is."""
+    """Return Q of one segment from the Gram matrix of X, [..., rows, rows]; R stays as it is."""
     Q: Tensor | None = None
     for index, (a, b, c) in enumerate(steps):
         Z = products.symmetric(R, R, alpha=c, D=R, beta=b, diagonal=a)

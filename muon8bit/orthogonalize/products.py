@@ -4,15 +4,17 @@
     advance:    a X + P X            apply:  Q X
 
 Half precision is stored, accumulated and added in fp32, and rounded once (a diagonal of the vendor's: once more).
-On CPU fp16 is a storage format alone: its products run in fp32.
+On CPU fp16 is a storage format alone: its products run in fp32. `accumulating_in_fp32` sees to it whatever the process
+has been set to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from muon8bit_kernels import Backend, ops
@@ -26,6 +28,37 @@ ProductKind: TypeAlias = Literal["vendor", "panels", "kernel"]
 _ONEDNN_MIN_ROWS = 64
 # Lower row panels hold 10/16 of a symmetric result.
 NUM_PANELS = 4
+
+
+@contextmanager
+def accumulating_in_fp32(dtype: torch.dtype) -> Iterator[None]:
+    """Let products of `dtype` be what their dtype says in this context; restore the process's settings afterwards.
+
+    fp32: no TF32 and no implicit bf16, which `torch.set_float32_matmul_precision` and `fp32_precision` allow; the Gram
+    form fails with them. fp16: neither accumulation nor the sums of split products in fp16. bf16: as torch.optim.Muon
+    runs it. Another thread sees the settings meanwhile. What is right already is not touched. Source: torch.backends,
+    "fp32_precision" (torch 2.9 and later).
+    """
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    changed: list[tuple[Any, str, Any, Any]] = []  # object, attribute, value in this context, value afterwards
+    if dtype == torch.float32:
+        precisions = [(matmul, matmul.fp32_precision) for matmul in (cuda, mkldnn)]
+        changed = [(matmul, "fp32_precision", "ieee", p) for matmul, p in precisions if p not in ("ieee", "none")]
+    elif dtype == torch.float16:
+        # A pair since torch 2.10; its second part, whether split products may be used at all, is left as it is.
+        may_split = getattr(cuda, "allow_fp16_reduced_precision_reduction_split_k", True)
+        name = "allow_fp16_reduced_precision_reduction"
+        if cuda.allow_fp16_accumulation:
+            changed.append((cuda, "allow_fp16_accumulation", False, True))
+        if cuda.allow_fp16_reduced_precision_reduction:
+            changed.append((cuda, name, False if may_split else (False, False), True if may_split else (True, False)))
+    try:
+        for target, name, value, _ in changed:
+            setattr(target, name, value)
+        yield
+    finally:
+        for target, name, _, value in changed:
+            setattr(target, name, value)
 
 
 def matmul_nt(left: Tensor, right: Tensor) -> Tensor:
@@ -45,13 +78,9 @@ def _is_onednn(matrix: Tensor, least_rows: int) -> bool:
     return fp32_on_cpu and least_rows >= _ONEDNN_MIN_ROWS and torch.backends.mkldnn.is_available()
 
 
-def _is_emulated(matrix: Tensor) -> bool:
-    return matrix.dtype == torch.float16 and matrix.device.type == "cpu"
-
-
 def _matmul(left: Tensor, right: Tensor, D: Tensor | None, alpha: float, beta: float, out: Tensor | None) -> Tensor:
     """alpha * left @ right + beta * D, by the vendor; into `out` where that saves memory."""
-    if _is_emulated(left):
+    if left.dtype == torch.float16 and left.device.type == "cpu":
         wide_left, wide_right = left.float(), right.float()
         if D is not None:
             D = wide_left if D is left else wide_right if D is right else D.float()
@@ -107,7 +136,9 @@ class Products:
     def _by_kernel(self, A: Tensor, B: Tensor, alpha: float, D: Tensor | None, beta: float, diagonal: float) -> Tensor:
         stacks = [matrix.reshape(-1, *matrix.shape[-2:]) for matrix in (A, B, *(() if D is None else (D,)))]
         addend = None if D is None else stacks[2]
-        product: Tensor = ops.symmetric_product(*stacks[:2], alpha, addend, beta, diagonal, self.backend)
+        product: Tensor = ops.symmetric_product(
+            *stacks[:2], addend, alpha=alpha, beta=beta, diagonal=diagonal, backend=self.backend
+        )
         return product.view(*A.shape[:-1], A.shape[-2])
 
     def polynomial(self, X: Tensor, b: float, c: float) -> Tensor:

@@ -14,8 +14,7 @@ from torch import Tensor
 from .coefficients import Coefficients
 from .method import NSMethod
 from .newton_schulz import factor
-from .precision import accumulating_in_fp32
-from .products import Products
+from .products import Products, accumulating_in_fp32
 
 
 def partial_gram(X: Tensor, tall: bool) -> Tensor:

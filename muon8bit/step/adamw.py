@@ -8,16 +8,19 @@ Source: Loshchilov and Hutter, arXiv 1711.05101, as torch.optim.AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY, Options
+from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY, AdamWOptions
 from . import adamw8bit
-from .rounding import rounded
+from .adamw_chunks import AdamWChunk, pack
+from .offload import NUM_BUFFERS, OffloadTask
+from .rounding import round_stochastic
 
 # Bytes alive for each element that goes through copies: parameter and gradient in fp32, rounded, compared, chosen.
 _COPY_BYTES = 16
@@ -45,109 +48,79 @@ def layout(shape: Sequence[int], bits: int = 32) -> dict[str, tuple[tuple[int, .
     return {"step": ((), torch.float32), **of_moments}
 
 
-def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
-    """Return both betas. A `momentum` in the group, which OneCycleLR and CyclicLR write there, is the first."""
-    beta1, beta2 = group["betas"]
-    return beta1 if group.get("momentum") is None else group["momentum"], beta2
-
-
 def is_8bit(state: Mapping[str, Tensor]) -> bool:
     """Whether these moments are in 8 bits. Then `step` is advanced on the host even where `skip` forbids the rest."""
     return EXP_AVG_CODES_KEY in state
 
 
-def step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Tensor]],
-    group: dict[str, Any],
-    keys: Sequence[int | None],
-    places: Sequence[tuple[int, int]],
-    options: Options,
-) -> None:
-    """One AdamW step in place. What is not fp32 and contiguous goes through such copies, chunk by chunk. Of state in 8
-    bits a part begins at a multiple of 256 elements.
+def apply(chunks: Sequence[AdamWChunk], options: AdamWOptions) -> None:
+    """Step these parameters of one device in place. What is not fp32 and contiguous goes through such copies, part by
+    part. Of state in 8 bits a chunk begins at a multiple of 256 elements.
 
-    `keys`: for each parameter the hash key of stochastic rounding (bf16 only), or None for rounding to nearest;
-    `places`: the index of its first element in the whole parameter, of which it may be a part, and that one's number of
-    elements. torch's fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous
-    here.
+    torch's fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous here.
     """
-    direct: list[int] = []
-    # A number for bitsandbytes, once: on a device it has to be waited for.
-    group8 = {**group, "lr": float(group["lr"]), "betas": betas_of(group)} if any(map(is_8bit, states)) else group
-    for i, param in enumerate(params):
-        if is_8bit(states[i]):
-            adamw8bit.step_(param, grads[i], states[i], group8, keys[i], places[i][0], options)
-        elif _is_cut_in_vectors(param, grads[i], *places[i]):
-            _step_in_vectors(param, grads[i], states[i], group, keys[i], places[i], options)
-        elif all(t.dtype == torch.float32 and t.is_contiguous() for t in (param, grads[i])):
-            direct.append(i)
+    direct: list[AdamWChunk] = []
+    for chunk in chunks:
+        if EXP_AVG_CODES_KEY in chunk.state:
+            if type(options.lr) is not float:  # bitsandbytes takes a number: on a device it has to be waited for
+                options = replace(options, lr=float(options.lr))
+            adamw8bit.step_(chunk, options)
+        elif chunk.param.device.type == "cpu" and chunk.param.numel() < chunk.size and _is_cut_in_vectors(chunk):
+            _step_in_vectors(chunk, options)
+        elif all(t.dtype == torch.float32 and t.is_contiguous() for t in (chunk.param, chunk.grad)):
+            direct.append(chunk)
         else:
-            _step_through_copies(param, grads[i], states[i], group, keys[i], places[i][0], options)
+            _step_through_copies(chunk, options)
     if direct:
-        of = [params[i] for i in direct], [grads[i] for i in direct], [states[i] for i in direct]
-        _adamw(*of, group, options)
+        _adamw(direct, options)
 
 
-def copied_bytes(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], options: Options) -> int:
-    """Return the bytes of the fp32 copies of a parameter and its gradient that `step_` has at once, if any."""
-    if all(t.dtype == torch.float32 and t.is_contiguous() for t in (param, grad)):
+def copied_bytes(chunk: AdamWChunk, options: AdamWOptions) -> int:
+    """Return the bytes of the fp32 copies of a parameter and its gradient that `apply` has at once, if any."""
+    if all(t.dtype == torch.float32 and t.is_contiguous() for t in (chunk.param, chunk.grad)):
         return 0
-    chunk = options.workspace_bytes // _COPY_BYTES
-    if is_8bit(state):
-        chunk = adamw8bit.chunk_size(param.device.type, options.workspace_bytes)
-    return 8 * min(param.numel(), chunk)
+    size = options.workspace_bytes // _COPY_BYTES
+    if is_8bit(chunk.state):
+        size = adamw8bit.chunk_size(chunk.param.device.type, options.workspace_bytes)
+    return 8 * min(chunk.param.numel(), size)
 
 
-def _step_through_copies(
-    param: Tensor,
-    grad: Tensor,
-    state: dict[str, Tensor],
-    group: dict[str, Any],
-    key: int | None,
-    first: int,
-    options: Options,
-) -> None:
-    tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
-    chunks: Iterable[tuple[Tensor, ...]] = [tensors]
-    if param.is_contiguous() and grad.is_contiguous():
+def _step_through_copies(chunk: AdamWChunk, options: AdamWOptions) -> None:
+    tensors = (chunk.param, chunk.grad, chunk.state["exp_avg"], chunk.state["exp_avg_sq"])
+    parts: Iterable[tuple[Tensor, ...]] = [tensors]
+    if chunk.param.is_contiguous() and chunk.grad.is_contiguous():
         size = max(_VECTOR, options.workspace_bytes // _COPY_BYTES // _VECTOR * _VECTOR)
-        chunks = zip(*(t.view(-1).split(size) for t in tensors), strict=True)
-    before = state["step"].clone()  # first: the chunk's first element, in the order of indices, not of memory
-    for chunk, chunk_grad, exp_avg, exp_avg_sq in chunks:
-        copy = chunk.float().contiguous()
-        chunk_state = {"step": state["step"].copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        _adamw([copy], [chunk_grad.float().contiguous()], [chunk_state], group, options)
-        if key is not None:
-            copy = rounded(copy, chunk, key, first, options.backend)
-        if copy.data_ptr() != chunk.data_ptr():
-            chunk.copy_(copy)
-        first += chunk.numel()
+        parts = zip(*(t.view(-1).split(size) for t in tensors), strict=True)
+    step, first = chunk.state["step"], chunk.first  # of the part, in the order of indices, not of memory
+    before = step.clone()
+    for param, grad, exp_avg, exp_avg_sq in parts:
+        copy = param.float().contiguous()
+        state = {"step": step.copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        _adamw([replace(chunk, param=copy, grad=grad.float().contiguous(), state=state)], options)
+        if chunk.key is not None:
+            copy = round_stochastic(copy, param, chunk.key, first, options.backend)
+        if copy.data_ptr() != param.data_ptr():
+            param.copy_(copy)
+        first += param.numel()
 
 
-def _is_cut_in_vectors(param: Tensor, grad: Tensor, first: int, size: int) -> bool:
+def _is_cut_in_vectors(chunk: AdamWChunk) -> bool:
     """Whether this part of a parameter begins or ends where the CPU's kernel, on the whole, has one vector of 16."""
-    stop = first + param.numel()
-    is_aligned = first % _VECTOR == 0 and (stop % _VECTOR == 0 or stop == size)
-    is_flat = param.is_contiguous() and grad.is_contiguous()
-    return param.device.type == "cpu" and is_flat and 0 < param.numel() < size and not is_aligned
+    stop = chunk.first + chunk.param.numel()
+    is_aligned = chunk.first % _VECTOR == 0 and (stop % _VECTOR == 0 or stop == chunk.size)
+    return chunk.param.is_contiguous() and chunk.grad.is_contiguous() and chunk.param.numel() > 0 and not is_aligned
 
 
-def _step_in_vectors(
-    param: Tensor,
-    grad: Tensor,
-    state: dict[str, Tensor],
-    group: dict[str, Any],
-    key: int | None,
-    place: tuple[int, int],
-    options: Options,
-) -> None:
-    """Step a part of a parameter as in the whole: its first and last elements in the vectors that they share there."""
-    (first, size), before = place, state["step"].clone()
-    stop = first + param.numel()
+def _step_in_vectors(chunk: AdamWChunk, options: AdamWOptions) -> None:
+    """Step a slice so that it gets the bits that it would get in the whole parameter.
+
+    torch's CPU kernel works on vectors of 16 and rounds the remainder differently, so that elements at both ends are
+    stepped inside the zero-padded vector that they belong to in the whole.
+    """
+    first, size, before = chunk.first, chunk.size, chunk.state["step"].clone()
+    stop = first + chunk.param.numel()
     body = min(-(-first // _VECTOR) * _VECTOR, stop), max(stop // _VECTOR * _VECTOR if stop < size else stop, first)
-    flat = [t.view(-1) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])]
+    flat = [t.view(-1) for t in (chunk.param, chunk.grad, chunk.state["exp_avg"], chunk.state["exp_avg_sq"])]
     for start, end in ((first, body[0]), body, (max(body), stop)):
         if start >= end:
             continue
@@ -158,39 +131,87 @@ def _step_in_vectors(
         for inside, t in zip(padded, own, strict=True):
             if inside is not t:
                 inside[where] = t
-        piece = {"step": state["step"].copy_(before), "exp_avg": padded[2], "exp_avg_sq": padded[3]}
-        step_([padded[0]], [padded[1]], [piece], group, [key], [(low, low + len(padded[0]))], options)
+        param, grad, exp_avg, exp_avg_sq = padded
+        state = {"step": chunk.state["step"].copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        apply([replace(chunk, param=param, grad=grad, state=state, first=low, size=low + len(param))], options)
         for inside, t in zip(padded, own, strict=True):
             if inside is not t:
                 t.copy_(inside[where])
 
 
-def _adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Tensor]],
-    group: dict[str, Any],
-    options: Options,
-) -> None:
-    (beta1, beta2), scale = betas_of(group), options.grad_scale
-    fused = all(p.device.type in ("cpu", "cuda") for p in params)
+def _adamw(chunks: Sequence[AdamWChunk], options: AdamWOptions) -> None:
+    grads, scale = [chunk.grad for chunk in chunks], options.grad_scale
+    fused = all(chunk.param.device.type in ("cpu", "cuda") for chunk in chunks)
     if scale is not None and not fused:
         grads, scale = [grad / scale for grad in grads], None
     adamw(
-        params,
+        [chunk.param for chunk in chunks],
         grads,
-        [s["exp_avg"] for s in states],
-        [s["exp_avg_sq"] for s in states],
+        [chunk.state["exp_avg"] for chunk in chunks],
+        [chunk.state["exp_avg_sq"] for chunk in chunks],
         [],
-        [s["step"] for s in states],
+        [chunk.state["step"] for chunk in chunks],
         fused=fused,
         amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=group["maximize"],
+        beta1=options.betas[0],
+        beta2=options.betas[1],
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        eps=options.eps,
+        maximize=options.maximize,
         grad_scale=scale,
         found_inf=options.skip,
     )
+
+
+def offload_tasks(
+    chunks: Sequence[AdamWChunk], options: AdamWOptions, commit: Callable[[], None], *, is_moved: bool
+) -> Iterator[OffloadTask]:
+    """Give the step of parameters of one device, those together that are small.
+
+    State that is moved there takes one half of the workspace, the copies that AdamW makes the other; the result is
+    bitwise the same.
+    """
+    lists: Iterable[Sequence[AdamWChunk]] = [chunks]
+    if is_moved:
+        options = replace(options, workspace_bytes=options.workspace_bytes // 2)
+        lists = pack(chunks, options.workspace_bytes // NUM_BUFFERS)
+    for together in lists:
+        tensors = [(chunk, tensor) for chunk in together for tensor in chunk.state.values()]
+        written = [t for chunk, t in tensors if t.ndim > 0 or (chunk.is_last and _is_counter_staged(chunk))]
+        # Each part starts from the old counter, so that only the last may write it.
+        read = [t for chunk, t in tensors if t.ndim == 0 and not chunk.is_last and _is_counter_staged(chunk)]
+        run = partial(_apply_staged, together, options, commit, len(written))
+        yield OffloadTask(together[0].param.device, run, written, read)
+
+
+def _is_counter_staged(chunk: AdamWChunk) -> bool:
+    """Return whether torch's fused kernel reads the counter on the device; else it is advanced on the host."""
+    return not is_8bit(chunk.state) and step_device(chunk.param).type != "cpu"
+
+
+def _apply_staged(
+    chunks: Sequence[AdamWChunk],
+    options: AdamWOptions,
+    commit: Callable[[], None],
+    num_written: int,
+    staged: Sequence[Tensor] | None,
+) -> None:
+    """Step chunks with their state in staged tensors, in the order of `offload_tasks`; None: where it is."""
+    commit()
+    if staged is None:
+        apply(chunks, options)
+        return
+    written, read = iter(staged[:num_written]), iter(staged[num_written:])
+    on_device = []
+    for chunk in chunks:
+        state = {}
+        for name, tensor in chunk.state.items():
+            if tensor.ndim > 0:
+                state[name] = next(written)
+            elif _is_counter_staged(chunk):
+                state[name] = next(written if chunk.is_last else read)
+            else:
+                state[name] = tensor if chunk.is_last else tensor.clone()
+        on_device.append(replace(chunk, state=state))
+    apply(on_device, options)

@@ -31,9 +31,10 @@ from ..config import (
     EXP_AVG_SQ_KEY,
     EXP_AVG_SQ_SCALES_KEY,
     MIN_ADAMW8_ELEMENTS,
-    Options,
+    AdamWOptions,
 )
-from .rounding import rounded
+from .adamw_chunks import AdamWChunk
+from .rounding import round_stochastic
 
 # Elements stepped at once: on a CPU few, since bitsandbytes makes five fp32 copies of them; on CUDA many, as each takes
 # a dozen launches. There parameter, gradient, codes and what is chosen of them take 16 bytes an element.
@@ -83,54 +84,46 @@ def check_available(device_type: str = "") -> None:
         )
 
 
-def step_(
-    param: Tensor,
-    grad: Tensor,
-    state: Mapping[str, Tensor],
-    group: Mapping[str, Any],
-    key: int | None,
-    first: int,
-    options: Options,
-) -> None:
-    """One step of a parameter, or of a part that begins at a multiple of 256 elements, chunk by chunk, in place.
+def step_(chunk: AdamWChunk, options: AdamWOptions) -> None:
+    """Step a parameter, or a part that begins at a multiple of 256 elements, in place, some elements at a time.
 
     Args:
-        param, grad: float32, bfloat16 or float16; if one is not contiguous, both are copied whole.
-        state: the tensors of `layout`, contiguous or flat, and `step`, on the host, which is advanced in any case:
-            where `options.skip` turns out not to be 0, the caller takes that back.
-        group: with its learning rate as a number.
-        key: of stochastic rounding, bfloat16 only; None for rounding to nearest.
-        first: index of its first element in the whole parameter.
+        chunk: its state contiguous or flat, but `step` on the host, which is advanced in any case: where `options.skip`
+            turns out not to be 0, the caller takes that back. If parameter or gradient is not contiguous, both are
+            copied whole.
+        options: with the learning rate as a number.
     """
-    num_steps = int(state["step"].add_(1))
-    moments = [state[name].view(-1) for _, *names in _KEYS for name in names]  # bitsandbytes gives scales flat
-    pieces: Any = [(param, grad, *moments)]
-    if param.is_contiguous() and grad.is_contiguous():
-        size = chunk_size(param.device.type, options.workspace_bytes)
+    skip, first = options.skip, chunk.first
+    num_steps = int(chunk.state["step"].add_(1))
+    moments = [chunk.state[name].view(-1) for _, *names in _KEYS for name in names]  # bitsandbytes gives scales flat
+    pieces: Any = [(chunk.param, chunk.grad, *moments)]
+    if chunk.param.is_contiguous() and chunk.grad.is_contiguous():
+        size = chunk_size(chunk.param.device.type, options.workspace_bytes)
         sizes = (size, size, *(size, size // ADAMW8_BLOCK_SIZE) * 2)
-        pieces = zip(*(t.view(-1).split(n) for t, n in zip((param, grad, *moments), sizes, strict=True)), strict=True)
-    for chunk, chunk_grad, *own in pieces:
-        if not chunk.numel():
+        tensors = zip((chunk.param, chunk.grad, *moments), sizes, strict=True)
+        pieces = zip(*(t.view(-1).split(n) for t, n in tensors), strict=True)
+    for param, grad, *own in pieces:
+        if not param.numel():
             continue
-        is_copied = options.skip is not None or chunk.dtype != torch.float32 or not chunk.is_contiguous()
-        copy = chunk.to(torch.float32, copy=True, memory_format=torch.contiguous_format) if is_copied else chunk
-        new = own if options.skip is None else [t.clone() for t in own]
-        _update_(copy.view(-1), _true_grad(chunk_grad, group, options), new, group, num_steps)
-        if key is not None:
-            copy = rounded(copy, chunk, key, first, options.backend)
-        if options.skip is not None:
-            for tensor, changed in zip((chunk, *own), (copy, *new), strict=True):
-                tensor.copy_(torch.where(options.skip != 0, tensor, changed.to(tensor.dtype)))
+        is_copied = skip is not None or param.dtype != torch.float32 or not param.is_contiguous()
+        copy = param.to(torch.float32, copy=True, memory_format=torch.contiguous_format) if is_copied else param
+        new = own if skip is None else [t.clone() for t in own]
+        _update_(copy.view(-1), _true_grad(grad, options), new, options, num_steps)
+        if chunk.key is not None:
+            copy = round_stochastic(copy, param, chunk.key, first, options.backend)
+        if skip is not None:
+            for tensor, changed in zip((param, *own), (copy, *new), strict=True):
+                tensor.copy_(torch.where(skip != 0, tensor, changed.to(tensor.dtype)))
         elif is_copied:
-            chunk.copy_(copy)
-        first += chunk.numel()
+            param.copy_(copy)
+        first += param.numel()
 
 
-def _true_grad(grad: Tensor, group: Mapping[str, Any], options: Options) -> Tensor:
+def _true_grad(grad: Tensor, options: AdamWOptions) -> Tensor:
     """Return the gradient as the step uses it, fp32, flat: without the scale of a GradScaler, negated by `maximize`."""
     grad = grad.float().contiguous().view(-1)
     grad = grad if options.grad_scale is None else grad / options.grad_scale
-    return -grad if group["maximize"] else grad
+    return -grad if options.maximize else grad
 
 
 def chunk_size(device_type: str, workspace_bytes: int) -> int:
@@ -140,20 +133,20 @@ def chunk_size(device_type: str, workspace_bytes: int) -> int:
     return min(_CHUNK, workspace_bytes // _COPY_BYTES // ADAMW8_BLOCK_SIZE * ADAMW8_BLOCK_SIZE)
 
 
-def _update_(param: Tensor, grad: Tensor, moments: Sequence[Tensor], group: Mapping[str, Any], num_steps: int) -> None:
-    """The equations, in place: fp32 parameter and gradient, codes and scales of both moments, all flat.
+def _update_(param: Tensor, grad: Tensor, moments: Sequence[Tensor], options: AdamWOptions, num_steps: int) -> None:
+    """Compute the equations in place: fp32 parameter and gradient, codes and scales of both moments, all flat.
 
     Weight decay comes first, as in torch: bitsandbytes' CUDA kernel multiplies by it last. That kernel rounds to the
     nearest code too, so that the second moment of an element whose gradients are under 4e-4 of its block's largest
     becomes 0. At the next zero gradient, as most rows of an embedding have it, its first moment would be divided by
     `eps`: with gradients of 1e-2 a step of hundreds of learning rates. So it is kept at the smallest code but 0.
     """
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    if group["weight_decay"]:
-        param.mul_(1 - lr * group["weight_decay"])
+    lr, (beta1, beta2) = options.lr, options.betas
+    if options.weight_decay:
+        param.mul_(1 - lr * options.weight_decay)
     codes, scales, codes_sq, scales_sq = moments
     maps = dynamic_map(param.device), unsigned_dynamic_map(param.device)
-    numbers = beta1, beta2, 0.0, 0.0, group["eps"], num_steps, lr
+    numbers = beta1, beta2, 0.0, 0.0, options.eps, num_steps, lr
     with _default_stream(param.device):
         torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
             *("adam", grad, param, codes, codes_sq, *numbers, *maps, scales, scales_sq),

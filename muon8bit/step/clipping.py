@@ -7,7 +7,7 @@ other gradient, so it works where gradients are released one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Options
+from ..config import MuonOptions
 from .matrix_batches import ParamMatrices
 from .options import describe
 
@@ -52,7 +52,7 @@ def check_not_sharded(group: dict[str, Any], group_index: int) -> None:
             )
 
 
-def with_factor(stack: ParamMatrices, group: Mapping[str, Any], options: Options) -> tuple[ParamMatrices, Clip | None]:
+def with_factor(stack: ParamMatrices, options: MuonOptions) -> tuple[ParamMatrices, Clip | None]:
     """Return the stack with what its gradient is multiplied by, -1 for `maximize` / scale * min(1, limit / norm).
 
     The limit holds for each matrix that is orthogonalized by itself, so for every expert of a stack and every piece of
@@ -60,13 +60,12 @@ def with_factor(stack: ParamMatrices, group: Mapping[str, Any], options: Options
     and does not wait for the device.
 
     Args:
-        group: with `clip_matrix_norm`, `maximize` and the splits.
-        options: with `grad_scale`, and the bytes that copies in fp32 may take at once.
+        options: with `grad_scale` on the gradient's device.
     """
-    scale, limit = options.grad_scale, group["clip_matrix_norm"]
-    if scale is None and limit is None and not group["maximize"]:
+    scale, limit = options.grad_scale, options.clip_matrix_norm
+    if scale is None and limit is None and not options.maximize:
         return stack, None
-    sign = -1.0 if group["maximize"] else 1.0
+    sign = -1.0 if options.maximize else 1.0
     rest = torch.full((stack.num_matrices, 1, 1), sign, dtype=torch.float32, device=stack.grad.device)
     if scale is not None:
         rest = rest / scale
@@ -74,7 +73,7 @@ def with_factor(stack: ParamMatrices, group: Mapping[str, Any], options: Options
         return stack._replace(factor=rest), None
     # 16 bytes: what CPUs copy to multiply bf16 by fp32, twice; in an eighth of the workspace, beside a result.
     num_together = max(1, options.workspace_bytes // 8 // (16 * max(1, prod(stack.grad.shape[1:]))))
-    pieces = _pieces(stack.grad, group)
+    pieces = _pieces(stack.grad, options)
     limits = [_limited(piece, limit, scale, num_together) for piece in pieces]
     by = limits[0]
     if len(pieces) > 1:
@@ -83,11 +82,9 @@ def with_factor(stack: ParamMatrices, group: Mapping[str, Any], options: Options
     return stack._replace(factor=factor), Clip(stack.grad, factor, by, rest, num_together)
 
 
-def _pieces(grad: Tensor, group: Mapping[str, Any]) -> Sequence[Tensor]:
-    """Views [count, rows, ...] of the matrices that are orthogonalized by themselves, in the order of their columns."""
-    if group["split_sizes"] is not None and group["split_dim"] == -1:
-        return list(grad.split(group["split_sizes"], -1))
-    return [grad]
+def _pieces(grad: Tensor, options: MuonOptions) -> Sequence[Tensor]:
+    """Return views [count, rows, ...] of what is orthogonalized by itself, in the order of columns."""
+    return [grad] if options.column_splits is None else grad.split(options.column_splits, -1)
 
 
 def _limited(grads: Tensor, limit: float, scale: Tensor | None, num_together: int) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 
 class Commit:
-    """Whether a step has begun to write. Call it before the first write; `then` runs at that moment, once.
+    """Tell whether a step has begun to write. Call it before the first write; `actions` run at that moment, once.
 
     Args:
         confirm: called just before that moment, once; what it raises leaves the step not begun.
@@ -20,11 +20,7 @@ class Commit:
     def __init__(self, confirm: Callable[[], None] | None = None) -> None:
         self.is_done, self.is_confirmed = False, confirm is None
         self._confirm = confirm
-        self._actions: list[Callable[[], None]] = []
-
-    def then(self, action: Callable[[], None]) -> None:
-        """Add what is to be done first of all that is written."""
-        self._actions.append(action)
+        self.actions: list[Callable[[], None]] = []
 
     def confirm(self) -> None:
         """Ask whether the other ranks go on too, for what cannot be held back until `commit` itself is called."""
@@ -34,7 +30,8 @@ class Commit:
 
     def __call__(self) -> None:
         if not self.is_done:
-            self.confirm()
+            if not self.is_confirmed:
+                self.confirm()
             self.is_done = True
-            for action in self._actions:
+            for action in self.actions:
                 action()

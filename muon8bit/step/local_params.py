@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..config import STATE_KEYS
+from ..config import STATE_KEYS, AdamWOptions, GroupOptions, MuonOptions
 from . import adamw, adamw8bit, rounding
 from .dense import is_fake, is_overlapping, why_not_dense, with_memory
 from .momentum import Momentum, MomentumFormat
@@ -21,16 +21,25 @@ if TYPE_CHECKING:
     from ..distributed import ParamSharding, RankGroup
 
 
+# State key -> shape and dtype of its tensor, for a whole parameter.
+StateLayout: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 _WAY_OUT = "undo that, or delete its entry in the optimizer's state, which then starts at zero"
 
 
 @dataclass(frozen=True)
 class LocalParam:
-    """A parameter that has a gradient, by its place in its group; its momentum, None in an AdamW group; and `key`,
-    None where rounding is to nearest.
+    """A parameter that has a gradient, as this rank sees it.
 
-    `param` is what the state is kept for; `local`, `grad` and `momentum` are this rank's tensors; `first` is the index
-    in the whole parameter of the first element here. `layout`: where all of it lies, None where that is here.
+    Attributes:
+        index: its place in its group.
+        param: what the state is kept for.
+        local, grad: this rank's tensors.
+        momentum: None in an AdamW group.
+        state: the optimizer's own tensors of it; empty where they are still to be made.
+        key: of stochastic rounding; None rounds to nearest.
+        first: index in the whole parameter of the first element here.
+        layout: where all of it lies; None where that is here.
+        is_shared: whether its matrices need other ranks.
     """
 
     index: int
@@ -38,97 +47,110 @@ class LocalParam:
     local: Tensor
     grad: Tensor
     momentum: Momentum | None
+    state: Mapping[str, Tensor]
     key: int | None
     first: int
     layout: ParamSharding | None
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether its matrices need other ranks."""
-        if self.layout is None or self.momentum is None:
-            return False
-        return not self.layout.is_local(self.momentum.format.flatten)
+    is_shared: bool
 
 
-def entries_of(
+def local_params(
     group: dict[str, Any],
+    options: GroupOptions,
     group_index: int,
     num_before: int,
     state: Mapping[Tensor, dict[str, Any]],
-    team: RankGroup | None,
-    staging: StateOffload,
-) -> Iterator[LocalParam]:
-    """The parameters of a group that have a gradient now. `num_before`: of the optimizer, in front of this group.
+    rank_group: RankGroup | None,
+    offload: StateOffload,
+) -> list[LocalParam]:
+    """Return the parameters of a group that have a gradient now, checked, with their state.
+
+    Args:
+        num_before: how many parameters of the optimizer are in front of this group.
+        state: the optimizer's, by parameter.
+        rank_group: the ranks with which it shares its matrices.
+        offload: where the state lives.
 
     Raises:
         ValueError: names a parameter with a gradient, learning rate or state that cannot be used.
     """
-    lr, is_muon, is_rounded = group["lr"], group["algorithm"] == "muon", "rounding_seed" in group
+    lr = options.lr
     lr_device = lr.device if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
     has_no_rate = isinstance(lr, Tensor) and is_fake(lr)
-    form = [group[key] for key in FORMAT_KEYS] if is_muon else []
+    found = []
     for index, param in enumerate(group["params"]):
-        grad, local, layout, first = param.grad, param, None, 0
-        if grad is None:
+        if param.grad is None:
             continue
-        if not is_muon or grad._is_zerotensor():  # Muon's kernels read negated views, and AdamW's write nothing else
-            grad = with_memory(grad)
+        if problem := _why_not_stepped(param, param.grad, options):
+            raise ValueError(f"{describe(group, group_index, index)} {problem}")
         if lr_device not in (None, param.device):
             name = describe(group, group_index, index)
             raise ValueError(
                 f"parameter group {group_index}: lr is a tensor on {lr_device}, {name} is on {param.device}: keep lr "
                 "on the CPU"
             )
-        if has_no_rate and not is_fake(grad):
+        if has_no_rate and not is_fake(param.grad):
             raise ValueError(f"parameter group {group_index}: lr is a tensor without values: write a number there")
-        if group.get("adamw_bits") == 8:
-            adamw8bit.check_available(param.device.type)
-        momentum = key = None
-        stored = own_state(state.get(param))
-        if is_rounded:
+        key = None
+        if "rounding_seed" in group:
             key = rounding.key_of(param, describe(group, group_index, index), num_before + index, group)
-        if team is not None:
-            name = describe(group, group_index, index)
-            layout = team.layout_of(param, group, name)
-        if layout is not None:
-            local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
-            stored = layout.unwrapped(stored) if stored else stored
-        tensors = layout_of(param, group)
-        shapes = {key: shape for key, (shape, _) in tensors.items()}
-        dtypes = {key: dtype for key, (_, dtype) in tensors.items()}
-        shapes = layout.parts(shapes) if layout else shapes
-        if stored and (problem := _misfit(stored, shapes, dtypes, staging.home(local.device))):
-            name, keys = describe(group, group_index, index), FORMAT_KEYS if is_muon else ("adamw_bits",)
-            options = ", ".join(f"{key}={group[key]!r}" for key in keys)
-            raise ValueError(
-                f"{name} of parameter group {group_index} ({options}) is {tuple(local.shape)} on {local.device} "
-                f"{problem}"
-            )
-        if is_muon:
-            format = MomentumFormat.of(param.shape, *form)
-            if stored:
-                momentum = Momentum.from_state(stored, format)
-            else:
-                momentum = Momentum.zeros(shapes, format, staging.home(local.device))
-                momentum = momentum.on(staging.at_home(tensor, local.device) for tensor in momentum.tensors)
-        yield LocalParam(index, param, local, grad, momentum, key, first, layout)
+        stored = state.get(param, {})
+        found.append(_local_param(param, stored, group, options, group_index, index, key, rank_group, offload))
+    return found
 
 
-def check_grads(groups: Sequence[dict[str, Any]]) -> None:
-    """Check whatever has a gradient, before a step reads or clips it.
+def _local_param(
+    param: Tensor,
+    stored: Mapping[str, Any],
+    group: dict[str, Any],
+    options: GroupOptions,
+    group_index: int,
+    index: int,
+    key: int | None,
+    rank_group: RankGroup | None,
+    offload: StateOffload,
+) -> LocalParam:
+    """Return one parameter with a usable gradient, and its state or, of a momentum, a new one."""
+    grad, local, layout, first = param.grad, param, None, 0
+    assert grad is not None
+    is_muon, is_shared = isinstance(options, MuonOptions), False
+    # Muon's kernels read negated views, and AdamW's write nothing else.
+    if grad._is_zerotensor() or (grad.is_neg() and not is_muon):
+        grad = with_memory(grad)
+    if rank_group is not None:
+        name = describe(group, group_index, index)
+        layout = rank_group.layout_of(param, group, name)
+    if layout is not None:
+        local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
+        is_shared = is_muon and not layout.is_local(group["flatten"])
+    own = {key: stored[key] for key in stored if key in STATE_KEYS}  # wrappers keep others beside them
+    if own and layout is not None:
+        own = layout.unwrapped(own)
+    if isinstance(options, MuonOptions):
+        tensors = _muon_layout(param.shape, *options.format)
+    else:
+        tensors = _adamw_layout(param.shape, options.adamw_bits)
+    device = local.device if offload.state_device is None else offload.home(local.device)
+    if own and (problem := _misfit(own, tensors, device, layout)):
+        keys = FORMAT_KEYS if is_muon else ("adamw_bits",)
+        name, form = describe(group, group_index, index), ", ".join(f"{key}={group[key]!r}" for key in keys)
+        where = f"{tuple(local.shape)} on {local.device}"
+        raise ValueError(f"{name} of parameter group {group_index} ({form}) is {where} {problem}")
+    momentum = None
+    if isinstance(options, MuonOptions):
+        format = MomentumFormat.of(param.shape, *options.format)
+        if not own:
+            shapes = {key: shape for key, (shape, _) in tensors.items()}
+            momentum = Momentum.zeros(layout.parts(shapes) if layout else shapes, format, device)
+            momentum = momentum.with_tensors(offload.at_home(tensor, local.device) for tensor in momentum.tensors)
+        else:
+            momentum = Momentum.from_state(own, format)
+    return LocalParam(index, param, local, grad, momentum, own, key, first, layout, is_shared)
 
-    Raises:
-        ValueError: names a parameter that a step cannot take as it is now, or whose gradient it cannot take.
-    """
-    for group_index, group in enumerate(groups):
-        for index, param in enumerate(group["params"]):
-            if param.grad is not None and (problem := _unusable(param, param.grad, group)):
-                raise ValueError(f"{describe(group, group_index, index)} {problem}")
 
-
-def _unusable(param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> str:
+def _why_not_stepped(param: Tensor, grad: Tensor, options: GroupOptions) -> str:
     """Return why a step cannot take a parameter as it is now, or its gradient, and the way out; or nothing."""
-    if is_fake(grad) and not is_fake(param):
+    if (grad.is_meta or type(grad) is not Tensor) and is_fake(grad) and not is_fake(param):
         where = "on the device meta" if grad.is_meta else "of a FakeTensorMode"
         return f"has a gradient without values, {where}: make it on {param.device}"
     if param.dtype not in DTYPES:
@@ -136,91 +158,95 @@ def _unusable(param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> str:
             f"is {param.dtype} now: Muon8bit takes float32, bfloat16 and float16 parameters, and does not cut others. "
             "Convert the model back, to what it was when the optimizer was made"
         )
-    if kind := why_not_dense(grad):
+    if grad.layout is not torch.strided or grad.is_nested:
+        kind = why_not_dense(grad)
         way_out = "use sparse=False in its embedding" if "sparse" in kind else "a step takes dense ones"
         return f"has a {kind} gradient: {way_out}"
     if grad.dtype not in DTYPES:
         return f"has a gradient of {grad.dtype}: convert it to {param.dtype}, as backward does unless told otherwise"
     if param.is_inference():
         return "was made in torch.inference_mode(), where tensors stay as they are: make the model outside of it"
-    if group.get("clip_matrix_norm") is None:
+    if isinstance(options, AdamWOptions):
+        if options.adamw_bits == 8:
+            adamw8bit.check_available(param.device.type)
+        return ""
+    if options.clip_matrix_norm is None:
         return ""
     why = "that was made in torch.inference_mode()" if grad.is_inference() else ""
     why = "whose elements share memory, as expand() makes it" if is_overlapping(grad) else why
     return why and f"has a gradient {why}, and clip_matrix_norm scales gradients in place: assign a clone of it"
 
 
-def own_state(stored: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """Return the optimizer's own tensors in the state of a parameter; wrappers keep others beside them."""
-    return {key: value for key, value in stored.items() if key in STATE_KEYS} if stored else {}
-
-
 def _misfit(
-    stored: Mapping[str, Tensor],
-    shapes: Mapping[str, Sequence[int]],
-    dtypes: Mapping[str, torch.dtype],
-    device: torch.device,
+    stored: Mapping[str, Tensor], tensors: StateLayout, device: torch.device, layout: ParamSharding | None
 ) -> str:
-    """Why this is not the state that a parameter needs, and the way out; or nothing. Kernels do not look."""
+    """Return why this is not the state that a parameter needs, and the way out; or nothing. Kernels do not look."""
+    shapes = {key: shape for key, (shape, _) in tensors.items()}
+    shapes = layout.parts(shapes) if layout else shapes
     strange = next((key for key, value in stored.items() if not isinstance(value, Tensor)), None)
     if strange is not None:
         return f"now, and {strange} in its state is a {type(stored[strange]).__name__}: {_WAY_OUT}"
     found = {key: tuple(tensor.shape) for key, tensor in stored.items()}
     if not shapes.items() <= found.items():
         return f"now, in a group that asks for a state of {shapes}, and has one of {found}: {_WAY_OUT}"
-    for key in shapes:
-        if stored[key].dtype != dtypes[key] or not stored[key].is_contiguous():
-            kind = f"{stored[key].dtype}{'' if stored[key].is_contiguous() else ', not contiguous'}"
-            return f"now, and {key} in its state is {kind}, where it has to be contiguous {dtypes[key]}: {_WAY_OUT}"
+    for key, (_, dtype) in tensors.items():
+        value = stored[key]
+        if value.dtype != dtype or not value.is_contiguous():
+            kind = f"{value.dtype}{'' if value.is_contiguous() else ', not contiguous'}"
+            return f"now, and {key} in its state is {kind}, where it has to be contiguous {dtype}: {_WAY_OUT}"
     where = next((stored[key].device for key in shapes if found[key] and stored[key].device != device), None)
     if where is None:
         return ""
     return f"now, its state on {where}: optimizer.load_state_dict(optimizer.state_dict()) brings it along"
 
 
-def new_state(entry: LocalParam, group: dict[str, Any], staging: StateOffload) -> dict[str, Tensor]:
-    """What the optimizer keeps for a parameter."""
-    param, where = entry.param, entry.layout
-    if entry.momentum is not None:
-        new = entry.momentum.to_state()
-        shapes = {key: shape for key, (shape, _) in layout_of(param, group).items()}
-        return new if where is None else where.wrapped(new, shapes)
-    new = made(torch.zeros, param, group, where, staging)
-    return {key: staging.at_home(tensor, param.device) for key, tensor in new.items()}
-
-
-def layout_of(param: Tensor, group: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """State key -> shape and dtype of its tensor, for a whole parameter."""
-    if group["algorithm"] == "adamw":
-        return _moments(param.shape, group["adamw_bits"])
-    return _momentum(param.shape, *(group[key] for key in FORMAT_KEYS))
-
-
-_moments = cache(adamw.layout)
+def new_state(local: LocalParam, group: Mapping[str, Any], offload: StateOffload) -> dict[str, Tensor]:
+    """Return what the optimizer keeps for a parameter that has no state yet."""
+    param, layout = local.param, local.layout
+    if local.momentum is None:
+        new = make_state(torch.zeros, param, group, layout, offload)
+        return {key: offload.at_home(tensor, param.device) for key, tensor in new.items()}
+    new = local.momentum.to_state()
+    if layout is None:
+        return new
+    return layout.wrapped(new, {key: shape for key, (shape, _) in layout_of(param, group).items()})
 
 
 @cache
-def _momentum(shape: torch.Size, *form: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return MomentumFormat.of(shape, *form).layout(shape)
+def _adamw_layout(shape: torch.Size, adamw_bits: int) -> StateLayout:
+    return adamw.layout(shape, adamw_bits)
 
 
-def made(
+@cache
+def _muon_layout(shape: torch.Size, *format: Any) -> StateLayout:
+    return MomentumFormat.of(shape, *format).layout(shape)
+
+
+def layout_of(param: Tensor, group: Mapping[str, Any]) -> StateLayout:
+    """Return state key -> shape and dtype of its tensor, for a whole parameter of a group."""
+    if group["algorithm"] == "adamw":
+        return _adamw_layout(param.shape, group["adamw_bits"])
+    return _muon_layout(param.shape, *(group[key] for key in FORMAT_KEYS))
+
+
+def make_state(
     make: Callable[..., Tensor],
     param: Tensor,
-    group: dict[str, Any],
-    where: ParamSharding | None,
-    staging: StateOffload,
+    group: Mapping[str, Any],
+    layout: ParamSharding | None,
+    offload: StateOffload,
 ) -> dict[str, Tensor]:
-    """A parameter's state by torch.zeros or torch.empty, where it lives; of sharded parameters this rank's part."""
-    layout = layout_of(param, group)
-    shapes = {key: shape for key, (shape, _) in layout.items()}
+    """Return a parameter's state by torch.zeros or torch.empty, where it lives; of sharded parameters this rank's
+    part."""
+    whole = layout_of(param, group)
+    shapes = {key: shape for key, (shape, _) in whole.items()}
     tensors = {
-        key: make(shape, dtype=layout[key][1], device=home(key, param, group, staging))
-        for key, shape in (shapes if where is None else where.parts(shapes)).items()
+        key: make(shape, dtype=whole[key][1], device=home(key, param, group, offload))
+        for key, shape in (shapes if layout is None else layout.parts(shapes)).items()
     }
-    return tensors if where is None else where.wrapped(tensors, shapes)
+    return tensors if layout is None else layout.wrapped(tensors, shapes)
 
 
-def home(key: str, param: Tensor, group: dict[str, Any], staging: StateOffload) -> torch.device:
-    """Where a tensor of a parameter's state lives."""
-    return staging.home(adamw.step_device(param, group["adamw_bits"]) if key == "step" else param.device)
+def home(key: str, param: Tensor, group: Mapping[str, Any], offload: StateOffload) -> torch.device:
+    """Return where a tensor of a parameter's state lives."""
+    return offload.home(adamw.step_device(param, group["adamw_bits"]) if key == "step" else param.device)

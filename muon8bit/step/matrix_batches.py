@@ -1,29 +1,37 @@
 """The matrices of a step: which parameter, or piece of one, each is, and which go through the kernels together.
 
-A parameter of three or more dimensions is a stack of matrices over its last two, or, with `flatten`, one matrix of
-its first dimension by all others. `split_sizes` cuts each matrix into pieces that are orthogonalized and scaled by
-their own shape.
+A parameter of three or more dimensions holds matrices over its last two, or, with `flatten`, one matrix of its first
+dimension by all others. `split_sizes` cuts each matrix into pieces that are orthogonalized and scaled by their own
+shape: pieces of rows are matrices here, pieces of columns are cut while a batch is stepped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..config import MuonOptions
+from ..orthogonalize import Partition
 from .momentum import Momentum
 
 
 class ParamMatrices(NamedTuple):
     """Matrices of one parameter, or one piece of each of them.
 
-    `param` and `grad` are views [num_matrices, rows, cols], with `flatten` [1, rows, ...]. `param_index` is the
-    parameter's place in its group. `key` draws the bits of stochastic rounding, None rounds to nearest; `first` is the
-    index in the parameter of the first element here, `pitch` the distance of its matrices there, in elements.
-    `factor`: None, or what this step multiplies the gradient by, fp32 [num_matrices, 1, 1 or cols].
+    Attributes:
+        param_index: the parameter's place in its group.
+        key: of stochastic rounding; None rounds to nearest.
+        num_matrices: their number.
+        param, grad: views [num_matrices, rows, cols], with `flatten` [1, rows, ...].
+        momentum: as matrices.
+        first: index in the parameter of the first element here.
+        pitch: distance of the matrices in the parameter, in elements.
+        factor: None, or what this step multiplies the gradient by, fp32 [num_matrices, 1, 1 or cols].
     """
 
     param_index: int
@@ -37,148 +45,181 @@ class ParamMatrices(NamedTuple):
     factor: Tensor | None = None
 
     def matrices(self, start: int, stop: int) -> ParamMatrices:
-        """A part of the stack."""
-        part = self.momentum.part(slice(start, stop), slice(None))
+        """View some of them."""
         return self._replace(
             num_matrices=stop - start,
             param=self.param[start:stop],
             grad=self.grad[start:stop],
-            momentum=part,
+            momentum=self.momentum.rows(slice(start, stop), slice(None)),
             first=self.first + start * self.pitch,
             factor=None if self.factor is None else self.factor[start:stop],
         )
 
     @property
     def layout(self) -> Hashable:
-        """Equal for what can go through a kernel together."""
+        """Return what is equal for matrices that can go through a kernel together."""
         param, grad = self.param, self.grad
         strides = param.stride()[1:], grad.stride()[1:]
         return param.shape[1:], strides, param.dtype, grad.dtype, param.device, self.momentum.format, self.key is None
 
 
-@dataclass(frozen=True)
 class MatrixBatch:
-    """Stacks of one shape and layout; and `sumsq` of their matrices, fp32 [count]: the squared norms of the
-    Newton-Schulz inputs, not finite where the gradient is not, or its norm overflows."""
+    """Matrices of one shape and layout, as the kernels take them: lists of tensors [count, rows, cols].
 
-    stacks: list[ParamMatrices]
-    sumsq: Tensor
+    Args:
+        members: the matrices; all lists are in their order.
+        options: of their group.
+        sumsq: squared norms of the Newton-Schulz inputs, fp32 [num_matrices], not finite where the gradient is not, or
+            its norm overflows. None: made here, for the first phase to fill.
+        partition: how the second phase goes.
+        is_staged: whether the momenta here are copies that are written back when the step has used them.
+
+    Attributes:
+        codes: int8, uint8, or fp32 where the momentum is not quantized.
+        scales: fp32 [count, rows, blocks]; empty where the momentum is not quantized.
+        num_matrices, rows, cols: of all lists together, and of each matrix.
+        averaging: how the kernels average the momenta, and in which format these are.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[ParamMatrices],
+        options: MuonOptions,
+        sumsq: Tensor | None = None,
+        partition: Partition | None = None,
+        *,
+        is_staged: bool = False,
+    ) -> None:
+        first = members[0]
+        self.members, self.options, self.partition, self.is_staged = members, options, partition, is_staged
+        self.format, self.device, self.has_factors = first.momentum.format, first.grad.device, first.factor is not None
+        self.codes = [member.momentum.codes for member in members]
+        self.scales = [member.momentum.scales for member in members if member.momentum.scales is not None]
+        form = {"codebook": self.format.codebook, "block_size": self.format.block_size}
+        self.averaging = {"beta": options.momentum, "nesterov": options.nesterov, "backend": options.backend, **form}
+        self.num_matrices = sum(member.num_matrices for member in members)
+        _, self.rows, self.cols = self.codes[0].shape
+        if sumsq is None:
+            sumsq = torch.empty(self.num_matrices, dtype=torch.float32, device=self.device)
+        self.sumsq = sumsq
 
     @property
-    def momenta(self) -> list[Momentum]:
-        """The momentum of each stack."""
-        return [stack.momentum for stack in self.stacks]
+    def state_tensors(self) -> list[Tensor]:
+        """Return codes and scales, as `with_tensors` takes them."""
+        return [*self.codes, *self.scales]
 
-    @property
-    def grads(self) -> list[Tensor]:
-        """The gradient of each stack, as `gradients` gives it."""
-        return gradients(self.stacks)
-
-    def on(self, tensors: Sequence[Tensor] | None) -> MatrixBatch:
-        """With the momenta in `tensors`; see `momenta_on`."""
-        return MatrixBatch(momenta_on(self.stacks, tensors), self.sumsq)
-
-    def copied(self) -> MatrixBatch:
-        """With copies of the momenta, so that what is written there changes no state."""
-        return self.on([tensor.clone() for tensor in momentum_tensors(self.stacks)])
+    def with_tensors(self, tensors: Sequence[Tensor], *, is_staged: bool = False) -> MatrixBatch:
+        """Return the same batch with its momenta in other tensors of the same shapes."""
+        pairs = zip_longest(tensors[: len(self.codes)], tensors[len(self.codes) :])
+        momenta = [Momentum(codes, scales, self.format) for codes, scales in pairs]
+        members = [m._replace(momentum=momentum) for m, momentum in zip(self.members, momenta, strict=True)]
+        return MatrixBatch(members, self.options, self.sumsq, self.partition, is_staged=is_staged)
 
     def take(self, other: MatrixBatch) -> None:
-        """Write the momenta of the same matrices as `copied` has them; nothing where they are these."""
+        """Copy the momenta of the same matrices in other tensors; nothing where they are these."""
         if other is not self:
-            torch._foreach_copy_(momentum_tensors(self.stacks), momentum_tensors(other.stacks))
+            torch._foreach_copy_(self.state_tensors, other.state_tensors)
 
-    def split(self, size: int) -> Iterator[MatrixBatch]:
-        """Its matrices in their order, `size` at a time."""
-        done = 0
-        for stacks in chunks(self.stacks, size):
-            count = sum(stack.num_matrices for stack in stacks)
-            yield MatrixBatch(stacks, self.sumsq[done : done + count])
-            done += count
+    def grads(self) -> list[Tensor]:
+        """Return the gradients as a step uses them, [count, rows, cols]: copies where they have a factor.
+
+        A copy has the gradient's dtype, but fp32 for fp16, in which what a GradScaler has scaled up may vanish.
+        """
+        grads = [member.grad if member.grad.ndim == 3 else member.grad.flatten(2) for member in self.members]
+        factors = [member.factor for member in self.members if member.factor is not None]
+        if not factors:
+            return grads
+        dtype = torch.float32 if grads[0].dtype == torch.float16 else grads[0].dtype
+        return [(grad * factor).to(dtype) for grad, factor in zip(grads, factors, strict=True)]
+
+    def random_bits(self, first_column: int = 0) -> dict[str, Any]:
+        """Return what random bits depend on, as the kernels take it, for columns from `first_column` on; nothing where
+        parameters are rounded to nearest."""
+        keys = [member.key for member in self.members if member.key is not None for _ in range(member.num_matrices)]
+        if not keys:
+            return {}
+        firsts = [m.first + i * m.pitch + first_column for m in self.members for i in range(m.num_matrices)]
+        return {"keys": keys, "first_indices": firsts, "row_stride": self.cols}
+
+    def split(self, size: int) -> list[MatrixBatch]:
+        """Cut into batches of at most `size` matrices, in their order."""
+        if size >= self.num_matrices:
+            return [self]
+        parts, members, first, room = [], [], 0, size
+        for member in self.members:
+            start = 0
+            while start < member.num_matrices:
+                stop = min(start + room, member.num_matrices)
+                members.append(member.matrices(start, stop) if stop - start < member.num_matrices else member)
+                start, room = stop, room - (stop - start)
+                if room == 0:
+                    parts.append(MatrixBatch(members, self.options, self.sumsq[first : first + size], self.partition))
+                    members, first, room = [], first + size, size
+        if members:
+            parts.append(MatrixBatch(members, self.options, self.sumsq[first:], self.partition))
+        return parts
 
 
-def momentum_tensors(stacks: Iterable[ParamMatrices]) -> list[Tensor]:
-    """Codes and scales of each stack, as `momenta_on` takes them."""
-    return [tensor for stack in stacks for tensor in stack.momentum.tensors]
+def group_into_batches(matrices: Iterable[ParamMatrices], options: MuonOptions) -> list[MatrixBatch]:
+    """Return batches of what can go through the kernels together, in the order of first appearance."""
+    alike: dict[Hashable, list[ParamMatrices]] = {}
+    for member in matrices:
+        alike.setdefault(member.layout, []).append(member)
+    return [MatrixBatch(members, options) for members in alike.values()]
 
 
-def momenta_on(stacks: list[ParamMatrices], tensors: Sequence[Tensor] | None) -> list[ParamMatrices]:
-    """The stacks with their momenta in other tensors of the same shapes, as `momentum_tensors` orders them; with None
-    as they are."""
-    if tensors is None:
-        return stacks
-    given = iter(tensors)
-    return [stack._replace(momentum=stack.momentum.on(given)) for stack in stacks]
+def matrices_of(
+    index: int,
+    param: Tensor,
+    grad: Tensor,
+    momentum: Momentum,
+    options: MuonOptions,
+    key: int | None,
+    first: int = 0,
+) -> list[ParamMatrices]:
+    """Return the matrices of one parameter; none of a parameter without elements.
 
-
-def chunks(stacks: list[ParamMatrices], size: int) -> Iterator[list[ParamMatrices]]:
-    """Cut into lists of `size` matrices in all, the last of fewer."""
-    chunk: list[ParamMatrices] = []
-    room = size
-    for stack in stacks:
-        start = 0
-        while start < stack.num_matrices:
-            stop = min(start + room, stack.num_matrices)
-            chunk.append(stack if stop - start == stack.num_matrices else stack.matrices(start, stop))
-            start, room = stop, room - (stop - start)
-            if room == 0:
-                yield chunk
-                chunk, room = [], size
-    if chunk:
-        yield chunk
-
-
-def stacks_of(
-    index: int, param: Tensor, grad: Tensor, momentum: Momentum, group: dict[str, Any], key: int | None, first: int = 0
-) -> Iterator[ParamMatrices]:
-    """The stacks of one parameter; none of a parameter without elements. `first`: where these are some matrices of a
-    larger parameter, the index there of their first element."""
+    Args:
+        index: its place in its group.
+        key: of stochastic rounding.
+        first: where these are some matrices of a larger parameter, the index there of their first element.
+    """
     if param.numel() == 0:
-        return
-    whole = momentum.stack()
+        return []
+    whole = momentum.as_matrices()
     num_matrices, num_rows, cols = whole.codes.shape
-    matrices = row = 0
-    for view, grad_view in zip(cut(param, group), cut(grad, group), strict=True):
+    found, matrix, row = [], 0, 0
+    for view, grad_view in _cut(param, grad, options):
         count, rows = view.shape[:2]
         part = whole
         if (count, rows) != (num_matrices, num_rows):
-            part = whole.part(slice(matrices, matrices + count), slice(row, row + rows))
-        start = first + (matrices * num_rows + row) * cols
-        yield ParamMatrices(index, key, count, view, grad_view, part, start, num_rows * cols)
+            part = whole.rows(slice(matrix, matrix + count), slice(row, row + rows))
+        start = first + (matrix * num_rows + row) * cols
+        found.append(ParamMatrices(index, key, count, view, grad_view, part, start, num_rows * cols))
         row += rows
         if row == num_rows:
-            matrices, row = matrices + count, 0
+            matrix, row = matrix + count, 0
+    return found
 
 
-def cut(tensor: Tensor, group: dict[str, Any]) -> list[Tensor]:
-    """Parameter or gradient -> views [count, rows, cols], with `flatten` [1, rows, ...]."""
-    stacks = _stacks(tensor, group["flatten"])
-    if group["split_sizes"] is None or group["split_dim"] != -2:
-        return stacks
-    return [piece for stack in stacks for piece in stack.split(group["split_sizes"], 1)]
+def _cut(param: Tensor, grad: Tensor, options: MuonOptions) -> list[tuple[Tensor, Tensor]]:
+    """Return views of parameter and gradient, [count, rows, cols], with `flatten` [1, rows, ...]."""
+    if options.flatten or param.ndim == 2:
+        views = [(param.unsqueeze(0), grad.unsqueeze(0))]
+    elif param.ndim == 3:
+        views = [(param, grad)]
+    else:
+        return [of for pair in zip(param.unbind(0), grad.unbind(0), strict=True) for of in _cut(*pair, options)]
+    if options.row_splits is None:
+        return views
+    return [of for pair in views for of in zip(*(t.split(options.row_splits, 1) for t in pair), strict=True)]
 
 
-def _stacks(tensor: Tensor, flatten: bool) -> list[Tensor]:
-    if flatten or tensor.ndim == 2:
-        return [tensor.unsqueeze(0)]
-    if tensor.ndim == 3:
-        return [tensor]
-    return [stack for part in tensor.unbind(0) for stack in _stacks(part, flatten)]
-
-
-def gradients(stacks: Iterable[ParamMatrices]) -> list[Tensor]:
-    """Return the gradients as a step uses them, [count, rows, cols]: copies where they have a factor.
-
-    A copy has the gradient's dtype, but fp32 for fp16, in which what a GradScaler has scaled up may vanish.
-    """
-    grads = []
-    for stack in stacks:
-        (grad,) = flat([stack.grad])
-        if stack.factor is not None:
-            grad = (grad * stack.factor).to(torch.float32 if grad.dtype == torch.float16 else grad.dtype)
-        grads.append(grad)
-    return grads
-
-
-def flat(stacks: Iterable[Tensor]) -> list[Tensor]:
-    """Stacks of parameters or gradients as [count, rows, cols]; of a channels_last convolution a copy."""
-    return [stack if stack.ndim == 3 else stack.flatten(2) for stack in stacks]
+@contextmanager
+def contiguous_params(views: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Give parameters [count, rows, ...] as [count, rows, cols], to be written; copy back what had to be copied."""
+    params = [view if view.ndim == 3 else view.flatten(2) for view in views]
+    yield params
+    for view, param in zip(views, params, strict=True):
+        if param.data_ptr() != view.data_ptr():
+            view.copy_(param.view(view.shape))

@@ -8,17 +8,7 @@ from functools import cache
 from math import prod
 
 import torch
-from muon8bit_kernels import (
-    CODE_DTYPES,
-    Backend,
-    Codebook,
-    kernels_for,
-    momentum_apply_cut,
-    momentum_stats_cut,
-    num_blocks,
-    ops,
-    zero_code,
-)
+from muon8bit_kernels import CODE_DTYPES, Codebook, kernels_for, num_blocks, zero_code
 from torch import Tensor
 
 from ..config import BUFFER_KEY, DYNAMIC_CODES_KEY, LINEAR_CODES_KEY, MIN_QUANTIZED_COLUMNS, SCALES_KEY
@@ -47,19 +37,19 @@ class MomentumFormat:
     @classmethod
     @cache
     def of(cls, shape: torch.Size, bits: int, codebook: Codebook, block_size: int, flatten: bool) -> MomentumFormat:
-        """The format of a parameter of `shape`: fp32 for bits=32, or if a row is too short to be worth a scale."""
+        """Return the format for a parameter of `shape`: fp32 for bits=32, or if a row is not worth a scale."""
         quantized = bits == 8 and prod(shape[1:] if flatten else shape[-1:]) >= MIN_QUANTIZED_COLUMNS
         return cls(codebook if quantized else None, block_size, flatten)
 
     @property
     def options(self) -> str:
-        """The constructor's arguments that ask for it: `bits=8, codebook='linear', block_size=2048` or `bits=32`."""
+        """Return the arguments that ask for it: `bits=8, codebook='linear', block_size=2048` or `bits=32`."""
         if self.codebook is None:
             return "bits=32"
         return f"bits=8, codebook={self.codebook!r}, block_size={self.block_size}"
 
     def layout(self, shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """State key -> shape and dtype of its tensor, for a parameter of `shape`."""
+        """Return state key -> shape and dtype of its tensor, for a parameter of `shape`."""
         codes = tuple(shape), _DTYPES[self.codebook]
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {_CODES_KEYS[self.codebook]: codes}
         if self.codebook is not None:
@@ -72,8 +62,8 @@ class MomentumFormat:
 @dataclass(frozen=True)
 class Momentum:
     """Momentum of one parameter: codes (int8, uint8 or fp32) of its shape and, if quantized, fp32 scales
-    [..., rows, blocks]. Or, of `stacks` and its parts, a stack of its matrices: codes [count, rows, cols], scales
-    [count, rows, blocks], over the same memory."""
+    [..., rows, blocks]. Or, of `as_matrices`, its matrices over the same memory: codes [count, rows, cols], scales
+    [count, rows, blocks]."""
 
     codes: Tensor
     scales: Tensor | None
@@ -81,7 +71,7 @@ class Momentum:
 
     @classmethod
     def zeros(cls, shapes: Mapping[str, Sequence[int]], format: MomentumFormat, device: torch.device) -> Momentum:
-        """A zero momentum of these shapes, by state key: those of `Format.layout`, or a rank's part of them."""
+        """Make a zero momentum of these shapes, by state key: those of `layout`, or a rank's part of them."""
         dtypes = {_CODES_KEYS[format.codebook]: _DTYPES[format.codebook], SCALES_KEY: torch.float32}
         tensors = {k: torch.zeros(tuple(s), dtype=dtypes[k], device=device) for k, s in shapes.items()}
         momentum = cls.from_state(tensors, format)
@@ -91,26 +81,26 @@ class Momentum:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], format: MomentumFormat) -> Momentum:
-        """The momentum whose tensors lie in `optimizer.state[param]`; they are shared, not copied."""
+        """Return the momentum whose tensors lie in `optimizer.state[param]`; they are shared, not copied."""
         return cls(state[_CODES_KEYS[format.codebook]], state.get(SCALES_KEY), format)
 
     def to_state(self) -> dict[str, Tensor]:
-        """Its tensors under their public keys."""
+        """Return its tensors under their public keys."""
         state = {_CODES_KEYS[self.format.codebook]: self.codes}
         return state if self.scales is None else {**state, SCALES_KEY: self.scales}
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Codes and, if quantized, scales."""
+        """Return codes and, if quantized, scales."""
         return [self.codes] if self.scales is None else [self.codes, self.scales]
 
-    def on(self, tensors: Iterator[Tensor]) -> Momentum:
-        """The same in the next ones of `tensors`, as `tensors` orders them."""
+    def with_tensors(self, tensors: Iterator[Tensor]) -> Momentum:
+        """Return the same momentum in the next ones of `tensors`, as `tensors` orders them."""
         return Momentum(next(tensors), None if self.scales is None else next(tensors), self.format)
 
     @classmethod
     def encode(cls, values: Tensor, format: MomentumFormat) -> Momentum:
-        """The momentum that stores these finite fp32 `values`, of its shape; unquantized, the same memory."""
+        """Encode finite fp32 `values`, of the parameter's shape; unquantized, it shares their memory."""
         if format.codebook is None:
             return cls(values, None, format)
         scales_shape, _ = format.layout(values.shape)[SCALES_KEY]
@@ -120,7 +110,7 @@ class Momentum:
         return cls(codes.view(values.shape), scales.view(scales_shape), format)
 
     def decode(self) -> Tensor:
-        """Its values, fp32, of the parameter's shape; unquantized, the same memory."""
+        """Return its values, fp32, of the parameter's shape; unquantized, the same memory."""
         if self.scales is None or self.format.codebook is None:
             return self.codes
         kernels, options = kernels_for(self.codes.device), {"block_size": self.format.block_size}
@@ -128,134 +118,21 @@ class Momentum:
         scales = self.scales.reshape(len(rows), self.scales.shape[-1])
         return kernels.dequantize(rows, scales, codebook=self.format.codebook, **options).view(self.codes.shape)
 
-    def stack(self) -> Momentum:
-        """All its matrices as one stack."""
+    def as_matrices(self) -> Momentum:
+        """View it as matrices: codes [count, rows, cols], scales [count, rows, blocks]."""
         rows, cols = (1, self.codes.shape[0]), prod(self.codes.shape[1:])
         if not self.format.flatten:
             rows, cols = (prod(self.codes.shape[:-2]), self.codes.shape[-2]), self.codes.shape[-1]
         scales = None if self.scales is None else self.scales.view(*rows, -1)
         return Momentum(self.codes.view(*rows, cols), scales, self.format)
 
-    def part(self, matrices: slice, rows: slice) -> Momentum:
-        """These rows of these matrices of a stack."""
+    def rows(self, matrices: slice, rows: slice) -> Momentum:
+        """View these rows of these matrices, of what `as_matrices` gives."""
         scales = None if self.scales is None else self.scales[matrices, rows]
         return Momentum(self.codes[matrices, rows], scales, self.format)
 
 
 def _rows_cols(values: Tensor, scales_shape: Sequence[int]) -> tuple[int, int]:
-    """How many rows, and of how many elements, the blocks of these scales [..., rows, blocks] lie in."""
+    """Return how many rows, and of how many elements, the blocks of these scales [..., rows, blocks] lie in."""
     first_of_row = len(scales_shape) - 1
     return prod(values.shape[:first_of_row]), prod(values.shape[first_of_row:])
-
-
-def stats(
-    momenta: Sequence[Momentum], grads: Sequence[Tensor], *, beta: float, nesterov: bool, backend: Backend | None
-) -> Tensor:
-    """Read-only phase of stacks of one shape and format: per row and block the sum of squares of the new NS input,
-    fp32 [batch, rows, blocks]. `grads` are stacks too."""
-    sumsq: Tensor = ops.momentum_stats(*_tensors(momenta), grads, beta, nesterov, *_layout(momenta), backend)
-    return sumsq
-
-
-def apply_(
-    momenta: Sequence[Momentum],
-    grads: Sequence[Tensor],
-    norms: Tensor,
-    out: Tensor,
-    *,
-    beta: float,
-    nesterov: bool,
-    skip: Tensor | None,
-    backend: Backend | None,
-) -> None:
-    """Writing phase: the new momenta into codes and scales, and u / norm into `out` [batch, rows, cols].
-
-    `norms`: fp32 [batch]. `skip`: None, or 0-d fp32 on the device; where it is not 0, nothing is written.
-    """
-    ops.momentum_apply(*_tensors(momenta), grads, norms, out, beta, nesterov, *_layout(momenta), skip, backend)
-
-
-def cut_stats(
-    momenta: Sequence[Momentum], grads: Sequence[Tensor], *, first_col: int, beta: float, nesterov: bool
-) -> tuple[Tensor, Tensor]:
-    """`stats` where only columns from `first_col` on are here, with scales of whole rows: sums and largest magnitudes
-    of the parts of the blocks that they touch, fp32 [batch, rows, touched blocks]."""
-    codebook, block_size = _layout(momenta)
-    codes, scales = _tensors(momenta)
-    return momentum_stats_cut(
-        codes,
-        scales or None,
-        grads,
-        first_col=first_col,
-        beta=beta,
-        nesterov=nesterov,
-        codebook=codebook,
-        block_size=block_size,
-    )
-
-
-def cut_apply_(
-    momenta: Sequence[Momentum],
-    grads: Sequence[Tensor],
-    new_scales: Tensor | None,
-    norms: Tensor,
-    out: Tensor,
-    *,
-    first_col: int,
-    beta: float,
-    nesterov: bool,
-    skip: Tensor | None,
-) -> None:
-    """`apply_` where only columns from `first_col` on are here. `new_scales`: fp32 [batch, rows, blocks], the largest
-    magnitudes of whole blocks; None where the momenta are fp32."""
-    codebook, block_size = _layout(momenta)
-    codes, scales = _tensors(momenta)
-    momentum_apply_cut(
-        codes,
-        scales or None,
-        grads,
-        new_scales,
-        norms,
-        out,
-        first_col=first_col,
-        beta=beta,
-        nesterov=nesterov,
-        codebook=codebook,
-        block_size=block_size,
-        skip=skip,
-    )
-
-
-def step_tiny_(
-    momenta: Sequence[Momentum],
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
-    norms: Tensor,
-    steps: Sequence[tuple[float, float, float]],
-    decay: Tensor,
-    scale: Tensor,
-    *,
-    beta: float,
-    nesterov: bool,
-    keys: Sequence[int] | None = None,
-    firsts: Sequence[int] | None = None,
-    pitch: int | None = None,
-    skip: Tensor | None,
-    backend: Backend | None,
-) -> None:
-    """Writing phase of matrices with a side of at most 64 and all that follows, the parameters' update included.
-
-    `steps`: the coefficients of Newton-Schulz; `decay` to `pitch`: as in `update.update_params_`.
-    """
-    coefficients = [coefficient for step in steps for coefficient in step]
-    tensors = *_tensors(momenta), grads, params, norms
-    update = coefficients, decay, scale, keys, firsts, pitch, skip
-    ops.step_tiny(*tensors, beta, nesterov, *_layout(momenta), *update, backend)
-
-
-def _tensors(momenta: Sequence[Momentum]) -> tuple[list[Tensor], list[Tensor]]:
-    return [m.codes for m in momenta], [m.scales for m in momenta if m.scales is not None]
-
-
-def _layout(momenta: Sequence[Momentum]) -> tuple[Codebook | None, int]:
-    return momenta[0].format.codebook, momenta[0].format.block_size

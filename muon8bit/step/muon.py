@@ -1,240 +1,215 @@
-"""One Muon step of a group in two phases: `read` changes nothing, the `jobs` write momentum and parameters.
+"""One step of matrices W [rows, cols] with gradients g by Muon.
 
-All matrices of one shape go through each kernel together, as many at once as the workspace budget allows. Pieces of
-rows (`split_sizes`) are matrices of their own. Blocks of the momentum may straddle pieces of columns: such a matrix is
-decoded and encoded whole, and cut in between.
+    m  =  beta * m + (1 - beta) * g                     momentum, decoded from 8 bits       (kernels)
+    u  =  beta * m + (1 - beta) * g  if nesterov else m                                     (kernels)
+    O  =  NS(u / max(|u|_F, eps))                       on u BEFORE m is encoded again      (orthogonalize/)
+    W  =  round((1 - lr * weight_decay) * W  -  lr * ratio(rows, cols) * O)                 (kernels)
+
+`ratio` is `lr_ratio`. The same step of one matrix in plain torch: `muon8bit/functional.py`. Sources: torch.optim.Muon
+for the arguments and their meaning; Jordan 2024 and Moonlight (arXiv 2502.16982) for the two ratios; arXiv 2509.23106
+for encoding after the orthogonalization.
+
+A step has two phases. `stats` reads: |u|_F of every matrix, by which it is known whether all gradients are finite.
+`apply` writes momenta and parameters. All matrices of one shape go through each kernel together, as many at once as the
+workspace allows. Blocks of the momentum may straddle pieces of columns: such matrices are averaged whole, and cut in
+between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from math import prod
+from collections.abc import Sequence
+from math import prod, sqrt
 from typing import Any
 
 import torch
+from muon8bit_kernels import ops
 from torch import Tensor
 
-from ..config import SMALL_WORKSPACE_BYTES, Options
-from ..orthogonalize import (
-    Coefficients,
-    batch_size,
-    choose_method,
-    device_kind,
-    orthogonalize,
-    resolve_coefficients,
-    workspace_bytes,
-)
-from . import momentum
+from ..config import SMALL_WORKSPACE_BYTES, MuonOptions
+from ..orthogonalize import device_kind, orthogonalize, partition
 from .commit import Commit
-from .matrix_batches import MatrixBatch, ParamMatrices, chunks, flat, gradients, momenta_on, momentum_tensors
-from .offload import OffloadTask, StateOffload
-from .update import factors, frobenius_norm, lr_ratio, update_params_
+from .matrix_batches import MatrixBatch, contiguous_params
+
+_LEAST_NORM = 2.0**-60  # of a Newton-Schulz input that counts as one: see `frobenius_norm`
 
 
-def read(
-    stacks: Sequence[ParamMatrices], group: dict[str, Any], options: Options, staging: StateOffload
-) -> list[MatrixBatch]:
-    """First phase: sort stacks into batches, with the statistics of their new momenta."""
-    sorted_stacks: dict[Hashable, list[ParamMatrices]] = {}
-    for stack in stacks:
-        sorted_stacks.setdefault(stack.layout, []).append(stack)
-    jobs: list[OffloadTask] = []
-    sums: list[list[Tensor]] = []
-    for members in sorted_stacks.values():
-        # Room for copies: a channels_last gradient is flattened into one, and one with a factor is multiplied.
-        per_element = 4 if members[0].factor is None else 16
-        size = max(1, options.workspace_bytes // (per_element * prod(members[0].grad.shape[1:])))
-        sums.append([])
-        for chunk in chunks(members, size):
-            run = partial(_stats, chunk, group, options, sums[-1])
-            jobs.append(OffloadTask(chunk[0].param.device, run, read=momentum_tensors(chunk)))
-    staging.run(jobs)
-    return [
-        MatrixBatch(members, found[0] if len(found) == 1 else torch.cat(found))
-        for members, found in zip(sorted_stacks.values(), sums, strict=True)
-    ]
+def lr_ratio(rows: int, cols: int, adjust_lr_fn: str | None) -> float:
+    """Return the factor of lr by shape.
+
+    None or `"original"`: sqrt(max(1, rows / cols)). `"match_rms_adamw"`: 0.2 sqrt(max(rows, cols)), which gives
+    the update the RMS of AdamW's (0.2), so that AdamW's lr and weight decay carry over.
+    """
+    return 0.2 * sqrt(max(rows, cols)) if adjust_lr_fn == "match_rms_adamw" else sqrt(max(1.0, rows / cols))
 
 
-def _stats(
-    stacks: list[ParamMatrices],
-    group: dict[str, Any],
-    options: Options,
-    sums: list[Tensor],
-    staged: Sequence[Tensor] | None,
-) -> None:
-    """Add the squared norms of the Newton-Schulz inputs, fp32 [count]."""
-    momenta, grads = [s.momentum for s in momenta_on(stacks, staged)], gradients(stacks)
-    sums.append(momentum.stats(momenta, grads, **_average(group), backend=options.backend).flatten(1).sum(1))
+def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
+    """Return the divisors of Newton-Schulz inputs, fp32, the shape of `sumsq`: factor * max(sqrt(sumsq), eps).
+
+    An eps under 2^-60 counts as that. Elements under 2^-74.5 have squares that are 0 in fp32, so that a matrix of up to
+    2^29 of them may have a norm of 2^-60 where `sumsq` is 0; divided by less, Newton-Schulz would blow it up.
+    """
+    return sumsq.sqrt().clamp(min=max(eps, _LEAST_NORM)).mul(factor)
 
 
-def jobs(
-    batch: MatrixBatch, group: dict[str, Any], options: Options, commit: Commit, *, is_first: bool
-) -> Iterator[OffloadTask]:
-    """Second phase: each writes the new momenta of a part of the batch, orthogonalizes their exact values, updates the
-    parameters. Together they are bitwise the same wherever the momenta lie. With `is_first` the first one works on
-    copies of the momenta, and writes nothing before its Newton-Schulz has returned."""
-    schedule = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
-    _, rows, cols = batch.stacks[0].momentum.codes.shape
-    kind = device_kind(batch.sumsq.device)
-    if group["split_sizes"] is not None and group["split_dim"] == -1:
-        budget, step, one = _half(options), _step_columns, 4 * rows * cols
-        size = max(1, budget // one)
+def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[Tensor, Tensor]:
+    """Return 1 - lr * weight_decay and lr * ratio, 0-d: fp64 on the CPU, or fp32 where `lr` is, which is not waited
+    for.
+
+    Args:
+        lr: a float, or a 0-d or 1-element tensor on the CPU or the parameters' device.
+        weight_decay: per unit of lr.
+        ratio: factor of lr by shape, of `lr_ratio`.
+    """
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        rate = lr.reshape(()).float()
     else:
-        path = choose_method(rows, cols, schedule, kind, options.ns_dtype)
-        budget, step = options.workspace_bytes - SMALL_WORKSPACE_BYTES, _step_whole
-        size = batch_size(path, rows, cols, kind, budget)
-        one = 0 if path.tiny else workspace_bytes(path, rows, cols, kind)
-    if is_first and one:  # room for the copies; twice, since they are there when the reference has most temporaries
-        one += 2 * sum(tensor[0].nbytes for tensor in batch.stacks[0].momentum.tensors)
-        size = min(size, max(1, budget // one))
-    for part in batch.split(size):
-        run, count = partial(step, part, group, schedule, options, commit, is_first), len(part.sumsq)
-        is_first = False
-        yield OffloadTask(batch.sumsq.device, run, written=momentum_tensors(part.stacks), workspace_bytes=count * one)
+        rate = torch.tensor(float(lr), dtype=torch.float64, device="cpu")
+    return 1 - rate * weight_decay, rate * ratio
 
 
-def _half(options: Options) -> int:
-    """Of the workspace budget, in bytes."""
-    return (options.workspace_bytes - SMALL_WORKSPACE_BYTES) // 2
+def stats_parts(batch: MatrixBatch) -> list[MatrixBatch]:
+    """Cut a batch for `stats`: there may be copies, of a channels_last gradient that is flattened, or multiplied."""
+    per_element = 16 if batch.has_factors else 4
+    return batch.split(max(1, batch.options.workspace_bytes // (per_element * prod(batch.members[0].grad.shape[1:]))))
 
 
-def _step_whole(
-    batch: MatrixBatch,
-    group: dict[str, Any],
-    schedule: Coefficients,
-    options: Options,
-    commit: Commit,
-    is_first: bool,
-    staged: Sequence[Tensor] | None,
-) -> None:
-    batch = batch.on(staged)
-    _, rows, cols = batch.stacks[0].momentum.codes.shape
-    device = batch.sumsq.device
-    path = choose_method(rows, cols, schedule, device_kind(device), options.ns_dtype)
-    norms = frobenius_norm(batch.sumsq, eps=group["eps"], factor=schedule.norm_factor)
-    if path.tiny:
+def stats(batch: MatrixBatch) -> None:
+    """Fill `batch.sumsq` with the squared norms of the Newton-Schulz inputs. Changes nothing else."""
+    torch.sum(squares(batch).flatten(1), 1, out=batch.sumsq)
+
+
+def squares(batch: MatrixBatch) -> Tensor:
+    """Return the sums of squares of the Newton-Schulz inputs by row and block: fp32 [num_matrices, rows, blocks]."""
+    tensors = batch.codes, batch.scales, batch.grads()
+    sums: Tensor = ops.momentum_stats(*tensors, **batch.averaging)
+    return sums
+
+
+def apply_parts(batch: MatrixBatch, *, is_first: bool) -> list[MatrixBatch]:
+    """Cut a batch for `apply`, within the workspace, and say how each part goes.
+
+    Args:
+        is_first: whether it is the first batch of the step: then `apply` makes copies of the momenta.
+    """
+    options = batch.options
+    copied_bytes = sum(tensor[0].nbytes for tensor in (batch.codes[0], *batch.scales[:1])) if is_first else 0
+    how = partition(
+        batch.rows,
+        batch.cols,
+        options.coefficients,
+        device_kind(batch.device),
+        options.workspace_bytes - SMALL_WORKSPACE_BYTES,
+        dtype=options.ns_dtype,
+        widths=options.column_splits,
+        copied_bytes=2 * copied_bytes,  # they are there when the reference has most temporaries
+    )
+    parts = batch.split(how.size)
+    for part in parts:
+        part.partition = how
+    return parts
+
+
+def apply(batch: MatrixBatch, commit: Commit) -> None:
+    """Write the new momenta of a batch, orthogonalize the exact values of their Newton-Schulz inputs, and update.
+
+    The first batch of a step averages copies of its momenta: nothing is written before its Newton-Schulz has returned
+    and `commit` is called.
+    """
+    options = batch.options
+    assert batch.partition is not None
+    averaged = batch
+    method, coefficients = batch.partition.pieces[0].method, options.coefficients
+    if not (commit.is_done or batch.is_staged or method.tiny):
+        averaged = batch.with_tensors([tensor.clone() for tensor in batch.state_tensors])
+    if options.column_splits is not None:
+        _apply_by_columns(batch, averaged, commit)
+        return
+    norms = frobenius_norm(batch.sumsq, eps=options.eps, factor=coefficients.norm_factor)
+    if method.tiny:
         commit.confirm()
-        _step_tiny(batch, norms, group, schedule, options)
+        _fused_step(batch, norms)
         commit()  # only now: what fails in one launch has not been launched
         return
-    copies = batch.copied() if is_first and staged is None else batch
-    X = torch.empty(len(batch.sumsq), rows, cols, dtype=path.dtype, device=device)
-    _apply(copies, norms, X, group, options)
-    X = orthogonalize(X, schedule, path, options.backend)
+    X = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=method.dtype, device=batch.device)
+    average_(averaged, norms, X)
+    X = orthogonalize(X, coefficients, method, options.backend)
     commit()
-    batch.take(copies)
-    _update(batch.stacks, X, slice(0, cols), group, options)
+    batch.take(averaged)
+    update_(batch, X)
 
 
-def _step_tiny(
-    batch: MatrixBatch, norms: Tensor, group: dict[str, Any], schedule: Coefficients, options: Options
-) -> None:
-    """All of the second phase in one launch, in fp32."""
-    places = _places(batch.stacks, 0)
-    with written([stack.param for stack in batch.stacks]) as params:
-        decay, scale = _factors(params[0].shape, group)
-        how = {**_average(group), "decay": decay, "scale": scale, **places, **_how(options)}
-        momentum.step_tiny_(batch.momenta, batch.grads, params, norms, schedule.steps, **how)
-
-
-def _step_columns(
-    batch: MatrixBatch,
-    group: dict[str, Any],
-    schedule: Coefficients,
-    options: Options,
-    commit: Commit,
-    is_first: bool,
-    staged: Sequence[Tensor] | None,
-) -> None:
-    """The momenta whole into fp32, then cut, each piece normalized by its own norm.
-
-    The fp32 momenta get one half of the workspace budget, Newton-Schulz the other.
-    """
-    batch = batch.on(staged)
-    copies = batch.copied() if is_first and staged is None else batch
-    _, rows, cols = batch.stacks[0].momentum.codes.shape
-    device, kind = batch.sumsq.device, device_kind(batch.sumsq.device)
-    U = torch.empty(len(batch.sumsq), rows, cols, dtype=torch.float32, device=device)
-    _apply(copies, torch.ones_like(batch.sumsq), U, group, options)
-    start = 0
-    for width in group["split_sizes"]:
-        columns = slice(start, start + width)
-        start += width
-        path = choose_method(rows, width, schedule, kind, options.ns_dtype, tiny=False)
+def _apply_by_columns(batch: MatrixBatch, averaged: MatrixBatch, commit: Commit) -> None:
+    """Average the momenta whole into fp32, cut them, and normalize each piece by its own norm."""
+    options = batch.options
+    assert batch.partition is not None
+    coefficients, pieces = options.coefficients, batch.partition.pieces
+    U = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=torch.float32, device=batch.device)
+    average_(averaged, torch.ones_like(batch.sumsq), U)
+    for columns, method, size in pieces:
         sumsq = torch.linalg.vector_norm(U[..., columns], dim=(-2, -1)).square()
-        norms = frobenius_norm(sumsq, eps=group["eps"], factor=schedule.norm_factor)
-        done = 0
-        for chunk in chunks(batch.stacks, batch_size(path, rows, width, kind, _half(options))):
-            which = slice(done, done + sum(stack.num_matrices for stack in chunk))
-            done = which.stop
-            X = U[which, :, columns].div_(norms[which].view(-1, 1, 1)).to(path.dtype).contiguous()
-            X = orthogonalize(X, schedule, path, options.backend)
+        norms = frobenius_norm(sumsq, eps=options.eps, factor=coefficients.norm_factor).view(-1, 1, 1)
+        start = 0
+        for part in batch.split(size):
+            which = slice(start, start + part.num_matrices)
+            start = which.stop
+            X = U[which, :, columns].div_(norms[which]).to(method.dtype).contiguous()
+            X = orthogonalize(X, coefficients, method, options.backend)
             commit()
-            batch.take(copies)
-            copies = batch
-            _update(chunk, X, columns, group, options)
+            batch.take(averaged)
+            averaged = batch
+            update_(part, X, columns)
             del X  # before the next one is made
 
 
-def _apply(batch: MatrixBatch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
-    """The new momenta into codes and scales, and u / norm into `out` [batch, rows, cols]. Copies of gradients, where
-    they have factors, are made for a part of the batch at a time."""
-    if batch.stacks[0].factor is None:
-        _apply_at_once(batch, norms, out, group, options)
-        return
+def _fused_step(batch: MatrixBatch, norms: Tensor) -> None:
+    """Do all of the second phase in one launch, in fp32."""
+    options = batch.options
+    coefficients = [coefficient for step in options.coefficients.steps for coefficient in step]
+    ratio = lr_ratio(batch.rows, batch.cols, options.adjust_lr_fn)
+    decay_and_scale = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=ratio)
+    how = {**batch.averaging, **batch.random_bits(), "coefficients": coefficients}
+    with contiguous_params([member.param for member in batch.members]) as params:
+        ops.step_tiny(batch.codes, batch.scales, batch.grads(), params, norms, *decay_and_scale, options.skip, **how)
+
+
+def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
+    """Write the new momenta into codes and scales, and u / norm into `out`.
+
+    Args:
+        norms: fp32 [num_matrices].
+        out: [num_matrices, rows, cols], any float dtype.
+    """
+    # Gradients with factors are copied, a part of the batch at a time.
+    parts = batch.split(max(1, batch.num_matrices // 16)) if batch.has_factors else [batch]
     start = 0
-    for part in batch.split(max(1, len(batch.sumsq) // 16)):
-        which = slice(start, start + len(part.sumsq))
+    for part in parts:
+        which = slice(start, start + part.num_matrices)
         start = which.stop
-        _apply_at_once(part, norms[which], out[which], group, options)
+        tensors = part.codes, part.scales, part.grads(), norms[which], out[which]
+        ops.momentum_apply(*tensors, batch.options.skip, **part.averaging)
 
 
-def _apply_at_once(batch: MatrixBatch, norms: Tensor, out: Tensor, group: dict[str, Any], options: Options) -> None:
-    momentum.apply_(batch.momenta, batch.grads, norms, out, **_average(group), **_how(options))
+def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None) -> None:
+    """Update these columns of the parameters, None for all, by `directions` of `update_params_`."""
+    options = batch.options
+    with contiguous_params([member.param for member in batch.members]) as params:
+        first_column, pieces = 0, params
+        if columns is not None:
+            first_column, pieces = columns.start, [param[..., columns] for param in params]
+        ratio = lr_ratio(directions.shape[1], directions.shape[2], options.adjust_lr_fn)
+        update_params_(pieces, directions, ratio, options, **batch.random_bits(first_column))
 
 
-def _update(
-    stacks: Sequence[ParamMatrices], directions: Tensor, columns: slice, group: dict[str, Any], options: Options
+def update_params_(
+    params: Sequence[Tensor], directions: Tensor, ratio: float, options: MuonOptions, **random_bits: Any
 ) -> None:
-    """Update these columns of the parameters by `directions` [batch, rows, cols], scaled by that shape."""
-    with written([stack.param for stack in stacks]) as params:
-        pieces = params
-        if directions.shape[2] < params[0].shape[2]:
-            pieces = [param[..., columns] for param in params]
-        decay, scale = _factors(directions.shape, group)
-        update_params_(pieces, directions, decay, scale, **_places(stacks, columns.start), **_how(options))
+    """Compute W <- decay * W - scale * O in place, in fp32, rounded once. Scale 0 and decay 1 change no bit.
 
-
-@contextmanager
-def written(views: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of stacks as [num_matrices, rows, cols], to be written; copies are copied back."""
-    params = flat(views)
-    yield params
-    for view, param in zip(views, params, strict=True):
-        if param.data_ptr() != view.data_ptr():
-            view.copy_(param.view(view.shape))
-
-
-def _factors(shape: Sequence[int], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Decay and scale of the update of matrices of this shape [..., rows, cols]."""
-    ratio = lr_ratio(shape[-2], shape[-1], group["adjust_lr_fn"])
-    return factors(lr=group["lr"], weight_decay=group["weight_decay"], ratio=ratio)
-
-
-def _places(stacks: Sequence[ParamMatrices], first_column: int) -> dict[str, Any]:
-    """What the random bits of stochastic rounding depend on, in the order of the matrices."""
-    if stacks[0].key is None:
-        return {}
-    keys = [stack.key for stack in stacks for _ in range(stack.num_matrices)]
-    firsts = [s.first + i * s.pitch + first_column for s in stacks for i in range(s.num_matrices)]
-    return {"keys": keys, "firsts": firsts, "pitch": stacks[0].momentum.codes.shape[2]}
-
-
-def _average(group: dict[str, Any]) -> dict[str, Any]:
-    return {"beta": group["momentum"], "nesterov": group["nesterov"]}
-
-
-def _how(options: Options) -> dict[str, Any]:
-    return {"skip": options.skip, "backend": options.backend}
+    Args:
+        params: [count, rows, cols] each, of one dtype, fp32, bf16 or fp16, any strides.
+        directions: O, [batch, rows, cols], fp32, bf16 or fp16, any strides.
+        ratio: of `lr_ratio`, for the shape of the whole matrix.
+        random_bits: keys, first_indices and row_stride of stochastic rounding, bf16 only; none of them: to nearest.
+    """
+    decay, scale = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=ratio)
+    ops.update_params(params, directions, decay, scale, options.skip, **random_bits, backend=options.backend)

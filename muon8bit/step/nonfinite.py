@@ -63,10 +63,11 @@ class GradientCheck:
         self._copied = [torch.cuda.current_stream(d).record_event() for d in by_device if d.type == "cuda"]
         self._skips: dict[torch.device, Tensor] = {}
         self.advanced: list[Tensor] = []  # step counters on the host, before it knew
+        self.is_pending = False  # whether the step went on without knowing
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether `skip` can do instead of `nonfinite_names` before anything is written: on CUDA alone."""
+        """Return whether `skip` can do instead of `nonfinite_names` before anything is written: on CUDA alone."""
         return all(bad.device.type == "cuda" for bad in self._bad)
 
     def skip(self, device: torch.device) -> Tensor:

@@ -43,14 +43,13 @@ class OffloadTask:
     """Work on parameters of one device that needs state: `written` is read and changed, `read` is only read.
 
     `run` gets the tensors of `written`, then those of `read`, on the device, each contiguous, and must keep none of
-    them; or None where they are there already. It allocates about `workspace_bytes` at once.
+    them; or None where they are there already.
     """
 
     device: torch.device
     run: Callable[[Sequence[Tensor] | None], None]
     written: Sequence[Tensor] = field(default=())
     read: Sequence[Tensor] = field(default=())
-    workspace_bytes: int = 0
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .._values import FINITE, TINY, is_choice, is_limit, is_number, is_rate, shown
+from .._values import FINITE, HUGE, TINY, is_choice, is_limit, is_number, is_rate, shown
 from ..config import (
     ADJUST_LR,
     ALGORITHMS,
@@ -21,6 +23,11 @@ from ..config import (
     DEFAULT_ADAMW_BETAS,
     DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
+    AdamWOptions,
+    Backend,
+    GroupOptions,
+    MuonOptions,
+    Options,
 )
 from ..orthogonalize import choose_method, diverges, resolve_coefficients
 from . import adamw8bit
@@ -58,6 +65,13 @@ _NO_GROUP_KEYS = (
     *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
     *("workspace_bytes", "state_device", "process_group", "shard_state"),
     "amsgrad",
+)
+_ROUNDING_KEYS = ("rounding_seed", "rounding_step")
+# What a step reads of a group besides its parameters, its learning rate and the numbers of rounding.
+_CACHED_KEYS = (
+    *("algorithm", "weight_decay", "eps", "maximize", "betas", "adamw_bits"),
+    *MUON_ONLY_KEYS,
+    *IMPLEMENTATION_DEFAULTS,
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -130,31 +144,72 @@ def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[s
     return {**group, **dict.fromkeys(MUON_ONLY_KEYS)} if group["algorithm"] == "adamw" else group
 
 
-def check_groups(groups: Sequence[dict[str, Any]], ns_dtype: torch.dtype | None, *, is_rounded: bool) -> None:
-    """Check what groups say now: since they were made, a scheduler or a hand may have written into them.
+def resolve_options(group: dict[str, Any], group_index: int, running: Options, *, is_rounded: bool) -> GroupOptions:
+    """Check what a group says now, into which a scheduler or a hand may have written since it was made.
 
     Reads only what is on the host. To be called before a step changes anything.
 
     Args:
-        groups: all of an optimizer's, complete.
-        ns_dtype: of Newton-Schulz, as for `Muon8bit`.
+        group: complete, its parameters checked by `check_listed`.
+        running: of the whole optimizer.
         is_rounded: whether parameters are rounded stochastically.
 
     Raises:
         ValueError: names the group, the key, its value, and what it may be.
     """
-    for index, group in enumerate(groups):
-        where = f"parameter group {index}: "
-        _check_present(group, ("params", "algorithm"), where)
-        check_listed(group, where)
-        check_options(group, where)
-        check_foreign(group, where)
-        if is_rounded:
-            _check_present(group, ("rounding_seed", "rounding_step"), where)
-        check_schedule(group, ns_dtype, where)
-        if group["split_sizes"] is not None:
-            for place, param in enumerate(group["params"]):
-                _check_splits(f"{where}{describe(group, index, place)}", param, group)
+    where, values = f"parameter group {group_index}: ", {key: group[key] for key in _CACHED_KEYS if key in group}
+    for key, value in values.items():
+        if isinstance(value, list | tuple):
+            values[key] = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    of_optimizer = running.ns_dtype, running.backend, running.workspace_bytes
+    try:
+        options = _resolved(where, *of_optimizer, "lr" in group, **values)
+    except TypeError:  # a value that cannot be hashed
+        options = _resolved.__wrapped__(where, *of_optimizer, "lr" in group, **values)
+    lr = group["lr"]
+    if type(lr) is not float or not 0 <= lr < HUGE:
+        _check_lr(group, where)
+    if is_rounded:
+        _check_present(group, _ROUNDING_KEYS, where)
+    if is_rounded or "rounding_seed" in group or "rounding_step" in group:
+        _check_rounding(group, where)
+    if group.get("split_sizes") is not None:
+        for index, param in enumerate(group["params"]):
+            _check_splits(f"{where}{describe(group, group_index, index)}", param, group)
+    return replace(options, lr=lr, grad_scale=running.grad_scale)
+
+
+@lru_cache(maxsize=256, typed=True)  # True is no 1
+def _resolved(
+    where: str,
+    ns_dtype: torch.dtype | None,
+    backend: Backend | None,
+    workspace_bytes: int,
+    has_lr: bool,
+    **values: Any,
+) -> GroupOptions:
+    """Check all that is the same at every step of most runs, and return it with a learning rate of 0."""
+    group = {**values, "lr": 0.0} if has_lr else values
+    _check_present(group, ("algorithm",), where)
+    check_options(group, where)
+    check_foreign(group, where)
+    shared = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+    shared |= {"ns_dtype": ns_dtype, "backend": backend, "workspace_bytes": workspace_bytes}
+    if group["algorithm"] == "adamw":
+        beta1, beta2 = group["betas"]
+        beta1 = beta1 if group.get("momentum") is None else group["momentum"]
+        return AdamWOptions(betas=(beta1, beta2), adamw_bits=group["adamw_bits"], **shared)
+    check_schedule(group, ns_dtype, where)
+    own = ("momentum", "nesterov", "adjust_lr_fn", "flatten", "clip_matrix_norm")
+    sizes, dim = group["split_sizes"], group["split_dim"]
+    return MuonOptions(
+        coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
+        format=tuple(group[key] for key in FORMAT_KEYS),
+        row_splits=sizes if dim == -2 else None,
+        column_splits=sizes if dim == -1 else None,
+        **{key: group[key] for key in own},
+        **shared,
+    )
 
 
 def check_listed(group: dict[str, Any], where: str) -> None:
@@ -198,6 +253,20 @@ def _check_present(options: dict[str, Any], keys: Sequence[str], where: str) -> 
         raise ValueError(f"{where}{', '.join(missing)} missing: a group holds every option it was made with{of}")
 
 
+def _check_lr(options: Mapping[str, Any], where: str) -> None:
+    lr = options["lr"]
+    if not is_rate(lr):
+        kind = "a dense 1-element float tensor " if isinstance(lr, Tensor) else ""
+        raise ValueError(f"{where}lr must be {kind}>= 0 and {FINITE}, not {shown(lr)}")
+
+
+def _check_rounding(options: Mapping[str, Any], where: str) -> None:
+    for key in _ROUNDING_KEYS:
+        value = options.get(key, 0)
+        if type(value) is not int or not 0 <= value < 2**64:
+            raise ValueError(f"{where}{key} must be an int in 0 .. 2**64 - 1, not {shown(value)}")
+
+
 def check_options(options: dict[str, Any], where: str = "") -> None:
     """Check every hyper-parameter in a group or in the defaults.
 
@@ -214,17 +283,14 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     algorithm = options.get("algorithm", "muon")
     require("algorithm", is_choice(algorithm, ALGORITHMS), f"one of {ALGORITHMS}")
     _check_present(options, group_keys(algorithm), where)
-    is_tensor = isinstance(options["lr"], Tensor)
-    require("lr", is_rate(options["lr"]), "a dense 1-element float tensor " * is_tensor + f">= 0 and {FINITE}")
+    _check_lr(options, where)
     require("weight_decay", is_number(options["weight_decay"]), f">= 0 and {FINITE}")
     require("eps", is_number(options["eps"]) and options["eps"] > 0, f"> 0 and {FINITE}")
     require("maximize", is_choice(options["maximize"], (True, False)), "True or False")
     for key in IMPLEMENTATION_DEFAULTS:
         valid = is_choice(options.get(key), (None, False))
         require(key, valid, "None or False (Muon8bit chooses its kernels by device and shape)")
-    for key in ("rounding_seed", "rounding_step"):
-        value = options.get(key, 0)
-        require(key, type(value) is int and 0 <= value < 2**64, "an int in 0 .. 2**64 - 1")
+    _check_rounding(options, where)
     if algorithm == "adamw":
         require("eps", options["eps"] >= TINY, f"at least {TINY:.4g}, below which fp32 may divide by zero")
         betas = options["betas"]

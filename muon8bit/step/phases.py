@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..config import STEP_KEY, Options
-from . import adamw, adamw_chunks, clipping, muon
+from ..config import STEP_KEY, AdamWOptions, GroupOptions, MuonOptions, Options
+from . import adamw, clipping, muon
 from .adamw_chunks import AdamWChunk
 from .commit import Commit
 from .dense import fake_mode_of, is_fake
-from .local_params import LocalParam, entries_of, new_state, own_state
-from .matrix_batches import MatrixBatch, ParamMatrices, stacks_of
+from .local_params import LocalParam, local_params, new_state
+from .matrix_batches import MatrixBatch, ParamMatrices, group_into_batches, matrices_of
 from .nonfinite import GradientCheck
 from .offload import OffloadTask, StateOffload
 from .options import describe
@@ -24,99 +25,104 @@ if TYPE_CHECKING:
     from ..distributed import Gathering, RankGroup, ShardedBatch
 
 State = MutableMapping[Tensor, dict[str, Any]]
+Names = Callable[[], list[str]]
 
 
 @dataclass(frozen=True)
 class GroupStep:
-    """What one group does at this step; an AdamW group has no batches. `bundles`: of matrices that need other ranks."""
+    """What one group does at this step.
+
+    Attributes:
+        params: those with a gradient.
+        batches: this rank's own matrices; none in an AdamW group.
+        sharded: matrices that need other ranks.
+        clips: gradients that are clipped in place when the step begins to write.
+    """
 
     group: dict[str, Any]
+    options: GroupOptions
     group_index: int
-    entries: list[LocalParam]
+    params: list[LocalParam]
     batches: list[MatrixBatch]
-    bundles: list[ShardedBatch]
+    sharded: list[ShardedBatch]
     clips: list[clipping.Clip]
 
-    def found(self) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
-        """How to name parameters, and whether their gradients are finite and do not overflow in their norms: bool."""
-        for indices, sumsq in self._sums():
-            yield self.namer(indices), sumsq.isfinite()
-
-    def _sums(self) -> Iterator[tuple[list[int], Tensor]]:
-        """Parameters of this rank alone, and what is finite where their gradients are: fp32."""
+    def sums(self) -> Iterator[tuple[list[int], Tensor]]:
+        """Give indices of parameters of this rank alone, and fp32 numbers that are finite where their gradients are."""
         for batch in self.batches:
-            yield [stack.param_index for stack in batch.stacks for _ in range(stack.num_matrices)], batch.sumsq
-        by_device: dict[torch.device, list[LocalParam]] = {}
-        for entry in self.entries:
-            if entry.momentum is None:
-                by_device.setdefault(entry.grad.device, []).append(entry)
-        for device, members in by_device.items():
-            yield [entry.index for entry in members], _sums_of_squares([entry.grad for entry in members], device)
+            yield [member.param_index for member in batch.members for _ in range(member.num_matrices)], batch.sumsq
+        if isinstance(self.options, AdamWOptions):
+            by_device: dict[torch.device, list[LocalParam]] = {}
+            for param in self.params:
+                by_device.setdefault(param.grad.device, []).append(param)
+            for device, params in by_device.items():
+                sums = _sums_of_squares([param.grad for param in params], device)
+                yield [param.index for param in params], sums
+
+    def names_of(self, indices: Sequence[int]) -> Names:
+        """Return how to name these parameters of the group, which keeps no gradient alive."""
+        group, group_index = self.group, self.group_index
+        return lambda: [describe(group, group_index, index) for index in indices]
 
     def indices(self) -> list[int]:
-        """The parameters that are no matter of `bundles`, on which ranks agree."""
-        return [entry.index for entry in self.entries if not entry.is_shared]
+        """Return the indices of the parameters that this rank steps by itself: all ranks list the same ones."""
+        return [param.index for param in self.params if not param.is_shared]
 
     def flags(self) -> list[Tensor]:
-        """Of each of `indices` whether this rank's gradient is finite: 0-d fp32, 0 or NaN."""
-        by_index: dict[int, list[Tensor]] = {e.index: [] for e in self.entries if not e.is_shared}
-        for indices, sumsq in self._sums():
-            for index, value in zip(indices, (sumsq * 0).unbind(), strict=True):
+        """Return for each of `indices` a 0-d fp32 number: 0 if this rank's gradient is finite, else NaN."""
+        by_index: dict[int, list[Tensor]] = {index: [] for index in self.indices()}
+        for indices, sums in self.sums():
+            for index, value in zip(indices, (sums * 0).unbind(), strict=True):
                 by_index[index].append(value)
-        return [sum(flags[1:], flags[0]) if flags else self._no_flag() for flags in by_index.values()]
-
-    def _no_flag(self) -> Tensor:
-        """Of a parameter without elements on this rank."""
-        return torch.zeros((), dtype=torch.float32, device=self.entries[0].grad.device)
-
-    def namer(self, indices: Sequence[int]) -> Callable[[], list[str]]:
-        """How to name these parameters of the group."""
-        group, group_index = self.group, self.group_index  # not self, which would keep the gradients alive
-        return lambda: [describe(group, group_index, index) for index in indices]
+        # None of a parameter without elements on this rank.
+        none = torch.zeros((), dtype=torch.float32, device=self.params[0].grad.device) if self.params else None
+        return [sum(flags[1:], flags[0]) if flags else none for flags in by_index.values()]  # type: ignore[misc]
 
 
 def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
-    """fp32 [n], not finite where a gradient is not or its squares overflow. On the CPU that of both ends, which both
-    propagate NaN: norms there make copies."""
+    """Return fp32 [n], not finite where a gradient is not or its squares overflow. On the CPU that of both ends, which
+    both propagate NaN: norms there make copies."""
     if device.type == "cuda":
         return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square()
     ends = [torch.stack(grad.aminmax()) if grad.numel() else grad.new_zeros(2) for grad in grads]
     return torch.stack([pair.float().square().sum() for pair in ends])
 
 
-def gathering(work: Sequence[GroupStep], team: RankGroup, options: Options, found_inf: Tensor | None) -> Gathering:
-    """What this rank gives to the step's all-gather: computed and allocated, without communication."""
-    values = [] if found_inf is None else [torch.where(found_inf.reshape(()) != 0, torch.nan, 0.0).to(team.device)]
-    values += [value for members in work for value in members.flags()]
-    bundles = [bundle for members in work for bundle in members.bundles]
-    none = torch.zeros(0, dtype=torch.float32, device=team.device)
-    return team.gathering(bundles, torch.stack(values) if values else none, _on(team.device, options, None))
+def gathering(
+    work: Sequence[GroupStep], rank_group: RankGroup, running: Options, found_inf: Tensor | None
+) -> Gathering:
+    """Return what this rank gives to the step's all-gather: computed and allocated, without communication."""
+    device = rank_group.device
+    values = [] if found_inf is None else [torch.where(found_inf.reshape(()) != 0, torch.nan, 0.0).to(device)]
+    values += [value for step in work for value in step.flags()]
+    sharded = [batch for step in work for batch in step.sharded]
+    none = torch.zeros(0, dtype=torch.float32, device=device)
+    return rank_group.gathering(sharded, torch.stack(values) if values else none, running)
 
 
-def found(
-    work: Sequence[GroupStep],
-    team: RankGroup | None = None,
-    gathering: Gathering | None = None,
-    found_inf: Tensor | None = None,
-) -> Iterator[tuple[Callable[[], list[str]], Tensor]]:
-    """What `GradientCheck` takes, of all groups; with a team that of all ranks, and the bundles have their norms."""
+def finite_flags(
+    work: Sequence[GroupStep], rank_group: RankGroup | None, gathering: Gathering | None, found_inf: Tensor | None
+) -> Iterator[tuple[Names, Tensor]]:
+    """Give what `GradientCheck` takes, of all groups: how to name parameters, and whether their gradients are finite
+    and do not overflow in their norms. With a rank group that of all ranks; then sharded batches have their norms."""
 
     def of_scaler() -> list[str]:
         return ["what the GradScaler has looked at"]
 
-    if team is None or gathering is None:
+    if rank_group is None or gathering is None:
         if found_inf is not None:
             yield of_scaler, (found_inf == 0).view(1)
-        for members in work:
-            yield from members.found()
+        for step in work:
+            for indices, sums in step.sums():
+                yield step.names_of(indices), sums.isfinite()
         return
-    namers = [] if found_inf is None else [of_scaler]
-    namers += [members.namer(members.indices()) for members in work]
-    everywhere = gathering.run(team.transport)
-    yield lambda: [name for namer in namers for name in namer()], everywhere == 0
-    for members in work:
-        for bundle in members.bundles:
-            yield members.namer([member.param_index for member in bundle.members]), bundle.sumsq.isfinite()
+    names = [] if found_inf is None else [of_scaler]
+    names += [step.names_of(step.indices()) for step in work]
+    everywhere = gathering.run(rank_group.transport)
+    yield lambda: [name for namer in names for name in namer()], everywhere == 0
+    for step in work:
+        for batch in step.sharded:
+            yield step.names_of([member.param_index for member in batch.members]), batch.sumsq.isfinite()
 
 
 def check_not_captured() -> None:
@@ -125,7 +131,7 @@ def check_not_captured() -> None:
     What a step reads on the host would be the same in every replay: the learning rate, the keys of stochastic rounding,
     and the addresses in tables that are freed when the step returns.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a step of Muon8bit cannot be captured in a CUDA graph: every replay would take the learning rate and the "
             "addresses of this one. Capture forward and backward alone, and call optimizer.step() after the replay"
@@ -134,52 +140,86 @@ def check_not_captured() -> None:
 
 def read(
     groups: Sequence[dict[str, Any]],
+    all_options: Sequence[GroupOptions],
     state: Mapping[Tensor, dict[str, Any]],
-    options: Options,
-    team: RankGroup | None,
-    staging: StateOffload,
+    rank_group: RankGroup | None,
+    offload: StateOffload,
     num_before: int = 0,
 ) -> list[GroupStep]:
-    """First phase.
+    """Do the first phase.
 
     Args:
-        staging: where the state is.
+        all_options: of `resolve_options`, one a group.
+        offload: where the state is.
         num_before: how many parameters of the optimizer are in front of these groups.
 
     Raises:
         ValueError: names a parameter with a gradient or a learning rate that cannot be used.
     """
     work = []
-    for index, group in enumerate(groups):
-        clipping.check_not_sharded(group, index)
-        entries = list(entries_of(group, index, num_before, state, team, staging))
+    for index, (group, options) in enumerate(zip(groups, all_options, strict=True)):
+        params = local_params(group, options, index, num_before, state, rank_group, offload)
         num_before += len(group["params"])
-        stacks: list[ParamMatrices] = []
-        for entry in entries:
-            if entry.grad.is_meta:
-                name = describe(group, index, entry.index)
-                raise ValueError(f"{name} has a gradient without values, on the device meta, others have values")
-            if entry.momentum is not None and not entry.is_shared:
-                of = entry.index, entry.local, entry.grad, entry.momentum, group, entry.key, entry.first
-                stacks += stacks_of(*of)
+        matrices: list[ParamMatrices] = []
+        batches: list[MatrixBatch] = []
         clips: list[clipping.Clip] = []
-        for place, stack in enumerate(stacks):
-            stacks[place], clip = clipping.with_factor(stack, group, _on(stack.grad.device, options, None))
-            clips += [] if clip is None else [clip]
-        shared = [entry for entry in entries if entry.is_shared]
-        bundles = team.bundled(shared, group, _on(team.device, options, None)) if team and shared else []
-        work.append(GroupStep(group, index, entries, muon.read(stacks, group, options, staging), bundles, clips))
+        sharded: list[ShardedBatch] = []
+        valueless = next((p for p in params if p.grad.is_meta), None)
+        if valueless is not None:
+            name = describe(group, index, valueless.index)
+            raise ValueError(f"{name} has a gradient without values, on the device meta, others have values")
+        if isinstance(options, MuonOptions):
+            for p in params:
+                if p.momentum is not None and not p.is_shared:
+                    matrices += matrices_of(p.index, p.local, p.grad, p.momentum, options, p.key, p.first)
+            if options.clip_matrix_norm is not None or options.grad_scale is not None or options.maximize:
+                clipping.check_not_sharded(group, index)
+                pairs = [clipping.with_factor(of, options.on(of.grad.device)) for of in matrices]
+                matrices, clips = [of for of, _ in pairs], [clip for _, clip in pairs if clip is not None]
+            shared = [param for param in params if param.is_shared]
+            if rank_group is not None and shared:
+                sharded = rank_group.sharded_batches(shared, options.on(rank_group.device))
+            batches = group_into_batches(matrices, options)
+            _read_stats(batches, offload)
+        work.append(GroupStep(group, options, index, params, batches, sharded, clips))
     return work
 
 
+def _read_stats(batches: Sequence[MatrixBatch], offload: StateOffload) -> None:
+    """Fill the squared norms of the batches, as many matrices at once as the workspace allows."""
+    parts = [part for batch in batches for part in muon.stats_parts(batch)]
+    if offload.state_device is not None:
+        offload.run([_staged(part, muon.stats, is_written=False) for part in parts])
+        return
+    for part in parts:
+        muon.stats(part)
+
+
+def _staged(batch: MatrixBatch, run: Callable[[MatrixBatch], None], *, is_written: bool) -> OffloadTask:
+    """Return what runs on a batch when its momenta have been brought to its device."""
+
+    def run_on(tensors: Sequence[Tensor] | None) -> None:
+        run(batch if tensors is None else batch.with_tensors(tensors, is_staged=True))
+
+    tensors = batch.state_tensors
+    return (
+        OffloadTask(batch.device, run_on, tensors, ()) if is_written else OffloadTask(batch.device, run_on, (), tensors)
+    )
+
+
 def is_dry(groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether the gradients have no values, being on the meta device or of a FakeTensorMode: the first one tells."""
+    """Return whether the gradients have no values, being on the meta device or of a FakeTensorMode: the first tells."""
     grad = next((param.grad for group in groups for param in group["params"] if param.grad is not None), None)
-    return grad is not None and is_fake(grad)
+    return grad is not None and (grad.is_meta or type(grad) is not Tensor) and is_fake(grad)
 
 
 def dry_run(
-    groups: Sequence[dict[str, Any]], state: State, team: RankGroup | None, staging: StateOffload, num_before: int = 0
+    groups: Sequence[dict[str, Any]],
+    all_options: Sequence[GroupOptions],
+    state: State,
+    rank_group: RankGroup | None,
+    offload: StateOffload,
+    num_before: int = 0,
 ) -> None:
     """Make the state that a step would make, and count that step, of parameters without values. Arguments: of `read`.
 
@@ -188,114 +228,139 @@ def dry_run(
     """
     grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
     with fake_mode_of(grads):
-        entries = []
-        for index, group in enumerate(groups):
-            for entry in entries_of(group, index, num_before, state, team, staging):
-                if not is_fake(entry.grad):
-                    name = describe(group, index, entry.index)
+        found = []
+        for index, (group, options) in enumerate(zip(groups, all_options, strict=True)):
+            for param in local_params(group, options, index, num_before, state, rank_group, offload):
+                if not is_fake(param.grad):
+                    name = describe(group, index, param.index)
                     raise ValueError(f"{name} has a gradient with values, others have none, being on meta or fake")
-                entries.append((entry, group))
+                found.append((param, group))
             num_before += len(group["params"])
-        for entry, group in entries:
-            if not own_state(state.get(entry.param)):
-                state.setdefault(entry.param, {}).update(new_state(entry, group, staging))
-            if entry.momentum is None:
-                state[entry.param][STEP_KEY].add_(1)
+        for param, group in found:
+            if not param.state:
+                state.setdefault(param.param, {}).update(new_state(param, group, offload))
+            if param.momentum is None:
+                state[param.param][STEP_KEY].add_(1)
 
 
 def write(
     work: Sequence[GroupStep],
     state: State,
-    options: Options,
-    verdict: GradientCheck | None,
-    team: RankGroup | None,
-    staging: StateOffload,
+    running: Options,
+    check: GradientCheck | None,
+    rank_group: RankGroup | None,
+    offload: StateOffload,
     commit: Commit,
 ) -> None:
-    """Second phase; with a verdict that is not yet known, its `skip` keeps the kernels from writing.
+    """Do the second phase; with a check that is not yet known, its `skip` keeps the kernels from writing.
 
     State is made, memory is tried, and the first matrices are orthogonalized before `commit`: what raises until then
     has changed nothing. Ranks confirm twice that all go on: when each has what it needs, and when the first matrices
     are orthogonalized, which is `commit`'s.
     """
-    bundles = [bundle for members in work for bundle in members.bundles]
-    shared = team.rounds(bundles, _on(team.device, options, verdict)) if team is not None else None
-    jobs = _prepared(work, state, options, verdict, staging, commit)
-    if shared is not None:
-        shared.prepare_inputs()
-    if team is not None:
-        team.confirm()
-    if shared is not None and team is not None:
-        team.is_sending = True
-        shared.send_inputs()
-        team.is_sending = False
-        shared.orthogonalize()
-    staging.run(jobs)
-    commit()
-    if shared is not None:
-        shared.write()
-    if team is not None:
-        team.finish()
+    rounds = None
+    if rank_group is not None:
+        skip = None if check is None else check.skip(rank_group.device)
+        rounds = rank_group.rounds(
+            [batch for step in work for batch in step.sharded], running.on(rank_group.device, skip)
+        )
+    new = _new_state(work, state, offload, commit)
+    parts, chunks = _parts(work, check), _chunks(work, new, check)
+    _try_memory(parts, chunks)
+    if rounds is not None:
+        rounds.prepare_inputs()
+    if rank_group is not None:
+        rank_group.confirm()
+    if rounds is not None and rank_group is not None:
+        rank_group.is_sending = True
+        rounds.send_inputs()
+        rank_group.is_sending = False
+        rounds.orthogonalize()
+    if offload.state_device is None:
+        for part in parts:
+            muon.apply(part, commit)
+        commit()
+        for group_chunks, adamw_options in chunks:
+            adamw.apply(group_chunks, adamw_options)
+    else:
+        tasks = [_staged(part, partial(muon.apply, commit=commit), is_written=True) for part in parts]
+        for group_chunks, adamw_options in chunks:
+            is_moved = offload.moves(group_chunks[0].param.device)
+            tasks += adamw.offload_tasks(group_chunks, adamw_options, commit, is_moved=is_moved)
+        offload.run(tasks)
+        commit()
+    if rounds is not None:
+        rounds.write()
+    if rank_group is not None:
+        rank_group.finish()
 
 
-def _prepared(
-    work: Sequence[GroupStep],
-    state: State,
-    options: Options,
-    verdict: GradientCheck | None,
-    staging: StateOffload,
-    commit: Commit,
-) -> list[OffloadTask]:
-    """The jobs of what is this rank's own, with the state that they need, and memory tried."""
+def _new_state(
+    work: Sequence[GroupStep], state: State, offload: StateOffload, commit: Commit
+) -> dict[Tensor, dict[str, Tensor]]:
+    """Make the state of parameters that have none, kept from `commit` on, when gradients are clipped too."""
     new = {
-        entry.param: new_state(entry, members.group, staging)
-        for members in work
-        for entry in members.entries
-        if not own_state(state.get(entry.param))
+        param.param: new_state(param, step.group, offload) for step in work for param in step.params if not param.state
     }
 
-    def keep_new() -> None:
+    def keep() -> None:
         for param, tensors in new.items():
             state.setdefault(param, {}).update(tensors)
 
-    commit.then(keep_new)
-    for members in work:
-        for clips in (members.clips, *(bundle.clips for bundle in members.bundles)):
-            for clip in clips:
-                commit.then(clip.apply_)
-    jobs: list[OffloadTask] = []
-    for members in work:
-        for batch in members.batches:
-            how = _on(batch.sumsq.device, options, verdict)
-            jobs += muon.jobs(batch, members.group, how, commit, is_first=not jobs)
-    states = {**state, **new}
-    for members in work:  # after all matrices: AdamW cannot be computed before it is written
-        for device, of_device in _pieces(members, states).items():
-            how = _on(device, options, verdict)
-            jobs += adamw_chunks.jobs(of_device, members.group, how, commit, is_staged=staging.moves(device))
-            if verdict is not None:
-                verdict.advanced += [piece.state["step"] for piece in of_device if adamw.is_8bit(piece.state)]
-    for device in {job.device for job in jobs}:  # the allocator keeps it for the jobs
-        size = max(job.workspace_bytes for job in jobs if job.device == device)
-        torch.empty(size, dtype=torch.uint8, device=device)
-    return jobs
+    commit.actions.append(keep)
+    for step in work:
+        for clips in (step.clips, *(batch.clips for batch in step.sharded)):
+            commit.actions += [clip.apply_ for clip in clips]
+    return new
 
 
-def _pieces(work: GroupStep, state: Mapping[Tensor, dict[str, Any]]) -> dict[torch.device, list[AdamWChunk]]:
-    """The parameters of an AdamW group, by their devices."""
-    by_device: dict[torch.device, list[AdamWChunk]] = {}
-    for e in work.entries:
-        if e.momentum is None:
-            own = own_state(state[e.param])
-            own = e.layout.unwrapped(own) if e.layout else own
-            piece = AdamWChunk(e.local, e.grad, own, e.key, e.first, e.param.numel())
-            by_device.setdefault(e.local.device, []).append(piece)
-    return by_device
+def _parts(work: Sequence[GroupStep], check: GradientCheck | None) -> list[MatrixBatch]:
+    """Return the batches of all groups, cut to fit the workspace."""
+    parts: list[MatrixBatch] = []
+    for batch in (batch for step in work for batch in step.batches):
+        batch.options = _on(batch.options, batch.device, check)
+        parts += muon.apply_parts(batch, is_first=not parts)
+    return parts
 
 
-def _on(device: torch.device, options: Options, verdict: GradientCheck | None) -> Options:
-    """The options of one step on a device: whether it is skipped, and what its gradients are divided by."""
-    scale = options.grad_scale
-    if scale is not None and scale.device != device:
-        options = replace(options, grad_scale=scale.to(device, non_blocking=True))
-    return options if verdict is None else replace(options, skip=verdict.skip(device))
+def _chunks(
+    work: Sequence[GroupStep], new: Mapping[Tensor, dict[str, Tensor]], check: GradientCheck | None
+) -> list[tuple[list[AdamWChunk], AdamWOptions]]:
+    """Return the parameters of AdamW groups, by group and device."""
+    found: list[tuple[list[AdamWChunk], AdamWOptions]] = []
+    for step in work:
+        if not isinstance(step.options, AdamWOptions):
+            continue
+        by_device: dict[torch.device, list[AdamWChunk]] = {}
+        for p in step.params:
+            tensors = dict(p.state)
+            if not tensors:
+                tensors = new[p.param] if p.layout is None else p.layout.unwrapped(new[p.param])
+            chunk = AdamWChunk(p.local, p.grad, tensors, p.key, p.first, p.param.numel())
+            by_device.setdefault(p.local.device, []).append(chunk)
+        for device, chunks in by_device.items():
+            if check is not None:
+                check.advanced += [chunk.state["step"] for chunk in chunks if adamw.is_8bit(chunk.state)]
+            found.append((chunks, _on(step.options, device, check)))
+    return found
+
+
+def _try_memory(parts: Sequence[MatrixBatch], chunks: Sequence[tuple[list[AdamWChunk], AdamWOptions]]) -> None:
+    """Allocate and free the most that a part of the step needs; the allocator keeps it for them."""
+    most: dict[torch.device, int] = {}
+    for part in parts:
+        assert part.partition is not None
+        most[part.device] = max(most.get(part.device, 0), part.num_matrices * part.partition.bytes_per_matrix)
+    for group_chunks, options in chunks:
+        for chunk in group_chunks:
+            device = chunk.param.device
+            most[device] = max(most.get(device, 0), adamw.copied_bytes(chunk, options))
+    for device, num_bytes in most.items():
+        torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+def _on(options: Any, device: torch.device, check: GradientCheck | None) -> Any:
+    """Return the options on a device: whether the step is skipped there, and what its gradients are divided by."""
+    if check is None and options.grad_scale is None:
+        return options
+    return options.on(device, None if check is None else check.skip(device))

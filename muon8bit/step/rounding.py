@@ -42,13 +42,16 @@ def key_of(param: Tensor, name: str, param_index: int, group: Mapping[str, Any])
     return rounding_key(group["rounding_seed"], group["rounding_step"], param_index)
 
 
-def rounded(values: Tensor, old: Tensor, key: int, first: int, backend: str | None) -> Tensor:
-    """Contiguous fp32 `values` in bf16, rounded stochastically; `old`, bf16 of their shape, where that is equal to it:
-    a step with lr 0 loses the sign of a zero, but no bit may change. Takes 3 bytes an element.
+def round_stochastic(values: Tensor, old: Tensor, key: int, first: int, backend: str | None) -> Tensor:
+    """Round contiguous fp32 `values` to bf16 stochastically, which takes 3 bytes an element.
 
-    `key`: of `key_of`; `first`: index of the first value in the whole parameter.
+    Args:
+        old: bf16 of their shape; kept where it is equal: a step with lr 0 loses the sign of a zero, but no bit may
+            change.
+        key: of `key_of`.
+        first: index of the first value in the whole parameter.
     """
-    new: Tensor = ops.round_stochastic(values, key, first, backend)
+    new: Tensor = ops.round_stochastic(values, key=key, first_index=first, backend=backend)
     return torch.where(new == old, old, new, out=new)
 
 

@@ -25,32 +25,28 @@ def momentum(codebook):
 
 
 def sample(name, codebook="linear"):
-    """Arguments of an operator."""
+    """Tensors and numbers that an operator takes, by position and by keyword."""
     generator = torch.Generator().manual_seed(2)
-    stacks, options = momentum(codebook), (0.9, True, codebook, BLOCK)
+    stacks = momentum(codebook)
+    options = {"beta": 0.9, "nesterov": True, "codebook": codebook, "block_size": BLOCK}
+    random_bits = {"keys": [1, -2, 3], "first_indices": [0, 900, 5], "row_stride": COLS}
     norms, skip = torch.tensor([0.5, 1.0, 2.0]), torch.tensor(0.0)
     directions = torch.randn(3, COLS, ROWS, generator=generator).mT
     params = [torch.randn(count, ROWS, COLS, generator=generator).bfloat16() for count in (1, 2)]
     factors = torch.tensor(0.99, dtype=torch.float64), torch.tensor(0.01, dtype=torch.float64)
     return {
-        "momentum_stats": lambda: (*stacks, *options, None),
-        "momentum_apply": lambda: (*stacks, norms, torch.zeros(3, ROWS, COLS), *options, skip, None),
-        "update_params": lambda: (params, directions, *factors, [1, -2, 3], [0, 900, 5], COLS, skip, "reference"),
+        "momentum_stats": lambda: (stacks, options),
+        "momentum_apply": lambda: ([*stacks, norms, torch.zeros(3, ROWS, COLS), skip], options),
+        "update_params": lambda: ([params, directions, *factors, skip], {**random_bits, "backend": "reference"}),
         "step_tiny": lambda: (
-            *stacks,
-            [torch.ones(3, ROWS, COLS).bfloat16()],
-            norms * 10,
-            *options,
-            [3.4445, -4.7750, 2.0315] * 2,
-            *factors,
-            [1, -2, 3],
-            [0, 900, 5],
-            COLS,
-            skip,
-            None,
+            [*stacks, [torch.ones(3, ROWS, COLS).bfloat16()], norms * 10, *factors, skip],
+            {**options, **random_bits, "coefficients": [3.4445, -4.7750, 2.0315] * 2},
         ),
-        "symmetric_product": lambda: (directions, directions, 2.0, torch.ones(3, ROWS, ROWS), 0.5, 0.1, None),
-        "round_stochastic": lambda: (torch.randn(40, generator=generator), -7, 2**33, None),
+        "symmetric_product": lambda: (
+            [directions, directions, torch.ones(3, ROWS, ROWS)],
+            {"alpha": 2.0, "beta": 0.5, "diagonal": 0.1},
+        ),
+        "round_stochastic": lambda: ([torch.randn(40, generator=generator)], {"key": -7, "first_index": 2**33}),
     }[name]()
 
 
@@ -72,7 +68,8 @@ def test_every_operator_is_here():
 
 @pytest.mark.parametrize(("name", "codebook"), CASES)
 def test_opcheck(name, codebook):
-    opcheck(getattr(ops, name), sample(name, codebook))
+    tensors, numbers = sample(name, codebook)
+    opcheck(getattr(ops, name), tuple(tensors), numbers)
 
 
 @pytest.mark.parametrize(("name", "codebook"), CASES)
@@ -80,11 +77,11 @@ def test_compiled_whole_equals_eager_bitwise(name, codebook):
     """Without a graph break, what is written in place included."""
     torch.compiler.reset()  # else earlier cases count against the limit of recompilations
     operator, results = getattr(ops, name), []
-    compiled = torch.compile(lambda *args: operator(*args), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda *tensors, **how: operator(*tensors, **how), backend="aot_eager", fullgraph=True)
     for function in (operator, compiled):
-        args = sample(name, codebook)
-        result = function(*args)
-        written = [t for arg in args for t in (arg if isinstance(arg, list | tuple) else [arg])]
+        tensors, numbers = sample(name, codebook)
+        result = function(*tensors, **numbers)
+        written = [t for arg in tensors for t in (arg if isinstance(arg, list | tuple) else [arg])]
         results.append([t for t in [result, *written] if isinstance(t, torch.Tensor)])
     assert len(results[0]) == len(results[1]) > 1
     assert all(torch.equal(eager, other) for eager, other in zip(*results, strict=True))
