@@ -39,13 +39,13 @@ class GradientRelease:
         # Weakly: the model's hooks must not keep an optimizer, and its state, that nobody has any more.
         self._optimizer = weakref.ref(optimizer, lambda _: self._detach())
         self._places = places
-        self._verdicts: dict[Tensor, GradientCheck] = {}  # of the parameters whose gradients this step has taken
+        self._checks: dict[Tensor, GradientCheck] = {}  # of the parameters whose gradients this step has taken
         self._lock = RLock()  # autograd has a thread for every device
         hooks: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._take) for p in places]
         hooks.append(optimizer.register_step_pre_hook(self._check_rest))
         hooks.append(optimizer.register_step_post_hook(lambda *_: self._close()))
         hooks.append(optimizer.register_state_dict_pre_hook(self._check_closed))
-        hooks.append(optimizer.register_load_state_dict_post_hook(lambda _: self._verdicts.clear()))
+        hooks.append(optimizer.register_load_state_dict_post_hook(lambda _: self._checks.clear()))
         self._hooks = hooks
         optimizer._is_released = True
 
@@ -76,12 +76,12 @@ class GradientRelease:
         optimizer, place = self._optimizer(), self._places[param]
         if optimizer is None:  # it went while this hook was on its way
             return
-        if not self._verdicts:
+        if not self._checks:
             _check_alone()
-            optimizer._check_whole()
+            optimizer._check_not_failed()
             optimizer._options()
-            optimizer._settle()  # the last step's skips count before this step's numbers are read
-        if param in self._verdicts:
+            optimizer._resolve_pending_check()  # the last step's skips count before this step's numbers are read
+        if param in self._checks:
             param.grad = None
             raise RuntimeError(
                 f"{place.name} has got a second gradient before optimizer.step(); the first is used and gone, the "
@@ -93,20 +93,20 @@ class GradientRelease:
         alone = [{**group, "params": [param], "param_names": [place.name]}]
         if phases.is_dry(alone):
             phases.dry_run(
-                alone, optimizer._options(alone), optimizer.state, None, optimizer._staging, place.param_index
+                alone, optimizer._options(alone), optimizer.state, None, optimizer._offload, place.param_index
             )
-            self._verdicts[param] = GradientCheck([], optimizer._num_calls + 1)
+            self._checks[param] = GradientCheck([], optimizer._num_calls + 1)
         else:
-            with optimizer._committing(has_begun=bool(self._verdicts)) as commit:
+            with optimizer._committing(has_begun=bool(self._checks)) as commit:
                 number = optimizer._num_calls + 1
-                self._verdicts[param], _ = optimizer._step_groups(alone, None, commit, number, place.param_index)
+                self._checks[param], _ = optimizer._step_groups(alone, None, commit, number, place.param_index)
         param.grad = None
 
     def _check_rest(self, optimizer: Optimizer, *_: Any) -> None:
         """Before `step()`: it closes the step, or finds gradients that were given by hand, as distributed
         checkpointing does, and no others."""
         if isinstance(optimizer, Muon8bit):
-            optimizer._check_whole()
+            optimizer._check_not_failed()
         if getattr(optimizer, "found_inf", None) is not None:
             raise RuntimeError(
                 "a GradScaler scales the loss, but release_gradients has stepped by the scaled gradients before it "
@@ -114,7 +114,7 @@ class GradientRelease:
             )
         for group_index, group in enumerate(optimizer.param_groups):
             for index, param in enumerate(group["params"]):
-                if param.grad is not None and (self._verdicts or param not in self._places):
+                if param.grad is not None and (self._checks or param not in self._places):
                     raise RuntimeError(
                         f"{_name(group, group_index, index, {})} has a gradient that was not released: it was frozen, "
                         "or not in the optimizer, when release_gradients was called, or the gradient was assigned. "
@@ -122,7 +122,7 @@ class GradientRelease:
                     )
 
     def _check_closed(self, _: Optimizer) -> None:
-        if self._verdicts:
+        if self._checks:
             raise RuntimeError(
                 "state_dict() between backward(), which has stepped the parameters already, and step(), which counts "
                 "the step: call optimizer.step() first"
@@ -130,9 +130,9 @@ class GradientRelease:
 
     def _close(self) -> None:
         """End a step: what was found in its gradients is left to the optimizer, which asks for it later."""
-        if self._verdicts and (optimizer := self._optimizer()) is not None:
-            optimizer._pending = PerParamGradientCheck(list(self._verdicts.values()))
-        self._verdicts = {}
+        if self._checks and (optimizer := self._optimizer()) is not None:
+            optimizer._pending = PerParamGradientCheck(list(self._checks.values()))
+        self._checks = {}
 
 
 def release_gradients(model: nn.Module, optimizer: Muon8bit) -> GradientRelease:

@@ -206,10 +206,10 @@ class Muon8bit(SharingOptimizer):
         self._pending: GradientCheck | PerParamGradientCheck | None = (
             None  # of the last step, if that did not wait for it
         )
-        self._untold: tuple[list[str], int, bool] | None = None  # what was learned of it by others than `step`
+        self._unreported: tuple[list[str], int, bool] | None = None  # what was learned of it by others than `step`
         self._failure: str | None = None  # of a step that had begun to write
-        staging = StateOffload(state_device)
-        super().__init__(params, defaults, process_group=process_group, shard_state=shard_state, staging=staging)
+        offload = StateOffload(state_device)
+        super().__init__(params, defaults, process_group=process_group, shard_state=shard_state, offload=offload)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked whole before anything changes. See the class for its keys."""
@@ -251,9 +251,9 @@ class Muon8bit(SharingOptimizer):
         if torch.cuda.is_available():
             phases.check_not_captured()
         if self._team is None and self._failure is not None:
-            self._check_whole()
-        if self._pending is not None or self._untold is not None:
-            self._settle()
+            self._check_not_failed()
+        if self._pending is not None or self._unreported is not None:
+            self._resolve_pending_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -263,8 +263,8 @@ class Muon8bit(SharingOptimizer):
             check_listed(group, f"parameter group {index}: ")
         team = self._find_team()
         if phases.is_dry(self.param_groups):
-            self._check_whole()
-            phases.dry_run(self.param_groups, self._options(), self.state, team, self._staging)
+            self._check_not_failed()
+            phases.dry_run(self.param_groups, self._options(), self.state, team, self._offload)
             self._consolidated = None
             rounding.advance(self.param_groups)
             return loss
@@ -273,7 +273,7 @@ class Muon8bit(SharingOptimizer):
         with self._committing(team) as commit:
             check, is_written = self._step_groups(self.param_groups, team, commit, self._num_calls)
             if not is_written:
-                self._refuse(check.nonfinite_names(), check.step, check.is_scaled)
+                self._raise_or_count(check.nonfinite_names(), check.step, check.is_scaled)
                 return loss
             if self.param_rounding == "stochastic":
                 rounding.advance(self.param_groups)
@@ -315,7 +315,7 @@ class Muon8bit(SharingOptimizer):
         running = Options(self.ns_dtype, self.backend, self.workspace_bytes)
 
         def read() -> tuple[list[phases.GroupStep], Gathering | None]:
-            work = phases.read(groups, self._options(groups), self.state, team, self._staging, num_before)
+            work = phases.read(groups, self._options(groups), self.state, team, self._offload, num_before)
             return work, phases.gathering(work, team, running, found_inf) if team else None
 
         if team is None:
@@ -329,14 +329,14 @@ class Muon8bit(SharingOptimizer):
         if not check.is_pending and check.nonfinite_names():
             return check, False
         pending = check if check.is_pending else None
-        phases.write(work, self.state, running, pending, team, self._staging, commit)
+        phases.write(work, self.state, running, pending, team, self._offload, commit)
         return check, True
 
     def _arrive(self, team: RankGroup) -> None:
         """Meet the other ranks. If a step failed on one of them when it had begun to write, all refuse to go on."""
         failure: Exception | None = None
         try:
-            self._check_whole()
+            self._check_not_failed()
         except RuntimeError as error:
             failure = error
         try:
@@ -360,7 +360,7 @@ class Muon8bit(SharingOptimizer):
                 team.failed(error, is_agreed=commit.is_confirmed)
             raise
 
-    def _check_whole(self) -> None:
+    def _check_not_failed(self) -> None:
         """Raise RuntimeError after a step that failed when it had begun to write."""
         if self._failure is not None:
             raise RuntimeError(
@@ -369,35 +369,35 @@ class Muon8bit(SharingOptimizer):
                 "load_state_dict(), which makes this optimizer usable again"
             )
 
-    def _refuse(self, names: list[str], step: int, is_scaled: bool) -> None:
+    def _raise_or_count(self, names: list[str], step: int, is_scaled: bool) -> None:
         """Raise, or count, a step with gradients that are not finite."""
         if self.on_nonfinite != "skip" and not is_scaled:
             raise NonFiniteGradientError(names, step)
         self._num_skipped_steps += 1
 
-    def _learn(self) -> None:
-        """Wait for what the last step, if it did not, found in its gradients; `_settle` tells it."""
-        verdict, self._pending = self._pending, None
-        names = [] if verdict is None else verdict.nonfinite_names()
-        if verdict is not None and names:
-            verdict.take_back()
-            if verdict.is_whole:
+    def _read_pending_check(self) -> None:
+        """Wait for what the last step, if it did not, found in its gradients; `_resolve_pending_check` tells it."""
+        check, self._pending = self._pending, None
+        names = [] if check is None else check.nonfinite_names()
+        if check is not None and names:
+            check.undo_counters()
+            if check.is_whole:
                 rounding.advance(self.param_groups, by=-1)
-            self._untold = names, verdict.step, verdict.is_scaled
+            self._unreported = names, check.step, check.is_scaled
 
-    def _settle(self) -> None:
+    def _resolve_pending_check(self) -> None:
         """Learn what the last step found in its gradients, and raise or count."""
-        self._learn()
-        untold, self._untold = self._untold, None
+        self._read_pending_check()
+        untold, self._unreported = self._unreported, None
         if untold is not None:
-            self._refuse(*untold)
+            self._raise_or_count(*untold)
 
     @property
     def num_skipped_steps(self) -> int:
         """Steps that `on_nonfinite="skip"` or a GradScaler left out so far; on CUDA waits for the last one."""
-        self._learn()
-        if self._untold is not None and (self.on_nonfinite == "skip" or self._untold[2]):
-            self._settle()
+        self._read_pending_check()
+        if self._unreported is not None and (self.on_nonfinite == "skip" or self._unreported[2]):
+            self._resolve_pending_check()
         return self._num_skipped_steps
 
     def state_dict(self) -> dict[str, Any]:
@@ -409,18 +409,18 @@ class Muon8bit(SharingOptimizer):
         Raises:
             RuntimeError: after a step that failed when it had begun to write.
         """
-        self._check_whole()
+        self._check_not_failed()
         if self._pending is not None and (self._pending.advanced or self.param_rounding == "stochastic"):
-            self._learn()
-        self._staging.synchronize()
+            self._read_pending_check()
+        self._offload.synchronize()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_whole()
-        self._learn()
-        self._staging.synchronize()
+        self._check_not_failed()
+        self._read_pending_check()
+        self._offload.synchronize()
         own = ["backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes", "step_timeout"]
-        own += ["_num_calls", "_num_skipped_steps", "_pending", "_untold", "_failure"]
+        own += ["_num_calls", "_num_skipped_steps", "_pending", "_unreported", "_failure"]
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -428,7 +428,7 @@ class Muon8bit(SharingOptimizer):
         super().__setstate__(state)
         for param, tensors in self.state.items():
             for key in STATE_KEYS & tensors.keys():
-                tensors[key] = self._staging.at_home(tensors[key], param.device)
+                tensors[key] = self._offload.at_home(tensors[key], param.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
@@ -458,12 +458,12 @@ class Muon8bit(SharingOptimizer):
             hooked = pre_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
         if self._pending is not None and self._pending.nonfinite_names():
-            self._pending.take_back()  # what is loaded may be the running state itself
+            self._pending.undo_counters()  # what is loaded may be the running state itself
         with torch.inference_mode(mode=False):  # state made in it could not be changed outside
-            groups, state = checked(state_dict, self.param_groups, self._find_team(), self._staging)
+            groups, state = checked(state_dict, self.param_groups, self._find_team(), self._offload)
 
         def load() -> None:
-            self._pending = self._untold = self._consolidated = self._failure = None
+            self._pending = self._unreported = self._consolidated = self._failure = None
             self.__setstate__({"state": state, "param_groups": groups})
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
@@ -473,4 +473,4 @@ class Muon8bit(SharingOptimizer):
     def empty_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Parameter -> what `state` holds of it after a step, with values that mean nothing: for distributed
         checkpointing to load into. This rank's memory alone, on the state's devices; `state` itself does not change."""
-        return empty(self.param_groups, self._find_team(), self._staging)
+        return empty(self.param_groups, self._find_team(), self._offload)

@@ -35,7 +35,7 @@ class SharingOptimizer(Optimizer):
         *,
         process_group: ProcessGroup | None,
         shard_state: bool,
-        staging: StateOffload,
+        offload: StateOffload,
     ) -> None:
         """Check what ranks are to share.
 
@@ -44,13 +44,13 @@ class SharingOptimizer(Optimizer):
             defaults: of the groups.
             process_group: see `Muon8bit`.
             shard_state: see `Muon8bit`.
-            staging: where the state lives.
+            offload: where the state lives.
 
         Raises:
             ValueError: for `shard_state` without a process group, or one that this rank is not in.
             NotImplementedError: for `state_device` with a process group, or with a sharded parameter, by name.
         """
-        self._staging = staging
+        self._offload = offload
         if shard_state and process_group is None:
             raise ValueError(
                 "shard_state=True shards the momenta of replicated parameters over a process group: pass "
@@ -70,7 +70,7 @@ class SharingOptimizer(Optimizer):
     @property
     def state_device(self) -> str | None:
         """Return where the state lives, as it was asked for."""
-        return self._staging.state_device
+        return self._offload.state_device
 
     def _check_sharded(self, group: dict[str, Any], index: int) -> None:
         """Refuse by name a sharded parameter that no step could take."""
@@ -177,5 +177,5 @@ class SharingOptimizer(Optimizer):
                 "an optimizer with a process_group cannot be copied or pickled, since the group belongs to its "
                 "process: construct another one and give it this one's state_dict()"
             )
-        own = {"process_group": None, "shard_state": False, "_gives_shards": False, "_staging": self._staging}
+        own = {"process_group": None, "shard_state": False, "_gives_shards": False, "_offload": self._offload}
         return {**super().__getstate__(), **own, "_team": None, "_consolidated": None}

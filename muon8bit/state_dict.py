@@ -46,7 +46,7 @@ _SHOWN = 5  # moved parameters that an error names
 
 
 def checked(
-    state_dict: Mapping[str, Any], current: list[dict[str, Any]], team: RankGroup | None, staging: StateOffload
+    state_dict: Mapping[str, Any], current: list[dict[str, Any]], team: RankGroup | None, offload: StateOffload
 ) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Any]]]:
     """Check a state dict whole, and return what to assign.
 
@@ -56,7 +56,7 @@ def checked(
         state_dict: with `state` and `param_groups`, as `Optimizer.state_dict` gives it.
         current: the running optimizer's groups; not changed.
         team: the ranks with which it shares its matrices; then of each tensor only this rank's part is kept.
-        staging: where its state lives.
+        offload: where its state lives.
 
     Raises:
         ValueError: names the group, parameter or key that is missing, foreign, or of another value, shape or dtype.
@@ -110,7 +110,7 @@ def checked(
                 state[param] = _extras(tensors, param, name)
             if not STATE_KEYS.isdisjoint(tensors):
                 layout = team.layout_of(param, new, name) if team else None
-                state[param] |= _tensors(tensors, param, new, name, layout, staging)
+                state[param] |= _tensors(tensors, param, new, name, layout, offload)
             else:  # state is made lazily
                 without.append(name)
     if 0 < len(without) < len(known):
@@ -169,19 +169,19 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def empty(
-    groups: list[dict[str, Any]], team: RankGroup | None, staging: StateOffload
+    groups: list[dict[str, Any]], team: RankGroup | None, offload: StateOffload
 ) -> dict[Tensor, dict[str, Tensor]]:
     """Return uninitialized state of every parameter, of the shapes, dtypes and placements that loading asks for."""
     state = {}
     for i, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
             where = team.layout_of(param, group, describe(group, i, j)) if team else None
-            state[param] = make_state(torch.empty, param, group, where, staging)
+            state[param] = make_state(torch.empty, param, group, where, offload)
     return state
 
 
 def _tensors(
-    tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: ParamSharding | None, staging: StateOffload
+    tensors: Any, param: Tensor, group: dict[str, Any], name: str, where: ParamSharding | None, offload: StateOffload
 ) -> dict[str, Tensor]:
     """Check the state of one parameter, and copy it.
 
@@ -213,7 +213,7 @@ def _tensors(
         elif hasattr(value, "full_tensor"):
             raise ValueError(f"{what} is sharded, the parameter is not: load value.full_tensor()")
         copies[key] = value.detach().to(
-            device=home(key, param, group, staging), copy=True, memory_format=torch.contiguous_format
+            device=home(key, param, group, offload), copy=True, memory_format=torch.contiguous_format
         )
     return copies if where is None else where.wrapped(copies, {key: shape for key, (shape, _) in layout.items()})
 

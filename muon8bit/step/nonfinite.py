@@ -87,7 +87,7 @@ class GradientCheck:
         names = [name for namer in self._namers for name in namer()]
         return list(dict.fromkeys(name for name, ok in zip(names, finite, strict=True) if not ok))
 
-    def take_back(self) -> None:
+    def undo_counters(self) -> None:
         """Of a step that was not done: set back the counters that it advanced, once."""
         while self.advanced:
             self.advanced.pop().sub_(1)
@@ -111,8 +111,8 @@ class PerParamGradientCheck:
         """Step counters on the host, of all parts."""
         return [step for part in self._parts for step in part.advanced]
 
-    def take_back(self) -> None:
+    def undo_counters(self) -> None:
         """Set back the counters of the parameters that were skipped."""
         for part in self._parts:
             if part.nonfinite_names():
-                part.take_back()
+                part.undo_counters()
