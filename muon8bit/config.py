@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +29,6 @@ from .choices import (
     Routing as Routing,
     StateDevice as StateDevice,
 )
-
-if TYPE_CHECKING:
-    from .orthogonalize import Coefficients
 
 # The rules by which `param_groups` routes: those of the newest release.
 DEFAULT_ROUTING: Routing = "0.2"
@@ -70,73 +66,6 @@ DEFAULT_STEP_TIMEOUT = 60.0
 MAX_STEP_TIMEOUT = 10**6
 # Of the workspace, for sums, norms and tables of addresses.
 SMALL_WORKSPACE_BYTES = 2**20
-
-
-AnyOptions = TypeVar("AnyOptions", bound="Options")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the whole optimizer, besides those of its groups.
-
-    The dtype of Newton-Schulz (None: by cost), the kernels, and the bytes that a step may allocate at once.
-    `skip`, of one step: None, or 0-d fp32 on the device at hand; where it is not 0, nothing is written.
-    `grad_scale`, of one step: None, or 1-element fp32 on the device at hand, which the gradients are to be divided by.
-    """
-
-    ns_dtype: torch.dtype | None
-    backend: Backend | None
-    workspace_bytes: int
-    skip: Tensor | None = None
-    grad_scale: Tensor | None = None
-
-    def on(self: AnyOptions, device: torch.device, skip: Tensor | None = None) -> AnyOptions:
-        """Return the same for one device, whose `skip` is given."""
-        scale = self.grad_scale
-        if scale is not None and scale.device != device:
-            scale = scale.to(device, non_blocking=True)
-        return self if scale is self.grad_scale and skip is None else replace(self, grad_scale=scale, skip=skip)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MuonOptions(Options):
-    """Keys of a Muon group, checked, and the options of the optimizer.
-
-    `coefficients` are those of `ns_coefficients` and `ns_steps`. `row_splits` or `column_splits` are the sizes of the
-    pieces of each matrix that are orthogonalized by themselves, where `split_sizes` are given.
-    """
-
-    lr: float | Tensor
-    weight_decay: float
-    momentum: float
-    nesterov: bool
-    coefficients: Coefficients
-    eps: float
-    adjust_lr_fn: str | None
-    format: tuple[int, Codebook, int, bool]  # the values of FORMAT_KEYS
-    flatten: bool
-    row_splits: tuple[int, ...] | None
-    column_splits: tuple[int, ...] | None
-    clip_matrix_norm: float | None
-    maximize: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamWOptions(Options):
-    """Keys of an AdamW group, checked, and the options of the optimizer.
-
-    A `momentum` in the group, which OneCycleLR and CyclicLR write there, is the first of `betas`.
-    """
-
-    lr: float | Tensor
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
-    adamw_bits: int
-    maximize: bool
-
-
-GroupOptions: TypeAlias = MuonOptions | AdamWOptions
 
 # Keys of `optimizer.state[param]`: part of the checkpoint format, one dtype each.
 LINEAR_CODES_KEY = "momentum_linear8"  # int8, the parameter's shape

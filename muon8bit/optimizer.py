@@ -22,9 +22,7 @@ from .config import (
     STATE_KEYS,
     Backend,
     Codebook,
-    GroupOptions,
     OnNonfinite,
-    Options,
     ParamRounding,
     StateDevice,
     check_running,
@@ -34,6 +32,7 @@ from .sharded_optimizer import SharingOptimizer
 from .state_dict import checked, empty
 from .step import phases, rounding
 from .step.commit import Commit
+from .step.group_options import GroupOptions, Options
 from .step.nonfinite import GradientCheck, NonFiniteGradientError, PerParamGradientCheck
 from .step.offload import StateOffload
 from .step.options import (

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from muon8bit import Muon8bit
-from muon8bit.config import AdamWOptions
 from muon8bit.step import adamw
 from muon8bit.step.adamw_chunks import AdamWChunk
+from muon8bit.step.group_options import AdamWOptions
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.97), "eps": 1e-8, "weight_decay": 0.05, "maximize": False}
 

@@ -10,9 +10,9 @@ from helpers.bitwise import assert_bitwise
 from muon8bit_kernels import dynamic_map, ops, rounding_key, unsigned_dynamic_map
 
 from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients, state_report
-from muon8bit.config import AdamWOptions
 from muon8bit.step import adamw, adamw8bit, nonfinite
 from muon8bit.step.adamw_chunks import AdamWChunk
+from muon8bit.step.group_options import AdamWOptions
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

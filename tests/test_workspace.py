@@ -8,9 +8,9 @@ from helpers.allocator import peak_bytes
 from muon8bit_kernels import ops
 
 from muon8bit import Muon8bit
-from muon8bit.config import AdamWOptions
 from muon8bit.step import adamw, adamw8bit
 from muon8bit.step.adamw_chunks import AdamWChunk
+from muon8bit.step.group_options import AdamWOptions
 
 MIB = 2**20
 

@@ -29,8 +29,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from benchmarks.gpu.workloads import Llama
 from benchmarks.scaling.transfers import bytes_received, bytes_sent, counted_bytes, gathered_bytes, num_gathered
 from muon8bit import Muon8bit
-from muon8bit.config import Options
 from muon8bit.distributed import Gathering, ShardedBatch, exchange
+from muon8bit.step.group_options import Options
 
 # Of the published config.json of meta-llama/Llama-3.2-1B; one of its layers.
 LAYER = Llama(hidden=2048, intermediate=8192, layers=1, kv=8 * 64)

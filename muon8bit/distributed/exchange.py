@@ -22,8 +22,8 @@ import torch
 from muon8bit_kernels import momentum_apply_cut
 from torch import Tensor
 
-from ..config import Options
 from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, orthogonalize, partial_gram
+from ..step.group_options import Options
 from ..step.matrix_batches import MatrixBatch, contiguous_params
 from ..step.muon import average_, lr_ratio, update_params_
 from .assignment import Assignment, PlannedTransfer

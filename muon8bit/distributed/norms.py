@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..config import Options
+from ..step.group_options import Options
 from .collectives import Transport
 from .matrix_sharding import Region
 from .sharded_batch import ShardedBatch, sums_of_squares

@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from ..config import Options
 from ..step import adamw8bit
+from ..step.group_options import Options
 from . import param_sharding
 from .assignment import Assignment, plan
 from .consistency import SynchronizedRanks

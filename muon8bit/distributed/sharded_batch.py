@@ -16,9 +16,9 @@ import torch
 from muon8bit_kernels import momentum_stats_cut
 from torch import Tensor
 
-from ..config import MuonOptions, Options
 from ..orthogonalize import choose_method, device_kind
 from ..step.clipping import Clip, with_factor
+from ..step.group_options import MuonOptions, Options
 from ..step.matrix_batches import MatrixBatch, ParamMatrices
 from ..step.momentum import Momentum, MomentumFormat
 from ..step.muon import frobenius_norm, squares

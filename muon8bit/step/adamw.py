@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY, AdamWOptions
+from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY
 from . import adamw8bit
 from .adamw_chunks import AdamWChunk, pack
+from .group_options import AdamWOptions
 from .offload import NUM_BUFFERS, OffloadTask
 from .rounding import round_stochastic
 

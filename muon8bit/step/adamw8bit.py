@@ -31,9 +31,9 @@ from ..config import (
     EXP_AVG_SQ_KEY,
     EXP_AVG_SQ_SCALES_KEY,
     MIN_ADAMW8_ELEMENTS,
-    AdamWOptions,
 )
 from .adamw_chunks import AdamWChunk
+from .group_options import AdamWOptions
 from .rounding import round_stochastic
 
 # Elements stepped at once: on a CPU few, since bitsandbytes makes five fp32 copies of them; on CUDA many, as each takes

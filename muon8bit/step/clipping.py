@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import MuonOptions
+from .group_options import MuonOptions
 from .matrix_batches import ParamMatrices
 from .options import describe
 

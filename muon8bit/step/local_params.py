@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..config import STATE_KEYS, AdamWOptions, GroupOptions, MuonOptions
+from ..config import STATE_KEYS
 from . import adamw, adamw8bit, rounding
 from .dense import is_fake, is_overlapping, why_not_dense, with_memory
+from .group_options import AdamWOptions, GroupOptions, MuonOptions
 from .momentum import Momentum, MomentumFormat
 from .offload import StateOffload
 from .options import DTYPES, FORMAT_KEYS, describe

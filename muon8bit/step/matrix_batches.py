@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import MuonOptions
 from ..orthogonalize import Partition
+from .group_options import MuonOptions
 from .momentum import Momentum
 
 

@@ -25,9 +25,10 @@ import torch
 from muon8bit_kernels import ops
 from torch import Tensor
 
-from ..config import SMALL_WORKSPACE_BYTES, MuonOptions
+from ..config import SMALL_WORKSPACE_BYTES
 from ..orthogonalize import device_kind, orthogonalize, partition
 from .commit import Commit
+from .group_options import MuonOptions
 from .matrix_batches import MatrixBatch, contiguous_params
 
 _LEAST_NORM = 2.0**-60  # of a Newton-Schulz input that counts as one: see `frobenius_norm`

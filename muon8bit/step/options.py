@@ -23,15 +23,12 @@ from ..config import (
     DEFAULT_ADAMW_BETAS,
     DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
-    AdamWOptions,
     Backend,
-    GroupOptions,
-    MuonOptions,
-    Options,
 )
 from ..orthogonalize import choose_method, diverges, resolve_coefficients
 from . import adamw8bit
 from .dense import is_overlapping, why_not_dense, why_not_written
+from .group_options import AdamWOptions, GroupOptions, MuonOptions, Options
 
 # How the running optimizer stores and computes: from the constructor, never from a checkpoint.
 FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import STEP_KEY, AdamWOptions, GroupOptions, MuonOptions, Options
+from ..config import STEP_KEY
 from . import adamw, clipping, muon
 from .adamw_chunks import AdamWChunk
 from .commit import Commit
 from .dense import fake_mode_of, is_fake
+from .group_options import AdamWOptions, GroupOptions, MuonOptions, Options
 from .local_params import LocalParam, local_params, new_state
 from .matrix_batches import MatrixBatch, ParamMatrices, group_into_batches, matrices_of
 from .nonfinite import GradientCheck

@@ -1,0 +1,78 @@
+"""What a parameter group asks of a step, frozen: `options.resolve_options` makes it, all that follows reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..config import Backend, Codebook
+from ..orthogonalize import Coefficients
+
+AnyOptions = TypeVar("AnyOptions", bound="Options")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the whole optimizer, besides those of its groups.
+
+    The dtype of Newton-Schulz (None: by cost), the kernels, and the bytes that a step may allocate at once.
+    `skip`, of one step: None, or 0-d fp32 on the device at hand; where it is not 0, nothing is written.
+    `grad_scale`, of one step: None, or 1-element fp32 on the device at hand, which the gradients are to be divided by.
+    """
+
+    ns_dtype: torch.dtype | None
+    backend: Backend | None
+    workspace_bytes: int
+    skip: Tensor | None = None
+    grad_scale: Tensor | None = None
+
+    def on(self: AnyOptions, device: torch.device, skip: Tensor | None = None) -> AnyOptions:
+        """Return the same for one device, whose `skip` is given."""
+        scale = self.grad_scale
+        if scale is not None and scale.device != device:
+            scale = scale.to(device, non_blocking=True)
+        return self if scale is self.grad_scale and skip is None else replace(self, grad_scale=scale, skip=skip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonOptions(Options):
+    """Keys of a Muon group, checked, and the options of the optimizer.
+
+    `coefficients` are those of `ns_coefficients` and `ns_steps`. `row_splits` or `column_splits` are the sizes of the
+    pieces of each matrix that are orthogonalized by themselves, where `split_sizes` are given.
+    """
+
+    lr: float | Tensor
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    coefficients: Coefficients
+    eps: float
+    adjust_lr_fn: str | None
+    format: tuple[int, Codebook, int, bool]  # the values of FORMAT_KEYS
+    flatten: bool
+    row_splits: tuple[int, ...] | None
+    column_splits: tuple[int, ...] | None
+    clip_matrix_norm: float | None
+    maximize: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWOptions(Options):
+    """Keys of an AdamW group, checked, and the options of the optimizer.
+
+    A `momentum` in the group, which OneCycleLR and CyclicLR write there, is the first of `betas`.
+    """
+
+    lr: float | Tensor
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    adamw_bits: int
+    maximize: bool
+
+
+GroupOptions: TypeAlias = MuonOptions | AdamWOptions
