@@ -25,8 +25,8 @@ from finetune.storage.outputs import save_model
 from finetune.storage.run_dir import RunFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# How much a merge may change logits, of the largest one: fp32 sums in another order, bf16 rounds each folded weight to
-# 2^-9 of it. Measured on tiny models with adapters of full rank: 1e-6 and 1e-2.
+# How much a merge may change logits, of the largest one: fp32 sums in another order, bf16 rounds activations and each
+# folded weight to 2^-9 of it. Measured on a model of 60 thousand parameters with adapters of rank 16: 9e-7 and 9e-3.
 LARGEST_CHANGE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
@@ -144,11 +144,13 @@ def merge_adapter(source: AdapterSource, output: Path, dtype: str | None, say: C
         adapted = load_adapter(base, source.folder, source.base, "RUN").eval()
     merged = _fold(adapted, DTYPES[dtype], source)
     change = float((logits_of(merged, input_ids=ids) - expected).abs().max() / expected.abs().max())
-    if not change <= LARGEST_CHANGE[dtype]:
+    coarser = "bf16" if "bf16" in (dtype, source.dtype) else "fp32"
+    if not change <= LARGEST_CHANGE[coarser]:
         raise InputError(
             "RUN",
-            f"merging {source.folder} changes logits by {change:.1e} of the largest one, and in {dtype} "
-            f"{LARGEST_CHANGE[dtype]:.0e} may be; give --dtype fp32, or use the adapter as it is",
+            f"merging {source.folder} changes logits by {change:.1e} of the largest one, and in {coarser} "
+            f"{LARGEST_CHANGE[coarser]:.0e} may be; {'give --dtype fp32, or ' if dtype == 'bf16' else ''}use the "
+            "adapter as it is",
         )
     has_tokenizer = (source.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(source.folder) if has_tokenizer else source.base, "RUN")

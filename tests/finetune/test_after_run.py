@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetune import chat_with, merge
+from finetune.models import merging as merging_module
 from finetune.models.merging import LARGEST_CHANGE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,7 @@ def test_merge_folds_an_adapter_into_its_base_and_both_answer_as_in_training(
     assert asked["after"] in talk.out
 
 
-def test_merge_of_an_nf4_base_folds_into_what_the_adapter_learned_on(sft, tmp_path, chat_base):
+def test_merge_of_an_nf4_base_folds_into_what_the_adapter_learned_on(sft, merging, tmp_path, chat_base, monkeypatch):
     outcome = sft("--mode", "qlora", "--output-dir", "run", "--lr", 3e-2, "--merge", "--num-answers", 0)
     assert outcome.code == 0, outcome.err
     assert "the base is dequantized from NF4 to bf16" in outcome.out
@@ -128,6 +129,14 @@ def test_merge_of_an_nf4_base_folds_into_what_the_adapter_learned_on(sft, tmp_pa
         expected = dequantize_4bit(param.data, param.quant_state).double() + added
         assert merged.get_parameter(name).dtype == torch.bfloat16
         torch.testing.assert_close(merged.get_parameter(name).double(), expected, rtol=2**-8, atol=1e-6)
+    assert merging("run", "--output", "more", "--dtype", "fp32").code == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "more", dtype="auto").dtype == torch.float32
+    with monkeypatch.context() as patch:
+        patch.setattr(merging_module, "LARGEST_CHANGE", {"bf16": 1e-6})
+        refused = merging("run", "--output", "none")
+    assert refused.code == 2
+    assert "--dtype fp32, or use the adapter as it is" in refused.err.splitlines()[-1]
+    assert not (tmp_path / "none").exists()
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -376,9 +376,10 @@ def test_a_signal_saves_and_ends_with_the_command_that_resumes(pretrain, tmp_pat
             os.kill(os.getpid(), number)
         return queue(run)
 
-    monkeypatch.setattr(trainer, "one_step", interrupted)
     before = signal.signal(number, signal.SIG_DFL)  # a test that is started in the background ignores some
-    stopped = pretrain("--output-dir", "run", "--max-steps", 100, "--save-every", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "one_step", interrupted)
+        stopped = pretrain("--output-dir", "run", "--max-steps", 100, "--save-every", 100)
     signal.signal(number, before)
     assert stopped.code == 128 + number, stopped.err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000005"]
@@ -391,8 +392,6 @@ def test_a_signal_saves_and_ends_with_the_command_that_resumes(pretrain, tmp_pat
         *("--resume", str(tmp_path / "run")),
     ]
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")  # of the evaluations until then
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     resumed = pretrain(*command[1:], "--max-steps", 7)
     assert resumed.code == 0, resumed.err
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 8))
@@ -402,12 +401,11 @@ def test_ctrl_c_outside_of_the_loop_tells_what_can_be_resumed(pretrain, tmp_path
     def interrupted(_run):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "_train", interrupted)
-    early = pretrain("--output-dir", "early")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_train", interrupted)
+        early = pretrain("--output-dir", "early")
     assert early.code == 130
     assert early.err.splitlines()[-1] == "stopped before the first checkpoint; there is nothing to resume"
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer, "_finish", lambda *_: interrupted(None))
     late = pretrain("--output-dir", "late")
     assert late.code == 130
