@@ -19,7 +19,7 @@ _SUBCOMMANDS = (estimate, report, convert)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
+    """Return the parser of the whole command."""
     parser = CommandParser(prog="muon8bit", description="Tools around the Muon8bit optimizer.")
     parser.add_argument("--version", action="version", version=f"muon8bit {__version__}", help="print the version")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
@@ -29,8 +29,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (None: the process's). Returns the exit code: 0, 2 (bad input, told in one line on
-    stderr), or what the subcommand gives."""
+    """Run the command line `argv` (None: the process's).
+
+    Returns the exit code: 0, 2 (bad input, told in one line on stderr), or what the subcommand gives.
+    """
     try:
         args = build_parser().parse_args(argv)
         code: int = args.run(args)

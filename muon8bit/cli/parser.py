@@ -69,7 +69,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {'off' if default is False else default})"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """`--name VALUE` once; aliases stand in the help text."""
+        """Return `--name VALUE` once; aliases stand in the help text."""
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         value = self._format_args(action, self._get_default_metavar_for_optional(action))

@@ -1,4 +1,4 @@
-"""What is wrong with the arguments of `param_groups`, or with the model, and the way out."""
+"""Errors in the arguments of `param_groups`, or in the model, and the way out."""
 
 from __future__ import annotations
 
@@ -46,8 +46,11 @@ def check_arguments(
 
 
 def check_any_matrix(routes: Sequence[Route]) -> None:
-    """Raise ValueError if nothing goes to Muon and nothing could; warn where only patterns would send something, as
-    in a convolutional network, or an adapter that is no product of matrices."""
+    """Raise ValueError if nothing goes to Muon and nothing could.
+
+    Where only patterns would send something, as in a convolutional network, or an adapter that is no product of
+    matrices, it is a warning.
+    """
     trainable = [route for route in routes if route.algorithm is not None]
     if any(route.algorithm == "muon" for route in trainable):
         return

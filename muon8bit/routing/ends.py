@@ -39,8 +39,11 @@ class Ends:
 
 
 def find_ends(model: nn.Module, routing: Routing) -> Ends:
-    """Embeddings by module type and `get_input_embeddings`; heads by `get_output_embeddings` of any submodule
-    and by name, or, without these methods, the last Linear if it has the first embedding's rows."""
+    """Return the embeddings and the heads of a model.
+
+    Embeddings are found by module type and `get_input_embeddings`; heads by `get_output_embeddings` of any submodule
+    and by name, or, without these methods, the last Linear if it has the first embedding's rows.
+    """
     ends, tables, linears, is_hugging_face = Ends(routing), [], [], False
     for path, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -69,7 +72,7 @@ def find_ends(model: nn.Module, routing: Routing) -> Ends:
 
 
 def _part(module: nn.Module, getter: str) -> Iterator[nn.Parameter]:
-    """Parameters of the module that a Hugging Face getter returns; none where it is missing or raises."""
+    """Yield the parameters of the module that a Hugging Face getter returns; none where it is missing or raises."""
     try:
         part = getattr(module, getter)()
     except (AttributeError, NotImplementedError):

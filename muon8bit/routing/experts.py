@@ -18,7 +18,7 @@ _COUNT_KEY = re.compile(r"num\w*experts$|n_(routed_|shared_)?experts$|^num_local
 
 
 def is_stack(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the parameter [experts, rows, cols] holds a matrix for each expert.
+    """Return whether the parameter [experts, rows, cols] holds a matrix for each expert.
 
     That is said by transformers' experts (`has_gate`), by the word `experts` in its path or its module's class, or by
     a sibling of as many matrices that takes what it gives, in a module that, or whose class, is called a mixture, or
@@ -64,7 +64,7 @@ def linear_stack(module: nn.Module | None, child: str) -> Tensor | None:
 
 
 def row_stack(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) -> tuple[int, ...] | None:
-    """Rows of each expert in a parameter [experts * rows, cols], as DBRX keeps them; None for any other."""
+    """Return the rows of each expert in a parameter [experts * rows, cols], as DBRX keeps them; None for any other."""
     owner = modules[name.rpartition(".")[0]]
     count = getattr(owner, "moe_num_experts", getattr(owner, "num_experts", 0))
     is_expert = "expert" in type(owner).__name__.lower()
@@ -116,7 +116,7 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
 
 
 def is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether `name` lies in a router. A `gate` beside a module of its own shape is a gated MLP's matrix."""
+    """Return whether `name` lies in a router. A `gate` beside a module of its own shape is a gated MLP's matrix."""
     match = _ROUTER.search(name)
     if match is None:
         return False

@@ -32,7 +32,7 @@ _GPT2_ATTENTIONS = {"GPT2Attention", "DecisionTransformerGPT2Attention"}  # Conv
 
 
 def known_split(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) -> Split | None:
-    """Pieces of a fused weight whose layout is known from its modules; None for any other.
+    """Return the pieces of a fused weight whose layout is known from its modules; None for any other.
 
     Args:
         name: qualified name of the parameter, a key of `modules` before its last dot.
@@ -60,8 +60,10 @@ def known_split(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module
 
 
 def _experts_split(experts: nn.Module, shape: Sequence[int]) -> Split | None:
-    """Halves of `gate_up_proj` [experts, ...] along the dimension that `down_proj` tells; None where gate and up
-    alternate (gpt-oss) or the module does not say that they are concatenated."""
+    """Return the halves of `gate_up_proj` [experts, ...] along the dimension that `down_proj` tells.
+
+    None where gate and up alternate (gpt-oss) or the module does not say that they are concatenated.
+    """
     if not getattr(experts, "is_concatenated", type(experts).__name__ == "Llama4TextExperts"):
         return None
     down = tuple(getattr(getattr(experts, "down_proj", None), "shape", ()))
@@ -73,7 +75,7 @@ def _experts_split(experts: nn.Module, shape: Sequence[int]) -> Split | None:
 
 
 def looks_fused(name: str, shape: Sequence[int]) -> bool:
-    """Whether the matrix [rows, cols] holds several, by its name or, in attention, by sides of 1:3."""
+    """Return whether the matrix [rows, cols] holds several, by its name or, in attention, by sides of 1:3."""
     if _FUSED.search(name):
         return True
     attention = _ATTENTION.search(name)
@@ -82,9 +84,9 @@ def looks_fused(name: str, shape: Sequence[int]) -> bool:
 
 
 def holds_twice(name: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a Linear gives twice what a module beside it takes: a query and a gate, or a gate and an up projection.
+    """Return whether a Linear gives twice what a module beside it takes: query and gate, or gate and up projections.
 
-    So that the second one takes the first one's result, it must also give vectors of the size that the first one takes.
+    So that the second one takes the first one's result, it must also give vectors of the size that the first takes.
     """
     path, _, local = name.rpartition(".")
     path = COPIES.sub("", path)

@@ -50,8 +50,10 @@ def param_groups(
     loraplus_ratio: float | None = None,
     routing: Routing = DEFAULT_ROUTING,
 ) -> ParamGroups:
-    """Routed groups for `Muon8bit`: 2-D hidden weights and stacked experts to Muon; embeddings, output head (tied or
-    not), norms, biases, MoE routers, convolutions, other 1-D, 3-D and more to AdamW; frozen ones to none.
+    """Return groups for `Muon8bit`, of a model whose parameters are routed by rules.
+
+    2-D hidden weights and stacked experts go to Muon; embeddings, output head (tied or not), norms, biases, MoE
+    routers, convolutions, other 1-D, 3-D and more to AdamW; frozen ones to none.
 
     LoRA as peft names it: factors A and B of hidden matrices to Muon, each a matrix of its own; those of embeddings,
     head, MoE routers and convolutions, B of stacked experts, DoRA magnitudes, biases, and the trained copies of
@@ -89,6 +91,7 @@ def param_groups(
         no_decay: patterns of further parameters whose weight decay is 0, Muon's too.
         loraplus_ratio: lr of every LoRA factor B over that of its A (LoRA+, where 16 is usual); None for equal ones.
             Not for an embedding's factors, of which A starts at zero, nor for biases and DoRA magnitudes.
+        routing: the release whose rules say where parameters go, `"0.1"` or `"0.2"`, which is the newest.
 
     Returns:
         ParamGroups: dicts in the order muon before adamw, without before with splits or flatten (each kind by first
@@ -154,7 +157,7 @@ def param_groups(
 def _route_all(
     model: nn.Module, patterns: Sequence[tuple[str, Target]], no_decay: Sequence[str], routing: Routing
 ) -> tuple[list[Route], list[nn.Parameter]]:
-    """One route per distinct parameter with the patterns applied, and the parameters in the same order."""
+    """Return one route per distinct parameter with the patterns applied, and the parameters in the same order."""
     named = list(model.named_parameters(remove_duplicate=False))
     unwrapped = unwrapper(name for name, _ in named)
     names: dict[nn.Parameter, list[str]] = {}
@@ -193,8 +196,10 @@ def _route_all(
 
 
 def _predicted_bytes(route: Route, adamw_bits: int) -> int:
-    """Return the state bytes at the defaults and a pattern's own keys: codes, a scale per row and block; fp32 buffer;
-    AdamW's two moments."""
+    """Return the state bytes at the defaults and a pattern's own keys.
+
+    They are codes, a scale per row and block; an fp32 buffer; or AdamW's two moments.
+    """
     options: dict[str, int] = dict(route.options)
     if route.algorithm == "adamw":
         is_8bit = options.get("adamw_bits", adamw_bits) == 8

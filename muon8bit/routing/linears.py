@@ -56,25 +56,28 @@ class Flow:
                 self._givers[given].append(path)
 
     def takes(self, size: int, *, by_scores: bool = True) -> bool:
-        """Whether anything in the model takes vectors of this size; a Linear of one row counts only `by_scores`."""
+        """Return whether anything in the model takes vectors of this size.
+
+        A Linear of one row counts only `by_scores`.
+        """
         return bool(self._takers_of(size, by_scores))
 
     def leads_on(self, path: str, size: int) -> bool:
-        """Whether the module at `path`, a later one, or one in numbered layers takes vectors of this size."""
+        """Return whether the module at `path`, a later one, or one in numbered layers takes vectors of this size."""
         place = self._order.get(path, 0)
         return any(self._order[p] >= place or _CHAIN.search(p) for p in self._takers.get(size, []))
 
     def is_top(self, path: str) -> bool:
-        """Whether the module at `path` lies directly in the model, whatever is wrapped around that."""
+        """Return whether the module at `path` lies directly in the model, whatever is wrapped around that."""
         return path.rpartition(".")[0] in self._tops
 
     def beside(self, path: str) -> list[str]:
-        """Names of the other modules directly in the module around `path`."""
+        """Return the names of the other modules directly in the module around `path`."""
         around = path.rpartition(".")[0]
         return [p.rpartition(".")[2] for p in self._order if p != path and p.rpartition(".")[0] == around]
 
     def is_taken(self, path: str, size: int, *, any_order: bool = False, by_scores: bool = True) -> bool:
-        """Whether a module beside `path` takes vectors of this size, or one around that.
+        """Return whether a module beside `path` takes vectors of this size, or one around that.
 
         Numbered layers are looked into only from inside. A convolution must come later, and so must what is at the top
         of the model or not beside, unless `any_order`, as where a sum goes on to what came before. A Linear of one row
@@ -94,7 +97,7 @@ class Flow:
         return [path for path in self._takers.get(size, []) if by_scores or path not in self._scores]
 
     def is_given(self, path: str, size: int) -> bool:
-        """Whether a module beside `path`, or one level further out, gives vectors of this size."""
+        """Return whether a module beside `path`, or one level further out, gives vectors of this size."""
         givers, parent = self._givers.get(size, []), path.rpartition(".")[0]
         return _is_in(parent, givers, path) or _is_in(parent.rpartition(".")[0], givers, path)
 
@@ -111,7 +114,7 @@ def _tops(modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _is_in(around: str, others: list[str], path: str) -> bool:
-    """Whether one of `others` but `path` lies in the module `around`, not inside its numbered layers."""
+    """Return whether one of `others` but `path` lies in the module `around`, not inside its numbered layers."""
     start = f"{around}." if around else ""
     return any(o != path and o.startswith(start) and not _CHAIN.search(o[len(start) :]) for o in others)
 
@@ -133,8 +136,10 @@ def _output_size(module: nn.Module) -> int:
 
 
 def is_bare(local: str, owner: nn.Module) -> bool:
-    """Whether a parameter is no module's weight of a known kind: no Linear's, embedding's, convolution's, attention's
-    or recurrent layer's."""
+    """Return whether a parameter is no module's weight of a known kind.
+
+    Known are Linear, embedding, convolution, attention and recurrent layers.
+    """
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd):
         return False
     if isinstance(owner, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):

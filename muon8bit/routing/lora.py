@@ -1,4 +1,4 @@
-"""What a parameter of a LoRA adapter is, by the names and modules that peft makes; peft is not imported."""
+"""Parts of LoRA adapters, told by the names and modules that peft makes; peft is not imported."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _PART = re.compile(r"(?:(?P<layer>.*)\.)?lora_(?P<part>[A-Za-z_]+)\.[^.]+(?:\.\w
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter of an adapter: `kind` is what follows `lora_` ("A", "B", "embedding_A", "magnitude_vector", ...),
-    `path` and `layer` the adapted layer's, `inner` that without its adapters, `base` the weight that it adapts, if it
-    has one called `weight`;
-    `num_experts` over 1 where it holds a factor for each of stacked experts, `num_blocks` of a block diagonal one."""
+    """A parameter of an adapter.
+
+    `kind` is what follows `lora_` ("A", "B", "embedding_A", "magnitude_vector", ...), `path` and `layer` the adapted
+    layer's, `inner` that without its adapters, `base` the weight that it adapts, if it has one called `weight`;
+    `num_experts` over 1 where it holds a factor for each of stacked experts, `num_blocks` of a block diagonal one.
+    """
 
     kind: str
     path: str
@@ -32,12 +34,12 @@ class Part:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether the parameter `name` belongs to a LoRA adapter."""
+    """Return whether the parameter `name` belongs to a LoRA adapter."""
     return _PART.fullmatch(name) is not None
 
 
 def adapter_part(name: str, modules: Mapping[str, nn.Module]) -> Part | None:
-    """The part of a LoRA adapter that the parameter `name` is, or None."""
+    """Return the part of a LoRA adapter that the parameter `name` is, or None."""
     match = _PART.fullmatch(name)
     if match is None:
         return None
@@ -53,7 +55,7 @@ def adapter_part(name: str, modules: Mapping[str, nn.Module]) -> Part | None:
 
 
 def factor_split(part: Part, shape: Sequence[int], modules: Mapping[str, nn.Module], *, is_told: bool) -> Split | None:
-    """Pieces of the factor A or B of this shape, along its rows; None if it is one matrix.
+    """Return the pieces of the factor A or B of this shape, along its rows; None if it is one matrix.
 
     A over stacked experts, [experts * r, in], and the blocks of a block diagonal factor lie one after the other
     (peft 0.21, `ParamWrapper` and `BlockDiagonalLinear`). The rows of B, [out, r], are those of the fused base weight
@@ -74,7 +76,7 @@ def factor_split(part: Part, shape: Sequence[int], modules: Mapping[str, nn.Modu
 
 
 def looks_fused_factor(part: Part, shape: Sequence[int]) -> bool:
-    """Whether B [out, r] seems to hold several matrices; A, whose input is shared, never does."""
+    """Return whether B [out, r] seems to hold several matrices; A, whose input is shared, never does."""
     return part.kind == "B" and looks_fused(
         f"{part.path}.weight", (shape[0], int(getattr(part.layer, "in_features", 1)))
     )

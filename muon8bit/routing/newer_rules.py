@@ -34,7 +34,7 @@ _ROUTER = re.compile(r"router|gat(e|ing)(?!_(up_)?proj)|(^|_)wg$", re.IGNORECASE
 
 @dataclass(frozen=True)
 class Role:
-    """Where a rule sends a parameter; fields as in `Route`."""
+    """Role of a parameter by a rule: where it goes; fields as in `Route`."""
 
     algorithm: Algorithm
     reason: str
@@ -125,5 +125,5 @@ def _bare_role(name: str, shape: tuple[int, ...], modules: Mapping[str, nn.Modul
 
 
 def _is_vector(shape: tuple[int, ...]) -> bool:
-    """Whether all dimensions but one have one element."""
+    """Return whether all dimensions but one have one element."""
     return math.prod(shape) == max(shape, default=1)

@@ -104,7 +104,7 @@ def _why_head(path: str, rows: int, cols: int, sizes: set[int], flow: Flow) -> s
 
 
 def _is_attention(path: str, flow: Flow) -> bool:
-    """Whether the Linear at `path` is a projection of attention, or makes what modulates another layer.
+    """Return whether the Linear at `path` is a projection of attention, or makes what modulates another layer.
 
     Directly in the model a `value` is one only beside another projection.
     """

@@ -1,4 +1,4 @@
-"""What a parameter is (embedding, head, router, fused, ...), by modules, names and shapes, and its route."""
+"""Rules that tell by modules, names and shapes what a parameter is (embedding, head, router, ...), and its route."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NARROW = f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32"
 
 @dataclass(frozen=True)
 class Route:
-    """Where one parameter goes and why.
+    """Route of one parameter: where it goes and why.
 
     `algorithm` None means frozen, in no group; `flag` says what to look at, or is empty; `decays` tells the
     AdamW groups apart; `lr` as in the group; `weight_decay` per unit of lr; `state_bytes` predicted for
@@ -65,7 +65,7 @@ class Route:
 
 
 def default_route(name: str, param: nn.Parameter, modules: Mapping[str, nn.Module], ends: Ends) -> Route:
-    """The default route: the first rule that applies, of those that `ends.routing` has."""
+    """Return the default route: the first rule that applies, of those that `ends.routing` has."""
     if ends.routing != "0.1" and (role := newer_role(name, param, modules, ends)):
         return _route_of(role, name, param, modules, ends)
     path, _, local = name.rpartition(".")
@@ -128,7 +128,10 @@ def _route_of(role: Role, name: str, param: nn.Parameter, modules: Mapping[str, 
 def _adapter_route(
     name: str, shape: tuple[int, ...], part: Part, modules: Mapping[str, nn.Module], ends: Ends
 ) -> Route:
-    """The route of a part of a LoRA adapter: factors A and B of hidden matrices to Muon, each a matrix of its own."""
+    """Return the route of a part of a LoRA adapter.
+
+    Factors A and B of hidden matrices go to Muon, each a matrix of its own.
+    """
 
     def adamw(reason: str, *, decays: bool = True, flag: str = "") -> Route:
         return Route(name, shape, "adamw", reason, flag, decays, is_lora_b=part.kind == "B")
@@ -158,7 +161,7 @@ def _adapter_route(
 
 
 def split_in_words(split: Split | None) -> str:
-    """`, split 16 + 8 + 8 along -2`, or `, split 128 x 16 along -2` for many equal pieces; empty for None."""
+    """Return `, split 16 + 8 + 8 along -2`, or `, split 128 x 16 along -2` for many equal pieces; empty for None."""
     if split is None:
         return ""
     sizes, dim = split

@@ -19,8 +19,11 @@ _HALVES = re.compile(r"gate_up|up_gate|gate_and_up|w1[23]|kv_proj|key_value", re
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """Group dicts for `Muon8bit(groups, lr=...)`; `routes` has one Route per parameter, in the model's order,
-    frozen ones included; `str()` is a table of them with repeated layers collapsed and totals below."""
+    """Group dicts for `Muon8bit(groups, lr=...)`.
+
+    `routes` has one Route per parameter, in the model's order, frozen ones included; `str()` is a table of them with
+    repeated layers collapsed and totals below.
+    """
 
     def __init__(self, groups: Iterable[dict[str, Any]], routes: Sequence[Route]) -> None:
         super().__init__(groups)
@@ -76,7 +79,7 @@ def _fused_hint(routes: Sequence[Route]) -> str:
 
 
 def _row(routes: Sequence[Route]) -> tuple[str, ...]:
-    """Table cells of routes that differ only in the numbers of their names."""
+    """Return the cells of routes that differ only in the numbers of their names."""
     first, name = routes[0], collapse([route.name for route in routes])
     shape = " x ".join(map(str, first.shape)) or "scalar"
     if first.algorithm is None:
@@ -87,7 +90,7 @@ def _row(routes: Sequence[Route]) -> tuple[str, ...]:
 
 
 def _total(routes: Sequence[Route], algorithm: Algorithm | None) -> str:
-    """`muon: 84 tensors, 1,000 parameters, 1,002 B of state, 1.002 B per parameter`; empty for none."""
+    """Return `muon: 84 tensors, 1,000 parameters, 1,002 B of state, 1.002 B per parameter`; empty for none."""
     chosen = [route for route in routes if route.algorithm == algorithm]
     if not chosen:
         return ""
