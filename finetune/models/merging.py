@@ -64,7 +64,7 @@ def find_adapter(path: Path, base: str | None = None) -> AdapterSource:
         if (path / "model").is_dir():
             raise InputError("RUN", f"{path} trained all weights: its model/ is whole, and there is nothing to merge")
         if (path / "recipe.yaml").is_file():
-            raise InputError("RUN", f"{path} has no adapter/ yet; finish it by: python -m finetune.sft --resume {path}")
+            raise InputError("RUN", f"{path} is not complete: it has no model/ or adapter/ yet; finish it by --resume")
         raise InputError("RUN", f"{path} holds no adapter_config.json; give the folder of a run or of an adapter")
     named = base_of_adapter(folder, "RUN")
     record = _recorded(folder)

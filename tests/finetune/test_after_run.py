@@ -158,7 +158,7 @@ def test_merge_and_chat_refuse_what_is_no_adapter_and_a_base_that_is_not_recorde
     check_refused(merging(tmp_path / "nowhere"), "RUN", "adapter_config.json")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "recipe.yaml").write_text("name: it\n")
-    check_refused(chat("begun"), "RUN", "no adapter/ yet", "--resume")
+    check_refused(chat("begun"), "RUN", "not complete", "--resume")
     check_refused(chat("all", "--system", "Be brief."), "--system", "chat template")
     check_refused(chat("all", "--prompt", "a b c d e " * 40), "--prompt", "the model takes 64")
     monkeypatch.setattr(sys, "stdin", io.StringIO("a b c d e " * 40 + "\n" + "abc\n"))
