@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from numbers import Integral, Real
 from typing import Any
@@ -58,3 +58,46 @@ def shown(value: Any) -> str:
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         return f"{text}, a string: give the number (YAML takes 1e-3 for a string, 1.0e-3 for a number)"
     return f"{text[:_MAX_SHOWN]}..." if len(text) > _MAX_SHOWN else text
+
+
+def check_is_params(params: Any) -> None:
+    """Check that an optimizer was given parameters, not the model or a dict of them; iterates over nothing.
+
+    Raises:
+        TypeError: says what to give instead.
+    """
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            "Muon8bit takes parameters, not a model: Muon8bit(muon8bit.param_groups(model, lr=...)) takes those"
+        )
+    if isinstance(params, Mapping):
+        raise TypeError(
+            f"Muon8bit takes (name, tensor) pairs or groups, not a {type(params).__name__}: give a group in a list, "
+            "and model.named_parameters() in place of a dict of parameters"
+        )
+
+
+def check_named(group: Mapping[str, Any], index: int, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that a group gives names to all parameters or to none, as the groups before it do.
+
+    Args:
+        group: with its parameters in a list, as tensors or (name, tensor) pairs.
+        index: its place behind `groups`.
+        groups: of the optimizer.
+
+    Raises:
+        ValueError: names the group and the way out.
+    """
+    params, where = group["params"], f"parameter group {index}"
+    num_named = sum(isinstance(param, tuple) for param in params)
+    if 0 < num_named < len(params):
+        raise ValueError(
+            f"{where}: {num_named} of its {len(params)} params are (name, tensor) pairs: give pairs for all, as "
+            "model.named_parameters() does, or for none"
+        )
+    has_names = num_named > 0 or "param_names" in group
+    if groups and has_names != ("param_names" in groups[0]):
+        with_or_without, way_out = ("with", "tensors") if has_names else ("without", "(name, tensor) pairs")
+        raise ValueError(
+            f"{where} is {with_or_without} names, unlike the groups before it: give {way_out} as its params"
+        )

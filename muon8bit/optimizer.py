@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ._values import check_is_params, check_named
 from .config import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_EPS,
@@ -196,6 +197,7 @@ class Muon8bit(SharingOptimizer):
             **rounding.initial(param_rounding, rounding_seed),
             **MATRIX_DEFAULTS,
         }
+        check_is_params(params)
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
         check_options({**defaults, **flags, "rounding_seed": rounding_seed})
         self.backend, self.on_nonfinite, self.ns_dtype = backend, on_nonfinite, ns_dtype
@@ -215,6 +217,7 @@ class Muon8bit(SharingOptimizer):
         index = len(self.param_groups)
         own = ("backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes", "state_device")
         group = complete_group(param_group, index, {**self.defaults, **{key: getattr(self, key) for key in own}})
+        check_named(group, index, self.param_groups)
         super().add_param_group(group)
         try:
             check_options(group, f"parameter group {index}: ")

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 from helpers.bad_values import (
     BY_HAND,
     GROUP_VALUES,
@@ -18,6 +19,8 @@ from helpers.bad_values import (
     without,
     written,
 )
+
+from muon8bit import Muon8bit
 
 
 def check_step(params, optimizer, words):
@@ -77,3 +80,39 @@ def test_a_damaged_state_is_refused_by_parameter_and_key(name):
     before = everything(params, optimizer)
     refused(lambda: optimizer.load_state_dict(saved), words)
     assert_unchanged(params, optimizer, before)
+
+
+def matrix(*name):
+    return (*name, torch.nn.Parameter(torch.ones(8, 8))) if name else torch.nn.Parameter(torch.ones(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        (lambda: torch.nn.Linear(8, 8), TypeError, r"not a model: Muon8bit\(muon8bit\.param_groups\(model, "),
+        (lambda: torch.nn.Sequential(torch.nn.Linear(8, 8)), TypeError, "takes parameters, not a model"),
+        (lambda: torch.nn.Linear(8, 8).state_dict(), TypeError, r"not a OrderedDict.*model\.named_parameters\(\)"),
+        (lambda: {"params": [matrix()]}, TypeError, "not a dict: give a group in a list"),
+        (lambda: [matrix("a"), matrix()], ValueError, r"parameter group 0: 1 of its 2 params are \(name, tensor\)"),
+        (
+            lambda: [{"params": [matrix("a")]}, {"params": [matrix()]}],
+            ValueError,
+            r"parameter group 1 is without names, unlike .* before it: give \(name, tensor\) pairs as its params",
+        ),
+        (
+            lambda: [{"params": [matrix()]}, {"params": [matrix("a")]}],
+            ValueError,
+            "parameter group 1 is with names, unlike the groups before it: give tensors as its params",
+        ),
+    ],
+)
+def test_what_is_no_list_of_named_or_nameless_parameters_is_refused_with_what_to_give(params, error, message):
+    with pytest.raises(error, match=message):
+        Muon8bit(params())
+
+
+def test_a_number_in_a_string_is_called_so():
+    with pytest.raises(ValueError, match=r"^lr must be >= 0 .*not '1e-3', a string: give the number \(YAML takes 1e-3"):
+        Muon8bit([matrix()], lr="1e-3")
+    with pytest.raises(ValueError, match=r"^parameter group 0: bits must be one of \(8, 32\).* not '8', a string"):
+        Muon8bit([{"params": [matrix()], "bits": "8"}])

@@ -183,6 +183,13 @@ def test_loraplus_ratio_that_is_no_positive_number_raises(ratio: Any) -> None:
         param_groups(lora(base(), target_modules=["q_proj"]), lr=1e-3, loraplus_ratio=ratio)
 
 
+def test_loraplus_ratio_leaves_a_tensor_and_a_patterns_own_lr_as_they_are() -> None:
+    model, rate = lora(base(), target_modules=["q_proj", "v_proj"]), torch.tensor(1e-3)
+    groups = param_groups(model, lr=rate, loraplus_ratio=16, patterns=[("*v_proj.lora_B*", {"lr": 2e-3})])
+    assert [float(group["lr"]) for group in groups] == pytest.approx([1e-3, 2e-3, 16e-3])
+    assert rate == torch.tensor(1e-3)
+
+
 def test_loraplus_ratio_without_adapter_raises() -> None:
     with pytest.raises(ValueError, match=r"no trainable LoRA factor B.*get_peft_model"):
         param_groups(base(), lr=1e-3, loraplus_ratio=16)

@@ -138,6 +138,8 @@ def test_inputs_choose_no_implementation(info):
 # torch's description of what is wrong, and what our error says where it is not the words of torch's base class.
 OUR_WORDS = {
     "a param group cannot have duplicate parameters": "twice",
+    "all optimizer params should be with/without names": r"1 of its 2 params are \(name, tensor\) pairs",
+    "all optimizer param groups should be with/without names.": "1 is with names, unlike the groups before it",
     "Tensor lr must be 1-element": "lr must be .*1-element",
     "only support 2D parameters": None,  # here a stack of matrices
     "only support `original` and `match_rms_adamw`": "adjust_lr_fn must be .*not 'arbitrary'",
