@@ -474,6 +474,14 @@ def test_keys_that_do_not_fit_are_refused_by_pattern_and_parameter(keys: Any, me
         param_groups(causal_lm("llama"), lr=1e-3, patterns=[("*q_proj*", keys)])
 
 
+def test_columns_of_what_a_pattern_flattens_are_not_cut() -> None:
+    cut = {"algorithm": "muon", "split_sizes": (4, 4)}
+    groups = param_groups(Vision(), lr=1e-3, patterns=[("conv.weight", cut)])
+    assert [(group["flatten"], group["split_dim"]) for group in groups if "flatten" in group] == [(True, -2)]
+    with pytest.raises(ValueError, match=r"conv\.weight is flattened.*split_dim=-2, or add 'flatten': False"):
+        param_groups(Vision(), lr=1e-3, patterns=[("conv.weight", {**cut, "split_dim": -1})])
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -485,6 +493,8 @@ def test_keys_that_do_not_fit_are_refused_by_pattern_and_parameter(keys: Any, me
         ({"adamw_betas": 0.9}, "^adamw_betas must be two numbers"),
         ({"adamw_eps": 0.0}, "^adamw_eps must be at least"),
         ({"adamw_bits": 16}, r"^adamw_bits must be one of \(8, 32\), not 16"),
+        ({"patterns": {"lm_head.weight": "muon"}}, r"^patterns must be a list of .* not \{'lm_head"),
+        ({"patterns": [(1, "muon")]}, r"^patterns must be a list of .* not \[\(1, 'muon'\)\]"),
         ({"patterns": "lm_head"}, r"^patterns must be a list of .* not 'lm_head'"),
         ({"patterns": [("lm_head.weight", ["muon"])]}, r"asks for \['muon'\]; it must be one of"),
     ],

@@ -35,7 +35,7 @@ def read_patterns(
     """
     if isinstance(no_decay, str):
         raise ValueError(f"no_decay must be a list of patterns, not the string {no_decay!r}")
-    if not all(isinstance(p, tuple | list) and len(p) == 2 for p in patterns):  # of a string, each is a string
+    if not all(isinstance(p, tuple | list) and len(p) == 2 and isinstance(p[0], str) for p in patterns):
         raise ValueError(
             f"patterns must be a list of (pattern, 'muon' | 'adamw' | dict of keys) pairs, not {patterns!r}"
         )
@@ -112,8 +112,9 @@ def overridden(route: Route, pattern: str, keys: Mapping[str, Any]) -> Route:
     if "split_sizes" in keys:
         sizes, dim = keys["split_sizes"], keys.get("split_dim", -2)
         route = replace(route, split=None if sizes is None else (tuple(sizes), dim))
-        _check_split(route, pattern)
         flag = "; ".join(part for part in flag.split("; ") if part != FUSED_FLAG)
+    if algorithm == "muon" and keys.keys() & {"split_sizes", "flatten"}:
+        _check_split(route, pattern)
     options = tuple((key, keys[key]) for key in _OPTIONS if key in keys)
     before = "" if "algorithm" in keys else f"{route.reason.partition(', split ')[0]}, "
     reason = f"{before}pattern {pattern!r}" + (split_in_words(route.split) if len(keys) > 1 or before else "")
@@ -124,6 +125,11 @@ def overridden(route: Route, pattern: str, keys: Mapping[str, Any]) -> Route:
 def _check_split(route: Route, pattern: str) -> None:
     """Raise ValueError if the pieces do not fill the dimension of each matrix that they split."""
     shape = route.shape
+    if route.flatten and route.split is not None and route.split[1] == -1:
+        raise ValueError(
+            f"pattern {pattern!r}: {route.name} is flattened, and its pieces are cut from the rows: give split_sizes "
+            "with split_dim=-2, or add 'flatten': False"
+        )
     matrix = (shape[0], prod(shape[1:])) if route.flatten else shape[-2:]
     if route.split is not None and sum(route.split[0]) != matrix[route.split[1]]:
         sizes, dim = route.split
