@@ -8,7 +8,7 @@ from torch import nn
 
 from .fused import COPIES, Split, known_split
 
-# Linears that hold all rows of q, then of k, then of v: so all 40 classes of transformers 5.23 with a Linear of these
+# Linears that hold all rows of q, then of k, then of v: so all 42 attentions of transformers 5.23 with one of these
 # names do, timm's, flash-attn's and lucidrains'. Others alternate head by head: `qkv_proj` (CodeGen, MiniMax),
 # `query_key_value` (GPT-NeoX, Bloom), `wqkv` (InternLM2).
 _STACKED = {"qkv", "Wqkv", "to_qkv"}
