@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.allocator import peak_bytes
-from muon8bit_kernels import ops
+from muon8bit_kernels import reference
 
 from muon8bit import Muon8bit
 from muon8bit.step import adamw, adamw8bit
@@ -49,7 +49,7 @@ def test_a_step_keeps_to_its_budget_and_frees_all(name, budget):
 def test_rounding_adamws_weights_takes_no_more_than_its_copies(bits, monkeypatch):
     """By hand, for each element of a piece: parameter and gradient in fp32, and in 8 bits, with the verdict not waited
     for, the codes. Rounding and bitsandbytes' update, replaced here, allocate nothing else in their kernels."""
-    monkeypatch.setattr(ops, "round_stochastic", lambda values, **_: values.bfloat16())
+    monkeypatch.setattr(reference, "round_stochastic", lambda values, **_: values.bfloat16())
     monkeypatch.setattr(adamw8bit, "_update_", lambda *_: None)
     budget = 32 * MIB
     size = adamw8bit.chunk_size("cpu", budget) if bits == 8 else budget // 16

@@ -1,6 +1,5 @@
 """Kernels of muon8bit: codebooks, the torch reference, Triton kernels and the dispatch between them."""
 
-from . import ops
 from .backend import Backend, Kernels
 from .codebooks import (
     CODE_DTYPES,
@@ -30,7 +29,6 @@ __all__ = [
     "momentum_apply_cut",
     "momentum_stats_cut",
     "num_blocks",
-    "ops",
     "rounding_key",
     "unsigned_dynamic_map",
     "unsigned_dynamic_midpoints",

@@ -43,10 +43,21 @@ class StackedRows:
             views[0] = views[0][rows.start - self._starts[first] :]
         return views
 
-    def read(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
-        """Copy to `out` [rows, cols] of any dtype, which is returned."""
+    def in_place(self, rows: slice) -> Tensor | None:
+        """Return these rows, whole, as one view; None where they lie in several tensors."""
+        views = self._views(rows, slice(0, self._parts[0].shape[1]))
+        return views[0] if len(views) == 1 else None
+
+    def read(self, rows: slice, cols: slice, out: Tensor, *, factor: float | None = None) -> Tensor:
+        """Copy to `out` [rows, cols] of any dtype, multiplied there by `factor`, and return it."""
         views = self._views(rows, cols)
-        return out.copy_(views[0]) if len(views) == 1 else torch.cat(views, out=out)
+        if len(views) > 1:
+            torch.cat(views, out=out)
+        elif factor is not None and views[0].dtype == out.dtype:
+            return torch.mul(views[0], factor, out=out)
+        else:
+            out.copy_(views[0])
+        return out if factor is None else out.mul_(factor)
 
     def write(self, rows: slice, cols: slice, values: Tensor) -> None:
         """Copy `values` [rows, cols], of any dtype, to where the rows lie."""

@@ -45,12 +45,11 @@ def _dynamic_midpoints(signed: bool = True) -> Tensor:
     return torch.cat([midpoints, midpoints.new_tensor([torch.inf])])
 
 
-def _dynamic_prefix_codes() -> Tensor:
-    prefix = torch.arange(65536, dtype=torch.int64, device="cpu")
-    lower = prefix << 16
-    lower[32768:] |= 0xFFFF  # negative numbers: the larger magnitude is the lower end
-    lower = torch.where(lower >= 2**31, lower - 2**32, lower).to(torch.int32)
-    return torch.bucketize(lower.view(torch.float32).nan_to_num(), _MIDPOINTS[:-1])
+def _dynamic_guesses() -> tuple[Tensor, Tensor]:
+    lower = torch.arange(-32768, 32768, dtype=torch.int32, device="cpu") << 16
+    lower[:32768] |= 0xFFFF  # negative numbers: the larger magnitude is the lower end
+    codes = torch.bucketize(lower.view(torch.float32).nan_to_num(), _MIDPOINTS[:-1])
+    return codes.to(torch.uint8), _MIDPOINTS[codes]
 
 
 # Built at import, so that no mode of a later caller (fake tensors, inference) gets into them.
@@ -58,7 +57,7 @@ _VALUES = _dynamic_values()
 _UNSIGNED_VALUES = _dynamic_values(signed=False)
 _MIDPOINTS = _dynamic_midpoints()
 _UNSIGNED_MIDPOINTS = _dynamic_midpoints(signed=False)
-_PREFIX_CODES = _dynamic_prefix_codes()
+_GUESSES = _dynamic_guesses()
 _copies: dict[tuple[int, torch.device], Tensor] = {}
 
 
@@ -107,14 +106,15 @@ def unsigned_dynamic_midpoints(device: torch.device | str = "cpu") -> Tensor:
     return _on(_UNSIGNED_MIDPOINTS, device)
 
 
-def dynamic_prefix_codes(device: torch.device | str = "cpu") -> Tensor:
-    """First guess of a code from the upper 16 bits of an fp32 number in [-1, 1]: int64 [65536].
+def dynamic_guesses(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return first guesses of codes, uint8 [65536], and the midpoints above them, fp32 [65536].
 
-    The numbers that share those 16 bits (sign, exponent, 7 bits of mantissa) form an interval narrower than the
-    map's spacing, so it holds at most one midpoint: the guess is the code of the interval's lower end, and one
-    comparison with `dynamic_midpoints` finishes the encoding.
+    Entry 32768 + i is for the numbers in [-1, 1] whose upper 16 bits (sign, exponent, 7 bits of mantissa) are the int16
+    i. They form an interval narrower than the map's spacing, so it holds at most one midpoint: the guess is the code of
+    the interval's lower end, and one comparison with the midpoint finishes the encoding.
     """
-    return _on(_PREFIX_CODES, device)
+    codes, midpoints = _GUESSES
+    return _on(codes, device), _on(midpoints, device)
 
 
 def zero_code(codebook: Codebook) -> int:

@@ -270,7 +270,7 @@ def _update_params(members: list[ShardedMatrix], directions: Tensor, batch: Shar
     matrix, random_bits = batch.matrix, dict[str, Any]()
     if members[0].key is not None:
         keys, firsts = [member.key for member in members], [member.first for member in members]
-        random_bits = {"keys": keys, "first_indices": firsts, "row_stride": matrix.cols}
+        random_bits = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}
     ratio = lr_ratio(matrix.rows, matrix.cols, batch.options.adjust_lr_fn)
     with contiguous_params([member.param for member in members if member.param is not None]) as params:
         update_params_(params, directions, ratio, replace(batch.options, skip=options.skip), **random_bits)

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
-from muon8bit_kernels import Backend, ops
+from muon8bit_kernels import Backend, kernels_for
 from torch import Tensor
 
 # vendor: cuBLAS, oneDNN or the BLAS. panels: the row panels of one triangle, each by the vendor (CPU).
@@ -136,9 +136,8 @@ class Products:
     def _by_kernel(self, A: Tensor, B: Tensor, alpha: float, D: Tensor | None, beta: float, diagonal: float) -> Tensor:
         stacks = [matrix.reshape(-1, *matrix.shape[-2:]) for matrix in (A, B, *(() if D is None else (D,)))]
         addend = None if D is None else stacks[2]
-        product: Tensor = ops.symmetric_product(
-            *stacks[:2], addend, alpha=alpha, beta=beta, diagonal=diagonal, backend=self.backend
-        )
+        kernels = kernels_for(A.device, self.backend)
+        product = kernels.symmetric_product(*stacks[:2], alpha=alpha, D=addend, beta=beta, diagonal=diagonal)
         return product.view(*A.shape[:-1], A.shape[-2])
 
     def polynomial(self, X: Tensor, b: float, c: float) -> Tensor:

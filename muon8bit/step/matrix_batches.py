@@ -96,7 +96,7 @@ class MatrixBatch:
         self.codes = [member.momentum.codes for member in members]
         self.scales = [member.momentum.scales for member in members if member.momentum.scales is not None]
         form = {"codebook": self.format.codebook, "block_size": self.format.block_size}
-        self.averaging = {"beta": options.momentum, "nesterov": options.nesterov, "backend": options.backend, **form}
+        self.averaging: dict[str, Any] = {"beta": options.momentum, "nesterov": options.nesterov, **form}
         self.num_matrices = sum(member.num_matrices for member in members)
         _, self.rows, self.cols = self.codes[0].shape
         if sumsq is None:
@@ -139,7 +139,7 @@ class MatrixBatch:
         if not keys:
             return {}
         firsts = [m.first + i * m.pitch + first_column for m in self.members for i in range(m.num_matrices)]
-        return {"keys": keys, "first_indices": firsts, "row_stride": self.cols}
+        return {"keys": keys, "firsts": firsts, "pitch": self.cols}
 
     def split(self, size: int) -> list[MatrixBatch]:
         """Cut into batches of at most `size` matrices, in their order."""

@@ -22,7 +22,7 @@ from math import prod, sqrt
 from typing import Any
 
 import torch
-from muon8bit_kernels import ops
+from muon8bit_kernels import kernels_for
 from torch import Tensor
 
 from ..config import SMALL_WORKSPACE_BYTES
@@ -52,9 +52,8 @@ def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
     return sumsq.sqrt().clamp(min=max(eps, _LEAST_NORM)).mul(factor)
 
 
-def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[Tensor, Tensor]:
-    """Return 1 - lr * weight_decay and lr * ratio, 0-d: fp64 on the CPU, or fp32 where `lr` is, which is not waited
-    for.
+def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    """Return 1 - lr * weight_decay and lr * ratio: floats, or 0-d fp32 where `lr` is, which is not waited for.
 
     Args:
         lr: a float, or a 0-d or 1-element tensor on the CPU or the parameters' device.
@@ -62,10 +61,9 @@ def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[T
         ratio: factor of lr by shape, of `lr_ratio`.
     """
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        rate = lr.reshape(()).float()
-    else:
-        rate = torch.tensor(float(lr), dtype=torch.float64, device="cpu")
-    return 1 - rate * weight_decay, rate * ratio
+        on_device = lr.reshape(()).float()
+        return 1 - on_device * weight_decay, on_device * ratio
+    return 1 - float(lr) * weight_decay, float(lr) * ratio
 
 
 def stats_parts(batch: MatrixBatch) -> list[MatrixBatch]:
@@ -81,9 +79,8 @@ def stats(batch: MatrixBatch) -> None:
 
 def squares(batch: MatrixBatch) -> Tensor:
     """Return the sums of squares of the Newton-Schulz inputs by row and block: fp32 [num_matrices, rows, blocks]."""
-    tensors = batch.codes, batch.scales, batch.grads()
-    sums: Tensor = ops.momentum_stats(*tensors, **batch.averaging)
-    return sums
+    kernels = kernels_for(batch.device, batch.options.backend)
+    return kernels.momentum_stats(batch.codes, batch.scales or None, batch.grads(), **batch.averaging)
 
 
 def apply_parts(batch: MatrixBatch, *, is_first: bool) -> list[MatrixBatch]:
@@ -165,12 +162,13 @@ def _apply_by_columns(batch: MatrixBatch, averaged: MatrixBatch, commit: Commit)
 def _fused_step(batch: MatrixBatch, norms: Tensor) -> None:
     """Do all of the second phase in one launch, in fp32."""
     options = batch.options
-    coefficients = [coefficient for step in options.coefficients.steps for coefficient in step]
     ratio = lr_ratio(batch.rows, batch.cols, options.adjust_lr_fn)
-    decay_and_scale = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=ratio)
-    how = {**batch.averaging, **batch.random_bits(), "coefficients": coefficients}
+    decay, scale = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=ratio)
+    how = {"decay": decay, "scale": scale, "skip": options.skip, **batch.averaging, **batch.random_bits()}
+    step_tiny = kernels_for(batch.device, options.backend).step_tiny
     with contiguous_params([member.param for member in batch.members]) as params:
-        ops.step_tiny(batch.codes, batch.scales, batch.grads(), params, norms, *decay_and_scale, options.skip, **how)
+        tensors = batch.codes, batch.scales or None, batch.grads(), params, norms
+        step_tiny(*tensors, steps=options.coefficients.steps, **how)
 
 
 def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
@@ -182,12 +180,12 @@ def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
     """
     # Gradients with factors are copied, a part of the batch at a time.
     parts = batch.split(max(1, batch.num_matrices // 16)) if batch.has_factors else [batch]
-    start = 0
+    kernels, start = kernels_for(batch.device, batch.options.backend), 0
     for part in parts:
         which = slice(start, start + part.num_matrices)
         start = which.stop
-        tensors = part.codes, part.scales, part.grads(), norms[which], out[which]
-        ops.momentum_apply(*tensors, batch.options.skip, **part.averaging)
+        tensors = part.codes, part.scales or None, part.grads(), norms[which], out[which]
+        kernels.momentum_apply(*tensors, skip=batch.options.skip, **part.averaging)
 
 
 def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None) -> None:
@@ -210,7 +208,8 @@ def update_params_(
         params: [count, rows, cols] each, of one dtype, fp32, bf16 or fp16, any strides.
         directions: O, [batch, rows, cols], fp32, bf16 or fp16, any strides.
         ratio: of `lr_ratio`, for the shape of the whole matrix.
-        random_bits: keys, first_indices and row_stride of stochastic rounding, bf16 only; none of them: to nearest.
+        random_bits: keys, firsts and pitch of stochastic rounding, bf16 only; none of them: to nearest.
     """
     decay, scale = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=ratio)
-    ops.update_params(params, directions, decay, scale, options.skip, **random_bits, backend=options.backend)
+    how = {"decay": decay, "scale": scale, "skip": options.skip, **random_bits}
+    kernels_for(directions.device, options.backend).update_params(params, directions, **how)

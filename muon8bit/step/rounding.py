@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from muon8bit_kernels import ops, rounding_key
+from muon8bit_kernels import Backend, kernels_for, rounding_key
 from torch import Tensor
 
 
@@ -42,7 +42,7 @@ def key_of(param: Tensor, name: str, param_index: int, group: Mapping[str, Any])
     return rounding_key(group["rounding_seed"], group["rounding_step"], param_index)
 
 
-def round_stochastic(values: Tensor, old: Tensor, key: int, first: int, backend: str | None) -> Tensor:
+def round_stochastic(values: Tensor, old: Tensor, key: int, first: int, backend: Backend | None) -> Tensor:
     """Round contiguous fp32 `values` to bf16 stochastically, which takes 3 bytes an element.
 
     Args:
@@ -51,7 +51,7 @@ def round_stochastic(values: Tensor, old: Tensor, key: int, first: int, backend:
         key: of `key_of`.
         first: index of the first value in the whole parameter.
     """
-    new: Tensor = ops.round_stochastic(values, key=key, first_index=first, backend=backend)
+    new = kernels_for(values.device, backend).round_stochastic(values, key=key, first=first)
     return torch.where(new == old, old, new, out=new)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from muon8bit_kernels import CODE_DTYPES, codebooks, dynamic_map, reference, unsigned_dynamic_map, zero_code
-from muon8bit_kernels.codebooks import dynamic_midpoints, dynamic_prefix_codes
+from muon8bit_kernels.codebooks import dynamic_guesses, dynamic_midpoints
 
 # Of the 256 fp32 values, little-endian: codes in checkpoints mean these.
 UNSIGNED_MAP = "305f002cc11278fb769d13b25b9fd0c7c83c8402c40a878fe086f4039fde6398"
@@ -59,17 +59,14 @@ def test_dynamic_map_ignores_the_default_dtype_and_device():
     try:
         with torch.device("meta"):
             unsigned_values = codebooks._dynamic_values(signed=False)
-            values, midpoints, prefix_codes = (
-                codebooks._dynamic_values(),
-                codebooks._dynamic_midpoints(),
-                codebooks._dynamic_prefix_codes(),
-            )
+            values, midpoints = codebooks._dynamic_values(), codebooks._dynamic_midpoints()
+            guesses = codebooks._dynamic_guesses()
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(values, dynamic_map())
     assert torch.equal(unsigned_values, unsigned_dynamic_map())
     assert torch.equal(midpoints, dynamic_midpoints())
-    assert torch.equal(prefix_codes, dynamic_prefix_codes())
+    assert all(map(torch.equal, guesses, dynamic_guesses()))
     assert values.dtype == midpoints.dtype == torch.float32
 
 
@@ -79,7 +76,7 @@ def test_midpoints_are_exact_means_rounded_once():
     assert np.array_equal(dynamic_midpoints().numpy(), np.append(expected, np.float32(np.inf)))
 
 
-def test_prefix_codes_leave_at_most_one_midpoint_to_compare():
+def test_guesses_leave_at_most_one_midpoint_to_compare():
     midpoints = dynamic_midpoints().numpy()[:-1]
     prefix = np.arange(65536, dtype=np.uint32) << 16
     ends = np.stack([prefix, prefix | 0xFFFF]).view(np.float32)
@@ -87,7 +84,9 @@ def test_prefix_codes_leave_at_most_one_midpoint_to_compare():
     ends = np.sort(ends[:, inside], axis=0)
     lowest = np.searchsorted(midpoints, ends[0], side="left")  # midpoints below the interval's lower end
     highest = np.searchsorted(midpoints, ends[1], side="left")
-    assert np.array_equal(dynamic_prefix_codes().numpy()[inside], lowest)
+    codes, above = (np.roll(table.numpy(), 32768) for table in dynamic_guesses())  # by the unsigned upper bits
+    assert np.array_equal(codes[inside], lowest)
+    assert np.array_equal(above[inside], dynamic_midpoints().numpy()[lowest])
     assert int((highest - lowest).max()) == 1
 
 

@@ -102,6 +102,7 @@ def update_params(
         row_starts = torch.tensor(firsts or [0] * batch, dtype=torch.int64, device=device).unsqueeze(1)
         row_starts = (row_starts + torch.arange(rows, device=device) * (pitch or cols)).view(-1, 1)
         columns = torch.arange(cols, device=device)
+    can_be_in_place = params[0].dtype == torch.float32 and not isinstance(scale, Tensor)
     num_rows = min(batch * rows, max(1, _CHUNK_ELEMENTS // max(1, cols)))
     buffers = torch.empty(
         2, num_rows, cols, device=device, dtype=torch.float32
@@ -109,14 +110,17 @@ def update_params(
     for start in range(0, batch * rows, num_rows):
         r = slice(start, min(start + num_rows, batch * rows))
         new, step = (buffer[: r.stop - start] for buffer in buffers)
-        old.read(r, every, new).mul_(decay)
+        view = old.in_place(r) if can_be_in_place else None
+        new = old.read(r, every, new) if view is None else view
+        new.mul_(decay)
         if isinstance(scale, Tensor):
             new = torch.where(scale == 0, new, new - towards.read(r, every, step).mul_(scale))
         elif scale != 0:
             new.sub_(towards.read(r, every, step).mul_(scale))
         if keys is not None:
             new = _rounded(new, row_starts[r] + columns, row_keys[r])
-        old.write(r, every, new)
+        if new is not view:
+            old.write(r, every, new)
 
 
 def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
