@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -174,11 +175,23 @@ def test_faq_answers_each_question_shortly_with_a_link():
 
 
 def test_speeds_of_the_faq_are_those_of_the_table():
-    cells = re.findall(r"^\| [\d x]+ \| (.*) \|$", (DOCS / "results" / "speed.md").read_text(), re.MULTILINE)
+    table = (DOCS / "results" / "speed.md").read_text().split("| shape | linear, with bf16 ")[1].split("\n\n")[0]
+    cells = re.findall(r"^\| \d+ x \d+ \| (.*) \|$", table, re.MULTILINE)
     ratios = [cell for row in cells for cell in row.split(" | ")]
     assert len(ratios) == 20
     lowest, highest = min(ratios, key=float), max(ratios, key=float)
     assert f"{lowest} to {highest} times torch.optim.Muon's speed" in (DOCS / "faq.md").read_text()
+
+
+def test_glossary_has_every_class_of_a_step_and_at_most_40_words():
+    rows = re.findall(r"^\| (?!word|---)(.*) \| (.*?) ?\| .* \|$", (DOCS / "design" / "glossary.md").read_text(), re.M)
+    assert 0 < len(rows) <= 40
+    listed = [name for _, classes in rows for name in re.findall(r"`(\w+)`", classes)]
+    trees = [ast.parse(p.read_text()) for f in ("step", "distributed") for p in (ROOT / "muon8bit" / f).glob("*.py")]
+    classes = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert sorted(listed) == sorted(name for name in classes if name[0] != "_")
+    # What is read of a class of `step` by those who must not import it; nothing is private so as not to be listed.
+    assert [name for name in classes if name[0] == "_"] == ["_LocalParam"]
 
 
 def test_files_named_in_the_map_exist():
