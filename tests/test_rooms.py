@@ -106,7 +106,6 @@ TOO_SMALL = {
     *("muon8bit.orthogonalize.workspace", "muon8bit.routing.adapters", "muon8bit.step.commit"),
     *("muon8bit_kernels.batches", "muon8bit_kernels.random_bits", "muon8bit_kernels.triton.kernels"),
     *("finetune.config.defaults", "finetune.config.errors", "finetune.data.messages", "finetune.data.preview"),
-    "finetune.models.resizing",
     *("finetune.parallel.launcher", "finetune.storage.sft_outputs", "finetune.training.generation"),
     *("finetune.training.memory", "benchmarks.gpu.release_time"),
 }

@@ -112,7 +112,9 @@ def read_row(row: Any, where: str, columns: Columns) -> ReadRow:
             or an empty one.
     """
     if not isinstance(row, Mapping):
-        raise RowError("--dataset", f"{where} is no object with columns; it needs {FORMS}", "no object with columns")
+        hint = "; a file that is one array is to be called .json" if isinstance(row, list) else ""
+        problem = f"{where} is no object with columns; it needs {FORMS}{hint}"
+        raise RowError("--dataset", problem, "no object with columns")
     named = _named(row, where, columns)
     chosen = _choose(named, row)
     turns, first_answer = chosen.read(named)

@@ -110,6 +110,9 @@ def _bad_line(file: Path, number: int, text: str, error: Exception) -> RowError:
             raise InputError("--dataset", problem)
         return RowError("--dataset", problem, "a line that is not UTF-8")
     if isinstance(error, json.JSONDecodeError):
+        if number == 1 and text.strip() in ("[", "{", "[{"):
+            problem = f"{file} is no JSON lines, but one value over several; call it .json, or write a value a line"
+            raise InputError("--dataset", problem)
         way_out = "each line must hold one whole value; correct it, or leave it out"
         reason = holds_nul(text) or f"{error.msg}, character {error.pos + 1}; {way_out}"
         return RowError("--dataset", f"{where} is no JSON: {reason}", "a line that is no JSON")

@@ -20,11 +20,12 @@ from finetune.models.pretrained import (
     compute_precision,
     find_base,
     fingerprint,
+    lacks_embeddings,
     load_base,
     pretrained_with,
+    resized_base,
     weight_dtype,
 )
-from finetune.models.resizing import lacks_embeddings, resized_base
 from finetune.models.tokens import load_tokenizer
 from finetune.models.weights import beside_text
 from finetune.parallel.launch import is_sharded, load_device

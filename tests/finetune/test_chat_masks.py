@@ -177,6 +177,17 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(family):
     )
 
 
+@pytest.mark.parametrize("role", ["developer", "tool"])
+def test_turns_of_other_roles_are_read_where_the_template_writes_them(role):
+    turns = [(role, "Be terse."), *TURNS[:2]]
+    tokenizer = make_tokenizer("chatml")
+    marked = f"<|im_start|>{role}\nBe terse.<|im_end|>\n" + CHATML[: CHATML.index(")@\n") + 3]
+    assert_marked(encode(conversation(*turns), tokenizer).rows[0], tokenizer, marked)
+    without = UNKNOWN.replace("in messages %}", "in messages if m.role in ('user', 'assistant') %}")
+    with pytest.raises(InputError, match=f"leaves out the {role} turn of row 7"):
+        encode(conversation(*turns), tokenizer, chat_template=without)
+
+
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {}}}
 CALL = {"function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 

@@ -258,6 +258,7 @@ BAD = [
     ({"instruction": "Hi", "output": 5}, "`output` of row 2 of {file} holds int, not text"),
     ({}, "row 2 of {file} has nothing; it needs"),
     ([], "row 2 of {file} is no object"),
+    ([FORMS["texts"][0]], "; a file that is one array is to be called .json"),
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import pickle
 import re
 import struct
 from pathlib import Path
@@ -17,7 +18,7 @@ from finetune.config.errors import InputError
 from finetune.data.chat import load_examples
 from finetune.data.files import KINDS
 from finetune.data.preview import show_example
-from finetune.data.report import DataReport
+from finetune.data.report import DataReport, RowError
 from finetune.data.row_formats import example_from_row
 from finetune.data.tokenize_chat import ChatEncoding
 
@@ -153,6 +154,7 @@ ODD_FILES = {
     "03.jsonl": (jsonl([GOOD]) + b'{"prompt": "caf\xe9", "completion": "x"}\n', 1, [(2, "a line that is not UTF-8")]),
     "04.jsonl": (b"\0" * 9 + b"\n" + jsonl([GOOD]), 1, [(1, "a line that is no JSON")]),
     "05.jsonl": (jsonl([dialog("hi \ud83d"), GOOD]), 1, [(1, "half of a character")]),
+    "00.jsonl": (json.dumps([GOOD, GOOD], indent=1).encode(), 0, [(None, "one value over several; call it .json")]),
     "06.jsonl": (jsonl([[GOOD], 5, None, GOOD]), 1, [(i, "no object with columns") for i in (1, 2, 3)]),
     "07.jsonl": (jsonl([GOOD]) + b'{"messages": [{"ro', 1, [(2, "a line that is no JSON")]),
     "08.jsonl": (jsonl([GOOD]).decode().encode("utf-16"), 0, [(None, "the file seems to be UTF-16")]),
@@ -326,6 +328,11 @@ def test_check_data_lists_all_bad_rows_by_reason(sft, tmp_path):
     outcome = sft("--dataset", "chats.jsonl", "--check-data")
     assert (outcome.code, outcome.out.count("\n")) == (0, 1)
     assert "2 rows, 0 faults; usable: 2 conversations" in outcome.out
+
+
+def test_a_row_error_survives_the_way_to_another_process():
+    error = pickle.loads(pickle.dumps(RowError("--dataset", "row 1 is bad", "badness")))
+    assert (str(error), error.reason) == ("--dataset: row 1 is bad", "badness")
 
 
 def test_the_odd_files_are_listed_by_check_data_too(sft, odd_folder):

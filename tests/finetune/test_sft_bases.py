@@ -14,8 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.config.errors import InputError
-from finetune.models.pretrained import find_base, fingerprint
-from finetune.models.resizing import resized_base
+from finetune.models.pretrained import find_base, fingerprint, resized_base
 from finetune.models.tokens import cache_root
 
 BLOCK = 32  # elements per scale of Q8_0
