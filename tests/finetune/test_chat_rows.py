@@ -186,6 +186,30 @@ def test_rows_as_people_have_them_give_their_turns(form):
     assert example.first_answer == first_answer
 
 
+def test_weights_of_0_stay_with_their_turns_behind_what_other_columns_bring():
+    quiet, answers = {**ANSWER, "weight": 0}, [ANSWER, {**ANSWER, "weight": 0}, {**ANSWER, "weight": 1.0}]
+    rows = [
+        ({"messages": [USER, *answers], "system": "Be terse."}, [2, 4]),
+        ({"messages": [{**SYSTEM, "content": None}, USER, *answers]}, [1, 3]),
+        ({"prompt": "Hi", "completion": answers, "system": "Be terse.", "history": [["Hi", "Ho"]]}, [4, 6]),
+        ({"prompt": [USER, quiet, USER], "response": answers[:2], "history": [["Hi", "Ho"]]}, [5]),
+    ]
+    for row, learned in rows:
+        assert example_from_row(row, "row 1").answers == learned, row
+
+
+def test_weights_and_tools_make_another_dataset(tmp_path):
+    """By whose hash a run is resumed."""
+    rows = [{"messages": [USER, ANSWER, {**USER, "content": str(i)}, ANSWER]} for i in range(3)]
+    quiet = [USER, {**ANSWER, "weight": 0}, {**USER, "content": "2"}, ANSWER]
+    tools = {"tools": [{"function": {"name": "look"}}]}
+    hashes = []
+    for last in (rows[2], {"messages": quiet}, {**rows[2], **tools}, {"messages": quiet, **tools}):
+        write_jsonl(tmp_path / "r.jsonl", [*rows[:2], last])
+        hashes.append(load_parts(str(tmp_path / "r.jsonl"), validation_fraction=0).hash)
+    assert len(set(hashes)) == 4
+
+
 @pytest.mark.parametrize(("name", "write"), FORMATS)
 def test_other_forms_and_names_are_read_from_every_kind_of_source(tmp_path, name, write):
     write(tmp_path / name, [{"talk": [HUMAN, GPT], "system": "Be terse.", "id": 7}] * 2)
