@@ -22,7 +22,7 @@ from finetune.data.parquet_files import parquet_objects
 from finetune.data.readers import opened_rows
 from finetune.data.report import DataReport
 from finetune.data.texts import check_characters, read_text
-from finetune.models.adapters import _load_adapter
+from finetune.models.adapters import base_of_adapter
 from finetune.models.pretrained import pretrained_with
 
 MARK = b"\xef\xbb\xbf"
@@ -314,7 +314,7 @@ def test_a_json_file_that_is_not_what_it_should_be_is_one_sentence(tmp_path, con
     (tmp_path / "config.json").write_bytes(content)
     (tmp_path / "adapter_config.json").write_bytes(content)
     check_sentence(lambda: read_model_config(str(tmp_path)), "--model-config", "config.json")
-    check_sentence(lambda: _load_adapter(None, tmp_path, "base"), "--adapter", "adapter_config.json")
+    check_sentence(lambda: base_of_adapter(tmp_path, "--adapter"), "--adapter", "adapter_config.json")
 
 
 def test_whole_characters_pass():
