@@ -91,9 +91,9 @@ def test_path_honours_a_forced_dtype(kind, dtype):
 def test_half_precision_gram_is_fp16_with_its_restart_on_narrow_shapes_only():
     with force_method(form="gram"):
         assert choose_method(800, 1000, JORDAN, "cuda", torch.float16).segments == (2, 3)
-        with pytest.raises(ValueError, match=r"no path of a matrix \[801, 1000\] on cuda in torch.float16"):
+        with pytest.raises(ValueError, match=r"no method of a matrix \[801, 1000\] on cuda in torch.float16"):
             choose_method(801, 1000, JORDAN, "cuda", torch.float16)
-        with pytest.raises(ValueError, match="no path"):
+        with pytest.raises(ValueError, match="no method"):
             choose_method(800, 1000, JORDAN, "cuda", torch.bfloat16)
 
 

@@ -1,6 +1,6 @@
-"""Orthogonalization of normalized matrices: O = NS(X), nearest semi-orthogonal matrix up to the schedule's error.
+"""Orthogonalization of normalized matrices: O = NS(X), nearest semi-orthogonal matrix up to the coefficients' error.
 
-`newton_schulz` has the equations, `method` decides how a shape runs, from `rates`, `cost` and `stability`.
+`newton_schulz` has the equations. `method` decides how a shape is orthogonalized, from `rates`, `cost` and `stability`.
 """
 
 from __future__ import annotations

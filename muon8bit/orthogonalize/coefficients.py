@@ -37,7 +37,12 @@ _LARGEST = 2.0**127  # float32 ends at twice that
 
 @dataclass(frozen=True)
 class Coefficients:
-    """A resolved schedule: `steps` triples, and `norm_factor` by which the Frobenius norm is multiplied."""
+    """Newton-Schulz coefficients, checked, one triple a step.
+
+    Attributes:
+        steps: the triples (a, b, c) in order.
+        norm_factor: the number that the Frobenius norm is multiplied by before a matrix is divided by it.
+    """
 
     steps: tuple[Triple, ...]
     norm_factor: float = 1.0
@@ -52,7 +57,7 @@ NAMES = ("jordan", *_NAMED)
 
 
 def _is_finite(value: Any) -> bool:
-    """Of any real number, also of an int too large for a float, whether float32 takes it."""
+    """Return whether float32 holds a real number; an int may be too large for a float."""
     return bool(-_LARGEST < value < _LARGEST)
 
 
@@ -69,12 +74,13 @@ def resolve_coefficients(
     """Turn what the user gave into one triple a step.
 
     Args:
-        ns_coefficients: a triple (used at every step, as in torch.optim.Muon), a schedule of `ns_steps`
-            triples, or a name of `NAMES`; `"jordan"` fits any number of steps.
-        ns_steps: number of Newton-Schulz steps, 1 to 99.
+        ns_coefficients: one triple (used at every step, as in torch.optim.Muon), a sequence of `ns_steps` triples, or a
+            name of `NAMES`. `"jordan"` fits any number of steps.
+        ns_steps: the number of Newton-Schulz steps, 1 to 99.
 
     Raises:
-        ValueError: names the argument: an unknown name, a wrong length, what is no finite number.
+        ValueError: for an unknown name, a wrong length, or a value that is no finite number. The message names the
+            argument.
     """
     if type(ns_steps) is not int or not 1 <= ns_steps < 100:
         raise ValueError(f"ns_steps must be an integer from 1 to 99, not {reprlib.repr(ns_steps)}")
@@ -83,13 +89,13 @@ def resolve_coefficients(
             return Coefficients((JORDAN,) * ns_steps)
         if ns_coefficients not in _NAMED:
             raise ValueError(f"ns_coefficients {ns_coefficients!r} is not one of {', '.join(NAMES)}")
-        schedule = _NAMED[ns_coefficients]
-        if len(schedule.steps) != ns_steps:
+        coefficients = _NAMED[ns_coefficients]
+        if len(coefficients.steps) != ns_steps:
             raise ValueError(
-                f"ns_coefficients={ns_coefficients!r} has {len(schedule.steps)} steps: "
-                f"pass ns_steps={len(schedule.steps)} (not {ns_steps})"
+                f"ns_coefficients={ns_coefficients!r} has {len(coefficients.steps)} steps: "
+                f"pass ns_steps={len(coefficients.steps)} (not {ns_steps})"
             )
-        return schedule
+        return coefficients
     if not isinstance(ns_coefficients, Sequence):
         raise ValueError(
             f"ns_coefficients must be a triple (a, b, c), triples, or a name, not {reprlib.repr(ns_coefficients)}"

@@ -8,9 +8,9 @@ Form: TypeAlias = Literal["standard", "gram"]
 
 
 def operations(form: Form, rows: int, cols: int, num_steps: int, num_segments: int = 1) -> tuple[int, int]:
-    """Floating-point operations of the products with a symmetric result, computed whole, and of the others.
+    """Count floating-point operations: of the products with a symmetric result, computed whole, and of the others.
 
-    Multiply-add = 2. A cubic step (c = 0) is counted like the others.
+    A multiply-add counts as 2. A cubic step (c = 0) is counted like the others.
     """
     m, n = min(rows, cols), max(rows, cols)
     if form == "standard":  # A and A^2; P X
@@ -21,11 +21,16 @@ def operations(form: Form, rows: int, cols: int, num_steps: int, num_segments: i
 
 
 def flops(form: Form, rows: int, cols: int, num_steps: int, *, triangle: bool = False, num_segments: int = 1) -> int:
-    """Floating-point operations of the orthogonalization of one matrix, multiply-add = 2.
+    """Count the floating-point operations of the orthogonalization of one matrix.
+
+    A multiply-add counts as 2.
 
     Args:
+        form: `"standard"` or `"gram"`.
+        rows, cols: the matrix's shape.
+        num_steps: the number of Newton-Schulz steps.
         triangle: symmetric products compute one triangle, half of the operations (its diagonal is not counted).
-        num_segments: of the Gram form, one more than its restarts.
+        num_segments: the segments of the Gram form, one more than its restarts.
     """
     symmetric, other = operations(form, rows, cols, num_steps, num_segments)
     return (symmetric // 2 if triangle else symmetric) + other

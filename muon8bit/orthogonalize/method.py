@@ -1,7 +1,7 @@
-"""Which form, dtype and products a shape takes, and how many matrices go together.
+"""Choice of the form, the dtype and the products for a shape, and of how many matrices go together.
 
-Shape and the table of rates alone decide. Free memory or a timing never decides, so a resumed run takes the same path
-and is bitwise the same run.
+The shape and the table of rates alone decide. Free memory or a timing never decides, so a resumed run chooses the same
+method and is bitwise the same run.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _CPU_BATCH_ROWS = 128
 
 @dataclass(frozen=True)
 class NSMethod:
-    """How a shape is orthogonalized.
+    """The way in which matrices of one shape are orthogonalized.
 
     Attributes:
-        form: of the iteration, `"standard"` or `"gram"`.
-        dtype: of X and every iterate: float32, bfloat16 or float16; accumulated in fp32.
+        form: the iteration's form, `"standard"` or `"gram"`.
+        dtype: the dtype of X and every iterate: float32, bfloat16 or float16. Products are accumulated in fp32.
         products: how symmetric products are made, `"vendor"`, `"panels"` or `"kernel"`.
-        segments: of the Gram form, the numbers of steps between its restarts.
+        segments: the numbers of steps between restarts, in the Gram form.
         tiny: the whole step of these matrices fits the one-launch kernel (CUDA, fp32 Gram form).
-        cost: floating-point operations over the device's relative rate: compares paths of one shape and device.
+        cost: floating-point operations over the device's relative rate. It compares methods of one shape and device.
     """
 
     form: Form
@@ -63,7 +63,7 @@ _FORCED: ContextVar[dict[str, Any] | None] = ContextVar("_FORCED", default=None)
 def force_method(**attributes: Any) -> Iterator[None]:
     """Let `choose_method` take only methods with these attributes of `NSMethod`, as `force_method(products="kernel")`.
 
-    For benchmarks and tests. `choose_method` raises ValueError where no path has them.
+    It serves benchmarks and tests. `choose_method` raises ValueError where no method has them.
     """
     token = _FORCED.set(attributes)
     try:
@@ -73,62 +73,67 @@ def force_method(**attributes: Any) -> Iterator[None]:
 
 
 def choose_method(
-    rows: int, cols: int, schedule: Coefficients, kind: str, dtype: torch.dtype | None = None, *, tiny: bool = True
+    rows: int, cols: int, coefficients: Coefficients, kind: str, dtype: torch.dtype | None = None, *, tiny: bool = True
 ) -> NSMethod:
-    """The cheapest path for matrices [rows, cols].
+    """Return the cheapest method for matrices [rows, cols].
 
     In half precision fp16 is preferred to bf16, at equal cost: its error is .11 to .17 of that of torch.optim.Muon's
     bf16 in the standard form, .1 to .45 in the Gram form (Gaussian, 1/k and half-rank spectra; emulated in torch, 64 to
-    512 rows). Where fp16 cannot hold the schedule or the shape, bf16 runs, in the standard form.
+    512 rows). Where fp16 cannot hold the iterates or the shape, bf16 runs, in the standard form.
 
     Args:
-        schedule: of `resolve`; says which dtypes carry the Gram form, and with which restarts.
-        kind: of `device_kind`.
-        dtype: restrict to float32, bfloat16 or float16; None leaves all open.
-        tiny: whether the caller can take the one-launch kernel.
+        rows, cols: the matrices' shape.
+        coefficients: from `resolve_coefficients`. They decide which dtypes carry the Gram form, and with which
+            restarts.
+        kind: the device kind, from `device_kind`.
+        dtype: restricts the choice to float32, bfloat16 or float16. None leaves all open.
+        tiny: the caller can take the one-launch kernel.
 
     Raises:
-        ValueError: for fp16 with a schedule whose iterates it cannot hold, or a `force_method` that does not exist.
+        ValueError: for fp16 with coefficients whose iterates it cannot hold, or where no method has what `force_method`
+            asks for.
     """
-    if dtype == torch.float16 and not fits_fp16(schedule):
+    if dtype == torch.float16 and not fits_fp16(coefficients):
         raise ValueError("ns_dtype=torch.float16 cannot hold the iterates of these ns_coefficients: use torch.bfloat16")
     forced = tuple((_FORCED.get() or {}).items())
-    return _cheapest(rows, cols, schedule, kind, dtype, tiny, rates_of(kind), forced)
+    return _cheapest(rows, cols, coefficients, kind, dtype, tiny, rates_of(kind), forced)
 
 
 @cache
 def _cheapest(
     rows: int,
     cols: int,
-    schedule: Coefficients,
+    coefficients: Coefficients,
     kind: str,
     dtype: torch.dtype | None,
     tiny: bool,
     rates: Rates,
     forced: tuple[tuple[str, Any], ...],
 ) -> NSMethod:
-    paths = [
-        replace(path, cost=_cost(path, rows, cols, len(schedule.steps), rates))
-        for path in _candidates(rows, cols, schedule, kind, dtype, tiny, rates)
-        if all(getattr(path, name) == value for name, value in forced)
+    methods = [
+        replace(method, cost=_cost(method, rows, cols, len(coefficients.steps), rates))
+        for method in _candidates(rows, cols, coefficients, kind, dtype, tiny, rates)
+        if all(getattr(method, name) == value for name, value in forced)
     ]
-    if not paths:
-        raise ValueError(f"no path of a matrix [{rows}, {cols}] on {kind} in {dtype or 'any dtype'} has {dict(forced)}")
-    return min(paths, key=lambda path: path.cost)
+    if not methods:
+        raise ValueError(
+            f"no method of a matrix [{rows}, {cols}] on {kind} in {dtype or 'any dtype'} has {dict(forced)}"
+        )
+    return min(methods, key=lambda method: method.cost)
 
 
 def _candidates(
-    rows: int, cols: int, schedule: Coefficients, kind: str, dtype: torch.dtype | None, tiny: bool, rates: Rates
+    rows: int, cols: int, coefficients: Coefficients, kind: str, dtype: torch.dtype | None, tiny: bool, rates: Rates
 ) -> Iterator[NSMethod]:
-    """The paths that are accurate on this kind of device; of equal ones the preferred first."""
+    """Give the methods that are accurate on this kind of device, of equally cheap ones the preferred first."""
     kinds: list[ProductKind] = ["vendor", *([rates.symmetric_kind] if rates.symmetric_kind else [])]
     small, large = min(rows, cols), max(rows, cols)
-    is_unfit_for_fp16 = small * large > _FP16_MAX_ELEMENTS or not fits_fp16(schedule)
+    is_unfit_for_fp16 = small * large > _FP16_MAX_ELEMENTS or not fits_fp16(coefficients)
     fits_tiny = kind.startswith("cuda") and small <= TINY_MAX and small * large <= TINY_ELEMENTS
     for candidate in (torch.float16, torch.bfloat16, torch.float32):
         if dtype not in (None, candidate) or (dtype is None and candidate == torch.float16 and is_unfit_for_fp16):
             continue
-        parts = segments(schedule, candidate) if rates.gram else None
+        parts = segments(coefficients, candidate) if rates.gram else None
         if candidate == torch.float16 and large < _FP16_GRAM_MIN_ASPECT * small:
             parts = None
         for products in kinds:
@@ -141,23 +146,23 @@ def _candidates(
             yield NSMethod("gram", candidate, "vendor", parts, tiny=True)
 
 
-def _cost(path: NSMethod, rows: int, cols: int, num_steps: int, rates: Rates) -> float:
-    """The cost function: operations over relative rates. A launch of many tiny matrices is cheaper than any."""
-    if path.tiny:
+def _cost(method: NSMethod, rows: int, cols: int, num_steps: int, rates: Rates) -> float:
+    """Return operations over relative rates; 0 for the one-launch kernel, which is cheaper than any other."""
+    if method.tiny:
         return 0.0
     small = min(rows, cols)
-    rate = {torch.float16: at_size(rates.fp16, small), torch.bfloat16: at_size(rates.bf16, small)}.get(path.dtype)
-    gain = None if path.products == "vendor" else at_size(rates.symmetric, small)
-    symmetric, other = operations(path.form, rows, cols, num_steps, max(1, len(path.segments)))
-    efficiency = (rates.gram or 1.0) if path.form == "gram" else 1.0
+    rate = {torch.float16: at_size(rates.fp16, small), torch.bfloat16: at_size(rates.bf16, small)}.get(method.dtype)
+    gain = None if method.products == "vendor" else at_size(rates.symmetric, small)
+    symmetric, other = operations(method.form, rows, cols, num_steps, max(1, len(method.segments)))
+    efficiency = (rates.gram or 1.0) if method.form == "gram" else 1.0
     return (symmetric / (gain or 1.0) + other) / ((rate or 1.0) * efficiency)
 
 
 def workspace_bytes(method: NSMethod, rows: int, cols: int, kind: str) -> int:
     """Return the bytes of one matrix at the peak of `orthogonalize`.
 
-    X, its successors, the small matrices, casts and copies. What a library keeps for itself (cuBLAS' workspace,
-    oneDNN's packing) is not counted, nor the casts of the torch reference of the symmetric product.
+    X, its successors, the small matrices, casts and copies are counted. The casts of the torch reference of the
+    symmetric product are not, nor what a library keeps for itself (cuBLAS' workspace, oneDNN's packing).
     """
     m, n = min(rows, cols), max(rows, cols)
     large, small = m * n, m * m
@@ -191,7 +196,13 @@ def batch_size(method: NSMethod, rows: int, cols: int, kind: str, budget_bytes: 
 
 
 class ColumnPiece(NamedTuple):
-    """Columns of matrices that are orthogonalized by themselves: how, and how many matrices together."""
+    """Columns of matrices that are orthogonalized by themselves.
+
+    Attributes:
+        columns: the columns of the matrices.
+        method: how they are orthogonalized.
+        size: the number of matrices whose columns are orthogonalized together.
+    """
 
     columns: slice
     method: NSMethod
@@ -199,12 +210,12 @@ class ColumnPiece(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """How matrices of one shape go through the second phase of a step.
+    """The way in which matrices of one shape go through the second phase of a step.
 
     Attributes:
-        size: matrices whose momenta are averaged together; at least 1.
-        bytes_per_matrix: of the workspace, that each of them takes.
-        pieces: all columns, or those of each of `widths`.
+        size: the number of matrices whose momenta are averaged together, at least 1.
+        bytes_per_matrix: the bytes of the workspace that each of them takes.
+        pieces: one piece of all columns, or one for each of `widths`.
     """
 
     size: int
@@ -226,11 +237,14 @@ def partition(
     """Return how many matrices [rows, cols] go together, and by which method, within a workspace of `budget_bytes`.
 
     Args:
-        kind: of `device_kind`.
-        dtype: of Newton-Schulz; None: the cheapest.
-        widths: of the pieces of columns that are orthogonalized by themselves: the fp32 momenta take one half of the
-            budget, Newton-Schulz the other. None: the matrices are whole.
-        copied_bytes: that each matrix takes besides.
+        rows, cols: the matrices' shape.
+        coefficients: from `resolve_coefficients`.
+        kind: the device kind, from `device_kind`.
+        budget_bytes: the workspace's size in bytes.
+        dtype: the dtype of Newton-Schulz; None takes the cheapest.
+        widths: the numbers of columns that are orthogonalized by themselves. The fp32 momenta then take one half of the
+            budget, Newton-Schulz the other. None means that the matrices are whole.
+        copied_bytes: the bytes that each matrix takes besides.
     """
     rates, forced = rates_of(kind), tuple((_FORCED.get() or {}).items())
     return _partition(rows, cols, coefficients, kind, budget_bytes, dtype, widths, copied_bytes, rates, forced)

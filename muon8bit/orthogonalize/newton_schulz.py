@@ -26,13 +26,14 @@ def orthogonalize(X: Tensor, coefficients: Coefficients, method: NSMethod, backe
     """Orthogonalize a batch by Newton-Schulz, whatever autocast and the process's fp32 precision say.
 
     Args:
-        X: [batch, rows, cols] in `method.dtype`, each matrix with Frobenius norm at most 1. Overwritten.
+        X: [batch, rows, cols] in `method.dtype`, each matrix with Frobenius norm at most 1. It is overwritten.
         coefficients: one triple a step.
-        method: of `choose_method`.
-        backend: of the kernel that `method.products == "kernel"` asks for: None (by device), `"reference"`, `"triton"`.
+        method: from `choose_method`.
+        backend: runs the kernel that `method.products == "kernel"` asks for: None (by device), `"reference"` or
+            `"triton"`.
 
     Returns:
-        [batch, rows, cols] in `method.dtype`, perhaps in the memory of X; singular values near 0.7 to 1.2 (Jordan's
+        [batch, rows, cols] in `method.dtype`, perhaps in the memory of X. Singular values end near 0.7 to 1.2 (Jordan's
         coefficients).
     """
     products = Products(method.products, backend)
@@ -52,7 +53,7 @@ def orthogonalize(X: Tensor, coefficients: Coefficients, method: NSMethod, backe
 
 
 def standard(X: Tensor, steps: Sequence[Triple], products: Products) -> Tensor:
-    """Iterate all steps in the standard form; X may be overwritten."""
+    """Run all steps in the standard form; X may be overwritten."""
     spare = None
     for a, b, c in steps:
         P = products.polynomial(X, b, c)
@@ -62,7 +63,7 @@ def standard(X: Tensor, steps: Sequence[Triple], products: Products) -> Tensor:
 
 
 def gram(X: Tensor, steps: Sequence[Triple], products: Products, segments: Sequence[int]) -> Tensor:
-    """Iterate all steps in the Gram form, `segments` of them between restarts; X may be overwritten."""
+    """Run all steps in the Gram form, with restarts after each number in `segments`; X may be overwritten."""
     spare, first = None, 0
     for count in segments:
         Q = factor(products.symmetric(X, X), steps[first : first + count], products)
@@ -73,7 +74,7 @@ def gram(X: Tensor, steps: Sequence[Triple], products: Products, segments: Seque
 
 
 def factor(R: Tensor, steps: Sequence[Triple], products: Products) -> Tensor:
-    """Return Q of one segment from the Gram matrix of X, [..., rows, rows]; R stays as it is."""
+    """Return the Q of one segment, [..., rows, rows], from the Gram matrix R of X; R stays as it is."""
     Q: Tensor | None = None
     for index, (a, b, c) in enumerate(steps):
         Z = products.symmetric(R, R, alpha=c, D=R, beta=b, diagonal=a)

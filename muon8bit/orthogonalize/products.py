@@ -1,11 +1,11 @@
-"""The products of Newton-Schulz, by the vendor's library, by row panels, or by the symmetric-product kernel.
+"""Matrix products of Newton-Schulz, by the vendor's library, by row panels, or by the symmetric-product kernel.
 
     symmetric:  alpha * A B^T + beta * D + diagonal * I   where that is symmetric
     advance:    a X + P X            apply:  Q X
 
-Half precision is stored, accumulated and added in fp32, and rounded once (a diagonal of the vendor's: once more).
-On CPU fp16 is a storage format alone: its products run in fp32. `accumulating_in_fp32` sees to it whatever the process
-has been set to.
+Half precision is stored, accumulated and added in fp32, and rounded once (a diagonal of the vendor's: once more). On
+CPU fp16 is a storage format alone: its products run in fp32. `accumulating_in_fp32` sees to it whatever the process has
+been set to.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ NUM_PANELS = 4
 def accumulating_in_fp32(dtype: torch.dtype) -> Iterator[None]:
     """Let products of `dtype` be what their dtype says in this context; restore the process's settings afterwards.
 
-    fp32: no TF32 and no implicit bf16, which `torch.set_float32_matmul_precision` and `fp32_precision` allow; the Gram
-    form fails with them. fp16: neither accumulation nor the sums of split products in fp16. bf16: as torch.optim.Muon
-    runs it. Another thread sees the settings meanwhile. What is right already is not touched. Source: torch.backends,
-    "fp32_precision" (torch 2.9 and later).
+    With fp32 there is no TF32 and no implicit bf16, which `torch.set_float32_matmul_precision` and `fp32_precision`
+    allow; the Gram form fails with them. With fp16 neither accumulation nor the sums of split products are in fp16.
+    bf16 stays as torch.optim.Muon runs it. Another thread sees the settings meanwhile. What is right already is not
+    touched. Source: torch.backends, "fp32_precision" (torch 2.9 and later).
     """
     cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     changed: list[tuple[Any, str, Any, Any]] = []  # object, attribute, value in this context, value afterwards
@@ -62,9 +62,9 @@ def accumulating_in_fp32(dtype: torch.dtype) -> Iterator[None]:
 
 
 def matmul_nt(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right^T`, [..., m, k] x [..., n, k] -> [..., m, n].
+    """Return `left @ right^T`, [..., m, k] x [..., n, k] -> [..., m, n].
 
-    fp32 matrices on CPU go to oneDNN, which torch's `matmul` leaves to the BLAS; there MKL was 2.3 times slower on an
+    fp32 matrices on CPU go to oneDNN, while torch's `matmul` takes the BLAS; there MKL was 2.3 times slower on an
     AVX-512 AMD machine. Both accumulate in fp32.
     """
     if _is_onednn(left, min(left.shape[-2], right.shape[-2])):
@@ -74,12 +74,13 @@ def matmul_nt(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _is_onednn(matrix: Tensor, least_rows: int) -> bool:
+    """Return whether oneDNN multiplies this matrix: fp32, 2-D, on the CPU, with enough rows."""
     fp32_on_cpu = matrix.ndim == 2 and matrix.dtype == torch.float32 and matrix.device.type == "cpu"
     return fp32_on_cpu and least_rows >= _ONEDNN_MIN_ROWS and torch.backends.mkldnn.is_available()
 
 
 def _matmul(left: Tensor, right: Tensor, D: Tensor | None, alpha: float, beta: float, out: Tensor | None) -> Tensor:
-    """alpha * left @ right + beta * D, by the vendor; into `out` where that saves memory."""
+    """Return alpha * left @ right + beta * D by the vendor, in `out` where that saves memory."""
     if left.dtype == torch.float16 and left.device.type == "cpu":
         wide_left, wide_right = left.float(), right.float()
         if D is not None:
@@ -100,9 +101,9 @@ def _matmul(left: Tensor, right: Tensor, D: Tensor | None, alpha: float, beta: f
 
 @dataclass(frozen=True)
 class Products:
-    """How the products of one path are made.
+    """The products that one method takes.
 
-    Args:
+    Attributes:
         kind: `"vendor"`, `"panels"` (2-D matrices) or `"kernel"` (symmetric products by the backend's kernel).
         backend: None (by device), `"reference"` or `"triton"`.
     """
@@ -120,7 +121,10 @@ class Products:
         beta: float = 0.0,
         diagonal: float = 0.0,
     ) -> Tensor:
-        """alpha * A B^T + beta * D + diagonal * I, [..., n, k] x [..., n, k] -> [..., n, n], if that is symmetric."""
+        """Return alpha * A B^T + beta * D + diagonal * I, where that is symmetric.
+
+        The shapes are [..., n, k] x [..., n, k] -> [..., n, n].
+        """
         if alpha == 0.0 and D is not None:  # the cubic iteration needs no product
             C = D * beta
         elif self.kind == "kernel":
@@ -141,31 +145,31 @@ class Products:
         return product.view(*A.shape[:-1], A.shape[-2])
 
     def polynomial(self, X: Tensor, b: float, c: float) -> Tensor:
-        """bA + cA^2 of A = X X^T, [..., n, n]."""
+        """Return bA + cA^2 for A = X X^T, [..., n, n]."""
         A = self.symmetric(X, X)
         return self.symmetric(A, A, alpha=c, D=A, beta=b)
 
     def advance(self, P: Tensor, X: Tensor, a: float, spare: Tensor | None) -> Tensor:
-        """aX + P X, [..., m, n]; into `spare`, or into X, where that saves memory."""
+        """Return aX + P X, [..., m, n], in `spare` or in X where that saves memory."""
         if _is_onednn(P, min(P.shape[-1], X.shape[-1])):
             product = matmul_nt(P, X.mT)
             return torch.add(product, X, alpha=a, out=X if X.is_contiguous() else product)
         return _matmul(P, X, X, 1.0, a, spare)
 
     def apply(self, Q: Tensor, X: Tensor, spare: Tensor | None) -> Tensor:
-        """Q X, [..., m, n]; into `spare` where that saves memory."""
+        """Return Q X, [..., m, n], in `spare` where that saves memory."""
         return _matmul(Q, X, None, 1.0, 0.0, spare)
 
 
 def _panels(rows: int) -> Iterator[tuple[slice, slice]]:
-    """Row panels of a symmetric result, and the columns up to the diagonal of each."""
+    """Give the row panels of a symmetric result, each with the columns up to its diagonal."""
     edges = [rows * index // NUM_PANELS for index in range(NUM_PANELS + 1)]
     for start, stop in pairwise(edges):
         yield slice(start, stop), slice(0, stop)
 
 
 def _panelled(A: Tensor, B: Tensor, D: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """The lower panels of a symmetric result, mirrored; A and B are contiguous."""
+    """Return a symmetric result whose lower panels are computed and mirrored; A and B are contiguous."""
     C = A.new_empty(len(A), len(A))
     for rows, cols in _panels(len(A)):
         panel = _matmul(A[rows], B[cols].mT, None if D is None else D[rows, cols], alpha, beta, None)

@@ -1,8 +1,8 @@
-"""How fast devices multiply matrices: the measured numbers that the choice of a path rests on.
+"""Measured speeds of matrix products by device, from which the method is chosen.
 
-A benchmark installs its own by assignment, before the first step: `RATES["cuda_sm90"] = Rates(...)`. The keys are
-those of `device_kind`; a kind without a row falls back to that of its device type, then to "other". Paths depend on
-this table and on shapes alone, so a resumed run needs the same table.
+A benchmark installs its own by assignment, before the first step: `RATES["cuda_sm90"] = Rates(...)`. The keys are those
+of `device_kind`. A kind without a row falls back to that of its device type, then to "other". Methods depend on this
+table and on shapes alone, so a resumed run needs the same table.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ class Rates:
     """Speeds relative to the vendor's fp32 product of the same size on the same device.
 
     Attributes:
-        bf16, fp16: of the vendor's products in that dtype.
-        symmetric_kind: how symmetric products save work here: `"panels"`, `"kernel"`, or None.
-        symmetric: speed-up of a symmetric product by `symmetric_kind` over the vendor's: 2 at best, used where known.
-        gram: efficiency of the Gram form's small products relative to the standard form's, None without the Gram
+        bf16, fp16: the speed of the vendor's products in that dtype.
+        symmetric_kind: how symmetric products save work here, `"panels"`, `"kernel"`, or None.
+        symmetric: the speed-up of a symmetric product by `symmetric_kind` over the vendor's, 2 at best; used where
+            known.
+        gram: the efficiency of the Gram form's small products relative to the standard form's, None without the Gram
             form. Under 1 it is a margin for what nobody measured, as torch.optim.Muon runs the standard form.
     """
 
@@ -58,7 +59,7 @@ RATES: dict[str, Rates] = {
 
 
 def at_size(values: BySize, rows: int) -> float | None:
-    """The value that applies to this many rows."""
+    """Return the value that applies to this many rows, None below the first size."""
     found = None
     for smallest, value in values:
         if rows >= smallest:
@@ -67,13 +68,16 @@ def at_size(values: BySize, rows: int) -> float | None:
 
 
 def rates_of(kind: str) -> Rates:
-    """The row of a device kind, or what it falls back to."""
+    """Return the rates of a device kind, else of its device type, else of "other"."""
     return RATES.get(kind) or RATES.get(kind.split("_")[0]) or RATES["other"]
 
 
 @cache
 def device_kind(device: torch.device) -> str:
-    """`"cpu"`, `"cpu_avx512_bf16"`, `"cpu_amx"`, `"cuda_sm90"` and so on, `"rocm"`, or the device's type."""
+    """Return a key for `RATES`, as `"cpu"`, `"cpu_avx512_bf16"`, `"cpu_amx"`, `"cuda_sm90"` or `"rocm"`.
+
+    Devices other than the CPU and CUDA's give their type.
+    """
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "rocm"

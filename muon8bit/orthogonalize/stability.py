@@ -1,4 +1,4 @@
-"""What a dtype can carry of a schedule: where the Gram form restarts, and whether fp16 can hold the iterates.
+"""Limits of a dtype for given coefficients: where the Gram form restarts, and whether fp16 can hold the iterates.
 
 Rounding gives R = X X^T eigenvalues near -eps where X is rank-deficient, and a step of the Gram form multiplies them by
 a^2. Where they come near 1 the polynomial throws them away. A restart (Q is applied to X, R made anew) ends the growth.
@@ -18,12 +18,12 @@ from .coefficients import Coefficients
 # Jordan, "you" and Polar Express into two and three; three and two have up to 2.2 of the bf16 error (Polar Express,
 # 1/k). Later segments start from larger singular values.
 _GROWTH = {torch.float32: (2.0**-24, MAX_GROWTH, MAX_GROWTH), torch.float16: (2.0**-11, 0.6, 1.0)}
-# In fp32, for schedules that converge. Of a constant matrix all elements of Q round alike, and their sums keep that:
+# In fp32, for coefficients that converge. In a constant matrix all elements of Q round alike, and their sums keep that:
 # without a restart the error grows with the rows, at [512, 2048] to .086 (Polar Express), .071 ("you") and .023
 # (deepseek_v4, restart after 5). Jordan's values end between .68 and 1.14 anyway. With this limit all stay under .001.
 _CONVERGING_GROWTH = 2e-4
 _CONVERGED = 0.2  # from 1, of what becomes of the singular values from .5 to 1
-# Iterates of converging schedules stay under 40; fp16 ends at 65504.
+# Iterates of converging coefficients stay under 40; fp16 ends at 65504.
 _LARGEST_IN_FP16 = 4096.0
 # Such a number can be squared and summed over the side of a matrix in float32.
 _LARGEST_IN_FP32 = 2.0**50
@@ -31,19 +31,19 @@ _SINGULAR_VALUES = 257
 
 
 @cache
-def segments(schedule: Coefficients, dtype: torch.dtype) -> tuple[int, ...] | None:
-    """Numbers of steps between the restarts of the Gram form, their sum the schedule's; None: not in this dtype.
+def segments(coefficients: Coefficients, dtype: torch.dtype) -> tuple[int, ...] | None:
+    """Return the numbers of steps between the restarts of the Gram form, or None where `dtype` does not carry it.
 
-    One segment is no restart. bf16 has none: it fails on spectra like 1/k (measured errors of 1 to 3.7 times those of
-    the standard form, with a restart).
+    Their sum is the number of steps. One segment means no restart. bf16 has None: it fails on spectra like 1/k
+    (measured errors of 1 to 3.7 times those of the standard form, with a restart).
     """
-    if dtype not in _GROWTH or (dtype == torch.float16 and not fits_fp16(schedule)):
+    if dtype not in _GROWTH or (dtype == torch.float16 and not fits_fp16(coefficients)):
         return None
     eps, limit, later_limit = _GROWTH[dtype]
-    if dtype == torch.float32 and _converges(schedule):
+    if dtype == torch.float32 and _converges(coefficients):
         limit = later_limit = _CONVERGING_GROWTH
     counts, growth = [0], eps
-    for a, _, _ in schedule.steps:
+    for a, _, _ in coefficients.steps:
         if counts[-1] and growth * a * a >= limit:
             counts.append(0)
             growth, limit = eps, later_limit
@@ -52,11 +52,11 @@ def segments(schedule: Coefficients, dtype: torch.dtype) -> tuple[int, ...] | No
     return tuple(counts)
 
 
-def _converges(schedule: Coefficients) -> bool:
-    """Whether the schedule takes singular values so near to 1 that rounding errors of a few hundredths show."""
+def _converges(coefficients: Coefficients) -> bool:
+    """Return whether singular values end so near to 1 that rounding errors of a few hundredths show."""
     for index in range(_SINGULAR_VALUES):
-        x = (0.5 + 0.5 * index / (_SINGULAR_VALUES - 1)) / schedule.norm_factor
-        for a, b, c in schedule.steps:
+        x = (0.5 + 0.5 * index / (_SINGULAR_VALUES - 1)) / coefficients.norm_factor
+        for a, b, c in coefficients.steps:
             x = min(max(x * (a + b * x * x + c * x**4), -1e9), 1e9)  # what diverges stays a number
         if abs(x - 1) > _CONVERGED:
             return False
@@ -64,22 +64,25 @@ def _converges(schedule: Coefficients) -> bool:
 
 
 @cache
-def diverges(schedule: Coefficients) -> bool:
-    """Whether an iterate grows beyond what float32 and bfloat16 hold, so that parameters become NaN."""
-    return not _stays_under(_LARGEST_IN_FP32, schedule)
+def diverges(coefficients: Coefficients) -> bool:
+    """Return whether an iterate grows beyond what float32 and bfloat16 hold, so that parameters become NaN."""
+    return not _stays_under(_LARGEST_IN_FP32, coefficients)
 
 
 @cache
-def fits_fp16(schedule: Coefficients) -> bool:
-    """Whether every iterate of either form, singular values from 0 to 1, stays far from fp16's largest number."""
-    return _stays_under(_LARGEST_IN_FP16, schedule)
+def fits_fp16(coefficients: Coefficients) -> bool:
+    """Return whether every iterate stays far from fp16's largest number, in both forms.
+
+    Singular values from 0 to 1 are tried.
+    """
+    return _stays_under(_LARGEST_IN_FP16, coefficients)
 
 
-def _stays_under(limit: float, schedule: Coefficients) -> bool:
+def _stays_under(limit: float, coefficients: Coefficients) -> bool:
     for index in range(_SINGULAR_VALUES):
         x = index / (_SINGULAR_VALUES - 1)
         q = 1.0  # product of the polynomials of two steps, the least between restarts
-        for step, (a, b, c) in enumerate(schedule.steps):
+        for step, (a, b, c) in enumerate(coefficients.steps):
             r = x * x
             z = a + b * r + c * r * r
             q = z * (q if step % 2 else 1.0)
