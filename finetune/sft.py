@@ -147,9 +147,10 @@ def _work(argv: Sequence[str]) -> int:
     return run_job(set_up(recipe, folder), finish, script=os.path.abspath(__file__))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script. Returns the exit code, see EXIT_CODES."""
-    return run_script(lambda: _work(sys.argv[1:] if argv is None else argv))
+def main(argv: Sequence[str] | None = None, only_check: bool = False) -> int:
+    """Run the script, or with `only_check` parse and check its options. Returns the exit code, see EXIT_CODES."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_script(lambda: 0 if only_check and parse(words) else _work(words))
 
 
 if __name__ == "__main__":

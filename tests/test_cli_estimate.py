@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shlex
 import sys
 from dataclasses import replace
 from io import StringIO
@@ -13,19 +15,25 @@ import pytest
 import torch
 from helpers.memory_models import LADDER, TINY, config_of, ladder_config
 
-from muon8bit.cli import main
+from muon8bit.cli import build_parser, main
+from muon8bit.cli.estimate import typed_options
+from muon8bit.cli.parser import Progress
 from muon8bit.estimate import (
     LABELS,
     OPTIMIZERS,
     Estimator,
     Memory,
+    Offer,
     Setup,
     check_budget,
     load_config,
+    offers,
+    parse_budget,
     parse_bytes,
+    print_offers,
     print_table,
+    script_options,
 )
-from muon8bit.estimate.advice import changes
 from muon8bit.estimate.classes import longest
 from muon8bit.estimate.models import build
 from muon8bit.estimate.presets import NAMES
@@ -168,9 +176,6 @@ def test_accumulated_gradients_lie_beside_the_activations_unless_they_are_added_
     assert more.plain.peak_bytes > once.plain.peak_bytes
     assert muon8bit(accumulation=9) == more
     assert muon8bit(num_gpus=4, shard="fsdp2", accumulation=2) == muon8bit(num_gpus=4, shard="fsdp2")
-    offered = dict(changes(Setup(accumulation=4)))
-    assert offered["--gradient-accumulation 1"].accumulation == 1
-    assert "--release-gradients" not in offered
 
 
 def test_what_fsdp2_sends_of_a_gradient_is_fp32_where_it_computes_in_bf16() -> None:
@@ -188,49 +193,150 @@ def test_released_gradients_are_the_two_largest(capfd: pytest.CaptureFixture[str
     assert entry["gradients_bytes"] == 2 * 2 * table  # embeddings and head, bf16
 
 
-def test_every_change_that_is_offered_fits_and_no_other(estimator: Estimator) -> None:
-    setup = Setup(seq=128, batch=8)
-    estimate = estimator.estimate(setup)
+def test_every_offer_fits_and_is_the_fewest_changes(estimator: Estimator) -> None:
+    """Single options where one is enough; else several, none of which can be left out."""
+    setup = Setup(seq=128, batch=8, dtype="fp32")
+    peak = estimator.estimate(setup).peak_bytes("muon8bit")
+    (as_asked,) = offers(estimator, setup, "muon8bit", peak)
+    assert (as_asked.setup, as_asked.peak_bytes) == (setup, peak)
+    singles = offers(estimator, setup, "muon8bit", peak - 1)
+    alone = [offer.setup for offer in singles if offer.setup.mode == "full" and offer.setup.num_gpus == 1]
+    assert replace(setup, checkpointing=True) in alone
+    assert replace(setup, batch=1) in alone
+    assert replace(setup, dtype="bf16") in alone
+    assert {offer.setup.mode for offer in singles} == {"full", "lora", "qlora"}
+    budget = estimator.estimate(replace(setup, checkpointing=True, batch=1)).peak_bytes("muon8bit")
+    several = offers(estimator, setup, "muon8bit", budget)
+    assert several
+    assert several[0].setup == replace(setup, checkpointing=True, batch=1)
+    for offer in [*singles, *several]:
+        assert offer.peak_bytes == estimator.memory(offer.optimizer, offer.setup).peak_bytes
+        assert offer.peak_bytes <= (budget if offer in several else peak - 1)
+    adapter = replace(setup, lora=16, checkpointing=True)
+    found = offers(estimator, setup, "muon8bit", estimator.memory("muon8bit", adapter).peak_bytes)
+    assert adapter in [offer.setup for offer in found]
+    assert offers(estimator, setup, "muon8bit", 1000) == []
+
+
+def test_the_verdict_of_every_optimizer_stands_in_its_row(estimator: Estimator) -> None:
+    estimate = estimator.estimate(Setup(seq=128, batch=8))
     peaks = {name: estimate.peak_bytes(name) for name in OPTIMIZERS}
     budget = (min(peaks.values()) + max(peaks.values())) // 2
-    verdicts = check_budget(estimator, estimate, budget)
+    verdicts = check_budget(estimate, budget)
     assert {verdict.fits for verdict in verdicts.values()} == {True, False}
-    for name, verdict in verdicts.items():
-        assert verdict.spare_bytes == budget - peaks[name]
-        if verdict.fits:
-            assert verdict.changes == ()
-            continue
-        expected = [f"the optimizer {LABELS[other]}" for other in OPTIMIZERS if peaks[other] <= budget]
-        expected += [w for w, other in changes(setup) if estimator.estimate(other).peak_bytes(name) <= budget]
-        assert list(verdict.changes) == expected
-        assert "--activation-checkpointing" in expected
     table = StringIO()
     print_table("a llama", estimate, verdicts, budget, table)
+    assert max(map(len, table.getvalue().splitlines())) <= 80
     for name, verdict in verdicts.items():
-        row = next(line for line in table.getvalue().splitlines() if f" {LABELS[name]} " in line)
-        assert ("fits, " in row, " over" in row) == (verdict.fits, not verdict.fits)
-        assert (f"{LABELS[name]} would fit with: the optimizer" in table.getvalue()) == (not verdict.fits)
-    hopeless = check_budget(estimator, estimate, 1000)
-    assert all(not verdict.fits and verdict.changes == () for verdict in hopeless.values())
-    assert all(verdict.together is None for verdict in hopeless.values())
+        assert verdict.spare_bytes == budget - peaks[name]
+        row = next(line for line in table.getvalue().splitlines() if line.startswith(f"{LABELS[name]} "))
+        assert (row.endswith(" fits"), row.endswith(" over")) == (verdict.fits, not verdict.fits)
 
 
-def test_options_offered_together_fit_and_without_the_last_do_not(
-    capfd: pytest.CaptureFixture[str], llama: Path, estimator: Estimator
+def test_what_is_offered_is_a_command_of_the_script_that_makes_the_same_setup(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = Setup(seq=128, batch=8, dtype="fp32", loss_chunk=512)
-    estimate = estimator.estimate(setup)
-    budget = estimator.estimate(replace(setup, checkpointing=True, batch=1)).peak_bytes("muon8bit")
-    verdict = check_budget(estimator, estimate, budget)["muon8bit"]
-    assert verdict.together == "--activation-checkpointing --batch 1"
-    assert not any(words.startswith(("--act", "--batch", "--release", "--dtype")) for words in verdict.changes)
-    own = ("--seq", 128, "--dtype", "fp32", "--loss-chunk", 512, "--budget", f"{budget}B")
-    for batch, fits in ((1, True), (8, False)):
-        entry = record(capfd, llama, "--activation-checkpointing", "--batch", batch, *own)["optimizers"]["muon8bit"]
-        assert entry["fits"] == fits
-    table = StringIO()
-    print_table("a llama", estimate, dict.fromkeys(OPTIMIZERS, verdict), budget, table)
-    assert f"would fit with: {verdict.together}\n" in table.getvalue()
+    """Of a model that caps its logits none has --loss-chunk; of a configuration without weights it is pretrained."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("config.json")
+    path.write_text(json.dumps({**TINY["llama"], "model_type": "gemma2", "head_dim": 16}))
+    peak = record(capfd, path, "--device", "cpu", "--batch-size", 8)["optimizers"]["muon8bit"]["peak_bytes"]
+    asked = ("--device", "cpu", "--batch-size", 8, "--budget", f"{int(0.6 * peak)}B")
+    found = record(capfd, path, *asked)["offers"]
+    scripts = set()
+    for offer in found:
+        words = shlex.split(offer["command"])
+        assert "--loss-chunk" not in words
+        setup = Setup(**offer["setup"])
+        if setup.num_gpus > 1:
+            assert words[:4] == ["accelerate", "launch", "--config_file", "finetune/configs/fsdp2.yaml"]
+            continue
+        module = importlib.import_module(words[2])
+        scripts.add(words[2])
+        recipe, _ = module.parse(words[3:])
+        for key, value in script_options(offer["optimizer"], setup).items():
+            assert getattr(recipe, key, "full") == value, key
+    assert scripts == {"finetune.pretrain", "finetune.sft"}
+    text = StringIO()
+    made = [Offer(offer["optimizer"], Setup(**offer["setup"]), offer["peak_bytes"]) for offer in found]
+    print_offers(made, [offer["command"] for offer in found], "muon8bit", peak, "", text)
+    assert max(map(len, text.getvalue().splitlines())) <= 80
+    for offer in found:
+        assert offer["command"] in " ".join(text.getvalue().replace("\\\n", " ").split())
+
+
+def test_a_recipe_is_estimated_with_its_options_and_those_that_are_typed(capfd: pytest.CaptureFixture[str]) -> None:
+    found = record(capfd, "--recipe", "llama_4m", "--device", "cpu")
+    setup = Setup(**found["setup"])
+    assert (setup.batch, setup.seq, setup.dtype, setup.mixed_precision) == (8, 256, "fp32", "no")
+    assert (found["model"], found["optimizer"]) == ("llama_4m", "muon8bit")
+    assert record(capfd, "--recipe", "llama_4m")["setup"]["mixed_precision"] == "bf16"
+    typed = record(capfd, "--recipe", "llama_4m", "--batch-size", 2, "--adamw-bits", 8, "--budget", "1GB")
+    assert (typed["setup"]["batch"], typed["optimizer"]) == (2, "muon8bit+adamw8bit")
+    (offer,) = typed["offers"]
+    assert offer["command"] == "python -m finetune.pretrain --recipe llama_4m --adamw-bits 8 --batch-size 2"
+
+
+def test_former_names_are_the_same_options() -> None:
+    for before, now in (
+        ("--batch 2 --seq 64", "--batch-size 2 --seq-len 64"),
+        ("--lora 4", "--mode lora --lora-rank 4"),
+        ("--qlora --lora 4", "--mode qlora --lora-rank 4"),
+        ("--dtype mixed", "--dtype fp32 --mixed-precision bf16"),
+    ):
+        parsed = [build_parser().parse_args(["estimate", "x", *words.split()]) for words in (before, now)]
+        assert typed_options(parsed[0]) == typed_options(parsed[1])
+
+
+def test_a_card_of_24_gb_has_24_gib(capfd: pytest.CaptureFixture[str], llama: Path) -> None:
+    assert parse_budget("24GiB") == (24 * 2**30, "")
+    num_bytes, note = parse_budget("24 GB")
+    assert num_bytes == 24 * 2**30
+    assert note == "24 GB is taken for 24GiB, as cards are sold; --budget 24000000000B is 22.35 GiB."
+    _, out, _ = run(capfd, "estimate", llama, "--budget", "24GB")
+    assert "24GB is taken for 24GiB" in out
+
+
+def test_qlora_says_what_stays_unquantized(capfd: pytest.CaptureFixture[str], llama: Path) -> None:
+    pytest.importorskip("peft")
+    found = record(capfd, llama, "--qlora", "--lora", 4)
+    sizes = TINY["llama"]
+    unquantized = 2 * 2 * sizes["vocab_size"] * sizes["hidden_size"]  # embeddings and head, bf16
+    unquantized += 4 * sizes["hidden_size"] * (2 * sizes["num_hidden_layers"] + 1)  # norms, fp32
+    (note,) = (note for note in found["notes"] if "NF4" in note)
+    assert f"stay unquantized, {unquantized / 2**30:.2f} GiB" in note
+
+
+def test_a_hub_that_is_not_there_is_told_at_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(*address: Any, **_: Any) -> None:
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr("muon8bit.estimate.configs.getproxies", dict)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    code, out, err = run(capfd, "estimate", "nobody/no-model")
+    assert (code, out, len(err.splitlines()), len(asked)) == (2, "", 1, 1)
+    assert "nobody/no-model: the hub cannot be reached" in err
+
+
+def test_progress_is_shown_on_a_terminal_and_elsewhere_only_after_a_while() -> None:
+    now, log = [0.0], StringIO()
+    progress = Progress(log, lambda: now[0])
+    progress.tell("first")
+    now[0] = 5.0
+    progress.tell("second")
+    assert log.getvalue() == "5 s: second ...\n"
+    terminal = StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    progress = Progress(terminal, lambda: 0.0)
+    progress.tell("first")
+    progress.clear()
+    assert terminal.getvalue() == "\r\x1b[Kfirst ...\r\x1b[K"
 
 
 def test_budget_is_judged_and_the_picture_is_written(
@@ -240,7 +346,7 @@ def test_budget_is_judged_and_the_picture_is_written(
     found = record(capfd, llama, "--budget", "1GiB", "--plot", picture)
     assert found["budget_bytes"] == 2**30
     for entry in found["optimizers"].values():
-        assert (entry["fits"], entry["changes"]) == (True, [])
+        assert entry["fits"]
         assert entry["spare_bytes"] == 2**30 - entry["peak_bytes"]
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
@@ -260,10 +366,15 @@ def test_sizes_have_the_bytes_of_their_unit(text: str, num_bytes: int) -> None:
         (("CONFIG", "--budget", "24"), ("24", "unit", "24GiB")),
         (("CONFIG", "--budget", "24 apples"), ("apples", "GiB")),
         (("CONFIG", "--budget", "GiB"), ("GiB", "no size")),
-        (("CONFIG", "--seq", "4096"), ("--seq", "4096", "128")),
-        (("CONFIG", "--batch", "0"), ("--batch", "0")),
-        (("CONFIG", "--lora", "0"), ("--lora", "0")),
-        (("CONFIG", "--loss-chunk", "0"), ("--loss-chunk", "0")),
+        (("CONFIG", "--seq", "4096"), ("--seq-len 4096", "128")),
+        (("CONFIG", "--batch", "0"), ("--batch-size", "0")),
+        (("CONFIG", "--lora", "0"), ("--lora-rank", "0")),
+        (("CONFIG", "--loss-chunk", "-1"), ("--loss-chunk", "-1")),
+        (("CONFIG", "--lora-rnak", "4"), ("--lora-rnak", "did you mean --lora-rank?")),
+        ((), ("MODEL", "--recipe")),
+        (("CONFIG", "--recipe", "llama_4m"), ("MODEL", "--recipe")),
+        (("--recipe", "llama_4n"), ("llama_4n", "did you mean llama_4m?")),
+        (("--recipe", "llama_4m", "--mode", "lora"), ("--mode", "llama_4m")),
         (("CONFIG", "--gpus", "0"), ("--gpus", "0")),
         (("CONFIG", "--gradient-accumulation", "0"), ("--gradient-accumulation", "0")),
         (("CONFIG", "--gradient-accumulation", "2", "--release-gradients"), ("--release-gradients", "accumulation 2")),
@@ -316,7 +427,7 @@ def test_folder_without_a_configuration_is_refused_by_name(capfd: pytest.Capture
     ("missing", "argv"),
     [
         ("transformers", ("--json",)),
-        ("rich", ()),
+        ("transformers", ()),
         ("matplotlib", ("--json", "--plot", "x.png")),
         ("peft", ("--lora", "4")),
     ],
@@ -411,7 +522,7 @@ def test_what_the_figures_leave_out_of_a_model_that_sees_is_told_under_a_budget_
     assert main(["estimate", str(path), "--seq", "8", "--budget", "1KiB"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "Only the text part (gemma3_text) of this gemma3 model is counted: the rest (vision_config)" in told
-    assert "would fit with: nothing that was tried" in told
+    assert "Muon8bit would fit in 0.00 MiB with nothing that was tried." in told
 
 
 def test_a_model_that_fails_with_both_ways_of_attention_is_refused_with_both_reasons(monkeypatch, llama, capsys):

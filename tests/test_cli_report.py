@@ -116,7 +116,7 @@ def test_padded_storage_and_wrong_shape_show_as_a_difference(capfd: pytest.Captu
     code, out, _ = run(capfd, tmp_path)
     assert code == 0
     assert f"{10_000 - 128 * 96:,}" in out
-    for label in ("Muon8bit", "state in all", "weights", "8-bit AdamW, it would be"):
+    for label in ("Muon8bit", "state in all", "weights", "8-bit AdamW, would be"):
         assert label in out
 
 

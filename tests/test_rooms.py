@@ -56,6 +56,8 @@ MODULES = {module_name(path): path for folder in FOLDERS for path in sorted(ROOT
 
 def room_of(module: str) -> str:
     head, *rest = module.split(".")
+    if module == "muon8bit.__main__":
+        return "cli"
     if head == "muon8bit" and rest:
         return "base" if ".".join(rest) in BASE else rest[0] if rest[0] in ALLOWED else "muon8bit"
     return "kernels" if head == "muon8bit_kernels" else head

@@ -27,6 +27,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
+from finetune.config.estimated import memory_options
 from finetune.config.sft_recipe import SftRecipe, read_sft_recipe, resolve, sft_recipe_from
 from finetune.data.packing import collate
 from finetune.data.tokenize_chat import Encoded
@@ -36,6 +37,7 @@ from finetune.storage.run_dir import RunFolder
 from finetune.training.loss import Batch
 from finetune.training.run import make_accelerator, prepare_training
 from finetune.training.train_step import accumulate_gradients, clip_gradients, num_targets
+from muon8bit import estimate
 from muon8bit.estimate import Estimator, Setup, load_config
 
 # Recipe -> GiB that a step may allocate at most; its name tells the memory of the GPU.
@@ -61,26 +63,12 @@ def recipe_of(name: str) -> SftRecipe:
 
 def setup_of(recipe: SftRecipe) -> Setup:
     """Return what `muon8bit estimate` is asked for a recipe on a GPU that has bf16."""
-    is_bf16 = recipe.dtype == "bf16" or (recipe.dtype == "auto" and recipe.has_adapter)
-    return Setup(
-        batch=recipe.batch_size,
-        seq=recipe.seq_len,
-        dtype="bf16" if is_bf16 else "fp32" if recipe.mixed_precision == "no" else "mixed",
-        checkpointing=recipe.activation_checkpointing,
-        lora=recipe.lora_rank if recipe.has_adapter else None,
-        qlora=recipe.mode == "qlora",
-        release=recipe.release_gradients,
-        loss_chunk=recipe.loss_chunk or None,
-        accumulation=recipe.gradient_accumulation,
-        state_device="cpu" if recipe.state_device == "cpu" else "device",
-    )
+    return estimate.setup_of(memory_options(recipe, is_cuda=True, has_bf16=True), device="cuda")
 
 
 def column_of(recipe: SftRecipe) -> str:
     """Return the optimizer of the estimate that a recipe trains with."""
-    if recipe.optimizer == "muon8bit" and recipe.adamw_bits == 8:
-        return "muon8bit+adamw8bit"
-    return recipe.optimizer
+    return estimate.column_of(recipe.optimizer, recipe.adamw_bits, setup_of(recipe))
 
 
 def preset_of(recipe: SftRecipe) -> str:

@@ -49,18 +49,25 @@ def add_parser(subparsers: _Subparsers) -> None:
         help="whose format OUT has (default: muon8bit); torch: a dict with the state dicts of torch.optim.Muon under "
         "'muon' and of torch.optim.AdamW under 'adamw'",
     )
-    parser.add_argument("--adamw", metavar="FILE", type=Path, help="with --from: AdamW's state dict, if IN is Muon's")
+    parser.add_argument(
+        "--adamw", metavar="FILE", type=Path, help="with --from: AdamW's state dict, if IN is Muon's (default: none)"
+    )
     parser.add_argument(
         "--like",
         metavar="FILE",
         type=Path,
         help="a checkpoint whose groups, order and format OUT shall have, such as the state dict of a new optimizer; "
-        "parameters are matched by name",
+        "parameters are matched by name (default: none)",
     )
     parser.add_argument(
-        "--names", metavar="FILE", type=Path, help="one parameter name a line, Muon's before AdamW's, if IN has none"
+        "--names",
+        metavar="FILE",
+        type=Path,
+        help="one parameter name a line, Muon's before AdamW's, if IN has none (default: IN's)",
     )
-    parser.add_argument("--momentum", type=float, help="beta of a heavy-ball IN whose groups do not say it")
+    parser.add_argument(
+        "--momentum", type=float, help="beta of a heavy-ball IN whose groups do not say it (default: theirs)"
+    )
     parser.set_defaults(run=run)
 
 

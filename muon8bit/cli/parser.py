@@ -1,11 +1,13 @@
-"""The parser of every command line here: help in sections, a default for each option, the nearest name for a slip."""
+"""The parser of every command line here: sections, defaults, the nearest name for a slip; and progress."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Sequence
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from .errors import UsageError
 
@@ -111,3 +113,32 @@ class CommandParser(argparse.ArgumentParser):
         """Raise UsageError in place of argparse's exit."""
         end = "" if message.endswith("?") else ";"
         raise UsageError(f"{self.prog}: {message}{end} see {self.prog} --help")
+
+
+class Progress:
+    """Shows one line that changes on a terminal; elsewhere writes lines, once the command has taken `PATIENCE` s.
+
+    Args:
+        file: where to.
+        clock: seconds.
+    """
+
+    PATIENCE = 5.0
+
+    def __init__(self, file: IO[str] = sys.stderr, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file, self._clock = file, clock
+        self._started = clock()
+
+    def tell(self, text: str) -> None:
+        """Show what comes next."""
+        if self._file.isatty():
+            self._file.write(f"\r\x1b[K{text} ...")
+            self._file.flush()
+        elif self._clock() - self._started >= self.PATIENCE:
+            print(f"{self._clock() - self._started:.0f} s: {text} ...", file=self._file, flush=True)
+
+    def clear(self) -> None:
+        """Take the line off the terminal."""
+        if self._file.isatty():
+            self._file.write("\r\x1b[K")
+            self._file.flush()

@@ -3,13 +3,16 @@
 `estimate` has the formula of the peak, `optimizers` those of state and workspace, `activations` counts a pass.
 """
 
-from .advice import BudgetCheck, check_budget
+from .advice import BudgetCheck, Offer, check_budget, offers
 from .checkpoint import Report, report
+from .classes import longest
+from .command import Script, column_of, command, script_for, script_options, setup_of
+from .configs import load_config
 from .estimator import Estimate, Estimator, Memory, Peak
-from .models import load_config
 from .optimizers import LABELS, OPTIMIZERS
-from .setup import Setup, parse_bytes
-from .table import describe, plot, print_report, print_table
+from .presets import hub_name
+from .setup import Setup, parse_budget, parse_bytes
+from .table import describe, gib, plot, print_offers, print_report, print_table
 
 __all__ = [
     "LABELS",
@@ -18,15 +21,28 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Memory",
+    "Offer",
     "Peak",
     "Report",
+    "Script",
     "Setup",
     "check_budget",
+    "column_of",
+    "command",
     "describe",
+    "gib",
+    "hub_name",
     "load_config",
+    "longest",
+    "offers",
+    "parse_budget",
     "parse_bytes",
     "plot",
+    "print_offers",
     "print_report",
     "print_table",
     "report",
+    "script_for",
+    "script_options",
+    "setup_of",
 ]

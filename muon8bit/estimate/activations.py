@@ -25,8 +25,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .losses import RefusedError, loss_of
+from .losses import RefusedError, check_head, loss_of
+from .models import as_nf4
 
+_NOT_WRITTEN = "transformers has none for its class"
 _NO_VALUES = "its code asks for the values of tensors"
 
 
@@ -104,6 +106,7 @@ def trace(
     is_checkpointed: bool,
     autocast: torch.dtype | None = None,
     loss_chunk: int | None = None,
+    is_nf4: bool = False,
 ) -> Pass:
     """Count one pass of a causal language model with its cross-entropy loss.
 
@@ -116,6 +119,7 @@ def trace(
         is_checkpointed: recompute the activations of each layer in the backward pass.
         autocast: dtype of automatic mixed precision; None without it.
         loss_chunk: tokens whose logits exist at once; None for all of them.
+        is_nf4: the frozen linear layers are those of a base in NF4.
 
     Raises:
         ValueError: the model cannot be checkpointed, or its passes fail both ways; with the reason of each.
@@ -126,8 +130,13 @@ def trace(
         "is_checkpointed": is_checkpointed,
         "autocast": autocast,
         "loss_chunk": loss_chunk,
+        "is_nf4": is_nf4,
     }
+    own: Any = meta_model
+    has_fused = getattr(own.get_base_model() if hasattr(own, "get_base_model") else own, "_supports_sdpa", True)
     try:
+        if not has_fused:  # as transformers would run it
+            return replace(_passed(meta_model, "eager", **how), no_fused=_NOT_WRITTEN)
         return _passed(meta_model, _fused_attention(), **how)
     except RefusedError:
         raise
@@ -175,6 +184,7 @@ def _passed(
     is_checkpointed: bool,
     autocast: torch.dtype | None,
     loss_chunk: int | None,
+    is_nf4: bool,
     is_masked: bool = False,
 ) -> Pass:
     """Count one pass with an implementation of attention, with a mask if the model's own code reads it."""
@@ -182,6 +192,8 @@ def _passed(
     for module in model.modules():
         if hasattr(module, "layerdrop"):  # layers left out at random: count the pass that leaves out none
             module.layerdrop = 0.0
+    if is_nf4:
+        as_nf4(model)
     if is_checkpointed:
         checkpoint(model)
     with FakeTensorMode(), _unlogged():
@@ -191,6 +203,8 @@ def _passed(
         known = [*model.parameters(), *model.buffers()]
         tokens = torch.zeros(batch, seq, dtype=torch.long, device="cpu")
         mask = {"attention_mask": torch.ones(batch, seq, dtype=torch.long, device="cpu")} if is_masked else {}
+        if loss_chunk is not None:
+            check_head(model, tokens[:1, :4])
         live = _Live(known)
         with _hooked(model, live.finish), live:
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):

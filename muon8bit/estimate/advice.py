@@ -1,109 +1,170 @@
-"""Whether a setup fits a budget, by how much, and which single changes, or else several, would make it fit."""
+"""Which setups fit a budget: the one asked for, with single options more or less, with several, with adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from .estimator import Estimate, Estimator
-from .optimizers import LABELS, OPTIMIZERS
+from .optimizers import OPTIMIZERS
 from .setup import Setup
 
 # Tokens whose logits take about as much as a layer's activations.
 LOSS_CHUNK = 512
-# Options that leave what is trained and on how many GPUs, those first that change least. The last is Muon8bit's alone.
-_ALONE = (
-    *("--activation-checkpointing", "--loss-chunk", "--batch", "--release-gradients", "--dtype"),
-    "--state-device",
-)
+# An optimizer, one of `OPTIMIZERS`, and how it trains.
+Choice: TypeAlias = tuple[str, Setup]
 
 
 @dataclass(frozen=True)
 class BudgetCheck:
-    """Of one optimizer: `spare_bytes` is the budget less the peak, negative where it does not fit; `changes` are the
-    single changes with which it would fit; where none of them leaves what is trained and on how many GPUs, `together`
-    are options with which it would."""
+    """Of one optimizer: `spare_bytes` is the budget less the peak, negative where it does not fit."""
 
     spare_bytes: int
-    changes: tuple[str, ...]
-    together: str | None = None
 
     @property
     def fits(self) -> bool:
         return self.spare_bytes >= 0
 
 
-def check_budget(estimator: Estimator, estimate: Estimate, budget: int) -> dict[str, BudgetCheck]:
-    """The verdict on every optimizer. Changes are estimated only where something does not fit."""
-    spare = {name: budget - estimate.peak_bytes(name) for name in OPTIMIZERS}
-    changed: list[tuple[str, Estimate]] = []
-    if min(spare.values()) < 0:
-        for words, setup in changes(estimate.setup):
-            try:
-                changed.append((words, estimator.estimate(setup)))
-            except ValueError:  # a model that cannot be changed so
-                continue
-    verdicts = {}
-    for name in OPTIMIZERS:
-        found: list[str] = []
-        if spare[name] < 0:
-            found = [f"the optimizer {LABELS[other]}" for other in OPTIMIZERS if spare[other] >= 0]
-            found += [words for words, other in changed if other.peak_bytes(name) <= budget]
-        verdicts[name] = BudgetCheck(spare[name], tuple(found))
-    pending = [
-        name
-        for name in OPTIMIZERS
-        if spare[name] < 0 and not any(words.startswith(_ALONE) for words in verdicts[name].changes)
-    ]
-    for words, setup in combined(estimate.setup) if pending else ():
+@dataclass(frozen=True)
+class Offer:
+    """A setup that fits: its optimizer, one of `OPTIMIZERS`, and the bytes of its peak."""
+
+    optimizer: str
+    setup: Setup
+    peak_bytes: int
+
+
+def check_budget(estimate: Estimate, budget: int) -> dict[str, BudgetCheck]:
+    """The verdict on every optimizer."""
+    return {name: BudgetCheck(budget - estimate.peak_bytes(name)) for name in OPTIMIZERS}
+
+
+def offers(estimator: Estimator, setup: Setup, optimizer: str, budget: int) -> list[Offer]:
+    """Return what fits, those first that change least; only the setup itself where that fits.
+
+    Every offer has been counted. What the model cannot do is left out: checkpointing, a loss in chunks, an adapter.
+
+    Args:
+        estimator: of the model.
+        setup: as asked.
+        optimizer: of `OPTIMIZERS`.
+        budget: bytes.
+    """
+    search = _Search(estimator, budget)
+    asked = (optimizer, setup)
+    if as_asked := search.fits(asked):
+        return [as_asked]
+    singles = [changed for change in CHANGES if (changed := change(asked))]
+    found = [offer for changed in singles if (offer := search.fits(changed))] or search.fewest(asked)
+    for mode in ("lora", "qlora"):
+        if setup.mode == "full" or (setup.mode, mode) == ("lora", "qlora"):
+            found += search.fewest(_with_adapter(asked, mode))
+    if setup.mode == "full" and setup.shard == "none" and not setup.release and setup.state_device == "device":
+        sharded = (search.fewest((optimizer, replace(setup, num_gpus=n, shard="fsdp2"))) for n in (2, 4, 8))
+        found += next((several for several in sharded if several), [])
+    return list(dict.fromkeys(found))
+
+
+class _Search:
+    """The choices of one model that fit one budget, bytes."""
+
+    def __init__(self, estimator: Estimator, budget: int) -> None:
+        self._estimator, self._budget = estimator, budget
+
+    def _peak(self, choice: Choice) -> int | None:
+        """Bytes of its peak; None where the model cannot do it."""
         try:
-            peak_bytes = estimator.estimate(setup).peak_bytes
+            return self._estimator.memory(*choice).peak_bytes
         except ValueError:
-            continue
-        for name in [name for name in pending if peak_bytes(name) <= budget]:
-            pending.remove(name)
-            if words not in verdicts[name].changes:
-                verdicts[name] = replace(verdicts[name], together=words)
-        if not pending:
-            break
-    return verdicts
+            return None
+
+    def fits(self, choice: Choice) -> Offer | None:
+        """Return the choice as an offer, or None where it does not fit."""
+        peak = self._peak(choice)
+        return None if peak is None or peak > self._budget else Offer(*choice, peak)
+
+    def fewest(self, start: Choice) -> list[Offer]:
+        """Return an offer with few changes, if any: made one by one until it fits, then undone where it still does."""
+        made: list[_Change] = []
+        now, found = start, self.fits(start)
+        for change in CHANGES:
+            changed = None if found else change(now)
+            if changed is not None and self._peak(changed) is not None:
+                made, now, found = [*made, change], changed, self.fits(changed)
+        for change in made[:-1] if found else ():
+            fewer = [other for other in made if other is not change]
+            if smaller := self.fits(_made(start, fewer)):
+                made, found = fewer, smaller
+        return [found] if found else []
 
 
-def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """What else could be asked, each in the words of the option."""
-    if not setup.checkpointing:
-        yield "--activation-checkpointing", replace(setup, checkpointing=True)
-    if not setup.release and setup.shard == "none" and setup.accumulation == 1:
-        yield "--release-gradients", replace(setup, release=True)
-    if setup.state_device == "device" and setup.device == "cuda" and setup.shard in ("none", "ddp"):
-        yield "--state-device cpu", replace(setup, state_device="cpu")
-    if setup.loss_chunk is None and setup.batch * setup.seq > LOSS_CHUNK:
-        yield f"--loss-chunk {LOSS_CHUNK}", replace(setup, loss_chunk=LOSS_CHUNK)
-    if setup.weight_dtype.itemsize > 2:
-        yield "--dtype bf16", replace(setup, dtype="bf16")
-    if setup.accumulation > 1 and setup.num_shards == 1:
-        yield "--gradient-accumulation 1", replace(setup, accumulation=1)
-    if setup.batch > 1:
-        yield "--batch 1", replace(setup, batch=1)
-    if setup.seq > 1:
-        yield f"--seq {setup.seq // 2}", replace(setup, seq=setup.seq // 2)
-    if setup.rank is None:
-        yield "--lora 16", replace(setup, lora=16)
-    if not setup.qlora:
-        yield "--qlora", replace(setup, qlora=True)
-    if not setup.release and setup.state_device == "device":
-        for num_gpus in (2, 4, 8):
-            if num_gpus > setup.num_shards:
-                yield f"--gpus {num_gpus} --shard fsdp2", replace(setup, num_gpus=num_gpus, shard="fsdp2")
+def _made(start: Choice, made: Sequence[_Change]) -> Choice:
+    """The start with these changes; one that has no effect without another is left out."""
+    for change in made:
+        start = change(start) or start
+    return start
 
 
-def combined(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Changes of _ALONE on top of each other, on the same GPUs and sequences; then the same upon QLoRA."""
-    for start in ((), ("--qlora",)):
-        words: list[str] = []
-        now = setup
-        for wanted in (*start, *_ALONE):
-            for option, changed in changes(now):
-                if option.split()[0] == wanted:
-                    words, now = [*words, option], changed
-                    yield " ".join(words), now
+def _with_adapter(choice: Choice, mode: str) -> Choice:
+    """LoRA or QLoRA in place of what is trained. AdamW trains nothing then, whatever its bits."""
+    optimizer, setup = choice
+    more: dict[str, Any] = {"qlora": True, "dtype": "bf16"} if mode == "qlora" else {}
+    setup = replace(setup, lora=setup.lora or 16, mixed_precision="auto", **more)
+    return optimizer.removesuffix("+adamw8bit"), setup
+
+
+def _muon8bit(choice: Choice) -> Choice | None:
+    return None if choice[0].startswith("muon8bit") else ("muon8bit", choice[1])
+
+
+def _checkpointing(choice: Choice) -> Choice | None:
+    return None if choice[1].checkpointing else (choice[0], replace(choice[1], checkpointing=True))
+
+
+def _loss_chunk(choice: Choice) -> Choice | None:
+    optimizer, setup = choice
+    is_short = setup.loss_chunk is not None or setup.batch * setup.seq <= LOSS_CHUNK
+    return None if is_short else (optimizer, replace(setup, loss_chunk=LOSS_CHUNK))
+
+
+def _adamw8(choice: Choice) -> Choice | None:
+    can = choice[0] == "muon8bit" and choice[1].mode == "full"
+    return ("muon8bit+adamw8bit", choice[1]) if can else None
+
+
+def _batch(choice: Choice) -> Choice | None:
+    return None if choice[1].batch == 1 else (choice[0], replace(choice[1], batch=1))
+
+
+def _accumulation(choice: Choice) -> Choice | None:
+    optimizer, setup = choice
+    is_one = setup.accumulation == 1 or setup.num_shards > 1
+    return None if is_one else (optimizer, replace(setup, accumulation=1))
+
+
+def _release(choice: Choice) -> Choice | None:
+    optimizer, setup = choice
+    can = optimizer.startswith("muon8bit") and setup.shard == "none" and setup.accumulation == 1 and not setup.release
+    return (optimizer, replace(setup, release=True)) if can else None
+
+
+def _dtype(choice: Choice) -> Choice | None:
+    optimizer, setup = choice
+    if setup.dtype == "bf16":
+        return None
+    return optimizer, replace(setup, dtype="bf16", mixed_precision="auto")
+
+
+def _state_device(choice: Choice) -> Choice | None:
+    optimizer, setup = choice
+    can = optimizer.startswith("muon8bit") and setup.device == "cuda" and setup.num_shards == 1
+    return (optimizer, replace(setup, state_device="cpu")) if can and setup.state_device == "device" else None
+
+
+_Change: TypeAlias = Callable[[Choice], Choice | None]
+# Those first that change least; each gives None where it changes nothing or is not possible.
+CHANGES: tuple[_Change, ...] = (
+    *(_muon8bit, _checkpointing, _loss_chunk, _adamw8, _batch, _accumulation, _release, _dtype, _state_device),
+)

@@ -14,6 +14,7 @@ is a parameter's, as workspace is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,12 +116,13 @@ class Estimator:
     """Estimates of one model; what several setups share is built and counted once.
 
     Args:
-        config: transformers configuration, of `models.load_config`.
+        config: transformers configuration, of `configs.load_config`.
+        tell: called with what is built or counted next, as a few words; None: nobody is told.
     """
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self._models: dict[tuple[torch.dtype, int | None], nn.Module] = {}
+    def __init__(self, config: Any, tell: Callable[[str], object] | None = None) -> None:
+        self.config, self._tell = config, tell
+        self._models: dict[tuple[Any, ...], nn.Module] = {}
         self._passes: dict[tuple[Any, ...], Pass] = {}
 
     def estimate(self, setup: Setup) -> Estimate:
@@ -130,24 +132,43 @@ class Estimator:
             ValueError: a sequence longer than the model takes, or a model that cannot be estimated.
             ImportError: transformers or peft is not installed.
         """
-        longest = classes.longest(self.config)
-        if longest is not None and setup.seq > longest:
-            raise ValueError(f"--seq {setup.seq} exceeds the {longest} positions that the model has")
-        model = self._model(setup.weight_dtype, setup.rank)
-        sizes = measure(model, setup)
+        model, sizes = self._sizes(setup)
         plain = self._pass(model, setup, False)
         can_checkpoint = getattr(model, "supports_gradient_checkpointing", True)
         checkpointed = self._pass(model, setup, True) if can_checkpoint else None
-        if checkpointed is None and setup.checkpointing:
-            raise ValueError(f"a {self.config.model_type} model does not support activation checkpointing")
         optimizers = {name: _memory(name, sizes, setup, plain, checkpointed) for name in OPTIMIZERS}
         notes = classes.notes(self.config) + _notes(plain, sizes)
         return Estimate(setup, sizes.num_parameters, sum(p.num_elements for p in sizes.whole), optimizers, notes)
 
-    def _model(self, dtype: torch.dtype, rank: int | None) -> nn.Module:
-        if (dtype, rank) not in self._models:
-            self._models[dtype, rank] = models.build(self.config, dtype, rank)
-        return self._models[dtype, rank]
+    def memory(self, optimizer: str, setup: Setup) -> Peak:
+        """One optimizer's peak as set up: of `estimate`, without the pass that is not asked for.
+
+        Args:
+            optimizer: of `OPTIMIZERS`.
+            setup: with or without activation checkpointing.
+
+        Raises:
+            ValueError, ImportError: as `estimate`.
+        """
+        model, sizes = self._sizes(setup)
+        return _memory(optimizer, sizes, setup, self._pass(model, setup, setup.checkpointing), None).plain
+
+    def _sizes(self, setup: Setup) -> tuple[nn.Module, Sizes]:
+        longest = classes.longest(self.config)
+        if longest is not None and setup.seq > longest:
+            raise ValueError(f"--seq-len {setup.seq} exceeds the {longest} positions that the model has")
+        key = (setup.weight_dtype, setup.rank, setup.targets, setup.dora)
+        if key not in self._models:
+            self._say(f"building {self.config.model_type} without weights")
+            self._models[key] = models.build(self.config, *key)
+        model = self._models[key]
+        if setup.checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+            raise ValueError(f"a {self.config.model_type} model does not support activation checkpointing")
+        return model, measure(model, setup)
+
+    def _say(self, text: str) -> None:
+        if self._tell is not None:
+            self._tell(text)
 
     def _pass(self, model: nn.Module, setup: Setup, is_checkpointed: bool) -> Pass:
         key = (
@@ -155,11 +176,18 @@ class Estimator:
             setup.seq,
             setup.weight_dtype,
             setup.rank,
+            setup.targets,
+            setup.dora,
+            setup.qlora,
             setup.autocast,
             setup.loss_chunk,
             is_checkpointed,
         )
         if key not in self._passes:
+            what = [f"batch {setup.batch} x {setup.seq}"]
+            what += ["checkpointed"] if is_checkpointed else []
+            what += [] if setup.loss_chunk is None else [f"loss by {setup.loss_chunk}"]
+            self._say(f"counting a pass: {', '.join(what)}")
             self._passes[key] = trace(
                 model,
                 batch=setup.batch,
@@ -167,16 +195,22 @@ class Estimator:
                 is_checkpointed=is_checkpointed,
                 autocast=setup.autocast,
                 loss_chunk=setup.loss_chunk,
+                is_nf4=setup.qlora,
             )
         return self._passes[key]
 
 
 def _notes(traced: Pass, sizes: Sizes) -> tuple[str, ...]:
     notes = []
+    if sizes.unquantized_bytes:
+        notes.append(
+            f"NF4 holds the linear layers of the base but the head; embeddings, head and norms stay unquantized, "
+            f"{sizes.unquantized_bytes / 2**30:.2f} GiB of the weights."
+        )
     if traced.no_fused:
         notes.append(
             "This model's code does not run with fused attention and without a mask, so its activations are counted "
-            f"with eager attention and a mask, which takes more ({traced.no_fused})."
+            f"with eager attention, which takes more ({traced.no_fused})."
         )
     unused = [param for param in sizes.whole if param.name not in traced.at_gradients]
     if unused:

@@ -112,5 +112,5 @@ def _pieces(optimizer: str, param: Param, buffer: int) -> Iterator[int]:
 def _tensors(optimizer: str, param: Param) -> list[int]:
     """Bytes of each tensor of a parameter's state."""
     if param.is_muon:
-        return momentum_sizes(param.shape, flatten=param.flatten)
+        return momentum_sizes(param.shape, block_size=param.block_size, flatten=param.flatten)
     return moments_sizes(param.shape, adamw_bits(optimizer))

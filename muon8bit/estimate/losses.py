@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as recompute
+
+# Operations whose result has the values of what they were given.
+_SAME_VALUES = ("_to_copy", "alias", "view", "_unsafe_view", "slice", "detach", "clone", "transpose", "expand")
 
 
 class RefusedError(ValueError):
@@ -54,9 +58,7 @@ def loss_of(model: Any, tokens: Tensor, chunk: int | None, **mask: Tensor) -> Te
         if not isinstance(whole, Tensor):
             raise RefusedError(f"{name} has no loss; give in 'architectures' a class with a head that is trained")
         return whole
-    head = base.get_output_embeddings()
-    if head is None or getattr(base.config, "is_encoder_decoder", False):
-        raise RefusedError(f"--loss-chunk is for causal language models, and {name} is none; leave it out")
+    head = _head(base)
     states = getattr(base.base_model(input_ids=tokens, use_cache=False, **mask), "last_hidden_state", None)
     if states is None:
         raise RefusedError(f"--loss-chunk: {name} has no part that ends before its head; leave it out")
@@ -72,3 +74,58 @@ def loss_of(model: Any, tokens: Tensor, chunk: int | None, **mask: Tensor) -> Te
         for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
     return torch.stack(parts).sum() / len(targets)
+
+
+def _head(base: Any) -> Any:
+    head, name = base.get_output_embeddings(), type(base).__name__
+    if head is None or getattr(base.config, "is_encoder_decoder", False):
+        raise RefusedError(f"--loss-chunk is for causal language models, and {name} is none; leave it out")
+    return head
+
+
+@torch.no_grad()
+def check_head(model: Any, tokens: Tensor) -> None:
+    """Find out whether a model's logits are what its head gives: only then are they computed right in chunks.
+
+    Args:
+        model: a causal language model, maybe with an adapter.
+        tokens: [1, seq] int64; a few are enough.
+
+    Raises:
+        RefusedError: it scales or caps them, as Gemma-2 does, or has no head.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head, follow = _head(base), _SameValues()
+    handle = head.register_forward_hook(lambda _module, _args, out: follow.begin(out))
+    try:
+        with follow:
+            logits = getattr(model(input_ids=tokens, use_cache=False), "logits", None)
+    finally:
+        handle.remove()
+    if not isinstance(logits, Tensor) or not follow.has(logits):
+        name = type(base).__name__
+        raise RefusedError(f"--loss-chunk: {name} changes the logits that its head gives; leave it out")
+
+
+class _SameValues(TorchDispatchMode):
+    """Follows a tensor through operations that leave its values."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages: list[Any] = []
+
+    def begin(self, tensor: Tensor) -> None:
+        self._storages = [tensor.untyped_storage()]
+
+    def has(self, tensor: Tensor) -> bool:
+        return any(tensor.untyped_storage()._cdata == storage._cdata for storage in self._storages)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if name in _SAME_VALUES and isinstance(args[0], Tensor) and self.has(args[0]):
+            self._storages.append(out.untyped_storage())
+        elif name.endswith("_") and not name.startswith("_") and args and isinstance(args[0], Tensor):
+            changed = args[0].untyped_storage()._cdata
+            self._storages = [storage for storage in self._storages if storage._cdata != changed]
+        return out

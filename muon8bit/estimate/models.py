@@ -1,120 +1,35 @@
-"""The model in question, without its weights: from a preset, a config.json, a folder or a hub name."""
+"""The model in question, without its weights."""
 
 from __future__ import annotations
 
-import json
-import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
-from .classes import library, model_class, text_config
-from .presets import NAMES, nearest, preset
-
-# Sizes that a config.json must say itself: transformers would put a default of its own in their place.
-_SIZES = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("moe_intermediate_size", "num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank"),
-)
+from .classes import model_class, text_config
 
 
-def load_config(model: str) -> Any:
-    """transformers configuration of MODEL: a preset, a config.json, a folder with one, or a hub name ("org/name").
-
-    Nothing but the configuration is read.
-
-    Raises:
-        ValueError: an unknown name, an unreadable file, a size that is missing; names it and the way out.
-        ImportError: transformers is not installed.
-    """
-    known = preset(model)
-    if known is not None:
-        return _from_values(known, f"preset {model}")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        path = path / "config.json"
-        if not path.exists():
-            raise ValueError(f"{model}: this folder holds no config.json; give a model's folder, or a preset")
-    if path.is_file():
-        return _from_values(_read(path), str(path), path)
-    if path.name == "config.json" or path.suffix == ".json":
-        raise ValueError(f"{model}: no such file; give a config.json, a folder that holds one, or a preset")
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return _from_hub(model)
-    names = nearest(model)
-    offer = f"did you mean {', '.join(names)}?" if names else f"the presets are {', '.join(NAMES)}"
-    raise ValueError(f"{model}: neither a preset nor a file, a folder or a hub name (org/name); {offer}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(f"{path}: has no 'model_type'; give the config.json of a transformers model")
-    return values
-
-
-def _from_values(values: Mapping[str, Any], where: str, path: Path | None = None) -> Any:
-    auto = library().AutoConfig
-    try:
-        config = auto.for_model(**values) if path is None else auto.from_pretrained(str(path), trust_remote_code=False)
-        default = type(config)()
-        values = values if path is None else type(config).get_config_dict(str(path))[0]  # with saved infinities
-    except Exception as error:
-        raise ValueError(f"{where}: transformers rejects it: {' '.join(str(error).split())[:200]}") from None
-    aliases = getattr(config, "attribute_map", {})
-    for size in _SIZES:
-        names = {size, aliases.get(size, size), *(alias for alias, name in aliases.items() if name == size)}
-        usual = getattr(default, size, None)
-        is_said = names & values.keys() or getattr(config, size, usual) != usual  # by a legacy name
-        is_needed = "experts" not in size or getattr(config, "is_moe", True)
-        if isinstance(usual, int) and is_needed and not (is_said or _is_usual(size, values, config)):
-            raise ValueError(f"{where}: {size!r} is missing, and a {config.model_type} model needs it; add it")
-    return config
-
-
-def _is_usual(size: str, values: Mapping[str, Any], config: Any) -> bool:
-    """Whether another key, a legacy name or a list of layers, says this size, and says what is the default."""
-    for key, value in values.items():
-        changed = value + 1 if type(value) is int else value[:-1] if isinstance(value, list) else value
-        try:
-            other = type(config).from_dict({**values, key: changed}) if changed != value else config
-        except Exception:  # a number that does not fit the others says another size
-            continue
-        if getattr(other, size) != getattr(config, size):
-            return True
-    return False
-
-
-def _from_hub(name: str) -> Any:
-    auto = library().AutoConfig
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it tells of each attempt, and the error below of the last
-    try:
-        return auto.from_pretrained(name)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name}: its config.json cannot be had from the hub: {reason}") from None
-    finally:
-        log.setLevel(level)
-
-
-def build(config: Any, dtype: torch.dtype, lora_rank: int | None = None) -> nn.Module:
+def build(
+    config: Any,
+    dtype: torch.dtype,
+    lora_rank: int | None = None,
+    targets: str = "all-linear",
+    dora: bool = False,
+) -> nn.Module:
     """The model on the meta device, in training mode: see `classes.model_class`.
 
     Args:
-        config: of `load_config`.
+        config: of `configs.load_config`.
         dtype: of its weights.
         lora_rank: rank of a LoRA adapter on every linear layer but the head (fp32, the base frozen; a classifier's head
             is trained whole); None: none.
+        targets: names of the modules that have the adapter, with commas, or "all-linear".
+        dora: with a vector of magnitudes for each.
 
     Raises:
         ValueError: no class of transformers' builds it; with the reason.
@@ -142,13 +57,14 @@ def build(config: Any, dtype: torch.dtype, lora_rank: int | None = None) -> nn.M
         except ImportError:
             raise ImportError("an adapter needs peft: pip install peft") from None
         excluded = [name.removesuffix(".weight") for name in beside if name.endswith(".weight")]
-        adapter: Any = peft.LoraConfig(r=lora_rank, target_modules="all-linear", **_task(model, excluded))
+        modules: Any = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+        adapter: Any = peft.LoraConfig(r=lora_rank, target_modules=modules, use_dora=dora, **_task(model, excluded))
         try:
             with _quiet():
                 model = peft.get_peft_model(model, adapter, low_cpu_mem_usage=True)
         except Exception as error:
             raise ValueError(
-                f"--lora: peft makes no adapter for this {config.model_type} model, leave it out: {_said(error)}"
+                f"--mode lora: peft makes no adapter for this {config.model_type} model, leave it out: {_said(error)}"
             ) from None
     model.train()
     checked: nn.Module = model
@@ -190,7 +106,46 @@ def quantized_names(model: nn.Module) -> frozenset[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of libraries about their own next versions."""
+    """No warnings of libraries, about their own next versions, or about adapters that they change by themselves."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         yield
+
+
+class _Matmul(torch.autograd.Function):
+    """x @ weight.T, which keeps the weight alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (weight,) = ctx.saved_tensors
+        return torch.matmul(grads[0], weight), None, None
+
+
+_matmul: Any = _Matmul.apply
+
+
+class _Nf4Linear(nn.Linear):
+    """Computes in the dtype of the weight and returns the dtype of its input; peft clones what it gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x.dtype
+        out: Tensor = _matmul(x.to(self.weight.dtype), self.weight, self.bias)
+        return out.to(given).clone()
+
+
+def as_nf4(model: nn.Module) -> None:
+    """Let a model on the meta device allocate in a pass what it would on a base in NF4, without the codes; in place.
+
+    Source: bitsandbytes 0.50 `Linear4bit` and `MatMul4Bit`, and peft's layer around them. Norms are in fp32.
+    """
+    names = quantized_names(model)
+    for name, module in model.named_modules():
+        if f"{name}.weight" in names:
+            module.__class__ = _Nf4Linear
+        elif "Norm" in type(module).__name__:
+            module.float()

@@ -55,7 +55,8 @@ _CPU_PIECE_BYTES = 10 * 2**20
 class Param:
     """A trained parameter: its name, shape, dtype, and how it is routed. `split`: sizes and dimension of the pieces of
     its matrices, or None; `flatten`: one matrix of its first dimension by all others. Of a part of a parameter,
-    `whole_elements` is the number of all its elements."""
+    `whole_elements` is the number of all its elements.
+    `block_size`: elements that share a scale of its momentum."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,6 +65,7 @@ class Param:
     split: tuple[tuple[int, ...], int] | None = None
     flatten: bool = False
     whole_elements: int | None = None
+    block_size: int = DEFAULT_BLOCK_SIZE
 
     @property
     def num_elements(self) -> int:
@@ -119,7 +121,7 @@ def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
         elif optimizer in ("muon", "muon_bf16"):
             num_bytes += (4 if optimizer == "muon" else 2) * p.num_elements
         else:
-            num_bytes += sum(momentum_sizes(p.shape, flatten=p.flatten))
+            num_bytes += sum(momentum_sizes(p.shape, block_size=p.block_size, flatten=p.flatten))
     return num_bytes
 
 

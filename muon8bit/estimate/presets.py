@@ -92,12 +92,37 @@ _MORE: dict[str, dict[str, Any]] = {
     "Qwen3-30B-A3B": {"moe_intermediate_size": 768},
     "Qwen3-235B-A22B": {"moe_intermediate_size": 1536},
 }
+# Who publishes them, by the key of their base, and names that are not organization/preset.
+_ORGANIZATIONS = {
+    "llama3": "meta-llama",
+    "qwen2": "Qwen",
+    "qwen3": "Qwen",
+    "qwen3_moe": "Qwen",
+    "smollm2": "HuggingFaceTB",
+    "deepseek_v3": "deepseek-ai",
+}
+_HUB_NAMES = {
+    "Llama-2-7B": "meta-llama/Llama-2-7b-hf",
+    "Llama-2-13B": "meta-llama/Llama-2-13b-hf",
+    "Mistral-7B": "mistralai/Mistral-7B-v0.1",
+    "Mixtral-8x7B": "mistralai/Mixtral-8x7B-v0.1",
+    "TinyLlama-1.1B": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+}
 NAMES = tuple(_SIZES)
 
 
+def _known(name: str) -> str | None:
+    """The preset of its own name, or of one on the hub, whatever the case of its letters."""
+    return {word.lower(): known for known in NAMES for word in (known, _hub_name(known))}.get(name.lower())
+
+
+def _hub_name(known: str) -> str:
+    return _HUB_NAMES.get(known) or f"{_ORGANIZATIONS[_SIZES[known][0]]}/{known}"
+
+
 def preset(name: str) -> dict[str, Any] | None:
-    """The config.json of a preset, whatever the case of its letters; None for an unknown name."""
-    found = {known.lower(): known for known in NAMES}.get(name.lower())
+    """The config.json of a preset, by its own name or that on the hub, in any case; None for an unknown name."""
+    found = _known(name)
     if found is None:
         return None
     base, hidden, intermediate, layers, heads, kv_heads, is_tied = _SIZES[found]
@@ -117,3 +142,9 @@ def nearest(name: str) -> list[str]:
     """Up to three presets with the names nearest to `name`."""
     lowered = {known.lower(): known for known in NAMES}
     return [lowered[close] for close in get_close_matches(name.lower(), lowered, n=3, cutoff=0.4)]
+
+
+def hub_name(name: str) -> str | None:
+    """Return the name on the hub of a preset's model, whatever the case of its letters; None for an unknown name."""
+    found = _known(name)
+    return None if found is None else _hub_name(found)

@@ -8,10 +8,21 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 
+from ..config import DEFAULT_BLOCK_SIZE
+
 Dtype: TypeAlias = Literal["fp32", "bf16", "mixed"]
 Shard: TypeAlias = Literal["none", "ddp", "fsdp2", "hsdp"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 SHARDS: tuple[str, ...] = get_args(Shard)
+MixedPrecision: TypeAlias = Literal["auto", "no", "bf16"]
+_OPTIONS = {
+    "batch": "--batch-size",
+    "seq": "--seq-len",
+    "num_gpus": "--gpus",
+    "lora": "--lora-rank",
+    "loss_chunk": "--loss-chunk",
+    "accumulation": "--gradient-accumulation",
+}
 # GPUs of one machine, among which HSDP shards; it replicates over machines.
 GPUS_PER_NODE = 8
 _UNITS = {
@@ -28,10 +39,14 @@ class Setup:
     Attributes:
         batch: sequences of a micro-batch, on each GPU.
         seq: tokens of a sequence.
-        dtype: of weights and gradients: "fp32", "bf16", or "mixed", fp32 computed in bf16 (autocast). With an adapter
-            that of the frozen base: the adapter is fp32 and computes in bf16 unless this is "fp32".
+        dtype: of weights and gradients: "fp32", "bf16", or "mixed", which becomes "fp32" with mixed_precision "bf16".
+            With an adapter that of the frozen base: the adapter is fp32.
+        mixed_precision: "bf16": computed in bf16 by autocast; "no": in the dtypes of the weights. "auto" becomes "bf16"
+            with an adapter on a base that is not "fp32", else "no".
         checkpointing: recompute activations in the backward pass.
-        lora: rank of an adapter on all linear layers but the head; None trains the model itself.
+        lora: rank of an adapter; None trains the model itself.
+        targets: names of the modules that have the adapter, with commas, or "all-linear", all but the head.
+        dora: the adapter learns magnitudes beside directions.
         qlora: the frozen base in NF4 with double quantization.
         release: each gradient is used and freed in the backward pass.
         loss_chunk: tokens whose logits exist at once; they are recomputed in the backward pass. None: all, kept.
@@ -41,6 +56,7 @@ class Setup:
         device: "cuda" or "cpu": where the step runs.
         state_device: "device", with the parameters, or "cpu", in host memory: of Muon8bit alone, others have no such
             option and stay as they are.
+        block_size: elements that share a scale of Muon8bit's momentum.
     """
 
     batch: int = 1
@@ -56,13 +72,21 @@ class Setup:
     shard: Shard = "none"
     device: Literal["cuda", "cpu"] = "cuda"
     state_device: Literal["device", "cpu"] = "device"
+    mixed_precision: MixedPrecision = "auto"
+    targets: str = "all-linear"
+    dora: bool = False
+    block_size: int = DEFAULT_BLOCK_SIZE
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq", "num_gpus", "lora", "loss_chunk", "accumulation"):
+        if self.dtype == "mixed":
+            object.__setattr__(self, "dtype", "fp32")
+            object.__setattr__(self, "mixed_precision", "bf16")
+        elif self.mixed_precision == "auto":
+            has_autocast = self.rank is not None and self.dtype != "fp32"
+            object.__setattr__(self, "mixed_precision", "bf16" if has_autocast else "no")
+        for name in _OPTIONS:
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                options = {"num_gpus": "gpus", "loss_chunk": "loss-chunk", "accumulation": "gradient-accumulation"}
-                option = options.get(name, name)
-                raise ValueError(f"--{option} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"{_OPTIONS[name]} must be at least 1, not {getattr(self, name)}")
         if self.release and self.shard != "none":
             raise ValueError(
                 f"--release-gradients does not go with --shard {self.shard}: in the backward pass a GPU sees the "
@@ -85,7 +109,12 @@ class Setup:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dtype == "bf16" or self.qlora else torch.float32
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    @property
+    def mode(self) -> str:
+        """What the scripts call `--mode`: "full", "lora" or "qlora"."""
+        return "qlora" if self.qlora else "full" if self.lora is None else "lora"
 
     @property
     def rank(self) -> int | None:
@@ -95,8 +124,7 @@ class Setup:
     @property
     def autocast(self) -> torch.dtype | None:
         """Dtype of automatic mixed precision, None without it."""
-        with_adapter = self.rank is not None and self.dtype != "fp32"
-        return torch.bfloat16 if self.dtype == "mixed" or with_adapter or self.qlora else None
+        return torch.bfloat16 if self.mixed_precision == "bf16" else None
 
     @property
     def num_shards(self) -> int:
@@ -117,3 +145,21 @@ def parse_bytes(text: str) -> int:
         said = f"has no unit {match[2]!r}" if match[2] else "has no unit"
         raise ValueError(f"{text!r} {said}; give one of {', '.join(_UNITS)}, for example 24GiB")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_budget(text: str) -> tuple[int, str]:
+    """Return the bytes of a GPU's memory, and a sentence where they are not what the text says.
+
+    A card that is sold as one of 24 GB has 24 GiB: GB, MB and TB are taken for the binary units.
+
+    Raises:
+        ValueError: as `parse_bytes`.
+    """
+    num_bytes = parse_bytes(text)
+    sold = re.fullmatch(r"\s*([\d.]+)\s*([KMGT])B\s*", text)
+    if sold is None:
+        return num_bytes, ""
+    binary = f"{sold[1]}{sold[2]}iB"
+    less = f"{num_bytes / 2**30:.2f} GiB"
+    said = f"{text.strip()} is taken for {binary}, as cards are sold; --budget {num_bytes}B is {less}."
+    return parse_bytes(binary), said

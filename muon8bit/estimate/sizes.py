@@ -23,7 +23,8 @@ class Sizes:
         whole: the trained parameters whole, as Newton-Schulz takes them.
         weights_bytes: of all parameters and buffers.
         communication_bytes: beyond these, for the other GPUs.
-        dequantized_bytes: the largest NF4 matrix as bf16.
+        dequantized_bytes: the largest NF4 matrix in the dtype that it is computed in.
+        unquantized_bytes: of the weights that a base in NF4 has beside it.
     """
 
     num_parameters: int
@@ -32,6 +33,7 @@ class Sizes:
     weights_bytes: int
     communication_bytes: int
     dequantized_bytes: int
+    unquantized_bytes: int = 0
 
     @property
     def gradients_bytes(self) -> int:
@@ -50,14 +52,14 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
     routes = param_groups(model, lr=1e-3).routes
     named = dict(model.named_parameters())
     whole = tuple(
-        Param(r.name, r.shape, named[r.name].dtype, r.algorithm == "muon", r.split, r.flatten)
+        Param(r.name, r.shape, named[r.name].dtype, r.algorithm == "muon", r.split, r.flatten, None, setup.block_size)
         for r in routes
         if r.algorithm is not None
     )
     nf4 = quantized_names(model) if setup.qlora else frozenset()
     norms = {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters()}
     num_shards = setup.num_shards
-    weights = 0
+    weights = unquantized = 0
     for name, tensor in _tensors(model):
         shape = _part(tuple(tensor.shape), num_shards) if name in named else tuple(tensor.shape)
         if name in nf4:
@@ -65,6 +67,7 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
         else:
             itemsize = 4 if setup.qlora and id(tensor) in norms else tensor.dtype.itemsize
             weights += math.prod(shape) * itemsize
+            unquantized += math.prod(shape) * itemsize if name in named and not named[name].requires_grad else 0
     trained = tuple(
         replace(param, shape=_part(param.shape, num_shards), whole_elements=param.num_elements) for param in whole
     )
@@ -75,7 +78,9 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
         communication = _unsharded_bytes(model, setup)
     largest = max((named[name].numel() for name in nf4), default=0)
     num_parameters = sum(param.numel() for param in named.values())
-    return Sizes(num_parameters, trained, whole, weights, communication, 2 * largest)
+    dequantized = setup.weight_dtype.itemsize * largest
+    unquantized = unquantized if setup.qlora else 0
+    return Sizes(num_parameters, trained, whole, weights, communication, dequantized, unquantized)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

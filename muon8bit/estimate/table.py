@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from .advice import BudgetCheck
+from .._text import render
+from .advice import BudgetCheck, Offer
 from .checkpoint import Report
 from .estimator import Estimate, Memory
 from .optimizers import LABELS
 from .setup import Setup
 
 GIB = 2**30
+WIDTH = 80  # columns
 # Bytes a second that PCIe 4.0 x16 carries, about.
 _BUS = 25e9
 
@@ -22,97 +26,122 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:,.2f} GiB" if abs(num_bytes) >= GIB / 10 else f"{num_bytes / 2**20:,.2f} MiB"
 
 
-def _rich() -> tuple[Any, Any]:
-    """Classes of rich: Console, Table."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        raise ImportError("the table needs rich: pip install rich, or give --json") from None
-    return Console, Table
-
-
-def _print(file: IO[str], *things: Any) -> None:
-    """As wide as the terminal, or wide enough where there is none."""
-    console = _rich()[0](file=file, width=None if file.isatty() else 200, highlight=False)
-    for thing in things:
-        console.print(thing)
-
-
 def print_table(
     title: str, estimate: Estimate, verdicts: Mapping[str, BudgetCheck] | None, budget: int | None, file: IO[str]
 ) -> None:
-    """Print one row an optimizer, and below what the figures rest on.
-
-    Raises:
-        ImportError: rich is not installed.
-    """
+    """Print what all optimizers share, one row an optimizer, and what the figures rest on, in lines of 80 columns."""
     setup = estimate.setup
     first = next(iter(estimate.optimizers.values()))
-    table = _rich()[1](title=title, title_justify="left", caption_justify="left", caption=_basis(estimate))
-    table.add_column("optimizer")
+    _paragraph(title, file)
+    trained = "all" if estimate.num_trained == estimate.num_parameters else f"{estimate.num_trained:,}"
+    _paragraph(f"{estimate.num_parameters:,} parameters, {trained} of them trained. With every optimizer:", file)
+    for name, num_bytes in _shared(first, setup).items():
+        print(f"  {name:42} {gib(num_bytes):>12}", file=file)
+    print(file=file)
     is_on_host = any(memory.host_state_bytes for memory in estimate.optimizers.values())
-    names = ["weights", "gradients", "state", "workspace", *(["for other GPUs"] if first.communication_bytes else [])]
-    names[3:3] = ["on the host", "staged"] if is_on_host else []
-    for name in [*names, "activations", "peak", "with checkpointing"]:
-        table.add_column(name, justify="right")
-    if budget is not None:
-        table.add_column(f"in {gib(budget)}")
-    for name, memory in estimate.optimizers.items():
-        other = None if setup.checkpointing else memory.checkpointed
-        chosen = memory.peak(setup.checkpointing)
-        sizes = [memory.weights_bytes, memory.gradients_bytes, memory.resident_state_bytes, memory.workspace_bytes]
-        sizes[3:3] = [memory.host_state_bytes, memory.staging_bytes] if is_on_host else []
-        sizes += [memory.communication_bytes] if memory.communication_bytes else []
-        cells = [LABELS[name], *map(gib, [*sizes, chosen.activations_bytes])]
-        cells += [f"{gib(chosen.peak_bytes)} ({chosen.phase})", "chosen" if other is None else gib(other.peak_bytes)]
-        if verdicts is not None:
-            verdict = verdicts[name]
-            cells.append(
-                f"fits, {gib(verdict.spare_bytes)} left" if verdict.fits else f"{gib(-verdict.spare_bytes)} over"
-            )
-        table.add_row(*cells)
-    lines = [
-        f"{LABELS[name]} would fit with: {', or '.join(_ways(verdict)) or 'nothing that was tried'}"
-        for name, verdict in (verdicts or {}).items()
-        if not verdict.fits
-    ]
-    _print(file, table, *lines)
+    header = ["optimizer", "state", "workspace", *(["host", "staged"] if is_on_host else []), "peak in", "peak"]
+    header += [] if budget is None else [f"in {gib(budget)}"]
+    rows = [_row(name, memory, setup, verdicts, is_on_host) for name, memory in estimate.optimizers.items()]
+    sizes = header.index("peak in") - 1
+    print(render(header, rows, "<" + ">" * sizes + "<" + ">" * (len(header) - sizes - 2)), file=file)
+    print(file=file)
+    for line in _basis(estimate):
+        _paragraph(line, file)
 
 
-def _ways(verdict: BudgetCheck) -> list[str]:
-    return [*verdict.changes, *([verdict.together] if verdict.together else [])]
+def _paragraph(text: str, file: IO[str]) -> None:
+    print(textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False), file=file)
+
+
+def _shared(memory: Memory, setup: Setup) -> dict[str, int]:
+    """What takes as many bytes with every optimizer."""
+    chosen = memory.peak(setup.checkpointing)
+    shared = {"weights": memory.weights_bytes, "gradients": memory.gradients_bytes}
+    shared |= {"for other GPUs": memory.communication_bytes} if memory.communication_bytes else {}
+    shared["activations at most"] = chosen.activations_bytes
+    if memory.checkpointed is not None and not setup.checkpointing:
+        shared["  with --activation-checkpointing"] = memory.checkpointed.activations_bytes
+    return shared
+
+
+def _row(
+    name: str, memory: Memory, setup: Setup, verdicts: Mapping[str, BudgetCheck] | None, is_on_host: bool
+) -> list[str]:
+    chosen = memory.peak(setup.checkpointing)
+    host = [gib(memory.host_state_bytes), gib(memory.staging_bytes)] if is_on_host else []
+    cells = [LABELS[name], gib(memory.resident_state_bytes), gib(memory.workspace_bytes), *host]
+    cells += [chosen.phase, gib(chosen.peak_bytes)]
+    if verdicts is not None:
+        spare = verdicts[name].spare_bytes
+        cells.append("fits" if verdicts[name].fits else f"{gib(-spare)} over")
+    return cells
+
+
+def print_offers(
+    offers: Sequence[Offer], commands: Sequence[str], optimizer: str, budget: int, note: str, file: IO[str]
+) -> None:
+    """Print what fits a budget as commands of the scripts, each with its peak.
+
+    Args:
+        offers: of `advice.offers`.
+        commands: one for each.
+        optimizer: that was asked for, one of `OPTIMIZERS`.
+        budget: bytes.
+        note: what the budget was taken for, of `setup.parse_budget`.
+        file: where to.
+    """
+    print(file=file)
+    if note:
+        _paragraph(note, file)
+    if not offers:
+        _paragraph(f"{LABELS[optimizer]} would fit in {gib(budget)} with nothing that was tried.", file)
+        return
+    _paragraph(f"Fits in {gib(budget)}, as commands in a checkout; add --dataset and what else you want:", file)
+    for offer, command in zip(offers, commands, strict=True):
+        text = f"{gib(offer.peak_bytes)} at the peak: {LABELS[offer.optimizer]}, {describe(offer.setup)}"
+        print(file=file)
+        print(textwrap.fill(text, WIDTH, initial_indent="# ", subsequent_indent="#   "), file=file)
+        print(_continued(command), file=file)
+
+
+def _continued(command: str) -> str:
+    """Break a command line before options, with backslashes, into lines of at most 80 columns."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) + 3 > WIDTH:
+            lines[-1] += " \\"
+            lines.append("    " + part)
+        else:
+            lines[-1] += (" " if lines[-1] else "") + part
+    return "\n".join(lines)
 
 
 def print_report(report: Report, file: IO[str]) -> None:
-    """Print a checkpoint's bytes, and below what other optimizers would take.
-
-    Raises:
-        ImportError: rich is not installed.
-    """
-    title = f"{report.path}: {LABELS[report.optimizer]}"
-    table = _rich()[1](title=title, title_justify="left")
-    table.add_column("bytes of")
-    for name in ("elements", "measured", "predicted", "difference"):
-        table.add_column(name, justify="right")
+    """Print a checkpoint's bytes, and below what other optimizers would take."""
+    print(f"{report.path}: {LABELS[report.optimizer]}\n", file=file)
+    rows = []
     parts = [*([report.weights] if report.weights else []), *report.state, report.total]
     for part in parts:
         name = f"state of {part.name}" if part in report.state else part.name
         numbers = (part.num_parameters, part.measured_bytes, part.predicted_bytes, part.difference_bytes)
-        table.add_row(name, *(f"{number:,}" for number in numbers))
+        rows.append([name, *(f"{number:,}" for number in numbers)])
     for name, num_bytes in report.others.items():
         if name != report.optimizer:
-            table.add_row(f"state of {LABELS[name]}, it would be", "", "", f"{num_bytes:,}", "")
-    _print(file, table, *report.notes)
+            rows.append([f"{LABELS[name]}, would be", "", "", f"{num_bytes:,}", ""])
+    print(render(["bytes of", "elements", "measured", "predicted", "difference"], rows, "<>>>>"), file=file)
+    for note in report.notes:
+        _paragraph(note, file)
 
 
 def describe(setup: Setup) -> str:
     """The setup in words: `batch 1 x 2048 tokens, bf16, LoRA 16`."""
     words = [f"batch {setup.batch} x {setup.seq} tokens", setup.dtype]
     if setup.qlora:
-        words[-1] = "NF4 base"
+        words[-1] = f"NF4 base, {setup.dtype} beside"
+    if setup.rank is None and setup.mixed_precision == "bf16":
+        words[-1] += " computed in bf16"
     if setup.rank is not None:
-        words.append(f"LoRA of rank {setup.rank}")
+        words.append(f"{'DoRA' if setup.dora else 'LoRA'} of rank {setup.rank}")
     if setup.checkpointing:
         words.append("activation checkpointing")
     if setup.release:
@@ -128,11 +157,10 @@ def describe(setup: Setup) -> str:
     return ", ".join(words)
 
 
-def _basis(estimate: Estimate) -> str:
+def _basis(estimate: Estimate) -> list[str]:
     lines = [
-        f"{estimate.num_parameters:,} parameters, {estimate.num_trained:,} of them trained. State, weights and "
-        "gradients: exact. Activations: counted over one pass of the modeling code on tensors without content.",
-        "The peak is what is alive at once in the phase that it names, at most the sum of its row.",
+        "State, weights and gradients: exact. Activations: counted over one pass of the modeling code on tensors "
+        "without content. The peak is what is alive at once in the phase that it names.",
         "Not counted: the CUDA context (about 0.5 GiB), fragmentation, libraries' own buffers.",
         *estimate.notes,
     ]
@@ -163,7 +191,7 @@ def _basis(estimate: Estimate) -> str:
                 f"Each micro-batch is added to the shards, as the scripts do; under no_sync a GPU keeps {gib(whole)} "
                 "of whole gradients between them."
             )
-    return "\n".join(lines)
+    return lines
 
 
 def plot(path: Path, title: str, estimate: Estimate, budget: int | None) -> None:
