@@ -148,6 +148,7 @@ def plan(matrices: Sequence[Matrix], num_ranks: int, workspace_bytes: int) -> As
         if not len(sharding.momentum_parts) == len(sharding.param_parts) == num_ranks:
             raise ValueError(f"matrix {index} is sharded over {len(sharding.momentum_parts)} ranks, not {num_ranks}")
         sharding.check_tiling(matrix.rows, matrix.cols)
+    # Strategies before owners: what the owner alone does, by which ranks are loaded, depends on them.
     strategies = [choose_strategy(matrix) for matrix in matrices]
     costs = [owner_cost(matrix, strategy) for matrix, strategy in zip(matrices, strategies, strict=True)]
     owners, load = _assign(matrices, costs, num_ranks)

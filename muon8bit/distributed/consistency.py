@@ -270,6 +270,7 @@ def _difference(lists: list[list[list[str]]]) -> RuntimeError:
     ]
     if any(of_rank[3] and not of_rank[0] for of_rank in lists):  # with groups that it cannot describe
         return RuntimeError(failures[0])
+    # Groups first: where they differ, so do the names below.
     other = next(rank for rank, of_rank in enumerate(lists) if of_rank != lists[0])
     if lists[other][0] != lists[0][0]:
         first, second = lists[0][0], lists[other][0]

@@ -260,10 +260,12 @@ def sharded(param: DTensor, name: str, ranks: tuple[int, ...], rank: int) -> Par
     check_placements(param, name)
     sharding = _sharded(shape, param.device_mesh, placements, ranks, rank)
     if sharding is None:
+        # Otherwise a rank of one mesh would wait for transfers that a rank of another does not know of.
         raise NotImplementedError(
             f"{name} lies on {param.device_mesh}, other sharded matrices of this optimizer on the ranks {list(ranks)}: "
             "matrices are orthogonalized together on one set of ranks. Give each mesh an optimizer of its own"
         )
+    # Whoever made the DTensor may have cut it otherwise; then what is sent would be taken for other rows.
     local, part = tuple(param.to_local().shape), sharding.param_parts[rank]
     if local != tuple(stop - start for start, stop in part):
         raise NotImplementedError(
@@ -283,6 +285,7 @@ def check_placements(param: DTensor, name: str) -> None:
             "CPUOffloadPolicy (8-bit momentum takes a quarter of fp32's memory)"
         )
     placements = param.placements
+    # FSDP on top of tensor parallelism cuts a shard again: split_factor says how many there are of those it cuts.
     for mesh_dim, placement in enumerate(placements):
         if placement.is_partial():
             raise NotImplementedError(

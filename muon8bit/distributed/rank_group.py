@@ -59,10 +59,12 @@ class RankGroup(SynchronizedRanks):
         shape, rank = tuple(param.shape), self.transport.rank
         is_muon = group["algorithm"] == "muon"
         cuts_columns = is_muon and group["split_sizes"] is not None and group["split_dim"] == -1
+        # AdamW communicates nothing, so its parameters may lie on any mesh.
         if isinstance(param, DTensor) and not is_muon:
             ranks = tuple(param.device_mesh.mesh.flatten().tolist())
             sharding = param_sharding.sharded(param, name, ranks, ranks.index(dist.get_rank()))
             return sharding.with_scales(name) if adamw8bit.is_8bit(shape, group["adamw_bits"]) else sharding
+        # Muon's matrices have an owner in the flat group, and lie in parts of rows and columns there.
         if isinstance(param, DTensor):
             sharding = param_sharding.sharded(param, name, self.ranks, rank)
             if group["flatten"] and any(spans[1:] != sharding.state_parts[0][1:] for spans in sharding.state_parts):
@@ -76,6 +78,7 @@ class RankGroup(SynchronizedRanks):
                     "rows alone. Leave it replicated, or drop its split_sizes"
                 )
             return sharding
+        # Of replicas each rank orthogonalizes some matrices, unless their columns are cut: then each does all.
         if not is_muon or not self.replicates:
             return None
         if self.mesh is None:

@@ -135,6 +135,7 @@ def _sharded_matrix(
     stack = local = clip = None
     first = 0
     if param_part is not None:
+        # Stochastic rounding draws the bits that one process would draw, by the index in the whole parameter.
         local = _cut(param.local, spans, slot, param_part, flatten)
         row = _flat_index((*slot.lead, slot.rows[0] + param_part.rows[0]), sharding.shape)
         first = row * slot.cols + param_part.cols[0]
