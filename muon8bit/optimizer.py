@@ -29,7 +29,7 @@ from .config import (
     check_running,
 )
 from .orthogonalize.coefficients import JORDAN
-from .sharded_optimizer import SharingOptimizer
+from .sharded_optimizer import ShardedOptimizer
 from .state_dict import checked, empty
 from .step import phases, rounding
 from .step.commit import Commit
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from .distributed import Gathering, RankGroup
 
 
-class Muon8bit(SharingOptimizer):
+class Muon8bit(ShardedOptimizer):
     """Muon with its momentum in 8 bits, and AdamW for the rest of the model, in one optimizer.
 
     The first nine arguments are torch.optim.Muon's, with its order, defaults and meaning. Source of the method:
@@ -252,7 +252,7 @@ class Muon8bit(SharingOptimizer):
         """
         if torch.cuda.is_available():
             phases.check_not_captured()
-        if self._team is None and self._failure is not None:
+        if self._rank_group is None and self._failure is not None:
             self._check_not_failed()
         if self._pending is not None or self._unreported is not None:
             self._resolve_pending_check()
@@ -263,17 +263,17 @@ class Muon8bit(SharingOptimizer):
         self._num_calls += 1
         for index, group in enumerate(self.param_groups):  # which the next lines go through
             check_listed(group, f"parameter group {index}: ")
-        team = self._find_team()
+        rank_group = self._find_rank_group()
         if phases.is_dry(self.param_groups):
             self._check_not_failed()
-            phases.dry_run(self.param_groups, self._options(), self.state, team, self._offload)
+            phases.dry_run(self.param_groups, self._options(), self.state, rank_group, self._offload)
             self._consolidated = None
             rounding.advance(self.param_groups)
             return loss
-        if team is not None:
-            self._arrive(team)
-        with self._committing(team) as commit:
-            check, is_written = self._step_groups(self.param_groups, team, commit, self._num_calls)
+        if rank_group is not None:
+            self._wait_for_ranks(rank_group)
+        with self._committing(rank_group) as commit:
+            check, is_written = self._step_groups(self.param_groups, rank_group, commit, self._num_calls)
             if not is_written:
                 self._raise_or_count(check.nonfinite_names(), check.step, check.is_scaled)
                 return loss
@@ -299,7 +299,7 @@ class Muon8bit(SharingOptimizer):
     def _step_groups(
         self,
         groups: Sequence[dict[str, Any]],
-        team: RankGroup | None,
+        rank_group: RankGroup | None,
         commit: Commit,
         number: int,
         num_before: int = 0,
@@ -317,24 +317,24 @@ class Muon8bit(SharingOptimizer):
         running = Options(self.ns_dtype, self.backend, self.workspace_bytes)
 
         def read() -> tuple[list[phases.GroupStep], Gathering | None]:
-            work = phases.read(groups, self._options(groups), self.state, team, self._offload, num_before)
-            return work, phases.gathering(work, team, running, found_inf) if team else None
+            work = phases.read(groups, self._options(groups), self.state, rank_group, self._offload, num_before)
+            return work, phases.gathering(work, rank_group, running, found_inf) if rank_group else None
 
-        if team is None:
+        if rank_group is None:
             work, gathering = read()
         else:
             alike = running, self.on_nonfinite, self.shard_state, found_inf is not None
-            work, gathering = team.agree(read, self.param_groups, self.state, alike)
-        flags = phases.finite_flags(work, team, gathering, found_inf)
+            work, gathering = rank_group.check_ranks_agree(read, self.param_groups, self.state, alike)
+        flags = phases.finite_flags(work, rank_group, gathering, found_inf)
         check = GradientCheck(flags, number, is_scaled=found_inf is not None)
         check.is_pending = check.is_asynchronous and self.on_nonfinite != "raise_at_once"
         if not check.is_pending and check.nonfinite_names():
             return check, False
         pending = check if check.is_pending else None
-        phases.write(work, self.state, running, pending, team, self._offload, commit)
+        phases.write(work, self.state, running, pending, rank_group, self._offload, commit)
         return check, True
 
-    def _arrive(self, team: RankGroup) -> None:
+    def _wait_for_ranks(self, rank_group: RankGroup) -> None:
         """Meet the other ranks. If a step failed on one of them when it had begun to write, all refuse to go on."""
         failure: Exception | None = None
         try:
@@ -342,24 +342,24 @@ class Muon8bit(SharingOptimizer):
         except RuntimeError as error:
             failure = error
         try:
-            team.arrive(failure)
+            rank_group.wait_for_ranks(failure)
         except RuntimeError as error:
-            if team.is_told and self._failure is None:  # no other failure is told here
+            if rank_group.is_failure_known and self._failure is None:  # no other failure is told here
                 self._failure = str(error)
             raise
 
     @contextmanager
-    def _committing(self, team: RankGroup | None = None, *, has_begun: bool = False) -> Iterator[Commit]:
+    def _committing(self, rank_group: RankGroup | None = None, *, has_begun: bool = False) -> Iterator[Commit]:
         """Mark the optimizer where a step fails after its `Commit`, or, with `has_begun`, at all; and see that the
         other ranks learn of it."""
-        commit = Commit(team.confirm if team is not None else None)
+        commit = Commit(rank_group.confirm if rank_group is not None else None)
         try:
             yield commit
         except BaseException as error:
             if commit.is_done or has_begun:
                 self._failure = f"{type(error).__name__}: {error}"
-            if team is not None and not isinstance(error, NonFiniteGradientError):  # which all ranks raise
-                team.failed(error, is_agreed=commit.is_confirmed)
+            if rank_group is not None and not isinstance(error, NonFiniteGradientError):  # which all ranks raise
+                rank_group.report_failure(error, is_agreed=commit.is_confirmed)
             raise
 
     def _check_not_failed(self) -> None:
@@ -403,7 +403,7 @@ class Muon8bit(SharingOptimizer):
         return self._num_skipped_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; with `shard_state` see `SharingOptimizer.state_dict`.
+        """As torch's; with `shard_state` see `ShardedOptimizer.state_dict`.
 
         What the last step found in its gradients is told by the next `step()`, not here. It is waited for only where
         numbers on the host depend on it: the counters of stochastic rounding and of AdamW in 8 bits.
@@ -462,7 +462,7 @@ class Muon8bit(SharingOptimizer):
         if self._pending is not None and self._pending.nonfinite_names():
             self._pending.undo_counters()  # what is loaded may be the running state itself
         with torch.inference_mode(mode=False):  # state made in it could not be changed outside
-            groups, state = checked(state_dict, self.param_groups, self._find_team(), self._offload)
+            groups, state = checked(state_dict, self.param_groups, self._find_rank_group(), self._offload)
 
         def load() -> None:
             self._pending = self._unreported = self._consolidated = self._failure = None
@@ -475,4 +475,4 @@ class Muon8bit(SharingOptimizer):
     def empty_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Parameter -> what `state` holds of it after a step, with values that mean nothing: for distributed
         checkpointing to load into. This rank's memory alone, on the state's devices; `state` itself does not change."""
-        return empty(self.param_groups, self._find_team(), self._offload)
+        return empty(self.param_groups, self._find_rank_group(), self._offload)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # `distributed` is imported by those who need it: torch's DTensor takes a second, and not every build of torch has it.
 
 
-class SharingOptimizer(Optimizer):
+class ShardedOptimizer(Optimizer):
     """An optimizer whose parameters may lie on several ranks."""
 
     step_timeout: float
@@ -62,7 +62,7 @@ class SharingOptimizer(Optimizer):
 
             check_group(process_group)
         self.process_group, self.shard_state = process_group, shard_state
-        self._team: RankGroup | None = None
+        self._rank_group: RankGroup | None = None
         self._consolidated: dict[Tensor, dict[str, Tensor]] | None = None  # of the last step
         self._gives_shards = False  # whether `state_dict` gives DTensors
         super().__init__(params, defaults)
@@ -94,7 +94,7 @@ class SharingOptimizer(Optimizer):
                 "fully_shard, or shard_state=True on replicas, divides the state among the GPUs instead"
             )
 
-    def _find_team(self) -> RankGroup | None:
+    def _find_rank_group(self) -> RankGroup | None:
         """Return the ranks that share matrices, looked for anew: parameters may have been swapped for sharded ones.
 
         Raises:
@@ -104,10 +104,12 @@ class SharingOptimizer(Optimizer):
         if self.process_group is None and not any(hasattr(param, "device_mesh") for param in params):
             return None
         self._check_state_device("sharded parameters")
-        from .distributed import team_of
+        from .distributed import rank_group_of
 
-        self._team = team_of(params, self.process_group, self.shard_state, self.step_timeout, self._team)
-        return self._team
+        self._rank_group = rank_group_of(
+            params, self.process_group, self.shard_state, self.step_timeout, self._rank_group
+        )
+        return self._rank_group
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; with `shard_state` of whole tensors, as `consolidate_state_dict` gathered them.
@@ -143,20 +145,20 @@ class SharingOptimizer(Optimizer):
         Raises:
             RuntimeError: on all ranks, if a step or this call has failed on one; the message says which.
         """
-        team = self._find_team()
-        if team is None or not self.shard_state:
+        rank_group = self._find_rank_group()
+        if rank_group is None or not self.shard_state:
             return
-        self._arrive(team)
-        commit = Commit(team.confirm)
+        self._wait_for_ranks(rank_group)
+        commit = Commit(rank_group.confirm)
         try:
-            self._consolidated = team.whole(self.state, to, commit.confirm)
+            self._consolidated = rank_group.gather_state(self.state, to, commit.confirm)
         except BaseException as error:
-            team.failed(error, is_agreed=commit.is_confirmed)
+            rank_group.report_failure(error, is_agreed=commit.is_confirmed)
             raise
 
-    def _arrive(self, team: RankGroup) -> None:
+    def _wait_for_ranks(self, rank_group: RankGroup) -> None:
         """Wait for the other ranks, which all refuse to go on if one of them has to."""
-        team.arrive(None)
+        rank_group.wait_for_ranks(None)
 
     @contextmanager
     def sharded_state_dict(self) -> Iterator[None]:
@@ -178,4 +180,4 @@ class SharingOptimizer(Optimizer):
                 "process: construct another one and give it this one's state_dict()"
             )
         own = {"process_group": None, "shard_state": False, "_gives_shards": False, "_offload": self._offload}
-        return {**super().__getstate__(), **own, "_team": None, "_consolidated": None}
+        return {**super().__getstate__(), **own, "_rank_group": None, "_consolidated": None}

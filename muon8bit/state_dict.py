@@ -46,7 +46,7 @@ _SHOWN = 5  # moved parameters that an error names
 
 
 def checked(
-    state_dict: Mapping[str, Any], current: list[dict[str, Any]], team: RankGroup | None, offload: StateOffload
+    state_dict: Mapping[str, Any], current: list[dict[str, Any]], rank_group: RankGroup | None, offload: StateOffload
 ) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Any]]]:
     """Check a state dict whole, and return what to assign.
 
@@ -55,7 +55,7 @@ def checked(
     Args:
         state_dict: with `state` and `param_groups`, as `Optimizer.state_dict` gives it.
         current: the running optimizer's groups; not changed.
-        team: the ranks with which it shares its matrices; then of each tensor only this rank's part is kept.
+        rank_group: the ranks with which it shares its matrices; then of each tensor only this rank's part is kept.
         offload: where its state lives.
 
     Raises:
@@ -109,7 +109,7 @@ def checked(
             if tensors:
                 state[param] = _extras(tensors, param, name)
             if not STATE_KEYS.isdisjoint(tensors):
-                layout = team.layout_of(param, new, name) if team else None
+                layout = rank_group.sharding_of(param, new, name) if rank_group else None
                 state[param] |= _tensors(tensors, param, new, name, layout, offload)
             else:  # state is made lazily
                 without.append(name)
@@ -169,13 +169,13 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def empty(
-    groups: list[dict[str, Any]], team: RankGroup | None, offload: StateOffload
+    groups: list[dict[str, Any]], rank_group: RankGroup | None, offload: StateOffload
 ) -> dict[Tensor, dict[str, Tensor]]:
     """Return uninitialized state of every parameter, of the shapes, dtypes and placements that loading asks for."""
     state = {}
     for i, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
-            where = team.layout_of(param, group, describe(group, i, j)) if team else None
+            where = rank_group.sharding_of(param, group, describe(group, i, j)) if rank_group else None
             state[param] = make_state(torch.empty, param, group, where, offload)
     return state
 
@@ -209,13 +209,13 @@ def _tensors(
         _check_values(value, key, what, num_steps)
         num_steps = value.item() if key == STEP_KEY else num_steps  # it is the first key
         if where is not None:
-            value = where.own_part(value, what)
+            value = where.local_part(value, what)
         elif hasattr(value, "full_tensor"):
             raise ValueError(f"{what} is sharded, the parameter is not: load value.full_tensor()")
         copies[key] = value.detach().to(
             device=home(key, param, group, offload), copy=True, memory_format=torch.contiguous_format
         )
-    return copies if where is None else where.wrapped(copies, {key: shape for key, (shape, _) in layout.items()})
+    return copies if where is None else where.to_dtensors(copies, {key: shape for key, (shape, _) in layout.items()})
 
 
 def _check_values(value: Tensor, key: str, what: str, num_steps: float) -> None:

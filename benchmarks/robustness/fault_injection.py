@@ -44,7 +44,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "first NS": (exchange, "orthogonalize", 1),
     "later NS": (exchange, "orthogonalize", 2),
     "writing": (exchange, "update_params_", 1),
-    "saving": (rank_group.RankGroup, "whole", 1),
+    "saving": (rank_group.RankGroup, "gather_state", 1),
 }
 FAILURES = ("exception", "memory", "dtype", "missing gradient", "killed", "stopped")
 WAYS = ("process_group", "shard_state", "fully_shard")

@@ -57,19 +57,19 @@ def run(rank: int, num_ranks: int, mode: str, divisor: int, folder: str) -> None
         optimizer.step()
 
     step()
-    team, bundles = optimizer._find_team(), list[ShardedBatch]()
-    assert team is not None
-    gather = team.gathering
+    rank_group, batches = optimizer._find_rank_group(), list[ShardedBatch]()
+    assert rank_group is not None
+    gather = rank_group.gathering
 
-    def remembering(found: Sequence[ShardedBatch], flags: torch.Tensor, options: Options) -> Gathering:
-        bundles.extend(found)
-        return gather(found, flags, options)
+    def remembering(given: Sequence[ShardedBatch], flags: torch.Tensor, options: Options) -> Gathering:
+        batches.extend(given)
+        return gather(given, flags, options)
 
-    team.gathering = remembering  # type: ignore[method-assign]
+    rank_group.gathering = remembering  # type: ignore[method-assign]
     with counted_bytes() as counted:
         step()
-    (plan,) = team._assignments.values()
-    sums = gathered_bytes(num_gathered(bundles, num_flags=0))
+    (plan,) = rank_group._assignments.values()
+    sums = gathered_bytes(num_gathered(batches, num_flags=0))
     predicted = {"gathered": sums, "sent": bytes_sent(plan)[rank], "received": bytes_received(plan)[rank]}
     Path(folder, f"{mode}{rank}.json").write_text(json.dumps({"counted": vars(counted), "predicted": predicted}))
     dist.barrier()

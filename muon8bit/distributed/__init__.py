@@ -14,7 +14,7 @@ rank_group       all of it for one optimizer
 
 from .norms import Gathering
 from .param_sharding import ParamSharding, check_placements
-from .rank_group import RankGroup, check_group, team_of
+from .rank_group import RankGroup, check_group, rank_group_of
 from .sharded_batch import ShardedBatch
 from .watchdog import RanksError
 
@@ -26,5 +26,5 @@ __all__ = [
     "ShardedBatch",
     "check_group",
     "check_placements",
-    "team_of",
+    "rank_group_of",
 ]

@@ -1,17 +1,17 @@
-"""Ranks go through a step together: they communicate alike, and an error that one of them meets is an error on all.
+"""Ranks that go through a step together: they communicate alike, and an error that one of them meets is one on all.
 
-    arrive    as late as they come
-    agree     each has read what is its own, and all have the same groups, gradients and state
-    confirm   each has the memory that it needs; each has orthogonalized its first matrices, and all may write
-    finish    all have written
+    wait_for_ranks      as late as they come
+    check_ranks_agree   each has read what is its own, and all have the same groups, gradients and state
+    confirm             each has the memory that it needs; each has orthogonalized its first matrices, and all may write
+    finish              all have written
 
 Until the last `confirm` a rank that fails goes to the next of these points, so that all raise and can try again. Later
 the others may wait for anything: they find its error in the process group's store.
 
-At `agree` four hashes a rank are gathered; only where these differ are the texts compared, so that the error can name
-the difference. All ranks see the same hashes, so all raise or none. The host waits for them: by a backend for the CPU
-if the group has one (the default of `init_process_group` has), else by the device's, which waits for all that is queued
-there. `init_process_group(backend="cpu:gloo,cuda:nccl")` gives a group that was made for NCCL alone both.
+`check_ranks_agree` gathers four hashes a rank. Only where these differ are the texts compared, so that the error can
+name the difference. All ranks see the same hashes, so all raise or none. The host waits for them: by a backend for the
+CPU if the group has one (the default of `init_process_group` has), else by the device's, which waits for all that is
+queued there. `init_process_group(backend="cpu:gloo,cuda:nccl")` gives a group that was made for NCCL alone both.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SynchronizedRanks:
     """The ranks of one process group, at the points of a step where they wait for each other.
 
     Attributes:
-        is_told: whether all ranks know of a failure of this step.
+        is_failure_known: whether all ranks know of a failure of this step.
         is_sending: whether the others may wait for something else than these points.
     """
 
@@ -62,14 +62,14 @@ class SynchronizedRanks:
         self.group, self.device = group, device
         self.watchdog = Watchdog(group, timeout_s)
         self.transport = Transport(group, self.watchdog)
-        self.is_told = self.is_sending = False
+        self.is_failure_known = self.is_sending = False
         self._broken: str | None = None  # why the ranks' transfers no longer fit together
         self._gathering: Gathering | None = None  # of this step
         self._partial: list[tuple[Tensor, Tensor]] = []  # parameters, and gradients that this step has reduced
         # Where the host waits: on the CPU if the group can, so that nobody waits for the device.
         self._host_device = torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
 
-    def arrive(self, failure: Exception | None) -> None:
+    def wait_for_ranks(self, failure: Exception | None) -> None:
         """Wait for all ranks at the beginning of a step, for as long as the process group's own timeout allows.
 
         Args:
@@ -84,7 +84,7 @@ class SynchronizedRanks:
                 f"an earlier step ended while its ranks communicated ({self._broken}), and what they send no longer "
                 "fits together: start the job again from its last checkpoint, or make a new process group"
             )
-        self.is_told, self.is_sending, self._partial, self._gathering = False, False, [], None
+        self.is_failure_known, self.is_sending, self._partial, self._gathering = False, False, [], None
         try:
             numbers = self._gather_numbers([failure is not None, randbits(62)], is_bounded=False)
             self.watchdog.token = f"{numbers[0][1]:x}"
@@ -113,7 +113,7 @@ class SynchronizedRanks:
         if self._host_device.type == "cpu":
             self.confirm()
 
-    def failed(self, error: BaseException, *, is_agreed: bool) -> None:
+    def report_failure(self, error: BaseException, *, is_agreed: bool) -> None:
         """Tell the other ranks of an error that ends this rank's step, unless they know.
 
         Args:
@@ -124,7 +124,7 @@ class SynchronizedRanks:
         for param, grad in [] if is_agreed else self._partial:
             param.grad = grad
         self._partial = []
-        if self.is_told:
+        if self.is_failure_known:
             return
         if is_agreed or self.is_sending or isinstance(error, RanksError) or not isinstance(error, Exception):
             self._broken = f"{type(error).__name__}: {error}"
@@ -139,7 +139,7 @@ class SynchronizedRanks:
         except type(error):
             pass  # the caller raises it
 
-    def agree(
+    def check_ranks_agree(
         self,
         read: Callable[[], Result],
         groups: Sequence[dict[str, Any]],
@@ -195,7 +195,7 @@ class SynchronizedRanks:
         if failure is None and all(of_rank == hashes[0] for of_rank in hashes):
             return
         texts = self.transport.gather_texts(json.dumps(lists), self._host_device)
-        self.is_told = True
+        self.is_failure_known = True
         raise failure or _difference([json.loads(text) for text in texts])
 
     def _fingerprint(
@@ -233,7 +233,7 @@ class SynchronizedRanks:
             return
         text = "" if failure is None else f"{type(failure).__name__}: {failure}"
         texts = self.transport.gather_texts(text, self._host_device)
-        self.is_told = True
+        self.is_failure_known = True
         rank = next(rank for rank, failed in enumerate(has_failed) if failed)
         raise failure or RuntimeError(f"rank {rank} cannot take this step: {texts[rank]}. Nothing changed in it")
 

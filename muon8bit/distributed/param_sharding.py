@@ -112,7 +112,7 @@ class ParamSharding:
             )
         return sharding
 
-    def parts(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    def local_shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of this rank's parts of state tensors, of the shapes of the whole ones."""
         return {key: tuple(stop - start for start, stop in self.part(shape)) for key, shape in shapes.items()}
 
@@ -128,7 +128,7 @@ class ParamSharding:
             return held[: len(shape)]
         return (*held[: len(shape) - 1], (0, shape[-1]))
 
-    def own_part(self, value: Tensor, name: str) -> Tensor:
+    def local_part(self, value: Tensor, name: str) -> Tensor:
         """Return this rank's part of a state tensor that was saved: whole, or a DTensor that lies like the state here.
 
         Raises:
@@ -144,11 +144,11 @@ class ParamSharding:
             )
         return value.to_local()
 
-    def unwrapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's parts of what `optimizer.state` holds, over the same memory."""
         return {key: local_tensor(value) for key, value in tensors.items()}
 
-    def wrapped(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    def to_dtensors(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Return what `optimizer.state` holds, of this rank's parts of the state tensors and the shapes of the whole.
 
         These are DTensors where the state is sharded, but AdamW's step.

@@ -50,7 +50,7 @@ class RankGroup(SynchronizedRanks):
         self.mesh = DeviceMesh.from_group(group, device.type) if shard_state else None
         self._assignments: dict[object, Assignment] = {}
 
-    def layout_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> ParamSharding | None:
+    def sharding_of(self, param: Tensor, group: Mapping[str, Any], name: str) -> ParamSharding | None:
         """Return where a parameter and its state lie; None where both are this rank's own affair.
 
         Raises:
@@ -97,7 +97,7 @@ class RankGroup(SynchronizedRanks):
         self._gathering = Gathering(batches, flags, self.transport.rank, self.transport.num_ranks, options)
         return self._gathering
 
-    def rounds(self, batches: Sequence[ShardedBatch], options: Options) -> FirstRound | None:
+    def first_round(self, batches: Sequence[ShardedBatch], options: Options) -> FirstRound | None:
         """Return the step of all matrices that lie on several ranks; None without any, which is so on all ranks."""
         if not batches:
             return None
@@ -115,7 +115,7 @@ class RankGroup(SynchronizedRanks):
             self._assignments[key] = plan(matrices, len(self.ranks), options.workspace_bytes // NUM_SHARES)
         return self._assignments[key]
 
-    def whole(
+    def gather_state(
         self, state: Mapping[Tensor, Mapping[str, Tensor]], to: int | None, confirm: Callable[[], None]
     ) -> dict[Tensor, dict[str, Tensor]] | None:
         """Return the state gathered on the CPU of rank `to` of the group, or of all; None on the others.
@@ -170,7 +170,7 @@ def check_group(group: object) -> None:
         )
 
 
-def team_of(
+def rank_group_of(
     params: Iterable[Tensor],
     process_group: ProcessGroup | None,
     shard_state: bool,

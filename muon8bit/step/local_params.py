@@ -120,13 +120,13 @@ def _local_param(
         grad = with_memory(grad)
     if rank_group is not None:
         name = describe(group, group_index, index)
-        layout = rank_group.layout_of(param, group, name)
+        layout = rank_group.sharding_of(param, group, name)
     if layout is not None:
         local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
         is_shared = is_muon and not layout.is_local(group["flatten"])
     own = {key: stored[key] for key in stored if key in STATE_KEYS}  # wrappers keep others beside them
     if own and layout is not None:
-        own = layout.unwrapped(own)
+        own = layout.to_local(own)
     if isinstance(options, MuonOptions):
         tensors = _muon_layout(param.shape, *options.format)
     else:
@@ -142,7 +142,7 @@ def _local_param(
         format = MomentumFormat.of(param.shape, *options.format)
         if not own:
             shapes = {key: shape for key, (shape, _) in tensors.items()}
-            momentum = Momentum.zeros(layout.parts(shapes) if layout else shapes, format, device)
+            momentum = Momentum.zeros(layout.local_shapes(shapes) if layout else shapes, format, device)
             momentum = momentum.with_tensors(offload.at_home(tensor, local.device) for tensor in momentum.tensors)
         else:
             momentum = Momentum.from_state(own, format)
@@ -183,7 +183,7 @@ def _misfit(
 ) -> str:
     """Return why this is not the state that a parameter needs, and the way out; or nothing. Kernels do not look."""
     shapes = {key: shape for key, (shape, _) in tensors.items()}
-    shapes = layout.parts(shapes) if layout else shapes
+    shapes = layout.local_shapes(shapes) if layout else shapes
     strange = next((key for key, value in stored.items() if not isinstance(value, Tensor)), None)
     if strange is not None:
         return f"now, and {strange} in its state is a {type(stored[strange]).__name__}: {_WAY_OUT}"
@@ -210,7 +210,7 @@ def new_state(local: LocalParam, group: Mapping[str, Any], offload: StateOffload
     new = local.momentum.to_state()
     if layout is None:
         return new
-    return layout.wrapped(new, {key: shape for key, (shape, _) in layout_of(param, group).items()})
+    return layout.to_dtensors(new, {key: shape for key, (shape, _) in layout_of(param, group).items()})
 
 
 @cache
@@ -243,9 +243,9 @@ def make_state(
     shapes = {key: shape for key, (shape, _) in whole.items()}
     tensors = {
         key: make(shape, dtype=whole[key][1], device=home(key, param, group, offload))
-        for key, shape in (shapes if layout is None else layout.parts(shapes)).items()
+        for key, shape in (shapes if layout is None else layout.local_shapes(shapes)).items()
     }
-    return tensors if layout is None else layout.wrapped(tensors, shapes)
+    return tensors if layout is None else layout.to_dtensors(tensors, shapes)
 
 
 def home(key: str, param: Tensor, group: Mapping[str, Any], offload: StateOffload) -> torch.device:

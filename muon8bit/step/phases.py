@@ -262,7 +262,7 @@ def write(
     rounds = None
     if rank_group is not None:
         skip = None if check is None else check.skip(rank_group.device)
-        rounds = rank_group.rounds(
+        rounds = rank_group.first_round(
             [batch for step in work for batch in step.sharded], running.on(rank_group.device, skip)
         )
     new = _new_state(work, state, offload, commit)
@@ -336,7 +336,7 @@ def _chunks(
         for p in step.params:
             tensors = dict(p.state)
             if not tensors:
-                tensors = new[p.param] if p.layout is None else p.layout.unwrapped(new[p.param])
+                tensors = new[p.param] if p.layout is None else p.layout.to_local(new[p.param])
             chunk = AdamWChunk(p.local, p.grad, tensors, p.key, p.first, p.param.numel())
             by_device.setdefault(p.local.device, []).append(chunk)
         for device, chunks in by_device.items():

@@ -118,7 +118,7 @@ def equals_one_process(world, mode, ranks, format):
                 params.pop(name), expected.pop(name), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
             )
     assert_same(params, expected)
-    assert shared.optimizer._team.transport.num_ranks == ranks
+    assert shared.optimizer._rank_group.transport.num_ranks == ranks
 
 
 CASES = {

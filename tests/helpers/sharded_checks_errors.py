@@ -107,11 +107,11 @@ def rates_of_cpu():
 @check("a rank may come to a step later than step_timeout", ranks=3)
 def _(world):
     run = Run(MATRICES, torch.float32, on_mesh(world.lines[3], [Shard(0)])).train([1])
-    its = run.optimizer._team
+    its = run.optimizer._rank_group
     its.watchdog.timeout_s = 0.2
     if dist.get_rank() == RANK:
         time.sleep(1)  # it evaluates, say
-    its.arrive(None)
+    its.wait_for_ranks(None)
     run.train([2])
     assert_same(run.state_whole(), Run(MATRICES, torch.float32, torch.clone).train([1, 2]).state_whole())
 

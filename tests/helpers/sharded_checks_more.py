@@ -72,21 +72,22 @@ def _(world):
 def equal_bytes(world, mode, ranks):
     placed, more = arm(world, mode, ranks)
     run = Run({**MATRICES, **EXPERTS, "tall": (48, 3)}, torch.bfloat16, placed, **more, ns_dtype=torch.bfloat16)
-    bundles = []
-    team = run.train([1]).optimizer._team
-    gathering, team.gathering = team.gathering, lambda found, *rest: bundles.extend(found) or gathering(found, *rest)
+    batches = []
+    rank_group = run.train([1]).optimizer._rank_group
+    gathering = rank_group.gathering
+    rank_group.gathering = lambda given, *rest: batches.extend(given) or gathering(given, *rest)
     with counted_bytes() as counted:
         run.train([2])
-    rank, (plan,) = team.transport.rank, team._assignments.values()
-    num_flags = len(run.names) - len({*run.names} & shared_names(bundles, run))
-    sums = gathered_bytes(num_gathered(bundles, num_flags))
+    rank, (plan,) = rank_group.transport.rank, rank_group._assignments.values()
+    num_flags = len(run.names) - len({*run.names} & shared_names(batches, run))
+    sums = gathered_bytes(num_gathered(batches, num_flags))
     assert vars(counted) == {"gathered": sums, "sent": bytes_sent(plan)[rank], "received": bytes_received(plan)[rank]}
     assert ranks == 1 or sum(bytes_sent(plan)) > 0
 
 
-def shared_names(bundles, run):
+def shared_names(batches, run):
     names = run.optimizer.param_groups[0]["param_names"]
-    return {names[member.param_index] for bundle in bundles for member in bundle.members}
+    return {names[member.param_index] for batch in batches for member in batch.members}
 
 
 for _mode, _ranks in {"fsdp": 3, "hsdp": 4, "ddp": 3, "sharded state": 2, "columns": 3, "rows and columns": 4}.items():
@@ -118,7 +119,7 @@ def is_as_accurate(placed, shapes):
 def _(world):
     shapes = {f"tall {i}": (700 + i, 96) for i in range(8)}
     run = is_as_accurate(on_mesh(world.lines[3], [Shard(0)]), shapes)
-    (plan,) = run.optimizer._team._assignments.values()
+    (plan,) = run.optimizer._rank_group._assignments.values()
     assert {transfer.strategy for transfer in plan.transfers} == {"reduce_gram"}
 
 
