@@ -1,4 +1,4 @@
-"""What a backend is: the names of the backends, and the functions that each has."""
+"""Backends: their names, and the functions that each provides."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ Backend: TypeAlias = Literal["reference", "triton"]
 
 
 class Kernels(Protocol):
-    """What a backend provides; the functions of `reference` document shapes and dtypes."""
+    """Functions that a backend provides; those of `reference` document shapes and dtypes."""
 
-    def quantize(self, values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]: ...
+    def quantize(self, values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]:
+        """Return the codes and scales of a matrix."""
 
-    def dequantize(self, codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size: int) -> Tensor: ...
+    def dequantize(self, codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size: int) -> Tensor:
+        """Return the fp32 values of codes and scales."""
 
     def momentum_stats(
         self,
@@ -29,7 +31,8 @@ class Kernels(Protocol):
         nesterov: bool,
         codebook: Codebook | None,
         block_size: int,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return the sums of squares of the new momentum; nothing is written."""
 
     def momentum_apply(
         self,
@@ -44,7 +47,8 @@ class Kernels(Protocol):
         codebook: Codebook | None,
         block_size: int,
         skip: Tensor | None = None,
-    ) -> None: ...
+    ) -> None:
+        """Write codes, scales and the Newton-Schulz input."""
 
     def update_params(
         self,
@@ -57,7 +61,8 @@ class Kernels(Protocol):
         firsts: Sequence[int] | None = None,
         pitch: int | None = None,
         skip: Tensor | None = None,
-    ) -> None: ...
+    ) -> None:
+        """Update parameters in place: decay, step and rounding."""
 
     def symmetric_product(
         self,
@@ -68,7 +73,8 @@ class Kernels(Protocol):
         D: Tensor | None = None,
         beta: float = 0.0,
         diagonal: float = 0.0,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return alpha * A B^T + beta * D + diagonal * I, where that is symmetric."""
 
     def step_tiny(
         self,
@@ -89,6 +95,8 @@ class Kernels(Protocol):
         firsts: Sequence[int] | None = None,
         pitch: int | None = None,
         skip: Tensor | None = None,
-    ) -> None: ...
+    ) -> None:
+        """Do the second phase of the step of matrices with a small side."""
 
-    def round_stochastic(self, values: Tensor, *, key: int, first: int = 0) -> Tensor: ...
+    def round_stochastic(self, values: Tensor, *, key: int, first: int = 0) -> Tensor:
+        """Round fp32 values to bf16 stochastically."""

@@ -1,4 +1,4 @@
-"""Lists of stacks: what a kernel call works on.
+"""Lists of stacks: the matrices that a kernel call works on.
 
 A stack is a view [count, rows, cols] of one tensor: a matrix is a stack of one, a tensor of experts one of many. A call
 takes a list of stacks of equal rows and columns for each argument, and numbers their matrices through: a batch.
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def batch_shape(stacks: Sequence[Tensor]) -> tuple[int, int, int]:
-    """Number of matrices in all stacks, their rows and their columns."""
+    """Return the number of matrices in all stacks, their rows and their columns."""
     return sum(len(stack) for stack in stacks), stacks[0].shape[1], stacks[0].shape[2]
 
 
 class StackedRows:
-    """The rows of a list of stacks, numbered through, as if they were those of one matrix."""
+    """Rows of a list of stacks, numbered through, as if they were those of one matrix."""
 
     def __init__(self, stacks: Sequence[Tensor]) -> None:
         self._parts: list[Tensor] = []
@@ -32,7 +32,7 @@ class StackedRows:
         self._starts = list(accumulate((part.shape[0] for part in self._parts), initial=0))
 
     def _views(self, rows: slice, cols: slice) -> list[Tensor]:
-        """What lies in these rows, tensor by tensor."""
+        """Return views of these rows and columns, tensor by tensor."""
         first, last = bisect_right(self._starts, rows.start) - 1, bisect_left(self._starts, rows.stop)
         views = self._parts[first:last]
         if cols.stop - cols.start < views[0].shape[1]:

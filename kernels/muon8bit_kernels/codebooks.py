@@ -1,8 +1,8 @@
-"""The two 8-bit codebooks: what a code means once its block's scale is taken out.
+"""Both 8-bit codebooks: the value of each code, before it is multiplied by its block's scale.
 
-`linear`: int8 codes -127..127, value `code / 127`. `dynamic`: uint8 codes 0..255 into the signed dynamic-tree
-map of Dettmers et al. (arXiv 2110.02861): seven decades of 1, 2, 4, ... 64 levels a sign, zero, and one. For what is
-never negative there is the unsigned one: seven decades of 2, 4, 8, ... 128 levels, zero, and one.
+`linear`: int8 codes -127..127, value `code / 127`. `dynamic`: uint8 codes 0..255 into the signed dynamic-tree map of
+Dettmers et al. (arXiv 2110.02861): seven decades of 1, 2, 4, ... 64 levels a sign, zero, and one. Values that are never
+negative have the unsigned map: seven decades of 2, 4, 8, ... 128 levels, zero, and one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _copies: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _on(table: Tensor, device: torch.device | str) -> Tensor:
-    """The table on a device, copied there once."""
+    """Return the table on a device, copied there once."""
     device = torch.device(device)
     if device.type == "cpu":
         return table
@@ -76,33 +76,33 @@ def _on(table: Tensor, device: torch.device | str) -> Tensor:
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The signed dynamic map, fp32 [256], ascending from -0.99297 to 1.0 (there is no -1.0). Do not write to it.
+    """Return the signed dynamic map, fp32 [256], ascending from -0.99297 to 1.0 (there is no -1.0).
 
-    Equal bit for bit to `bitsandbytes.functional.create_dynamic_map()`; ours, so that a checkpoint does not
-    depend on another library's version.
+    Do not write to it. It is equal bit for bit to `bitsandbytes.functional.create_dynamic_map()`, and made here so that
+    a checkpoint does not depend on another library's version.
     """
     return _on(_VALUES, device)
 
 
 def unsigned_dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The unsigned dynamic map, fp32 [256], ascending from 0.0 and 3.25e-7 to 1.0. Do not write to it.
+    """Return the unsigned dynamic map, fp32 [256], ascending from 0.0 and 3.25e-7 to 1.0.
 
-    Equal bit for bit to `bitsandbytes.functional.create_dynamic_map(signed=False)`.
+    Do not write to it. It is equal bit for bit to `bitsandbytes.functional.create_dynamic_map(signed=False)`.
     """
     return _on(_UNSIGNED_VALUES, device)
 
 
 def dynamic_midpoints(device: torch.device | str = "cpu") -> Tensor:
-    """Decision thresholds, fp32 [256]: entry i lies between map entries i and i + 1; the last is +inf.
+    """Return decision thresholds, fp32 [256]: entry i lies between map entries i and i + 1; the last is +inf.
 
-    `code = number of midpoints < x`, so a value exactly on a midpoint takes the lower code. A midpoint is the
-    exact mean rounded to fp32, hence within one fp32 unit of it either neighbour may be chosen.
+    `code = number of midpoints < x`, so a value exactly on a midpoint takes the lower code. A midpoint is the exact
+    mean rounded to fp32, hence within one fp32 unit of it either neighbour may be chosen.
     """
     return _on(_MIDPOINTS, device)
 
 
 def unsigned_dynamic_midpoints(device: torch.device | str = "cpu") -> Tensor:
-    """Decision thresholds of the unsigned map, as `dynamic_midpoints`."""
+    """Return decision thresholds of the unsigned map, as `dynamic_midpoints` does for the signed one."""
     return _on(_UNSIGNED_MIDPOINTS, device)
 
 
@@ -118,5 +118,5 @@ def dynamic_guesses(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]
 
 
 def zero_code(codebook: Codebook) -> int:
-    """The code that decodes to 0.0; in the dynamic map, the 127 negative values come first."""
+    """Return the code that decodes to 0.0; in the dynamic map, the 127 negative values come first."""
     return 0 if codebook == "linear" else 127

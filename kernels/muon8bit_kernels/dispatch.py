@@ -1,4 +1,4 @@
-"""The one place that decides which implementation runs. An explicit request that cannot be met raises."""
+"""Choice of the backend that runs on a device; an explicit request that cannot be met raises an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .self_check import self_check
 
 @cache
 def kernels_for(device: torch.device, backend: str | None = None) -> Kernels:
-    """The kernels to run on `device`.
+    """Return the kernels to run on `device`.
 
     Args:
         device: where the tensors are.

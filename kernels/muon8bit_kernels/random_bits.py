@@ -1,9 +1,9 @@
-"""Random bits of stochastic rounding: which element of which parameter gets which bits at which step.
+"""Random bits of stochastic rounding: one hash for each element of each parameter at each step.
 
 The bits are MurmurHash3_x86_32 (A. Appleby, 2011, public domain; hash seed 0) over seven little-endian 32-bit words:
-seed (low, high), step (low, high), parameter index, element index (low, high). They depend on nothing else, so
-replicas agree, a shard that knows its global indices reproduces the whole, and a resumed run gets the same bits. The
-first five words are folded here, once a parameter and step; the last two in `update_reference` and `triton_update`.
+seed (low, high), step (low, high), parameter index, element index (low, high). They depend on nothing else, so replicas
+agree, a shard that knows its global indices reproduces the whole, and a resumed run gets the same bits. The first five
+words are folded here, once a parameter and step; the last two in `reference.update` and `triton.update`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MASK = 0xFFFFFFFF
 
 
 def signed(word: int) -> int:
-    """The int32 with the bits of `word` (0 .. 2**32 - 1)."""
+    """Return the int32 with the bits of `word` (0 .. 2**32 - 1)."""
     return word - 2**32 if word >= 2**31 else word
 
 
@@ -25,14 +25,14 @@ def _rotated(word: int, by: int) -> int:
 
 
 def rounding_key(seed: int, step: int, param_index: int) -> int:
-    """The state of the hash before the element index, as an int32.
+    """Return the state of the hash before the element index, as an int32.
 
     Args:
         seed, step: 0 .. 2**64 - 1.
         param_index: 0 .. 2**32 - 1, the parameter's place over all groups.
 
     Raises:
-        ValueError: names the number that is out of its range.
+        ValueError: for a number out of its range; the message names it.
     """
     for name, value, num_bits in (("seed", seed, 64), ("step", step, 64), ("param_index", param_index, 32)):
         if not 0 <= value < 2**num_bits:

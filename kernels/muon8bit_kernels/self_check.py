@@ -1,8 +1,8 @@
-"""One look at every new device: whether its compiler and it give the bits of the reference.
+"""Check of every new device: whether its compiler and it give the bits of the reference.
 
 Compilers have miscompiled kernels for single architectures before. Such a fault shows in no error, but in a momentum
-that is slightly wrong for weeks. A few tiles of what is most exposed to it (one-byte stores, exact divisions, products
-on tensor cores) cost a second, most of it compilation that the first step needs anyway.
+that is slightly wrong for weeks. A few tiles of the operations most exposed to it (one-byte stores, exact divisions,
+products on tensor cores) cost a second, most of it compilation that the first step needs anyway.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def self_check(kernels: Kernels, device: torch.device) -> None:
 def _momentum(
     kernels: Kernels, values: Tensor, grad: Tensor, codebook: str, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """What quantization and one step of the momentum make of `values` and `grad`, by the kernel that makes it."""
+    """Quantize `values`, do one step of the momentum with `grad`, and return each kernel's results by its name."""
     form = {"codebook": codebook, "block_size": _BLOCK}
     codes, scales = kernels.quantize(values.to(device), **form)  # type: ignore[arg-type]
     made = {"quantize": codes.clone(), "quantize (scales)": scales.clone()}
@@ -64,6 +64,7 @@ def _momentum(
 
 
 def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], device: torch.device) -> None:
+    """Raise RuntimeError where a kernel's result is not the expected one, bit for bit; a sum has a bound."""
     for kernel, wanted in expected.items():
         ours = found[kernel].cpu()
         if kernel == "momentum_stats":  # a sum: its order is the backend's, a bound says that nothing else differs

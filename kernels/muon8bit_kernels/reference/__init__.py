@@ -1,4 +1,4 @@
-"""The torch backend: every function of `dispatch.Kernels`, and what the other backends are measured by."""
+"""Torch backend: every function of `backend.Kernels`, against which the other backends are measured."""
 
 from .momentum import dequantize, momentum_apply, momentum_stats, num_blocks, quantize
 from .products import symmetric_product

@@ -1,8 +1,9 @@
-"""The momentum step of matrices of which there are only some columns here, in torch, on every device.
+"""Momentum step of matrices of which there are only some columns here, in torch, on every device.
 
 Blocks lie on the grid of the whole matrix, so that one may be cut: the largest magnitudes of its parts are known here,
-its scale only when they have been compared. Otherwise `momentum_reference`, to the bit. Codes and gradients are stacks
-[count, rows, width], columns `first_col` onwards of the matrix; scales are those of whole rows, [count, rows, blocks].
+its scale only when they have been compared. Otherwise the step is `reference.momentum`, to the bit. Codes and gradients
+are stacks [count, rows, width], columns `first_col` onwards of the matrix; scales are those of whole rows, [count,
+rows, blocks].
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from .momentum import _block_scales, _buffers, _encode_, _Piece, _pieces, _State
 
 
 def touched_blocks(first_col: int, width: int, block_size: int) -> slice:
-    """The blocks of a whole row that these columns lie in."""
+    """Return the blocks of a whole row that these columns lie in."""
     return slice(first_col // block_size, -(-(first_col + width) // block_size))
 
 
 def _cut(first_col: int, width: int, block_size: int) -> Iterator[tuple[slice, slice]]:
-    """Columns here and blocks of the row: the rest of a cut block, then what begins with a block."""
+    """Give columns here with their blocks of the row: the rest of a cut block, then all that begin with a block."""
     head = min(-first_col % block_size, width)
     for cols in (slice(0, head), slice(head, width)):
         if cols.stop > cols.start:
@@ -39,7 +40,11 @@ def _walk(
     first_col: int,
     block_size: int,
 ) -> Iterator[tuple[_State, _Piece, slice, int, Tensor, Tensor]]:
-    """State, piece of it, its columns here, its first block in the row, and m and (1 - beta) * g there."""
+    """Give the state and each piece of it, with its momentum.
+
+    Yields:
+        The state, the piece, its columns here, its first block in the row, and m and (1 - beta) * g there.
+    """
     batch, rows, width = batch_shape(codes)
     buffers = _buffers(2, batch * rows, width, codes[0].device)
     for cols, blocks in _cut(first_col, width, block_size):
@@ -63,11 +68,15 @@ def momentum_stats_cut(
     codebook: Codebook | None,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """First phase: read only.
+    """Compute the first phase of the step, which reads only.
+
+    Args:
+        codes, scales, grads, beta, nesterov, codebook, block_size: as in `reference.momentum_stats`.
+        first_col: the place of these columns in the whole matrix.
 
     Returns:
-        Of the part of every touched block, fp32 [batch, rows, touched blocks]: the sum of u squared, not finite where
-        a gradient is not; and the largest magnitude of m, 0 if that is below the smallest normal fp32.
+        Two of fp32 [batch, rows, touched blocks], for the part of each touched block: the sum of u squared, not finite
+        where a gradient is not; and the largest magnitude of m, 0 if that is below the smallest normal fp32.
     """
     batch, rows, width = batch_shape(codes)
     touched = touched_blocks(first_col, width, block_size)
@@ -97,12 +106,14 @@ def momentum_apply_cut(
     block_size: int,
     skip: Tensor | None = None,
 ) -> None:
-    """Second phase: writes codes, scales and the Newton-Schulz input.
+    """Write codes, scales and the Newton-Schulz input: the second phase of the step.
 
     Args:
+        codes, scales, grads, beta, nesterov, codebook, block_size: as in `reference.momentum_apply`.
         new_scales: fp32 [batch, rows, blocks], the maxima of whole blocks; None with `codebook=None`.
         norms: fp32 [batch], the positive divisors of u.
         out: [batch, rows, width], any float dtype and strides.
+        first_col: the place of these columns in the whole matrix.
         skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
     """
     if skip is not None and skip.item() != 0:

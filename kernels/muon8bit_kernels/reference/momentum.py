@@ -1,9 +1,9 @@
-"""The arithmetic of record in torch: quantize, dequantize and the two-phase momentum step.
+"""Arithmetic of record in torch: quantize, dequantize and the two-phase momentum step.
 
-Every operation is rounded to fp32 and none is fused, so the Triton kernels give the same codes, scales and
-momentum bit for bit. The momentum step takes lists of stacks (see `stacks`); a block is `block_size` consecutive
-elements of one row, the last of a row may be shorter. `codebook=None` means an unquantized fp32 momentum: `codes`
-are the buffers, `scales` is None.
+Every operation is rounded to fp32 and none is fused, so the Triton kernels give the same codes, scales and momentum bit
+for bit. The momentum step takes lists of stacks (see `batches`); a block is `block_size` consecutive elements of one
+row, the last of a row may be shorter. `codebook=None` means an unquantized fp32 momentum: `codes` are the buffers,
+`scales` is None.
 
     m      = beta * ((code * s) / 127) + (1 - beta) * g          dynamic: beta * (map[code] * s) + ...
     s'     = max |m| over the block, 0 if that is below the smallest normal fp32
@@ -35,12 +35,12 @@ _CHUNK_ELEMENTS = 2**19
 
 
 def num_blocks(cols: int, block_size: int) -> int:
-    """Blocks in a row of `cols` elements: ceil(cols / block_size)."""
+    """Return the number of blocks in a row of `cols` elements: ceil(cols / block_size)."""
     return -(-cols // block_size)
 
 
 class _Piece(NamedTuple):
-    """A range of rows, the columns and blocks of whole blocks of one length in them, and that length."""
+    """Rows of a matrix, columns and blocks of equally long blocks in them, and the blocks' length."""
 
     rows: slice
     cols: slice
@@ -48,13 +48,13 @@ class _Piece(NamedTuple):
     block: int
 
     def of(self, buffer: Tensor) -> Tensor:
-        """Room in a flat buffer: [rows, cols]."""
+        """Return room for the piece in a flat buffer: [rows, cols]."""
         num_rows, num_cols = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
         return buffer[: num_rows * num_cols].view(num_rows, num_cols)
 
 
 def _pieces(rows: int, cols: int, block_size: int) -> Iterator[_Piece]:
-    """All of a matrix, in pieces small enough for the cache."""
+    """Give all of a matrix, in pieces small enough for the cache."""
     full = cols // block_size * block_size
     step = max(1, _CHUNK_ELEMENTS // max(1, cols))
     for start in range(0, rows, step):
@@ -74,7 +74,7 @@ def _buffers(num: int, rows: int, cols: int, device: torch.device) -> Tensor:
 
 
 def _decode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
-    """Codes, as fp32 numbers [rows, blocks, block], and scales [rows, blocks] -> what they stand for, in place."""
+    """Decode codes, given as fp32 numbers [rows, blocks, block], in place; the scales are [rows, blocks]."""
     if codebook == "linear":
         # A tensor, since on CUDA torch replaces division by a Python number by multiplication with its reciprocal.
         return values.mul_(scales.unsqueeze(-1)).div_(scales.new_full((), LINEAR_MAX))
@@ -83,7 +83,10 @@ def _decode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
 
 
 def _encode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
-    """fp32 values [rows, blocks, block], which are lost, and floored scales [rows, blocks] -> codes, as numbers."""
+    """Return the codes, as numbers, of fp32 values [rows, blocks, block], which are lost.
+
+    The scales are [rows, blocks] and floored.
+    """
     ratio = values.div_(scales.masked_fill(scales == 0, torch.inf).unsqueeze(-1))
     if codebook == "linear":
         return ratio.mul_(LINEAR_MAX).round_()
@@ -96,10 +99,10 @@ def _encode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
 
 
 def _block_scales(values: Tensor) -> Tensor:
-    """The largest magnitude of fp32 [rows, blocks, block], 0 below the floor, NaN if there is one: [rows, blocks].
+    """Return the largest magnitude of each block of fp32 [rows, blocks, block]: [rows, blocks].
 
-    The bits of magnitudes, taken as integers, are in the order of the magnitudes with NaN on top; and on CPU integers
-    are reduced faster, in short rows four times.
+    It is 0 below the floor, and NaN where the block has one. The bits of magnitudes, taken as integers, are in the
+    order of the magnitudes with NaN on top; and on CPU integers are reduced faster, in short rows four times.
     """
     absmax = values.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(-1).view(torch.float32)
     return absmax.masked_fill_(absmax < SCALE_FLOOR, 0.0)
@@ -131,7 +134,7 @@ def dequantize(codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size:
 
 @dataclass(frozen=True)
 class _State:
-    """What a momentum step works on; see `momentum_stats`."""
+    """Tensors and numbers of one momentum step; see `momentum_stats`."""
 
     codes: StackedRows
     scales: StackedRows | None
@@ -140,7 +143,7 @@ class _State:
     codebook: Codebook | None
 
     def momentum(self, piece: _Piece, m: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """The new momentum m and (1 - beta) * g of one piece, in these flat buffers: [rows, blocks, block]."""
+        """Return the new momentum m and (1 - beta) * g of one piece, in these flat buffers: [rows, blocks, block]."""
         shape = (-1, piece.block)
         m = self.codes.read(piece.rows, piece.cols, piece.of(m)).unflatten(1, shape)
         if self.scales is not None and self.codebook is not None:
@@ -160,13 +163,16 @@ def momentum_stats(
     codebook: Codebook | None,
     block_size: int,
 ) -> Tensor:
-    """First phase: read only. What the step needs to know before it writes anything.
+    """Compute the first phase of the step, which reads only: all that the step must know before it writes.
 
     Args:
         codes: stacks [count, rows, cols], int8 (linear), uint8 (dynamic) or fp32 (None).
         scales: stacks [count, rows, blocks], fp32; None with `codebook=None`.
         grads: stacks [count, rows, cols], fp32, bf16 or fp16, any strides.
-        beta: momentum factor in [0, 1).
+        beta: the momentum factor in [0, 1).
+        nesterov: u is beta * m + (1 - beta) * g instead of m.
+        codebook: `"linear"`, `"dynamic"`, or None for an fp32 momentum.
+        block_size: the number of elements that share a scale.
 
     Returns:
         fp32 [batch, rows, blocks], the sum of u squared; not finite where a gradient is not, or where squares overflow.
@@ -197,10 +203,11 @@ def momentum_apply(
     block_size: int,
     skip: Tensor | None = None,
 ) -> None:
-    """Second phase: recompute the same momentum and write codes, scales and the Newton-Schulz input.
+    """Write codes, scales and the Newton-Schulz input from the same momentum, recomputed: the second phase of the step.
 
     Args:
-        codes, scales, grads: as in `momentum_stats`; codes and scales are overwritten with the new state.
+        codes, scales, grads, beta, nesterov, codebook, block_size: as in `momentum_stats`. Codes and scales are
+            overwritten with the new state.
         norms: fp32 [batch], the positive divisors of u (Frobenius norms, bounded below).
         out: [batch, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
         skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.

@@ -1,8 +1,8 @@
-"""Products with a symmetric result in torch; `triton_gemm` computes one triangle of them.
+"""Products with a symmetric result in torch; `triton.gemm` computes one triangle of them.
 
     C  =  round(alpha * A B^T + beta * D + diagonal * I)
 
-Accumulated and added in fp32, rounded once.
+C is accumulated and added in fp32, and rounded once.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from torch import Tensor
 
 
 def check_operands(A: Tensor, B: Tensor, D: Tensor | None) -> None:
-    """Raise ValueError unless A and B are [batch, n, k] with contiguous k or n and D, if given, is contiguous
-    [batch, n, n], all of one dtype (fp32, bf16 or fp16) and device."""
+    """Check the operands of `symmetric_product`.
+
+    Args:
+        A, B: [batch, n, k], with contiguous k or n.
+        D: contiguous [batch, n, n], or None.
+
+    Raises:
+        ValueError: for other shapes or strides, or unless all are of one dtype (fp32, bf16 or fp16) and device.
+    """
     if A.ndim != 3 or A.shape != B.shape:
         raise ValueError(f"A and B must be [batch, n, k] alike, not {tuple(A.shape)} and {tuple(B.shape)}")
     batch, n, _ = A.shape
@@ -38,9 +45,9 @@ def symmetric_product(
     beta: float = 0.0,
     diagonal: float = 0.0,
 ) -> Tensor:
-    """alpha * A B^T + beta * D + diagonal * I, where that is symmetric; the caller guarantees it.
+    """Return alpha * A B^T + beta * D + diagonal * I, where that is symmetric; the caller guarantees it.
 
-    A backend may compute one triangle and mirror it, so what a nonsymmetric result would be is not defined.
+    A backend may compute one triangle and mirror it, so a nonsymmetric result is not defined.
 
     Args:
         A, B: [batch, n, k], fp32, bf16 or fp16, either k or n contiguous (A may be the transposed view of a tall

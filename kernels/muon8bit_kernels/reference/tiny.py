@@ -1,9 +1,9 @@
-"""The whole step of small matrices in torch: momentum, Newton-Schulz in Gram form, update; `triton_tiny` is its twin.
+"""Whole step of small matrices in torch: momentum, Newton-Schulz in Gram form, update; `triton.tiny` does the same.
 
     R = X X^T;   each step  Z = aI + bR + cR^2,  Q <- ZQ,  R <- ZRZ;   O = Q X
 
-X is u / norm with its small side first. All of it is fp32, which needs no restart.
-Source: Zhang, Amsel, Chen, Dao 2026 (the Gram form of Newton-Schulz).
+X is u / norm with its small side first. All of it is fp32, which needs no restart. Source: Zhang, Amsel, Chen, Dao 2026
+(the Gram form of Newton-Schulz).
 """
 
 from __future__ import annotations
@@ -27,8 +27,16 @@ MAX_GROWTH = 0.1
 
 
 def check_tiny(rows: int, cols: int, steps: Sequence[tuple[float, float, float]]) -> None:
-    """Raise ValueError for matrices [rows, cols] whose small side exceeds `TINY_MAX`, and for a schedule that is empty
-    or amplifies rounding too much for a Gram form without a restart."""
+    """Check that `step_tiny` takes these matrices and coefficients.
+
+    Args:
+        rows, cols: the matrices' shape.
+        steps: one (a, b, c) a Newton-Schulz step.
+
+    Raises:
+        ValueError: if the small side exceeds `TINY_MAX`, if there are no steps, or if they amplify rounding too much
+            for a Gram form without a restart.
+    """
     if min(rows, cols) > TINY_MAX:
         raise ValueError(f"step_tiny takes matrices with a side of at most {TINY_MAX}, not [{rows}, {cols}]")
     growth = prod(a for a, _, _ in steps) ** 2 * 2.0**-24
@@ -37,14 +45,14 @@ def check_tiny(rows: int, cols: int, steps: Sequence[tuple[float, float, float]]
 
 
 def _polynomial(R: Tensor, a: float, b: float, c: float) -> Tensor:
-    """aI + bR + cR^2."""
+    """Return aI + bR + cR^2."""
     Z = (R @ R).mul_(c).add_(R, alpha=b)
     Z.diagonal(dim1=-2, dim2=-1).add_(a)
     return Z
 
 
 def _directions(X: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
-    """fp32 X [batch, rows, cols], rows <= cols -> Q X."""
+    """Return Q X for fp32 X [batch, rows, cols], rows <= cols."""
     R = X @ X.mT
     Z = _polynomial(R, *steps[0])
     Q = Z
@@ -74,15 +82,14 @@ def step_tiny(
     pitch: int | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """The step of matrices with a small side after its stats phase: codes, scales and parameters are overwritten.
+    """Do the second phase of the step of matrices with a small side: codes, scales and parameters are overwritten.
 
     Args:
         codes: stacks [count, rows, cols], int8 (linear), uint8 (dynamic) or fp32 (None); rows or cols at most 64.
         scales: stacks [count, rows, blocks], fp32; None with `codebook=None`.
         grads, params: stacks [count, rows, cols], fp32, bf16 or fp16, any strides.
         norms: fp32 [batch], the positive divisors of u (Frobenius norms, bounded below).
-        beta: momentum factor in [0, 1).
-        block_size: elements that share a scale.
+        beta, nesterov, codebook, block_size: as in `momentum_stats`.
         steps: one (a, b, c) a Newton-Schulz step.
         decay, scale, keys, firsts, pitch: as in `update_params`; `scale` is lr times the factor of the shape.
         skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.

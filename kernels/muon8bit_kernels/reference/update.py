@@ -1,11 +1,11 @@
-"""The update of a parameter in torch: decay, step and rounding; `triton_update` gives the same bits.
+"""Update of parameters in torch: decay, step and rounding; `triton.update` gives the same bits.
 
     W  =  round(W * decay - O * scale)        each operation rounded to fp32, then once to the parameter's dtype
 
 Stochastic rounding to bf16 adds 16 random bits to the 16 that bf16 has no room for, and cuts them off: the upper
-neighbour (in magnitude) is taken with the probability that makes the mean exact. Numbers that bf16 holds stay, signs
-are symmetric, what exceeds the largest bf16 goes to it or to infinity, NaN stays NaN. Source: the scheme of
-Gupta et al. (arXiv 1502.02551), on the bits of IEEE numbers.
+neighbour (in magnitude) is taken with the probability that makes the mean exact. Numbers that bf16 holds stay. Signs
+are symmetric. A number beyond the largest bf16 goes to it or to infinity. NaN stays NaN. Source: the scheme of Gupta et
+al. (arXiv 1502.02551), on the bits of IEEE numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHUNK_ELEMENTS = 2**19
 
 
 def _rotate_(words: Tensor, by: int) -> Tensor:
-    """Rotate int32 bits to the left. torch's right shift copies the sign: the mask takes it off."""
+    """Turn int32 bits to the left; torch's right shift copies the sign, and the mask takes it off."""
     low = (words >> (32 - by)).bitwise_and_((1 << by) - 1)
     return words.bitwise_left_shift_(by).bitwise_or_(low)
 
@@ -33,8 +33,12 @@ def _xor_shifted_(words: Tensor, by: int) -> Tensor:
 
 
 def random_bits(indices: Tensor, *, key: int | Tensor) -> Tensor:
-    """The hash of element indices (int64, any shape, >= 0) under `rounding_key`'s int32, or int32 tensor that
-    broadcasts: int32, the shape of `indices`."""
+    """Return the hash of element indices: int32, the shape of `indices`.
+
+    Args:
+        indices: int64, any shape, >= 0.
+        key: the int32 of `rounding_key`, or an int32 tensor that broadcasts.
+    """
     # The cast keeps the low 32 bits.
     state = _rotate_(indices.to(torch.int32).mul_(signed(WORD_1)), 15).mul_(WORD_2).bitwise_xor_(key)
     _rotate_(state, 13).mul_(5).add_(signed(ADDED))
@@ -49,7 +53,7 @@ def random_bits(indices: Tensor, *, key: int | Tensor) -> Tensor:
 
 
 def _rounded(values: Tensor, indices: Tensor, key: int | Tensor) -> Tensor:
-    """fp32 values -> bf16 numbers, still held in fp32; the low half of each element's random bits decides."""
+    """Return fp32 values as bf16 numbers, still held in fp32; the low half of each element's random bits decides."""
     noise = random_bits(indices, key=key).bitwise_and_(0xFFFF)
     bits = values.contiguous().view(torch.int32)
     rounded = noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
@@ -73,7 +77,7 @@ def update_params(
     pitch: int | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """param <- param * decay - direction * scale, in place, in fp32, rounded once to the parameter's dtype.
+    """Update param <- param * decay - direction * scale in place, in fp32, rounded once to the parameter's dtype.
 
     Args:
         params: stacks [count, rows, cols] of one dtype, fp32, bf16 or fp16, any strides.
@@ -81,9 +85,9 @@ def update_params(
         decay: 1 - lr * weight_decay; a float, rounded to fp32, or a 0-d fp32 tensor on the parameters' device.
         scale: lr times the factor of the shape; as `decay`. Where it is 0 in fp32, `directions` is not looked at, so
             that with decay 1 every bit stays, the sign of a zero too.
-        keys: of `rounding_key`, one a matrix: round bf16 stochastically. None: to nearest, ties to even.
-        firsts: with keys, the global index of element [0, 0] of each matrix; None: 0.
-        pitch: difference of the global indices of elements [1, 0] and [0, 0]; None: cols.
+        keys: one of `rounding_key` a matrix: bf16 is rounded stochastically. None rounds to nearest, ties to even.
+        firsts: with keys, the global index of element [0, 0] of each matrix; None means 0.
+        pitch: the difference of the global indices of elements [1, 0] and [0, 0]; None means cols.
         skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
 
     Raises:
@@ -124,11 +128,12 @@ def update_params(
 
 
 def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
-    """fp32 `values` (any shape, contiguous) -> bf16 of the same shape, rounded stochastically.
+    """Round fp32 `values` (any shape, contiguous) to bf16 of the same shape stochastically.
 
     Args:
-        key: of `rounding_key`.
-        first: global element index of the first value; the others follow in order.
+        values: the numbers to round.
+        key: from `rounding_key`.
+        first: the global element index of the first value; the others follow in order.
     """
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     pieces = zip(values.view(-1).split(_CHUNK_ELEMENTS), rounded.view(-1).split(_CHUNK_ELEMENTS), strict=True)

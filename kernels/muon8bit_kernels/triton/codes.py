@@ -1,4 +1,4 @@
-"""Codes to values and values to codes in Triton, with the bits of `reference`; the Triton kernels share it."""
+"""Codes to values and values to codes in Triton, with the bits of `reference`, for the other Triton kernels."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def inverse_of(norm):
-    """The reciprocal of a norm; of one too small to have one, the largest: a zero momentum stays zero."""
+    """Return the reciprocal of a norm; where it overflows, the largest fp32, so that a zero momentum stays zero."""
     return tl.minimum(tl.div_rn(1.0, norm), _LARGEST)
 
 
 @triton.jit
 def load_codes(places, mask, CODEBOOK: tl.constexpr):
-    """Codes, and outside of `mask` the one that stands for zero; with CODEBOOK None the fp32 momentum itself."""
+    """Load codes, and outside of `mask` the code of zero; with CODEBOOK None the codes are the fp32 momentum itself."""
     return tl.load(places, mask, other=_ZERO_CODE if CODEBOOK == "dynamic" else 0)
 
 
 @triton.jit
 def decode(codes, scale, map_values, CODEBOOK: tl.constexpr):
-    """Codes [ROWS, COLS] and scale [ROWS, 1] -> fp32 values; `map_values` points to the dynamic map."""
+    """Return the fp32 values of codes [ROWS, COLS] and scale [ROWS, 1]; `map_values` points to the dynamic map."""
     if CODEBOOK == "linear":
         decoded = tl.div_rn(codes.to(tl.float32) * scale, _LINEAR_MAX)
     elif CODEBOOK == "dynamic":
@@ -42,7 +42,10 @@ def decode(codes, scale, map_values, CODEBOOK: tl.constexpr):
 
 @triton.jit
 def encode(values, scale, midpoints, CODEBOOK: tl.constexpr):
-    """fp32 values [ROWS, COLS] and floored scale [ROWS, 1] -> codes; `midpoints` points to those of the dynamic map."""
+    """Return the codes of fp32 values [ROWS, COLS] and floored scale [ROWS, 1].
+
+    `midpoints` points to those of the dynamic map.
+    """
     ratio = tl.div_rn(values, tl.where(scale == 0.0, float("inf"), scale))
     if CODEBOOK == "linear":
         codes = (ratio * _LINEAR_MAX + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
@@ -64,13 +67,16 @@ def encode(values, scale, midpoints, CODEBOOK: tl.constexpr):
 
 @triton.jit
 def magnitude_bits(values):
-    """The bits of |values|, int32. They are in the order of the magnitudes with NaN on top, so the maximum of them is
-    NaN where a value is; a maximum of floats would drop it."""
+    """Return the bits of |values|, int32.
+
+    They are in the order of the magnitudes with NaN on top, so the maximum of them is NaN where a value is. A maximum
+    of floats would drop it.
+    """
     return values.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS
 
 
 @triton.jit
 def scale_of(largest):
-    """The scale of a block from the maximum of its `magnitude_bits`: below the smallest normal fp32 it is 0."""
+    """Return the scale of a block from the maximum of its `magnitude_bits`: below the smallest normal fp32 it is 0."""
     absmax = largest.to(tl.float32, bitcast=True)
     return tl.where(absmax < _SCALE_FLOOR, 0.0, absmax)

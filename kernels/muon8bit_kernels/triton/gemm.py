@@ -22,7 +22,7 @@ _GROUP = tl.constexpr(8)
 
 @triton.jit
 def _triangle(index):
-    """Row and column of pair number `index` (int32, below 2**27) of 0 <= column <= row, counted row by row.
+    """Return row and column of pair number `index` (int32, below 2**27) of 0 <= column <= row, counted row by row.
 
     Where rounding changes the row at all, it rounds up to the next one: one correction makes it exact.
     """
@@ -33,7 +33,7 @@ def _triangle(index):
 
 @triton.jit
 def _square(index, side, GROUP: tl.constexpr):
-    """Row and column of square number `index` of the lower triangle of side x side, counted in groups of rows."""
+    """Return row and column of square number `index` of a lower triangle side x side, counted in groups of rows."""
     row, _ = _triangle(index)
     first = row // GROUP * GROUP
     rows = tl.minimum(GROUP, side - first)
@@ -45,7 +45,7 @@ def _square(index, side, GROUP: tl.constexpr):
 
 @triton.jit
 def _described(matrix, batch, row, start, TALL: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
-    """Block [ROWS, DEPTH] of an operand through its descriptor; zero where there is none."""
+    """Load block [ROWS, DEPTH] of an operand through its descriptor; it is zero beyond the operand's end."""
     if TALL:
         block = matrix.load([batch, start, row]).reshape(DEPTH, ROWS).T
     else:
@@ -147,7 +147,7 @@ def _symmetric_product_kernel(
 
 
 def _architecture(device: torch.device) -> int | None:
-    """The key of TILINGS."""
+    """Return the device's key of TILINGS."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -155,12 +155,15 @@ def _architecture(device: torch.device) -> int | None:
 
 
 def _is_tall(matrix: Tensor) -> bool:
-    """Whether n, not k, is the contiguous dimension of [batch, n, k]."""
+    """Return whether n, not k, is the contiguous dimension of [batch, n, k]."""
     return matrix.stride(2) != 1 and matrix.shape[2] > 1
 
 
 def _descriptor(matrix: Tensor, block_rows: int, block_k: int) -> TensorDescriptor | None:
-    """A descriptor of [batch, n, k] (of [batch, k, n] if tall) in blocks of one matrix; None if TMA cannot take it."""
+    """Return a descriptor of [batch, n, k] in blocks of one matrix, or None if TMA cannot take it.
+
+    It is a descriptor of [batch, k, n] if the matrix is tall.
+    """
     view, block = (matrix.mT, [block_k, block_rows]) if _is_tall(matrix) else (matrix, [block_rows, block_k])
     batch, rows, cols = view.shape
     strides = [view.stride(0) if batch > 1 else rows * view.stride(1), view.stride(1), 1]
@@ -220,7 +223,7 @@ def symmetric_product(
     beta: float = 0.0,
     diagonal: float = 0.0,
 ) -> Tensor:
-    """alpha * A B^T + beta * D + diagonal * I, where that is symmetric; the caller guarantees it. One launch.
+    """Return alpha * A B^T + beta * D + diagonal * I in one launch, where that is symmetric; the caller guarantees it.
 
     The result is symmetric to the bit: its upper triangle is the mirror image of the lower one.
 

@@ -1,4 +1,4 @@
-"""How symmetric products are cut into tiles: by shape and architecture alone, nothing is tuned at run time."""
+"""Tilings of symmetric products, by shape and architecture alone; nothing is tuned at run time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 class GemmTiling:
     """Elements of a tile (block_m x block_n) and of a step along k, warps, pipeline stages.
 
-    `rate` is the share of the tensor cores that the traffic in shared memory leaves busy, by counting bytes; it only
-    serves to compare the tilings of one architecture. Not measured.
+    `rate` is the share of the tensor cores that the traffic in shared memory leaves busy, by counting bytes. It only
+    serves to compare the tilings of one architecture, and is not measured.
     """
 
     block_m: int
@@ -38,19 +38,21 @@ NUM_PROCESSORS: dict[int | None, int] = {80: 108, 90: 132, 100: 148, None: 128}
 
 
 def num_tiles(n: int, batch: int, tiling: GemmTiling) -> int:
-    """Tiles that a symmetric product computes for `batch` results [n, n], of `block_m * block_n` elements each."""
+    """Return how many tiles (block_m x block_n) a symmetric product computes for `batch` results [n, n]."""
     side = -(-n // tiling.block_n)
     return batch * (tiling.block_n // tiling.block_m) * side * (side + 1) // 2
 
 
 def tiling_for(n: int, batch: int, dtype: torch.dtype, architecture: int | None) -> GemmTiling:
-    """The tiling for `batch` results [n, n]: the least time for the processor that gets the most tiles.
+    """Return the tiling for `batch` results [n, n]: the least time for the processor that gets the most tiles.
 
-    Of 132 processors a result keeps 52% busy at n = 1024, 55% at 2048, 76% at 3072, all at 4096; 16 results of 1024
-    81%, 64 of them 97%. Below about 60% the full product, which cuts evenly, is no slower.
+    A result keeps 52% of 132 processors busy at n = 1024, 55% at 2048, 76% at 3072, all at 4096; 16 results of 1024
+    keep 81% of them busy, 64 results 97%. Below about 60% the full product, which cuts evenly, is no slower.
 
     Args:
-        dtype: of the operands.
+        n: the side of a result.
+        batch: the number of results.
+        dtype: the operands' dtype.
         architecture: a key of TILINGS.
     """
     if dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""The Triton backend: every function of `dispatch.Kernels`.
+"""Triton backend: every function of `backend.Kernels`.
 
 In the arithmetic of record each operation is rounded to fp32 by itself: divisions are `tl.div_rn` and launches pass
 `enable_fp_fusion=False`. Products have bounds. There are no atomics, and nothing is tuned at run time.

@@ -1,4 +1,4 @@
-"""The two-phase momentum step of a batch of matrices in Triton, one launch a phase; bitwise `reference`."""
+"""Two-phase momentum step of a batch of matrices in Triton, one launch a phase; bitwise `reference`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tiles import addresses, check_rows_contiguous, common_strides, launch, lie
 
 
 class _Batch:
-    """What both phases make of their stacks: the table and the kernel's constants."""
+    """Arguments that both phases make of their stacks: the table and the kernel's constants."""
 
     def __init__(
         self,
@@ -56,20 +56,23 @@ def momentum_stats(
     codebook: Codebook | None,
     block_size: int,
 ) -> Tensor:
-    """First phase: read only. `reference.momentum_stats` but for the order of addition.
+    """Compute the first phase of the step, which reads only: `reference.momentum_stats` but for the order of addition.
 
     Args:
         codes: stacks [count, rows, cols] of contiguous matrices, int8 (linear), uint8 (dynamic) or fp32 (None).
         scales: stacks [count, rows, blocks], fp32, contiguous but for the first stride; None with `codebook=None`.
         grads: stacks [count, rows, cols], fp32, bf16 or fp16, any strides, row and column stride the same in all.
-        beta: momentum factor in [0, 1).
+        beta: the momentum factor in [0, 1).
+        nesterov: u is beta * m + (1 - beta) * g instead of m.
+        codebook: `"linear"`, `"dynamic"`, or None for an fp32 momentum.
+        block_size: the number of elements that share a scale, a power of two.
 
     Returns:
         The sum of u squared, fp32 [matrices, rows, blocks]; not finite where a gradient of the block is not.
 
     Raises:
         ValueError: if the stacks of an argument are not alike, codes or scales are not contiguous matrices, or
-            `block_size` (elements) is not a power of two.
+            `block_size` is not a power of two.
     """
     batch = _Batch(codes, scales, grads, nesterov, codebook, block_size)
     sumsq = torch.empty(batch.count, *batch.blocks_shape, dtype=torch.float32, device=batch.first.device)
@@ -102,11 +105,13 @@ def momentum_apply(
     block_size: int,
     skip: Tensor | None = None,
 ) -> None:
-    """Second phase: recompute the same momentum and write codes, scales and the Newton-Schulz input; bitwise
-    `reference.momentum_apply`.
+    """Write codes, scales and the Newton-Schulz input from the same momentum, recomputed: the second phase of the step.
+
+    The results are bitwise those of `reference.momentum_apply`.
 
     Args:
-        codes, scales, grads: as in `momentum_stats`; codes and scales are overwritten with the new state.
+        codes, scales, grads, beta, nesterov, codebook, block_size: as in `momentum_stats`. Codes and scales are
+            overwritten with the new state.
         norms: fp32 [matrices], contiguous: the positive divisors of u (its Frobenius norms, bounded below).
         out: [matrices, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
         skip: 0-d fp32 on the device; unless it is zero, nothing is written.

@@ -1,8 +1,8 @@
-"""The kernels of the two-phase momentum step; `triton_momentum` launches them.
+"""Kernels of the two-phase momentum step, which `triton.momentum` launches.
 
 One program works on a tile, whole blocks of one matrix, so that the new scales need nothing from other programs. Where
-a tensor lies column by column the tile is too tall for registers: it is worked on in pieces, and what the second pass
-over them reads again has just been read.
+a tensor lies column by column the tile is too tall for registers: it is worked on in pieces, and the second pass over
+them reads again what has just been read.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ def momentum(
     NESTEROV: tl.constexpr,
     CODEBOOK: tl.constexpr,
 ):
-    """The new momentum m and the Newton-Schulz input u of a piece, fp32 [ROWS, COLS], from pointers to codes and
-    gradient; 0 outside of `mask`."""
+    """Return the new momentum m and the Newton-Schulz input u of a piece, fp32 [ROWS, COLS]; 0 outside of `mask`.
+
+    `codes` and `grad` are pointers.
+    """
     old = decode(load_codes(codes, mask, CODEBOOK), scale, map_values, CODEBOOK)
     beta = tl.cast(beta, tl.float32)  # torch.compile passes scalars as fp64
     scaled_grad = tl.load(grad, mask, other=0.0).to(tl.float32) * tl.cast(one_minus_beta, tl.float32)
@@ -56,6 +58,7 @@ def stats_kernel(
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Store the sum of u squared of each row's block."""
     matrix, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
     codes = address(table, matrix, 0, 3, CODE, ALIGNED) + row * cols
     scales = address(table, matrix, 1, 3, tl.float32, False)
@@ -107,6 +110,7 @@ def apply_kernel(
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the new codes and scales, and u * (1 / norm) to `out`."""
     matrix, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
     codes = address(table, matrix, 0, 3, CODE, ALIGNED) + row * cols
     scales = address(table, matrix, 1, 3, tl.float32, False) + (row * tl.cdiv(cols, BLOCK) + block)

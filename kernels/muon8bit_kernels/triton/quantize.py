@@ -59,8 +59,10 @@ def _dequantize_kernel(
 
 
 def quantize(values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize finite `values` [rows, cols] (any float dtype and strides) -> codes [rows, cols], fp32 scales
-    [rows, blocks]; bitwise `reference.quantize`.
+    """Quantize finite `values` [rows, cols] (any float dtype and strides); bitwise `reference.quantize`.
+
+    Returns:
+        Codes [rows, cols] and fp32 scales [rows, blocks].
 
     Raises:
         ValueError: if `block_size` (elements) is not a power of two.
@@ -75,8 +77,7 @@ def quantize(values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Te
 
 
 def dequantize(codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size: int) -> Tensor:
-    """Decode contiguous codes [rows, cols] and fp32 scales [rows, blocks] -> fp32 [rows, cols]; bitwise
-    `reference.dequantize`.
+    """Decode contiguous codes [rows, cols] and fp32 scales [rows, blocks] to fp32; bitwise `reference.dequantize`.
 
     Raises:
         ValueError: if codes or scales are not contiguous, or `block_size` (elements) is not a power of two.

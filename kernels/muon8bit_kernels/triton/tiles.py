@@ -26,7 +26,7 @@ _PIECE_ROWS, _PIECE_COLS, _PIECE_WARPS = 32, 64, 8
 
 
 class Tiling(NamedTuple):
-    """How a kernel cuts a matrix: a tile is ROWS x BLOCK elements, worked on in pieces of ROWS x COLS."""
+    """Cut of a matrix: a tile is ROWS x BLOCK elements, worked on in pieces of ROWS x COLS."""
 
     ROWS: int
     COLS: int
@@ -35,10 +35,12 @@ class Tiling(NamedTuple):
 
 
 def tiling(shape: Sequence[int], block_size: int, *, across: bool = False) -> Tiling:
-    """The tiles of matrices of (rows, cols) = `shape` with blocks of `block_size` elements, a power of two.
+    """Return the tiles of matrices of (rows, cols) = `shape` with blocks of `block_size` elements, a power of two.
 
     Args:
-        across: whether a tensor of the launch lies column by column, so that a piece must have many rows.
+        shape: rows and columns of the matrices.
+        block_size: the elements of a block.
+        across: a tensor of the launch lies column by column, so that a piece must have many rows.
 
     Raises:
         ValueError: if `block_size` is not a power of two.
@@ -56,7 +58,7 @@ def tiling(shape: Sequence[int], block_size: int, *, across: bool = False) -> Ti
 
 @triton.jit
 def tile_rows(rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's matrix and block of columns, scalars; its rows [ROWS, 1] and which of them exist.
+    """Return this program's matrix and block of columns, scalars, its rows [ROWS, 1], and which of them exist.
 
     All but the mask are int64: offsets are made of them. The division is of 32 bits, as the grid is: 64 are slow.
     """
@@ -71,7 +73,7 @@ def tile_rows(rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def address(table, matrix, PLACE: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer in column PLACE of a matrix's row of the table, which has WIDTH columns.
+    """Return the pointer in column PLACE of a matrix's row of the table, which has WIDTH columns.
 
     The compiler cannot see that a loaded address is a multiple of 16, without which nothing moves 16 bytes at a time.
     """
@@ -80,19 +82,24 @@ def address(table, matrix, PLACE: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.c
 
 
 def tl_dtype(tensor: Tensor) -> tl.dtype:
-    """A tensor's dtype, as a kernel's constant."""
+    """Return a tensor's dtype, as a kernel's constant."""
     return getattr(tl, str(tensor.dtype).removeprefix("torch."))
 
 
 def _strides(stack: Tensor) -> tuple[int, int]:
-    """Row and column stride in elements; of a dimension of 1, where it is of no account, what a contiguous one has."""
+    """Return row and column stride in elements; for a dimension of 1, whose stride is unused, a contiguous tensor's."""
     _, rows, cols = stack.shape
     _, row_stride, col_stride = stack.stride()
     return row_stride if rows > 1 else max(1, cols), col_stride if cols > 1 else 1
 
 
 def common_strides(name: str, stacks: Sequence[Tensor], shape: Sequence[int]) -> tuple[int, int]:
-    """Row and column stride, in elements, of all stacks [count, rows, cols] of one launch; `name` is the argument's.
+    """Return row and column stride, in elements, of all stacks [count, rows, cols] of one launch.
+
+    Args:
+        name: the argument's name, for errors.
+        stacks: the argument.
+        shape: the rows and columns that are expected.
 
     Raises:
         ValueError: if (rows, cols) is not `shape`, or the stacks differ in dtype, device, or row or column stride.
@@ -115,12 +122,12 @@ def check_rows_contiguous(name: str, stacks: Sequence[Tensor], shape: Sequence[i
 
 
 def lies_across(strides: Sequence[int]) -> bool:
-    """Whether a matrix of these row and column strides is contiguous along its columns, not its rows."""
+    """Return whether a matrix of these row and column strides is contiguous along its columns, not its rows."""
     return strides[0] == 1 != strides[1]
 
 
 def addresses(stacks: Sequence[Tensor]) -> list[int]:
-    """Where every matrix of the stacks begins, in order. No views are made: there may be hundreds."""
+    """Return the address of every matrix of the stacks, in order; no views are made, since there may be hundreds."""
     places = []
     for stack in stacks:
         first, step = stack.data_ptr(), stack.stride(0) * stack.itemsize
@@ -129,7 +136,7 @@ def addresses(stacks: Sequence[Tensor]) -> list[int]:
 
 
 def table_of(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """int64 [matrices, columns] on `device`, sent there without waiting for it."""
+    """Return the columns as int64 [matrices, columns] on `device`, sent there without waiting for it."""
     numbers = list(chain.from_iterable(zip(*columns, strict=True)))
     table = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.view(-1, len(columns)).to(device, non_blocking=True)

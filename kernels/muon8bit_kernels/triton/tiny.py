@@ -1,4 +1,4 @@
-"""The whole step of small matrices in one launch, one program a matrix; the twin of `tiny_reference`."""
+"""Whole step of small matrices in one launch, one program a matrix; `reference.tiny` does the same in torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MIN_BLOCK = 64
 
 
 class TinyTiling(NamedTuple):
-    """How the kernel cuts a matrix: tiles of HEIGHT x WIDTH along its long side, blocks of BLOCK columns."""
+    """Cut of a matrix into tiles of HEIGHT x WIDTH along its long side, with blocks of BLOCK columns."""
 
     WIDE: bool
     HEIGHT: int
@@ -37,7 +37,7 @@ class TinyTiling(NamedTuple):
 
 
 def tiny_tiling(rows: int, cols: int, block_size: int) -> TinyTiling:
-    """The tiles of matrices [rows, cols] with min(rows, cols) <= 64, and blocks of `block_size` elements.
+    """Return the tiles of matrices [rows, cols] with min(rows, cols) <= 64, and blocks of `block_size` elements.
 
     Raises:
         ValueError: if `block_size` is not a power of two, or under 64.
@@ -56,7 +56,7 @@ def tiny_tiling(rows: int, cols: int, block_size: int) -> TinyTiling:
 
 @lru_cache(maxsize=64)
 def _steps_on(device: torch.device, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """The schedule as fp32 [steps, 3] on the device, copied there once."""
+    """Return the coefficients as fp32 [steps, 3] on the device, copied there once."""
     return torch.tensor(steps, dtype=torch.float32, device=device)
 
 
@@ -79,19 +79,19 @@ def step_tiny(
     pitch: int | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """The step of matrices with a small side after its stats phase: codes, scales and parameters are overwritten.
+    """Do the second phase of the step of matrices with a small side: codes, scales and parameters are overwritten.
 
-    Codes and scales are bitwise those of `tiny_reference.step_tiny`; parameters differ by the rounding of products.
+    Codes and scales are bitwise those of `reference.step_tiny`; parameters differ by the rounding of products.
 
     Args:
-        codes: stacks [count, rows, cols] of contiguous matrices, int8 (linear), uint8 (dynamic) or fp32 (None); rows
-            or cols at most 64.
+        codes: stacks [count, rows, cols] of contiguous matrices, int8 (linear), uint8 (dynamic) or fp32 (None); rows or
+            cols at most 64.
         scales: stacks [count, rows, blocks], fp32, contiguous but for the first stride; None with `codebook=None`.
         grads, params: stacks [count, rows, cols], fp32, bf16 or fp16, any strides, row and column stride the same in
             all of an argument.
         norms: fp32 [matrices], contiguous: the positive divisors of u (Frobenius norms, bounded below).
-        beta: momentum factor in [0, 1).
-        block_size: elements that share a scale: a power of two from 64 on.
+        beta, nesterov, codebook: as in `momentum_stats`.
+        block_size: the number of elements that share a scale, a power of two from 64 on.
         steps: one (a, b, c) a Newton-Schulz step.
         decay, scale, keys, firsts, pitch: as in `update_params`; `scale` is lr times the factor of the shape.
         skip: 0-d fp32 on the device; unless it is zero, nothing is written.

@@ -1,4 +1,4 @@
-"""The kernel of the one-launch step of small matrices; `triton_tiny` launches it.
+"""Kernel of the one-launch step of small matrices, which `triton.tiny` launches.
 
 One program does all of one matrix, in two passes over it with the Newton-Schulz iteration in between, on a square of
 the small side that stays in registers. The matrix is cut along its long side into tiles of HEIGHT x WIDTH. In a WIDE
@@ -23,7 +23,7 @@ _CHUNK = tl.constexpr(16)
 
 @triton.jit
 def _add_product_nt(total, left, right):
-    """total + left @ right^T of batches, [batch, m, k] and [batch, n, k], in IEEE fp32.
+    """Return total + left @ right^T of batches, [batch, m, k] and [batch, n, k], in IEEE fp32.
 
     k is taken in interleaved parts of _CHUNK: a thread loads its rows of a whole part at once, and registers are few.
     """
@@ -40,9 +40,10 @@ def _add_product_nt(total, left, right):
 
 @triton.jit
 def _product_nt(left, right):
-    """left @ right^T, [m, k] x [n, k] -> [m, n].
+    """Return left @ right^T, [m, k] x [n, k] -> [m, n].
 
-    As a batch of one: for sm_100, Triton 3.7 makes TF32 of products of matrices, whatever precision they ask for.
+    It is computed as a batch of one: for sm_100, Triton 3.7 makes TF32 of products of matrices, whatever precision they
+    ask for.
     """
     k: tl.constexpr = left.shape[1]
     total = tl.zeros((1, left.shape[0], right.shape[0]), tl.float32)
@@ -52,7 +53,7 @@ def _product_nt(left, right):
 
 @triton.jit
 def _polynomial(R, triple):
-    """aI + bR + cR^2, with a, b, c where `triple` points to."""
+    """Return aI + bR + cR^2, with a, b, c where `triple` points to."""
     place = tl.arange(0, R.shape[0])
     diagonal = tl.where(place[:, None] == place[None, :], tl.load(triple), 0.0)
     return _product_nt(R, R) * tl.load(triple + 2) + R * tl.load(triple + 1) + diagonal
@@ -60,7 +61,7 @@ def _polynomial(R, triple):
 
 @triton.jit
 def _newton_schulz(R, steps, num_steps):
-    """Q such that Q X is the iteration's result, from R = X X^T: Z = aI + bR + cR^2, Q <- ZQ, R <- ZRZ.
+    """Return Q, by which Q X is the iteration's result, from R = X X^T: Z = aI + bR + cR^2, Q <- ZQ, R <- ZRZ.
 
     All of these are polynomials of R, hence symmetric: a right factor is its own transpose.
     """
@@ -75,8 +76,10 @@ def _newton_schulz(R, steps, num_steps):
 
 @triton.jit
 def _part(part, cols, WIDE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a part, its rows [HEIGHT], int64; the index of its block in each of them; its first column; its tiles: those
-    that begin before the end of the block, and of the row."""
+    """Return a part's rows [HEIGHT], int64, the index of its block in each of them, its first column, and its tiles.
+
+    Tiles are counted that begin before the end of the block and of the row.
+    """
     line = tl.arange(0, HEIGHT).to(tl.int64)
     if WIDE:
         block = line * tl.cdiv(cols, BLOCK) + part
@@ -121,6 +124,7 @@ def step_tiny_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Step one matrix: read its momentum, iterate on the Gram matrix, then write codes, scales and parameters."""
     SMALL: tl.constexpr = HEIGHT if WIDE else WIDTH
     SQUARES: tl.constexpr = HEIGHT * WIDTH // (SMALL * SMALL)
     COLUMNS: tl.constexpr = 6 if ROUNDING == "stochastic" else 4

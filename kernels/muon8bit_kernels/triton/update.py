@@ -1,6 +1,7 @@
-"""The update of a batch of parameters in Triton, one pass over parameters and directions; bitwise `update_reference`.
+"""Update of a batch of parameters in Triton, one pass over parameters and directions; bitwise `reference.update`.
 
-To and from bf16 on the bits, also to nearest: the interpreter truncates, and takes subnormal bf16 for zero.
+Conversions to and from bf16 work on the bits, also to nearest: the interpreter truncates, and takes subnormal bf16 for
+zero.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _folded(state, word):
 
 @triton.jit
 def _random_bits(indices, key):
-    """The hash of int64 element indices under an int32 key: uint32."""
+    """Return the hash of int64 element indices under an int32 key: uint32."""
     state = _folded(tl.cast(key, tl.uint32), indices.to(tl.uint32))
     state = _folded(state, (indices >> 32).to(tl.uint32)) ^ _NUM_BYTES
     state = (state ^ (state >> 16)) * _FINAL_1
@@ -48,7 +49,7 @@ def _random_bits(indices, key):
 
 @triton.jit
 def widened(values):
-    """Any float dtype -> fp32."""
+    """Return values of any float dtype in fp32."""
     if values.dtype == tl.bfloat16:
         wide = (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -58,7 +59,7 @@ def widened(values):
 
 @triton.jit
 def to_bf16(values, indices, key, ROUNDING: tl.constexpr):
-    """fp32 -> bf16: add to the 16 bits that will be cut off, a half or random bits; NaN stays NaN."""
+    """Round fp32 to bf16: add a half or random bits to the 16 bits that will be cut off; NaN stays NaN."""
     bits = values.to(tl.uint32, bitcast=True)
     noise = _random_bits(indices, key) & 0xFFFF if ROUNDING == "stochastic" else 0x7FFF + ((bits >> 16) & 1)
     cut = tl.where(values == values, bits + noise, bits | 0x400000) >> 16
@@ -143,17 +144,18 @@ def update_params(
     pitch: int | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """param <- param * decay - direction * scale of every matrix, in place, in fp32, rounded once to the parameters'
-    dtype; bitwise `update_reference.update_params`.
+    """Update param <- param * decay - direction * scale in place, in fp32, rounded once to the parameters' dtype.
+
+    The results are bitwise those of `reference.update_params`.
 
     Args:
         params: stacks [count, rows, cols], fp32, bf16 or fp16, any strides, row and column stride the same in all.
         directions: [matrices, rows, cols], any of these dtypes, any strides.
         decay: 1 - lr * weight_decay; a float, or a 0-d fp32 tensor on the parameters' device.
         scale: lr times the factor of the shape; as `decay`. Where it is 0, `directions` is not looked at.
-        keys: of `rounding_key`, one a matrix: round bf16 stochastically. None: to nearest, ties to even.
-        firsts: global element index of each matrix's [0, 0], for `keys`; None: 0 for all.
-        pitch: difference of the global indices of [1, 0] and [0, 0]; None: cols.
+        keys: one of `rounding_key` a matrix: bf16 is rounded stochastically. None rounds to nearest, ties to even.
+        firsts: with keys, the global index of element [0, 0] of each matrix; None means 0.
+        pitch: the difference of the global indices of elements [1, 0] and [0, 0]; None means cols.
         skip: 0-d fp32 on the device; unless it is zero, nothing is written.
 
     Raises:
@@ -196,12 +198,12 @@ def update_params(
 
 
 def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
-    """fp32 `values` (any shape, contiguous) -> bf16 of the same shape, rounded stochastically; bitwise
-    `update_reference.round_stochastic`.
+    """Round fp32 `values` (any shape, contiguous) to bf16 of the same shape; bitwise `reference.round_stochastic`.
 
     Args:
-        key: of `rounding_key`.
-        first: global element index of the first value; the others follow in order.
+        values: the numbers to round stochastically.
+        key: from `rounding_key`.
+        first: the global element index of the first value; the others follow in order.
     """
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     matrix = values.view(1, -1)
