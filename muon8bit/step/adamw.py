@@ -30,17 +30,28 @@ _VECTOR = 16
 
 
 def step_device(param: Tensor, bits: int = 32) -> torch.device:
-    """Where `step` lives: with the parameter on CUDA (the fused kernel reads it there), else on the host; with
-    `adamw_bits=bits` 8 on the host, since bitsandbytes takes a number. `param`: the whole parameter."""
+    """Return where `step` lives.
+
+    It is with the parameter on CUDA, where the fused kernel reads it, else on the host. With 8-bit moments it is on the
+    host, since bitsandbytes takes a number.
+
+    Args:
+        param: the whole parameter.
+        bits: `adamw_bits` of its group.
+    """
     is_read_there = param.device.type == "cuda" and not adamw8bit.is_8bit(param.shape, bits)
     return param.device if is_read_there else torch.device("cpu")
 
 
 def layout(shape: Sequence[int], bits: int = 32) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """State key -> shape and dtype of its tensor, for a whole parameter of `shape` in a group with `adamw_bits=bits`.
+    """Return state key -> shape and dtype of its tensor, for a whole parameter of `shape`.
 
-    torch.optim.AdamW's keys: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (fp32, the parameter's shape); or `step` and
-    those of `adamw8.layout`.
+    The keys are torch.optim.AdamW's: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (fp32, the parameter's shape); or
+    `step` and those of `adamw8bit.layout`.
+
+    Args:
+        shape: the whole parameter's.
+        bits: `adamw_bits` of its group.
     """
     moments = (tuple(shape), torch.float32)
     of_moments = (
@@ -50,15 +61,16 @@ def layout(shape: Sequence[int], bits: int = 32) -> dict[str, tuple[tuple[int, .
 
 
 def is_8bit(state: Mapping[str, Tensor]) -> bool:
-    """Whether these moments are in 8 bits. Then `step` is advanced on the host even where `skip` forbids the rest."""
+    """Return whether these moments are in 8 bits; then the host advances `step` even where `skip` forbids the rest."""
     return EXP_AVG_CODES_KEY in state
 
 
 def apply(chunks: Sequence[AdamWChunk], options: AdamWOptions) -> None:
-    """Step these parameters of one device in place. What is not fp32 and contiguous goes through such copies, part by
-    part. Of state in 8 bits a chunk begins at a multiple of 256 elements.
+    """Step these chunks of one device in place.
 
-    torch's fused kernel walks parameter, gradient and moments by memory order, so all of them are contiguous here.
+    A parameter or gradient that is not fp32 and contiguous goes through such copies, part by part. A chunk of state in
+    8 bits begins at a multiple of 256 elements. torch's fused kernel walks parameter, gradient and moments by memory
+    order, so all of them are contiguous here.
     """
     direct: list[AdamWChunk] = []
     for chunk in chunks:
@@ -106,7 +118,7 @@ def _step_through_copies(chunk: AdamWChunk, options: AdamWOptions) -> None:
 
 
 def _is_cut_in_vectors(chunk: AdamWChunk) -> bool:
-    """Whether this part of a parameter begins or ends where the CPU's kernel, on the whole, has one vector of 16."""
+    """Return whether this part begins or ends inside a vector of 16 that the CPU's kernel takes from the whole."""
     stop = chunk.first + chunk.param.numel()
     is_aligned = chunk.first % _VECTOR == 0 and (stop % _VECTOR == 0 or stop == chunk.size)
     return chunk.param.is_contiguous() and chunk.grad.is_contiguous() and chunk.param.numel() > 0 and not is_aligned
@@ -168,7 +180,7 @@ def _adamw(chunks: Sequence[AdamWChunk], options: AdamWOptions) -> None:
 def offload_tasks(
     chunks: Sequence[AdamWChunk], options: AdamWOptions, commit: Callable[[], None], *, is_moved: bool
 ) -> Iterator[OffloadTask]:
-    """Give the step of parameters of one device, those together that are small.
+    """Give tasks that step these chunks of one device, small ones together.
 
     State that is moved there takes one half of the workspace, the copies that AdamW makes the other; the result is
     bitwise the same.
@@ -198,7 +210,7 @@ def _apply_staged(
     num_written: int,
     staged: Sequence[Tensor] | None,
 ) -> None:
-    """Step chunks with their state in staged tensors, in the order of `offload_tasks`; None: where it is."""
+    """Step chunks with their state in these tensors, in the order of `offload_tasks`; None leaves it where it is."""
     commit()
     if staged is None:
         apply(chunks, options)

@@ -1,4 +1,4 @@
-"""AdamW with both moments in 8 bits, by bitsandbytes' blockwise update; what lies in the state is ours to define.
+"""AdamW with both moments in 8 bits, by bitsandbytes' blockwise update; the layout of the state is our own.
 
     exp_avg    = signed dynamic map[codes] * scale       one scale for 256 elements, in the order of indices
     exp_avg_sq = unsigned dynamic map[codes] * scale     its code 0 is never stored: see `_update_`
@@ -46,28 +46,42 @@ _KEYS = (
 
 
 def is_8bit(shape: Sequence[int], bits: int) -> bool:
-    """Whether a whole parameter of `shape` in a group with `adamw_bits=bits` has its moments in 8 bits: bitsandbytes'
-    rule."""
+    """Return whether a whole parameter has its moments in 8 bits, by bitsandbytes' rule.
+
+    Args:
+        shape: the whole parameter's.
+        bits: `adamw_bits` of its group.
+    """
     return bits == 8 and prod(shape) >= MIN_ADAMW8_ELEMENTS
 
 
 def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a moment's scales: [..., cols / 256] where blocks fill rows, so that both can be sharded alike, else flat."""
+    """Return the shape of a moment's scales, for a parameter of `shape`.
+
+    It is [..., cols / 256] where blocks fill rows, so that both can be sharded alike, else flat.
+    """
     if len(shape) > 1 and shape[-1] % ADAMW8_BLOCK_SIZE == 0:
         return (*shape[:-1], shape[-1] // ADAMW8_BLOCK_SIZE)
     return (-(-prod(shape) // ADAMW8_BLOCK_SIZE),)
 
 
 def layout(shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """State key -> shape and dtype of its tensor, without `step`: for a parameter of `shape`, or a part of one."""
+    """Return state key -> shape and dtype of its tensor, without `step`, for a parameter of `shape` or a part."""
     codes, scales = (tuple(shape), torch.uint8), (scales_shape(shape), torch.float32)
     return {key: of for _, *keys in _KEYS for key, of in zip(keys, (codes, scales), strict=True)}
 
 
 @cache
 def check_available(device_type: str = "") -> None:
-    """Raise ImportError where bitsandbytes, or NotImplementedError where its kernel for a device is missing, naming the
-    option. A new group is not asked for its device, since models are moved."""
+    """Check that bitsandbytes can run; a new group is not asked for its device, since models are moved.
+
+    Args:
+        device_type: the device whose kernel is looked for; empty for none.
+
+    Raises:
+        ImportError: where bitsandbytes cannot be imported; the message names the option.
+        NotImplementedError: where its kernel for the device is missing; the message names the option.
+    """
     try:
         import bitsandbytes  # noqa: F401  # optional, and slow to import
     except Exception as error:  # it loads a library, which can fail in many ways
@@ -88,10 +102,10 @@ def step_(chunk: AdamWChunk, options: AdamWOptions) -> None:
     """Step a parameter, or a part that begins at a multiple of 256 elements, in place, some elements at a time.
 
     Args:
-        chunk: its state contiguous or flat, but `step` on the host, which is advanced in any case: where `options.skip`
-            turns out not to be 0, the caller takes that back. If parameter or gradient is not contiguous, both are
-            copied whole.
-        options: with the learning rate as a number.
+        chunk: has contiguous or flat state, but for `step` on the host. That is advanced in any case: where
+            `options.skip` turns out not to be 0, the caller takes that back. If parameter or gradient is not
+            contiguous, both are copied whole.
+        options: has the learning rate as a number.
     """
     skip, first = options.skip, chunk.first
     num_steps = int(chunk.state["step"].add_(1))
@@ -127,7 +141,7 @@ def _true_grad(grad: Tensor, options: AdamWOptions) -> Tensor:
 
 
 def chunk_size(device_type: str, workspace_bytes: int) -> int:
-    """Elements that are stepped at once, a multiple of 256; a result does not depend on it."""
+    """Return how many elements are stepped at once, a multiple of 256; results do not depend on it."""
     if device_type == "cpu":
         return _CPU_CHUNK
     return min(_CHUNK, workspace_bytes // _COPY_BYTES // ADAMW8_BLOCK_SIZE * ADAMW8_BLOCK_SIZE)
@@ -157,7 +171,10 @@ def _update_(param: Tensor, grad: Tensor, moments: Sequence[Tensor], options: Ad
 
 @contextmanager
 def _default_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA bitsandbytes launches on the default stream, whichever is torch's current one: order the two."""
+    """Let CUDA's default stream wait for the current one, and afterwards the current one for it.
+
+    bitsandbytes launches on the default stream, whichever is torch's current one.
+    """
     if device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
         yield
         return
@@ -168,8 +185,10 @@ def _default_stream(device: torch.device) -> Iterator[None]:
 
 
 def encode(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `layout` that store finite fp32 `exp_avg` and `exp_avg_sq`, each by its nearest code; a second
-    moment never by 0."""
+    """Return the tensors of `layout` that store finite fp32 `exp_avg` and `exp_avg_sq`.
+
+    Each element gets its nearest code, but a second moment never code 0.
+    """
     result: dict[str, Tensor] = {}
     for (key, codes_key, scales_key), midpoints in zip(
         _KEYS, (dynamic_midpoints, unsigned_dynamic_midpoints), strict=True
@@ -183,7 +202,7 @@ def encode(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _encode(values: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, and the largest magnitudes of the blocks, of flat fp32 values."""
+    """Return the codes of flat fp32 values, and the largest magnitudes of their blocks."""
     codes, scales = [], []
     for piece in values.split(_CHUNK):
         blocks = torch.nn.functional.pad(piece, (0, -len(piece) % ADAMW8_BLOCK_SIZE)).view(-1, ADAMW8_BLOCK_SIZE)
@@ -195,7 +214,7 @@ def _encode(values: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """fp32 `exp_avg` and `exp_avg_sq`, exactly, of the tensors of `layout`."""
+    """Return fp32 `exp_avg` and `exp_avg_sq`, exactly, from the tensors of `layout`."""
     result: dict[str, Tensor] = {}
     for (key, codes_key, scales_key), values in zip(_KEYS, (dynamic_map, unsigned_dynamic_map), strict=True):
         codes, scales = state[codes_key], state[scales_key].reshape(-1)

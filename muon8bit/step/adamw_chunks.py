@@ -1,5 +1,7 @@
-"""Parameters of an AdamW group with their state, and parts of them: state that lives on the host comes in parts, since
-it is 8 bytes an element, and embeddings are large."""
+"""Parameters of an AdamW group with their state, and parts of them.
+
+State that lives on the host comes in parts, since it is 8 bytes an element, and embeddings are large.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,15 @@ ALIGNMENT = 4096
 
 @dataclass(frozen=True)
 class AdamWChunk:
-    """A parameter, or from element `first` on a flat part of one of `size` elements, with its gradient.
+    """A parameter with its gradient, or a flat part of one.
 
     Attributes:
-        state: the tensors of `adamw.layout`, of the same elements.
-        key: of stochastic rounding (bf16 only); None rounds to nearest.
-        is_last: whether no later part has the same step counter.
+        param, grad: the tensors of these elements.
+        state: the tensors of `adamw.layout`, for the same elements.
+        key: the hash key of stochastic rounding (bf16 only); None rounds to nearest.
+        first: the index in the whole parameter of the first element here.
+        size: the number of elements of the whole parameter.
+        is_last: no later part has the same step counter.
     """
 
     param: Tensor
@@ -38,9 +43,9 @@ class AdamWChunk:
     def split(self, num_bytes: int) -> Iterator[AdamWChunk]:
         """Give flat parts with at most `num_bytes` of state, or `ALIGNMENT` elements.
 
-        It stays whole where its elements or those of its gradient do not lie in their order. A tensor of the state that
-        has fewer elements than the parameter, one for every so many, is cut at the same places; one without dimensions
-        is in every part.
+        The chunk stays whole where its elements or those of its gradient do not lie in their order. A tensor of the
+        state that has fewer elements than the parameter, one for every so many, is cut at the same places; one without
+        dimensions is in every part.
         """
         num_elements = self.param.numel()
         size = max(ALIGNMENT, num_bytes * num_elements // max(1, self.state_bytes) // ALIGNMENT * ALIGNMENT)
@@ -61,7 +66,7 @@ class AdamWChunk:
 
 
 def _cut(tensor: Tensor, start: int, stop: int, num_elements: int) -> Tensor:
-    """Return what belongs to these elements of a parameter."""
+    """Return the part of a state tensor that belongs to these elements of a parameter."""
     if tensor.ndim == 0:
         return tensor
     per = -(-num_elements // tensor.numel())  # elements of the parameter for one of the tensor

@@ -1,4 +1,4 @@
-"""What a step multiplies gradients by: clipping matrix by matrix, the scale of a GradScaler, the sign of `maximize`.
+"""Factors of the gradients: clipping matrix by matrix, the scale of a GradScaler, the sign of `maximize`.
 
 No gradient enters a momentum with a larger Frobenius norm than the group allows. The update's direction hardly depends
 on the size of one gradient, but the momentum remembers a spike for dozens of steps. A norm for each matrix needs no
@@ -22,10 +22,14 @@ from .options import describe
 
 @dataclass(frozen=True)
 class Clip:
-    """A stack's gradient that is to be clipped in place, as torch's `clip_grad_norm_` does, once a step may write.
+    """A gradient that is to be clipped in place, as torch's `clip_grad_norm_` does, once a step may write.
 
-    `by` is what its matrices are multiplied by, fp32 [count, 1, 1] or [count, 1, cols]; `factor` is the stack's, and
-    `rest` what is left of it then. `num_together`: matrices that are copied to fp32 at once.
+    Attributes:
+        grad: the gradient of `ParamMatrices`.
+        factor: the factor of these `ParamMatrices`.
+        by: the numbers that the matrices are multiplied by, fp32 [count, 1, 1] or [count, 1, cols].
+        rest: the factor that is left when the gradient has been clipped.
+        num_together: the number of matrices that are copied to fp32 at once.
     """
 
     grad: Tensor
@@ -35,7 +39,7 @@ class Clip:
     num_together: int
 
     def apply_(self) -> None:
-        """Clip the gradient. Does not wait for the device."""
+        """Clip the gradient, without waiting for the device."""
         by = self.by if self.grad.ndim == 3 else self.by.view(-1, *[1] * (self.grad.ndim - 1))
         for part, by_part in zip(self.grad.split(self.num_together), by.split(self.num_together), strict=True):
             part.mul_(by_part)
@@ -52,38 +56,39 @@ def check_not_sharded(group: dict[str, Any], group_index: int) -> None:
             )
 
 
-def with_factor(stack: ParamMatrices, options: MuonOptions) -> tuple[ParamMatrices, Clip | None]:
-    """Return the stack with what its gradient is multiplied by, -1 for `maximize` / scale * min(1, limit / norm).
+def with_factor(matrices: ParamMatrices, options: MuonOptions) -> tuple[ParamMatrices, Clip | None]:
+    """Return the matrices with the factor of their gradient: -1 for `maximize` / scale * min(1, limit / norm).
 
-    The limit holds for each matrix that is orthogonalized by itself, so for every expert of a stack and every piece of
-    `split_sizes`. A gradient whose norm is not finite in fp32 stays as it is, to be found by the step. Changes nothing,
-    and does not wait for the device.
+    The limit holds for each matrix that is orthogonalized by itself, so for every expert of a tensor of experts and
+    every piece of `split_sizes`. A gradient whose norm is not finite in fp32 stays as it is, to be found by the step.
+    Nothing is changed, and the device is not waited for.
 
     Args:
-        options: with `grad_scale` on the gradient's device.
+        matrices: the matrices of one parameter.
+        options: has `grad_scale` on the gradient's device.
     """
     scale, limit = options.grad_scale, options.clip_matrix_norm
     if scale is None and limit is None and not options.maximize:
-        return stack, None
+        return matrices, None
     sign = -1.0 if options.maximize else 1.0
-    rest = torch.full((stack.num_matrices, 1, 1), sign, dtype=torch.float32, device=stack.grad.device)
+    rest = torch.full((matrices.num_matrices, 1, 1), sign, dtype=torch.float32, device=matrices.grad.device)
     if scale is not None:
         rest = rest / scale
     if limit is None:
-        return stack._replace(factor=rest), None
+        return matrices._replace(factor=rest), None
     # 16 bytes: what CPUs copy to multiply bf16 by fp32, twice; in an eighth of the workspace, beside a result.
-    num_together = max(1, options.workspace_bytes // 8 // (16 * max(1, prod(stack.grad.shape[1:]))))
-    pieces = _pieces(stack.grad, options)
+    num_together = max(1, options.workspace_bytes // 8 // (16 * max(1, prod(matrices.grad.shape[1:]))))
+    pieces = _pieces(matrices.grad, options)
     limits = [_limited(piece, limit, scale, num_together) for piece in pieces]
     by = limits[0]
     if len(pieces) > 1:
         by = torch.cat([of.expand(-1, -1, piece.shape[2]) for of, piece in zip(limits, pieces, strict=True)], 2)
     factor = rest * by
-    return stack._replace(factor=factor), Clip(stack.grad, factor, by, rest, num_together)
+    return matrices._replace(factor=factor), Clip(matrices.grad, factor, by, rest, num_together)
 
 
 def _pieces(grad: Tensor, options: MuonOptions) -> Sequence[Tensor]:
-    """Return views [count, rows, ...] of what is orthogonalized by itself, in the order of columns."""
+    """Return a view [count, rows, ...] of each piece that is orthogonalized by itself, in the order of columns."""
     return [grad] if options.column_splits is None else grad.split(options.column_splits, -1)
 
 

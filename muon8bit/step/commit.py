@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 
 class Commit:
-    """Tell whether a step has begun to write. Call it before the first write; `actions` run at that moment, once.
+    """Moment of a step's first write: call it just before; `actions` then run, once.
 
     Args:
-        confirm: called just before that moment, once; what it raises leaves the step not begun.
+        confirm: called just before that moment, once; an error that it raises leaves the step not begun.
     """
 
     def __init__(self, confirm: Callable[[], None] | None = None) -> None:
@@ -29,6 +29,7 @@ class Commit:
             self.is_confirmed = True
 
     def __call__(self) -> None:
+        """Run the actions, if it is the first call."""
         if not self.is_done:
             if not self.is_confirmed:
                 self.confirm()

@@ -23,20 +23,22 @@ def why_not_dense(tensor: Tensor) -> str:
 
 
 def why_not_written(tensor: Tensor) -> str:
-    """Return why kernels cannot write into a dense tensor, or nothing: memory that is only another's, negated, or none
-    at all."""
+    """Return why kernels cannot write into a dense tensor, or nothing.
+
+    Its memory may be only another's, negated, or none at all.
+    """
     if tensor.is_neg():
         return "a negated view of another tensor"
     return "a zero without memory" if tensor._is_zerotensor() else ""
 
 
 def with_memory(tensor: Tensor) -> Tensor:
-    """Return a dense tensor as it is, or, of a negated view or a zero without memory, its values in memory."""
+    """Return a dense tensor as it is, or the values of a negated view or of a zero without memory, in memory."""
     return tensor.clone() if why_not_written(tensor) else tensor
 
 
 def is_overlapping(tensor: Tensor) -> bool:
-    """Whether elements of a strided tensor may share memory, as those of an expanded one do.
+    """Return whether elements of a strided tensor may share memory, as those of an expanded one do.
 
     Each stride must step over all that the smaller ones span. Layouts that interleave without sharing fail that too,
     but no operation of torch makes them.
@@ -53,15 +55,15 @@ def is_overlapping(tensor: Tensor) -> bool:
 
 
 def is_faking() -> bool:
-    """Whether a FakeTensorMode is active, in which no tensor can be read."""
+    """Return whether a FakeTensorMode is active, in which no tensor can be read."""
     return detect_fake_mode() is not None
 
 
 def fake_mode_of(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """Return the mode that fake tensors among these belong to, to make more in it; nothing where there are none."""
+    """Return the mode that fake tensors among these belong to, to make more in it; a null context without any."""
     return detect_fake_mode(tensors) or nullcontext()
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether it has no values: on the meta device, or of a FakeTensorMode; of a DTensor, whether its part is so."""
+    """Return whether a tensor, or a DTensor's part here, has no values: on the meta device or in a FakeTensorMode."""
     return tensor.is_meta or (type(tensor) is not Tensor and bool(_is_fake(tensor)))

@@ -1,4 +1,4 @@
-"""What a parameter group asks of a step, frozen: `options.resolve_options` makes it, all that follows reads it."""
+"""Options of a parameter group for one step, frozen; `options.resolve_options` makes them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ AnyOptions = TypeVar("AnyOptions", bound="Options")
 class Options:
     """Options of the whole optimizer, besides those of its groups.
 
-    The dtype of Newton-Schulz (None: by cost), the kernels, and the bytes that a step may allocate at once.
-    `skip`, of one step: None, or 0-d fp32 on the device at hand; where it is not 0, nothing is written.
-    `grad_scale`, of one step: None, or 1-element fp32 on the device at hand, which the gradients are to be divided by.
+    Attributes:
+        ns_dtype: the dtype of Newton-Schulz; None takes the cheapest.
+        backend: the kernels.
+        workspace_bytes: the bytes that a step may allocate at once.
+        skip: for one step, None, or 0-d fp32 on the device at hand; where it is not 0, nothing is written.
+        grad_scale: for one step, None, or 1-element fp32 on the device at hand, which gradients are to be divided by.
     """
 
     ns_dtype: torch.dtype | None
@@ -41,8 +44,10 @@ class Options:
 class MuonOptions(Options):
     """Keys of a Muon group, checked, and the options of the optimizer.
 
-    `coefficients` are those of `ns_coefficients` and `ns_steps`. `row_splits` or `column_splits` are the sizes of the
-    pieces of each matrix that are orthogonalized by themselves, where `split_sizes` are given.
+    Attributes:
+        coefficients: resolved from `ns_coefficients` and `ns_steps`.
+        row_splits, column_splits: the sizes of the pieces of each matrix that are orthogonalized by themselves, where
+            `split_sizes` are given.
     """
 
     lr: float | Tensor

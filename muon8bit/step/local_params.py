@@ -1,4 +1,4 @@
-"""The parameters of a group that have a gradient at this step, their state, and the state of those that have none."""
+"""Parameters of a group that have a gradient at this step, their state, and the state of those that have none."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class LocalParam:
     """A parameter that has a gradient, as this rank sees it.
 
     Attributes:
-        index: its place in its group.
-        param: what the state is kept for.
+        index: the parameter's place in its group.
+        param: the tensor that the state is kept for.
         local, grad: this rank's tensors.
         momentum: None in an AdamW group.
-        state: the optimizer's own tensors of it; empty where they are still to be made.
-        key: of stochastic rounding; None rounds to nearest.
-        first: index in the whole parameter of the first element here.
+        state: the optimizer's own tensors for it, empty where they are still to be made.
+        key: the hash key of stochastic rounding; None rounds to nearest.
+        first: the index in the whole parameter of the first element here.
         layout: where all of it lies; None where that is here.
-        is_shared: whether its matrices need other ranks.
+        is_shared: its matrices need other ranks.
     """
 
     index: int
@@ -67,13 +67,16 @@ def local_params(
     """Return the parameters of a group that have a gradient now, checked, with their state.
 
     Args:
-        num_before: how many parameters of the optimizer are in front of this group.
+        group: the group's dict.
+        options: the group's, from `resolve_options`.
+        group_index: the group's place.
+        num_before: the number of parameters of the optimizer in front of this group.
         state: the optimizer's, by parameter.
         rank_group: the ranks with which it shares its matrices.
         offload: where the state lives.
 
     Raises:
-        ValueError: names a parameter with a gradient, learning rate or state that cannot be used.
+        ValueError: for a gradient, learning rate or state that cannot be used; the message names the parameter.
     """
     lr = options.lr
     lr_device = lr.device if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
@@ -111,7 +114,7 @@ def _local_param(
     rank_group: RankGroup | None,
     offload: StateOffload,
 ) -> LocalParam:
-    """Return one parameter with a usable gradient, and its state or, of a momentum, a new one."""
+    """Return one parameter with a usable gradient, and its state; a momentum that has none gets a new one."""
     grad, local, layout, first = param.grad, param, None, 0
     assert grad is not None
     is_muon, is_shared = isinstance(options, MuonOptions), False
@@ -202,7 +205,7 @@ def _misfit(
 
 
 def new_state(local: LocalParam, group: Mapping[str, Any], offload: StateOffload) -> dict[str, Tensor]:
-    """Return what the optimizer keeps for a parameter that has no state yet."""
+    """Return the state to keep for a parameter that has none yet."""
     param, layout = local.param, local.layout
     if local.momentum is None:
         new = make_state(torch.zeros, param, group, layout, offload)
@@ -237,8 +240,15 @@ def make_state(
     layout: ParamSharding | None,
     offload: StateOffload,
 ) -> dict[str, Tensor]:
-    """Return a parameter's state by torch.zeros or torch.empty, where it lives; of sharded parameters this rank's
-    part."""
+    """Return a parameter's state made by `make`, where it lives; for sharded parameters, this rank's part.
+
+    Args:
+        make: torch.zeros or torch.empty.
+        param: the whole parameter.
+        group: its group.
+        layout: where a sharded parameter lies, or None.
+        offload: where the state lives.
+    """
     whole = layout_of(param, group)
     shapes = {key: shape for key, (shape, _) in whole.items()}
     tensors = {

@@ -1,4 +1,4 @@
-"""The matrices of a step: which parameter, or piece of one, each is, and which go through the kernels together.
+"""Matrices of a step: which parameter, or piece of one, each is, and which go through the kernels together.
 
 A parameter of three or more dimensions holds matrices over its last two, or, with `flatten`, one matrix of its first
 dimension by all others. `split_sizes` cuts each matrix into pieces that are orthogonalized and scaled by their own
@@ -25,13 +25,13 @@ class ParamMatrices(NamedTuple):
 
     Attributes:
         param_index: the parameter's place in its group.
-        key: of stochastic rounding; None rounds to nearest.
+        key: the hash key of stochastic rounding; None rounds to nearest.
         num_matrices: their number.
         param, grad: views [num_matrices, rows, cols], with `flatten` [1, rows, ...].
-        momentum: as matrices.
-        first: index in the parameter of the first element here.
-        pitch: distance of the matrices in the parameter, in elements.
-        factor: None, or what this step multiplies the gradient by, fp32 [num_matrices, 1, 1 or cols].
+        momentum: the momentum as matrices.
+        first: the index in the parameter of the first element here.
+        pitch: the distance of the matrices in the parameter, in elements.
+        factor: None, or the numbers that this step multiplies the gradient by, fp32 [num_matrices, 1, 1 or cols].
     """
 
     param_index: int
@@ -45,7 +45,7 @@ class ParamMatrices(NamedTuple):
     factor: Tensor | None = None
 
     def matrices(self, start: int, stop: int) -> ParamMatrices:
-        """View some of them."""
+        """Return views of some of them."""
         return self._replace(
             num_matrices=stop - start,
             param=self.param[start:stop],
@@ -57,7 +57,7 @@ class ParamMatrices(NamedTuple):
 
     @property
     def layout(self) -> Hashable:
-        """Return what is equal for matrices that can go through a kernel together."""
+        """Return a key that is equal for matrices that can go through a kernel together."""
         param, grad = self.param, self.grad
         strides = param.stride()[1:], grad.stride()[1:]
         return param.shape[1:], strides, param.dtype, grad.dtype, param.device, self.momentum.format, self.key is None
@@ -68,16 +68,17 @@ class MatrixBatch:
 
     Args:
         members: the matrices; all lists are in their order.
-        options: of their group.
+        options: their group's.
         sumsq: squared norms of the Newton-Schulz inputs, fp32 [num_matrices], not finite where the gradient is not, or
-            its norm overflows. None: made here, for the first phase to fill.
+            its norm overflows. With None it is made here, for the first phase to fill.
         partition: how the second phase goes.
-        is_staged: whether the momenta here are copies that are written back when the step has used them.
+        is_staged: the momenta here are copies that are written back when the step has used them.
 
     Attributes:
         codes: int8, uint8, or fp32 where the momentum is not quantized.
         scales: fp32 [count, rows, blocks]; empty where the momentum is not quantized.
-        num_matrices, rows, cols: of all lists together, and of each matrix.
+        num_matrices: the number of matrices in all lists together.
+        rows, cols: the shape of each matrix.
         averaging: how the kernels average the momenta, and in which format these are.
     """
 
@@ -116,14 +117,15 @@ class MatrixBatch:
         return MatrixBatch(members, self.options, self.sumsq, self.partition, is_staged=is_staged)
 
     def take(self, other: MatrixBatch) -> None:
-        """Copy the momenta of the same matrices in other tensors; nothing where they are these."""
+        """Copy the momenta of the same matrices from other tensors; nothing where they are these."""
         if other is not self:
             torch._foreach_copy_(self.state_tensors, other.state_tensors)
 
     def grads(self) -> list[Tensor]:
-        """Return the gradients as a step uses them, [count, rows, cols]: copies where they have a factor.
+        """Return the gradients as a step uses them, [count, rows, cols]; they are copies where they have a factor.
 
-        A copy has the gradient's dtype, but fp32 for fp16, in which what a GradScaler has scaled up may vanish.
+        A copy has the gradient's dtype, but fp32 for fp16, in which a number that a GradScaler has scaled up may
+        vanish.
         """
         grads = [member.grad if member.grad.ndim == 3 else member.grad.flatten(2) for member in self.members]
         factors = [member.factor for member in self.members if member.factor is not None]
@@ -133,8 +135,10 @@ class MatrixBatch:
         return [(grad * factor).to(dtype) for grad, factor in zip(grads, factors, strict=True)]
 
     def random_bits(self, first_column: int = 0) -> dict[str, Any]:
-        """Return what random bits depend on, as the kernels take it, for columns from `first_column` on; nothing where
-        parameters are rounded to nearest."""
+        """Return the numbers on which random bits depend, as the kernels take them, for columns from `first_column` on.
+
+        It is empty where parameters are rounded to nearest.
+        """
         keys = [member.key for member in self.members if member.key is not None for _ in range(member.num_matrices)]
         if not keys:
             return {}
@@ -161,7 +165,7 @@ class MatrixBatch:
 
 
 def group_into_batches(matrices: Iterable[ParamMatrices], options: MuonOptions) -> list[MatrixBatch]:
-    """Return batches of what can go through the kernels together, in the order of first appearance."""
+    """Return batches of matrices that can go through the kernels together, in the order of first appearance."""
     alike: dict[Hashable, list[ParamMatrices]] = {}
     for member in matrices:
         alike.setdefault(member.layout, []).append(member)
@@ -177,11 +181,14 @@ def matrices_of(
     key: int | None,
     first: int = 0,
 ) -> list[ParamMatrices]:
-    """Return the matrices of one parameter; none of a parameter without elements.
+    """Return the matrices of one parameter; none for a parameter without elements.
 
     Args:
-        index: its place in its group.
-        key: of stochastic rounding.
+        index: the parameter's place in its group.
+        param, grad: its tensors.
+        momentum: its momentum.
+        options: its group's.
+        key: the hash key of stochastic rounding; None rounds to nearest.
         first: where these are some matrices of a larger parameter, the index there of their first element.
     """
     if param.numel() == 0:

@@ -1,4 +1,4 @@
-"""The momentum of one parameter as one object. Nobody else touches codes and scales."""
+"""Momentum of one parameter as one object. Nobody else touches codes and scales."""
 
 from __future__ import annotations
 
@@ -27,8 +27,13 @@ _DTYPES: dict[Codebook | None, torch.dtype] = {
 
 @dataclass(frozen=True)
 class MomentumFormat:
-    """How a momentum is stored: `codebook` None means fp32; `block_size` in elements; a row, which no block leaves,
-    is the last dimension, or all but the first with `flatten`."""
+    """The way in which a momentum is stored.
+
+    Attributes:
+        codebook: `"linear"` or `"dynamic"`; None means fp32.
+        block_size: the number of elements that share a scale. No block leaves its row.
+        flatten: a row is all dimensions but the first, instead of the last one.
+    """
 
     codebook: Codebook | None
     block_size: int
@@ -61,9 +66,13 @@ class MomentumFormat:
 
 @dataclass(frozen=True)
 class Momentum:
-    """Momentum of one parameter: codes (int8, uint8 or fp32) of its shape and, if quantized, fp32 scales
-    [..., rows, blocks]. Or, of `as_matrices`, its matrices over the same memory: codes [count, rows, cols], scales
-    [count, rows, blocks]."""
+    """Momentum of one parameter, or, from `as_matrices`, its matrices over the same memory.
+
+    Attributes:
+        codes: int8, uint8 or fp32, of the parameter's shape, or [count, rows, cols].
+        scales: None where the momentum is not quantized, else fp32 [..., rows, blocks], or [count, rows, blocks].
+        format: how it is stored.
+    """
 
     codes: Tensor
     scales: Tensor | None
@@ -119,7 +128,7 @@ class Momentum:
         return kernels.dequantize(rows, scales, codebook=self.format.codebook, **options).view(self.codes.shape)
 
     def as_matrices(self) -> Momentum:
-        """View it as matrices: codes [count, rows, cols], scales [count, rows, blocks]."""
+        """Return the momentum as views of matrices: codes [count, rows, cols], scales [count, rows, blocks]."""
         rows, cols = (1, self.codes.shape[0]), prod(self.codes.shape[1:])
         if not self.format.flatten:
             rows, cols = (prod(self.codes.shape[:-2]), self.codes.shape[-2]), self.codes.shape[-1]
@@ -127,12 +136,12 @@ class Momentum:
         return Momentum(self.codes.view(*rows, cols), scales, self.format)
 
     def rows(self, matrices: slice, rows: slice) -> Momentum:
-        """View these rows of these matrices, of what `as_matrices` gives."""
+        """Return views of these rows of these matrices, for a momentum that `as_matrices` gave."""
         scales = None if self.scales is None else self.scales[matrices, rows]
         return Momentum(self.codes[matrices, rows], scales, self.format)
 
 
 def _rows_cols(values: Tensor, scales_shape: Sequence[int]) -> tuple[int, int]:
-    """Return how many rows, and of how many elements, the blocks of these scales [..., rows, blocks] lie in."""
+    """Return how many rows the blocks of these scales [..., rows, blocks] lie in, and the elements of a row."""
     first_of_row = len(scales_shape) - 1
     return prod(values.shape[:first_of_row]), prod(values.shape[first_of_row:])

@@ -35,10 +35,10 @@ _LEAST_NORM = 2.0**-60  # of a Newton-Schulz input that counts as one: see `frob
 
 
 def lr_ratio(rows: int, cols: int, adjust_lr_fn: str | None) -> float:
-    """Return the factor of lr by shape.
+    """Return the factor of lr for a shape.
 
-    None or `"original"`: sqrt(max(1, rows / cols)). `"match_rms_adamw"`: 0.2 sqrt(max(rows, cols)), which gives
-    the update the RMS of AdamW's (0.2), so that AdamW's lr and weight decay carry over.
+    None and `"original"` give sqrt(max(1, rows / cols)). `"match_rms_adamw"` gives 0.2 sqrt(max(rows, cols)), with
+    which the update has the RMS of AdamW's (0.2), so that AdamW's lr and weight decay carry over.
     """
     return 0.2 * sqrt(max(rows, cols)) if adjust_lr_fn == "match_rms_adamw" else sqrt(max(1.0, rows / cols))
 
@@ -57,8 +57,8 @@ def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[f
 
     Args:
         lr: a float, or a 0-d or 1-element tensor on the CPU or the parameters' device.
-        weight_decay: per unit of lr.
-        ratio: factor of lr by shape, of `lr_ratio`.
+        weight_decay: the decay per unit of lr.
+        ratio: the factor of lr for the shape, from `lr_ratio`.
     """
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         on_device = lr.reshape(()).float()
@@ -67,13 +67,13 @@ def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[f
 
 
 def stats_parts(batch: MatrixBatch) -> list[MatrixBatch]:
-    """Cut a batch for `stats`: there may be copies, of a channels_last gradient that is flattened, or multiplied."""
+    """Cut a batch for `stats`, which may copy a gradient that is channels_last and flattened, or has a factor."""
     per_element = 16 if batch.has_factors else 4
     return batch.split(max(1, batch.options.workspace_bytes // (per_element * prod(batch.members[0].grad.shape[1:]))))
 
 
 def stats(batch: MatrixBatch) -> None:
-    """Fill `batch.sumsq` with the squared norms of the Newton-Schulz inputs. Changes nothing else."""
+    """Fill `batch.sumsq` with the squared norms of the Newton-Schulz inputs; change nothing else."""
     torch.sum(squares(batch).flatten(1), 1, out=batch.sumsq)
 
 
@@ -87,7 +87,8 @@ def apply_parts(batch: MatrixBatch, *, is_first: bool) -> list[MatrixBatch]:
     """Cut a batch for `apply`, within the workspace, and say how each part goes.
 
     Args:
-        is_first: whether it is the first batch of the step: then `apply` makes copies of the momenta.
+        batch: the matrices.
+        is_first: it is the first batch of the step: then `apply` makes copies of the momenta.
     """
     options = batch.options
     copied_bytes = sum(tensor[0].nbytes for tensor in (batch.codes[0], *batch.scales[:1])) if is_first else 0
@@ -175,6 +176,7 @@ def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
     """Write the new momenta into codes and scales, and u / norm into `out`.
 
     Args:
+        batch: the matrices.
         norms: fp32 [num_matrices].
         out: [num_matrices, rows, cols], any float dtype.
     """
@@ -189,7 +191,7 @@ def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
 
 
 def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None) -> None:
-    """Update these columns of the parameters, None for all, by `directions` of `update_params_`."""
+    """Update these columns of the parameters, or all with None, by `directions` as `update_params_` takes them."""
     options = batch.options
     with contiguous_params([member.param for member in batch.members]) as params:
         first_column, pieces = 0, params
@@ -202,13 +204,14 @@ def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None
 def update_params_(
     params: Sequence[Tensor], directions: Tensor, ratio: float, options: MuonOptions, **random_bits: Any
 ) -> None:
-    """Compute W <- decay * W - scale * O in place, in fp32, rounded once. Scale 0 and decay 1 change no bit.
+    """Compute W <- decay * W - scale * O in place, in fp32, rounded once; scale 0 and decay 1 change no bit.
 
     Args:
-        params: [count, rows, cols] each, of one dtype, fp32, bf16 or fp16, any strides.
+        params: [count, rows, cols] each, in one dtype, fp32, bf16 or fp16, any strides.
         directions: O, [batch, rows, cols], fp32, bf16 or fp16, any strides.
-        ratio: of `lr_ratio`, for the shape of the whole matrix.
-        random_bits: keys, firsts and pitch of stochastic rounding, bf16 only; none of them: to nearest.
+        ratio: from `lr_ratio`, for the shape of the whole matrix.
+        options: the group's.
+        random_bits: keys, firsts and pitch of stochastic rounding, bf16 only. None of them rounds to nearest.
     """
     decay, scale = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=ratio)
     how = {"decay": decay, "scale": scale, "skip": options.skip, **random_bits}

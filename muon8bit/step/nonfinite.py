@@ -1,8 +1,8 @@
 """Non-finite gradients: found before anything is written, told at once on the CPU, without a wait on other devices.
 
-A `GradientCheck` is what one step found. On the CPU, and for `on_nonfinite="raise_at_once"`, it is read before the step
-writes. Elsewhere the step goes on with `skip`, a number on each device that stops its kernels from writing; a copy of
-the flags travels to the host meanwhile and is read when the next step begins, or the state is asked for. By then the
+A `GradientCheck` holds what one step found. On the CPU, and for `on_nonfinite="raise_at_once"`, it is read before the
+step writes. Elsewhere the step goes on with `skip`, a number on each device that stops its kernels from writing. A copy
+of the flags goes to the host meanwhile and is read when the next step begins, or the state is asked for. By then the
 device has passed that point, unless the host runs more than a whole step ahead and has to wait here: what happens does
 not depend on timing.
 """
@@ -20,7 +20,7 @@ class NonFiniteGradientError(RuntimeError):
 
     Attributes:
         names: the parameters whose gradients are not finite.
-        step: which call of `step()` it was, counted from 1 since the optimizer was made.
+        step: the number of the call of `step()`, counted from 1 since the optimizer was made.
     """
 
     def __init__(self, names: Sequence[str], step: int) -> None:
@@ -37,13 +37,13 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class GradientCheck:
-    """Whether the gradients of one step are finite.
+    """Finiteness of the gradients of one step.
 
     Args:
-        found: how to name parameters, and True where the gradient of the parameter at the same place is finite:
-            bool [n], on the gradients' device. A name may occur more than once.
+        found: pairs of a function that names parameters, and bool [n] on the gradients' device, True where the gradient
+            of the parameter at the same place is finite. A name may occur more than once.
         step: the number of the call of `step()`.
-        is_scaled: whether a GradScaler has scaled them, which skips such steps by design and lowers its scale.
+        is_scaled: a GradScaler has scaled them, which skips such steps by design and lowers its scale.
     """
 
     is_whole = True  # where a gradient is not finite, nothing of the step was done
@@ -71,14 +71,14 @@ class GradientCheck:
         return all(bad.device.type == "cuda" for bad in self._bad)
 
     def skip(self, device: torch.device) -> Tensor:
-        """0-d fp32 on `device`: 1 if any gradient on any device is not finite, else 0."""
+        """Return 0-d fp32 on `device`: 1 if any gradient on any device is not finite, else 0."""
         if device not in self._skips:
             everywhere = torch.stack([bad.to(device, non_blocking=True) for bad in self._bad])
             self._skips[device] = everywhere.any().float()
         return self._skips[device]
 
     def nonfinite_names(self) -> list[str]:
-        """The parameters whose gradients are not finite; waits until the flags are on the host."""
+        """Return the parameters whose gradients are not finite; wait until the flags are on the host."""
         for event in self._copied:
             event.synchronize()
         finite = [ok for flags in self._on_host for ok in flags.tolist()]
@@ -88,14 +88,16 @@ class GradientCheck:
         return list(dict.fromkeys(name for name, ok in zip(names, finite, strict=True) if not ok))
 
     def undo_counters(self) -> None:
-        """Of a step that was not done: set back the counters that it advanced, once."""
+        """Set back the counters that a step advanced which was not done, once."""
         while self.advanced:
             self.advanced.pop().sub_(1)
 
 
 class PerParamGradientCheck:
-    """Of a step whose parameters were stepped one by one: each was skipped alone where its gradient is not finite, so
-    that the step as a whole was done."""
+    """Finiteness of the gradients of a step whose parameters were stepped one by one.
+
+    Each was skipped alone where its gradient is not finite, so that the step as a whole was done.
+    """
 
     is_whole = is_scaled = False
 
@@ -103,12 +105,12 @@ class PerParamGradientCheck:
         self._parts, self.step = parts, parts[0].step
 
     def nonfinite_names(self) -> list[str]:
-        """The parameters whose gradients are not finite; waits until the flags are on the host."""
+        """Return the parameters whose gradients are not finite; wait until the flags are on the host."""
         return [name for part in self._parts for name in part.nonfinite_names()]
 
     @property
     def advanced(self) -> list[Tensor]:
-        """Step counters on the host, of all parts."""
+        """Return the step counters on the host, of all parts."""
         return [step for part in self._parts for step in part.advanced]
 
     def undo_counters(self) -> None:

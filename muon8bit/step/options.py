@@ -1,4 +1,4 @@
-"""Parameter groups: what a group must say, and whether Muon can take its parameters."""
+"""Options of parameter groups: what each may be, and whether Muon can take the group's parameters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "muon": {**MATRIX_DEFAULTS, "clip_matrix_norm": None, "maximize": False},
     "adamw": {"adamw_bits": DEFAULT_ADAMW_BITS, "maximize": False},
 }
-# Of torch's optimizers, which have several implementations; what they stand at where none of them is asked for.
+# Keys of torch's optimizers, which have several implementations, and their values where none is asked for.
 IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
     "foreach": None,
     "fused": None,
@@ -57,14 +57,14 @@ MUON_ONLY_KEYS = (
     *("split_sizes", "split_dim"),
 )
 _ADAMW_ONLY_KEYS = ("betas", "adamw_bits")
-# Of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
+# Arguments of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
 _NO_GROUP_KEYS = (
     *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
     *("workspace_bytes", "state_device", "process_group", "shard_state"),
     "amsgrad",
 )
 _ROUNDING_KEYS = ("rounding_seed", "rounding_step")
-# What a step reads of a group besides its parameters, its learning rate and the numbers of rounding.
+# Keys of a group that a step reads, besides its parameters, its learning rate and the numbers of rounding.
 _CACHED_KEYS = (
     *("algorithm", "weight_decay", "eps", "maximize", "betas", "adamw_bits"),
     *MUON_ONLY_KEYS,
@@ -74,12 +74,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def group_keys(algorithm: str) -> tuple[str, ...]:
-    """Hyper-parameters that a group of this algorithm holds."""
+    """Return the hyper-parameters that a group of this algorithm holds."""
     return ("lr", "weight_decay", "eps", "maximize", *(_ADAMW_ONLY_KEYS if algorithm == "adamw" else MUON_ONLY_KEYS))
 
 
 def describe(group: dict[str, Any], group_index: int, index: int) -> str:
-    """How errors name a parameter: by its name, else by group, index and, where it has one, shape."""
+    """Return a parameter's name for errors, else its group, index and, where it has one, shape."""
     names, param = group.get("param_names"), group["params"][index]
     if isinstance(names, tuple | list) and index < len(names):
         return str(names[index])
@@ -88,12 +88,14 @@ def describe(group: dict[str, Any], group_index: int, index: int) -> str:
 
 
 def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the user's group with its parameters as a list and AdamW's defaults filled in.
+    """Return a copy of the user's group with its parameters as a list and AdamW's defaults filled in.
 
     Keys of the other algorithm stand at None, so that generic code finds every key of an optimizer's defaults.
 
     Args:
-        arguments: of the optimizer, which wrappers may have put into the group.
+        group: the user's.
+        group_index: its place.
+        arguments: the optimizer's arguments, which wrappers may have put into the group.
 
     Raises:
         ValueError: for an unknown algorithm, an AdamW group without its own lr, or keys of the other algorithm.
@@ -142,17 +144,19 @@ def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[s
 
 
 def resolve_options(group: dict[str, Any], group_index: int, running: Options, *, is_rounded: bool) -> GroupOptions:
-    """Check what a group says now, into which a scheduler or a hand may have written since it was made.
+    """Check what a group says now, and return it: a scheduler or a hand may have written into it since it was made.
 
-    Reads only what is on the host. To be called before a step changes anything.
+    Only values on the host are read. Call it before a step changes anything.
 
     Args:
         group: complete, its parameters checked by `check_listed`.
-        running: of the whole optimizer.
-        is_rounded: whether parameters are rounded stochastically.
+        group_index: its place.
+        running: the options of the whole optimizer.
+        is_rounded: parameters are rounded stochastically.
 
     Raises:
-        ValueError: names the group, the key, its value, and what it may be.
+        ValueError: for a value that a step cannot take; the message names the group, the key, its value, and what it
+            may be.
     """
     where, values = f"parameter group {group_index}: ", {key: group[key] for key in _CACHED_KEYS if key in group}
     for key, value in values.items():
@@ -222,15 +226,15 @@ def check_schedule(group: dict[str, Any], ns_dtype: torch.dtype | None, where: s
     """Raise ValueError for coefficients that this dtype of Newton-Schulz cannot hold: a step is too late for it."""
     if group["algorithm"] != "muon":
         return
-    schedule = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+    coefficients = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
     try:
-        choose_method(1, 1, schedule, "cpu", ns_dtype)
+        choose_method(1, 1, coefficients, "cpu", ns_dtype)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
-    if diverges(schedule):
+    if diverges(coefficients):
         raise ValueError(
             f"{where}ns_coefficients let singular values between 0 and 1 grow beyond float32 within "
-            f"{len(schedule.steps)} steps, and parameters would become NaN: take smaller ones, or fewer ns_steps"
+            f"{len(coefficients.steps)} steps, and parameters would become NaN: take smaller ones, or fewer ns_steps"
         )
 
 
@@ -268,7 +272,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     """Check every hyper-parameter in a group or in the defaults.
 
     Raises:
-        ValueError: names the key, its value, and what it may be.
+        ValueError: for a value that is not allowed; the message names the key, its value, and what it may be.
     """
 
     def require(key: str, valid: bool, allowed: str) -> None:

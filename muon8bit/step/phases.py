@@ -1,4 +1,4 @@
-"""The two phases of a step over all groups: `read` changes nothing, `write` writes state and parameters."""
+"""Both phases of a step over all groups: `read` changes nothing, `write` writes state and parameters."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ Names = Callable[[], list[str]]
 
 @dataclass(frozen=True)
 class GroupStep:
-    """What one group does at this step.
+    """Work of one group at this step.
 
     Attributes:
-        params: those with a gradient.
+        group: the group's dict.
+        options: its options.
+        group_index: its place.
+        params: the parameters with a gradient.
         batches: this rank's own matrices; none in an AdamW group.
-        sharded: matrices that need other ranks.
-        clips: gradients that are clipped in place when the step begins to write.
+        sharded: the matrices that need other ranks.
+        clips: the gradients that are clipped in place when the step begins to write.
     """
 
     group: dict[str, Any]
@@ -61,12 +64,12 @@ class GroupStep:
                 yield [param.index for param in params], sums
 
     def names_of(self, indices: Sequence[int]) -> Names:
-        """Return how to name these parameters of the group, which keeps no gradient alive."""
+        """Return a function that names these parameters of the group, and keeps no gradient alive."""
         group, group_index = self.group, self.group_index
         return lambda: [describe(group, group_index, index) for index in indices]
 
     def indices(self) -> list[int]:
-        """Return the indices of the parameters that this rank steps by itself: all ranks list the same ones."""
+        """Return the indices of the parameters that this rank steps by itself; all ranks list the same ones."""
         return [param.index for param in self.params if not param.is_shared]
 
     def flags(self) -> list[Tensor]:
@@ -81,8 +84,11 @@ class GroupStep:
 
 
 def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
-    """Return fp32 [n], not finite where a gradient is not or its squares overflow. On the CPU that of both ends, which
-    both propagate NaN: norms there make copies."""
+    """Return fp32 [n], not finite where a gradient is not or its squares overflow.
+
+    On the CPU it is the sum of squares of the least and the largest element, which propagate NaN: norms there make
+    copies.
+    """
     if device.type == "cuda":
         return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square()
     ends = [torch.stack(grad.aminmax()) if grad.numel() else grad.new_zeros(2) for grad in grads]
@@ -92,7 +98,7 @@ def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
 def gathering(
     work: Sequence[GroupStep], rank_group: RankGroup, running: Options, found_inf: Tensor | None
 ) -> Gathering:
-    """Return what this rank gives to the step's all-gather: computed and allocated, without communication."""
+    """Return this rank's part of the step's all-gather, computed and allocated, without communication."""
     device = rank_group.device
     values = [] if found_inf is None else [torch.where(found_inf.reshape(()) != 0, torch.nan, 0.0).to(device)]
     values += [value for step in work for value in step.flags()]
@@ -104,8 +110,11 @@ def gathering(
 def finite_flags(
     work: Sequence[GroupStep], rank_group: RankGroup | None, gathering: Gathering | None, found_inf: Tensor | None
 ) -> Iterator[tuple[Names, Tensor]]:
-    """Give what `GradientCheck` takes, of all groups: how to name parameters, and whether their gradients are finite
-    and do not overflow in their norms. With a rank group that of all ranks; then sharded batches have their norms."""
+    """Give pairs for `GradientCheck` from all groups: a function that names parameters, and their flags.
+
+    A flag says whether a gradient is finite and does not overflow in its norm. With a rank group it says so for the
+    gradients of all ranks; then sharded batches have their norms.
+    """
 
     def of_scaler() -> list[str]:
         return ["what the GradScaler has looked at"]
@@ -129,8 +138,8 @@ def finite_flags(
 def check_not_captured() -> None:
     """Raise RuntimeError while a CUDA graph is captured.
 
-    What a step reads on the host would be the same in every replay: the learning rate, the keys of stochastic rounding,
-    and the addresses in tables that are freed when the step returns.
+    All that a step reads on the host would be the same in every replay: the learning rate, the keys of stochastic
+    rounding, and the addresses in tables that are freed when the step returns.
     """
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -150,12 +159,15 @@ def read(
     """Do the first phase.
 
     Args:
-        all_options: of `resolve_options`, one a group.
+        groups: the parameter groups.
+        all_options: from `resolve_options`, one a group.
+        state: the optimizer's, by parameter.
+        rank_group: the ranks that share matrices, or None.
         offload: where the state is.
-        num_before: how many parameters of the optimizer are in front of these groups.
+        num_before: the number of parameters of the optimizer in front of these groups.
 
     Raises:
-        ValueError: names a parameter with a gradient or a learning rate that cannot be used.
+        ValueError: for a gradient or a learning rate that cannot be used; the message names the parameter.
     """
     work = []
     for index, (group, options) in enumerate(zip(groups, all_options, strict=True)):
@@ -197,7 +209,7 @@ def _read_stats(batches: Sequence[MatrixBatch], offload: StateOffload) -> None:
 
 
 def _staged(batch: MatrixBatch, run: Callable[[MatrixBatch], None], *, is_written: bool) -> OffloadTask:
-    """Return what runs on a batch when its momenta have been brought to its device."""
+    """Return a task that runs on a batch when its momenta have been brought to its device."""
 
     def run_on(tensors: Sequence[Tensor] | None) -> None:
         run(batch if tensors is None else batch.with_tensors(tensors, is_staged=True))
@@ -222,10 +234,13 @@ def dry_run(
     offload: StateOffload,
     num_before: int = 0,
 ) -> None:
-    """Make the state that a step would make, and count that step, of parameters without values. Arguments: of `read`.
+    """Make the state that a step would make for parameters without values, and count that step.
+
+    Args:
+        groups, all_options, state, rank_group, offload, num_before: as in `read`.
 
     Raises:
-        ValueError: names a parameter whose gradient has values, or cannot be used.
+        ValueError: for a gradient that has values, or cannot be used; the message names the parameter.
     """
     grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
     with fake_mode_of(grads):
@@ -255,9 +270,9 @@ def write(
 ) -> None:
     """Do the second phase; with a check that is not yet known, its `skip` keeps the kernels from writing.
 
-    State is made, memory is tried, and the first matrices are orthogonalized before `commit`: what raises until then
-    has changed nothing. Ranks confirm twice that all go on: when each has what it needs, and when the first matrices
-    are orthogonalized, which is `commit`'s.
+    State is made, memory is tried, and the first matrices are orthogonalized before `commit`: an error until then has
+    changed nothing. Ranks confirm twice that all go on: when each has what it needs, and when the first matrices are
+    orthogonalized, which is `commit`'s.
     """
     rounds = None
     if rank_group is not None:

@@ -1,8 +1,8 @@
 """Stochastic rounding in the optimizer: where its seed and step live, and which parameter draws which bits.
 
 `rounding_seed` and `rounding_step` are ints in every parameter group, present only where the optimizer rounds
-stochastically; the step counts the steps done, skipped ones left out. With a parameter's index over all groups and an
-element's index in the parameter they are all that the random bits depend on: see `muon8bit_kernels.random_bits`.
+stochastically; the step counts the steps done, skipped ones left out. Together with a parameter's index over all groups
+and an element's index in the parameter they are all that the random bits depend on: see `muon8bit_kernels.random_bits`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from torch import Tensor
 
 
 def initial(param_rounding: str, seed: int) -> dict[str, int]:
-    """What the groups of a new optimizer hold."""
+    """Return the keys of stochastic rounding for the groups of a new optimizer; none where it rounds to nearest."""
     return {"rounding_seed": seed, "rounding_step": 0} if param_rounding == "stochastic" else {}
 
 
 def key_of(param: Tensor, name: str, param_index: int, group: Mapping[str, Any]) -> int | None:
-    """The hash key of a parameter at this step, an int32; None where it is rounded to nearest, as float32 is.
+    """Return the hash key of a parameter at this step, an int32.
+
+    It is None where the parameter is rounded to nearest, as float32 is.
 
     Args:
-        name: how an error calls the parameter.
+        param: the parameter.
+        name: the parameter's name in errors.
         param_index: its place over all groups.
+        group: its group.
 
     Raises:
         ValueError: for a float16 parameter where the group asks for stochastic rounding.
@@ -46,10 +50,12 @@ def round_stochastic(values: Tensor, old: Tensor, key: int, first: int, backend:
     """Round contiguous fp32 `values` to bf16 stochastically, which takes 3 bytes an element.
 
     Args:
-        old: bf16 of their shape; kept where it is equal: a step with lr 0 loses the sign of a zero, but no bit may
+        values: the numbers to round.
+        old: bf16 in their shape, kept where it is equal: a step with lr 0 loses the sign of a zero, but no bit may
             change.
-        key: of `key_of`.
-        first: index of the first value in the whole parameter.
+        key: from `key_of`.
+        first: the index of the first value in the whole parameter.
+        backend: the kernels.
     """
     new = kernels_for(values.device, backend).round_stochastic(values, key=key, first=first)
     return torch.where(new == old, old, new, out=new)
@@ -63,8 +69,11 @@ def advance(groups: Iterable[dict[str, Any]], by: int = 1) -> None:
 
 
 def settle(group: dict[str, Any], *, saved: Mapping[str, Any], running: Mapping[str, Any]) -> None:
-    """Make a loaded group round as the running optimizer does: seed and step from the checkpoint if it has them, else
-    the running seed from step 0; neither where the running optimizer rounds to nearest."""
+    """Make a loaded group round as the running optimizer does.
+
+    Where that rounds stochastically, seed and step come from the checkpoint if it has them, else the running seed
+    starts at step 0. Where it rounds to nearest, the group has neither.
+    """
     if "rounding_seed" in running:
         group["rounding_step"] = saved.get("rounding_step", 0)
     else:
