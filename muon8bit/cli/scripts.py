@@ -69,7 +69,7 @@ def import_script(name: str, command: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "finetune":
             raise
-        raise UsageError(f"{command}: {error.name} is not installed; pip install 'muon8bit[train]'") from None
+        raise UsageError(f"{command}: {error.name} is not installed; pip install '.[train]' in the checkout") from None
 
 
 def add_parser(subparsers: _Subparsers) -> None:
@@ -115,13 +115,13 @@ def launch_command(script: Path, words: Sequence[str]) -> list[str]:
         UsageError: Accelerate is not installed.
     """
     if find_spec("accelerate") is None:
-        raise UsageError(f"muon8bit {script.stem}: accelerate is not installed; pip install 'muon8bit[train]'")
+        raise UsageError(f"muon8bit {script.stem}: accelerate is not installed; pip install '.[train]' in the checkout")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     return [*launcher, *(() if _has_gpu() else ON_CPU), str(script), *words]
 
 
 def _has_gpu() -> bool:
-    """Whether NVIDIA's driver lists a GPU."""
+    """Return whether NVIDIA's driver lists a GPU."""
     if shutil.which("nvidia-smi") is None:
         return False
     return "GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout

@@ -14,19 +14,20 @@ import pytest
 
 import muon8bit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROOMS = ("muon8bit", "kernels", "finetune", "benchmarks", "examples", "tests/helpers")
 # Still to be brought into line: what pyproject.toml lists for ruff.
 PENDING = re.findall(r'^"([\w./]+?)(?:/\*\*)?" = \["D"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 VERBS = """
 Add Allocate Apply Ask Assign Average Begin Build Call Check Choose Clip Close Compare Compile Compute Continue
-Convert Copy Count Create Cut Decode Delete Dequantize Describe Divide Do Draw Encode Enter Estimate Exit Fail Fill
-Find Forget Format Gather Give Go Group Hash Hold Ignore Join Keep Kill Launch Learn Leave Let List Load Log Look Make
-Map Mark Match Measure Merge Move Multiply Name Normalize Note Open Order Orthogonalize Pack Pad Parse Pass Pick Place
-Plan Plant Predict Prepare Print Put Quantize Raise Read Receive Reduce Refuse Register Release Remove Render Replace
-Reset Resolve Restore Resume Return Round Route Run Save Say Screen Seal Select Send Set Share Shift Show Shuffle Skip
-Sort Split Start Step Stop Store Sum Swap Sync Synchronize Take Tell Test Trace Train Translate Turn Undo Update Use
-Verify Wait Warn Watch Wrap Write Yield
+Convert Copy Count Create Cut Decode Delete Dequantize Describe Detect Divide Do Draw Encode Enter Estimate Evaluate
+Exit Export Extract Fail Fill Filter Find Forget Format Gather Generate Give Go Group Hash Hold Ignore Import
+Initialize Install Join Keep Kill Launch Learn Leave Let List Load Log Look Make Map Mark Match Measure Merge Move
+Multiply Name Normalize Note Open Order Orthogonalize Pack Pad Parse Pass Pick Place Plan Plant Predict Prepare Print
+Put Quantize Raise Read Receive Reduce Refuse Register Release Remove Render Replace Reset Resolve Restore Resume
+Return Round Route Run Save Say Screen Seal Search Select Send Set Share Shift Show Shuffle Skip Sort Split Start Step
+Stop Store Sum Swap Sync Synchronize Take Tell Test Trace Train Translate Turn Undo Update Use Verify Wait Warn Watch
+Wrap Write Yield
 """
 RIDDLES = ("What", "Of", "How", "Whether", "Where", "As")
 

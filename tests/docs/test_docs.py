@@ -20,7 +20,7 @@ import muon8bit
 from examples.stand_in import llama, rows
 from finetune import pretrain, sft
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "records" not in path.relative_to(DOCS).parts)
@@ -75,7 +75,7 @@ def test_navigation_has_every_page_once():
 
 
 def runnable(page: Path) -> list[str]:
-    """Code blocks of a page, but those that `tests/test_examples.py` holds, and those that say why they do not run."""
+    """Code blocks of a page, but those of `tests/docs/test_examples.py` and those that say why they do not run."""
     return [
         code for reason, code in CODE.findall(page.read_text()) if not reason and not code.startswith("# examples/")
     ]

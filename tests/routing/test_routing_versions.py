@@ -23,7 +23,7 @@ from muon8bit import Muon8bit, param_groups
 from muon8bit.config import ROUTINGS
 from muon8bit.integrations.distributed_checkpoint import load_checkpoint
 
-SAVED = json.loads((Path(__file__).parent / "data" / "routing_0_1.json").read_text())
+SAVED = json.loads((Path(__file__).parents[1] / "data" / "routing_0_1.json").read_text())
 UNCHANGED = {"llama", "mixtral", "lora", "loha"}
 
 

@@ -19,7 +19,7 @@ from examples import accelerate_loop, pytorch_loop, trainer
 from examples.stand_in import llama, rows, tokenizer
 from muon8bit import Muon8bit, param_groups
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHOWN_IN = ("README.md", "docs/guide/integrations.md")
 IN_ORDER = {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
 LIGHTNING = {

@@ -10,7 +10,7 @@ import torch
 
 from muon8bit import Muon8bit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MEMORY = (ROOT / "docs" / "guide" / "memory.md").read_text()
 RECORDS = ROOT / "docs" / "records"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # Room -> rooms that it may import from, its own aside. From the top of the house to the ground; where rooms import from
 # each other, modules do not: see `test_no_module_imports_itself_over_others`.

@@ -11,7 +11,7 @@ import yaml
 
 import muon8bit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 STEP = """
 import sys
