@@ -126,7 +126,7 @@ def main() -> int:
         print(f"| {row['model']} | {sizes} | {row['error']:+.2%} | `{row['command']}` |", flush=True)
     if args.out is not None:
         about = {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", "-m", "benchmarks.training.advice_peaks", *sys.argv[1:]]),
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
             "models": MODELS,
             "asked": shlex.join(ASKED),
