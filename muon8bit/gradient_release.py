@@ -25,7 +25,7 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEn
 
 
 class _Place(NamedTuple):
-    """Where a parameter is: its group, and its place over all groups; and its name."""
+    """Place of a parameter: its group, its number over all groups, and its name."""
 
     group_index: int
     param_index: int
@@ -33,7 +33,7 @@ class _Place(NamedTuple):
 
 
 class GradientRelease:
-    """What `release_gradients` returns."""
+    """Handle that `release_gradients` returns."""
 
     def __init__(self, optimizer: Muon8bit, places: dict[Tensor, _Place]) -> None:
         # Weakly: the model's hooks must not keep an optimizer, and its state, that nobody has any more.
@@ -50,7 +50,7 @@ class GradientRelease:
         optimizer._is_released = True
 
     def remove(self) -> None:
-        """Make `backward()` and `step()` ordinary again. A step that is open is closed as it is."""
+        """Make `backward()` and `step()` ordinary again; a step that is open is closed as it is."""
         self._detach()
         if (optimizer := self._optimizer()) is not None:
             optimizer._is_released = False
@@ -103,8 +103,10 @@ class GradientRelease:
         param.grad = None
 
     def _check_rest(self, optimizer: Optimizer, *_: Any) -> None:
-        """Before `step()`: it closes the step, or finds gradients that were given by hand, as distributed
-        checkpointing does, and no others."""
+        """Check before `step()` that it closes a step, or finds gradients that were given by hand, and no others.
+
+        Distributed checkpointing gives gradients by hand.
+        """
         if isinstance(optimizer, Muon8bit):
             optimizer._check_not_failed()
         if getattr(optimizer, "found_inf", None) is not None:
@@ -129,7 +131,7 @@ class GradientRelease:
             )
 
     def _close(self) -> None:
-        """End a step: what was found in its gradients is left to the optimizer, which asks for it later."""
+        """Close a step: its checks are left to the optimizer, which asks for them later."""
         if self._checks and (optimizer := self._optimizer()) is not None:
             optimizer._pending = PerParamGradientCheck(list(self._checks.values()))
         self._checks = {}
@@ -139,9 +141,9 @@ def release_gradients(model: nn.Module, optimizer: Muon8bit) -> GradientRelease:
     """Step each parameter in `backward()` as soon as its gradient is complete, and free the gradient at once.
 
     The loop stays as it is: `loss.backward()`, `optimizer.step()`, `scheduler.step()`, `optimizer.zero_grad()`. The
-    parameters change in `backward()`, by the learning rates of that moment; `step()`, needed after every `backward()`,
-    closes the step: it counts it. Of the gradients one is alive at a time (measured on a Llama of 30M), besides what
-    backward itself holds. Those of parameters outside `optimizer` gain nothing, nor those of a model that
+    parameters change in `backward()`, by the learning rates of that moment. `step()`, needed after every `backward()`,
+    closes the step: it counts it. One gradient is alive at a time (measured on a Llama of 30M), besides those that
+    backward itself holds. Gradients of parameters outside `optimizer` gain nothing, nor those of a model that
     `torch.compile` compiled as a whole, whose backward returns all at once. Method: LOMO (arXiv 2306.09782), and
     "optimizer step in backward" of PyTorch's tutorials.
 
@@ -157,7 +159,7 @@ def release_gradients(model: nn.Module, optimizer: Muon8bit) -> GradientRelease:
     `clip_matrix_norm` clips matrix by matrix.
 
     Args:
-        model: in which the optimizer's parameters are; not wrapped in DDP.
+        model: has the optimizer's parameters; not wrapped in DDP.
         optimizer: the `Muon8bit` itself; a wrapper (Accelerate's) has it as `.optimizer`.
 
     Returns:
@@ -211,14 +213,17 @@ def release_gradients(model: nn.Module, optimizer: Muon8bit) -> GradientRelease:
 
 
 def _name(group: dict[str, Any], group_index: int, index: int, names: dict[Tensor, str]) -> str:
-    """The optimizer's name of a parameter, else the model's, else its place."""
+    """Return the optimizer's name of a parameter, else the model's, else its place."""
     if "param_names" in group:
         return str(group["param_names"][index])
     return names.get(group["params"][index], f"parameter {index} of group {group_index}")
 
 
 def _check_alone() -> None:
-    """Raise where other ranks may have gradients of the same parameters: DDP unwrapped looks like any model."""
+    """Raise NotImplementedError where other ranks may have gradients of the same parameters.
+
+    DDP unwrapped looks like any model.
+    """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise NotImplementedError(
             f"one of {dist.get_world_size()} ranks: in backward a hook sees the gradient of its own rank, before it is "

@@ -1,4 +1,4 @@
-"""The optimizer: groups, lazy state, the two-phase step, state dicts. The equations are in `step/muon.py`."""
+"""Optimizer of the package: groups, lazy state, the two-phase step, state dicts. Equations are in `step/muon.py`."""
 
 from __future__ import annotations
 
@@ -57,60 +57,60 @@ if TYPE_CHECKING:
 class Muon8bit(ShardedOptimizer):
     """Muon with its momentum in 8 bits, and AdamW for the rest of the model, in one optimizer.
 
-    The first nine arguments are torch.optim.Muon's, with its order, defaults and meaning. Source of the method:
-    arXiv 2509.23106; of the update: Jordan 2024, Moonlight arXiv 2502.16982. Equations: `muon8bit/step/muon.py`.
+    The first nine arguments are torch.optim.Muon's, with its order, defaults and meaning. Sources: arXiv 2509.23106
+    (the method); Jordan 2024, Moonlight arXiv 2502.16982 (the update). Equations: `muon8bit/step/muon.py`.
 
     Args:
         params: tensors of two or more dimensions, `(name, tensor)` pairs, or groups (dicts), which
-            `muon8bit.param_groups(model, ...)` makes. float32, bfloat16 or float16. A group with
-            `algorithm="adamw"` takes any shape and the keys lr (required), betas, eps, weight_decay, and adamw_bits:
-            32, or 8 for both moments in 8 bits (by bitsandbytes) in tensors of 4096 elements and more. A Muon group
-            takes the arguments below from lr to clip_matrix_norm, and three keys for tensors of several matrices.
-            Three or more dimensions are a stack over the last two; with `flatten=True` one matrix of the first
-            dimension by all others (convolutions). `split_sizes` (ints) cuts dimension `split_dim` of each matrix,
-            -2 (default) or -1, into pieces orthogonalized and scaled by their own shape (fused QKV, gate/up).
-        lr: spectral norm of one update (RMS 1/sqrt(max(rows, cols)) of it) times the factor of `adjust_lr_fn`;
-            a float or a 1-element tensor.
+            `muon8bit.param_groups(model, ...)` makes. float32, bfloat16 or float16. A group with `algorithm="adamw"`
+            takes any shape and the keys lr (required), betas, eps, weight_decay, and adamw_bits: 32, or 8 for both
+            moments in 8 bits (by bitsandbytes) in tensors of 4096 elements and more. A Muon group takes the arguments
+            below from lr to clip_matrix_norm, and three keys for tensors of several matrices. A tensor of three or more
+            dimensions holds matrices over its last two, or, with `flatten=True`, one matrix of the first dimension by
+            all others (convolutions). `split_sizes` (ints) cuts dimension `split_dim` of each matrix, -2 (default) or
+            -1, into pieces orthogonalized and scaled by their own shape (fused QKV, gate/up).
+        lr: spectral norm of one update (RMS 1/sqrt(max(rows, cols)) of it) times the factor of `adjust_lr_fn`; a float
+            or a 1-element tensor.
         weight_decay: decoupled; a step multiplies the parameter by `1 - lr * weight_decay`.
         momentum: factor of the exponential moving average, in [0, 1).
         nesterov: orthogonalize the blend of gradient and momentum instead of the momentum.
-        ns_coefficients: one triple, a schedule of `ns_steps` triples, or `"jordan"`, `"you"` (5 steps),
+        ns_coefficients: one triple, a sequence of `ns_steps` triples, or `"jordan"`, `"you"` (5 steps),
             `"polar_express"` (5), `"deepseek_v4"` (10).
         eps: lower bound of the Frobenius norm that divides the Newton-Schulz input. At least 2^-60 (8.7e-19) is taken.
         ns_steps: number of Newton-Schulz steps.
-        adjust_lr_fn: None or `"original"`: sqrt(max(1, rows / cols)); `"match_rms_adamw"`:
-            0.2 sqrt(max(rows, cols)), with which AdamW's lr and weight decay carry over.
+        adjust_lr_fn: None or `"original"`: sqrt(max(1, rows / cols)); `"match_rms_adamw"`: 0.2 sqrt(max(rows, cols)),
+            with which AdamW's lr and weight decay carry over.
         bits: 8, or 32 for the same code path with an fp32 momentum.
         codebook: `"linear"` (int8) or `"dynamic"` (uint8, bitsandbytes' signed map; for uneven rows and columns).
         block_size: elements that share one fp32 scale: 64, 128, ... 4096. A block never crosses a row.
         clip_matrix_norm: Frobenius norm that the gradient of a matrix may have at most: a larger one is scaled down to
             it, in place, before the step. None: as it is. Not for sharded parameters.
         backend: None (by device), `"reference"` or `"triton"`; a request that cannot be met raises.
-        on_nonfinite: `"raise"` or `"skip"` a step with a NaN or Inf in any gradient, AdamW groups included. In
-            both cases nothing at all changes. With all parameters on CUDA, where `step()` does not wait for the
-            device, the error comes at the next `step()`; `"raise_at_once"` waits, every step. Under torch's GradScaler,
-            whose `grad_scale` and `found_inf` are honoured without waiting, no step raises: it is skipped and counted.
+        on_nonfinite: `"raise"` or `"skip"` a step with a NaN or Inf in any gradient, AdamW groups included. In both
+            cases nothing at all changes. With all parameters on CUDA, where `step()` does not wait for the device, the
+            error comes at the next `step()`; `"raise_at_once"` waits, every step. Under torch's GradScaler, whose
+            `grad_scale` and `found_inf` are honoured without waiting, no step raises: it is skipped and counted.
         ns_dtype: float32, float16 or bfloat16 for Newton-Schulz; None: the cheapest for shape and device.
         param_rounding: how bfloat16 parameters are rounded, AdamW groups included: `"nearest"`, or `"stochastic"`,
             unbiased, so that updates below half a unit in the last place are not lost. float32 parameters are not
-            affected, float16 ones refused. Then `rounding_seed` and `rounding_step` are ints in `param_groups`,
-            saved and loaded: runs with equal ones are bitwise the same.
+            affected, float16 ones refused. Then `rounding_seed` and `rounding_step` are ints in `param_groups`, saved
+            and loaded: runs with equal ones are bitwise the same.
         rounding_seed: 0 .. 2**64 - 1; the same on all replicas. Without meaning for `"nearest"`.
-        workspace_bytes: what a step may allocate at once beyond its state, freed before it returns; at least 32 MiB.
-            Only a single matrix that needs more exceeds it.
+        workspace_bytes: the bytes that a step may allocate at once beyond its state, freed before it returns; at least
+            32 MiB. Only a single matrix that needs more exceeds it.
         state_device: None: the state lies with its parameter. `"cpu"`: in host memory, pinned where parameters are on
             CUDA, and each step brings it, batch by batch: 3 bytes over the bus for an element of a Muon parameter, 16
             of an AdamW one. Bitwise the same training, and checkpoint. Beside `workspace_bytes` two batches of it are
-            on the device during a step: see `step/offload.py`. Read it from `state_dict()`, which waits for the
-            copies, and before the next step. Not with sharded parameters or a `process_group`.
-        process_group: of ranks with equal parameters and gradients (DDP): they divide the orthogonalization among them.
-            None: plain parameters need no communication. Beside sharded parameters on a mesh of several dimensions
-            that is not the whole world, a group of just its ranks.
+            on the device during a step: see `step/offload.py`. Read it from `state_dict()`, which waits for the copies,
+            and before the next step. Not with sharded parameters or a `process_group`.
+        process_group: ranks with equal parameters and gradients (DDP), which divide the orthogonalization among them.
+            None: plain parameters need no communication. Beside sharded parameters on a mesh of several dimensions that
+            is not the whole world, a group of just its ranks.
         step_timeout: seconds that a rank waits inside a step for the others that share its matrices. One that is
-            killed, stops, or fails when it has begun to write then ends the step on all, with the cause. How long a
-            rank waits for others that have not come to `step()` yet says the process group's own timeout. Waited for on
-            the host by gloo; by NCCL's watchdog, which ends the process.
-        shard_state: keep of every momentum only some rows on each rank of `process_group`; AdamW's state stays whole.
+            killed, stops, or fails when it has begun to write then ends the step on all, with the cause. The process
+            group's own timeout says how long a rank waits for others that have not come to `step()` yet. gloo waits on
+            the host; with NCCL its watchdog ends the process.
+        shard_state: keep only some rows of every momentum on each rank of `process_group`; AdamW's state stays whole.
             Then `state_dict()` needs `consolidate_state_dict` or `sharded_state_dict` first.
         maximize: go up the gradient: the step is that of the negated gradient, to the bit. Also a key of every group.
         foreach, fused, capturable, differentiable: None or False. True, which in torch's optimizers asks for one of
@@ -120,18 +120,19 @@ class Muon8bit(ShardedOptimizer):
     by one rank; the state is sharded like the parameter. All ranks must call `step()` together, with the same groups
     and gradients for the same parameters.
 
-    State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its
-    shape with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that
-    matrix); or `momentum_buffer` (fp32) with bits=32 or fewer than 8 columns. Splits do not change it. Of an AdamW
-    parameter: `step`, `exp_avg`, `exp_avg_sq` (fp32); in 8 bits `step`, on the host, `exp_avg_dynamic8` and
-    `exp_avg_sq_dynamic8` (uint8) of its shape, `exp_avg_scales` and `exp_avg_sq_scales` (fp32) [..., cols / 256] where
-    that is whole, else [ceil(elements / 256)].
+    State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its shape
+    with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that matrix); or
+    `momentum_buffer` (fp32) with bits=32 or fewer than 8 columns. Splits do not change it. State of an AdamW parameter:
+    `step`, `exp_avg`, `exp_avg_sq` (fp32); in 8 bits `step`, on the host, `exp_avg_dynamic8` and `exp_avg_sq_dynamic8`
+    (uint8) of its shape, `exp_avg_scales` and `exp_avg_sq_scales` (fp32) [..., cols / 256] where that is whole, else
+    [ceil(elements / 256)].
 
     Raises:
-        ValueError: names the parameter or argument and what it may be.
-        ImportError: adamw_bits=8 without bitsandbytes.
-        NotImplementedError: names a parameter that is sharded as this optimizer cannot take; adamw_bits=8 where this
-            version of bitsandbytes has no kernel; `state_device` with a `process_group` or sharded parameters.
+        ValueError: for a parameter or argument that cannot be taken; the message names it and what it may be.
+        ImportError: for adamw_bits=8 without bitsandbytes.
+        NotImplementedError: for a parameter that is sharded as this optimizer cannot take, by name; for adamw_bits=8
+            where this version of bitsandbytes has no kernel; for `state_device` with a `process_group` or sharded
+            parameters.
     """
 
     _step_supports_amp_scaling = True  # torch's GradScaler then gives `grad_scale` and `found_inf` to `step`
@@ -213,7 +214,14 @@ class Muon8bit(ShardedOptimizer):
         super().__init__(params, defaults, process_group=process_group, shard_state=shard_state, offload=offload)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, checked whole before anything changes. See the class for its keys."""
+        """Add a group, checked whole before anything changes; the class describes its keys.
+
+        Args:
+            param_group: a dict with `params` and the group's options.
+
+        Raises:
+            ValueError, ImportError, NotImplementedError: as the class raises them; no group is added.
+        """
         index = len(self.param_groups)
         own = ("backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes", "state_device")
         group = complete_group(param_group, index, {**self.defaults, **{key: getattr(self, key) for key in own}})
@@ -237,18 +245,25 @@ class Muon8bit(ShardedOptimizer):
     @torch.inference_mode(mode=False)  # in which state would be made that no later step can change
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` (called with gradients enabled) returned, else None. In a compiled training
-        step it runs eagerly. Of parameters without values, on the meta device or under a FakeTensorMode, it makes the
-        state, without values too, and counts.
+        """Step all groups once.
+
+        In a compiled training step it runs eagerly. For parameters without values, on the meta device or under a
+        FakeTensorMode, it makes the state, without values too, and counts.
+
+        Args:
+            closure: called with gradients enabled, before the step.
+
+        Returns:
+            The result of `closure`, else None.
 
         Raises:
             NonFiniteGradientError: by this step, before anything was written, or on CUDA by the one before.
-            ValueError: names a group and what was written into it, or a parameter whose gradient cannot be taken;
-                nothing has changed.
+            ValueError: for a value that was written into a group, or a gradient that cannot be taken; the message names
+                the group or the parameter, and nothing has changed.
             RuntimeError: while a CUDA graph is captured; after a step that failed when it had begun to write.
-            Exception: whatever fails, as torch.OutOfMemoryError. Up to the first Newton-Schulz nothing has changed, and
-                the step can be tried again. Later parameters and state belong to different steps: `step()` and
-                `state_dict()` then refuse, until a state is loaded.
+            Exception: for any other failure, as torch.OutOfMemoryError. Up to the first Newton-Schulz nothing has
+                changed, and the step can be tried again. Later parameters and state belong to different steps: `step()`
+                and `state_dict()` then refuse, until a state is loaded.
         """
         if torch.cuda.is_available():
             phases.check_not_captured()
@@ -287,7 +302,8 @@ class Muon8bit(ShardedOptimizer):
         """Check what groups say now, and return it.
 
         Raises:
-            ValueError: names the group, and what a hand or a scheduler has written into it since it was made.
+            ValueError: for a value that a hand or a scheduler has written into a group since it was made; the message
+                names the group.
         """
         running = Options(
             self.ns_dtype, self.backend, self.workspace_bytes, grad_scale=getattr(self, "grad_scale", None)
@@ -307,11 +323,14 @@ class Muon8bit(ShardedOptimizer):
         """Read, decide whether the gradients are finite, and write unless they are known not to be.
 
         Args:
-            number: of the call of `step()`.
-            num_before: how many parameters of the optimizer are in front of these groups.
+            groups: the parameter groups.
+            rank_group: the ranks that share matrices, or None.
+            commit: called before the first write.
+            number: the number of the call of `step()`.
+            num_before: the number of parameters of the optimizer in front of these groups.
 
         Returns:
-            What was found in the gradients, and whether the step was written.
+            The check of the gradients, and whether the step was written.
         """
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         running = Options(self.ns_dtype, self.backend, self.workspace_bytes)
@@ -335,7 +354,7 @@ class Muon8bit(ShardedOptimizer):
         return check, True
 
     def _wait_for_ranks(self, rank_group: RankGroup) -> None:
-        """Meet the other ranks. If a step failed on one of them when it had begun to write, all refuse to go on."""
+        """Wait for the other ranks; if a step failed on one of them when it had begun to write, all refuse to go on."""
         failure: Exception | None = None
         try:
             self._check_not_failed()
@@ -350,8 +369,10 @@ class Muon8bit(ShardedOptimizer):
 
     @contextmanager
     def _committing(self, rank_group: RankGroup | None = None, *, has_begun: bool = False) -> Iterator[Commit]:
-        """Mark the optimizer where a step fails after its `Commit`, or, with `has_begun`, at all; and see that the
-        other ranks learn of it."""
+        """Mark the optimizer if its step fails after `Commit`, and tell the other ranks of the failure.
+
+        With `has_begun` it is marked for any failure.
+        """
         commit = Commit(rank_group.confirm if rank_group is not None else None)
         try:
             yield commit
@@ -372,13 +393,13 @@ class Muon8bit(ShardedOptimizer):
             )
 
     def _raise_or_count(self, names: list[str], step: int, is_scaled: bool) -> None:
-        """Raise, or count, a step with gradients that are not finite."""
+        """Raise an error for a step with gradients that are not finite, or count it."""
         if self.on_nonfinite != "skip" and not is_scaled:
             raise NonFiniteGradientError(names, step)
         self._num_skipped_steps += 1
 
     def _read_pending_check(self) -> None:
-        """Wait for what the last step, if it did not, found in its gradients; `_resolve_pending_check` tells it."""
+        """Wait for the last step's check if that step did not; `_resolve_pending_check` raises or counts it."""
         check, self._pending = self._pending, None
         names = [] if check is None else check.nonfinite_names()
         if check is not None and names:
@@ -388,7 +409,7 @@ class Muon8bit(ShardedOptimizer):
             self._unreported = names, check.step, check.is_scaled
 
     def _resolve_pending_check(self) -> None:
-        """Learn what the last step found in its gradients, and raise or count."""
+        """Wait for the last step's check, and raise or count it."""
         self._read_pending_check()
         untold, self._unreported = self._unreported, None
         if untold is not None:
@@ -396,17 +417,18 @@ class Muon8bit(ShardedOptimizer):
 
     @property
     def num_skipped_steps(self) -> int:
-        """Steps that `on_nonfinite="skip"` or a GradScaler left out so far; on CUDA waits for the last one."""
+        """Return how many steps `on_nonfinite="skip"` or a GradScaler left out; on CUDA wait for the last one."""
         self._read_pending_check()
         if self._unreported is not None and (self.on_nonfinite == "skip" or self._unreported[2]):
             self._resolve_pending_check()
         return self._num_skipped_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; with `shard_state` see `ShardedOptimizer.state_dict`.
+        """Return the state dict, as torch does; with `shard_state` see `ShardedOptimizer.state_dict`.
 
-        What the last step found in its gradients is told by the next `step()`, not here. It is waited for only where
-        numbers on the host depend on it: the counters of stochastic rounding and of AdamW in 8 bits.
+        A gradient of the last step that is not finite is told by the next `step()`, not here. The last step's check is
+        waited for only where numbers on the host depend on it: the counters of stochastic rounding and of AdamW in 8
+        bits.
 
         Raises:
             RuntimeError: after a step that failed when it had begun to write.
@@ -426,32 +448,38 @@ class Muon8bit(ShardedOptimizer):
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of loading, copying and pickling, which all leave tensors in pageable memory."""
+        """Take a state from loading, copying or pickling, which all leave tensors in pageable memory."""
         super().__setstate__(state)
         for param, tensors in self.state.items():
             for key in STATE_KEYS & tensors.keys():
                 tensors[key] = self._offload.at_home(tensors[key], param.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load, keeping every dtype. Checked whole first: after an error the optimizer is as before.
+        """Load a state dict, keeping every dtype; it is checked whole first, so that an error changes nothing.
 
-        `backend`, `on_nonfinite`, `param_rounding` and what says how a group is stored and cut (`bits`, `codebook`,
+        `backend`, `on_nonfinite`, `param_rounding` and the options of a group's storage and cut (`bits`, `codebook`,
         `block_size`, `flatten`, `split_sizes`, `split_dim`, `adamw_bits`; other saved values are refused) stay the
-        constructor's, all other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too;
-        without them there, rounding starts at step 0 of the running seed. Of sharded state each rank takes its part,
+        constructor's. All other hyper-parameters come from `state_dict`, seed and step of stochastic rounding too;
+        without them there, rounding starts at step 0 of the running seed. Each rank takes its part of sharded state,
         out of whole tensors or of DTensors that lie alike, without communication. torch's own method casts the state to
-        the parameter's dtype. What the last step found in its gradients and has not told is dropped.
+        the parameter's dtype. A check of the last step that has not been told yet is dropped.
+
+        Args:
+            state_dict: from `state_dict()`, of this or another run.
 
         Raises:
-            ValueError: names the group, parameter or key that does not fit.
+            ValueError: for a state that does not fit; the message names the group, parameter or key.
         """
         self.prepare_load(state_dict)()
 
     def prepare_load(self, state_dict: dict[str, Any]) -> Callable[[], None]:
-        """`load_state_dict` in two halves, for ranks that must all load or none: checks, and returns what then loads.
+        """Check a state dict, and return a function that then loads it, for ranks that must all load or none.
+
+        Args:
+            state_dict: as for `load_state_dict`.
 
         Raises:
-            ValueError: names the group, parameter or key that does not fit.
+            ValueError: for a state that does not fit; the message names the group, parameter or key.
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"a state dict is needed, as state_dict() gives it, not a {type(state_dict).__name__}")
@@ -473,6 +501,9 @@ class Muon8bit(ShardedOptimizer):
         return load
 
     def empty_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """Parameter -> what `state` holds of it after a step, with values that mean nothing: for distributed
-        checkpointing to load into. This rank's memory alone, on the state's devices; `state` itself does not change."""
+        """Return parameter -> its entry of `state` after a step, with values that mean nothing.
+
+        Distributed checkpointing loads into it. It takes this rank's memory alone, on the state's devices; `state`
+        itself does not change.
+        """
         return empty(self.param_groups, self._find_rank_group(), self._offload)
