@@ -82,7 +82,7 @@ def measured_bytes(recipe: SftRecipe, config: Any) -> int:
     return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 
-def rows(names: list[str]) -> Iterator[dict[str, Any]]:
+def rows(names: list[str], budgets: tuple[float, ...] = BUDGETS) -> Iterator[dict[str, Any]]:
     """Yield one for each command of each budget of each model."""
     for name in names:
         config = AutoConfig.for_model(**MODELS[name], **_IDS)
@@ -92,7 +92,7 @@ def rows(names: list[str]) -> Iterator[dict[str, Any]]:
             causal.from_config(config).save_pretrained(folder)
             asked = estimated(folder)["optimizers"]["muon8bit"]["peak_bytes"]
             done: dict[str, int] = {}
-            for share in BUDGETS:
+            for share in budgets:
                 budget = int(share * asked)
                 for offer in estimated(folder, "--budget", f"{budget}B")["offers"]:
                     if offer["setup"]["num_gpus"] > 1:

@@ -23,6 +23,7 @@ from finetune.parallel.sharding import build_once
 from finetune.storage.resuming import check_same_run
 from finetune.storage.run_dir import RunFolder
 from finetune.training.loss import check_head
+from finetune.training.peak import estimated_peak
 from finetune.training.run import Run, make_accelerator, prepare_training, versions
 from finetune.training.train_step import Blocks
 
@@ -98,8 +99,8 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
         run.bigram, weight = bigram_loss(cache.train, cache.validation, len(tokenizer))
         facts.update(bigram_val_loss=run.bigram, bigram_weight=weight)
         _introduce(run, num_parameters)
-        for note in notes:
-            run.say(note)
+        for line in (estimated_peak(run), *notes):
+            run.say(line)
 
     on_main(accelerator, begin)
     if recipe.tracker:

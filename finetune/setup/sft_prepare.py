@@ -35,6 +35,7 @@ from finetune.setup.sft_data import SftData, fit_to_model, prepare_data, rows_of
 from finetune.storage.resuming import check_same_run
 from finetune.storage.run_dir import RunFolder
 from finetune.training.loss import check_head
+from finetune.training.peak import estimated_peak
 from finetune.training.run import make_accelerator, prepare_training, versions
 from finetune.training.sft_run import SftRun, samples_of
 from finetune.training.train_step import evaluate
@@ -173,6 +174,8 @@ def _introduce(run: SftRun, data: SftData, notes: Sequence[str]) -> None:
         f"  validation: {data.validation}; {len(run.validation):,} rows\n"
         f"model {run.base}: {trained:,} parameters are trained{adapter}, optimizer {recipe.optimizer}"
     )
+    if accelerator.is_main_process:
+        run.say(estimated_peak(run))
     for note in (*data.notes, *notes):
         run.say(note)
 

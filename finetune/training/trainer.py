@@ -19,6 +19,7 @@ from finetune.parallel.ranks import leave, on_main
 from finetune.parallel.stopping import StopSignal
 from finetune.storage.checkpoints import named_checkpoints
 from finetune.storage.saving import restore, resume_command, save
+from finetune.training.peak import memory_afterwards
 from finetune.training.progress import ProgressLog, write_run_record
 from finetune.training.run import Run
 from finetune.training.stepping import Step, one_step, read_step, reads_later
@@ -92,6 +93,8 @@ def _finish(run: R, finish: Callable[[R], None]) -> None:
     """What a complete run leaves is written by the main process alone; the others need not hear of a full disk."""
     try:
         finish(run)
+        for line in memory_afterwards(run) if run.accelerator.is_main_process else ():
+            run.say(line)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write the results: {' '.join(str(error).split())[:200]}") from error
 

@@ -9,6 +9,7 @@ import torch
 from helpers.memory_models import TINY, config_of
 from transformers import AutoModelForCausalLM
 
+from benchmarks.training import advice_peaks
 from benchmarks.training.memory_peaks import MEASURED, compare
 from muon8bit.estimate import Estimator, Setup
 from muon8bit.estimate.losses import loss_of
@@ -54,6 +55,17 @@ def test_peak_with_accumulated_gradients_is_near_the_measured_one(estimator: Est
     assert abs(row["error"]) <= 0.02, row
     once = estimator.estimate(replace(setup, accumulation=1))
     assert row["measured_bytes"] > 1.05 * once.peak_bytes("muon8bit")
+
+
+@pytest.mark.parametrize(("model", "share"), [("llama", 0.35), ("gemma2", 0.6)])
+def test_commands_that_are_offered_take_what_is_said(monkeypatch: pytest.MonkeyPatch, model: str, share: float) -> None:
+    """Two cells of the record; with 4 layers and all cells 1.2% at most."""
+    monkeypatch.setitem(advice_peaks.MODELS, model, {**advice_peaks.MODELS[model], "num_hidden_layers": 1})
+    found = list(advice_peaks.rows([model], (share,)))
+    assert {row["command"].partition("--mode ")[2].split(" ")[0] for row in found} >= {"full", "qlora"}
+    for row in found:
+        assert abs(row["error"]) <= advice_peaks.TOLERANCE, row
+        assert row["estimated_bytes"] <= row["budget_bytes"]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TINY if kind != "llama"])

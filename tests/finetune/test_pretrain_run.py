@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from finetune.parallel.stopping import StopSignal
 from finetune.storage import plots
 from finetune.storage.checkpoints import complete, file_names, seal_files
 from finetune.training import stepping, trainer
+from muon8bit.cli import main as muon8bit
+from muon8bit.estimate import gib
 
 ROOT = Path(__file__).resolve().parents[2]
 # Take the standard input, a terminal, for one's own, and become the command that follows.
@@ -509,3 +512,20 @@ def test_two_ranks_train_one_model_on_the_data_of_one(recipe_file, pretrain, tmp
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
     assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-3)
     assert json.loads((tmp_path / "one" / "result.json").read_text())["parameter_hashes"] != result["parameter_hashes"]
+
+
+def test_a_run_tells_its_peak_as_estimate_does_and_what_it_saves(pretrain, recipe_file, capfd):
+    outcome = pretrain("--max-steps", "1", "--warmup-steps", "0", "--batch-size", "4")
+    assert outcome.code == 0, outcome.err
+    said = re.search(r"^estimated peak: (.*) of tensors, with full rows of (\d+) tokens$", outcome.out, re.MULTILINE)
+    options = ("--recipe", str(recipe_file), "--batch-size", "4", "--device", "cpu", "--json")
+    assert muon8bit(["estimate", *options]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert said[1] == gib(found["optimizers"][found["optimizer"]]["peak_bytes"])
+    assert int(said[2]) == found["setup"]["seq"]
+    state, adamw, saved = re.search(
+        r"^bytes saved: the state of muon8bit takes (.*) MiB, AdamW's would take (.*) MiB, (.*) MiB more$",
+        outcome.out,
+        re.MULTILINE,
+    ).groups()
+    assert float(adamw) - float(state) == pytest.approx(float(saved), abs=0.011)
