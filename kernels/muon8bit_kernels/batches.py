@@ -51,6 +51,8 @@ class StackedRows:
     def read(self, rows: slice, cols: slice, out: Tensor, *, factor: float | None = None) -> Tensor:
         """Copy to `out` [rows, cols] of any dtype, multiplied there by `factor`, and return it."""
         views = self._views(rows, cols)
+        # First turned where it lies column by column in another dtype: torch does both at once up to 4 times as slowly.
+        views = [v.contiguous() if v.dtype != out.dtype and v.stride(1) != 1 else v for v in views]
         if len(views) > 1:
             torch.cat(views, out=out)
         elif factor is not None and views[0].dtype == out.dtype:
