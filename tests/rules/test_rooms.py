@@ -26,7 +26,7 @@ ALLOWED = {
         "step",
     },
     "examples": {"integrations", "muon8bit"},
-    "finetune": {"cli", "muon8bit"},
+    "finetune": {"cli", "estimate", "muon8bit"},
     "integrations": {"muon8bit"},
     "cli": {"base", "convert", "estimate", "muon8bit"},
     "muon8bit": {"base", "convert", "distributed", "orthogonalize", "report", "routing", "step"},
