@@ -13,6 +13,7 @@ from helpers.finetune_chat import make_base
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.training import recipe_peaks
+from benchmarks.training.memory_peaks import kernels_as_operations
 from finetune.config.sft_recipe import SFT_RECIPES, resolve
 from finetune.sft import parse
 from muon8bit.cli import main as muon8bit
@@ -103,7 +104,7 @@ def test_steps_of_a_recipe_take_the_estimates_memory(name):
     tracker = MemTracker()
     optimizers = [optimizer.optimizer for optimizer in training.optimizers]
     tracker.track_external(training.model, *optimizers, *training.batches[0].values())
-    with tracker:
+    with kernels_as_operations(), tracker:
         training.step()
     measured = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     assert measured == pytest.approx(estimate.peak_bytes(recipe_peaks.column_of(recipe)), rel=0.02)
