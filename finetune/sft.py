@@ -45,8 +45,12 @@ def _parser() -> Parser:
     more = {"--recipe": "the options override it (default: none)"}
     parser = Parser("sft", (__doc__ or "").rpartition("\n\n")[0], SftRecipe, recipes, more)
     look = parser.add_argument_group("look at the data", "Instead of a run; no weights are loaded, nothing is written.")
-    look.add_argument("--preview", metavar="N", type=int, help="print N conversations, what is learned of them marked")
-    look.add_argument("--check-data", action="store_true", help="list all bad rows by reason; exit code 2 if any")
+    look.add_argument(
+        "--preview", metavar="N", type=int, help="print N conversations, what is learned of them marked (default: off)"
+    )
+    look.add_argument(
+        "--check-data", action="store_true", help="list all bad rows by reason; exit code 2 if any (default: off)"
+    )
     return parser
 
 

@@ -11,7 +11,7 @@ import pytest
 import muon8bit
 from muon8bit.cli import build_parser, main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def outcome(capsys, *argv):
