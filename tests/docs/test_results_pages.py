@@ -126,7 +126,7 @@ def test_step_times_on_a_cpu():
 
 
 def test_step_times_of_llamas_on_a_cpu():
-    sizes = record("cpu_llama_step_c164edb.json")["sizes"]
+    sizes = record("cpu_llama_step_348c66a.json")["sizes"]
     shown = table(page("speed"), "Llama, width x layers")
     assert {name.replace(" ", "") for name in shown} == set(sizes)
     for name, cells in shown.items():
@@ -134,12 +134,11 @@ def test_step_times_of_llamas_on_a_cpu():
 
 
 def test_comparisons_with_another_commit():
-    found = record("against_09d4133.json")
+    found = record("against_cc65b8b.json")
     text = (ROOT / "docs" / "stability.md").read_text().replace("\n", " ")
-    assert found["different"] == 0
-    assert found["differences"] == []
+    assert {case["case"] for case in found["differences"]} == {"muon8bit estimate"}
     assert f"commits {found['old']} and {found['new']}" in text
-    assert f"none of {found['comparisons']} comparisons differs" in text
+    assert f"{found['different']} of {found['comparisons']} comparisons differs" in text
 
 
 def test_cost_of_gradient_release():
