@@ -23,7 +23,7 @@ from muon8bit.orthogonalize import (
     orthogonalize,
     resolve_coefficients,
 )
-from muon8bit.orthogonalize.rates import rates_of
+from muon8bit.orthogonalize.method import rates_of
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {**HALF, "fp32": torch.float32}

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from .coefficients import NAMES, Coefficients, resolve_coefficients
 from .cost import flops
-from .method import NSMethod, Partition, batch_size, choose_method, force_method, partition, workspace_bytes
+from .method import NSMethod, Partition, batch_size, choose_method, force_method, partition, rates_of, workspace_bytes
 from .newton_schulz import orthogonalize
-from .rates import RATES, Rates, device_kind, rates_of
+from .rates import RATES, Rates, device_kind
 from .sharded import apply_factor, gram_factor, partial_gram
 from .stability import diverges, segments
 

@@ -19,7 +19,7 @@ from muon8bit_kernels import TINY_MAX
 from .coefficients import Coefficients
 from .cost import Form, operations
 from .products import NUM_PANELS, ProductKind
-from .rates import Rates, at_size, rates_of
+from .rates import RATES, Rates, at_size
 from .stability import fits_fp16, segments
 
 # What one program of the tiny kernel takes, its small side at most TINY_MAX: no more elements (64 x 16384), since it
@@ -70,6 +70,11 @@ def force_method(**attributes: Any) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+def rates_of(kind: str) -> Rates:
+    """Return the rates of a device kind, else of its device type, else of "other"."""
+    return RATES.get(kind) or RATES.get(kind.split("_")[0]) or RATES["other"]
 
 
 def choose_method(

@@ -67,11 +67,6 @@ def at_size(values: BySize, rows: int) -> float | None:
     return found
 
 
-def rates_of(kind: str) -> Rates:
-    """Return the rates of a device kind, else of its device type, else of "other"."""
-    return RATES.get(kind) or RATES.get(kind.split("_")[0]) or RATES["other"]
-
-
 @cache
 def device_kind(device: torch.device) -> str:
     """Return a key for `RATES`, as `"cpu"`, `"cpu_avx512_bf16"`, `"cpu_amx"`, `"cuda_sm90"` or `"rocm"`.
