@@ -337,7 +337,7 @@ class Muon8bit(ShardedOptimizer):
 
         def read() -> tuple[list[phases.GroupStep], Gathering | None]:
             work = phases.read(groups, self._options(groups), self.state, rank_group, self._offload, num_before)
-            return work, phases.gathering(work, rank_group, running, found_inf) if rank_group else None
+            return work, phases.gathering(work, rank_group, found_inf) if rank_group else None
 
         if rank_group is None:
             work, gathering = read()

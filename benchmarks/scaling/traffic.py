@@ -30,7 +30,6 @@ from benchmarks.gpu.workloads import Llama
 from benchmarks.scaling.transfers import bytes_received, bytes_sent, counted_bytes, gathered_bytes, num_gathered
 from muon8bit import Muon8bit
 from muon8bit.distributed import Gathering, ShardedBatch, exchange
-from muon8bit.step.group_options import Options
 
 # Of the published config.json of meta-llama/Llama-3.2-1B; one of its layers.
 LAYER = Llama(hidden=2048, intermediate=8192, layers=1, kv=8 * 64)
@@ -61,9 +60,9 @@ def run(rank: int, num_ranks: int, mode: str, divisor: int, folder: str) -> None
     assert rank_group is not None
     gather = rank_group.gathering
 
-    def remembering(given: Sequence[ShardedBatch], flags: torch.Tensor, options: Options) -> Gathering:
+    def remembering(given: Sequence[ShardedBatch], flags: torch.Tensor) -> Gathering:
         batches.extend(given)
-        return gather(given, flags, options)
+        return gather(given, flags)
 
     rank_group.gathering = remembering  # type: ignore[method-assign]
     with counted_bytes() as counted:

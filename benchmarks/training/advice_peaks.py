@@ -26,7 +26,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.training.memory_peaks import kernels_as_operations
+from benchmarks.training.memory_peaks import tracked_bytes
 from benchmarks.training.recipe_peaks import RecipeTraining
 from finetune import sft
 from finetune.config.sft_recipe import SftRecipe, resolve
@@ -77,10 +77,7 @@ def measured_bytes(recipe: SftRecipe, config: Any) -> int:
     for param in training.model.parameters():
         if not param.requires_grad:  # the tracker would hook its gradient, which torch refuses
             tracker._param_to_grad_hook_handles[param] = (nothing, nothing)
-    tracker.track_external(training.model, *optimizers, *training.batches[0].values())
-    with kernels_as_operations(), tracker:
-        training.step()
-    return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+    return tracked_bytes(tracker, training.step, training.model, *optimizers, *training.batches[0].values())
 
 
 def rows(names: list[str], budgets: tuple[float, ...] = BUDGETS) -> Iterator[dict[str, Any]]:

@@ -114,14 +114,19 @@ def peak_bytes(config: Any, name: str, setup: Setup) -> int:
 
     tracker = MemTracker()
     step()
-    tracker.track_external(model, *all_of_them, tokens)
-    with kernels_as_operations(), tracker:
+    return tracked_bytes(tracker, step, model, *all_of_them, tokens)
+
+
+def tracked_bytes(tracker: MemTracker, step: Callable[[], None], *external: Any) -> int:
+    """Return the most bytes of tensors on the CPU that are alive at once in a step, `external` being there before."""
+    tracker.track_external(*external)
+    with _kernels_as_operations(), tracker:
         step()
     return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 
 @contextmanager
-def kernels_as_operations() -> Iterator[None]:
+def _kernels_as_operations() -> Iterator[None]:
     """Let a tracker see each kernel as one operation, as on a GPU, where kernels have no temporaries in memory."""
     originals = {name: getattr(reference, name) for name in reference.__all__}
 

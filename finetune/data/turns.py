@@ -111,8 +111,11 @@ def read_text(value: Any, what: str) -> str:
 
 def parsed_list(text: str) -> Any:
     """Return the list that a text is in JSON, or the text itself."""
-    if text.lstrip()[:1] != "[":
-        return text
+    return _parsed(text) if text.lstrip()[:1] == "[" else text
+
+
+def _parsed(text: str) -> Any:
+    """Return what a text is in JSON, or the text itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -131,17 +134,10 @@ def _tool_calls(value: Any, role: Role, place: str) -> list[Mapping[str, Any]]:
             problem = f"{place} has `tool_calls` that are no calls {{function: {{name, arguments}}}} of an assistant"
             raise RowError("--dataset", f"{problem}; correct them", "`tool_calls` that are no calls")
         given = function.get("arguments")
-        parsed = {**function, "arguments": _parsed_object(given) if isinstance(given, str) else given or {}}
+        parsed = {**function, "arguments": _parsed(given) if isinstance(given, str) else given or {}}
         calls.append({**call, "function": parsed} if function is not call else parsed)
     check_characters(json.dumps(calls, ensure_ascii=False, default=str), f"`tool_calls` of {place}")
     return calls
-
-
-def _parsed_object(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _add_tool_keys(message: Message, turn: Mapping[str, Any], place: str) -> None:

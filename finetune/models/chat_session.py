@@ -19,7 +19,7 @@ from finetune.models.merging import find_adapter, load_adapted
 from finetune.models.pretrained import load_base_weights
 from finetune.models.tokens import load_tokenizer
 from finetune.models.weights import longest_of
-from finetune.training.generation import stop_ids
+from finetune.training.generation import generate_answer
 
 
 class ChatSession:
@@ -64,7 +64,12 @@ class ChatSession:
             ids = self._encode(turns)
         if len(ids) >= longest:
             raise InputError("--prompt", f"it has {len(ids):,} tokens, and the model takes {longest:,}; shorten it")
-        answer = self._generate(ids, min(self._max_tokens, longest - len(ids)))
+        param = next(self.model.parameters())
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        # fp32 adapters and norms among bf16 weights need automatic mixed precision, as in training.
+        with torch.autocast(param.device.type, torch.bfloat16, enabled=param.dtype == torch.bfloat16):
+            max_tokens = min(self._max_tokens, longest - len(ids))
+            answer = generate_answer(self.model, self.tokenizer, ids, max_tokens, self._temperature, streamer)
         self._turns = [*turns, {"role": "assistant", "content": answer}]
         return answer
 
@@ -74,28 +79,6 @@ class ChatSession:
             return self.encoding.prompt(turns)
         ids: list[int] = self.tokenizer(turns[-1]["content"])["input_ids"]
         return ids
-
-    @torch.no_grad()
-    def _generate(self, prompt: Sequence[int], max_tokens: int) -> str:
-        tokenizer, model = self.tokenizer, self.model
-        param = next(model.parameters())
-        ids = torch.tensor([list(prompt)], device=param.device)
-        if self._temperature:
-            how: dict[str, Any] = {"do_sample": True, "temperature": self._temperature}
-        else:
-            how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        # fp32 adapters and norms among bf16 weights need automatic mixed precision, as in training.
-        with torch.autocast(param.device.type, torch.bfloat16, enabled=param.dtype == torch.bfloat16):
-            grown = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_tokens,
-                eos_token_id=stop_ids(model, tokenizer),
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-                **how,
-            )
-        return str(tokenizer.decode(grown[0, len(prompt) :], skip_special_tokens=True)).strip()
 
 
 def open_session(path: Path, base: str | None, system: str | None) -> ChatSession:

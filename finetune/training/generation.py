@@ -29,22 +29,46 @@ def generate_answers(
     model.eval()
     answers = []
     for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=accelerator.device)
         with accelerator.autocast():
-            grown = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=stop_ids(model, tokenizer),
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            )
-        answers.append(tokenizer.decode(grown[0, len(prompt) :], skip_special_tokens=True).strip())
+            answers.append(generate_answer(model, tokenizer, prompt, max_new_tokens))
     model.train(was_training)
     return answers
+
+
+@torch.no_grad()
+def generate_answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    streamer: Any = None,
+) -> str:
+    """Return the text that a model answers, without special tokens.
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        prompt: token ids, generation prompt included.
+        max_new_tokens: at most.
+        temperature: of what is drawn; 0 takes the likeliest token.
+        streamer: of transformers, which prints tokens as they come, or None.
+    """
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    if temperature:
+        how: dict[str, Any] = {"do_sample": True, "temperature": temperature}
+    else:
+        how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    grown = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids(model, tokenizer),
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        streamer=streamer,
+        **how,
+    )
+    return str(tokenizer.decode(grown[0, len(prompt) :], skip_special_tokens=True)).strip()
 
 
 # Ends of turns in common templates; where a tokenizer has none of them, its end of text stands alone.

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from finetune.config.estimated import memory_options
 from finetune.config.options import Training
 from finetune.parallel.launch import is_sharded, plain_model
+from finetune.training.memory import peak_bytes
 from finetune.training.run import Run
 from muon8bit import Muon8bit, estimate, state_report
 
@@ -58,7 +59,7 @@ def memory_afterwards(run: Run) -> list[str]:
     """
     lines = []
     if run.accelerator.device.type == "cuda":
-        measured = torch.cuda.max_memory_allocated(run.accelerator.device)
+        measured = peak_bytes(run.accelerator.device)
         lines.append(f"measured peak: {estimate.gib(measured)} allocated on {run.accelerator.device}")
     optimizer: Any = getattr(run.optimizers[0], "optimizer", run.optimizers[0])
     if isinstance(optimizer, Muon8bit):

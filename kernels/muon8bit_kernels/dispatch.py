@@ -31,8 +31,8 @@ def kernels_for(device: torch.device, backend: str | None = None) -> Kernels:
         return reference
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(
-            f"backend={backend!r} on {device} needs triton, which is not installed: install muon8bit[triton], "
-            "or pass backend='reference' (slower)"
+            f"backend={backend!r} on {device} needs triton, which is not installed: install triton, or "
+            "pass backend='reference' (slower)"
         )
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(

@@ -174,7 +174,7 @@ class ExchangeRound:
         if region is not None and batch.is_cut(region):
             scales = None if batch.scales is None else torch.stack([batch.scales[number] for number in numbers])
             tensors = matrices.codes, matrices.scales or None, matrices.grads(), scales, norms, X
-            momentum_apply_cut(*tensors, first_col=region.cols[0], **batch.average, skip=self._options.skip)
+            momentum_apply_cut(*tensors, first_col=region.cols[0], **matrices.averaging, skip=self._options.skip)
         else:
             average_(matrices, norms, X)
         return X

@@ -13,7 +13,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..step.group_options import Options
 from .collectives import Transport
 from .matrix_sharding import Region
 from .sharded_batch import ShardedBatch, sums_of_squares
@@ -87,9 +86,7 @@ class GatheredSums:
 class Gathering:
     """The all-gather of one step, in halves: made, which reads and allocates all that it needs, and run."""
 
-    def __init__(
-        self, batches: Sequence[ShardedBatch], flags: Tensor, rank: int, num_ranks: int, options: Options
-    ) -> None:
+    def __init__(self, batches: Sequence[ShardedBatch], flags: Tensor, rank: int, num_ranks: int) -> None:
         """Read what this rank gives.
 
         Args:
@@ -97,14 +94,13 @@ class Gathering:
             flags: fp32 [n], 0 where what is local to this rank is finite, of n parameters on which the ranks agree.
             rank: this one in the group.
             num_ranks: of the group.
-            options: of the step.
         """
         self._batches, self._sums, self._num_flags = batches, [GatheredSums(batch) for batch in batches], len(flags)
         given = [flags]
         for batch, sums in zip(batches, self._sums, strict=True):
             region = batch.matrix.sharding.momentum_parts[rank]
             if region is not None:
-                given.append(sums.contribution(sums_of_squares(batch, region, options), rank))
+                given.append(sums.contribution(sums_of_squares(batch, region), rank))
         lengths = [sum(sizes) for sizes in zip(*(sums.sizes for sums in self._sums), strict=True)]
         length = len(flags) + max(lengths, default=0)
         self._sent = torch.cat([*given, flags.new_zeros(length - sum(map(len, given)))])

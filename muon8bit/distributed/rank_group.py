@@ -92,9 +92,9 @@ class RankGroup(SynchronizedRanks):
 
     sharded_batches = staticmethod(group_into_batches)
 
-    def gathering(self, batches: Sequence[ShardedBatch], flags: Tensor, options: Options) -> Gathering:
+    def gathering(self, batches: Sequence[ShardedBatch], flags: Tensor) -> Gathering:
         """Return what this rank gives to the all-gather of a step, without communication."""
-        self._gathering = Gathering(batches, flags, self.transport.rank, self.transport.num_ranks, options)
+        self._gathering = Gathering(batches, flags, self.transport.rank, self.transport.num_ranks)
         return self._gathering
 
     def first_round(self, batches: Sequence[ShardedBatch], options: Options) -> FirstRound | None:

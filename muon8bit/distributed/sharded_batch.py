@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from ..orthogonalize import choose_method, device_kind
 from ..step.clipping import Clip, with_factor
-from ..step.group_options import MuonOptions, Options
+from ..step.group_options import MuonOptions
 from ..step.matrix_batches import MatrixBatch, ParamMatrices
 from ..step.momentum import Momentum, MomentumFormat
-from ..step.muon import frobenius_norm, squares
+from ..step.muon import frobenius_norm, squares, stats_parts
 from .assignment import Matrix
 from .matrix_sharding import Region, Span
 from .param_sharding import MatrixSlot, ParamSharding, Spans, matrix_slots
@@ -66,12 +65,6 @@ class ShardedBatch:
     def blocks(self) -> int:
         """Return the number of blocks of the momentum in a whole row."""
         return -(-self.matrix.cols // self.format.block_size)
-
-    @property
-    def average(self) -> dict[str, Any]:
-        """Return how the momentum is averaged."""
-        form = {"codebook": self.format.codebook, "block_size": self.format.block_size}
-        return {"beta": self.options.momentum, "nesterov": self.options.nesterov, **form}
 
     def is_cut(self, region: Region) -> bool:
         """Return whether a part has but some of the columns."""
@@ -183,7 +176,7 @@ def _flat_index(index: Sequence[int], shape: Sequence[int]) -> int:
     return flat
 
 
-def sums_of_squares(batch: ShardedBatch, region: Region, options: Options) -> list[Tensor]:
+def sums_of_squares(batch: ShardedBatch, region: Region) -> list[Tensor]:
     """Return the `muon.squares` of what this rank holds of the matrices, fp32 [members, rows, blocks].
 
     Where its columns are not all, and quantized, the largest magnitudes of the blocks that they touch come second.
@@ -191,12 +184,10 @@ def sums_of_squares(batch: ShardedBatch, region: Region, options: Options) -> li
     sums, maxima = list[Tensor](), list[Tensor]()
     members = [member.stack for member in batch.members if member.stack is not None]
     for _, run in groupby(members, key=lambda stack: stack.layout):  # where strides differ a kernel cannot take both
-        stacks = list(run)
-        size = max(1, options.workspace_bytes // (4 * prod(stacks[0].grad.shape[1:])))
-        for part in MatrixBatch(stacks, batch.options).split(size):
+        for part in stats_parts(MatrixBatch(list(run), batch.options)):
             if batch.is_cut(region):
                 tensors = part.codes, part.scales or None, part.grads()
-                numbers = momentum_stats_cut(*tensors, first_col=region.cols[0], **batch.average)
+                numbers = momentum_stats_cut(*tensors, first_col=region.cols[0], **part.averaging)
                 sums.append(numbers[0])
                 maxima.append(numbers[1])
             else:

@@ -147,11 +147,10 @@ def _apply_by_columns(batch: MatrixBatch, averaged: MatrixBatch, commit: Commit)
     for columns, method, size in pieces:
         sumsq = torch.linalg.vector_norm(U[..., columns], dim=(-2, -1)).square()
         norms = frobenius_norm(sumsq, eps=options.eps, factor=coefficients.norm_factor).view(-1, 1, 1)
-        start = 0
-        for part in batch.split(size):
-            which = slice(start, start + part.num_matrices)
-            start = which.stop
-            X = U[which, :, columns].div_(norms[which]).to(method.dtype).contiguous()
+        parts = batch.split(size)
+        sizes = [part.num_matrices for part in parts]
+        for part, cut, norm in zip(parts, U[..., columns].split(sizes), norms.split(sizes), strict=True):
+            X = cut.div_(norm).to(method.dtype).contiguous()
             X = orthogonalize(X, coefficients, method, options.backend)
             commit()
             batch.take(averaged)
@@ -182,11 +181,9 @@ def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
     """
     # Gradients with factors are copied, a part of the batch at a time.
     parts = batch.split(max(1, batch.num_matrices // 16)) if batch.has_factors else [batch]
-    kernels, start = kernels_for(batch.device, batch.options.backend), 0
-    for part in parts:
-        which = slice(start, start + part.num_matrices)
-        start = which.stop
-        tensors = part.codes, part.scales or None, part.grads(), norms[which], out[which]
+    kernels, sizes = kernels_for(batch.device, batch.options.backend), [part.num_matrices for part in parts]
+    for part, part_norms, part_out in zip(parts, norms.split(sizes), out.split(sizes), strict=True):
+        tensors = part.codes, part.scales or None, part.grads(), part_norms, part_out
         kernels.momentum_apply(*tensors, skip=batch.options.skip, **part.averaging)
 
 

@@ -299,7 +299,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         require("betas", valid, "two numbers in [0, 1)")
         bits = options["adamw_bits"]
         require("adamw_bits", is_choice(bits, BITS), f"one of {BITS}")
-        cycled = options.get("momentum")  # by OneCycleLR and CyclicLR: see `adamw.betas_of`
+        cycled = options.get("momentum")  # by OneCycleLR and CyclicLR: it stands in for betas[0]
         require("momentum", cycled is None or is_number(cycled, high=1), "None or in [0, 1), in place of betas[0]")
         return
     require("momentum", is_number(options["momentum"], high=1), "in [0, 1)")

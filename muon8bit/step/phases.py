@@ -95,16 +95,14 @@ def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([pair.float().square().sum() for pair in ends])
 
 
-def gathering(
-    work: Sequence[GroupStep], rank_group: RankGroup, running: Options, found_inf: Tensor | None
-) -> Gathering:
+def gathering(work: Sequence[GroupStep], rank_group: RankGroup, found_inf: Tensor | None) -> Gathering:
     """Return this rank's part of the step's all-gather, computed and allocated, without communication."""
     device = rank_group.device
     values = [] if found_inf is None else [torch.where(found_inf.reshape(()) != 0, torch.nan, 0.0).to(device)]
     values += [value for step in work for value in step.flags()]
     sharded = [batch for step in work for batch in step.sharded]
     none = torch.zeros(0, dtype=torch.float32, device=device)
-    return rank_group.gathering(sharded, torch.stack(values) if values else none, running)
+    return rank_group.gathering(sharded, torch.stack(values) if values else none)
 
 
 def finite_flags(

@@ -8,12 +8,11 @@ import shlex
 from dataclasses import replace
 
 import pytest
-import torch
 from helpers.finetune_chat import make_base
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.training import recipe_peaks
-from benchmarks.training.memory_peaks import kernels_as_operations
+from benchmarks.training.memory_peaks import tracked_bytes
 from finetune.config.sft_recipe import SFT_RECIPES, resolve
 from finetune.sft import parse
 from muon8bit.cli import main as muon8bit
@@ -101,12 +100,12 @@ def test_steps_of_a_recipe_take_the_estimates_memory(name):
     estimate = Estimator(config).estimate(replace(recipe_peaks.setup_of(recipe), device="cpu"))
     training = recipe_peaks.RecipeTraining(recipe, config)
     training.step()
-    tracker = MemTracker()
-    optimizers = [optimizer.optimizer for optimizer in training.optimizers]
-    tracker.track_external(training.model, *optimizers, *training.batches[0].values())
-    with kernels_as_operations(), tracker:
-        training.step()
-    measured = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    external = (
+        training.model,
+        *(optimizer.optimizer for optimizer in training.optimizers),
+        *training.batches[0].values(),
+    )
+    measured = tracked_bytes(MemTracker(), training.step, *external)
     assert measured == pytest.approx(estimate.peak_bytes(recipe_peaks.column_of(recipe)), rel=0.02)
 
 

@@ -1,11 +1,10 @@
 """Stochastic rounding in the optimizer: bits of record, mean path, resume, and what it leaves alone."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
 from helpers import oracle
+from helpers.state_dicts import through_file
 from torch.nn import Parameter
 
 from muon8bit import Muon8bit, NonFiniteGradientError
@@ -41,13 +40,6 @@ def assert_bitwise(left, right):
 
 def same(left, right):
     return all(torch.equal(left[name], right[name]) for name in left)
-
-
-def through_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def resumed_from(params, saved, **options):
