@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 
@@ -37,6 +38,7 @@ def batches() -> DataLoader[Any]:
 
 
 def by_accelerate(_: Path) -> list[float]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the precision of another test's
     return accelerate_loop.train(llama(), batches(), cpu=True)
 
 
