@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from .optimizer import Muon8bit
 from .step import phases
 from .step.nonfinite import GradientCheck, PerParamGradientCheck
+from .step.options import MEMBERS
 
 # Known by their names: importing them takes seconds, and not every build of torch has them.
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
@@ -90,7 +91,7 @@ class GradientRelease:
                 "release_gradients"
             )
         group = optimizer.param_groups[place.group_index]
-        alone = [{**group, "params": [param], "param_names": [place.name]}]
+        alone = [{**group, "params": [param], "param_names": [place.name], MEMBERS: group["params"]}]
         if phases.is_dry(alone):
             phases.dry_run(
                 alone, optimizer._options(alone), optimizer.state, None, optimizer._offload, place.param_index

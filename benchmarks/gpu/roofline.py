@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.gpu.rates import COPY, GEMM, momentum_bytes
 from benchmarks.gpu.workloads import Workload
-from muon8bit.config import DEFAULT_BLOCK_SIZE, DEFAULT_NS_STEPS
+from muon8bit.config import DEFAULT_BLOCK_SIZE, DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES
 from muon8bit.orthogonalize import NSMethod, choose_method, flops, resolve_coefficients
 
 _SCHEDULE = resolve_coefficients("jordan", DEFAULT_NS_STEPS)
@@ -65,7 +65,8 @@ def count(workload: Workload, kind: str) -> OperationCounts:
     for (rows, cols), number in workload.matrices().items():
         standard = flops("standard", rows, cols, _STEPS, triangle=True)
         least += number * min(standard, flops("gram", rows, cols, _STEPS, triangle=True, num_segments=_SEGMENTS))
-        planned += number * _planned(choose_method(rows, cols, _SCHEDULE, kind), rows, cols)
+        together = {"count": number, "budget_bytes": DEFAULT_WORKSPACE_BYTES}
+        planned += number * _planned(choose_method(rows, cols, _SCHEDULE, kind, **together), rows, cols)
         theirs += number * flops("standard", rows, cols, _STEPS)
         elements = number * rows * cols
         moved += sum(momentum_bytes(elements, cols, DEFAULT_BLOCK_SIZE, "linear").values())

@@ -110,7 +110,9 @@ def matrices_of(model: Llama, num_shards: int, replicas: int, kind: str) -> list
         size = -(-rows // num_shards)
         spans = [(min(i * size, rows), min((i + 1) * size, rows)) for i in range(num_shards)]
         held = tuple(Region(span, (0, cols)) if span[0] < span[1] else None for span in spans) * replicas
-        method = choose_method(rows, cols, schedule, kind, tiny=False)
+        count = model.linears().count((rows, cols)) * model.layers
+        together = {"count": count, "budget_bytes": DEFAULT_WORKSPACE_BYTES}
+        method = choose_method(rows, cols, schedule, kind, tiny=False, **together)
         found[rows, cols] = Matrix(rows, cols, MatrixSharding(held, held), method)
     return [found[shape] for shape in model.linears()] * model.layers
 

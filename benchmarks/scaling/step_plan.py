@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from muon8bit.config import DEFAULT_BLOCK_SIZE, MIN_QUANTIZED_COLUMNS
+from muon8bit.config import DEFAULT_BLOCK_SIZE, DEFAULT_WORKSPACE_BYTES, MIN_QUANTIZED_COLUMNS
 from muon8bit.orthogonalize import Coefficients, choose_method, flops, segments
 
 # How many matrices of each [rows, cols].
@@ -58,7 +58,7 @@ def plan(
     """Count one step of these matrices on a device kind (of `orthogonalize.device_kind`, present or not)."""
     ours = theirs = stats = apply = update = 0
     for (rows, cols), count in matrices.items():
-        path = choose_method(rows, cols, schedule, kind, ns_dtype)
+        path = choose_method(rows, cols, schedule, kind, ns_dtype, count=count, budget_bytes=DEFAULT_WORKSPACE_BYTES)
         num_steps, num_segments = len(schedule.steps), max(1, len(path.segments))
         triangle = path.products != "vendor"
         ours += count * flops(path.form, rows, cols, num_steps, triangle=triangle, num_segments=num_segments)

@@ -15,7 +15,8 @@ import torch
 from muon8bit_kernels import momentum_stats_cut
 from torch import Tensor
 
-from ..orthogonalize import choose_method, device_kind
+from ..config import SMALL_WORKSPACE_BYTES
+from ..orthogonalize import NSMethod, choose_method, device_kind
 from ..step.clipping import Clip, with_factor
 from ..step.group_options import MuonOptions
 from ..step.matrix_batches import MatrixBatch, ParamMatrices
@@ -106,12 +107,21 @@ def group_into_batches(params: Sequence[_LocalParam], options: MuonOptions) -> l
                 continue
             key = rows, slot.cols, id(slot.sharding), format
             if key not in batches:
-                method = choose_method(rows, slot.cols, options.coefficients, device, options.ns_dtype, tiny=False)
-                batches[key] = ShardedBatch(options, Matrix(rows, slot.cols, slot.sharding, method), format)
-            matrix, clip = _sharded_matrix(param, param.layout, param.momentum, slot, options)
-            batches[key].members.append(matrix)
+                matrix = Matrix(rows, slot.cols, slot.sharding, _method(rows, slot.cols, device, options))
+                batches[key] = ShardedBatch(options, matrix, format)
+            member, clip = _sharded_matrix(param, param.layout, param.momentum, slot, options)
+            batches[key].members.append(member)
             batches[key].clips += [] if clip is None else [clip]
     return list(batches.values())
+
+
+def _method(rows: int, cols: int, device: str, options: MuonOptions) -> NSMethod:
+    """Return the method of one process with all these matrices, so that it is the same on any number of ranks."""
+    together = {
+        "count": options.counts.get((rows, cols), 1),
+        "budget_bytes": options.workspace_bytes - SMALL_WORKSPACE_BYTES,
+    }
+    return choose_method(rows, cols, options.coefficients, device, options.ns_dtype, tiny=False, **together)
 
 
 def _sharded_matrix(

@@ -51,17 +51,18 @@ def staging_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget:
             num = count * (row_sizes or (rows,)).count(size)
             read += _cut(_matrix_bytes(size, cols), num, budget // (4 * size * cols))
             if col_sizes is None:
-                written += _cut(_matrix_bytes(size, cols), num, _together(size, cols, kind, budget))
+                written += _cut(_matrix_bytes(size, cols), num, _together(size, cols, num, kind, budget))
         if col_sizes is not None:
-            written += _cut(one, count, _together(rows, cols, kind, budget, col_sizes))
+            written += _cut(one, count, _together(rows, cols, count, kind, budget, col_sizes))
     written += _adamw_jobs(optimizer, [p for p in params if not p.is_muon], budget // 2 // NUM_BUFFERS)
     return max(sum(buffer_bytes(read)), sum(buffer_bytes(written)))
 
 
-def _together(rows: int, cols: int, kind: str, budget: int, widths: Sequence[int] | None = None) -> int:
-    """Return how many matrices are stepped together."""
+def _together(rows: int, cols: int, count: int, kind: str, budget: int, widths: Sequence[int] | None = None) -> int:
+    """Return how many of `count` matrices are stepped together."""
     coefficients = resolve_coefficients(JORDAN, DEFAULT_NS_STEPS)
-    return partition(rows, cols, coefficients, kind, budget - SMALL_WORKSPACE_BYTES, widths=widths).size
+    budget -= SMALL_WORKSPACE_BYTES
+    return partition(rows, cols, coefficients, kind, budget, count=count, widths=widths).size
 
 
 def _cut(num_bytes: int, count: int, size: int) -> list[int]:

@@ -213,11 +213,11 @@ def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
     most = 0
     budget -= SMALL_WORKSPACE_BYTES
     for (rows, cols), count in whole.items():
-        how = partition(rows, cols, coefficients, kind, budget)
+        how = partition(rows, cols, coefficients, kind, budget, count=count)
         if how.bytes_per_matrix:
             most = max(most, min(count, how.size) * how.bytes_per_matrix, _piece_bytes(rows * cols, kind))
     for (rows, cols, widths), count in cut.items():
-        how = partition(rows, cols, coefficients, kind, budget, widths=widths)
+        how = partition(rows, cols, coefficients, kind, budget, count=count, widths=widths)
         momenta = min(count, how.size)
         for width, (_, method, size) in zip(widths, how.pieces, strict=True):
             iterated = min(momenta, size) * workspace_bytes(method, rows, width, kind)

@@ -6,8 +6,19 @@
 from __future__ import annotations
 
 from .coefficients import NAMES, Coefficients, resolve_coefficients
-from .cost import flops
-from .method import NSMethod, Partition, batch_size, choose_method, force_method, partition, rates_of, workspace_bytes
+from .cost import flops, triangle_gain
+from .method import (
+    NSMethod,
+    Partition,
+    batch_size,
+    choose_method,
+    force_method,
+    method_cost,
+    partition,
+    rates_of,
+    symmetric_gain,
+    workspace_bytes,
+)
 from .newton_schulz import orthogonalize
 from .rates import RATES, Rates, device_kind
 from .sharded import apply_factor, gram_factor, partial_gram
@@ -28,11 +39,14 @@ __all__ = [
     "flops",
     "force_method",
     "gram_factor",
+    "method_cost",
     "orthogonalize",
     "partial_gram",
     "partition",
     "rates_of",
     "resolve_coefficients",
     "segments",
+    "symmetric_gain",
+    "triangle_gain",
     "workspace_bytes",
 ]

@@ -1,7 +1,8 @@
 """Choice of the form, the dtype and the products for a shape, and of how many matrices go together.
 
-The shape and the table of rates alone decide. Free memory or a timing never decides, so a resumed run chooses the same
-method and is bitwise the same run.
+The shape, the number of matrices of that shape in the group and the table of rates alone decide. Free memory, a timing
+or the gradients that are there never decide, so a resumed run chooses the same method and is bitwise the same run, and
+so do all ranks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ import torch
 from muon8bit_kernels import TINY_MAX
 
 from .coefficients import Coefficients
-from .cost import Form, operations
+from .cost import Form, num_products, operations, triangle_gain, waves
 from .products import NUM_PANELS, ProductKind
 from .rates import RATES, Rates, at_size
 from .stability import fits_fp16, segments
 
-# What one program of the tiny kernel takes, its small side at most TINY_MAX: no more elements (64 x 16384), since it
-# has one multiprocessor whatever the size.
+# What one program of the tiny kernel takes, its small side at most TINY_MAX: no more elements (64 x 16384).
 TINY_ELEMENTS = 2**20
 # Beyond this many elements those of a normalized matrix (1 / sqrt(elements)) are subnormal in fp16. At 8192 x 28672,
 # just under it, fp16 still has .16 of the bf16 error (emulated, 1/k spectrum), at 2^32 .56.
@@ -31,6 +31,8 @@ _FP16_MAX_ELEMENTS = 2**28
 # Squarer matrices have tiny singular values: there the fp16 Gram form with one restart has up to .77 of the bf16 error
 # (Gaussian), from here on .45 at most. The standard form is about as cheap for them.
 _FP16_GRAM_MIN_ASPECT = 1.25
+# Of the kernels around the products, which the one-launch kernel does not need: the momentum's and the update's.
+_OTHER_LAUNCHES = 2
 # Matrices with fewer rows than this gain on CPU from batching; above, one fills the cores.
 _CPU_BATCH_ROWS = 128
 
@@ -45,7 +47,8 @@ class NSMethod:
         products: how symmetric products are made, `"vendor"`, `"panels"` or `"kernel"`.
         segments: the numbers of steps between restarts, in the Gram form.
         tiny: the whole step of these matrices fits the one-launch kernel (CUDA, fp32 Gram form).
-        cost: floating-point operations over the device's relative rate. It compares methods of one shape and device.
+        cost: time of one matrix, in floating-point operations of the device's fp32 product. It compares methods of one
+            shape and device.
     """
 
     form: Form
@@ -78,7 +81,15 @@ def rates_of(kind: str) -> Rates:
 
 
 def choose_method(
-    rows: int, cols: int, coefficients: Coefficients, kind: str, dtype: torch.dtype | None = None, *, tiny: bool = True
+    rows: int,
+    cols: int,
+    coefficients: Coefficients,
+    kind: str,
+    dtype: torch.dtype | None = None,
+    *,
+    tiny: bool = True,
+    count: int = 1,
+    budget_bytes: int | None = None,
 ) -> NSMethod:
     """Return the cheapest method for matrices [rows, cols].
 
@@ -93,6 +104,8 @@ def choose_method(
         kind: the device kind, from `device_kind`.
         dtype: restricts the choice to float32, bfloat16 or float16. None leaves all open.
         tiny: the caller can take the one-launch kernel.
+        count: the number of matrices of this shape in the group, whether they have gradients or not.
+        budget_bytes: the workspace's size in bytes, which limits how many of them go together; None limits nothing.
 
     Raises:
         ValueError: for fp16 with coefficients whose iterates it cannot hold, or where no method has what `force_method`
@@ -101,7 +114,8 @@ def choose_method(
     if dtype == torch.float16 and not fits_fp16(coefficients):
         raise ValueError("ns_dtype=torch.float16 cannot hold the iterates of these ns_coefficients: use torch.bfloat16")
     forced = tuple((_FORCED.get() or {}).items())
-    return _cheapest(rows, cols, coefficients, kind, dtype, tiny, rates_of(kind), forced)
+    together = max(1, count), budget_bytes
+    return _cheapest(rows, cols, coefficients, kind, dtype, tiny, together, rates_of(kind), forced)
 
 
 @cache
@@ -112,12 +126,21 @@ def _cheapest(
     kind: str,
     dtype: torch.dtype | None,
     tiny: bool,
+    together: tuple[int, int | None],
     rates: Rates,
     forced: tuple[tuple[str, Any], ...],
 ) -> NSMethod:
+    count, budget_bytes = together
+
+    def cost(method: NSMethod) -> float:
+        fitting = count
+        if budget_bytes is not None and not method.tiny:
+            fitting = min(count, batch_size(method, rows, cols, kind, budget_bytes))
+        return method_cost(method, rows, cols, len(coefficients.steps), rates, fitting)
+
     methods = [
-        replace(method, cost=_cost(method, rows, cols, len(coefficients.steps), rates))
-        for method in _candidates(rows, cols, coefficients, kind, dtype, tiny, rates)
+        replace(method, cost=cost(method))
+        for method in _candidates(rows, cols, coefficients, dtype, tiny, rates)
         if all(getattr(method, name) == value for name, value in forced)
     ]
     if not methods:
@@ -128,13 +151,13 @@ def _cheapest(
 
 
 def _candidates(
-    rows: int, cols: int, coefficients: Coefficients, kind: str, dtype: torch.dtype | None, tiny: bool, rates: Rates
+    rows: int, cols: int, coefficients: Coefficients, dtype: torch.dtype | None, tiny: bool, rates: Rates
 ) -> Iterator[NSMethod]:
     """Give the methods that are accurate on this kind of device, of equally cheap ones the preferred first."""
     kinds: list[ProductKind] = ["vendor", *([rates.symmetric_kind] if rates.symmetric_kind else [])]
     small, large = min(rows, cols), max(rows, cols)
     is_unfit_for_fp16 = small * large > _FP16_MAX_ELEMENTS or not fits_fp16(coefficients)
-    fits_tiny = kind.startswith("cuda") and small <= TINY_MAX and small * large <= TINY_ELEMENTS
+    fits_tiny = rates.tiny is not None and small <= TINY_MAX and small * large <= TINY_ELEMENTS
     for candidate in (torch.float16, torch.bfloat16, torch.float32):
         if dtype not in (None, candidate) or (dtype is None and candidate == torch.float16 and is_unfit_for_fp16):
             continue
@@ -151,16 +174,39 @@ def _candidates(
             yield NSMethod("gram", candidate, "vendor", parts, tiny=True)
 
 
-def _cost(method: NSMethod, rows: int, cols: int, num_steps: int, rates: Rates) -> float:
-    """Return operations over relative rates; 0 for the one-launch kernel, which is cheaper than any other."""
-    if method.tiny:
-        return 0.0
+def method_cost(method: NSMethod, rows: int, cols: int, num_steps: int, rates: Rates, count: int) -> float:
+    """Return the time of one of `count` matrices that go together, in operations of the device's fp32 product.
+
+    Args:
+        method: without its cost.
+        rows, cols: the matrices' shape.
+        num_steps: the number of Newton-Schulz steps.
+        rates: the device's row.
+        count: the number of matrices in one launch.
+    """
+    num_segments = max(1, len(method.segments))
+    symmetric, other = operations(method.form, rows, cols, num_steps, num_segments)
+    if method.tiny:  # each multiprocessor takes one matrix at a time
+        program = (symmetric + other) / (rates.tiny or 1.0)
+        return (program * waves(count, rates.architecture) + rates.launch) / count
     small = min(rows, cols)
     rate = {torch.float16: at_size(rates.fp16, small), torch.bfloat16: at_size(rates.bf16, small)}.get(method.dtype)
-    gain = None if method.products == "vendor" else at_size(rates.symmetric, small)
-    symmetric, other = operations(method.form, rows, cols, num_steps, max(1, len(method.segments)))
     efficiency = (rates.gram or 1.0) if method.form == "gram" else 1.0
-    return (symmetric / (gain or 1.0) + other) / ((rate or 1.0) * efficiency)
+    launches = num_products(method.form, num_steps, num_segments) + _OTHER_LAUNCHES
+    gain = 1.0 if method.products == "vendor" else symmetric_gain(small, count, rates) or 1.0
+    work = (symmetric / gain + other) / ((rate or 1.0) * efficiency)
+    return work + launches * rates.launch / count
+
+
+def symmetric_gain(n: int, count: int, rates: Rates) -> float | None:
+    """Return how many times faster `count` symmetric products [n, n] are than the vendor's, None where none is known.
+
+    Below `rates.min_gain` it counts as none.
+    """
+    gain = at_size(rates.symmetric, n)
+    if gain is not None and rates.triangle is not None:
+        gain = min(gain, rates.triangle * triangle_gain(n, count, rates.architecture))
+    return None if gain is None or gain < rates.min_gain else gain
 
 
 def workspace_bytes(method: NSMethod, rows: int, cols: int, kind: str) -> int:
@@ -236,6 +282,7 @@ def partition(
     budget_bytes: int,
     *,
     dtype: torch.dtype | None = None,
+    count: int = 1,
     widths: Sequence[int] | None = None,
     copied_bytes: int = 0,
 ) -> Partition:
@@ -247,12 +294,13 @@ def partition(
         kind: the device kind, from `device_kind`.
         budget_bytes: the workspace's size in bytes.
         dtype: the dtype of Newton-Schulz; None takes the cheapest.
+        count: the number of matrices of this shape in the group, whether they have gradients or not.
         widths: the numbers of columns that are orthogonalized by themselves. The fp32 momenta then take one half of the
             budget, Newton-Schulz the other. None means that the matrices are whole.
         copied_bytes: the bytes that each matrix takes besides.
     """
     rates, forced = rates_of(kind), tuple((_FORCED.get() or {}).items())
-    return _partition(rows, cols, coefficients, kind, budget_bytes, dtype, widths, copied_bytes, rates, forced)
+    return _partition(rows, cols, coefficients, kind, budget_bytes, dtype, count, widths, copied_bytes, rates, forced)
 
 
 @cache
@@ -263,6 +311,7 @@ def _partition(
     kind: str,
     budget_bytes: int,
     dtype: torch.dtype | None,
+    count: int,
     widths: Sequence[int] | None,
     copied_bytes: int,
     *_: object,  # what `choose_method` reads besides
@@ -271,7 +320,8 @@ def _partition(
     if widths is not None:
         budget_bytes //= 2
     for width in widths or (cols,):
-        method = choose_method(rows, width, coefficients, kind, dtype, tiny=widths is None)
+        together = {"count": count, "budget_bytes": budget_bytes}
+        method = choose_method(rows, width, coefficients, kind, dtype, tiny=widths is None, **together)
         size = batch_size(method, rows, width, kind, budget_bytes)
         pieces.append(ColumnPiece(slice(start, start + width), method, size))
         start += width

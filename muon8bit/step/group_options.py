@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -63,6 +64,7 @@ class MuonOptions(Options):
     column_splits: tuple[int, ...] | None
     clip_matrix_norm: float | None
     maximize: bool
+    counts: Mapping[tuple[int, int], int] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,7 @@ def apply_parts(batch: MatrixBatch, *, is_first: bool) -> list[MatrixBatch]:
         device_kind(batch.device),
         options.workspace_bytes - SMALL_WORKSPACE_BYTES,
         dtype=options.ns_dtype,
+        count=options.counts.get((batch.rows, batch.cols), 1),
         widths=options.column_splits,
         copied_bytes=2 * copied_bytes,  # they are there when the reference has most temporaries
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -50,6 +51,8 @@ AS_SAVED = (
     "use the same model and build the groups as they were saved: a checkpoint of release 0.1 by "
     "muon8bit.param_groups(model, ..., routing='0.1'), any other by its `patterns` and `no_decay`"
 )
+# Key of a copy of a group that has one of its parameters: all of them, which decide how each is orthogonalized.
+MEMBERS = "members"
 RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")
 MUON_ONLY_KEYS = (
     *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm"),
@@ -177,7 +180,24 @@ def resolve_options(group: dict[str, Any], group_index: int, running: Options, *
     if group.get("split_sizes") is not None:
         for index, param in enumerate(group["params"]):
             _check_splits(f"{where}{describe(group, group_index, index)}", param, group)
+    if isinstance(options, MuonOptions):
+        shapes = tuple(param.shape for param in group.get(MEMBERS, group["params"]))
+        counts = matrix_counts(shapes, options.flatten, options.row_splits)
+        return replace(options, lr=lr, grad_scale=running.grad_scale, counts=counts)
     return replace(options, lr=lr, grad_scale=running.grad_scale)
+
+
+@lru_cache(maxsize=64)
+def matrix_counts(
+    shapes: Sequence[torch.Size], flatten: bool, row_splits: Sequence[int] | None
+) -> Mapping[tuple[int, int], int]:
+    """Return how many matrices of each [rows, cols], or pieces of their rows, parameters of these shapes hold."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for shape in shapes:
+        rows, cols = (shape[0], prod(shape[1:])) if flatten else shape[-2:]
+        for size in row_splits or (rows,):
+            counts[size, cols] += 1 if flatten else prod(shape[:-2])
+    return counts
 
 
 @lru_cache(maxsize=256, typed=True)  # True is no 1

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.gpu import run
 from benchmarks.gpu.acceptance import verdicts
 from benchmarks.gpu.optimizers import ARMS, LINEAR, MUON_BF16
+from benchmarks.gpu.predicted import Prediction, alone, ceiling, predict
 from benchmarks.gpu.rates import momentum_bytes
 from benchmarks.gpu.record import DRY, Record
 from benchmarks.gpu.roofline import count
@@ -149,3 +150,17 @@ def test_a_second_call_keeps_other_sections_and_refuses_another_machine(tmp_path
     assert [row.value for row in second.rows if row.metric == "command"] == ["one", "two"]
     with pytest.raises(ValueError, match="another --out"):
         Record(tmp_path / "x.csv", dry=False).about({"GPU": "B", "torch": "1"}, "two")
+
+
+def test_default_table_of_sm90_predicts_its_targets():
+    """Time over torch.optim.Muon; operations stay under the ceiling. No shape is slower, in its class or alone."""
+    for (name, least), most in zip(
+        {"Llama-3.2-1B": 1.40, "Llama-3.2-3B": 1.30, "Llama-3.1-8B": 1.45}.items(), (2.14, 1.93, 2.07), strict=True
+    ):
+        matrices = next(workload for workload in workloads() if workload.name == name).matrices()
+        parts = {shape: predict(*shape, number, "cuda_sm90")[1] for shape, number in matrices.items()}
+        whole = sum(parts.values(), Prediction())
+        assert whole.time_ratio >= least
+        assert 1.9 < whole.flop_ratio <= ceiling(matrices) == pytest.approx(most, abs=0.006)
+        assert min(part.time_ratio for part in parts.values()) >= 1
+        assert min(alone(*shape, "cuda_sm90") for shape in matrices) >= 1

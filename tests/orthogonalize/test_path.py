@@ -1,8 +1,15 @@
 """Which path a shape takes, and the counts it rests on."""
 
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
 import torch
+from muon8bit_kernels.triton.gemm_tilings import tiling_for
 
+from muon8bit import Muon8bit
+from muon8bit.distributed import param_sharding, sharded_batch
+from muon8bit.gradient_release import release_gradients
 from muon8bit.orthogonalize import (
     RATES,
     NSMethod,
@@ -11,8 +18,13 @@ from muon8bit.orthogonalize import (
     device_kind,
     flops,
     force_method,
+    method_cost,
+    rates_of,
     resolve_coefficients,
+    symmetric_gain,
+    triangle_gain,
 )
+from muon8bit.step import muon, phases
 
 JORDAN = resolve_coefficients("jordan", 5)
 FP32_GRAM = ("gram", torch.float32, "vendor")
@@ -70,7 +82,7 @@ def test_flops_of_one_step_and_of_many_restarts():
         ("cuda_sm90", (1024, 1024), ("standard", torch.float16, "vendor")),
         ("cuda_sm90", (1024, 4096), ("gram", torch.float16, "vendor")),
         ("cuda_sm90", (4096, 1024), ("gram", torch.float16, "vendor")),
-        ("cuda_sm90", (2**14, 2**15), ("standard", torch.bfloat16, "vendor")),  # subnormal in fp16
+        ("cuda_sm90", (2**14, 2**15), ("standard", torch.bfloat16, "kernel")),  # subnormal in fp16
         ("rocm", (1024, 4096), ("standard", torch.bfloat16, "vendor")),
         ("mps", (1024, 4096), ("standard", torch.bfloat16, "vendor")),
     ],
@@ -97,7 +109,7 @@ def test_half_precision_gram_is_fp16_with_its_restart_on_narrow_shapes_only():
             choose_method(800, 1000, JORDAN, "cuda", torch.bfloat16)
 
 
-@pytest.mark.parametrize("forced", [{"form": "standard"}, {"products": "kernel"}, {"dtype": torch.bfloat16}])
+@pytest.mark.parametrize("forced", [{"form": "gram"}, {"products": "kernel"}, {"dtype": torch.bfloat16}])
 def test_forced_path_holds_inside_its_context_only(forced):
     before = choose_method(256, 4096, JORDAN, "cuda")
     with force_method(**forced):
@@ -125,11 +137,49 @@ def test_no_gpu_without_measured_gain_uses_the_symmetric_kernel():
             assert choose_method(rows, cols, JORDAN, "cuda_sm120", dtype).products == "vendor"
 
 
-def test_tiny_matrices_take_one_launch_on_cuda():
+def test_gain_of_triangles_counts_the_tiles_of_the_last_wave():
+    """By hand, on 132 multiprocessors: [2048, 2048] has 36 squares of 256 rows, two tiles each, 72 at a time."""
+    tiling = tiling_for(2048, 3, torch.float16, 90)
+    assert (tiling.block_m, tiling.block_n) == (128, 256)
+    whole, epilogue = 2048 * 2048 / 132, 1 + tiling.epilogue / 2048
+    for count, num_waves in ((1, 1), (3, 2), (4, 3), (15, 9)):  # 72, 216, 288, 1080 tiles
+        expected = count * whole / (num_waves * 128 * 256 * epilogue)
+        assert triangle_gain(2048, count, 90) == pytest.approx(expected, rel=1e-12)
+
+
+def test_first_row_of_sm90_is_the_lower_expectation():
+    """Over cuBLAS: 1.35 from 4096 rows on, 1.3 at 3072 and 1.2 at 2048 in a batch, below 1 for one of 2048 rows."""
+    row = rates_of("cuda_sm90")
+    for n, count, most in ((2048, 10, 1.2), (3072, 4, 1.3), (4096, 3, 1.35), (8192, 8, 1.35)):
+        assert 1.15 <= symmetric_gain(n, count, row) <= most
+    for n, count in ((512, 64), (1024, 64), (1984, 64), (2048, 1), (2048, 2)):
+        assert symmetric_gain(n, count, row) is None
+    assert chosen(2048, 2048, "cuda_sm90", count=32) == ("standard", torch.float16, "kernel")
+    assert chosen(2048, 2048, "cuda_sm90", count=1) == ("standard", torch.float16, "vendor")
+    assert chosen(2048, 8192, "cuda_sm90", count=32) == ("gram", torch.float16, "kernel")
+    # The workspace holds one of them at a time.
+    assert chosen(2048, 8192, "cuda_sm90", count=32, budget_bytes=2**27) == ("gram", torch.float16, "vendor")
+
+
+def test_no_default_method_is_slower_than_the_vendors_standard_form():
+    row = rates_of("cuda_sm90")
+    for rows, cols in ((128, 128), (512, 2048), (1024, 4096), (2048, 2048), (3072, 8192), (4096, 14336)):
+        for count in (1, 2, 3, 7, 64):
+            theirs = method_cost(NSMethod("standard", torch.bfloat16), rows, cols, 5, row, count)
+            assert choose_method(rows, cols, JORDAN, "cuda_sm90", count=count).cost <= theirs
+
+
+def test_tiny_matrices_take_one_launch_on_cuda_where_that_is_cheaper():
+    """One has a multiprocessor alone: its size decides; many fill them, and one launch is saved the rest."""
     assert choose_method(16, 2048, JORDAN, "cuda") == NSMethod("gram", torch.float32, "vendor", (5,), tiny=True)
-    assert choose_method(2**14, 64, JORDAN, "cuda", torch.float32).tiny
+    assert choose_method(16, 8192, JORDAN, "cuda_sm90", count=28).tiny
+    for count in (1, 3, 64):  # by one program 3 ms each
+        assert not choose_method(64, 2**14, JORDAN, "cuda", count=count).tiny
+    assert [choose_method(16, cols, JORDAN, "cuda").tiny for cols in (2**13, 2**14)] == [True, False]
+    assert choose_method(64, 256, JORDAN, "cuda", torch.float32).cost > 0
     for shape, kind, options in (
         ((16, 2048), "cpu", {}),
+        ((16, 2048), "rocm", {}),
         ((65, 2048), "cuda", {}),
         ((64, 2**14 + 1), "cuda", {}),  # too long for one program
         ((16, 2048), "cuda", {"tiny": False}),
@@ -137,6 +187,59 @@ def test_tiny_matrices_take_one_launch_on_cuda():
         ((16, 2048), "cuda", {"schedule": resolve_coefficients("jordan", 6)}),  # fp32 would need a restart
     ):
         assert not choose_method(*shape, options.pop("schedule", JORDAN), kind, **options).tiny, (shape, kind)
+
+
+# By it one [96, 96] gains .71, three 2.1 at most: the kernel is taken from two on.
+SMALL_ROW = Rates(
+    ((0, 8.0),), ((0, 8.0),), "kernel", ((96, 1.5),), triangle=400.0, min_gain=1.15, gram=None, architecture=90
+)
+
+
+def methods_of(optimizer, num_ranks):
+    """The methods of a step by shape, of one process, or of rank 1 of several that have replicas."""
+    ranks = None
+    if num_ranks > 1:
+        ranks = SimpleNamespace(
+            device=torch.device("cpu"),
+            sharding_of=lambda param, *_: param_sharding.replicated(tuple(param.shape), num_ranks, 1),
+            sharded_batches=sharded_batch.group_into_batches,
+        )
+    (work,) = phases.read(optimizer.param_groups, optimizer._options(), optimizer.state, ranks, optimizer._offload)
+    found = {(b.matrix.rows, b.matrix.cols): b.matrix.method for b in work.sharded}
+    for batch in work.batches:
+        (part, *_) = muon.apply_parts(batch, is_first=True)
+        found[batch.rows, batch.cols] = part.partition.pieces[0].method
+    return found
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (2, 96, 96), (192, 96)])
+def test_neither_ranks_nor_missing_gradients_change_a_method(monkeypatch, shape):
+    """Three parameters go together by their group; one matrix alone would take the vendor's products."""
+    monkeypatch.setitem(RATES, "cuda_sm90", SMALL_ROW)
+    for module in (muon, sharded_batch):
+        monkeypatch.setattr(module, "device_kind", lambda _: "cuda_sm90")
+    assert chosen(96, 96, "cuda_sm90", count=1)[-1] == "vendor"
+    split = {"split_sizes": (96, 96)} if shape[0] == 192 else {}
+    params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    optimizer = Muon8bit([{"params": params, **split}])
+    for num_ranks, num_missing in product((1, 4), (0, 1, 2)):
+        for index, param in enumerate(params):
+            param.grad = None if index < num_missing else torch.randn(shape)
+        found = methods_of(optimizer, num_ranks)
+        assert {(s, method.products) for s, method in found.items()} == {((96, 96), "kernel")}
+
+
+def test_a_released_gradient_takes_the_method_of_its_group(monkeypatch):
+    """Each is stepped alone, as the whole group's."""
+    monkeypatch.setitem(RATES, "cuda_sm90", SMALL_ROW)
+    monkeypatch.setattr(muon, "device_kind", lambda _: "cuda_sm90")
+    model = torch.nn.Sequential(*[torch.nn.Linear(96, 96, bias=False) for _ in range(3)])
+    optimizer = Muon8bit(model.parameters(), on_nonfinite="skip")
+    taken = []
+    monkeypatch.setattr(muon, "apply", lambda batch, _: taken.append(batch.partition.pieces[0].method.products))
+    release_gradients(model, optimizer)
+    model(torch.randn(2, 96)).sum().backward()
+    assert taken == ["kernel"] * 3
 
 
 def test_fp32_gram_restarts_where_the_schedule_amplifies_rounding():
