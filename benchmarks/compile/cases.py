@@ -57,6 +57,24 @@ def momentum(
         kernels.momentum_apply([codes], scales, grads, norms, out, **options, skip=skip)
 
 
+def cut(phase: str, codebook: Codebook) -> None:
+    """Call a phase on the second of eight ranks' columns of a down projection of Llama-3.1-8B."""
+    rows, cols, width = 4096, 14336, 1792
+    codes, grads = (
+        empty(COUNT, rows, width, dtype=CODE_DTYPES[codebook]),
+        empty(COUNT, rows, width, dtype=torch.bfloat16),
+    )
+    tensors: list[Any] = [[codes], [empty(COUNT, rows, triton.cdiv(cols, 2048))], [grads]]
+    options: dict[str, Any] = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": 2048}
+    options |= {"first_col": width}
+    if phase == "stats":
+        kernels.momentum_stats_cut(*tensors, **options)
+    else:
+        out = empty(COUNT, rows, width, dtype=torch.bfloat16)
+        tensors += [empty(COUNT, rows, triton.cdiv(cols, 2048)), empty(1, COUNT).view(COUNT), out]
+        kernels.momentum_apply_cut(*tensors, **options, skip=empty(1, 1).view(()))
+
+
 def update(dtype: torch.dtype, keys: list[int] | None = None, across: bool = False) -> None:
     params, directions = [empty(COUNT, *WIDE, dtype=dtype)], empty(COUNT, *WIDE, dtype=dtype, across=across)
     kernels.update_params(params, directions, decay=0.9, scale=0.1, keys=keys, skip=empty(1, 1).view(()))
@@ -90,6 +108,7 @@ def _elementwise() -> list[Case]:
         Case("apply-linear-narrow", partial(momentum, "apply", "linear", shape=NARROW), ONE),
         Case("apply-dynamic-across", partial(momentum, "apply", "dynamic", across=True), ONE),
         Case("stats-linear-across", partial(momentum, "stats", "linear", across=True), ONE),
+        *[Case(f"{phase}-cut-linear", partial(cut, phase, "linear"), NVIDIA) for phase in ("stats", "apply")],
         Case("update-fp32", partial(update, torch.float32)),
         Case("update-bf16", partial(update, torch.bfloat16)),
         Case("update-bf16-stochastic", stochastic),

@@ -13,7 +13,6 @@ from .codebooks import (
 from .dispatch import kernels_for
 from .random_bits import rounding_key
 from .reference import num_blocks
-from .reference.cut import momentum_apply_cut, momentum_stats_cut
 from .reference.tiny import MAX_GROWTH, TINY_MAX
 
 __all__ = [
@@ -26,8 +25,6 @@ __all__ = [
     "dynamic_map",
     "dynamic_midpoints",
     "kernels_for",
-    "momentum_apply_cut",
-    "momentum_stats_cut",
     "num_blocks",
     "rounding_key",
     "unsigned_dynamic_map",

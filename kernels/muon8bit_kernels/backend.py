@@ -50,6 +50,38 @@ class Kernels(Protocol):
     ) -> None:
         """Write codes, scales and the Newton-Schulz input."""
 
+    def momentum_stats_cut(
+        self,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
+        *,
+        first_col: int,
+        beta: float,
+        nesterov: bool,
+        codebook: Codebook | None,
+        block_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return sums of squares and largest magnitudes of some columns of the new momentum; nothing is written."""
+
+    def momentum_apply_cut(
+        self,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
+        new_scales: Tensor | None,
+        norms: Tensor,
+        out: Tensor,
+        *,
+        first_col: int,
+        beta: float,
+        nesterov: bool,
+        codebook: Codebook | None,
+        block_size: int,
+        skip: Tensor | None = None,
+    ) -> None:
+        """Write codes, scales and the Newton-Schulz input of some columns."""
+
     def update_params(
         self,
         params: Sequence[Tensor],

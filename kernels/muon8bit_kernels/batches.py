@@ -19,6 +19,22 @@ def batch_shape(stacks: Sequence[Tensor]) -> tuple[int, int, int]:
     return sum(len(stack) for stack in stacks), stacks[0].shape[1], stacks[0].shape[2]
 
 
+def elements_at_once(device: torch.device) -> int:
+    """Return how many elements one pass of the reference works on, which bounds its fp32 temporaries.
+
+    On a CPU they stay in a core's cache. On CUDA every operation of a pass is a launch: of 2^24 elements it takes tens
+    of microseconds, several times what the host needs for it.
+    """
+    return 2**24 if device.type == "cuda" else 2**19
+
+
+def known_flag(skip: Tensor | None) -> tuple[bool, Tensor | None]:
+    """Return whether the host knows that nothing is to be written, and the flag if the device alone can know it."""
+    if skip is None or skip.device.type != "cpu":
+        return False, skip
+    return skip.item() != 0, None
+
+
 class StackedRows:
     """Rows of a list of stacks, numbered through, as if they were those of one matrix."""
 
@@ -61,9 +77,12 @@ class StackedRows:
             out.copy_(views[0])
         return out if factor is None else out.mul_(factor)
 
-    def write(self, rows: slice, cols: slice, values: Tensor) -> None:
-        """Copy `values` [rows, cols], of any dtype, to where the rows lie."""
+    def write(self, rows: slice, cols: slice, values: Tensor, skip: Tensor | None = None) -> None:
+        """Copy `values` [rows, cols], of any dtype, to where the rows lie; where `skip` (0-d) is not 0, nothing."""
         views = self._views(rows, cols)
+        if skip is not None:
+            old = views[0] if len(views) == 1 else torch.cat(views)
+            values = torch.where(skip == 0, values.to(old.dtype), old)
         if len(views) == 1:
             views[0].copy_(values)
         else:  # converted at once: that runs on all cores

@@ -19,7 +19,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from muon8bit_kernels import momentum_apply_cut
+from muon8bit_kernels import kernels_for
 from torch import Tensor
 
 from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, orthogonalize, partial_gram
@@ -174,7 +174,8 @@ class ExchangeRound:
         if region is not None and batch.is_cut(region):
             scales = None if batch.scales is None else torch.stack([batch.scales[number] for number in numbers])
             tensors = matrices.codes, matrices.scales or None, matrices.grads(), scales, norms, X
-            momentum_apply_cut(*tensors, first_col=region.cols[0], **matrices.averaging, skip=self._options.skip)
+            kernels, skip = kernels_for(self._device, batch.options.backend), self._options.skip
+            kernels.momentum_apply_cut(*tensors, first_col=region.cols[0], **matrices.averaging, skip=skip)
         else:
             average_(matrices, norms, X)
         return X

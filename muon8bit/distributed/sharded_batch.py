@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from muon8bit_kernels import momentum_stats_cut
+from muon8bit_kernels import kernels_for
 from torch import Tensor
 
 from ..config import SMALL_WORKSPACE_BYTES
@@ -197,7 +197,8 @@ def sums_of_squares(batch: ShardedBatch, region: Region) -> list[Tensor]:
         for part in stats_parts(MatrixBatch(list(run), batch.options)):
             if batch.is_cut(region):
                 tensors = part.codes, part.scales or None, part.grads()
-                numbers = momentum_stats_cut(*tensors, first_col=region.cols[0], **part.averaging)
+                kernels = kernels_for(part.device, part.options.backend)
+                numbers = kernels.momentum_stats_cut(*tensors, first_col=region.cols[0], **part.averaging)
                 sums.append(numbers[0])
                 maxima.append(numbers[1])
             else:

@@ -2,9 +2,10 @@
 
 import json
 
+import pytest
 import torch
 
-from benchmarks.scaling import traffic
+from benchmarks.scaling import launches, traffic
 from benchmarks.scaling.model import matrices_of
 from benchmarks.scaling.transfers import bytes_received, gathered_bytes
 from muon8bit.distributed.assignment import plan
@@ -34,3 +35,15 @@ def test_the_script_counts_what_is_planned(tmp_path):
     assert len(result["ranks"]) == 2
     assert result["ranks"][0]["counted"]["received"] > 0
     assert result["ranks"][0]["counted"] == result["ranks"][0]["predicted"]
+
+
+def test_columns_of_a_rank_take_a_table_and_a_kernel_a_phase():
+    """However many matrices there are, a call each."""
+    pytest.importorskip("triton")
+    import muon8bit_kernels.triton.cut as in_triton
+
+    with launches.counting() as counter:
+        x = torch.empty(4, 4, device="meta")
+        x.view(16).add_(1).mul(2)
+    assert counter.total == 2
+    assert {launches.launches(in_triton, 14336, rank, count) for rank in (0, 5) for count in (1, 3)} == {4}

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers.bitwise import assert_bitwise
-from muon8bit_kernels import CODE_DTYPES, momentum_apply_cut, momentum_stats_cut, num_blocks
-from muon8bit_kernels.reference import momentum_apply, momentum_stats, quantize
+from muon8bit_kernels import CODE_DTYPES, num_blocks
+from muon8bit_kernels.reference import momentum_apply, momentum_apply_cut, momentum_stats, momentum_stats_cut, quantize
 
 BLOCK = 64
 OPTIONS = {"beta": 0.9, "block_size": BLOCK}

@@ -332,13 +332,24 @@ def test_a_batch_of_stacks_equals_its_matrices_one_by_one(codebook):
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
-def test_skip_writes_nothing_where_it_is_not_zero(codebook):
+@pytest.mark.parametrize("is_known", [True, False])
+def test_skip_writes_nothing_where_it_is_not_zero(codebook, is_known, monkeypatch):
+    """Also where the host does not wait for the flag, as on CUDA."""
+    if not is_known:
+        for module in ("momentum", "update", "tiny", "cut"):
+            monkeypatch.setattr(f"muon8bit_kernels.reference.{module}.known_flag", lambda skip: (False, skip))
     codes, scales = start_state(5, 70, codebook, 64)
     stacks = [codes[None]], None if scales is None else [scales[None]], [torch.ones(1, 5, 70)]
     before = [t.clone() for t in (codes, scales) if t is not None]
     options = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": 64}
-    for skip, writes in ((torch.tensor(1.0), False), (torch.tensor(0.0), True)):
-        out = torch.full((1, 5, 70), torch.nan)
+    for value, writes in ((1.0, False), (torch.nan, False), (0.0, True)):
+        skip, out = torch.tensor(value), torch.full((1, 5, 70), torch.nan)
+        cut = [t[:, :2] for t in stacks[0]], stacks[1] and [t[:, :2] for t in stacks[1]], [stacks[2][0][:, :2]]
+        new_scales = None if scales is None else torch.ones(1, 2, 2)
+        of_cut = torch.full((1, 2, 70), torch.nan)
+        if not writes:  # it would write what is compared below
+            reference.momentum_apply_cut(*cut, new_scales, torch.ones(1), of_cut, **options, first_col=0, skip=skip)
+            assert bool(of_cut.isnan().all())
         reference.momentum_apply(*stacks, torch.ones(1), out, **options, skip=skip)
         after = [t for t in (codes, scales) if t is not None]
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)) != writes
@@ -346,6 +357,16 @@ def test_skip_writes_nothing_where_it_is_not_zero(codebook):
         param = torch.ones(1, 5, 70)
         reference.update_params([param], torch.ones(1, 5, 70), decay=1.0, scale=0.5, skip=skip)
         assert bool((param == 0.5).all()) == writes
+
+
+def test_a_flag_on_another_device_is_not_waited_for():
+    """A tensor without storage cannot be waited for."""
+    codes, scales, grads, out = (torch.empty(1, 5, n, device="meta") for n in (70, 2, 70, 70))
+    options = {"beta": 0.95, "nesterov": True, "codebook": "linear", "block_size": 64}
+    norms, skip = torch.ones(1, device="meta"), torch.zeros((), device="meta")
+    reference.momentum_apply([codes], [scales], [grads], norms, out, **options, skip=skip)
+    reference.momentum_apply_cut([codes], [scales], [grads], scales, norms, out, **options, first_col=0, skip=skip)
+    reference.update_params([out], grads, decay=1.0, scale=0.5, skip=skip)
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)

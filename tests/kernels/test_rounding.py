@@ -174,14 +174,14 @@ def test_a_batch_draws_the_bits_of_its_matrices_one_by_one():
     assert torch.equal(whole, parts)
 
 
-def test_rows_cut_to_fit_the_cache_change_no_bit(monkeypatch):
+def test_rows_cut_to_what_one_pass_takes_change_no_bit(monkeypatch):
     import muon8bit_kernels.reference.update as module
 
     torch.manual_seed(0)
     start, direction, key = torch.randn(30, 20).bfloat16(), torch.randn(20, 30).T, rounding_key(0, 3, 1)
     results = []
     for size in (2**16, 47):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", size)
+        monkeypatch.setattr(module, "elements_at_once", lambda _, size=size: size)
         param = start.clone()
         update(param, direction, decay=0.999, scale=1e-3, key=key)
         results += [param, module.round_stochastic(direction.contiguous(), key=key, first=11)]

@@ -1,5 +1,6 @@
 """Torch backend: every function of `backend.Kernels`, against which the other backends are measured."""
 
+from .cut import momentum_apply_cut, momentum_stats_cut
 from .momentum import dequantize, momentum_apply, momentum_stats, num_blocks, quantize
 from .products import symmetric_product
 from .tiny import step_tiny
@@ -8,7 +9,9 @@ from .update import round_stochastic, update_params
 __all__ = [
     "dequantize",
     "momentum_apply",
+    "momentum_apply_cut",
     "momentum_stats",
+    "momentum_stats_cut",
     "num_blocks",
     "quantize",
     "round_stochastic",

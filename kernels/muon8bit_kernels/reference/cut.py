@@ -1,4 +1,4 @@
-"""Momentum step of matrices of which there are only some columns here, in torch, on every device.
+"""Momentum step of matrices of which there are only some columns here, in torch.
 
 Blocks lie on the grid of the whole matrix, so that one may be cut: the largest magnitudes of its parts are known here,
 its scale only when they have been compared. Otherwise the step is `reference.momentum`, to the bit. Codes and gradients
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..batches import StackedRows, batch_shape
+from ..batches import StackedRows, batch_shape, known_flag
 from ..codebooks import Codebook
 from .momentum import _block_scales, _buffers, _encode_, _Piece, _pieces, _State
 
@@ -51,7 +51,7 @@ def _walk(
         here = [[t[..., cols] for t in stacks] for stacks in (codes, grads)]
         of_blocks = None if scales is None else StackedRows([t[..., blocks] for t in scales])
         state = _State(StackedRows(here[0]), of_blocks, StackedRows(here[1]), beta, codebook)
-        for piece in _pieces(batch * rows, cols.stop - cols.start, block_size):
+        for piece in _pieces(batch * rows, cols.stop - cols.start, block_size, codes[0].device):
             m, scaled_grad = state.momentum(piece, *buffers)
             there = slice(cols.start + piece.cols.start, cols.start + piece.cols.stop)
             yield state, piece, there, blocks.start + piece.blocks.start, m, scaled_grad
@@ -114,9 +114,10 @@ def momentum_apply_cut(
         norms: fp32 [batch], the positive divisors of u.
         out: [batch, rows, width], any float dtype and strides.
         first_col: the place of these columns in the whole matrix.
-        skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
+        skip: 0-d fp32; where it is not 0, nothing is written.
     """
-    if skip is not None and skip.item() != 0:
+    is_over, skip = known_flag(skip)
+    if is_over:
         return
     _, rows, _ = batch_shape(codes)
     inverses = norms.reciprocal().clamp_(max=torch.finfo(torch.float32).max)
@@ -124,9 +125,9 @@ def momentum_apply_cut(
     of_rows = None if new_scales is None else new_scales.flatten(0, 1)
     for state, piece, cols, block, m, scaled_grad in _walk(codes, scales, grads, beta, codebook, first_col, block_size):
         u = (m * beta).add_(scaled_grad) if nesterov else m.clone()
-        target.write(piece.rows, cols, u.mul_(row_inverses[piece.rows]).flatten(1))
+        target.write(piece.rows, cols, u.mul_(row_inverses[piece.rows]).flatten(1), skip)
         if of_rows is not None and codebook is not None:
             m = _encode_(m, of_rows[piece.rows, block : block + m.shape[1]], codebook)
-        state.codes.write(piece.rows, piece.cols, m.flatten(1))
+        state.codes.write(piece.rows, piece.cols, m.flatten(1), skip)
     if scales is not None and of_rows is not None:
-        StackedRows(scales).write(slice(0, len(of_rows)), slice(0, of_rows.shape[1]), of_rows)
+        StackedRows(scales).write(slice(0, len(of_rows)), slice(0, of_rows.shape[1]), of_rows, skip)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..batches import StackedRows, batch_shape
+from ..batches import StackedRows, batch_shape, elements_at_once, known_flag
 from ..codebooks import (
     CODE_DTYPES,
     LINEAR_MAX,
@@ -29,9 +29,6 @@ from ..codebooks import (
     dynamic_guesses,
     dynamic_map,
 )
-
-# Elements that one pass works on: its fp32 temporaries stay in a core's cache and bound the workspace.
-_CHUNK_ELEMENTS = 2**19
 
 
 def num_blocks(cols: int, block_size: int) -> int:
@@ -53,10 +50,10 @@ class _Piece(NamedTuple):
         return buffer[: num_rows * num_cols].view(num_rows, num_cols)
 
 
-def _pieces(rows: int, cols: int, block_size: int) -> Iterator[_Piece]:
-    """Give all of a matrix, in pieces small enough for the cache."""
+def _pieces(rows: int, cols: int, block_size: int, device: torch.device) -> Iterator[_Piece]:
+    """Give all of a matrix, in pieces as large as one pass takes on the device."""
     full = cols // block_size * block_size
-    step = max(1, _CHUNK_ELEMENTS // max(1, cols))
+    step = max(1, elements_at_once(device) // max(1, cols))
     for start in range(0, rows, step):
         row_range = slice(start, min(start + step, rows))
         if full:
@@ -70,7 +67,8 @@ def _buffers(num: int, rows: int, cols: int, device: torch.device) -> Tensor:
 
     The pieces use it one after the other: fresh memory costs more than arithmetic.
     """
-    return torch.empty(num, min(rows * cols, max(_CHUNK_ELEMENTS, cols)), device=device, dtype=torch.float32)
+    size = min(rows * cols, max(elements_at_once(device), cols))
+    return torch.empty(num, size, device=device, dtype=torch.float32)
 
 
 def _decode_(values: Tensor, scales: Tensor, codebook: Codebook) -> Tensor:
@@ -114,7 +112,7 @@ def quantize(values: Tensor, *, codebook: Codebook, block_size: int) -> tuple[Te
     codes = torch.empty(rows, cols, dtype=CODE_DTYPES[codebook], device=values.device)
     scales = torch.empty(rows, num_blocks(cols, block_size), dtype=torch.float32, device=values.device)
     (buffer,) = _buffers(1, rows, cols, values.device)
-    for piece in _pieces(rows, cols, block_size):
+    for piece in _pieces(rows, cols, block_size, values.device):
         copy = piece.of(buffer).copy_(values[piece.rows, piece.cols]).unflatten(1, (-1, piece.block))
         scales[piece.rows, piece.blocks] = scale = _block_scales(copy)
         codes[piece.rows, piece.cols] = _encode_(copy, scale, codebook).flatten(1)
@@ -126,7 +124,7 @@ def dequantize(codes: Tensor, scales: Tensor, *, codebook: Codebook, block_size:
     rows, cols = codes.shape
     values = torch.empty(rows, cols, dtype=torch.float32, device=codes.device)
     (buffer,) = _buffers(1, rows, cols, codes.device)
-    for piece in _pieces(rows, cols, block_size):
+    for piece in _pieces(rows, cols, block_size, codes.device):
         copy = piece.of(buffer).copy_(codes[piece.rows, piece.cols]).unflatten(1, (-1, piece.block))
         values[piece.rows, piece.cols] = _decode_(copy, scales[piece.rows, piece.blocks], codebook).flatten(1)
     return values
@@ -183,7 +181,7 @@ def momentum_stats(
         StackedRows(codes), None if scales is None else StackedRows(scales), StackedRows(grads), beta, codebook
     )
     buffers = _buffers(2, batch * rows, cols, sumsq.device)
-    for piece in _pieces(batch * rows, cols, block_size):
+    for piece in _pieces(batch * rows, cols, block_size, sumsq.device):
         m, scaled_grad = state.momentum(piece, *buffers)
         u = m.mul_(beta).add_(scaled_grad) if nesterov else m
         sumsq.flatten(0, 1)[piece.rows, piece.blocks] = u.square_().sum(-1)
@@ -210,9 +208,10 @@ def momentum_apply(
             overwritten with the new state.
         norms: fp32 [batch], the positive divisors of u (Frobenius norms, bounded below).
         out: [batch, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
-        skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
+        skip: 0-d fp32; where it is not 0, nothing is written.
     """
-    if skip is not None and skip.item() != 0:
+    is_over, skip = known_flag(skip)
+    if is_over:
         return
     batch, rows, cols = batch_shape(codes)
     state = _State(
@@ -221,16 +220,16 @@ def momentum_apply(
     inverses = norms.reciprocal().clamp_(max=torch.finfo(torch.float32).max)  # a zero momentum stays zero
     row_inverses, target = inverses.repeat_interleave(rows).view(-1, 1, 1), StackedRows([out])
     buffers = _buffers(3, batch * rows, cols, out.device)
-    for piece in _pieces(batch * rows, cols, block_size):
+    for piece in _pieces(batch * rows, cols, block_size, out.device):
         m, scaled_grad = state.momentum(piece, *buffers[:2])
         u = piece.of(buffers[2]).view(m.shape)
         if nesterov:
             torch.mul(m, beta, out=u).add_(scaled_grad).mul_(row_inverses[piece.rows])
         else:
             torch.mul(m, row_inverses[piece.rows], out=u)
-        target.write(piece.rows, piece.cols, u.flatten(1))
+        target.write(piece.rows, piece.cols, u.flatten(1), skip)
         if state.scales is not None and codebook is not None:
             scale = _block_scales(m)
-            state.scales.write(piece.rows, piece.blocks, scale)
+            state.scales.write(piece.rows, piece.blocks, scale, skip)
             m = _encode_(m, scale, codebook)
-        state.codes.write(piece.rows, piece.cols, m.flatten(1))
+        state.codes.write(piece.rows, piece.cols, m.flatten(1), skip)

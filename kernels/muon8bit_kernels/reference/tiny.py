@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..batches import batch_shape
+from ..batches import batch_shape, known_flag
 from ..codebooks import Codebook
 from .momentum import momentum_apply
 from .update import check_rounding, update_params
@@ -92,7 +92,7 @@ def step_tiny(
         beta, nesterov, codebook, block_size: as in `momentum_stats`.
         steps: one (a, b, c) a Newton-Schulz step.
         decay, scale, keys, firsts, pitch: as in `update_params`; `scale` is lr times the factor of the shape.
-        skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
+        skip: 0-d fp32; where it is not 0, nothing is written.
 
     Raises:
         ValueError: if both sides exceed 64, for steps that fp32 does not carry (`check_tiny`), or for keys with
@@ -101,10 +101,11 @@ def step_tiny(
     batch, rows, cols = batch_shape(codes)
     check_tiny(rows, cols, steps)
     check_rounding(params[0], keys)
-    if skip is not None and skip.item() != 0:
+    is_over, skip = known_flag(skip)
+    if is_over:
         return
     X = torch.empty(batch, rows, cols, dtype=torch.float32, device=norms.device)
-    options = {"beta": beta, "nesterov": nesterov, "block_size": block_size}
+    options = {"beta": beta, "nesterov": nesterov, "block_size": block_size, "skip": skip}
     momentum_apply(codes, scales, grads, norms, X, codebook=codebook, **options)  # type: ignore[arg-type]
     O = _directions(X, steps) if rows <= cols else _directions(X.mT, steps).mT  # noqa: E741
-    update_params(params, O, decay=decay, scale=scale, keys=keys, firsts=firsts, pitch=pitch)
+    update_params(params, O, decay=decay, scale=scale, keys=keys, firsts=firsts, pitch=pitch, skip=skip)

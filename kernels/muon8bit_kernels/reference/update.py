@@ -15,11 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..batches import StackedRows, batch_shape
+from ..batches import StackedRows, batch_shape, elements_at_once, known_flag
 from ..random_bits import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2, signed
-
-# Elements that one pass works on: its temporaries stay in a core's cache.
-_CHUNK_ELEMENTS = 2**19
 
 
 def _rotate_(words: Tensor, by: int) -> Tensor:
@@ -88,14 +85,15 @@ def update_params(
         keys: one of `rounding_key` a matrix: bf16 is rounded stochastically. None rounds to nearest, ties to even.
         firsts: with keys, the global index of element [0, 0] of each matrix; None means 0.
         pitch: the difference of the global indices of elements [1, 0] and [0, 0]; None means cols.
-        skip: 0-d fp32; where it is not 0, nothing is written. Here the host waits for it.
+        skip: 0-d fp32; where it is not 0, nothing is written.
 
     Raises:
         ValueError: for keys with parameters that are not bf16.
     """
     if keys is not None:
         check_rounding(params[0], keys)
-    if skip is not None and skip.item() != 0:
+    is_over, skip = known_flag(skip)
+    if is_over:
         return
     if not isinstance(scale, Tensor):  # in fp32, as a kernel gets it: 1e-46 is 0 there
         scale = torch.tensor(scale, dtype=torch.float32, device="cpu").item()
@@ -106,8 +104,8 @@ def update_params(
         row_starts = torch.tensor(firsts or [0] * batch, dtype=torch.int64, device=device).unsqueeze(1)
         row_starts = (row_starts + torch.arange(rows, device=device) * (pitch or cols)).view(-1, 1)
         columns = torch.arange(cols, device=device)
-    can_be_in_place = params[0].dtype == torch.float32 and not isinstance(scale, Tensor)
-    num_rows = min(batch * rows, max(1, _CHUNK_ELEMENTS // max(1, cols)))
+    can_be_in_place = params[0].dtype == torch.float32 and not isinstance(scale, Tensor) and skip is None
+    num_rows = min(batch * rows, max(1, elements_at_once(device) // max(1, cols)))
     buffers = torch.empty(
         2, num_rows, cols, device=device, dtype=torch.float32
     )  # fresh memory costs more than arithmetic
@@ -124,7 +122,7 @@ def update_params(
         if keys is not None:
             new = _rounded(new, row_starts[r] + columns, row_keys[r])
         if new is not view:
-            old.write(r, every, new)
+            old.write(r, every, new, skip)
 
 
 def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
@@ -136,8 +134,8 @@ def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
         first: the global element index of the first value; the others follow in order.
     """
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
-    pieces = zip(values.view(-1).split(_CHUNK_ELEMENTS), rounded.view(-1).split(_CHUNK_ELEMENTS), strict=True)
-    for piece, out in pieces:
+    size = elements_at_once(values.device)
+    for piece, out in zip(values.view(-1).split(size), rounded.view(-1).split(size), strict=True):
         indices = torch.arange(first, first + len(piece), device=values.device)
         out.copy_(_rounded(piece, indices, key))
         first += len(piece)

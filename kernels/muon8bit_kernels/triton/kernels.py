@@ -4,6 +4,7 @@ In the arithmetic of record each operation is rounded to fp32 by itself: divisio
 `enable_fp_fusion=False`. Products have bounds. There are no atomics, and nothing is tuned at run time.
 """
 
+from .cut import momentum_apply_cut, momentum_stats_cut
 from .gemm import symmetric_product
 from .momentum import momentum_apply, momentum_stats
 from .quantize import dequantize, quantize
@@ -13,7 +14,9 @@ from .update import round_stochastic, update_params
 __all__ = [
     "dequantize",
     "momentum_apply",
+    "momentum_apply_cut",
     "momentum_stats",
+    "momentum_stats_cut",
     "quantize",
     "round_stochastic",
     "step_tiny",
