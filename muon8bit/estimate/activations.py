@@ -34,10 +34,17 @@ _NO_VALUES = "its code asks for the values of tensors"
 
 @dataclass(frozen=True)
 class Pass:
-    """Maxima over one forward and backward pass, in bytes: of activations; of activations with the gradients that are
-    finished, and in which phase, "forward" or "backward". `at_gradients`: for each parameter, the activations with its
-    gradient when that is finished, all earlier ones freed. `no_fused`: why the model's code does not run with fused
-    attention and without a mask, so that eager attention with one was counted; "" where it does."""
+    """Maxima over one forward and backward pass.
+
+    Attributes:
+        activations_bytes: most bytes of activations at once.
+        with_gradients_bytes: most bytes of activations together with the gradients finished by then.
+        phase: in which `with_gradients_bytes` is reached, "forward" or "backward".
+        at_gradients: for each parameter the bytes of activations, its own gradient included, when that gradient is
+            finished; all earlier gradients are freed.
+        no_fused: why the model's code does not run with fused attention and no mask, so that eager attention with a
+            mask was counted; "" where the fused pass was counted.
+    """
 
     activations_bytes: int
     with_gradients_bytes: int
@@ -88,7 +95,7 @@ class _Live(TorchDispatchMode):
         del self._watches[key]
 
     def finish(self, name: str, param: Tensor) -> None:
-        """The gradient of `param` is complete: no activation any more."""
+        """Note that the gradient of `param` is complete: from now on its bytes are a gradient's and no activation's."""
         assert param.grad is not None
         self._add(param.grad)
         self._at_gradients[name] = self._live - self._gradients
@@ -165,7 +172,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _unlogged() -> Iterator[None]:
-    """Without torch's own log of an operation that fails, a traceback: it is an error with one sentence here."""
+    """Keep torch from logging the traceback of an operation that fails; here the error is one sentence."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -215,8 +222,10 @@ def _passed(
 
 
 def _fused_attention() -> str:
-    """Name under which transformers finds causal attention by torch's fused kernel, without a mask. By its own way it
-    would, for fake tensors, make a mask and repeat keys and values, which a run does not."""
+    """Register causal attention by torch's fused kernel, without a mask, and return its name in transformers.
+
+    With fake tensors transformers' own path makes a mask and repeats keys and values, which a real run does not.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     name = "muon8bit_fused"
@@ -228,7 +237,10 @@ def _fused_attention() -> str:
 def _attend(
     _: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention [batch, heads, seq, head_dim] -> [batch, seq, heads, head_dim], as transformers asks for it."""
+    """Compute causal attention in the form that transformers asks for.
+
+    Query, key and value are [batch, heads, seq, head_dim]; the result is [batch, seq, heads, head_dim].
+    """
     assert attention_mask is None
     width, gap = value.shape[-1], query.shape[-1] - value.shape[-1]
     if gap > 0:  # MLA's values are narrower than its keys; the CPU's fused kernel wants them equal

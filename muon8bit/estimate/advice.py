@@ -18,12 +18,13 @@ Choice: TypeAlias = tuple[str, Setup]
 
 @dataclass(frozen=True)
 class BudgetCheck:
-    """Of one optimizer: `spare_bytes` is the budget less the peak, negative where it does not fit."""
+    """Result for one optimizer: `spare_bytes` is the budget less the peak, negative where the setup does not fit."""
 
     spare_bytes: int
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is within the budget."""
         return self.spare_bytes >= 0
 
 
@@ -37,7 +38,7 @@ class Offer:
 
 
 def check_budget(estimate: Estimate, budget: int) -> dict[str, BudgetCheck]:
-    """The verdict on every optimizer."""
+    """Check every optimizer's peak against a budget in bytes."""
     return {name: BudgetCheck(budget - estimate.peak_bytes(name)) for name in OPTIMIZERS}
 
 
@@ -74,7 +75,7 @@ class _Search:
         self._estimator, self._budget = estimator, budget
 
     def _peak(self, choice: Choice) -> int | None:
-        """Bytes of its peak; None where the model cannot do it."""
+        """Return the bytes of a choice's peak, or None where the model does not support the choice."""
         try:
             return self._estimator.memory(*choice).peak_bytes
         except ValueError:
@@ -101,14 +102,14 @@ class _Search:
 
 
 def _made(start: Choice, made: Sequence[_Change]) -> Choice:
-    """The start with these changes; one that has no effect without another is left out."""
+    """Apply the changes to the start; a change that does nothing without another one is left out."""
     for change in made:
         start = change(start) or start
     return start
 
 
 def _with_adapter(choice: Choice, mode: str) -> Choice:
-    """LoRA or QLoRA in place of what is trained. AdamW trains nothing then, whatever its bits."""
+    """Replace full training by LoRA or QLoRA, and drop `+adamw8bit`: AdamW then trains nothing."""
     optimizer, setup = choice
     more: dict[str, Any] = {"qlora": True, "dtype": "bf16"} if mode == "qlora" else {}
     setup = replace(setup, lora=setup.lora or 16, mixed_precision="auto", **more)

@@ -28,13 +28,23 @@ class CheckpointPart:
 
     @property
     def difference_bytes(self) -> int:
+        """Measured less predicted bytes."""
         return self.measured_bytes - self.predicted_bytes
 
 
 @dataclass(frozen=True)
 class Report:
-    """`optimizer`: one of `OPTIMIZERS`; `others`: what each of them would take for the same parameters, in bytes; the
-    Muons only where one of them is in use; `notes`: sentences on what the predictions rest on."""
+    """Bytes of a checkpoint, measured and predicted.
+
+    Attributes:
+        path: as it was given.
+        optimizer: one of `OPTIMIZERS`.
+        state: parts by algorithm.
+        weights: None where the checkpoint has no file of them.
+        others: bytes of state that each of `OPTIMIZERS` would take for the same parameters; the Muons only where the
+            checkpoint is one of theirs.
+        notes: sentences on what the predictions rest on.
+    """
 
     path: Path
     optimizer: str
@@ -54,9 +64,12 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able. Keys: `path`, `optimizer`, `state`, `weights` (None where no file of them is there), `parts` (by
-        algorithm) - each {num_parameters, measured_bytes, predicted_bytes, difference_bytes} -, `optimizers`
-        ({name: {state_bytes}}) and `notes`."""
+        """Return a JSON-able record.
+
+        Its keys are `path`, `optimizer`, `state`, `weights` (None where the checkpoint has no file of them), `parts`
+        (by algorithm), `optimizers` ({name: {state_bytes}}) and `notes`. `state`, `weights` and each of `parts` are
+        {num_parameters, measured_bytes, predicted_bytes, difference_bytes}.
+        """
         return {
             "path": str(self.path),
             "optimizer": self.optimizer,
@@ -74,12 +87,14 @@ def _part_dict(part: CheckpointPart) -> dict[str, int]:
 
 
 def report(path: Path) -> Report:
-    """Report on a file of `torch.save(optimizer.state_dict())`, alone or under a key of a dict, a folder of
-    Accelerate's, the Trainer's or Lightning's with one, or a run's folder, of which the newest complete checkpoint is
-    taken.
+    """Describe a saved optimizer state: its bytes, measured and predicted.
+
+    Args:
+        path: a file of `torch.save(optimizer.state_dict())`, alone or under a key of a dict; a folder of Accelerate,
+            the Trainer or Lightning that holds one; or a run's folder, whose newest complete checkpoint is taken.
 
     Raises:
-        ValueError: names the file, or the parameter whose state is no optimizer's that is known.
+        ValueError: names the file, or the parameter whose state is no known optimizer's.
     """
     files, folder = saved.find(path)
     weights: saved.SavedWeights | str = (None if folder is None else saved.beside(folder)) or ""
@@ -110,7 +125,7 @@ def report(path: Path) -> Report:
 
 
 def _notes(weights: saved.SavedWeights | str, entries: Sequence[states.StateEntry]) -> tuple[str, ...]:
-    """Whose shapes the predictions are for."""
+    """Say whose shapes the predictions are for."""
     if isinstance(weights, str):
         return (f"The state is predicted for its own shapes: {weights}.",)
     unknown = [entry for entry in entries if not entry.has_weight]

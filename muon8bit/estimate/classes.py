@@ -81,8 +81,10 @@ def model_class(config: Any) -> Class:
 
 
 def notes(config: Any) -> tuple[str, ...]:
-    """Sentences on what of the model is counted otherwise than it runs: all but the text part of one that also sees or
-    hears."""
+    """Return sentences on the parts of the model that are counted otherwise than they run.
+
+    Those are all parts but the text part of a model that also sees or hears.
+    """
     found, text = model_class(config), text_config(config)
     if found.own or text is config:
         return ()

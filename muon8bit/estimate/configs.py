@@ -90,7 +90,7 @@ def _from_values(values: Mapping[str, Any], where: str, path: Path | None = None
 
 
 def _is_usual(size: str, values: Mapping[str, Any], config: Any) -> bool:
-    """Whether another key, a legacy name or a list of layers, says this size, and says what is the default."""
+    """Check whether another key (a legacy name, a list of layers) sets this size, if only to its default."""
     for key, value in values.items():
         changed = value + 1 if type(value) is int else value[:-1] if isinstance(value, list) else value
         try:
@@ -124,7 +124,7 @@ def _from_hub(name: str) -> Any:
 
 
 def _is_reachable() -> bool:
-    """Whether the hub answers at once, or is asked through a proxy; its own client tries again and again."""
+    """Check whether the hub answers at once or is behind a proxy; the hub's own client would retry for long."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -140,7 +140,7 @@ def _is_reachable() -> bool:
 
 
 def _package_file(model: str) -> Path:
-    """The GGUF file that an installed package brings, as the scripts take it."""
+    """Return the only GGUF file of an installed package, found as the scripts find it."""
     name = model.removeprefix("package:")
     spec = find_spec(name) if name.isidentifier() else None
     files = (

@@ -61,18 +61,25 @@ class Memory:
 
     @property
     def resident_state_bytes(self) -> int:
-        """Of the state that is on the GPU all the time."""
+        """Bytes of the state that is on the GPU all the time."""
         return 0 if self.host_state_bytes else self.state_bytes
 
     def peak(self, checkpointing: bool) -> Peak:
-        """That of a run with or without activation checkpointing; without, if the model does not support it."""
+        """Return the peak with or without activation checkpointing; without, if the model does not support it."""
         return self.checkpointed if checkpointing and self.checkpointed is not None else self.plain
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Every optimizer's memory for one setup; `num_parameters`, `num_trained`: elements. `notes`: sentences on what of
-    this model is not counted, or otherwise than it may run."""
+    """Every optimizer's memory for one setup.
+
+    Attributes:
+        setup: as asked.
+        num_parameters: elements of all parameters.
+        num_trained: elements of the trained ones.
+        optimizers: memory by the names of `OPTIMIZERS`.
+        notes: sentences on parts of the model that are not counted, or that may run otherwise than they are counted.
+    """
 
     setup: Setup
     num_parameters: int
@@ -81,15 +88,18 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
     def peak_bytes(self, optimizer: str) -> int:
-        """Of the setup's own choice about activation checkpointing."""
+        """Return an optimizer's peak in bytes, with activation checkpointing if the setup has it."""
         return self.optimizers[optimizer].peak(self.setup.checkpointing).peak_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able. Keys: `num_parameters`, `num_trained_parameters`, `setup`, `notes`, and `optimizers`, by the names
-        of `OPTIMIZERS`: {state_bytes, weights_bytes, gradients_bytes, workspace_bytes, communication_bytes,
-        host_state_bytes, staging_bytes, bus_bytes, activations_bytes, peak_bytes, peak_phase} as set up, and
-        {activations_bytes, peak_bytes, peak_phase} under `without_checkpointing` and `with_checkpointing` (None where
-        the model does not support it)."""
+        """Return a JSON-able record.
+
+        Its keys are `num_parameters`, `num_trained_parameters`, `setup`, `notes`, and `optimizers`, by the names of
+        `OPTIMIZERS`. Each optimizer has state_bytes, weights_bytes, gradients_bytes, workspace_bytes,
+        communication_bytes, host_state_bytes, staging_bytes, bus_bytes, activations_bytes, peak_bytes and peak_phase as
+        set up. Under `without_checkpointing` and `with_checkpointing` it has {activations_bytes, peak_bytes,
+        peak_phase}; the latter is None where the model does not support checkpointing.
+        """
         optimizers = {}
         for name, memory in self.optimizers.items():
             sizes = ("state", "weights", "gradients", "workspace", "communication", "host_state", "staging", "bus")
@@ -126,7 +136,7 @@ class Estimator:
         self._passes: dict[tuple[Any, ...], Pass] = {}
 
     def estimate(self, setup: Setup) -> Estimate:
-        """Every optimizer's memory.
+        """Estimate every optimizer's memory.
 
         Raises:
             ValueError: a sequence longer than the model takes, or a model that cannot be estimated.
@@ -141,7 +151,7 @@ class Estimator:
         return Estimate(setup, sizes.num_parameters, sum(p.num_elements for p in sizes.whole), optimizers, notes)
 
     def memory(self, optimizer: str, setup: Setup) -> Peak:
-        """One optimizer's peak as set up: of `estimate`, without the pass that is not asked for.
+        """Return one optimizer's peak as set up; unlike `estimate`, count only the pass that is asked for.
 
         Args:
             optimizer: of `OPTIMIZERS`.

@@ -20,22 +20,25 @@ STAGED = ("muon8bit", "muon8bit+adamw8bit")
 
 
 def is_on_host(optimizer: str, setup: Setup) -> bool:
-    """Whether the state of one of `OPTIMIZERS` lies in host memory, away from the GPU."""
+    """Check whether the state of one of `OPTIMIZERS` lies in host memory, away from the GPU."""
     return optimizer in STAGED and setup.state_device == "cpu" and setup.device == "cuda"
 
 
 def host_bytes(optimizer: str, params: Sequence[Param]) -> int:
-    """Pinned memory for the state: torch rounds every tensor of it up to a power of two bytes."""
+    """Return the bytes of pinned memory for the state: torch rounds every tensor up to a power of two bytes."""
     return sum(2 ** (size - 1).bit_length() for p in params for size in _tensors(optimizer, p) if size)
 
 
 def bus_bytes(optimizer: str, params: Sequence[Param]) -> int:
-    """Bytes between host and GPU in a step: Muon's state comes twice and goes once, AdamW's comes and goes once."""
+    """Return the bytes moved between host and GPU in a step.
+
+    Muon's state comes to the GPU twice and goes back once; AdamW's comes and goes once.
+    """
     return sum((3 if p.is_muon else 2) * sum(_tensors(optimizer, p)) for p in params)
 
 
 def staging_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: int = DEFAULT_WORKSPACE_BYTES) -> int:
-    """Bytes of the buffers on the GPU, in the phase of the step that has the larger ones.
+    """Return the bytes of the staging buffers on the GPU, in the phase of the step that has the larger ones.
 
     Args:
         optimizer: of `STAGED`.
@@ -66,7 +69,7 @@ def _together(rows: int, cols: int, count: int, kind: str, budget: int, widths: 
 
 
 def _cut(num_bytes: int, count: int, size: int) -> list[int]:
-    """Bytes of jobs of at most `size` matrices."""
+    """Return the bytes of each job when `count` matrices of `num_bytes` each are cut into jobs of at most `size`."""
     full, rest = divmod(count, max(1, size))
     return [num_bytes * max(1, size)] * full + [num_bytes * rest] * (rest > 0)
 
@@ -74,7 +77,7 @@ def _cut(num_bytes: int, count: int, size: int) -> list[int]:
 def _matrices(
     params: Iterable[Param],
 ) -> Counter[tuple[int, int, tuple[int, ...] | None, tuple[int, ...] | None]]:
-    """How many matrices of each [rows, cols], with the pieces of their rows or of their columns."""
+    """Count the matrices of each [rows, cols], with the pieces of their rows or of their columns."""
     counts: Counter[tuple[int, int, tuple[int, ...] | None, tuple[int, ...] | None]] = Counter()
     for param in params:
         sizes, dim = param.split or (None, -2)
@@ -84,12 +87,12 @@ def _matrices(
 
 
 def _matrix_bytes(rows: int, cols: int) -> int:
-    """Codes and scales of one matrix in a buffer."""
+    """Return the bytes of one matrix's codes and scales in a buffer."""
     return sum(map(aligned_bytes, momentum_sizes((rows, cols))))
 
 
 def _adamw_jobs(optimizer: str, params: Iterable[Param], buffer: int) -> list[int]:
-    """Bytes of jobs that hold small parameters together, and pieces of large ones."""
+    """Return the bytes of each job; a job holds several small parameters, or a piece of a large one."""
     jobs: list[int] = []
     filled = buffer + 1
     for param in params:
@@ -111,7 +114,7 @@ def _pieces(optimizer: str, param: Param, buffer: int) -> Iterator[int]:
 
 
 def _tensors(optimizer: str, param: Param) -> list[int]:
-    """Bytes of each tensor of a parameter's state."""
+    """Return the bytes of each tensor of a parameter's state."""
     if param.is_muon:
         return momentum_sizes(param.shape, block_size=param.block_size, flatten=param.flatten)
     return moments_sizes(param.shape, adamw_bits(optimizer))

@@ -1,4 +1,4 @@
-"""What a transformers model is called with, and the loss of its pass."""
+"""Inputs of a transformers model, and the loss of its pass."""
 
 from __future__ import annotations
 
@@ -44,8 +44,14 @@ def inputs_of(model: Any, tokens: Tensor) -> dict[str, Any]:
 
 
 def loss_of(model: Any, tokens: Tensor, chunk: int | None, **mask: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, 0-d; `tokens` [batch, seq]. With `chunk` over so many tokens at once, whose
-    logits are recomputed in the backward pass; else the model's own, over all logits at once.
+    """Return the mean cross-entropy of the next token, 0-d.
+
+    Args:
+        model: a transformers model, maybe with an adapter.
+        tokens: [batch, seq] int64, the text and the labels.
+        chunk: tokens whose logits exist at once; they are recomputed in the backward pass. None: the model's own loss,
+            over all logits at once.
+        mask: the model's mask as a keyword argument, if it needs one.
 
     Raises:
         RefusedError: the model has no loss, or with `chunk` is no causal language model.

@@ -21,7 +21,7 @@ def build(
     targets: str = "all-linear",
     dora: bool = False,
 ) -> nn.Module:
-    """The model on the meta device, in training mode: see `classes.model_class`.
+    """Build the model on the meta device, in training mode: see `classes.model_class`.
 
     Args:
         config: of `configs.load_config`.
@@ -72,14 +72,14 @@ def build(
 
 
 def _beside_text(model: Any) -> set[str]:
-    """Names of the parameters that are not the language model's, embeddings and head included."""
+    """Return the names of the parameters outside the language model, whose embeddings and head count as inside."""
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     text = {id(param) for part in parts if part is not None for param in part.parameters()}
     return {name for name, param in model.named_parameters() if id(param) not in text}
 
 
 def _task(model: nn.Module, excluded: list[str]) -> dict[str, Any]:
-    """What to tell peft, which leaves the head of a classifier without an adapter, and trains it."""
+    """Return options for peft, which leaves a classifier's head without an adapter and trains the head whole."""
     kinds = {"ForTokenClassification": "TOKEN_CLS", "ForSequenceClassification": "SEQ_CLS"}
     task = next((kind for suffix, kind in kinds.items() if type(model).__name__.endswith(suffix)), None)
     if task is not None:  # by the ends of names; all that it trains whole must have no adapter
@@ -95,7 +95,7 @@ def _said(error: Exception) -> str:
 
 
 def quantized_names(model: nn.Module) -> frozenset[str]:
-    """Names of the weights that QLoRA keeps in NF4: those of the frozen linear layers but the head."""
+    """Return the names of the weights that QLoRA keeps in NF4: those of the frozen linear layers but the head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return frozenset(
         f"{path}.weight"
@@ -106,7 +106,7 @@ def quantized_names(model: nn.Module) -> frozenset[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of libraries, about their own next versions, or about adapters that they change by themselves."""
+    """Ignore warnings of libraries, such as those about their next versions or about adapters that they change."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

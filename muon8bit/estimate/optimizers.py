@@ -53,10 +53,18 @@ _CPU_PIECE_BYTES = 10 * 2**20
 
 @dataclass(frozen=True)
 class Param:
-    """A trained parameter: its name, shape, dtype, and how it is routed. `split`: sizes and dimension of the pieces of
-    its matrices, or None; `flatten`: one matrix of its first dimension by all others. Of a part of a parameter,
-    `whole_elements` is the number of all its elements.
-    `block_size`: elements that share a scale of its momentum."""
+    """A trained parameter, or a part of one, and how it is routed.
+
+    Attributes:
+        name: in the model.
+        shape: of the parameter, or of the part.
+        dtype: of the parameter and its gradient.
+        is_muon: Muon trains it; else AdamW.
+        split: sizes and dimension of the pieces of its matrices, or None.
+        flatten: it is one matrix, its first dimension by all others.
+        whole_elements: for a part, the elements of the whole parameter; else None.
+        block_size: elements that share a scale of its momentum.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -69,11 +77,12 @@ class Param:
 
     @property
     def num_elements(self) -> int:
+        """Number of elements of the shape."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Of the parameter, or of its gradient."""
+        """Bytes of the parameter, or of its gradient."""
         return self.num_elements * self.dtype.itemsize
 
 
@@ -85,21 +94,26 @@ def momentum_sizes(
     block_size: int = DEFAULT_BLOCK_SIZE,
     flatten: bool = False,
 ) -> list[int]:
-    """Bytes of each tensor of Muon8bit's momentum of a parameter of `shape`."""
+    """Return the bytes of each tensor of Muon8bit's momentum of a parameter of `shape`."""
     size = torch.Size(shape)
     return _sizes(MomentumFormat.of(size, bits, codebook, block_size, flatten).layout(size))
 
 
 def moments_sizes(shape: Sequence[int], bits: int, whole_elements: int | None = None) -> list[int]:
-    """Bytes of each tensor of Muon8bit's AdamW state of a parameter of `shape`, or of such a part of one, in a group
-    with `adamw_bits=bits`."""
+    """Return the bytes of each tensor of Muon8bit's AdamW state, in a group with `adamw_bits=bits`.
+
+    Args:
+        shape: of the parameter, or of a part of one.
+        bits: 8 or 32.
+        whole_elements: for a part, the elements of the whole parameter.
+    """
     if is_8bit(shape if whole_elements is None else (whole_elements,), bits):
         return [STEP_BYTES, *_sizes(layout(shape))]
     return [STEP_BYTES, *[ADAMW_BYTES // 2 * math.prod(shape)] * 2]
 
 
 def adamw_bits(optimizer: str) -> int:
-    """Of the AdamW part of one of `OPTIMIZERS` that is a Muon."""
+    """Return the `adamw_bits` of a Muon among `OPTIMIZERS`."""
     return 8 if optimizer == "muon8bit+adamw8bit" else 32
 
 
@@ -108,7 +122,7 @@ def _sizes(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> list[in
 
 
 def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
-    """Bytes of the state of one of `OPTIMIZERS` after its first step: the true bytes that `state_report` measures."""
+    """Return the true bytes of one of `OPTIMIZERS`' state after its first step, as `state_report` measures them."""
     if optimizer == "adamw":
         return sum(ADAMW_BYTES * p.num_elements + STEP_BYTES for p in params)
     if optimizer == "adamw8bit":
@@ -133,20 +147,23 @@ def step_bytes(
     budget: int = DEFAULT_WORKSPACE_BYTES,
     is_staged: bool = False,
 ) -> int:
-    """The most that a step allocates at once beyond state and gradients, freed before it returns.
+    """Return the most bytes that a step allocates at once beyond state and gradients, and frees before it returns.
 
-    torch's AdamW: on CUDA nothing, with fused=True (its default there copies one moment of all tensors); on a CPU two
-    of the largest tensor beside one of the next, if that came before. Muon8bit's AdamW, which `muon_bf16` has on bf16
-    weights too: nothing, or two fp32 copies of what is not fp32. torch.optim.Muon: matrix by matrix, update, two bf16
-    iterates and two small matrices. Muon8bit: batches within `budget`, its `workspace_bytes`. bitsandbytes' 8-bit AdamW
-    works in place; Muon8bit's too, on pieces that it copies: on CUDA, where the verdict on the gradients is not waited
-    for, always, on a CPU what is not fp32. What bitsandbytes' CPU kernel allocates inside is not counted.
+        torch's AdamW           CUDA: nothing, with fused=True (its default there copies one moment of all tensors)
+                                CPU: two tensors of the largest size, and one of the next, if that came before
+        Muon8bit's AdamW        fp32: nothing; else two fp32 copies; `muon_bf16` has this AdamW on bf16 weights too
+        torch.optim.Muon        matrix by matrix: update, two bf16 iterates and two small matrices
+        Muon8bit                batches within `budget`, its `workspace_bytes`
+        bitsandbytes' AdamW     nothing; what its CPU kernel allocates inside is not counted
+        Muon8bit's 8-bit AdamW  copies of pieces: on a CPU of tensors that are not fp32, on CUDA always, since the step
+                                does not wait for the check of the gradients
 
     Args:
         optimizer: of `OPTIMIZERS`.
+        params: the trained ones.
         kind: device kind of `orthogonalize.device_kind`.
         budget: in bytes.
-        is_staged: Muon8bit's state comes from the host; its AdamW part then leaves half of the budget to that.
+        is_staged: Muon8bit's state comes from the host; its AdamW part then leaves half of the budget to the staging.
     """
     rest = [p for p in params if optimizer == "adamw" or not p.is_muon]
     matrices = [p for p in params if p.is_muon]
@@ -168,7 +185,11 @@ def step_bytes(
 
 
 def _adamw8_bytes(param: Param, kind: str, budget: int) -> int:
-    """Of a piece: fp32 parameter and gradient, or on CUDA fp32 parameter, codes, and what is chosen of one of them."""
+    """Return the bytes that the largest piece is copied into.
+
+    On a CPU these are the fp32 parameter and gradient. On CUDA they are the fp32 parameter, the codes, and the choice
+    between old and new values of one of these tensors.
+    """
     device_type = "cpu" if kind.startswith("cpu") else kind
     if device_type == "cpu" and param.dtype == torch.float32:
         return 0
@@ -183,7 +204,7 @@ def _torch_adamw_bytes(params: Sequence[Param], kind: str) -> int:
 
 
 def matrix_shapes(param: Param) -> Counter[tuple[int, int]]:
-    """How many matrices of each [rows, cols] the parameter holds, splits left out."""
+    """Count the matrices of each [rows, cols] that the parameter holds, without regard to splits."""
     if param.flatten:
         return Counter({(param.shape[0], math.prod(param.shape[1:])): 1})
     return Counter({(param.shape[-2], param.shape[-1]): math.prod(param.shape[:-2])})
@@ -226,5 +247,5 @@ def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
 
 
 def _piece_bytes(num_elements: int, kind: str) -> int:
-    """Newton-Schulz input and the piece of the momentum that is decoded on a CPU."""
+    """Return the bytes of the Newton-Schulz input and of the piece of the momentum that is decoded on a CPU."""
     return 4 * num_elements + min(4 * num_elements, _CPU_PIECE_BYTES) if kind.startswith("cpu") else 0

@@ -112,7 +112,7 @@ NAMES = tuple(_SIZES)
 
 
 def _known(name: str) -> str | None:
-    """The preset of its own name, or of one on the hub, whatever the case of its letters."""
+    """Return the preset with this name, or with this name on the hub, in any case; None for an unknown name."""
     return {word.lower(): known for known in NAMES for word in (known, _hub_name(known))}.get(name.lower())
 
 
@@ -121,7 +121,7 @@ def _hub_name(known: str) -> str:
 
 
 def preset(name: str) -> dict[str, Any] | None:
-    """The config.json of a preset, by its own name or that on the hub, in any case; None for an unknown name."""
+    """Return the config.json of a preset, by its own name or that on the hub, in any case; None for an unknown name."""
     found = _known(name)
     if found is None:
         return None
@@ -139,7 +139,7 @@ def preset(name: str) -> dict[str, Any] | None:
 
 
 def nearest(name: str) -> list[str]:
-    """Up to three presets with the names nearest to `name`."""
+    """Return up to three presets with the names nearest to `name`."""
     lowered = {known.lower(): known for known in NAMES}
     return [lowered[close] for close in get_close_matches(name.lower(), lowered, n=3, cutoff=0.4)]
 

@@ -30,7 +30,15 @@ _ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16"
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """`where` they are, in words; of each name its shape; elements, bytes measured and those of shapes and dtypes."""
+    """Weights of a checkpoint.
+
+    Attributes:
+        where: they are, in words.
+        shapes: by name.
+        num_elements: of all weights.
+        measured_bytes: as saved.
+        predicted_bytes: those of the shapes and dtypes.
+    """
 
     where: str
     shapes: dict[str, tuple[int, ...]]
@@ -40,7 +48,7 @@ class SavedWeights:
 
 
 def find(path: Path) -> tuple[list[Path], Path | None]:
-    """Files of optimizers, and the folder with the weights beside them, None where `path` is a file.
+    """Find the optimizers' files, and the folder with the weights beside them, None where `path` is a file.
 
     Raises:
         ValueError: there is none, or it is not known which of several is the newest.
@@ -71,7 +79,7 @@ def find(path: Path) -> tuple[list[Path], Path | None]:
 
 
 def _newest(files: Sequence[Path]) -> list[Path]:
-    """The one of these whose name has the highest step, as Lightning writes it: `epoch=1-step=200.ckpt`."""
+    """Return the file whose name has the highest step, as Lightning writes it: `epoch=1-step=200.ckpt`."""
     if len(files) < 2:
         return list(files)
     found = [re.search(r"step=(\d+)", file.name) for file in files]
@@ -83,7 +91,7 @@ def _newest(files: Sequence[Path]) -> list[Path]:
 
 
 def beside(folder: Path) -> SavedWeights | None:
-    """The weights that a folder holds: of a model, whole or in shards, else of what was trained of it or of an adapter.
+    """Return the weights that a folder holds: a model's, whole or in shards, else the trained ones or an adapter's.
 
     Raises:
         ValueError: a file that is damaged, or a shard that is missing.
@@ -98,7 +106,7 @@ def beside(folder: Path) -> SavedWeights | None:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Files that an index names, or else whose own names say that they are all the parts of one."""
+    """Return the files that an index names, else the files whose own names say that they are all the parts of one."""
     index = folder / _INDEX
     if index.is_file():
         try:
@@ -133,7 +141,7 @@ def _of_files(files: Sequence[Path], where: str) -> SavedWeights:
 
 
 def _header(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Name and header of every tensor of a safetensors file."""
+    """Yield name and header of every tensor of a safetensors file."""
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
@@ -147,8 +155,10 @@ def _header(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def inside(file: Path, loaded: Any) -> SavedWeights | str:
-    """The weights in a training file, such as `{"model": ..., "optimizer": ...}` or Lightning's `state_dict`; or in
-    words why they are not known."""
+    """Return the weights in a training file, or in words why they are not known.
+
+    The file is such as `{"model": ..., "optimizer": ...}`, or has Lightning's `state_dict`.
+    """
     held = {key: value for key, value in loaded.items() if _is_state_dict(value)} if isinstance(loaded, Mapping) else {}
     keys = [key for key in _MODEL_KEYS if key in held] or list(held)
     if not keys:
@@ -167,7 +177,7 @@ def inside(file: Path, loaded: Any) -> SavedWeights | str:
 
 
 def _is_state_dict(value: Any) -> bool:
-    """Whether it is a module's: names of tensors, but for what a module adds as `_extra_state`."""
+    """Check for a module's state dict: names of tensors, but for what a module adds as `_extra_state`."""
     return (
         isinstance(value, Mapping)
         and any(isinstance(one, Tensor) for one in value.values())
@@ -179,10 +189,10 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def shapes_by_name(names: Sequence[str], weights: SavedWeights) -> dict[str, tuple[int, ...]]:
-    """Of an optimizer's parameter names those that the weights have, with their shapes.
+    """Return the shapes of the weights that an optimizer's parameter names stand for; other names are left out.
 
-    Equal are names without wrappers' segments, without peft's segments for the adapter, which it does not save, and
-    without one prefix before all of them, as Lightning's module has before those of a model inside.
+    Names are compared without wrappers' segments, and without peft's segments for the adapter, which peft does not
+    save. One prefix before all names, such as Lightning's for the model inside its module, is ignored too.
     """
     own, theirs = unwrapper(names), unwrapper(weights.shapes)
     shapes = {theirs(name): shape for name, shape in weights.shapes.items()}
@@ -198,5 +208,8 @@ def shapes_by_name(names: Sequence[str], weights: SavedWeights) -> dict[str, tup
 
 
 def _without_adapter(name: str) -> str:
-    """`a.lora_A.default.weight` is saved as `a.lora_A.weight`, `b.modules_to_save.default.weight` as `b.weight`."""
+    """Remove the adapter's segment from a name, which peft does not save.
+
+    `a.lora_A.default.weight` becomes `a.lora_A.weight`, `b.modules_to_save.default.weight` becomes `b.weight`.
+    """
     return ".".join(part for part in name.split(".") if part not in ("default", "modules_to_save"))

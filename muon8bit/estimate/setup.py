@@ -1,4 +1,4 @@
-"""What is asked of an estimate: how the model is trained, and on what."""
+"""The setup of an estimate: how the model is trained, and on what devices."""
 
 from __future__ import annotations
 
@@ -109,11 +109,12 @@ class Setup:
 
     @property
     def weight_dtype(self) -> torch.dtype:
+        """Dtype of the weights; with an adapter that of the frozen base."""
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
     @property
     def mode(self) -> str:
-        """What the scripts call `--mode`: "full", "lora" or "qlora"."""
+        """The scripts' `--mode`: "full", "lora" or "qlora"."""
         return "qlora" if self.qlora else "full" if self.lora is None else "lora"
 
     @property
@@ -128,12 +129,12 @@ class Setup:
 
     @property
     def num_shards(self) -> int:
-        """Among how many GPUs weights, gradients and state are divided."""
+        """Number of GPUs among which weights, gradients and state are divided."""
         return {"fsdp2": self.num_gpus, "hsdp": min(self.num_gpus, GPUS_PER_NODE)}.get(self.shard, 1)
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of `24GiB`, `24 GB`, `1.5TiB`: GB is 1000^3, GiB 1024^3.
+    """Read a number of bytes such as `24GiB`, `24 GB`, `1.5TiB`: GB is 1000^3, GiB 1024^3.
 
     Raises:
         ValueError: no number, or no unit.

@@ -1,4 +1,4 @@
-"""What lies on one GPU: trained parameters and bytes of weights, divided as asked."""
+"""Trained parameters and bytes of weights on one GPU, divided as asked."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from .setup import Setup
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the GPU with the largest part.
+    """Sizes on the GPU with the largest part.
 
     Attributes:
-        trained: its rows of the trained parameters: what state and gradients are counted from.
+        num_parameters: elements of the whole model.
+        trained: rows of the trained parameters on this GPU, from which state and gradients are counted.
         whole: the trained parameters whole, as Newton-Schulz takes them.
         weights_bytes: of all parameters and buffers.
-        communication_bytes: beyond these, for the other GPUs.
-        dequantized_bytes: the largest NF4 matrix in the dtype that it is computed in.
-        unquantized_bytes: of the weights that a base in NF4 has beside it.
+        communication_bytes: beyond `weights_bytes`: gradient buckets (DDP), or whole weights and gradients (FSDP2).
+        dequantized_bytes: the largest NF4 matrix in its compute dtype.
+        unquantized_bytes: of the frozen weights of an NF4 base that are not quantized.
     """
 
     num_parameters: int
@@ -37,12 +38,12 @@ class Sizes:
 
     @property
     def gradients_bytes(self) -> int:
-        """Of all trained parameters."""
+        """Bytes of the gradients of all trained parameters."""
         return sum(param.num_bytes for param in self.trained)
 
 
 def measure(model: nn.Module, setup: Setup) -> Sizes:
-    """Sizes of a model on the meta device.
+    """Measure the sizes of a model on the meta device.
 
     Sharding is FSDP2's: dimension 0 in `setup.num_shards` equal parts, rounded up.
 
@@ -84,7 +85,7 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, tied ones once."""
+    """Yield parameters and buffers, tied ones once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
@@ -94,16 +95,22 @@ def _part(shape: tuple[int, ...], num_shards: int) -> tuple[int, ...]:
 
 
 def nf4_bytes(num_elements: int) -> int:
-    """Bytes of a matrix in NF4 with double quantization, blocks of 64 and 256: codes, their maxima as codes, maxima of
-    those, an offset and the table of 16 values. Source: bitsandbytes 0.50 `quantize_4bit`."""
+    """Return the bytes of a matrix in NF4 with double quantization, blocks of 64 and 256.
+
+    They are codes, the blocks' maxima as codes, the maxima of those, an offset and the table of 16 values. Source:
+    bitsandbytes 0.50 `quantize_4bit`.
+    """
     blocks = math.ceil(num_elements / 64)
     return math.ceil(num_elements / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 + 16 * 4
 
 
 def _unsharded_bytes(model: nn.Module, setup: Setup) -> int:
-    """Whole weights that FSDP2 has beside the parts when each layer and the rest are units of their own: the rest
-    (embeddings, head), a layer and the next one; and twice the largest unit's gradients, whole, and as sent: in fp32
-    where it computes in less than the weights have, as the scripts let it."""
+    """Return the bytes of whole weights and gradients that FSDP2 has beside the parts.
+
+    Each layer is a unit of its own, and the rest (embeddings, head) is one. Whole at once are the weights of the rest,
+    of a layer and of the next layer, and the gradients of the largest unit. Those are there twice: whole, and as sent,
+    in fp32 where the model computes in a lower precision than the weights have, as the scripts let it.
+    """
     layers = [
         layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module if _size(layer)
     ]

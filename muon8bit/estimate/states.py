@@ -46,10 +46,10 @@ class StateEntry:
 
 
 def load(file: Path) -> Any:
-    """What torch.save wrote, its tensors mapped from the file.
+    """Load what torch.save wrote, its tensors mapped from the file.
 
     Raises:
-        ValueError: it did not write this file, or wrote objects into it that only code of their own reads.
+        ValueError: torch.save did not write this file, or the file has objects that only code of their own reads.
     """
     try:
         return torch.load(file, mmap=True, weights_only=True, map_location="cpu")
@@ -69,7 +69,7 @@ def _no_state_dict(file: Path, error: Exception) -> ValueError:
 
 
 def entries(file: Path, loaded: Any, weights: saved.SavedWeights | None) -> Iterator[StateEntry]:
-    """Every state in a loaded file, of all optimizers there.
+    """Yield every state in a loaded file, of all optimizers there.
 
     Raises:
         ValueError: there is no optimizer, or a state is of none that is known.
@@ -102,8 +102,11 @@ def entries(file: Path, loaded: Any, weights: saved.SavedWeights | None) -> Iter
 
 
 def _state_dicts(loaded: Any) -> list[Mapping[str, Any]]:
-    """Return the optimizers' state dicts of a loaded file: itself, or the values of a dict such as
-    `{"model": ..., "optimizer": ...}`, alone or in lists as Lightning's `optimizer_states`."""
+    """Return the optimizers' state dicts of a loaded file.
+
+    The file is a state dict itself, or a dict such as `{"model": ..., "optimizer": ...}` whose values are searched,
+    alone or in lists as Lightning's `optimizer_states`.
+    """
 
     def is_one(value: Any) -> bool:
         if not isinstance(value, Mapping):
@@ -121,7 +124,7 @@ def _state_dicts(loaded: Any) -> list[Mapping[str, Any]]:
 
 
 def _is_known(key: str | None, state: Mapping[str, Any], tensors: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """Whether these keys of a state and its group are those of AdamW or a Muon, and of no other optimizer."""
+    """Check whether the keys of a state and its group are those of AdamW or a Muon, and of no other optimizer."""
     if key is None or "algorithm" in group:
         return key is not None
     if key == EXP_AVG_KEY:
@@ -149,7 +152,7 @@ def _entry(
     state: Mapping[str, Any],
     group: Mapping[str, Any],
 ) -> StateEntry:
-    """What is known of one parameter's state, by its keys."""
+    """Describe one parameter's state by its keys."""
     tensors = {**state, **state.get(_BNB_KEY, {})}
     keys = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY, EXP_AVG_KEY, EXP_AVG_CODES_KEY, "state1")
     key = next((key for key in keys if isinstance(tensors.get(key), Tensor)), None)
@@ -185,7 +188,7 @@ def _entry(
 
 
 def optimizer_of(formats: set[str]) -> str:
-    """Which of `OPTIMIZERS` states of these formats are together."""
+    """Return which of `OPTIMIZERS` has states of all these formats."""
     muon = next((name for name in ("muon8bit", "muon_bf16", "muon") if name in formats), None)
     if muon == "muon8bit" and "adamw8bit" in formats:
         return "muon8bit+adamw8bit"

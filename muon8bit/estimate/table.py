@@ -22,7 +22,7 @@ _BUS = 25e9
 
 
 def gib(num_bytes: int) -> str:
-    """Bytes in GiB, or in MiB below a tenth of one: `14.96 GiB`."""
+    """Format bytes in GiB, or in MiB below a tenth of one: `14.96 GiB`."""
     return f"{num_bytes / GIB:,.2f} GiB" if abs(num_bytes) >= GIB / 10 else f"{num_bytes / 2**20:,.2f} MiB"
 
 
@@ -54,7 +54,7 @@ def _paragraph(text: str, file: IO[str]) -> None:
 
 
 def _shared(memory: Memory, setup: Setup) -> dict[str, int]:
-    """What takes as many bytes with every optimizer."""
+    """Return the bytes that are the same with every optimizer, by their labels."""
     chosen = memory.peak(setup.checkpointing)
     shared = {"weights": memory.weights_bytes, "gradients": memory.gradients_bytes}
     shared |= {"for other GPUs": memory.communication_bytes} if memory.communication_bytes else {}
@@ -105,7 +105,7 @@ def print_offers(
 
 
 def _continued(command: str) -> str:
-    """Break a command line before options, with backslashes, into lines of at most 80 columns."""
+    """Cut a command line before options, with backslashes, into lines of at most 80 columns."""
     lines = [""]
     for part in re.split(r" (?=--)", command):
         if lines[-1] and len(lines[-1]) + len(part) + 3 > WIDTH:
@@ -134,7 +134,7 @@ def print_report(report: Report, file: IO[str]) -> None:
 
 
 def describe(setup: Setup) -> str:
-    """The setup in words: `batch 1 x 2048 tokens, bf16, LoRA 16`."""
+    """Describe the setup in words: `batch 1 x 2048 tokens, bf16, LoRA 16`."""
     words = [f"batch {setup.batch} x {setup.seq} tokens", setup.dtype]
     if setup.qlora:
         words[-1] = f"NF4 base, {setup.dtype} beside"
@@ -195,7 +195,7 @@ def _basis(estimate: Estimate) -> list[str]:
 
 
 def plot(path: Path, title: str, estimate: Estimate, budget: int | None) -> None:
-    """A PNG: a bar for each optimizer, stacked by what takes the bytes at the peak, and the budget as a line.
+    """Write a PNG: a bar for each optimizer, stacked by what takes the bytes at the peak, and the budget as a line.
 
     Raises:
         ImportError: matplotlib is not installed.
