@@ -64,7 +64,7 @@ def _next_line() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Talk. Returns the exit code: 0, 2 for bad input, told in one sentence, or 130 after Ctrl-C."""
+    """Run the chat; return the exit code: 0, 2 for bad input, told in one sentence, or 130 after Ctrl-C."""
     return run_script(lambda: _work(sys.argv[1:] if argv is None else argv))
 
 

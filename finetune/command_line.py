@@ -1,4 +1,4 @@
-"""What the command lines of the scripts share: options from a recipe's fields, resuming, exit codes. No torch here."""
+"""Parts that the scripts' command lines share: options from a recipe's fields, resuming, exit codes. No torch here."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Parser(cli.CommandParser):
 
 
 def absolute(value: Any, option: str) -> Any:
-    """Local paths are recorded absolute, so that a run can be resumed from any working directory.
+    """Make a local path absolute, so that a recorded run can be resumed from any working directory.
 
     Raises:
         InputError: a path that the system refuses to look up, such as one in a folder that may not be entered.
@@ -95,7 +95,7 @@ def absolute(value: Any, option: str) -> Any:
 
 
 def check_resumable(folder: RunFolder, saved: Training, overrides: Mapping[str, Any]) -> None:
-    """A resumed run stays the run that it was.
+    """Check that the options of a resumed run change nothing of what the run was.
 
     Raises:
         InputError: an option asks for something else.

@@ -42,7 +42,7 @@ def _parser() -> Parser:
 
 
 def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) -> tuple[Recipe, RunFolder]:
-    """Options -> the recipe to run and the folder to run it in. Imports nothing heavy, writes nothing.
+    """Read the options: return the recipe to run and the folder to run it in. Imports nothing heavy, writes nothing.
 
     A resumed run takes its recipe from its own folder; options may change only what keeps it the same run.
 

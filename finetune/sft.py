@@ -55,7 +55,7 @@ def _parser() -> Parser:
 
 
 def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) -> tuple[SftRecipe, RunFolder]:
-    """Options -> the recipe to run and the folder to run it in. Imports nothing heavy, writes nothing.
+    """Read the options: return the recipe to run and the folder to run it in. Imports nothing heavy, writes nothing.
 
     A resumed run takes its recipe from its own folder; options may change only what keeps it the same run.
 
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) 
 
 
 def _check_together(recipe: SftRecipe, typed: Container[str]) -> None:
-    """Options that were typed and would have no effect."""
+    """Check for options that were typed and would have no effect."""
     if recipe.mode == "full":
         for key in ADAPTER_OPTIONS:
             if key in typed:
@@ -125,7 +125,7 @@ def _check_paths(recipe: SftRecipe) -> None:
 
 
 def _merge(folder: RunFolder) -> int:
-    """Fold the adapter of a complete run into its base; in a launch of several processes the main one does."""
+    """Merge the adapter of a complete run into its base; in a launch of several processes the main one does."""
     from finetune.models.merging import find_adapter, merge_adapter
 
     if os.environ.get("RANK", "0") == "0":

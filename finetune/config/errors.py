@@ -1,4 +1,4 @@
-"""What ends a run with a sentence instead of a traceback."""
+"""Errors that end a run with a sentence instead of a traceback."""
 
 from __future__ import annotations
 

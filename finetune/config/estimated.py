@@ -1,4 +1,4 @@
-"""What a recipe asks of memory, as `muon8bit estimate` takes it. No torch in here."""
+"""A recipe's demands on memory, as `muon8bit estimate` takes them. No torch in here."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def memory_options(recipe: Training, is_cuda: bool, has_bf16: bool) -> dict[str,
 
 
 def _adapter(recipe: SftRecipe) -> dict[str, Any]:
-    """Rank, targets and kind of the adapter: the recipe's, or those of the one that is trained further."""
+    """Return rank, targets and kind of the adapter: the recipe's, or those of the adapter that is trained further."""
     if recipe.adapter is None:
         return {"lora_rank": recipe.lora_rank, "lora_targets": recipe.lora_targets, "dora": recipe.dora}
     file = Path(recipe.adapter) / "adapter_config.json"

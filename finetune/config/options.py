@@ -45,7 +45,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What any training run is made of; `name` is the only field here that is no option.
+    """Options of any training run; `name` is the only field here that is no option.
 
     A subclass may give an option the default None, "chosen when the run is set up": no value of a running recipe is
     None unless its type says so.
@@ -154,17 +154,17 @@ class Training:
 
 
 def option_fields(kind: type[Training]) -> list[dataclasses.Field[Any]]:
-    """Fields of a recipe class that are command-line options, in order."""
+    """Return the fields of a recipe class that are command-line options, in order."""
     return [f for f in dataclasses.fields(kind) if "help" in f.metadata]
 
 
 def option_type(f: dataclasses.Field[Any]) -> type:
-    """Type of an option's value: bool, int, float or str."""
+    """Return the type of an option's value: bool, int, float or str."""
     return {"bool": bool, "int": int, "float": float, "str": str}[str(f.type).split(" ")[0]]
 
 
 def flag(name: str) -> str:
-    """The option of a field: `batch_size` -> `--batch-size`."""
+    """Return the command-line option of a field: `batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
 
 

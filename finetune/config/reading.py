@@ -20,7 +20,9 @@ R = TypeVar("R", bound=Training)
 
 
 def read_values(name_or_path: str, folder: Path, kind: type[Training]) -> tuple[dict[str, Any], str]:
-    """Values of a recipe of this kind, and where they are from: a name in `folder`, or the path of a YAML file.
+    """Read the values of a recipe of this kind, and say where they are from.
+
+    The recipe is a name in `folder`, or the path of a YAML file.
 
     Keys that were renamed are given by their names of now.
 
@@ -58,12 +60,12 @@ def _renamed(values: Mapping[str, Any], kind: type[Training], origin: str) -> di
 
 
 def saved_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the recipe that a run's folder holds: runs of release 0.1 recorded no routing."""
+    """Fill in what the recipe of a run's folder lacks: runs of release 0.1 recorded no routing."""
     return {"routing": "0.1", **values}
 
 
 def build(kind: type[R], values: Mapping[str, Any], origin: str) -> R:
-    """A recipe of a mapping; YAML's `1e-3`, which it reads as text, is taken as a number.
+    """Build a recipe from a mapping; a number such as `1e-3`, which YAML reads as text, is converted.
 
     Raises:
         InputError: an unknown key, or a value of the wrong type, not among its choices or not finite.

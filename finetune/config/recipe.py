@@ -1,4 +1,4 @@
-"""What a pretraining run is made of: a frozen record, read from YAML, overridden by options, checked before torch."""
+"""The recipe of a pretraining run: a frozen record, read from YAML, overridden by options, checked before torch."""
 
 from __future__ import annotations
 

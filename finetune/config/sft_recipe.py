@@ -1,4 +1,4 @@
-"""What a fine-tuning run is made of, checked before torch is imported, and its defaults with their reasons."""
+"""The recipe of a fine-tuning run, checked before torch is imported, and its defaults with their reasons."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class SftRecipe(Training):
 
 
 def read_sft_recipe(name_or_path: str) -> dict[str, Any]:
-    """Values of a recipe: a name in `finetune/recipes/sft/`, or the path of a YAML file; not checked yet.
+    """Read the values of a recipe, unchecked: a name in `finetune/recipes/sft/`, or the path of a YAML file.
 
     A chat template's path is taken relative to the recipe, if there is such a file; else it is a template's name.
 

@@ -36,8 +36,11 @@ class Counts:
         return cls(vocab_size, keys, pairs, firsts, np.bincount(ids, minlength=vocab_size))
 
     def probabilities(self, tokens: Tokens) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        """For each pair of tokens [n]: p(second | first) by counts (0 where `first` is unseen), the add-one
-        smoothed unigram p(second), and whether `first` was seen; three arrays [n - 1]."""
+        """Return three arrays [n - 1], an element for each pair of neighbours in `tokens` [n].
+
+        They are p(second | first) by counts (0 where `first` is unseen), the add-one smoothed unigram p(second), and
+        whether `first` was seen.
+        """
         ids = tokens.astype(np.int64)
         wanted = ids[:-1] * self.vocab_size + ids[1:]
         at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
@@ -48,7 +51,7 @@ class Counts:
 
 
 def bigram_loss(train: Tokens, validation: Tokens, vocab_size: int) -> tuple[float, float]:
-    """Cross-entropy of `weight * bigram + (1 - weight) * unigram`, Jelinek and Mercer's interpolation.
+    """Return the cross-entropy of `weight * bigram + (1 - weight) * unigram`, Jelinek and Mercer's interpolation.
 
     The weight maximizes the likelihood of the last tenth of the training tokens under the counts of the rest (by
     expectation maximization); the counts are then taken from all of them. After an unseen token the unigram

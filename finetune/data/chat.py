@@ -62,8 +62,10 @@ def load_parts(
     columns: str | None = None,
     report: DataReport | None = None,
 ) -> Parts:
-    """Conversations of a dataset in two parts: held out is a share of the different prompts (what stands before the
-    first answer), in the order of their hashes. For `stdlib` it is a share of the modules.
+    """Load the conversations of a dataset in two parts, training and held out.
+
+    Held out is a share of the different prompts (the text before the first answer), in the order of their hashes. For
+    `stdlib` it is a share of the modules.
 
     Args:
         dataset: as for `load_examples`, or `stdlib`: `finetune.data.stdlib_pairs`.
@@ -160,7 +162,7 @@ def _note(found: ReadRow, report: DataReport, has_columns: bool) -> None:
 def _opened_rows(
     dataset: str, config: str | None, split: str, limit: int | None, seed: int, columns: Columns, report: DataReport
 ) -> Iterator[tuple[Any, str]]:
-    """(row, its origin) of what `datasets` opens."""
+    """Yield (row, origin) of a dataset that `datasets` opens."""
     path = Path(dataset)
     if not path.exists() and (path.is_absolute() or row_kind(path)):
         raise InputError("--dataset", f"there is no {dataset}; give a file, a folder or a name for `datasets`")
@@ -180,7 +182,7 @@ def _opened_rows(
 
 
 def _local_rows(path: Path, columns: Columns, report: DataReport) -> Iterator[tuple[Any, str]]:
-    """(row, its origin) of a file, or of all files of rows in a folder."""
+    """Yield (row, origin) of a file, or of all files of rows in a folder."""
     files, others = find_row_files(path) if path.is_dir() else ([path], [])
     if path.is_dir():
         described = [file for file in files if _describes_rows(file, columns)]
@@ -204,13 +206,13 @@ def _local_rows(path: Path, columns: Columns, report: DataReport) -> Iterator[tu
 
 
 def _describes_rows(file: Path, columns: Columns) -> bool:
-    """Whether a file is a lone JSON object without the columns of a row, such as those that describe a dataset."""
+    """Check for a lone JSON object without the columns of a row, such as a description of a dataset."""
     value = lone_object(file) if row_kind(file) == ".json" else None
     return value is not None and not fits_a_format(value, columns)
 
 
 def _drawn(num_rows: int, limit: int | None, seed: int) -> list[int]:
-    """Indices of the rows to take, ascending."""
+    """Return the indices of the rows to take, ascending."""
     if limit is None or limit >= num_rows:
         return list(range(num_rows))
     return sorted(np.random.default_rng(seed).permutation(num_rows)[:limit].tolist())

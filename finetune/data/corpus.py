@@ -162,8 +162,10 @@ def _is_utf8(file: Path) -> bool:
 
 
 def _held_out(texts: Sequence[Stretch], fraction: float) -> set[str]:
-    """Names of the stretches for validation: in the order of their names' hashes, until their bytes suffice; one
-    that would overshoot by half is passed over, so that a single large file does not decide the share."""
+    """Choose the stretches for validation, in the order of their names' hashes, until their bytes suffice.
+
+    A stretch that would overshoot by half is passed over, so that a single large file does not decide the share.
+    """
     goal = fraction * sum(s.end - s.start for s in texts)
     chosen: set[str] = set()
     size = 0
@@ -198,7 +200,7 @@ def _rest_of_character(following: bytes) -> int:
 
 
 def _text_pieces(stretch: Stretch, part: Part) -> Iterator[CorpusPiece]:
-    """Text of a stretch in pieces that end with a line wherever there is one."""
+    """Yield the text of a stretch in pieces that end with a line wherever there is one."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, left, undecoded = "", stretch.end - stretch.start, 0
     is_first = stretch.start in (0, len(BYTE_ORDER_MARK))
@@ -224,7 +226,7 @@ def _text_pieces(stretch: Stretch, part: Part) -> Iterator[CorpusPiece]:
 
 
 def _row_pieces(rows: Iterator[str], fraction: float) -> Iterator[CorpusPiece]:
-    """Rows as pieces: empty ones and duplicates left out, a row's side decided by the hash of its text."""
+    """Yield rows as pieces, without empty ones and duplicates; the hash of a row's text decides its part."""
     seen: set[int] = set()
     for text in rows:
         if not text.strip():

@@ -46,7 +46,7 @@ def find_row_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def file_rows(file: Path, columns: Collection[str], report: DataReport) -> Iterator[tuple[int, Any]]:
-    """(number from 1, value) of every row of a file: of a line in .jsonl and .csv, else of a row.
+    """Return an iterator over (number from 1, value) of a file's rows; in .jsonl and .csv the number is the line's.
 
     Args:
         file: whose name has a `row_kind`.

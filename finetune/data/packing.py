@@ -55,7 +55,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def collate(rows: Sequence[Sequence[Encoded]], device: torch.device, pad_id: int = 0) -> Batch:
-    """Rows of conversations -> arguments of the model, with `targets`.
+    """Make the model's arguments, with `targets`, from rows of conversations.
 
     Args:
         rows: each a sequence of conversations that stand one behind the other.
@@ -115,10 +115,11 @@ class Rows(Sequences):
         return sum(self._targets)
 
     def count_targets(self, index: int) -> int:
+        """Return the number of targets of a row, 0 for index -1."""
         return self._targets[index] if index >= 0 else 0
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
-        """Rows as `collate` gives them; index -1 gives a row without targets."""
+        """Return rows as `collate` makes them; index -1 gives a row without targets."""
         chosen = [[self.encoded[i] for i in self.rows[index]] if index >= 0 else [self._nothing()] for index in indices]
         return collate(chosen, device, self.pad_id)
 
@@ -128,11 +129,14 @@ class Rows(Sequences):
 
 @torch.no_grad()
 def check_isolation(model: nn.Module, num_rows: int = 1) -> None:
-    """Find out whether this model keeps packed conversations apart: change the first of two, and compare how far the
-    logits of the second move when both stand in one row, and when each has a row of its own.
+    """Check that this model keeps conversations that are packed into one row apart.
 
-    In rows of their own they are apart, and move only by what depends on the whole batch, such as the rounding of
-    products whose sizes follow from how tokens are routed to experts. Most models move by exactly 0 in both.
+    The first of two conversations is changed. The change of the second one's logits is measured twice: with both in one
+    row, and with each in a row of its own.
+
+    In rows of their own the conversations are apart. The logits then move only by what depends on the whole batch, such
+    as the rounding of products whose sizes follow from how tokens are routed to experts. Most models move by exactly 0
+    in both.
 
     Args:
         model: causal language model, wrapped or not; its mode is left as it was.
@@ -161,8 +165,12 @@ def check_isolation(model: nn.Module, num_rows: int = 1) -> None:
 
 
 def _second_moves(model: nn.Module, num_rows: int, together: bool) -> float:
-    """Change the first of two conversations; return the largest change of the second one's logits, in standard
-    deviations of the logits."""
+    """Measure how far the second conversation's logits move when the first of two conversations is changed.
+
+    The largest change is returned, in standard deviations of the logits.
+
+    The unit is the standard deviation of the logits.
+    """
     device = next(model.parameters()).device
     logits = []
     for first in (1, 2):

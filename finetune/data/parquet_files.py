@@ -13,7 +13,7 @@ PARQUET_ROWS = 256  # rows decoded at a time
 
 
 def parquet_objects(file: Path, columns: Collection[str], report: DataReport) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, {column: value}) of a .parquet file, `PARQUET_ROWS` rows in memory at a time.
+    """Yield (row number from 1, {column: value}) of a .parquet file, `PARQUET_ROWS` rows in memory at a time.
 
     Args:
         file: what to read.
@@ -49,7 +49,7 @@ def parquet_objects(file: Path, columns: Collection[str], report: DataReport) ->
 
 
 def _python_rows(batch: Any) -> Iterable[Any]:
-    """Rows of a record batch; in place of one that cannot be decoded, the error."""
+    """Return the rows of a record batch; a row that cannot be decoded is replaced by its error."""
     try:
         rows: list[Any] = batch.to_pylist()
     except (UnicodeDecodeError, OverflowError):

@@ -50,5 +50,5 @@ def _runs(learned: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _shown(text: str) -> str:
-    """Escape what would control a terminal."""
+    """Replace characters that would control a terminal by their escapes."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

@@ -16,7 +16,7 @@ from finetune.data.texts import check_characters
 
 
 def text_rows(file: Path, column: str) -> Iterator[str]:
-    """Texts of a file of rows, in one of their columns.
+    """Yield the texts in one column of a file of rows.
 
     Raises:
         InputError: unreadable, or a row that has no text in the column.
@@ -27,12 +27,12 @@ def text_rows(file: Path, column: str) -> Iterator[str]:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets.save_to_disk` wrote this folder."""
+    """Check whether `datasets.save_to_disk` wrote this folder."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def open_hub(dataset: str, config: str | None, split: str, streaming: bool = False) -> Any:
-    """A split of a dataset saved on disk, or of a name for `datasets`.
+    """Open a split of a dataset, saved on disk or known to `datasets` by its name.
 
     Raises:
         InputError: `datasets` cannot open it, or it has no such split.
@@ -50,7 +50,7 @@ def open_hub(dataset: str, config: str | None, split: str, streaming: bool = Fal
 
 
 def opened_rows(opened: Any, dataset: str, numbers: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """(number, row) of what `open_hub` gave, or of a selection from it.
+    """Yield (number, row) of a dataset from `open_hub`, or of a selection of its rows.
 
     Args:
         opened: what to iterate over.
@@ -77,7 +77,7 @@ def _reason(error: BaseException) -> str:
 
 
 def hub_rows(recipe: Recipe) -> tuple[str, Callable[[], Iterator[str]]]:
-    """A dataset saved on disk, or a name for `datasets`: (identity, maker of an iterator over its texts).
+    """Open a saved dataset or a name for `datasets`: return its identity, and a maker of iterators over its texts.
 
     The identity is `datasets`' fingerprint, or for a stream the name, configuration and split.
 

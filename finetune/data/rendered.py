@@ -93,7 +93,7 @@ def refuse_altered(rendered: Rendered, wanted: Sequence[int], example: Example) 
 
 
 def _is_in(part: str, text: str) -> bool:
-    """Whether a text is in another one, without the space around it, or as JSON writes it."""
+    """Check whether a text, without the space around it, is part of another one, as it is or as JSON writes it."""
     part = part.strip()
     return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
 

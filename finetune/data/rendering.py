@@ -54,7 +54,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], where: str, tools: Sequence[Any] = (), *, generation_prompt: bool = False
     ) -> str:
-        """Text of a conversation by the model's own template.
+        """Render a conversation by the model's own template.
 
         Args:
             messages: turns.
@@ -79,7 +79,7 @@ class ChatTemplate:
         return text
 
     def answers(self, example: Example, last_only: bool) -> Rendered:
-        """Text of a conversation, and its answers that carry loss.
+        """Render a conversation and find its answers that carry loss.
 
         Args:
             example: the conversation.
@@ -102,7 +102,7 @@ class ChatTemplate:
         return found
 
     def _marked(self, text: str, example: Example) -> Rendered | None:
-        """A conversation with the spans of all its answers, from a template that marks them."""
+        """Render a conversation by a template that marks answers, with the spans of all; None where none does."""
         if self.has_markers:
             refuse_lost(text, example)
             return Rendered(text, self._render(self.text, example.messages, example.tools)[1], "markers")
@@ -134,15 +134,18 @@ class ChatTemplate:
         return texts[0], spans[0] if marked else []
 
     def _dated(self, template: str) -> str:
-        """The template with a `strftime_now` that knows only the fixed day: transformers passes no functions on."""
+        """Return the template with a `strftime_now` for the fixed day alone: transformers passes no functions on."""
         if "strftime_now" not in template:
             return template
         filters = "".join(f"|replace('{d}', '{self.date.strftime(d)}')" for d in DIRECTIVES)
         return f"{{%- macro strftime_now(format) %}}{{{{ format{filters} }}}}{{%- endmacro %}}\n{template}"
 
     def _matching(self, candidate: str, text: str, example: Example) -> tuple[str, list[tuple[int, int]]] | None:
-        """(text, spans of all answers) by a training template, if it says what the own template says. Where that one
-        loses the system turn, both are compared without it, and the training template must have it."""
+        """Return text and spans of all answers by a training template, or None if its text is not the own template's.
+
+        Where the own template loses the system turn, both are compared without that turn, and the training template
+        must have it.
+        """
         try:
             rendered, spans = self._render(candidate, example.messages, example.tools)
             if rendered == text:
@@ -173,7 +176,7 @@ def _failure(where: str, reason: str) -> RowError:
 
 
 def _chosen(spans: list[tuple[int, int]], wanted: Sequence[int], example: Example) -> list[tuple[int, int]]:
-    """Those of the spans of all answers that belong to the wanted ones."""
+    """Select the spans of the wanted answers from the spans of all answers."""
     everyone = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
     if list(wanted) == everyone:
         return spans

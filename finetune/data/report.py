@@ -29,12 +29,13 @@ class RowError(InputError):
 
     @property
     def reason(self) -> str:
+        """A few words on the fault, equal for all rows that have it."""
         return str(self.args[2])
 
 
 @dataclass
 class DataReport:
-    """What was found in a dataset while it was read and tokenized.
+    """Findings in a dataset while it is read and tokenized.
 
     Args:
         on_bad_row: what becomes of a bad row.

@@ -50,17 +50,18 @@ class RowFormat(NamedTuple):
 
     @property
     def title(self) -> str:
+        """Names of the needed columns, to be shown to people."""
         return " and ".join(f"`{name}`" for name in self.needs)
 
 
 def _read_dialog(row: NamedRow) -> tuple[Turns, int]:
-    """`messages` or `conversations`."""
+    """Read `messages` or `conversations`."""
     column = "messages" if "messages" in row.values else "conversations"
     return read_turns(row.values[column], row.name(column), row.where, row.columns), 0
 
 
 def _read_prompt(row: NamedRow) -> tuple[Turns, int]:
-    """A prompt and its answer, each a text or a list of messages; nothing in the prompt carries loss."""
+    """Read a prompt and its answer, each a text or a list of messages; nothing in the prompt carries loss."""
     ask = next(name for name in ("prompt", "question") if name in row.values)
     reply = next(name for name in ("completion", "response", "answer") if name in row.values)
     prompt, answer = _side(row, ask, "user"), _side(row, reply, "assistant")
@@ -72,7 +73,7 @@ def _read_prompt(row: NamedRow) -> tuple[Turns, int]:
 
 
 def _read_instruction(row: NamedRow) -> tuple[Turns, int]:
-    """Alpaca's rows: an instruction with its input, the answer, and perhaps earlier turns."""
+    """Read Alpaca's rows: an instruction with its input, the answer, and perhaps earlier turns."""
     parts = [_text(row, name) for name in ("instruction", "input") if name in row.values]
     ask = Message(role="user", content=SEPARATOR.join(part for part in parts if part.strip()))
     answer = Message(role="assistant", content=_text(row, "output"))
@@ -95,12 +96,12 @@ FORMS = ", or ".join(form.title for form in FORMATS)
 
 
 def example_from_row(row: Any, where: str, columns: Columns | None = None) -> Example:
-    """A row of a dataset -> a conversation; see `read_row`."""
+    """Convert a row of a dataset to a conversation; see `read_row`."""
     return read_row(row, where, columns or {}).example
 
 
 def read_row(row: Any, where: str, columns: Columns) -> ReadRow:
-    """A row of a dataset -> a conversation. Columns that hold nothing count as missing.
+    """Convert a row of a dataset to a conversation. Columns that hold nothing count as missing.
 
     Args:
         row: has the columns of one of `FORMATS`.
@@ -131,7 +132,7 @@ def read_row(row: Any, where: str, columns: Columns) -> ReadRow:
 
 
 def fits_a_format(row: Any, columns: Columns) -> bool:
-    """Whether a value has all columns of some format."""
+    """Check whether a value has all columns of some format."""
     return isinstance(row, Mapping) and bool(_fitting(_named(row, "", columns)))
 
 
@@ -185,7 +186,7 @@ def _side(row: NamedRow, column: str, role: Role) -> Turns:
 
 
 def _history(row: NamedRow) -> list[Message]:
-    """Earlier turns: pairs of a question and its answer."""
+    """Read earlier turns: pairs of a question and its answer."""
     value = row.values.get("history") or []
     pairs = parsed_list(value.strip() or "[]") if isinstance(value, str) else value
     what = f"`{row.name('history')}` of {row.where}"

@@ -32,7 +32,7 @@ ASK = "Write the Python function with this signature and docstring.\n\n"
 
 
 def standard_library(validation_fraction: float) -> tuple[list[Example], list[Example], str]:
-    """Instruction pairs of all modules, some modules held out.
+    """Make instruction pairs of all modules, some modules held out.
 
     Taken are functions and methods with a docstring of at least five words and a body of two statements or more that
     does something, whose pair has at most `MAX_CHARS` characters; not twice the same question, and not twice the same
@@ -75,7 +75,7 @@ def standard_library(validation_fraction: float) -> tuple[list[Example], list[Ex
 
 
 def _pairs(file: Path) -> Iterator[tuple[str, str, int]]:
-    """(question, answer, line) of every function of a file that qualifies; none of a file that does not parse."""
+    """Yield (question, answer, line) of every function of a file that qualifies; none of a file that does not parse."""
     try:
         source = file.read_text(encoding="utf-8")
         with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def _pairs(file: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def _functions(scope: ast.Module | ast.ClassDef) -> Iterator[Function]:
-    """Functions and methods, in order; none that is nested in a function or behind a condition."""
+    """Yield functions and methods in order, but none that is nested in a function or behind a condition."""
     for node in scope.body:
         if isinstance(node, Function):
             yield node

@@ -23,7 +23,7 @@ _CHATML = """\
 
 
 def _chatml(default_system: str) -> str:
-    """ChatML whose template writes a system turn of its own where a conversation has none."""
+    """Return a ChatML template that writes this system turn where a conversation has none."""
     opening = f"<|im_start|>system\\n{default_system}<|im_end|>\\n"
     return "{%- if messages[0]['role'] != 'system' %}{{- '" + opening + "' }}{%- endif %}\n" + _CHATML
 
@@ -91,9 +91,11 @@ _LLAMA31 = (
 
 
 def _mistral(before_ask: str, before_answer: str, trim: str = "") -> str:
-    """Mistral's forms, which differ in spaces, with the system turn at the head of the last user turn, where the model
-    reads it when it answers that turn. The own templates look for it in the last *message*, and so lose it as soon as
-    an answer follows."""
+    """Return one of Mistral's templates, which differ in spaces.
+
+    The system turn is at the head of the last user turn, where the model reads it when it answers that turn. Mistral's
+    own templates look for that place in the last *message*, and so lose the system turn as soon as an answer follows.
+    """
     return f"""\
 {{%- set has_system = messages[0]['role'] == 'system' %}}
 {{%- set turns = messages[1:] if has_system else messages %}}

@@ -22,7 +22,7 @@ csv.field_size_limit(2**31 - 1)  # characters; Python's own limit of 131,072 is 
 
 
 def jsonl_objects(file: Path, report: DataReport) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, value) of every line of a .jsonl file that is not blank, one in memory at a time.
+    """Yield (line number from 1, value) of every line of a .jsonl file that is not blank, one in memory at a time.
 
     Raises:
         InputError: unreadable, or a line that is no JSON, or not UTF-8, where the report says so.
@@ -32,7 +32,7 @@ def jsonl_objects(file: Path, report: DataReport) -> Iterator[tuple[int, Any]]:
 
 
 def json_objects(file: Path, report: DataReport) -> Iterator[tuple[int, Any]]:
-    """(number from 1, value) of every row of a .json file: an array, one object, or an object a line.
+    """Yield (number from 1, value) of every row of a .json file: an array, one object, or an object a line.
 
     Raises:
         InputError: unreadable, no JSON, or not UTF-8.
@@ -60,7 +60,9 @@ def lone_object(file: Path) -> dict[str, Any] | None:
 
 
 def csv_objects(file: Path, report: DataReport) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number from 1 at which it begins, {column: text}) of every row of a .csv file, whose first row is names.
+    """Yield (line number from 1, {column: text}) of every row of a .csv file, whose first row has the names.
+
+    The number is that of the line at which the row begins.
 
     Raises:
         InputError: unreadable, not UTF-8, without names of columns, or with quotes that do not end.
@@ -98,7 +100,7 @@ def _line_values(file: Path, lines: TextIO, report: DataReport) -> Iterator[tupl
 
 
 def _bad_line(file: Path, number: int, text: str, error: Exception) -> RowError:
-    """The error of a line that cannot be read.
+    """Return the error of a line that cannot be read.
 
     Raises:
         InputError: the whole file is of another kind.
@@ -121,7 +123,7 @@ def _bad_line(file: Path, number: int, text: str, error: Exception) -> RowError:
 
 
 def _whole(file: Path, text: str) -> Any:
-    """The value of a whole JSON file.
+    """Return the value of a whole JSON file.
 
     Raises:
         InputError: it has none, or is neither an array nor an object.
@@ -187,7 +189,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
 
 @contextmanager
 def _opened(file: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """A text file, unpacked. Bytes that are no UTF-8 become lone surrogates, so that their line can be named."""
+    """Open a text file, unpacked. Bytes that are no UTF-8 become lone surrogates, so that their line can be named."""
     binary = OPENERS[_packing(file)](file)
     with io.TextIOWrapper(binary, encoding=ENCODING, errors="surrogateescape", newline=newline) as text:
         yield text

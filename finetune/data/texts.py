@@ -65,7 +65,7 @@ def holds_nul(text: str) -> str:
 
 
 def is_wide(beginning: str | bytes) -> bool:
-    """Whether one of the first two characters or bytes, and not both, is NUL: of UTF-16 without a mark."""
+    """Check for UTF-16 without a mark: exactly one of the first two characters or bytes is NUL."""
     nul: str | bytes = "\0" if isinstance(beginning, str) else b"\0"
     return (beginning[:1] == nul) != (beginning[1:2] == nul)
 

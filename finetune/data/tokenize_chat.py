@@ -117,13 +117,13 @@ class ChatEncoding:
         self.ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
-        """Token ids of messages and the opening of an answer, to generate from."""
+        """Return the token ids of messages and of the opening of an answer, to generate from."""
         text = self.template.render(messages, "the prompt", tools, generation_prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def encode(self, examples: Sequence[Example], report: DataReport) -> Iterator[tuple[Encoded, str]]:
-        """Tokenize conversations at full length, each with the source of its mask.
+        """Yield tokenized conversations at full length, each with the source of its mask.
 
         Args:
             examples: conversations.
@@ -199,7 +199,7 @@ def encode_examples(
     drop_truncated: bool = False,
     report: DataReport | None = None,
 ) -> EncodedExamples:
-    """Tokenize conversations and mark the tokens that carry loss: assistant turns with their end-of-turn token.
+    """Encode conversations, and mark the tokens that carry loss: assistant turns with their end-of-turn token.
 
     Args:
         examples: conversations.

@@ -123,7 +123,7 @@ def _parsed(text: str) -> Any:
 
 
 def _tool_calls(value: Any, role: Role, place: str) -> list[Mapping[str, Any]]:
-    """Calls as chat templates take them: arguments that are JSON in a text become the object."""
+    """Return calls as chat templates take them: arguments given as JSON text become objects."""
     if not value:
         return []
     calls: list[Mapping[str, Any]] = []

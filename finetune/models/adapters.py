@@ -35,7 +35,7 @@ TRAINABLE_FILE = "trainable.safetensors"
 
 
 def add_adapter(model: Any, recipe: SftRecipe, base: str) -> Any:
-    """The model with an adapter to train: a new one from torch's current seed, in fp32, or the recipe's.
+    """Add an adapter to train: a new one from torch's current seed, in fp32, or the recipe's.
 
     Args:
         model: of `finetune.models.pretrained.load_base`.
@@ -71,7 +71,7 @@ def add_adapter(model: Any, recipe: SftRecipe, base: str) -> Any:
 
 
 def _all_of(modules: Sequence[str]) -> str | None:
-    """A pattern, as peft takes it, that matches these modules and all that is in them; None for no modules."""
+    """Return a pattern for peft that matches these modules and all that is in them; None for no modules."""
     return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else None
 
 

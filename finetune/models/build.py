@@ -19,7 +19,7 @@ from finetune.parallel.launch import plain_parameters, whole
 
 
 def model_config(recipe: Recipe) -> Any:
-    """transformers configuration of the model to train; of a new one that also takes images, that of its text part.
+    """Return the transformers configuration of the model to train; of a new model that takes images, its text part's.
 
     Raises:
         InputError: transformers does not know it, or rejects a value.
@@ -43,7 +43,7 @@ def model_config(recipe: Recipe) -> Any:
 
 
 def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """transformers keeps keys that it does not know; one that is almost a known key is a slip."""
+    """Check for slips: transformers keeps unknown keys, so one that is almost a known key is refused here."""
     for key in given:
         close = [] if key in known else get_close_matches(key, known, n=1, cutoff=0.8)
         if close and close[0] not in given:
@@ -51,13 +51,13 @@ def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def config_hash(config: PretrainedConfig) -> str:
-    """Hex SHA-256 of what a configuration says, the version of transformers left out."""
+    """Return the hex SHA-256 of a configuration's values, without the version of transformers."""
     values = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_vocabulary(config: Any, tokenizer: Any, option: str) -> None:
-    """Every token id must have an embedding; `option` is what gave the tokenizer.
+    """Check that every token id has an embedding; `option` is the one that gave the tokenizer.
 
     Raises:
         InputError: the tokenizer is larger than the model's vocabulary.
@@ -74,7 +74,7 @@ def check_vocabulary(config: Any, tokenizer: Any, option: str) -> None:
 
 
 def build_model(recipe: Recipe, config: Any, tokenizer: Any, device: torch.device) -> Any:
-    """The model in the recipe's dtype: random from torch's current seed, on the CPU, or pretrained, on the device.
+    """Build the model in the recipe's dtype: random from torch's seed, on the CPU, or pretrained, on the device.
 
     Raises:
         InputError: weights are missing or cannot be loaded, or the architecture is no causal language model.
@@ -101,8 +101,10 @@ def build_model(recipe: Recipe, config: Any, tokenizer: Any, device: torch.devic
 
 
 def logits_of(model: nn.Module, **arguments: Tensor) -> Tensor:
-    """Logits of a causal language model that Accelerate has not prepared, fp32: fp32 norms or adapters among bf16
-    weights, as those of an NF4 base, need automatic mixed precision."""
+    """Return the fp32 logits of a causal language model that Accelerate has not prepared.
+
+    fp32 norms or adapters among bf16 weights, as those of an NF4 base, need the automatic mixed precision used here.
+    """
     param = next(model.parameters())
     with torch.autocast(param.device.type, torch.bfloat16, enabled=param.dtype == torch.bfloat16):
         logits: Tensor = model(**arguments, use_cache=False).logits
@@ -126,7 +128,7 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def parameter_hash(model: nn.Module) -> str:
-    """Hex SHA-256 of all trained parameters, in order, with their names: equal on ranks that agree to the bit.
+    """Return the hex SHA-256 of all trained parameters, in order, with their names: equal where they agree to the bit.
 
     The names are those of the model inside of wrappers. Sharded parameters are gathered one at a time, by all ranks.
     """

@@ -120,10 +120,10 @@ def load_adapted(source: AdapterSource, device: torch.device) -> Any:
 
 @torch.no_grad()
 def merge_adapter(source: AdapterSource, output: Path, dtype: str | None, say: Callable[[str], None]) -> None:
-    """Fold an adapter into its base, and save the result as an ordinary model with the tokenizer of the adapter.
+    """Merge an adapter into its base, and save the result as an ordinary model with the tokenizer of the adapter.
 
-    It is done on the CPU, in fp32 one matrix at a time, so that beside the model one matrix is held twice. An NF4 base
-    is dequantized: the adapter was trained on these weights, not on those that were rounded to them.
+    The merge is done on the CPU, in fp32 one matrix at a time, so that beside the model one matrix is held twice. An
+    NF4 base is dequantized: the adapter was trained on these weights, not on those that were rounded to them.
 
     Args:
         source: of `find_adapter`.

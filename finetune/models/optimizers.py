@@ -24,7 +24,7 @@ def build_optimizers(
     loraplus_ratio: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> list[Optimizer]:
-    """Optimizers that together train every parameter of the model that requires a gradient.
+    """Build the optimizers that together train every parameter of the model that requires a gradient.
 
     `muon8bit` is one optimizer for the whole model; `muon` is torch.optim.Muon (fp32 momentum) for the 2-D weights
     that `param_groups` routes to Muon, fused ones as one matrix, and torch.optim.AdamW for the rest; `adamw` and
@@ -111,7 +111,7 @@ def _muon8bit(groups: list[dict[str, Any]], recipe: Training, process_group: Pro
 
 
 def _plain(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
-    """Groups of torch.optim.AdamW: with weight decay before without, and a LoRA factor B with its own lr."""
+    """Return groups for torch.optim.AdamW: with weight decay before without, and LoRA factors B with their own lr."""
     plain: dict[tuple[bool, float], dict[str, Any]] = {}
     for group in groups:
         key = (group["weight_decay"] == 0, group["raise"])
@@ -121,7 +121,7 @@ def _plain(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
 
 
 def report_state(optimizers: list[Optimizer]) -> tuple[dict[str, Any], str]:
-    """State bytes of all optimizers: (JSON-able record, table). With one optimizer, its `state_report`."""
+    """Measure the state bytes of all optimizers: (JSON-able record, table). With one optimizer, its `state_report`."""
     reports = [state_report(optimizer) for optimizer in optimizers]
     if len(reports) == 1:
         return reports[0].to_dict(), str(reports[0])

@@ -45,7 +45,7 @@ ADAM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "smollm3"
 
 
 def find_base(model: str) -> str:
-    """What `from_pretrained` takes: a folder or a hub name. A GGUF file becomes a folder in the cache, once.
+    """Return the folder or hub name for `from_pretrained`. A GGUF file becomes a folder in the cache, once.
 
     Args:
         model: a folder, a hub name, a GGUF file, or `package:NAME`, an installed package that brings one GGUF file.
@@ -75,7 +75,7 @@ def find_base(model: str) -> str:
 
 
 def _gguf_folder(file: Path) -> Path:
-    """An ordinary folder with the weights of a GGUF file, dequantized to bf16, and its tokenizer, by the file's hash.
+    """Make an ordinary folder of a GGUF file, named by its hash: weights dequantized to bf16, and the tokenizer.
 
     transformers takes a GGUF model for frozen and quantized: it would not save it, and NF4 on top fails.
     """
@@ -104,7 +104,7 @@ def _gguf_folder(file: Path) -> Path:
 
 
 def base_config(base: str) -> Any:
-    """transformers configuration of a base.
+    """Return the transformers configuration of a base.
 
     Args:
         base: of `find_base`.
@@ -130,7 +130,7 @@ def base_config(base: str) -> Any:
 
 
 def weight_dtype(recipe: SftRecipe) -> torch.dtype:
-    """Dtype of the base's weights that are not NF4."""
+    """Return the dtype of the base's weights that are not NF4."""
     if recipe.dtype != "auto":
         return torch.float32 if recipe.dtype == "fp32" else torch.bfloat16
     half = recipe.mode == "qlora" or (recipe.mode == "lora" and torch.cuda.is_available())
@@ -138,14 +138,17 @@ def weight_dtype(recipe: SftRecipe) -> torch.dtype:
 
 
 def compute_precision(recipe: SftRecipe) -> str:
-    """Mixed precision to ask Accelerate for, `auto`, `no` or `bf16`: what an NF4 base multiplies in, if it is bf16."""
+    """Return the mixed precision to ask Accelerate for, `auto`, `no` or `bf16`.
+
+    For an NF4 base with bf16 weights beside, `auto` becomes `bf16`, in which the base multiplies.
+    """
     if recipe.mode == "qlora" and recipe.mixed_precision == "auto" and weight_dtype(recipe) == torch.bfloat16:
         return "bf16"
     return recipe.mixed_precision
 
 
 def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
-    """The pretrained model in training mode, on the device: for an adapter frozen, for `qlora` with NF4 in its layers.
+    """Load the pretrained model in training mode, on the device: frozen for an adapter, in NF4 for `qlora`.
 
     What a model has beside its language model, such as a vision tower, is frozen, and stays in what is saved.
 
@@ -179,7 +182,7 @@ def load_base(base: str, recipe: SftRecipe, device: torch.device) -> Any:
 
 
 def load_base_weights(base: str, device: torch.device | None = None, **more: Any) -> Any:
-    """The whole pretrained model of a base, by the class that fits its configuration; the rest as for `load_whole`.
+    """Load the whole pretrained model of a base, by the class that fits its configuration; else as `load_whole`.
 
     Raises:
         InputError: as `finetune.models.weights.load_whole`.
@@ -188,7 +191,7 @@ def load_base_weights(base: str, device: torch.device | None = None, **more: Any
 
 
 def lacks_embeddings(config: Any, tokenizer: Any) -> bool:
-    """Whether a tokenizer has more tokens than the model of this configuration has embeddings."""
+    """Check whether a tokenizer has more tokens than the model of this configuration has embeddings."""
     return len(tokenizer) > int(text_config(config).vocab_size)
 
 
@@ -225,7 +228,7 @@ def resized_base(base: str, tokenizer: Any) -> str:
 
 
 def nf4_config(dtype: torch.dtype) -> Any:
-    """NF4 with twice quantized scales (QLoRA, arXiv 2305.14314), computing in `dtype`.
+    """Return the options of NF4 with twice quantized scales (QLoRA, arXiv 2305.14314), computing in `dtype`.
 
     Raises:
         InputError: bitsandbytes is not installed.
@@ -243,7 +246,7 @@ def nf4_config(dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _check_causal(model: Any, base: str) -> None:
-    """Two inputs that differ in their last token must have equal logits before it."""
+    """Check that two inputs that differ in their last token have equal logits before that token."""
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
     try:
         if beside_text(model):  # some want to be told in training which tokens are images
@@ -257,7 +260,7 @@ def _check_causal(model: Any, base: str) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hex SHA-256 of some elements of every weight, as bytes: another base of the same shapes has another one."""
+    """Return the hex SHA-256 of some elements of every weight, as bytes; it tells bases of the same shapes apart."""
     digest = hashlib.sha256()
     for name, param in model.named_parameters():
         flat = param.detach().flatten()
@@ -268,7 +271,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def pretrained_with(base: str, config: Any) -> str | None:
-    """The optimizer that a base was pretrained with, as far as is known: that of our own run, `adam`, or None."""
+    """Return the optimizer that pretrained a base, as far as is known: our own run's, `adam`, or None."""
     record = Path(base).parent / "result.json"
     if record.is_file():
         try:

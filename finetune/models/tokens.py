@@ -33,12 +33,12 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 def cache_root() -> Path:
-    """Folder of tokenizers and tokens: $MUON8BIT_CACHE, or ~/.cache/muon8bit."""
+    """Return the folder of tokenizers and tokens: $MUON8BIT_CACHE, or ~/.cache/muon8bit."""
     return Path(os.environ.get("MUON8BIT_CACHE") or "~/.cache/muon8bit").expanduser()
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> Path:
-    """Folder of a byte-level BPE trained on the training part; trained only if the cache has none.
+    """Return the folder of a byte-level BPE of the training part, which is trained only if the cache has none.
 
     Args:
         corpus: text; its validation part is not looked at.
@@ -203,7 +203,7 @@ def _batches(pieces: Iterator[CorpusPiece]) -> Iterator[list[CorpusPiece]]:
 
 
 def check_size(cache: TokenCache, seq_len: int) -> None:
-    """Every part must hold one block: `seq_len` inputs and the target after the last one.
+    """Check that every part holds one block: `seq_len` inputs and the target after the last one.
 
     Raises:
         InputError: one does not.

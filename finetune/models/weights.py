@@ -25,18 +25,18 @@ SPLIT_GGUF = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 
 def text_config(config: Any) -> Any:
-    """The part of a transformers configuration that has the sizes of the language model: itself, or a nested one."""
+    """Return the part of a transformers configuration that has the language model's sizes: itself, or a nested one."""
     return config.get_text_config()
 
 
 def longest_of(config: Any) -> int | None:
-    """Tokens that the language model takes at most; None where its configuration sets no limit."""
+    """Return the most tokens that the language model takes; None where its configuration sets no limit."""
     longest = getattr(text_config(config), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def model_class(config: Any) -> Any | None:
-    """The class of transformers that builds a language model of this configuration.
+    """Return the class of transformers that builds a language model of this configuration.
 
     Args:
         config: transformers configuration.
@@ -162,5 +162,5 @@ def _text_parameters(model: Any) -> set[int]:
 
 
 def first_line(error: Exception) -> str:
-    """The start of an error's text, on one line."""
+    """Return the start of an error's text, on one line."""
     return " ".join((str(error) or type(error).__name__).split())[:300]

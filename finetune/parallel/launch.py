@@ -1,4 +1,4 @@
-"""How a run was launched, what works under which launch, and sharded tensors."""
+"""The launch of a run: how processes share its parameters, what works under which launch, and sharded tensors."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ SHARDABLE = ("muon8bit", "adamw")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether parameters are sharded over ranks (FSDP2), so that reading a whole one takes all ranks."""
+    """Check whether parameters are sharded over ranks (FSDP2), so that reading a whole one takes all ranks."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
 def load_device(accelerator: Accelerator) -> torch.device:
-    """Where a rank loads weights to: its device, or the CPU if they are to be sharded."""
+    """Return the device to which a rank loads weights: its own, or the CPU if they are to be sharded."""
     device: torch.device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
     return device
 
 
 def replicas(accelerator: Accelerator) -> ProcessGroup | None:
-    """The ranks that hold equal parameters (DDP); None for one process, and where parameters are sharded."""
+    """Return the ranks that hold equal parameters (DDP); None for one process, and where parameters are sharded."""
     if accelerator.num_processes == 1 or is_sharded(accelerator):
         return None
     return torch.distributed.group.WORLD
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is, or all of a sharded one; then a collective call."""
+    """Return a tensor as it is, or all of a sharded one, which is a collective call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -57,21 +57,21 @@ def reduce_in_fp32(accelerator: Accelerator) -> None:
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The model inside of DDP's and torch.compile's wrappers."""
+    """Return the model inside of DDP's and torch.compile's wrappers."""
     inside: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return inside
 
 
 def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters under the names that they have in a model that nothing wraps, layer by layer or whole."""
+    """Yield parameters under their names in a model that nothing wraps, neither layer by layer nor whole."""
     for name, param in plain_model(model).named_parameters():
         yield name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), param
 
 
 def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """All weights of a prepared model, under the names that they have in a model that nothing wraps.
+    """Return all weights of a prepared model, under their names in a model that nothing wraps.
 
-    Of a sharded one on the main process alone, gathered by all: a collective call.
+    A sharded model is gathered by all ranks, a collective call; only the main process gets its weights.
     """
     state: dict[str, Tensor] = accelerator.get_state_dict(model if is_sharded(accelerator) else plain_model(model))
     return state

@@ -50,7 +50,7 @@ def tell_launcher(text: str) -> None:
 
 
 def _is_launcher(pid: int) -> bool:
-    """Whether a process was started as a launcher, by its program and the module or script that it runs."""
+    """Check whether a process was started as a launcher, by its program and the module or script that it runs."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:4]
     except OSError:  # it has just ended, or the system does not tell

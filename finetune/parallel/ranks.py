@@ -1,4 +1,4 @@
-"""What the processes of a run do together, so that none waits for one that has failed."""
+"""Joint actions of a run's processes, made so that none waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _ENDED: list[Any] = []
 
 
 def _patient_group() -> ProcessGroup:
-    """The processes over gloo, which waits on the CPU, with a limit of its own; a collective call at first."""
+    """Return a gloo group of all processes, which waits on the CPU up to `PATIENCE`.
+
+    The first call is collective.
+    """
     world = dist.group.WORLD
     if world not in _GROUPS:
         _GROUPS[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -43,7 +46,7 @@ def connect(accelerator: Accelerator) -> None:
 
 
 def gather(accelerator: Accelerator, value: T) -> list[T]:
-    """The value of every rank, on all ranks; a collective call that may wait for `PATIENCE`."""
+    """Gather the value of every rank, on all ranks; a collective call that may wait for `PATIENCE`."""
     if accelerator.num_processes == 1:
         return [value]
     values: list[Any] = [None] * accelerator.num_processes
@@ -53,7 +56,7 @@ def gather(accelerator: Accelerator, value: T) -> list[T]:
 
 
 def leave(accelerator: Accelerator) -> None:
-    """Shut down trackers and the process group, all ranks together.
+    """Close trackers and the process group, all ranks together.
 
     The group's object is kept until the process ends. Its destructor, which holds the interpreter's lock, waits for
     gloo's threads, and one of those may still need the lock to free a gathered tensor: neither would ever end (seen
@@ -94,7 +97,7 @@ def on_all(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def _attempt(accelerator: Accelerator, work: Callable[[], T] | None) -> tuple[list[T], Exception | None, Any]:
-    """What the work returned, or the error that the others are told and the error itself."""
+    """Run the work; return its value in a list, or the error to tell the other ranks, with the original error."""
     try:
         return ([] if work is None else [work()]), None, None
     except InputError as error:
@@ -156,7 +159,7 @@ def check_shared(accelerator: Accelerator, folder: Path) -> None:
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether an error of writing a checkpoint comes from the disk, not from a device or from communication.
+    """Check whether an error of writing a checkpoint comes from the disk, not from a device or from communication.
 
     Files, safetensors, torch.save and distributed checkpointing each have one of their own.
     """

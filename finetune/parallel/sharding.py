@@ -33,7 +33,7 @@ class _Param:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the other processes must know to make the main process's model, and to go on as if they had."""
+    """Everything that other processes need to make the main process's model, and to go on as if they had built it."""
 
     kind: type[Any]
     config: Any
@@ -52,7 +52,7 @@ class Weights:
 def build_once(
     accelerator: Accelerator, recipe: Training, build: Callable[[], tuple[Any, T]]
 ) -> tuple[Any, T, Weights | None]:
-    """A model of transformers: where parameters are to be sharded, built and looked at by the main process alone.
+    """Build a model of transformers; one to be sharded is built and looked at by the main process alone.
 
     There the model that is returned has its parameters on the meta device on all processes; torch's random state
     continues on all as on the main process.
@@ -109,7 +109,7 @@ def _empty_model(plan: _Plan, recipe: Training) -> Any:
 
 
 def _grouped(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
-    """Each parameter with all its names."""
+    """Return each parameter with all its names."""
     found: dict[int, tuple[list[str], nn.Parameter]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(param), ([], param))[0].append(name)

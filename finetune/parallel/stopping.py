@@ -35,7 +35,7 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Catch the signals inside the block; the handlers before it come back at its end.
+        """Watch for the signals inside the block; the handlers before it come back at its end.
 
         SIGHUP stays ignored where it is: nohup starts a run so.
         """
@@ -62,7 +62,9 @@ class StopSignal:
         os.close(nowhere)
 
     def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any rank has a reason to stop; a collective call. `code` is then the exit code, equal on all ranks.
+        """Check whether any rank has a reason to stop; a collective call.
+
+        `code` is then the exit code, equal on all ranks.
 
         Raises:
             StorageError: some rank's disk took no metrics; on all ranks.

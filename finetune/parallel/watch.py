@@ -71,14 +71,14 @@ class RankWatch:
 
 
 def _end(text: str) -> None:
-    """End the process: its main thread may wait in a collective call that can be ended in no other way."""
+    """Stop the process: its main thread may wait in a collective call that can be ended in no other way."""
     print(f"saving: {text}; the checkpoints before are untouched", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
 
 
 def watch_group() -> ProcessGroup:
-    """The processes over gloo, with `LIMIT_S` as its timeout; a collective call at first."""
+    """Return a gloo group of all processes, with `LIMIT_S` as its timeout. The first call is collective."""
     world = dist.group.WORLD
     if world not in _GROUPS:
         _GROUPS[world] = dist.new_group(backend="gloo", timeout=timedelta(seconds=LIMIT_S))

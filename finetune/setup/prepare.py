@@ -43,18 +43,20 @@ class PretrainRun(Run):
 
     @property
     def reference(self) -> tuple[str, float]:
+        """Name and height, in nats per token, of the line to compare losses with."""
         return "interpolated bigram", self.bigram
 
     def bits_per_byte(self, nats_per_token: float) -> float:
-        """Bits per UTF-8 byte of text, which unlike nats per token compares across tokenizers."""
+        """Convert nats per token to bits per UTF-8 byte of text, which compare across tokenizers."""
         return nats_per_token / math.log(2) / self.cache.bytes_per_token
 
     def describe(self, val_loss: float) -> str:
+        """Describe a validation loss in nats per token and bits per byte."""
         return f"{val_loss:.4f} nats per token, {self.bits_per_byte(val_loss):.4f} bits per byte"
 
 
 def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
-    """Data, model, optimizers and folder of a run; the main process prints what they are.
+    """Prepare data, model, optimizers and folder of a run; the main process prints what they are.
 
     Args:
         recipe: checked options.
@@ -121,7 +123,7 @@ def _introduce(run: PretrainRun, num_parameters: int) -> None:
 
 
 def _prepare_data(recipe: Recipe, config: Any, accelerator: Accelerator) -> tuple[Any, TokenCache, dict[str, Any]]:
-    """Tokenizer, token cache, and the facts that the records of the run carry."""
+    """Prepare tokenizer and token cache, and the facts that the records of the run carry."""
     corpus = open_corpus(recipe)
     if accelerator.is_main_process:
         print(f"text: {corpus.label}, corpus {corpus.hash[:12]}; tokenizing what is not in the cache", flush=True)

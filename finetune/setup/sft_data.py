@@ -114,7 +114,7 @@ def preview(recipe: SftRecipe, num: int) -> list[str]:
 
 
 def _ready(recipe: SftRecipe) -> tuple[SftRecipe, ChatEncoding]:
-    """The recipe that fits its model, and the encoding; no weights are loaded."""
+    """Return the recipe that fits its model, and the encoding; no weights are loaded."""
     base = find_base(recipe.model)
     config, tokenizer = base_config(base), load_tokenizer(base, "--model")
     if not recipe.resize_embeddings:
@@ -136,7 +136,7 @@ def _parts(recipe: SftRecipe, report: DataReport) -> Parts:
 
 
 def _examples(recipe: SftRecipe, report: DataReport) -> Sequence[Example]:
-    """All conversations in the order of the rows."""
+    """Load all conversations in the order of the rows."""
     if recipe.dataset == "stdlib":
         parts = _parts(recipe, report)
         return [*parts.train, *parts.validation]
@@ -162,7 +162,7 @@ def _encoded(
 
 
 def read_template(given: str, own: str | dict[str, str] | None) -> str:
-    """The text of a file, or of the template with this name: of the tokenizer, built in, or of a recipe.
+    """Read a chat template: a file, or one with this name of the tokenizer, built in, or of a recipe.
 
     Args:
         given: path or name.
@@ -211,6 +211,6 @@ def rows_of(recipe: SftRecipe, encoded: EncodedExamples, tokenizer: Any) -> Rows
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hex SHA-256 of a tokenizer and its chat template."""
+    """Return the hex SHA-256 of a tokenizer and its chat template."""
     text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -44,7 +44,7 @@ SAME_RUN = {"model": ("--model", "model"), "corpus": ("--dataset", "dataset"), "
 
 
 def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
-    """Data, model, optimizers and folder of a run; the main process prints what they are, and what was chosen.
+    """Prepare data, model, optimizers and folder of a run; the main process prints what they are and what was chosen.
 
     Args:
         recipe: checked options.
@@ -129,14 +129,14 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
 
 
 def _resized(accelerator: Accelerator, given: str, tokenizer: Any) -> str:
-    """`resized_base` on one process of every node, since it loads the weights."""
+    """Run `resized_base` on one process of every node, since it loads the weights."""
     is_first = accelerator.is_local_main_process
     own = first_on_node(accelerator, lambda: resized_base(given, tokenizer) if is_first else "")
     return next(filter(None, [own, *gather(accelerator, own)]))
 
 
 def _warnings(recipe: SftRecipe, given: str, base: str, config: Any) -> list[str]:
-    """What a practitioner should know about this combination."""
+    """Return warnings about this combination of base, mode and optimizer that a practitioner should know."""
     notes = []
     was = pretrained_with(given, config)
     if recipe.mode == "full" and recipe.optimizer.startswith("muon") and was is not None and was.startswith("adam"):
@@ -181,7 +181,7 @@ def _introduce(run: SftRun, data: SftData, notes: Sequence[str]) -> None:
 
 
 def _look_before(run: SftRun) -> None:
-    """Validation loss and answers of the base; a resumed run keeps those of its start."""
+    """Evaluate the base: validation loss and answers. A resumed run keeps those of its start."""
     if run.folder.checkpoint:
         run.facts["val_loss_before"] = run.folder.progress()["facts"]["val_loss_before"]
         return

@@ -23,7 +23,7 @@ CHUNK = 1 << 22  # bytes read at a time: files may be larger than memory
 
 
 def named_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run's folder, oldest first; whether they are undamaged is not looked at."""
+    """List the checkpoints of a run's folder, oldest first; whether they are undamaged is not looked at."""
     return sorted((path for path in _matching(run, r"step-\d+") if path.is_dir()), key=step_of)
 
 
@@ -33,7 +33,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def partial_checkpoint(run: Path, step: int) -> Path:
-    """The folder into which the checkpoint of a step is written."""
+    """Return the folder into which the checkpoint of a step is written."""
     return run / "checkpoints" / f".step-{step:07d}.partial"
 
 
@@ -44,13 +44,13 @@ def remove_leftovers(run: Path) -> None:
 
 
 def file_names(checkpoint: Path) -> list[str]:
-    """Paths of all files of a checkpoint but the manifest, relative to it, sorted."""
+    """Return the paths of all files of a checkpoint but the manifest, relative to it, sorted."""
     names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
     return sorted(name for name in names if name != MANIFEST)
 
 
 def seal_files(checkpoint: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Bring files to the disk; returns name -> {"bytes": size, "sha256": hex digest}.
+    """Sync files to the disk; return name -> {"bytes": size, "sha256": hex digest}.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -127,7 +127,7 @@ def find_damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | No
 
 
 def sync(path: Path) -> None:
-    """Bring a file or a folder's list of names to the disk."""
+    """Write a file, or a folder's list of names, through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -136,7 +136,7 @@ def sync(path: Path) -> None:
 
 
 def _matching(run: Path, pattern: str) -> list[Path]:
-    """What carries a name of ours; copies and notes that users put beside do not."""
+    """Return the paths in `checkpoints/` with a name of ours; copies and notes that users put beside are left out."""
     return [path for path in (run / "checkpoints").glob("*") if re.fullmatch(pattern, path.name)]
 
 

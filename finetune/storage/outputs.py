@@ -1,4 +1,4 @@
-"""What a finished run leaves: the model, the table of state bytes, the loss plot, the comparison with a bigram."""
+"""Outputs of a finished run: the model, the table of state bytes, the loss plot, the comparison with a bigram."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def finish(run: PretrainRun) -> None:
 
 
 def summary(run: Run, val_loss: float) -> str:
-    """One line: what was trained, how long, and its validation loss."""
+    """Return one line: what was trained, how long, and its validation loss."""
     return (
         f"{run.recipe.optimizer} after {run.step} steps, {run.tokens:,} {run.unit}, {run.seconds:.0f} s: validation "
         f"{run.describe(val_loss)}"

@@ -57,7 +57,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 def plot_losses(
     curves: Sequence[LossCurve], path: Path, title: str, reference: tuple[str, float] | None = None
 ) -> None:
-    """Plot smoothed training losses and validation losses over steps; of a single run also the losses as they are.
+    """Draw smoothed training losses and validation losses over steps; of a single run also the losses as they are.
 
     Args:
         curves: of the runs.

@@ -41,7 +41,7 @@ def choose_checkpoint(accelerator: Accelerator, folder: RunFolder, recipe: Train
 
 
 def check_same_run(folder: RunFolder, facts: Mapping[str, Any], named: Mapping[str, tuple[str, str]]) -> None:
-    """A checkpoint continues only with the model, text and tokenizer that it was made with.
+    """Check that a checkpoint goes on with the model, text and tokenizer that it was made with.
 
     Args:
         folder: of the run; without a checkpoint there is nothing to check.

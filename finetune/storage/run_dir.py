@@ -34,7 +34,7 @@ RUNS = Path("runs")
 
 @dataclass
 class RunFolder:
-    """Where a run writes.
+    """The folder that a run writes into.
 
     Args:
         path: absolute path of the folder; it need not exist before `create`.
@@ -50,10 +50,12 @@ class RunFolder:
 
     @property
     def recipe_file(self) -> Path:
+        """Path of the run's recipe."""
         return self.path / "recipe.yaml"
 
     @property
     def metrics_file(self) -> Path:
+        """Path of the run's metrics, a JSON record a line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -62,13 +64,13 @@ class RunFolder:
         return int(self.progress()["step"]) if self.checkpoint else 0
 
     def progress(self) -> dict[str, Any]:
-        """What the chosen checkpoint says about itself."""
+        """Read the chosen checkpoint's record of its run."""
         assert self.checkpoint is not None
         record: dict[str, Any] = json.loads((self.checkpoint / PROGRESS_FILE).read_text())
         return record
 
     def is_finished(self) -> bool:
-        """Whether the run has left all that it leaves after the step of its checkpoint."""
+        """Check whether the run has left all results that follow the step of its checkpoint."""
         try:
             done = json.loads((self.path / "result.json").read_text())["step"] == self.step
         except (OSError, ValueError, KeyError):
@@ -76,7 +78,7 @@ class RunFolder:
         return done and any((self.path / name).is_dir() for name in ("model", "adapter"))
 
     def awaits_merge(self, last_step: int) -> bool:
-        """Whether the run is to be resumed, although it is complete, and has left an adapter that is not merged."""
+        """Check whether a complete run that is to be resumed has left an adapter that is not merged."""
         try:
             done = json.loads((self.path / "result.json").read_text())["step"] == last_step
         except (OSError, ValueError, KeyError):
@@ -85,7 +87,7 @@ class RunFolder:
         return bool(self.candidates) and done and has_adapter
 
     def is_evaluated(self) -> bool:
-        """Whether the metrics have a validation loss of the checkpoint's step, which the results of a run need."""
+        """Check whether the metrics have a validation loss of the checkpoint's step; a run's results need one."""
         return any(m["step"] == self.step and m["val_loss"] is not None for m in self.metrics())
 
     def create(self, recipe: Training) -> None:
@@ -121,7 +123,7 @@ class RunFolder:
             beside.replace(self.link)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl; a last line cut off by a crash is left out."""
+        """Read the records of metrics.jsonl; a last line cut off by a crash is left out."""
         records = []
         if self.metrics_file.exists():
             for line in self.metrics_file.read_text().splitlines():
@@ -132,6 +134,7 @@ class RunFolder:
         return records
 
     def append_metrics(self, record: dict[str, Any]) -> None:
+        """Write a record to the end of metrics.jsonl."""
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -149,7 +152,7 @@ class RunFolder:
 
 
 def choose_folder(output_dir: str | None, recipe_name: str) -> RunFolder:
-    """Folder of a new run; nothing is created.
+    """Choose the folder of a new run; nothing is created.
 
     Raises:
         InputError: `output_dir` is a file, or a folder with something in it.
@@ -171,7 +174,7 @@ def choose_folder(output_dir: str | None, recipe_name: str) -> RunFolder:
 
 
 def find_run(resume: str) -> RunFolder:
-    """Folder of a run to continue, and the checkpoints to choose from, newest first.
+    """Find the folder of a run to continue, and the checkpoints to choose from, newest first.
 
     Args:
         resume: `latest` (what runs/latest points to), a run's folder, or one checkpoint in it.
@@ -232,7 +235,7 @@ def write_beside(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """A new folder that takes the name `path` when the block ends without an error; another writer may win."""
+    """Yield a new folder that takes the name `path` when the block ends without an error; another writer may win."""
     beside = scratch_beside(path)
     beside.mkdir(parents=True, exist_ok=False)
     try:

@@ -88,7 +88,7 @@ def restore(run: Run) -> None:
 
 
 def resume_command(run: Run, script: str) -> str:
-    """What to type to continue a run, launched as it is; words in capitals are the reader's to replace."""
+    """Return the command that continues a run, launched as it is; words in capitals are the reader's to replace."""
     accelerator = run.accelerator
     world = accelerator.num_processes
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))

@@ -1,4 +1,4 @@
-"""What a finished fine-tuning run leaves: the model or the adapter, the answers, the losses before and after."""
+"""Outputs of a finished fine-tuning run: the model or the adapter, the answers, the losses before and after."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 def generate_answers(
     accelerator: Accelerator, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[str]:
-    """Greedy answers, one prompt at a time; call it on one process, it is not collective.
+    """Generate greedy answers, one prompt at a time; call it on one process, it is not collective.
 
     Args:
         accelerator: of the run, for its mixed precision.
@@ -76,7 +76,7 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftex
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Token ids that end an answer: those of the model's generation config, and the tokenizer's ends of turn."""
+    """Return the token ids that end an answer: the generation config's, and the tokenizer's ends of turn."""
     known = model.generation_config.eos_token_id
     ids = set(known if isinstance(known, list) else [known]) | {tokenizer.eos_token_id}
     vocabulary = tokenizer.get_added_vocab()

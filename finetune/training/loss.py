@@ -25,7 +25,7 @@ IGNORED = -100
 
 
 def summed_nats(model: nn.Module, batch: Batch, chunk: int = 0) -> Tensor:
-    """Cross-entropy summed over the targets of a batch: fp32 scalar, in nats.
+    """Return the cross-entropy summed over the targets of a batch: fp32 scalar, in nats.
 
     Args:
         model: causal language model, wrapped or not.
@@ -44,7 +44,7 @@ def summed_nats(model: nn.Module, batch: Batch, chunk: int = 0) -> Tensor:
 
 
 def _nats(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Summed, or of every token [tokens] ("none"), fp32; 0 where nothing is to be predicted."""
+    """Return the fp32 cross-entropy, summed or of every token [tokens] ("none"); 0 where nothing is to be predicted."""
     return cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 

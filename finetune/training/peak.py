@@ -1,4 +1,4 @@
-"""What a run says of its memory: the peak that is estimated before it, the one measured after it, the state saved."""
+"""A run's report on its memory: the peak estimated before it, the peak measured after it, the state saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: metrics.jsonl, the progress bar, the tracker, and loss.png as it grows."""
+"""Display of a run while it trains: metrics.jsonl, the progress bar, the tracker, and loss.png as it grows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What any run holds while it trains, and the steps of setting one up that all scripts share."""
+"""The parts of any run while it trains, and the steps of setting one up that all scripts share."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Run(ABC):
 
     @abstractmethod
     def describe(self, val_loss: float) -> str:
-        """A validation loss in words, with whatever compares it."""
+        """Describe a validation loss in words, with whatever compares it."""
 
     @property
     def reference(self) -> tuple[str, float] | None:
@@ -79,7 +79,7 @@ class Run(ABC):
 
 
 def make_accelerator(recipe: Training, folder: RunFolder, precision: str) -> tuple[Accelerator, RunFolder]:
-    """The accelerator, and the run's folder: the main process's on all ranks, with the checkpoint to continue from.
+    """Make the accelerator; return it with the main process's run folder and the checkpoint to continue from.
 
     Args:
         recipe: checked options.
@@ -116,8 +116,11 @@ def make_accelerator(recipe: Training, folder: RunFolder, precision: str) -> tup
 
 
 def _backends() -> list[Any]:
-    """Backends for the device and the CPU: over the latter the optimizer and the loop agree without waiting for the
-    device. None for a single process, and where Accelerate takes gloo, or knows better."""
+    """Return the backends for the device and the CPU.
+
+    Over the CPU's backend the optimizer and the loop agree without waiting for the device. The list is empty for a
+    single process, and where Accelerate takes gloo, or knows better.
+    """
     backends = {"cuda": "nccl", "xpu": "xccl"}
     device = torch.accelerator.current_accelerator()
     if device is None or device.type not in backends or int(os.environ.get("LOCAL_RANK", -1)) < 0:
@@ -126,7 +129,7 @@ def _backends() -> list[Any]:
 
 
 def versions(accelerator: Accelerator) -> dict[str, Any]:
-    """Facts of the software that a run depends on."""
+    """Return facts on the software that a run depends on."""
     return {
         "world_size": accelerator.num_processes,
         "parallelism": accelerator.distributed_type.value,
@@ -144,7 +147,7 @@ def prepare_training(
     weights: Weights | None,
     loraplus_ratio: float | None = None,
 ) -> tuple[nn.Module, list[Optimizer], list[LRScheduler]]:
-    """A model as Accelerate and the recipe want it, with its optimizers and their schedules.
+    """Prepare a model as Accelerate and the recipe want it, with its optimizers and their schedules.
 
     Args:
         accelerator: of `make_accelerator`.
@@ -175,7 +178,7 @@ def prepare_training(
 
 
 def make_scheduler(recipe: Training, optimizer: Optimizer) -> LRScheduler:
-    """The recipe's schedule; not prepared by Accelerate, where it would step once per process at every call."""
+    """Make the recipe's schedule; Accelerate does not prepare it, else it would step once per process at every call."""
     options: dict[str, Any] = {}
     if recipe.schedule == "cosine_with_min_lr":
         options = {"min_lr_rate": 0.1}

@@ -1,4 +1,4 @@
-"""What a fine-tuning run holds beside what every run does: its base, and what that answers."""
+"""A fine-tuning run's additions to any run: its base, and the answers of that base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sample:
 
 
 def samples_of(examples: Sequence[Example], encoding: ChatEncoding) -> list[Sample]:
-    """The first question of each conversation, and the answer that it has."""
+    """Return the first question of each conversation, with its answer there."""
     samples = []
     for example in examples:
         first = example.answers[0]
@@ -57,10 +57,11 @@ class SftRun(Run):
         return self.folder.path / "answers.json"
 
     def describe(self, val_loss: float) -> str:
+        """Describe a validation loss in nats per target, and its difference to the loss before training."""
         return f"{val_loss:.4f} nats per target, {val_loss - self.val_loss_before:+.4f} to before"
 
     def write_answers(self, when: str) -> None:
-        """Answer the samples and record it under `when`, `before` or `after`; the main process does it."""
+        """Generate answers to the samples and record them under `when`, `before` or `after`, on the main process."""
         if not (self.samples and self.accelerator.is_main_process):
             return
         known = json.loads(self.answers_file.read_text()) if self.answers_file.is_file() else []

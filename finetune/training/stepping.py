@@ -37,7 +37,7 @@ class Step:
 
 
 def reads_later(run: Run) -> bool:
-    """Whether a step is read when the next one is queued, so that the device never waits for the host.
+    """Check whether a step is read when the next one is queued, so that the device never waits for the host.
 
     A CPU has done its work when a call returns. Released gradients are told bad right after their step.
     """
@@ -45,7 +45,7 @@ def reads_later(run: Run) -> bool:
 
 
 def one_step(run: Run) -> Step:
-    """Queue one optimizer step.
+    """Run one optimizer step; on a device it is queued.
 
     Raises:
         FloatingPointError, NonFiniteGradientError: a gradient was not finite; on CUDA it may be of the step before.
@@ -107,7 +107,7 @@ def read_step(run: Run, step: Step) -> dict[str, Any]:
 
 
 def _num_skipped(run: Run) -> int:
-    """Steps that the optimizer has skipped in this process; without gradient release it raises instead."""
+    """Return the steps that the optimizer has skipped in this process; without gradient release it raises instead."""
     wrapper: Any = run.optimizers[0]
     return int(wrapper.optimizer.num_skipped_steps) if run.recipe.release_gradients else 0
 

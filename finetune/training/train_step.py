@@ -45,10 +45,10 @@ class Sequences(ABC):
 
     @abstractmethod
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
-        """These sequences as one batch; index -1 stands for a sequence without targets."""
+        """Return these sequences as one batch; index -1 stands for a sequence without targets."""
 
     def shuffled(self, position: int) -> int:
-        """Index of the sequence at a position of the endless shuffled order."""
+        """Return the index of the sequence at a position of the endless shuffled order."""
         epoch, place = divmod(position, len(self))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
@@ -72,10 +72,11 @@ class Blocks(Sequences):
         return (len(self.tokens) - 1) // self.seq_len
 
     def count_targets(self, index: int) -> int:
+        """Return the number of targets of a block, 0 for index -1."""
         return self.seq_len if index >= 0 else 0
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
-        """Blocks as {input_ids, targets}, each [len(indices), seq_len] int64; index -1 gives ignored targets."""
+        """Return blocks as {input_ids, targets}, each [len(indices), seq_len] int64; index -1 gives ignored targets."""
         starts = [max(i, 0) * self.seq_len for i in indices]
         rows = np.stack([self.tokens[s : s + self.seq_len + 1] for s in starts]).astype(np.int64)
         blocks = torch.from_numpy(rows)
@@ -87,8 +88,10 @@ class Blocks(Sequences):
 def step_batches(
     sequences: Sequences, accelerator: Accelerator, position: int, batch_size: int, num_batches: int
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of one optimizer step, which takes positions
-    [position, position + num_batches * ranks * batch_size) of the shuffled order."""
+    """Yield this rank's micro-batches of one optimizer step.
+
+    All ranks together take positions [position, position + num_batches * ranks * batch_size) of the shuffled order.
+    """
     for i in range(num_batches):
         first = position + (i * accelerator.num_processes + accelerator.process_index) * batch_size
         indices = [sequences.shuffled(first + j) for j in range(batch_size)]
@@ -104,7 +107,7 @@ def step_targets(
 
 
 def num_targets(batch: Batch) -> Tensor:
-    """Targets of a batch that count: int64 scalar."""
+    """Count the targets of a batch that are not ignored: int64 scalar."""
     return (batch["targets"] != IGNORED).sum()
 
 
@@ -186,7 +189,7 @@ class Norms:
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Norms:
-    """Scale all gradients so that their global 2-norm is at most `limit`; 0 turns it off. Does not wait for the device.
+    """Clip all gradients so that their global 2-norm is at most `limit`; 0 leaves them. Does not wait for the device.
 
     Gradients that are not finite stay as they are: see `Norms.check`. Sharded ones (DTensors) take all ranks, which
     get the same norm.
@@ -207,7 +210,10 @@ def clip_gradients(model: nn.Module, limit: float) -> Norms:
 def evaluate(
     accelerator: Accelerator, model: nn.Module, sequences: Sequences, batch_size: int, loss_chunk: int = 0
 ) -> float:
-    """Cross-entropy over all sequences in nats per target, equal on all ranks; `loss_chunk` as in `summed_nats`."""
+    """Return the cross-entropy over all sequences in nats per target, equal on all ranks.
+
+    `loss_chunk` is as in `summed_nats`.
+    """
     was_training = model.training
     model.eval()
     stride = batch_size * accelerator.num_processes

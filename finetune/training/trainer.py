@@ -90,7 +90,7 @@ def _begin(run: Run, script: str) -> None:
 
 
 def _finish(run: R, finish: Callable[[R], None]) -> None:
-    """What a complete run leaves is written by the main process alone; the others need not hear of a full disk."""
+    """Write the results of a complete run, on the main process alone; the others need not hear of a full disk."""
     try:
         finish(run)
         for line in memory_afterwards(run) if run.accelerator.is_main_process else ():
