@@ -17,7 +17,7 @@ from .step.dense import is_fake, is_faking, why_not_dense
 # Of fp32, in which steps compute: the smallest normal number, and the largest.
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 # How errors call the numbers that `is_number` takes.
-FINITE = "finite in float32 (2**63 and more as a float)"
+FINITE = "finite in float32"
 _MAX_SHOWN = 100  # letters
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
@@ -53,10 +53,12 @@ def is_rate(lr: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return what errors show of a value: its repr, cut, or its type where it has none; for a quoted number a hint."""
+    """Return what errors show of a value: its repr, cut, or its type where it has none; for an odd number a hint."""
     text = reprlib.repr(value)
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         return f"{text}, a string: give the number (YAML takes 1e-3 for a string, 1.0e-3 for a number)"
+    if isinstance(value, Integral) and abs(int(value)) >= 2**63:
+        return f"{text}, an integer beyond 64 bits: give a float"
     return f"{text[:_MAX_SHOWN]}..." if len(text) > _MAX_SHOWN else text
 
 

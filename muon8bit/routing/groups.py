@@ -30,7 +30,7 @@ from ..step.dense import is_fake
 from .checks import check_any_matrix, check_arguments, check_ratio
 from .ends import find_ends
 from .outputs import add_outputs
-from .patterns import Target, overridden, read_patterns
+from .patterns import Target, overridden, read_patterns, warn_of_shadowed
 from .rules import Route, check_whole, default_route
 from .table import ParamGroups
 
@@ -166,7 +166,7 @@ def _route_all(
         names.setdefault(param, []).append(unwrapped(name))
         wrapped.setdefault(param, []).append(name)
     all_names = [*(unwrapped(name) for name, _ in named), *(name for name, _ in named)]
-    asked = read_patterns(patterns, no_decay, all_names)
+    asked, used = read_patterns(patterns, no_decay, all_names), set[str]()
     modules = {unwrapped(path): module for path, module in model.named_modules(remove_duplicate=False)}  # inner last
     ends, routes = find_ends(model, routing), []
     if routing != "0.1":
@@ -179,6 +179,7 @@ def _route_all(
         for pattern, keys in asked:
             if any(fnmatchcase(alias, pattern) for alias in of_param):
                 route = overridden(route, pattern, keys)
+                used.add(pattern)
                 break
         if route.decays and any(fnmatchcase(alias, pattern) for alias in of_param for pattern in no_decay):
             route = replace(route, decays=False, reason=f"{route.reason}, no decay as asked")
@@ -192,6 +193,7 @@ def _route_all(
         if aliases:
             route = replace(route, aliases=tuple(aliases), reason=f"{route.reason}, shared with {', '.join(aliases)}")
         routes.append(route)
+    warn_of_shadowed((pattern for pattern, _ in asked), used)
     return routes, list(names)
 
 

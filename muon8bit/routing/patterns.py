@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -34,10 +35,11 @@ def read_patterns(
         ValueError: an unknown algorithm, key or value; keys that exclude each other; a pattern that matches no name.
     """
     if isinstance(no_decay, str):
-        raise ValueError(f"no_decay must be a list of patterns, not the string {no_decay!r}")
+        raise ValueError(f"no_decay must be a list of patterns, as [{no_decay!r}], not a string")
     if not all(isinstance(p, tuple | list) and len(p) == 2 and isinstance(p[0], str) for p in patterns):
+        hint = ": give list(patterns.items())" if isinstance(patterns, Mapping) else ""
         raise ValueError(
-            f"patterns must be a list of (pattern, 'muon' | 'adamw' | dict of keys) pairs, not {patterns!r}"
+            f"patterns must be a list of (pattern, 'muon' | 'adamw' | dict of keys) pairs, not {patterns!r}{hint}"
         )
     read = []
     for pattern, target in patterns:
@@ -53,6 +55,17 @@ def read_patterns(
                 f"near names: {', '.join(layers[name] for name in near)}"
             )
     return read
+
+
+def warn_of_shadowed(patterns: Iterable[str], used: Collection[str]) -> None:
+    """Warn of each pattern that no parameter takes, since one before it takes all that it matches."""
+    for pattern in patterns:
+        if pattern not in used:
+            warnings.warn(
+                f"pattern {pattern!r} changes nothing: the first pattern that matches counts, and those before it take "
+                "all that it matches; put it first",
+                stacklevel=4,
+            )
 
 
 def _check_keys(where: str, keys: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from .projections import split_of
 # Stacked experts [experts, rows, cols] as transformers 5 keeps them, in Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Llama 4.
 _EXPERTS = re.compile(r"(^|\.)experts\.")
 FUSED_FLAG = "looks fused: orthogonalized as one matrix"
+HEAD_FLAGS = "last Linear of the model: is it the head?", "nothing in the model takes its result: is it a head?"
 _NARROW = f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32"
 
 
@@ -114,10 +115,8 @@ def _route_of(role: Role, name: str, param: nn.Parameter, modules: Mapping[str, 
         FUSED_FLAG: is_fused,
         _NARROW: shape[-1] < MIN_QUANTIZED_COLUMNS,
         role.flag: bool(role.flag),
-        "last Linear of the model: is it the head?": param is ends.doubtful,
-        "nothing in the model takes its result: is it a head?": param in ends.sinks
-        and param is not ends.doubtful
-        and split is None,
+        HEAD_FLAGS[0]: param is ends.doubtful,
+        HEAD_FLAGS[1]: param in ends.sinks and param is not ends.doubtful and split is None,
     }
     flag = "; ".join(flag for flag, is_set in flags.items() if is_set)
     return Route(

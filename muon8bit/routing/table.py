@@ -11,7 +11,7 @@ import torch
 
 from .._text import collapse, format_bytes, render, template
 from ..config import DEFAULT_BLOCK_SIZE, Algorithm
-from .rules import FUSED_FLAG, Route
+from .rules import FUSED_FLAG, HEAD_FLAGS, Route
 
 # Names of weights that usually hold three, or two, pieces of one size.
 _THIRDS = re.compile(r"qkv|query_key_value|c_attn|W_pack|att_proj", re.IGNORECASE)
@@ -49,33 +49,42 @@ class ParamGroups(list[dict[str, Any]]):
         totals.append(f"state in all: {format_bytes(state)}, predicted for {self._assumed}")
         if self._num_bf16:
             totals.append(
-                f"bfloat16 weights: {self._num_bf16} tensors; rounded to nearest, they lose updates under half a unit "
+                f"bfloat16 weights: {_number(self._num_bf16)}; rounded to nearest, they lose updates under half a unit "
                 "in their last place: Muon8bit(groups, param_rounding='stochastic') keeps them"
             )
         num_flagged = sum(bool(route.flag) for route in self.routes)
         if num_flagged:
-            totals.append(f"flagged with '!': {num_flagged} tensors; `patterns` can reroute them")
-            totals += [hint for routes in rows.values() if (hint := _fused_hint(routes))]
+            totals.append(f"flagged with '!': {_number(num_flagged)}; `patterns` can reroute what is flagged")
+            totals += [hint for routes in rows.values() if (hint := _hint(routes))]
         return "\n".join((table, "", *totals))
 
 
-def _fused_hint(routes: Sequence[Route]) -> str:
-    """Return the pattern to paste for fused weights that differ only in the numbers of their names; empty for others.
+def _number(count: int) -> str:
+    return f"{count} tensor" + "s" * (count != 1)
 
-    Where the name tells how many pieces there usually are, it has their sizes.
+
+def _hint(routes: Sequence[Route]) -> str:
+    """Return the pattern to paste for flagged weights that differ only in the numbers of their names, or nothing.
+
+    It is for what may be a head, and for what looks fused: where the name tells how many pieces there usually are, it
+    has their sizes.
     """
     route = routes[0]
-    if FUSED_FLAG not in route.flag:
-        return ""
     parts = [route.name.split(".") for route in routes]
     pattern = ".".join(column[0] if len(set(column)) == 1 else "*" for column in zip(*parts, strict=True))
+    if any(flag in route.flag for flag in HEAD_FLAGS):
+        return f'if it is a head: patterns=[("{pattern}", "adamw")]'
+    if FUSED_FLAG not in route.flag:
+        return ""
     num_pieces = 3 if _THIRDS.search(route.name) else 2 if _HALVES.search(route.name) else 0
     dim = -2 if route.shape[-2] >= route.shape[-1] else -1
-    sizes = "(...)"
     if num_pieces and route.shape[dim] % num_pieces == 0:
-        sizes = str((route.shape[dim] // num_pieces,) * num_pieces)
+        sizes, condition = str((route.shape[dim] // num_pieces,) * num_pieces), "if these are its pieces"
+    else:
+        sizes = "(k, v)" if num_pieces == 2 else "(q, k, v)"
+        condition = f"with the sizes of its pieces, {route.shape[dim]} in all"
     keys = f'{{"split_sizes": {sizes}' + (', "split_dim": -1}' if dim == -1 else "}")
-    return f'if these are its pieces, one after the other: patterns=[("{pattern}", {keys})]'
+    return f'{condition}, one after the other: patterns=[("{pattern}", {keys})]'
 
 
 def _row(routes: Sequence[Route]) -> tuple[str, ...]:

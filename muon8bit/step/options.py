@@ -364,7 +364,7 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
         if group["algorithm"] == "muon" and param.ndim < 2:
             raise ValueError(
                 f"{name} has {param.ndim} dimension(s): Muon takes weight matrices. Build the groups with "
-                "muon8bit.param_groups(model, ...), which has a loraplus_ratio too, or put it into a group with "
+                "muon8bit.param_groups(model, ...), for LoRA+ with its loraplus_ratio, or put it into a group with "
                 "algorithm='adamw' and its own lr. "
                 "If it is a weight matrix that a wrapper has flattened (FSDP1, DeepSpeed ZeRO), unwrap it first"
             )

@@ -339,7 +339,7 @@ def test_no_decay_patterns_hold_for_muon_and_must_match() -> None:
     }
     with pytest.raises(ValueError, match=r"'\*\.lora_C\.\*' matches no parameter"):
         param_groups(model, lr=1e-3, no_decay=["*.lora_C.*"])
-    with pytest.raises(ValueError, match="not the string"):
+    with pytest.raises(ValueError, match="not a string"):
         param_groups(model, lr=1e-3, no_decay="*.lora_B.*")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -441,6 +442,16 @@ def test_a_step_takes_the_groups_of_dicts_and_their_checkpoint_loads() -> None:
     assert torch.equal(
         resumed.state[other[1].weight]["momentum_buffer"], optimizer.state[model[1].weight]["momentum_buffer"]
     )
+
+
+def test_a_pattern_that_those_before_it_shadow_is_warned_of() -> None:
+    model, late = causal_lm("llama"), ("*layers.0*.q_proj.weight", {"bits": 32})
+    with pytest.warns(UserWarning, match=r"pattern '\*layers\.0\*.*' changes nothing.*put it first") as caught:
+        param_groups(model, lr=1e-3, patterns=[("*q_proj*", {"lr": 5e-4}), late])
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        param_groups(model, lr=1e-3, patterns=[late, ("*q_proj*", {"lr": 5e-4})])
 
 
 @pytest.mark.parametrize(

@@ -386,10 +386,15 @@ def test_a_layout_that_no_module_tells_is_flagged_with_the_pattern_to_paste(kind
     groups = param_groups(model, lr=1e-3)
     (route,) = [route for route in groups.routes if "fused" in route.flag]
     assert route.flag == "looks fused: orthogonalized as one matrix"
-    pasted = str(groups).rpartition("patterns=")[2]
-    sizes = (route.shape[0] // 3,) * 3 if route.shape[0] % 3 == 0 else "(...)"
+    (hint,) = [line for line in str(groups).splitlines() if "split_sizes" in line]
+    pasted = hint.rpartition("patterns=")[2]
+    is_told = route.shape[0] % 3 == 0
+    sizes = (route.shape[0] // 3,) * 3 if is_told else "(q, k, v)"
     assert pasted == f'[("{route.name}", {{"split_sizes": {sizes}}})]'
-    if sizes != "(...)":
+    assert hint.startswith(
+        "if these are its pieces" if is_told else f"with the sizes of its pieces, {route.shape[0]} in"
+    )
+    if is_told:
         ((name, _, group),) = fused_groups(model, patterns=eval(pasted))
         assert (name, group["split_sizes"]) == (route.name, sizes)
 
@@ -418,3 +423,13 @@ def test_adapters_of_told_projections_are_cut_as_their_outputs_are() -> None:
         assert list(cut.values()) == [sizes]
         assert "lora_B" in next(iter(cut))
         assert not fused_groups(wrapped, routing="0.1")
+
+
+def test_what_may_be_a_head_is_flagged_with_the_pattern_to_paste() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24))
+    groups = param_groups(model, lr=1e-3)
+    (route,) = [route for route in groups.routes if route.flag]
+    head, _, pasted = str(groups).rpartition("if it is a head: patterns=")
+    assert "flagged with '!': 1 tensor;" in head
+    rerouted = param_groups(model, lr=1e-3, patterns=eval(pasted))
+    assert {route.name: (route.algorithm, route.flag) for route in rerouted.routes}[route.name] == ("adamw", "")
