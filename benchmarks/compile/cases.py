@@ -16,7 +16,7 @@ import triton
 from muon8bit_kernels import CODE_DTYPES
 from muon8bit_kernels.codebooks import Codebook
 from muon8bit_kernels.triton import gemm, kernels
-from muon8bit_kernels.triton.gemm_tilings import FP32_TILING, TILINGS, GemmTiling
+from muon8bit_kernels.triton.gemm_tilings import FP32_TILING, TILINGS, UNALIGNED_TILING, GemmTiling
 from muon8bit_kernels.triton.tiny import step_tiny
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -119,18 +119,26 @@ def _elementwise() -> list[Case]:
     ]
 
 
-def product(tiling: GemmTiling, dtype: torch.dtype, *, tall: bool, with_descriptors: bool, k: int = WIDE[0]) -> None:
+def product(
+    tiling: GemmTiling,
+    dtype: torch.dtype,
+    *,
+    tall: bool,
+    with_descriptors: bool,
+    n: int = WIDE[0],
+    k: int = WIDE[0],
+) -> None:
     """Call X X^T + D, through TMA or through pointers."""
-    X = empty(2, WIDE[0], k, dtype=dtype, across=tall)
-    D = empty(2, WIDE[0], WIDE[0], dtype=dtype)
+    X = empty(2, n, k, dtype=dtype, across=tall)
+    D = empty(2, n, n, dtype=dtype)
     gemm._launch(X, X, D, (1.5, 0.5, 0.0), tiling, with_descriptors)
 
 
 def _products() -> list[Case]:
     """Return the cases of the product.
 
-    They are every tiling for both orders of the operands, the small ones for one; those of consumer GPUs; fp32; and,
-    through pointers, with a tail, what TMA cannot take.
+    They are every tiling for both orders of the operands, the small ones for one; those of consumer GPUs; fp32; and
+    what TMA cannot take, odd sides and, through pointers, sides of 8 mod 16.
     """
     through_pointers: dict[str, Any] = {"tall": False, "with_descriptors": False}
     cases = []
@@ -148,11 +156,24 @@ def _products() -> list[Case]:
         call = partial(product, tiling, torch.bfloat16, **through_pointers)
         cases.append(Case(f"product-{_sizes(tiling)}-pointers-bf16-flat", call, ("sm_120",)))
     in_fp32 = partial(product, FP32_TILING, torch.float32, **through_pointers)
-    in_a_tail = partial(product, TILINGS[90][-1], torch.bfloat16, **through_pointers, k=WIDE[0] - 16)
+    odd = {"n": WIDE[0] - 1, "k": WIDE[0] - 1}
+    cases += [
+        Case(
+            f"product-{_sizes(UNALIGNED_TILING)}-pointers-fp16-tall-odd",
+            partial(product, UNALIGNED_TILING, torch.float16, tall=True, with_descriptors=True, **odd),
+            NVIDIA,
+        ),
+        Case(
+            f"product-{_sizes(UNALIGNED_TILING)}-pointers-bf16-flat-odd",
+            partial(product, UNALIGNED_TILING, torch.bfloat16, **through_pointers, **odd),
+            ONE,
+        ),
+    ]
+    eights = partial(product, TILINGS[80][-1], torch.bfloat16, **through_pointers, n=WIDE[0] - 8, k=WIDE[0] - 8)
     return [
         *cases,
         Case(f"product-{_sizes(FP32_TILING)}-pointers-fp32-flat", in_fp32, NVIDIA),
-        Case(f"product-{_sizes(TILINGS[90][-1])}-pointers-bf16-flat-tail", in_a_tail, ONE),
+        Case(f"product-{_sizes(TILINGS[80][-1])}-pointers-bf16-flat-eights", eights, ("sm_80",)),
     ]
 
 

@@ -60,7 +60,7 @@ def taken_path(sass: str) -> Path:
     Raises:
         ValueError: if `sass` has no instruction.
     """
-    blocks = _blocks(sass)
+    blocks = blocks_of(sass)
     if not blocks:
         raise ValueError("sass has no instruction: it must be the output of nvdisasm -c")
     kernel = _reachable(blocks, 0)
@@ -71,7 +71,7 @@ def taken_path(sass: str) -> Path:
     return Path(dict(counts.most_common()), with_branches, whole)
 
 
-def _blocks(sass: str) -> list[Block]:
+def blocks_of(sass: str) -> list[Block]:
     """Cut the code into blocks; a subroutine's stand behind the kernel's, and no edge leads to them."""
     blocks, labels, jumps = [Block()], dict[str, int](), list[tuple[int, str]]()
     falls_through = True  # from the block before into the one that begins

@@ -16,7 +16,14 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from muon8bit_kernels.triton import gemm
-from muon8bit_kernels.triton.gemm_tilings import NUM_PROCESSORS, TILINGS, GemmTiling, num_tiles, tiling_for
+from muon8bit_kernels.triton.gemm_tilings import (
+    NUM_PROCESSORS,
+    TILINGS,
+    UNALIGNED_TILING,
+    GemmTiling,
+    num_tiles,
+    tiling_for,
+)
 
 SQUARE, WIDE = GemmTiling(16, 16, 16, 4, 2), GemmTiling(16, 32, 16, 4, 2)
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -197,6 +204,30 @@ def test_descriptors_are_taken_where_addresses_and_strides_allow_them(view, desc
     assert recorder.constants["DESCRIBED"] is described
     gemm._launch(X, X, None, (1.0, 0.0, 0.0), SQUARE, False)
     assert recorder.constants["DESCRIBED"] is False
+
+
+@pytest.mark.parametrize(("n", "stored"), [(32, True), (40, True), (36, False), (33, False)])
+def test_results_are_described_where_their_rows_are_multiples_of_16_bytes(n, stored, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(gemm, "_symmetric_product_kernel", recorder)
+    X, D = torch.zeros(2, n, 64, dtype=torch.float16), torch.zeros(2, n, n, dtype=torch.float16)
+    for added in (None, D):
+        gemm._launch(X, X, added, (1.0, 0.5, 0.0), SQUARE, True)
+        assert recorder.constants["STORED"] is stored
+        assert not recorder.constants["EIGHTS"]  # the operands are described; of results 33 and 36 nothing is known
+    gemm._launch(X, X, D, (1.0, 0.5, 0.0), SQUARE, False)
+    assert recorder.constants["STORED"] is False
+    assert recorder.constants["EIGHTS"] is (n == 40)
+
+
+def test_large_tiles_are_for_aligned_operands_alone():
+    """On GPUs with descriptors, for those that these take: through pointers such tiles spill."""
+    for architecture, tilings in TILINGS.items():
+        assert tiling_for(4096, 4, torch.float16, architecture).block_n > 64
+        assert tiling_for(4096, 4, torch.float16, architecture, is_aligned=False) == UNALIGNED_TILING
+        through_pointers = tiling_for(4096, 4, torch.float16, architecture, is_described=False)
+        assert (through_pointers == UNALIGNED_TILING) is (architecture in (90, 100))
+        assert all(tiling.block_n <= 128 for tiling in tilings) or architecture in (90, 100)
 
 
 @pytest.mark.parametrize(("batch", "n", "k"), [(0, 4, 4), (2, 0, 4), (2, 4, 0)])

@@ -1,8 +1,9 @@
 """Products with a symmetric result in Triton: one triangle of tiles is computed, the other is its mirror image.
 
 The lower triangle is cut into squares of BLOCK_N rows, a square into tiles of BLOCK_M rows (all or half of them), and
-one program computes a tile. Operands come through tensor descriptors (TMA) where the architecture has them and their
-strides allow it, else through pointers. Nothing is tuned at run time: shapes and strides decide the path.
+one program computes a tile. Operands, what is added and the result go through tensor descriptors (TMA) where the
+architecture has them and their strides allow it, else through pointers. Nothing is tuned at run time: shapes and
+strides decide the path. A descriptor leaves out what lies beyond the end of a matrix.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.products import check_operands
-from .gemm_tilings import GemmTiling, num_tiles, tiling_for
+from .gemm_tilings import DESCRIBED, GemmTiling, num_tiles, tiling_for
 
 # Squares of this many rows are walked column by column: programs that run together share their operands in L2.
 _GROUP = tl.constexpr(8)
@@ -54,22 +55,55 @@ def _described(matrix, batch, row, start, TALL: tl.constexpr, ROWS: tl.constexpr
 
 
 @triton.jit
-def _finish(product, row, col, c, d, alpha, beta, diagonal, n, HAS_D: tl.constexpr, SIDE: tl.constexpr):
-    """Add to a square of A B^T, fp32 [SIDE, SIDE] at (row, col), round it, and store it and its mirror image."""
+def _finish(
+    product,
+    batch,
+    row,
+    col,
+    c,
+    d,
+    alpha,
+    beta,
+    diagonal,
+    n,
+    HAS_D: tl.constexpr,
+    STORED: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Add to a square of A B^T, fp32 [SIDE, SIDE] at (row, col), round it, and store it and its mirror image.
+
+    The squares on the diagonal alone have a diagonal, and two triangles that need not be equal to the bit where A is
+    not B: there the lower one is mirrored.
+    """
     down, across = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
-    exists = (row + down < n) & (col + across < n)
-    corner = row.to(tl.int64) * n + col
     value = product * alpha
     if HAS_D:
-        value += tl.load(d + corner + down * n + across, exists, other=0.0).to(tl.float32) * beta
-    value = tl.where(row + down == col + across, value + diagonal, value)
-    out = value.to(c.dtype.element_ty)
-    mirrored = tl.trans(out)
-    # A diagonal square of A B^T need not come out symmetric to the bit where A is not B.
-    lower = tl.where((row > col) | (down >= across), out, mirrored)
-    tl.store(c + corner + down * n + across, lower, exists)
-    exists = (row > col) & (col + down < n) & (row + across < n)
-    tl.store(c + (col.to(tl.int64) * n + row) + down * n + across, mirrored, exists)
+        if STORED:
+            addend = d.load([batch, row, col]).reshape(SIDE, SIDE)
+        else:
+            exists = (row + down < n) & (col + across < n)
+            addend = tl.load(d + (row.to(tl.int64) * n + col) + down * n + across, exists, other=0.0)
+        value += addend.to(tl.float32) * beta
+    if row == col:
+        value = tl.where(down == across, value + diagonal, value)
+        out = value.to(c.dtype if STORED else c.dtype.element_ty)
+        out = tl.where(down >= across, out, tl.trans(out))
+        _store(out, batch, row, col, c, n, STORED, SIDE)
+    else:
+        out = value.to(c.dtype if STORED else c.dtype.element_ty)
+        _store(out, batch, row, col, c, n, STORED, SIDE)
+        _store(tl.trans(out), batch, col, row, c, n, STORED, SIDE)
+
+
+@triton.jit
+def _store(square, batch, row, col, c, n, STORED: tl.constexpr, SIDE: tl.constexpr):
+    """Store a square [SIDE, SIDE] of C at (row, col), as far as C goes."""
+    if STORED:
+        c.store([batch, row, col], square.reshape(1, SIDE, SIDE))
+    else:
+        down, across = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+        exists = (row + down < n) & (col + across < n)
+        tl.store(c + (row.to(tl.int64) * n + col) + down * n + across, square, exists)
 
 
 @triton.jit
@@ -91,13 +125,26 @@ def _symmetric_product_kernel(
     b_col_stride,
     HAS_D: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    STORED: tl.constexpr,
     A_TALL: tl.constexpr,
     B_TALL: tl.constexpr,
     TAIL: tl.constexpr,
+    EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if EIGHTS:  # divided and multiplied, since Triton sees multiples of 16 alone
+        n, k = n // 8 * 8, k // 8 * 8
+        a_batch_stride, b_batch_stride = a_batch_stride // 8 * 8, b_batch_stride // 8 * 8
+        if A_TALL:
+            a_col_stride = a_col_stride // 8 * 8
+        else:
+            a_row_stride = a_row_stride // 8 * 8
+        if B_TALL:
+            b_col_stride = b_col_stride // 8 * 8
+        else:
+            b_row_stride = b_row_stride // 8 * 8
     side = tl.cdiv(n, BLOCK_N)
     num_squares = side * (side + 1) // 2
     PARTS: tl.constexpr = BLOCK_N // BLOCK_M
@@ -133,17 +180,18 @@ def _symmetric_product_kernel(
     alpha = tl.cast(alpha, tl.float32)  # torch.compile passes scalars as fp64
     beta = tl.cast(beta, tl.float32)
     diagonal = tl.cast(diagonal, tl.float32)
-    c += batch.to(tl.int64) * n * n
-    if HAS_D:
-        d += batch.to(tl.int64) * n * n
+    if not STORED:
+        c += batch.to(tl.int64) * n * n
+        if HAS_D:
+            d += batch.to(tl.int64) * n * n
     if PARTS == 1:
-        _finish(product, row, col, c, d, alpha, beta, diagonal, n, HAS_D, BLOCK_M)
+        _finish(product, batch, row, col, c, d, alpha, beta, diagonal, n, HAS_D, STORED, BLOCK_M)
     else:
         first, second = product.reshape(BLOCK_M, 2, BLOCK_M).permute(0, 2, 1).split()
-        _finish(first, row, col, c, d, alpha, beta, diagonal, n, HAS_D, BLOCK_M)
+        _finish(first, batch, row, col, c, d, alpha, beta, diagonal, n, HAS_D, STORED, BLOCK_M)
         if row > col:  # else it lies above the diagonal
             col += BLOCK_M
-            _finish(second, row, col, c, d, alpha, beta, diagonal, n, HAS_D, BLOCK_M)
+            _finish(second, batch, row, col, c, d, alpha, beta, diagonal, n, HAS_D, STORED, BLOCK_M)
 
 
 def _architecture(device: torch.device) -> int | None:
@@ -173,6 +221,14 @@ def _descriptor(matrix: Tensor, block_rows: int, block_k: int) -> TensorDescript
     return TensorDescriptor(view, [batch, rows, cols], strides, [1, *block])
 
 
+def _is_aligned(matrix: Tensor) -> bool:
+    """Return whether the address is a multiple of 16 bytes, and sides and strides are multiples of 8 elements."""
+    tall = _is_tall(matrix)
+    numbers = (*matrix.shape[1:], matrix.stride(2 if tall else 1), matrix.stride(0) if len(matrix) > 1 else 0)
+    is_dense = matrix.stride(1 if tall else 2) == 1
+    return is_dense and matrix.data_ptr() % 16 == 0 and all(x % 8 == 0 for x in numbers)
+
+
 def _launch(
     A: Tensor,
     B: Tensor,
@@ -189,12 +245,15 @@ def _launch(
     left = _descriptor(A, tiling.block_m, tiling.block_k) if with_descriptors else None
     right = _descriptor(B, tiling.block_n, tiling.block_k) if with_descriptors else None
     described = left is not None and right is not None
+    squares = [_descriptor(M, tiling.block_m, tiling.block_m) for M in (C, D) if with_descriptors and M is not None]
+    stored = bool(squares) and None not in squares
+    outputs = [*squares, None][:2] if stored else [C, D]
+    through_pointers = not (described and stored)
     with torch.cuda.device_of(A):  # Triton launches on the current device, wherever its arguments are
         _symmetric_product_kernel[(num_tiles(n, batch, tiling),)](
             left if described else A,
             right if described else B,
-            C,
-            D,
+            *outputs,
             *factors,
             n,
             k,
@@ -202,9 +261,11 @@ def _launch(
             *B.stride(),
             HAS_D=D is not None,
             DESCRIBED=described,
+            STORED=stored,
             A_TALL=_is_tall(A),
             B_TALL=_is_tall(B),
             TAIL=k % tiling.block_k != 0,
+            EIGHTS=through_pointers and n % 16 + k % 16 > 0 and _is_aligned(A) and _is_aligned(B),
             BLOCK_M=tiling.block_m,
             BLOCK_N=tiling.block_n,
             BLOCK_K=tiling.block_k,
@@ -244,6 +305,8 @@ def symmetric_product(
     if architecture == 100 and A.dtype == torch.float32:
         # Triton 3.7 compiles an IEEE product of matrices to tcgen05 in TF32 there, without a word.
         raise ValueError("float32 is not supported on compute capability 10, where it would run in TF32")
-    tiling = tiling_for(A.shape[1], A.shape[0], A.dtype, architecture)
-    with_descriptors = architecture in (90, 100) and A.dtype != torch.float32
+    with_descriptors = architecture in DESCRIBED and A.dtype != torch.float32
+    is_aligned = _is_aligned(A) and _is_aligned(B)
+    is_described = all(_descriptor(matrix, 1, 1) is not None for matrix in (A, B))
+    tiling = tiling_for(A.shape[1], A.shape[0], A.dtype, architecture, is_aligned=is_aligned, is_described=is_described)
     return _launch(A, B, D if beta != 0.0 else None, (alpha, beta, diagonal), tiling, with_descriptors)
