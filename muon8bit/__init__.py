@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .routing import ParamGroups, param_groups
     from .step.nonfinite import NonFiniteGradientError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Muon8bit",
