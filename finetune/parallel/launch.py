@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from finetune.config.errors import InputError
 from finetune.config.options import Training
+from finetune.parallel.launcher import processes_asked
 
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU", "MULTI_MLU", "MULTI_MUSA")
 # `muon` is two optimizers, of which Accelerate's FSDP saves one; bitsandbytes does not take DTensors.
@@ -81,8 +82,9 @@ def check_launch(accelerator: Accelerator, recipe: Training) -> None:
     """Refuse launches under which an optimizer would not see what it needs.
 
     Raises:
-        InputError: FSDP version 1 or without a GPU, DeepSpeed, Megatron-LM; an optimizer that cannot be sharded;
-            gradient release or state on the host in several processes, or the norms of sharded matrices.
+        InputError: fewer processes than were asked for; FSDP version 1 or without a GPU, DeepSpeed, Megatron-LM; an
+            optimizer that cannot be sharded; gradient release or state on the host in several processes, or the norms
+            of sharded matrices.
     """
     kind, num = accelerator.distributed_type.value, accelerator.num_processes
     alone = {
@@ -96,7 +98,18 @@ def check_launch(accelerator: Accelerator, recipe: Training) -> None:
             )
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and not is_sharded(accelerator):
-        raise InputError("--config_file", f"it asks for FSDP, which Accelerate would run as {kind} here; take another")
+        raise InputError(
+            "--config_file",
+            f"it asks for FSDP, which Accelerate shards on GPUs alone and would run as {kind} here; leave it out: on "
+            "CPUs `torchrun --nproc_per_node N` starts N processes, which do not shard",
+        )
+    if num == 1 and (num_asked := processes_asked()) > 1:
+        raise InputError(
+            "--num_processes",
+            f"{num_asked} processes were asked for, and `accelerate launch` starts one on a CPU, which shards nothing; "
+            "give --num_processes 1, leave --cpu out where there are GPUs, or start `torchrun --nproc_per_node "
+            f"{num_asked}` (data parallel)",
+        )
     if not is_sharded(accelerator):
         if kind not in REPLICATED:
             raise InputError("--config_file", f"{kind} is not supported; take one of finetune/configs")

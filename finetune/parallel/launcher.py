@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # How the programs, modules and files end that launch a script.
 _LAUNCHERS = (
@@ -17,6 +20,8 @@ _LAUNCHERS = (
     *("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch"),
     *("distributed/run.py", "distributed/launch.py", "commands/launch.py"),
 )
+_ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "commands/launch.py")
+_SCRIPTS = ("pretrain.py", "sft.py")  # what follows is theirs
 
 
 def follow_launcher() -> None:
@@ -49,10 +54,33 @@ def tell_launcher(text: str) -> None:
         Path(file).write_text(json.dumps({"message": record}))
 
 
+def processes_asked() -> int:
+    """Return how many processes `accelerate launch`, which started this one, was told to start; 1 where it was not.
+
+    Told to run on a CPU it starts a single one, whatever its options or its configuration file say, and passes nothing
+    on of a configuration that shards.
+    """
+    words = _words_of(os.getppid()) if sys.platform == "linux" else []
+    if not any(word.endswith(_ACCELERATE) for word in words[:4]):
+        return 1
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--num_processes", "--num-processes", type=int)
+    options.add_argument("--config_file", "--config-file", type=Path)
+    asked, _ = options.parse_known_args(words[: next((i for i, w in enumerate(words) if w.endswith(_SCRIPTS)), None)])
+    if asked.num_processes is None and asked.config_file is not None:
+        return int(yaml.safe_load(asked.config_file.read_text()).get("num_processes", 1))
+    return asked.num_processes or 1
+
+
 def _is_launcher(pid: int) -> bool:
     """Check whether a process was started as a launcher, by its program and the module or script that it runs."""
+    return any(word.endswith(_LAUNCHERS) for word in _words_of(pid)[:4])
+
+
+def _words_of(pid: int) -> list[str]:
+    """Return the command line of a process; nothing where it has just ended, or the system does not tell."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:4]
-    except OSError:  # it has just ended, or the system does not tell
-        return False
-    return any(word.decode(errors="replace").endswith(_LAUNCHERS) for word in words)
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+    return [word.decode(errors="replace") for word in words]

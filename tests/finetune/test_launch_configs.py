@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,32 @@ def test_fsdp_that_accelerate_would_not_run_is_refused(monkeypatch):
     check_launch(accelerator, recipe)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"--config_file: it asks for FSDP.* NO "):
+        check_launch(accelerator, recipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_asked"),
+    [
+        ("--cpu --config_file CONFIG --num_processes 2", 2),
+        ("--cpu --config_file=CONFIG", 8),
+        ("--cpu --num-processes=3", 3),
+        ("--cpu --num_processes 1 --config_file CONFIG", 1),
+        ("--quiet", 1),
+    ],
+)
+def test_one_process_where_several_were_asked_for_is_refused(options, num_asked, monkeypatch):
+    """Accelerate's launcher starts a single one on a CPU, and tells it nothing of a configuration that shards."""
+    words = options.replace("CONFIG", str(CONFIGS / "fsdp2.yaml")).split()
+    launcher = ["python", "-m", "accelerate.commands.launch", *words, "finetune/sft.py", "--num_processes", "9"]
+    monkeypatch.setattr("finetune.parallel.launcher._words_of", lambda pid: launcher if pid == os.getppid() else [])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, recipe = Accelerator(cpu=True), read_recipe(DEFAULT_RECIPE)
+    if num_asked == 1:
+        check_launch(accelerator, recipe)
+        return
+    with pytest.raises(
+        InputError, match=f"--num_processes: {num_asked} processes .*torchrun --nproc_per_node {num_asked}"
+    ):
         check_launch(accelerator, recipe)
 
 
