@@ -141,7 +141,7 @@ def _warnings(recipe: SftRecipe, given: str, base: str, config: Any) -> list[str
     was = pretrained_with(given, config)
     if recipe.mode == "full" and recipe.optimizer.startswith("muon") and was is not None and was.startswith("adam"):
         notes.append(
-            "note: this base was pretrained with Adam; tuning all weights of such a model, Muon usually trails AdamW "
+            "note: most bases were pretrained with Adam; tuning all weights of such a model, Muon usually trails AdamW "
             "(arXiv 2605.10468, 2502.16982): keep a run with --optimizer adamw beside it"
         )
     if recipe.mode == "full" and weight_dtype(recipe) == torch.bfloat16:

@@ -246,7 +246,7 @@ def test_steps_follow_from_epochs_and_the_log_says_what_was_chosen(sft, sft_opti
     assert outcome.code == 0, outcome.err
     for words in ("lr 2e-05, the default of full with muon8bit: arXiv 2605.10468", "6 steps of 4 rows", "warm-up 1"):
         assert words in outcome.out
-    assert "pretrained with Adam" in outcome.out
+    assert "note: most bases were pretrained with Adam" in outcome.out  # this one has random weights
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 7))
 
 
