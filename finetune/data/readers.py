@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -31,6 +32,36 @@ def is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
+def reach_hub(name: str, option: str, cached_file: str | None = None) -> None:
+    """Take what a run has of the hub from the cache, where the hub does not answer at once.
+
+    Its own client would try for half a minute, each time, and log every attempt.
+
+    Args:
+        name: a folder, which needs no hub, or a name of the hub.
+        option: that gave it.
+        cached_file: of a model's files the one that must be in the cache then; None for a dataset.
+
+    Raises:
+        InputError: neither does the hub answer nor is the file in the cache.
+    """
+    if Path(name).exists() or name.startswith((".", "/", "~")):
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    from muon8bit.estimate import is_hub_reachable  # with torch, which the options do not wait for
+
+    if is_hub_reachable():
+        return
+    if cached_file and not isinstance(try_to_load_from_cache(name, cached_file), str):
+        raise InputError(
+            option, f"the hub cannot be reached, and {name}'s {cached_file} is not in the cache; give a local folder"
+        )
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
 def open_hub(dataset: str, config: str | None, split: str, streaming: bool = False) -> Any:
     """Open a split of a dataset, saved on disk or known to `datasets` by its name.
 
@@ -39,6 +70,7 @@ def open_hub(dataset: str, config: str | None, split: str, streaming: bool = Fal
     """
     import datasets
 
+    reach_hub(dataset, "--dataset")
     try:
         if Path(dataset).is_dir():
             opened = datasets.load_from_disk(dataset)

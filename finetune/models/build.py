@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from finetune.config.errors import InputError
 from finetune.config.recipe import Recipe
+from finetune.data.readers import reach_hub
 from finetune.models.weights import first_line, freeze_beside_text, load_whole, longest_of, model_class, text_config
 from finetune.parallel.launch import plain_parameters, whole
 
@@ -25,6 +26,8 @@ def model_config(recipe: Recipe) -> Any:
         InputError: transformers does not know it, or rejects a value.
     """
     option = "--init-from" if recipe.init_from else "--model-config"
+    if recipe.init_from:
+        reach_hub(recipe.init_from, option, "config.json")
     try:
         if recipe.init_from:
             config = AutoConfig.from_pretrained(recipe.init_from)

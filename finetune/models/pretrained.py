@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from finetune.config.errors import InputError
 from finetune.config.sft_recipe import SftRecipe
+from finetune.data.readers import reach_hub
 from finetune.data.texts import ENCODING
 from finetune.models.build import checkpoint_activations, config_hash, logits_of
 from finetune.models.tokens import cache_root
@@ -112,6 +113,7 @@ def base_config(base: str) -> Any:
     Raises:
         InputError: unreadable, no causal language model, or quantized already.
     """
+    reach_hub(base, "--model", "config.json")
     try:
         config = AutoConfig.from_pretrained(base)
         kind = model_class(config)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.config.errors import InputError
 from finetune.data.corpus import Corpus, CorpusPiece, Part
+from finetune.data.readers import reach_hub
 from finetune.storage.run_dir import folder_beside
 
 END_OF_TEXT = "<|endoftext|>"
@@ -85,6 +86,7 @@ def load_tokenizer(name_or_path: str, option: str = "--tokenizer") -> Any:
     Raises:
         InputError: transformers cannot load it, or it is not a fast one.
     """
+    reach_hub(name_or_path, option, "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:

@@ -7,7 +7,7 @@ from .advice import BudgetCheck, Offer, check_budget, offers
 from .checkpoint import Report, report
 from .classes import longest
 from .command import Script, column_of, command, script_for, script_options, setup_of
-from .configs import load_config
+from .configs import is_hub_reachable, load_config
 from .estimator import Estimate, Estimator, Memory, Peak
 from .optimizers import LABELS, OPTIMIZERS
 from .presets import hub_name
@@ -32,6 +32,7 @@ __all__ = [
     "describe",
     "gib",
     "hub_name",
+    "is_hub_reachable",
     "load_config",
     "longest",
     "offers",

@@ -104,7 +104,7 @@ def _is_usual(size: str, values: Mapping[str, Any], config: Any) -> bool:
 
 def _from_hub(name: str) -> Any:
     auto, way_out = library().AutoConfig, "give a config.json, its folder, or a preset"
-    if not _is_reachable():
+    if not is_hub_reachable():
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(name, "config.json")
@@ -123,7 +123,7 @@ def _from_hub(name: str) -> Any:
         log.setLevel(level)
 
 
-def _is_reachable() -> bool:
+def is_hub_reachable() -> bool:
     """Check whether the hub answers at once or is behind a proxy; the hub's own client would retry for long."""
     from huggingface_hub import constants
 

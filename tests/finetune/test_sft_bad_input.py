@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.finetune_chat import make_base
 from helpers.refusals import check_refused
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaConfig, T5Config
+
+from finetune.config.errors import InputError
+from finetune.data.readers import open_hub
+from finetune.models.build import model_config
+from finetune.models.pretrained import base_config
+from finetune.models.tokens import load_tokenizer
 
 
 def check_refused_unwritten(outcome, tmp_path, *words):
@@ -200,3 +207,54 @@ def test_one_of_several_templates_is_taken_by_its_name_and_kept_by_a_resumed_run
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == short
     resumed = sft("--resume", "run", "--max-steps", 4)
     assert resumed.code == 0, resumed.err
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """No network, an empty cache; what counts the attempts."""
+    asked = []
+
+    def refuse(*address, **_):
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr("muon8bit.estimate.configs.getproxies", dict)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("option", "opens"),
+    [
+        ("--model", base_config),
+        ("--tokenizer", load_tokenizer),
+        ("--init-from", lambda name: model_config(SimpleNamespace(init_from=name))),
+    ],
+)
+def test_a_hub_that_is_not_there_is_one_sentence_at_once(option, opens, no_hub, capfd):
+    with pytest.raises(InputError) as refused:
+        opens("nobody/no-model")
+    assert str(refused.value).startswith(f"{option}: the hub cannot be reached, and nobody/no-model's ")
+    assert (len(no_hub), capfd.readouterr()) == (1, ("", ""))
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_without_the_hub_a_model_is_taken_from_the_cache(chat_base, tmp_path, capfd):
+    revision = tmp_path / "hub" / "models--nobody--a-model"
+    shutil.copytree(chat_base, revision / "snapshots" / ("0" * 40))
+    (revision / "refs").mkdir()
+    (revision / "refs" / "main").write_text("0" * 40)
+    own = json.loads((chat_base / "config.json").read_text())
+    assert base_config("nobody/a-model").vocab_size == own["vocab_size"]
+    assert len(load_tokenizer("nobody/a-model")) == len(AutoTokenizer.from_pretrained(chat_base))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_the_hub_a_dataset_that_is_not_cached_is_refused_at_once(no_hub, monkeypatch, capfd):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match="--dataset: `datasets` cannot open 'nobody/no-data'"):
+        open_hub("nobody/no-data", None, "train")
+    assert (len(no_hub), capfd.readouterr()) == (1, ("", ""))
