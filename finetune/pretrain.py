@@ -24,8 +24,8 @@ from finetune.command_line import Parser, absolute, check_resumable, run_script,
 from finetune.config.defaults import fit_schedule
 from finetune.config.errors import InputError
 from finetune.config.options import flag
-from finetune.config.reading import read_values, saved_values
-from finetune.config.recipe import DEFAULT_RECIPE, RECIPES, Recipe, read_model_config, read_recipe, recipe_from
+from finetune.config.reading import RECIPES, read_values, saved_values
+from finetune.config.recipe import DEFAULT_RECIPE, Recipe, read_model_config, read_recipe, recipe_from
 from finetune.data.corpus import check_exists
 from finetune.storage.run_dir import RunFolder, check_script, choose_folder, find_run
 

@@ -24,12 +24,11 @@ from finetune.command_line import Parser, absolute, check_resumable, run_script,
 from finetune.config.defaults import fit_schedule
 from finetune.config.errors import InputError
 from finetune.config.options import flag
-from finetune.config.reading import saved_values
+from finetune.config.reading import SFT_RECIPES, saved_values
 from finetune.config.sft_recipe import (
     ADAPTER_OPTIONS,
     ADAPTER_SHAPE,
     NO_ADAPTER,
-    SFT_RECIPES,
     SftRecipe,
     read_sft_recipe,
     sft_recipe_from,

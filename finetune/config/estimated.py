@@ -10,9 +10,9 @@ from typing import Any
 
 from finetune.config.errors import InputError
 from finetune.config.options import Training, flag
-from finetune.config.reading import read_values
-from finetune.config.recipe import RECIPES, SEQ_LEN, Recipe, recipe_from
-from finetune.config.sft_recipe import SEQ_LEN as SFT_SEQ_LEN, SFT_RECIPES, SftRecipe, read_sft_recipe, sft_recipe_from
+from finetune.config.reading import RECIPES, SFT_RECIPES, no_recipe, read_values
+from finetune.config.recipe import SEQ_LEN, Recipe, recipe_from
+from finetune.config.sft_recipe import SEQ_LEN as SFT_SEQ_LEN, SftRecipe, read_sft_recipe, sft_recipe_from
 from finetune.data.texts import read_text
 
 __all__ = ["InputError", "memory_options", "read_any_recipe"]
@@ -35,8 +35,9 @@ def read_any_recipe(name_or_path: str, typed: Mapping[str, Any]) -> tuple[str, T
     """
     is_sft = (SFT_RECIPES / f"{name_or_path}.yaml").is_file()
     if not is_sft and not (RECIPES / f"{name_or_path}.yaml").is_file():
-        every = RECIPES if not Path(name_or_path).expanduser().is_file() else SFT_RECIPES
-        is_sft = not isinstance(read_values(name_or_path, every, SftRecipe)[0].get("model"), dict)
+        if not Path(name_or_path).expanduser().is_file():
+            raise no_recipe(name_or_path, None)
+        is_sft = not isinstance(read_values(name_or_path, SFT_RECIPES, SftRecipe)[0].get("model"), dict)
     kind: type[Training] = SftRecipe if is_sft else Recipe
     script = "sft" if is_sft else "pretrain"
     known = {f.name for f in dataclasses.fields(kind)}

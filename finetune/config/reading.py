@@ -17,6 +17,8 @@ from finetune.data.texts import read_text
 from muon8bit import cli
 
 R = TypeVar("R", bound=Training)
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SFT_RECIPES = RECIPES / "sft"
 
 
 def read_values(name_or_path: str, folder: Path, kind: type[Training]) -> tuple[dict[str, Any], str]:
@@ -33,10 +35,7 @@ def read_values(name_or_path: str, folder: Path, kind: type[Training]) -> tuple[
     if not path.is_file():
         path = Path(name_or_path).expanduser()
     if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
-        close = cli.nearest(name_or_path, known)
-        meant = f"did you mean {close}? It must be" if close else "give"
-        raise InputError("--recipe", f"no recipe {name_or_path!r}; {meant} one of {', '.join(known)}, or a YAML file")
+        raise no_recipe(name_or_path, folder)
     try:
         values = yaml.safe_load(read_text(path, "--recipe"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a day like 2024-13-45
@@ -46,6 +45,22 @@ def read_values(name_or_path: str, folder: Path, kind: type[Training]) -> tuple[
     values = _renamed({str(key): value for key, value in values.items()}, kind, str(path))
     values.setdefault("name", path.stem)
     return values, str(path)
+
+
+def no_recipe(name: str, folder: Path | None) -> InputError:
+    """Return the error of a name that is no recipe's, with the nearest of all recipes of both scripts.
+
+    Args:
+        name: that was given.
+        folder: whose recipes could have been given; None for those of both scripts.
+    """
+    scripts = {path.stem: "pretrain" for path in sorted(RECIPES.glob("*.yaml"))}
+    scripts |= {path.stem: "sft" for path in sorted(SFT_RECIPES.glob("*.yaml"))}
+    known = [stem for stem in scripts if folder is None or (folder / f"{stem}.yaml").is_file()]
+    close = cli.nearest(name, scripts)
+    whose = "" if close is None or close in known else f", a recipe of {scripts[close]}"
+    meant = f"did you mean {close}{whose}? It must be" if close else "give"
+    return InputError("--recipe", f"no recipe {name!r}; {meant} one of {', '.join(known)}, or a YAML file")
 
 
 def _renamed(values: Mapping[str, Any], kind: type[Training], origin: str) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from typing import Any
 from finetune.config.checks import check_ranges
 from finetune.config.errors import InputError
 from finetune.config.options import Training, option
-from finetune.config.reading import build, read_values
+from finetune.config.reading import RECIPES, build, read_values
 from finetune.data.texts import read_text
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 DEFAULT_RECIPE = "llama_4m"
 SEQ_LEN = 256  # tokens, where neither the recipe nor the command line says
 

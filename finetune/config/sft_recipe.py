@@ -12,10 +12,9 @@ from typing import Any
 from finetune.config.checks import check_ranges
 from finetune.config.errors import InputError
 from finetune.config.options import Training, flag, option
-from finetune.config.reading import build, read_values
+from finetune.config.reading import SFT_RECIPES, build, read_values
 from finetune.data.columns import parse_columns
 
-SFT_RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "sft"
 NEWCOMER_RECIPE = "smollm2_135m"
 # Options that only an adapter has, beside `adapter`, which brings its own values of the first five.
 ADAPTER_SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "dora")

@@ -10,7 +10,8 @@ from typing import Any
 
 from finetune.config.defaults import fit_seq_len
 from finetune.config.errors import InputError
-from finetune.config.sft_recipe import SEQ_LEN, SFT_RECIPES, SftRecipe
+from finetune.config.reading import SFT_RECIPES
+from finetune.config.sft_recipe import SEQ_LEN, SftRecipe
 from finetune.data.chat import Parts, load_examples, load_parts
 from finetune.data.messages import Example
 from finetune.data.packing import Rows

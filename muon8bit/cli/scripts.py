@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+from .parser import nearest
 
 if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -133,7 +134,9 @@ def _recipes(args: argparse.Namespace) -> int:
     files = {path.stem: path for path in sorted([*folder.glob("*.yaml"), *folder.glob("sft/*.yaml")])}
     if args.name is not None:
         if args.name not in files:
-            raise UsageError(f"muon8bit recipes: there is no {args.name!r}; the recipes are {', '.join(files)}")
+            close = nearest(args.name, files)
+            meant = f"did you mean {close}? The" if close else "the"
+            raise UsageError(f"muon8bit recipes: there is no {args.name!r}; {meant} recipes are {', '.join(files)}")
         print(files[args.name].read_text(encoding="utf-8"), end="")
         return 0
     for script in ("pretrain", "sft"):

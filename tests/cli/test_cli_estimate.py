@@ -374,6 +374,7 @@ def test_sizes_have_the_bytes_of_their_unit(text: str, num_bytes: int) -> None:
         ((), ("MODEL", "--recipe")),
         (("CONFIG", "--recipe", "llama_4m"), ("MODEL", "--recipe")),
         (("--recipe", "llama_4n"), ("llama_4n", "did you mean llama_4m?")),
+        (("--recipe", "llama_3b_lorra"), ("did you mean llama_3b_lora? It must be one of", "llama_4m", "smollm2_135m")),
         (("--recipe", "llama_4m", "--mode", "lora"), ("--mode", "llama_4m")),
         (("CONFIG", "--gpus", "0"), ("--gpus", "0")),
         (("CONFIG", "--gradient-accumulation", "0"), ("--gradient-accumulation", "0")),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.config.recipe import DEFAULT_RECIPE, RECIPES, read_recipe
+from finetune.config.reading import RECIPES
+from finetune.config.recipe import DEFAULT_RECIPE, read_recipe
 from finetune.models.build import model_config
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -13,7 +13,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.training import recipe_peaks
 from benchmarks.training.memory_peaks import tracked_bytes
-from finetune.config.sft_recipe import SFT_RECIPES, resolve
+from finetune.config.reading import SFT_RECIPES
+from finetune.config.sft_recipe import resolve
 from finetune.sft import parse
 from muon8bit.cli import main as muon8bit
 from muon8bit.estimate import LABELS, Estimator, Setup, load_config
