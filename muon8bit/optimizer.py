@@ -28,6 +28,7 @@ from .config import (
     StateDevice,
     check_running,
 )
+from .orthogonalize import active_table
 from .orthogonalize.coefficients import JORDAN
 from .sharded_optimizer import ShardedOptimizer
 from .state_dict import checked, empty
@@ -39,6 +40,7 @@ from .step.offload import StateOffload
 from .step.options import (
     IMPLEMENTATION_DEFAULTS,
     MATRIX_DEFAULTS,
+    RATES_KEY,
     check_listed,
     check_options,
     check_params,
@@ -210,6 +212,7 @@ class Muon8bit(ShardedOptimizer):
         )
         self._unreported: tuple[list[str], int, bool] | None = None  # what was learned of it by others than `step`
         self._failure: str | None = None  # of a step that had begun to write
+        self._table = active_table()
         offload = StateOffload(state_device)
         super().__init__(params, defaults, process_group=process_group, shard_state=shard_state, offload=offload)
 
@@ -226,6 +229,10 @@ class Muon8bit(ShardedOptimizer):
         own = ("backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes", "state_device")
         group = complete_group(param_group, index, {**self.defaults, **{key: getattr(self, key) for key in own}})
         check_named(group, index, self.param_groups)
+        if group["algorithm"] == "muon" and RATES_KEY not in group:
+            first = next((g for g in self.param_groups if g["algorithm"] == "muon"), None)
+            key = first.get(RATES_KEY) if first else self._table and self._table.key
+            group |= {} if key is None else {RATES_KEY: key}
         super().add_param_group(group)
         try:
             check_options(group, f"parameter group {index}: ")

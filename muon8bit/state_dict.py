@@ -28,7 +28,16 @@ from .config import (
 from .step import rounding
 from .step.dense import is_fake, why_not_dense
 from .step.local_params import home, layout_of, make_state
-from .step.options import AS_SAVED, OWN_DEFAULTS, RUNNING_KEYS, check_foreign, check_options, describe, group_keys
+from .step.options import (
+    AS_SAVED,
+    OWN_DEFAULTS,
+    RATES_KEY,
+    RUNNING_KEYS,
+    check_foreign,
+    check_options,
+    describe,
+    group_keys,
+)
 
 if TYPE_CHECKING:
     from .distributed import ParamSharding, RankGroup
@@ -160,6 +169,8 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
             )
     own = {key: new[key] for key in ("params", "param_names") if key in new}
     group = {**new, **deepcopy({k: v for k, v in old.items() if k != "params"}), **own}
+    if RATES_KEY not in old:  # it was the built-in table
+        group.pop(RATES_KEY, None)
     rounding.settle(group, saved=old, running=new)
     for check in (check_options, check_foreign):
         check(group, f"{where} of the state dict: ")

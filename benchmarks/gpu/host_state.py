@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.gpu.optimizers import MUON_LR, Arm, Tensors, make_job
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.timing import Clock, TimedJob
 from benchmarks.gpu.workloads import MODELS, workloads
 from muon8bit import Muon8bit
 from muon8bit.estimate.host import bus_bytes
 from muon8bit.estimate.optimizers import Param
+from muon8bit.tune.timing import Clock, TimedJob
 
 ON_DEVICE, ON_HOST = "state on the device", "state on the host"
 PLACES = {

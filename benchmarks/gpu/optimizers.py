@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.gpu.timing import TimedJob, UnavailableError
 from muon8bit import Muon8bit
+from muon8bit.tune.timing import TimedJob, UnavailableError
 
 LINEAR, DYNAMIC, BITS32 = "this, linear", "this, dynamic", "this, bits=32"
 MUON_BF16, MUON_FP32 = "torch Muon, bf16 state", "torch Muon, fp32 state"

@@ -12,10 +12,10 @@ from muon8bit_kernels import CODE_DTYPES, kernels_for, num_blocks
 from muon8bit_kernels.codebooks import Codebook
 from torch import Tensor
 
-from benchmarks.gpu.products import HALF, check_finite, product_job
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.timing import Clock, Result, TimedJob
 from muon8bit.config import BLOCK_SIZES
+from muon8bit.tune.measure import HALF, check_finite, product_job
+from muon8bit.tune.timing import Clock, Result, TimedJob
 
 COPY, GEMM = "copy", "gemm"
 # Momentum kernels: this many matrices of this side, rotated among sets, each several times the cache.

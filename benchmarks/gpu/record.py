@@ -6,7 +6,7 @@ import csv
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks.gpu.timing import FAILED
+from muon8bit.tune.timing import FAILED
 
 DRY = "dry run"
 ABOUT = "about"  # the section of what figures depend on

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from benchmarks.gpu.acceptance import verdicts
 from benchmarks.gpu.host_state import COPY, ON_HOST, PLACES
 from benchmarks.gpu.optimizers import ARMS, LINEAR, MUON_BF16
-from benchmarks.gpu.products import rates_row
 from benchmarks.gpu.record import ABOUT, Record, as_number
 from benchmarks.gpu.steps import FLOOR
 
@@ -132,11 +131,11 @@ def _products(record: Record) -> list[str]:
         for case in cases
     ]
     head = ["", "symmetric", "vendor", "vendor's time over it"]
-    row = rates_row(record, record.text(ABOUT, "kind", "run", ""))
+    row = record.text("rates", "row", record.text(ABOUT, "kind", "run", ""), "tune")
     return [
         "## X X^T, TFLOP/s of 2 n^3\n",
         _table(head, lines),
-        f"Row for `muon8bit.orthogonalize.rates.RATES`, the least gains: `{row}`\n",
+        f"Row that the steps chose by, as `muon8bit tune` measures it: `{row}`\n",
     ]
 
 

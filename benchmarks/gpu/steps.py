@@ -7,9 +7,9 @@ from functools import partial
 from benchmarks.gpu.optimizers import ARMS, DYNAMIC, LINEAR, MUON_BF16, Tensors, make_job
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.roofline import count
-from benchmarks.gpu.timing import Clock, Result
 from benchmarks.gpu.workloads import Workload, shape_classes, workloads
 from muon8bit.orthogonalize import device_kind
+from muon8bit.tune.timing import Clock, Result
 
 FLOOR = "floor"
 # A step of torch.optim.Muon with more operations than this takes a good part of a second: fewer of them.

@@ -72,6 +72,12 @@ def add_parser(subparsers: _Subparsers) -> None:
         "--shard", choices=("none", "ddp", "fsdp2", "hsdp"), help="what they divide (default: ddp on several)"
     )
     machine.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where the step runs")
+    machine.add_argument(
+        "--rates",
+        metavar="FILE",
+        default="builtin",
+        help="a table of rates that `muon8bit tune` wrote, by which a step on CUDA chooses its methods, or builtin",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON, in bytes")
     output.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of the peaks (default: none)")
@@ -169,6 +175,8 @@ def _run(args: argparse.Namespace, progress: Progress) -> int:
     progress.tell("importing transformers")
     from muon8bit import estimate as est
 
+    if args.rates != "builtin":
+        _install(args.rates)
     if options["loss_chunk"] < 0:
         raise ValueError(f"--loss-chunk must not be negative, and is {options['loss_chunk']}")
     budget, note = (None, "") if args.budget is None else est.parse_budget(args.budget)
@@ -206,6 +214,14 @@ def _run(args: argparse.Namespace, progress: Progress) -> int:
         except OSError as error:
             raise ValueError(f"--plot {args.plot}: {error.strerror}") from None
     return 0
+
+
+def _install(rates: str) -> None:
+    """Let methods on CUDA be chosen in this process by a table of rates in a file."""
+    from ..orthogonalize import RATES
+    from ..orthogonalize.rates_table import read_table
+
+    RATES["cuda"] = read_table(Path(rates).expanduser()).rates
 
 
 def _of_recipe(args: argparse.Namespace, typed: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -35,6 +35,7 @@ from .norms import Gathering
 from .watchdog import RanksError, Watchdog
 
 Result = TypeVar("Result")
+_RATES = "the table of rates "
 
 # What may differ besides the groups, and what to do then.
 _PARAMETERS = (
@@ -207,7 +208,9 @@ class SynchronizedRanks:
         """
         # Not the device's name: GPUs of different models go together, as long as they take the same paths.
         device = f"{self.device.type}, where paths are chosen by {rates_of(device_kind(self.device))}"
-        lines, with_grad, with_state = [f"the options {tuple(options)} on {device}"], list[str](), list[str]()
+        tables = [f"{_RATES}{group['rates']}" for group in groups if group.get("rates") is not None] or [_RATES]
+        lines, with_grad, with_state = [tables[0]], list[str](), list[str]()
+        lines.append(f"the options {tuple(options)} on {device}")
         for number, group in enumerate(groups):
             # A group that lacks its algorithm is refused by `check_groups`; here it must not keep this rank from
             # telling.
@@ -276,6 +279,13 @@ def _difference(lists: list[list[list[str]]]) -> RuntimeError:
         first, second = lists[0][0], lists[other][0]
         place = next(i for i in range(max(len(first), len(second))) if first[i : i + 1] != second[i : i + 1])
         line, other_line = ((lines[place] if place < len(lines) else "nothing more") for lines in (first, second))
+        if line.startswith(_RATES):
+            names = [text.removeprefix(_RATES)[:16] or "the built-in one" for text in (line, other_line)]
+            return RuntimeError(
+                f"ranks choose methods by different tables of rates: rank 0 by {names[0]}, rank {other} by {names[1]}. "
+                "Set MUON8BIT_RATES to the same file, or to builtin, on every rank, or load the same checkpoint on "
+                "all. Nothing changed"
+            )
         return RuntimeError(
             f"ranks disagree about the parameter groups: rank 0 has {line}; rank {other} has {other_line}. Build the "
             "same groups, with the same options, on every rank. Nothing changed"

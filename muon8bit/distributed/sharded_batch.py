@@ -117,9 +117,10 @@ def group_into_batches(params: Sequence[_LocalParam], options: MuonOptions) -> l
 
 def _method(rows: int, cols: int, device: str, options: MuonOptions) -> NSMethod:
     """Return the method of one process with all these matrices, so that it is the same on any number of ranks."""
-    together = {
+    together: dict[str, Any] = {
         "count": options.counts.get((rows, cols), 1),
         "budget_bytes": options.workspace_bytes - SMALL_WORKSPACE_BYTES,
+        "rates": options.rates(device),
     }
     return choose_method(rows, cols, options.coefficients, device, options.ns_dtype, tiny=False, **together)
 

@@ -21,6 +21,7 @@ from .method import (
 )
 from .newton_schulz import orthogonalize
 from .rates import RATES, Rates, device_kind
+from .rates_table import RatesTable, active_table
 from .sharded import apply_factor, gram_factor, partial_gram
 from .stability import diverges, segments
 
@@ -31,6 +32,8 @@ __all__ = [
     "NSMethod",
     "Partition",
     "Rates",
+    "RatesTable",
+    "active_table",
     "apply_factor",
     "batch_size",
     "choose_method",

@@ -90,6 +90,7 @@ def choose_method(
     tiny: bool = True,
     count: int = 1,
     budget_bytes: int | None = None,
+    rates: Rates | None = None,
 ) -> NSMethod:
     """Return the cheapest method for matrices [rows, cols].
 
@@ -106,6 +107,7 @@ def choose_method(
         tiny: the caller can take the one-launch kernel.
         count: the number of matrices of this shape in the group, whether they have gradients or not.
         budget_bytes: the workspace's size in bytes, which limits how many of them go together; None limits nothing.
+        rates: the rates of the device; None takes the row of `RATES` for its kind.
 
     Raises:
         ValueError: for fp16 with coefficients whose iterates it cannot hold, or where no method has what `force_method`
@@ -115,7 +117,7 @@ def choose_method(
         raise ValueError("ns_dtype=torch.float16 cannot hold the iterates of these ns_coefficients: use torch.bfloat16")
     forced = tuple((_FORCED.get() or {}).items())
     together = max(1, count), budget_bytes
-    return _cheapest(rows, cols, coefficients, kind, dtype, tiny, together, rates_of(kind), forced)
+    return _cheapest(rows, cols, coefficients, kind, dtype, tiny, together, rates or rates_of(kind), forced)
 
 
 @cache
@@ -285,6 +287,7 @@ def partition(
     count: int = 1,
     widths: Sequence[int] | None = None,
     copied_bytes: int = 0,
+    rates: Rates | None = None,
 ) -> Partition:
     """Return how many matrices [rows, cols] go together, and by which method, within a workspace of `budget_bytes`.
 
@@ -298,8 +301,10 @@ def partition(
         widths: the numbers of columns that are orthogonalized by themselves. The fp32 momenta then take one half of the
             budget, Newton-Schulz the other. None means that the matrices are whole.
         copied_bytes: the bytes that each matrix takes besides.
+        rates: the rates of the device; None takes the row of `RATES` for its kind.
     """
-    rates, forced = rates_of(kind), tuple((_FORCED.get() or {}).items())
+    forced = tuple((_FORCED.get() or {}).items())
+    rates = rates or rates_of(kind)
     return _partition(rows, cols, coefficients, kind, budget_bytes, dtype, count, widths, copied_bytes, rates, forced)
 
 
@@ -314,13 +319,14 @@ def _partition(
     count: int,
     widths: Sequence[int] | None,
     copied_bytes: int,
-    *_: object,  # what `choose_method` reads besides
+    rates: Rates,
+    _: object,  # what is forced, which `choose_method` reads
 ) -> Partition:
     pieces, start = [], 0
     if widths is not None:
         budget_bytes //= 2
     for width in widths or (cols,):
-        together = {"count": count, "budget_bytes": budget_bytes}
+        together: dict[str, Any] = {"count": count, "budget_bytes": budget_bytes, "rates": rates}
         method = choose_method(rows, width, coefficients, kind, dtype, tiny=widths is None, **together)
         size = batch_size(method, rows, width, kind, budget_bytes)
         pieces.append(ColumnPiece(slice(start, start + width), method, size))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from math import prod
 from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..config import Backend, Codebook
-from ..orthogonalize import Coefficients
+from ..orthogonalize import Coefficients, Rates, RatesTable
 
 AnyOptions = TypeVar("AnyOptions", bound="Options")
 
@@ -49,6 +52,9 @@ class MuonOptions(Options):
         coefficients: resolved from `ns_coefficients` and `ns_steps`.
         row_splits, column_splits: the sizes of the pieces of each matrix that are orthogonalized by themselves, where
             `split_sizes` are given.
+        table: the measured rates by which methods are chosen; None for the built-in ones.
+        counts: the number of matrices, or of pieces of rows, of each [rows, cols] in the group, whether they have
+            gradients or not, and wherever they lie.
     """
 
     lr: float | Tensor
@@ -64,7 +70,12 @@ class MuonOptions(Options):
     column_splits: tuple[int, ...] | None
     clip_matrix_norm: float | None
     maximize: bool
+    table: RatesTable | None
     counts: Mapping[tuple[int, int], int] = field(default_factory=dict, compare=False)
+
+    def rates(self, kind: str) -> Rates | None:
+        """Return the measured rates of a device kind; None for the built-in ones."""
+        return self.table.rates if self.table is not None and self.table.kind == kind else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +94,16 @@ class AdamWOptions(Options):
 
 
 GroupOptions: TypeAlias = MuonOptions | AdamWOptions
+
+
+@lru_cache(maxsize=64)
+def matrix_counts(
+    shapes: Sequence[torch.Size], flatten: bool, row_splits: Sequence[int] | None
+) -> Mapping[tuple[int, int], int]:
+    """Return how many matrices of each [rows, cols], or pieces of their rows, parameters of these shapes hold."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for shape in shapes:
+        rows, cols = (shape[0], prod(shape[1:])) if flatten else shape[-2:]
+        for size in row_splits or (rows,):
+            counts[size, cols] += 1 if flatten else prod(shape[:-2])
+    return counts

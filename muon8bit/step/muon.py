@@ -91,16 +91,18 @@ def apply_parts(batch: MatrixBatch, *, is_first: bool) -> list[MatrixBatch]:
         is_first: it is the first batch of the step: then `apply` makes copies of the momenta.
     """
     options = batch.options
+    kind = device_kind(batch.device)
     copied_bytes = sum(tensor[0].nbytes for tensor in (batch.codes[0], *batch.scales[:1])) if is_first else 0
     how = partition(
         batch.rows,
         batch.cols,
         options.coefficients,
-        device_kind(batch.device),
+        kind,
         options.workspace_bytes - SMALL_WORKSPACE_BYTES,
         dtype=options.ns_dtype,
         count=options.counts.get((batch.rows, batch.cols), 1),
         widths=options.column_splits,
+        rates=options.rates(kind) if options.table is not None else None,
         copied_bytes=2 * copied_bytes,  # they are there when the reference has most temporaries
     )
     parts = batch.split(how.size)

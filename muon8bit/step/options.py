@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -27,9 +26,10 @@ from ..config import (
     Backend,
 )
 from ..orthogonalize import choose_method, diverges, resolve_coefficients
+from ..orthogonalize.rates_table import check_key, parse_key
 from . import adamw8bit
 from .dense import is_overlapping, why_not_dense, why_not_written
-from .group_options import AdamWOptions, GroupOptions, MuonOptions, Options
+from .group_options import AdamWOptions, GroupOptions, MuonOptions, Options, matrix_counts
 
 # How the running optimizer stores and computes: from the constructor, never from a checkpoint.
 FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
@@ -51,6 +51,8 @@ AS_SAVED = (
     "use the same model and build the groups as they were saved: a checkpoint of release 0.1 by "
     "muon8bit.param_groups(model, ..., routing='0.1'), any other by its `patterns` and `no_decay`"
 )
+# Key of a Muon group: the measured table of rates, as `RatesTable.key`. Absent: the built-in one.
+RATES_KEY = "rates"
 # Key of a copy of a group that has one of its parameters: all of them, which decide how each is orthogonalized.
 MEMBERS = "members"
 RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")
@@ -72,6 +74,7 @@ _CACHED_KEYS = (
     *("algorithm", "weight_decay", "eps", "maximize", "betas", "adamw_bits"),
     *MUON_ONLY_KEYS,
     *IMPLEMENTATION_DEFAULTS,
+    "rates",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -187,19 +190,6 @@ def resolve_options(group: dict[str, Any], group_index: int, running: Options, *
     return replace(options, lr=lr, grad_scale=running.grad_scale)
 
 
-@lru_cache(maxsize=64)
-def matrix_counts(
-    shapes: Sequence[torch.Size], flatten: bool, row_splits: Sequence[int] | None
-) -> Mapping[tuple[int, int], int]:
-    """Return how many matrices of each [rows, cols], or pieces of their rows, parameters of these shapes hold."""
-    counts: Counter[tuple[int, int]] = Counter()
-    for shape in shapes:
-        rows, cols = (shape[0], prod(shape[1:])) if flatten else shape[-2:]
-        for size in row_splits or (rows,):
-            counts[size, cols] += 1 if flatten else prod(shape[:-2])
-    return counts
-
-
 @lru_cache(maxsize=256, typed=True)  # True is no 1
 def _resolved(
     where: str,
@@ -228,6 +218,7 @@ def _resolved(
         format=tuple(group[key] for key in FORMAT_KEYS),
         row_splits=sizes if dim == -2 else None,
         column_splits=sizes if dim == -1 else None,
+        table=None if group.get(RATES_KEY) is None else parse_key(group[RATES_KEY]),
         **{key: group[key] for key in own},
         **shared,
     )
@@ -336,6 +327,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     require("adjust_lr_fn", is_choice(options["adjust_lr_fn"], (None, *ADJUST_LR)), f"None or one of {ADJUST_LR}")
     try:
         resolve_coefficients(options["ns_coefficients"], options["ns_steps"])
+        check_key(options.get(RATES_KEY))
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
 

@@ -41,7 +41,7 @@ def dry_run(background) -> tuple[list[dict[str, str]], str]:
 @pytest.mark.background(command=dry)
 def test_dry_run_goes_through_every_section_arm_and_workload(dry_run):
     rows, _ = dry_run
-    assert {row["section"] for row in rows} == {"about", "ceilings", *run.SECTIONS}
+    assert {row["section"] for row in rows} == {"about", "ceilings", "rates", *run.SECTIONS}
     for metric in ("time", "host time", "extra memory", "ratio", "over floor"):
         found = {(r["case"], r["arm"]) for r in rows if (r["section"], r["metric"]) == ("steps", metric)}
         assert found - {(case, "floor") for case in (*MODELS, LORA, MOE)} == {

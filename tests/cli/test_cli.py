@@ -22,7 +22,7 @@ def outcome(capsys, *argv):
     return code, *capsys.readouterr()
 
 
-COMMANDS = ("estimate", "report", "convert", "merge", "recipes", "pretrain", "sft")
+COMMANDS = ("estimate", "report", "convert", "tune", "doctor", "merge", "recipes", "pretrain", "sft")
 
 
 def test_every_way_of_asking_for_help_shows_each_subcommand_with_an_example(capsys):
@@ -41,7 +41,7 @@ def test_help_of_each_command_needs_no_torch_and_gives_a_default_for_every_optio
     code = (
         "import sys, contextlib, io\n"
         "from muon8bit.cli import build_parser, main\n"
-        f"for name in {COMMANDS[:3]} + ('recipes', 'pretrain', 'sft'):\n"
+        f"for name in {COMMANDS[:5]} + ('recipes', 'pretrain', 'sft'):\n"
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
         "        main([name, '--help'])\n"
         "    assert 'usage: ' in out.getvalue(), name\n"
@@ -50,7 +50,7 @@ def test_help_of_each_command_needs_no_torch_and_gives_a_default_for_every_optio
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
     (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    for name in COMMANDS[:3]:
+    for name in COMMANDS[:5]:
         parser = commands.choices[name]
         for action in parser._actions:
             is_shown = action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)

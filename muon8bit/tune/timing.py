@@ -61,10 +61,12 @@ class Result:
 
     @property
     def ms(self) -> float:
+        """Return the median of all times on the device."""
         return median(value for turn in self.device_ms for value in turn)
 
     @property
     def median_host_ms(self) -> float:
+        """Return the median of the times until the call returned."""
         return median(self.host_ms)
 
     @property
@@ -85,6 +87,7 @@ class Clock:
         self._flush = torch.empty(4 * cache_bytes, dtype=torch.int8, device=device)
 
     def synchronize(self) -> None:
+        """Wait for the device."""
         if self._cuda:
             torch.cuda.synchronize(self.device)
 
