@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon8bit import Muon8bit
-from muon8bit.distributed import exchange, norms, rank_group, sharded_batch
+from muon8bit.distributed import exchange, norms, rank_group, rounds, sharded_batch
 
 RECORD = Path(__file__).parents[1] / "results" / "fault_injection.json"
 SHAPES = {"a": (24, 40), "b": (30, 16), "c": (9, 50), **{f"d{i}": (12 + i, 30) for i in range(6)}, "bias": (21,)}
@@ -141,8 +141,7 @@ def planted(phase: str, failure: str) -> Callable[[], None]:
 
 def one_round_a_matrix() -> None:
     """Plan every matrix into a round of its own, so that there is a later Newton-Schulz."""
-    original = rank_group.plan
-    rank_group.plan = lambda matrices, num_ranks, _: original(matrices, num_ranks, 1)  # type: ignore[attr-defined]
+    rounds.round_bytes = lambda *_: 1
 
 
 def on_rank(rank: int, num_ranks: int, path: str, case: tuple[str, str, str], timeout_s: float) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.gpu.workloads import Llama
-from benchmarks.scaling.transfers import gathered_bytes, transfers
+from benchmarks.scaling.transfers import gathered_bytes, sent
 from muon8bit.config import DEFAULT_BLOCK_SIZE, DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES
-from muon8bit.distributed.assignment import Assignment, Matrix, plan
+from muon8bit.distributed.assignment import Assignment, plan
 from muon8bit.distributed.exchange import NUM_SHARES
 from muon8bit.distributed.matrix_sharding import MatrixSharding, Region
+from muon8bit.distributed.planned_transfers import Matrix
 from muon8bit.orthogonalize import choose_method, flops, resolve_coefficients
 
 # HSDP: a replica is the least power of two of at least one node whose GPUs take this much each of bf16 weights, bf16
@@ -46,6 +47,12 @@ class SimulatedTraffic:
         self.sent[remote][source] += num_bytes
         self.received[remote][target] += num_bytes
 
+    def merge(self, other: SimulatedTraffic) -> None:
+        """Add the bytes of another."""
+        for ours, theirs in ((self.sent, other.sent), (self.received, other.received)):
+            for kind, more in zip(ours, theirs, strict=True):
+                kind[:] = map(int.__add__, kind, more)
+
     def totals(self, direction: list[list[int]]) -> list[int]:
         return [sum(pair) for pair in zip(*direction, strict=True)]
 
@@ -65,6 +72,7 @@ class SimulatedStep:
     Attributes:
         balance: the most loaded rank's cost over the mean.
         num_rounds, num_parts: of the plan: all-to-alls of X, and of O.
+        busiest: what the busiest sender sends, over the mean, summed over all of these.
         sums_bytes: of the all-gather of row sums, received, not in the bytes above; replicas take part, padded.
         gathered_fp32_bytes: received where every rank of a replica gathers every fp32 momentum.
         moonlight_*: see `moonlight`.
@@ -78,6 +86,7 @@ class SimulatedStep:
     balance: float
     num_rounds: int
     num_parts: int
+    busiest: float
     mean_bytes: float
     most_sent_bytes: int
     most_received_bytes: int
@@ -127,12 +136,28 @@ def operations(matrix: Matrix) -> int:
 def slowest_of_rounds(planned: Assignment) -> int:
     """Sum the operations of the slowest owner of each round, for which all wait."""
     total = 0
-    for parts in planned.rounds:
+    for a_round in planned.rounds:
         work: Counter[int] = Counter()
-        for transfer in (transfer for part in parts for transfer in part):
+        for transfer in a_round.transfers:
             work[transfer.owner] += operations(transfer.matrix)
         total += max(work.values())
     return total
+
+
+def traffic_of_rounds(planned: Assignment, machine: Machine) -> list[SimulatedTraffic]:
+    """Return the traffic of the inputs of each round, and of its updates.
+
+    These return in parts, one after the other, of which each has the same share of the rows of every matrix: so they
+    take as long, together, as all of them would at once.
+    """
+    found = []
+    for a_round in planned.rounds:
+        inputs, updates = (SimulatedTraffic(len(planned.load), machine) for _ in range(2))
+        for transfer in a_round.transfers:
+            for source, target, num_bytes in sent(transfer):
+                (inputs if target == transfer.owner else updates).add(source, target, num_bytes)
+        found += [inputs, updates]
+    return found
 
 
 def moonlight(matrices: Sequence[Matrix], num_ranks: int, machine: Machine) -> tuple[SimulatedTraffic, list[int]]:
@@ -164,9 +189,10 @@ def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str,
     """Plan one step of `model` on `num_gpus`, in replicas of `num_shards`."""
     matrices = matrices_of(model, num_shards, num_gpus // num_shards, kind)
     planned = plan(matrices, num_gpus, PLANNED_BYTES)
-    traffic = SimulatedTraffic(num_gpus, machine)
-    for transfer in transfers(planned):
-        traffic.add(*transfer)
+    traffic, one_by_one = SimulatedTraffic(num_gpus, machine), traffic_of_rounds(planned, machine)
+    for part in one_by_one:
+        traffic.merge(part)
+    busiest = sum(max(part.totals(part.sent)) for part in one_by_one)
     theirs, their_work = moonlight(matrices, num_shards, machine)
     their_bytes = theirs.totals(theirs.received)
     held = [(-(-m.rows // num_shards), m.cols, -(-m.cols // DEFAULT_BLOCK_SIZE)) for m in matrices]
@@ -180,7 +206,8 @@ def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str,
         num_matrices=len(matrices),
         balance=max(planned.load) * num_gpus / sum(planned.load),
         num_rounds=len(planned.rounds),
-        num_parts=sum(map(len, planned.rounds)),
+        num_parts=sum(a_round.num_parts for a_round in planned.rounds),
+        busiest=busiest * num_gpus / sum(received),
         mean_bytes=sum(received) / num_gpus,
         most_sent_bytes=max(traffic.totals(traffic.sent)),
         most_received_bytes=max(received),
@@ -191,7 +218,7 @@ def simulate(name: str, model: Llama, num_gpus: int, num_shards: int, kind: str,
         state_bytes=elements + 4 * num_sums,
         fp32_state_bytes=4 * elements,
         arithmetic_ms=slowest_of_rounds(planned) / machine.tflops / 1e9,
-        transfer_ms=traffic.ms(),
+        transfer_ms=sum(part.ms() for part in one_by_one),
         moonlight_arithmetic_ms=max(their_work) / machine.tflops / 1e9,
         moonlight_transfer_ms=theirs.ms(),
     )

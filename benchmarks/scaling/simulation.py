@@ -41,10 +41,11 @@ def gb(num_bytes: float) -> str:
 
 def table(rows: Sequence[SimulatedStep]) -> str:
     head = (
-        "| model (matrices) | GPUs | shards x replicas | balance | mean / most sent / most received, GB | row sums, GB "
+        "| model (matrices) | GPUs | shards x replicas | balance | parts | busiest "
+        "| mean / most sent / most received, GB | row sums, GB "
         "| all-gather fp32, GB | Moonlight mean / most, GB | state, GB | arithmetic / transfer, ms "
         "| Moonlight's, ms |\n"
-        f"|{' --- |' * 11}\n"
+        f"|{' --- |' * 13}\n"
     )
     lines = []
     for r in rows:
@@ -53,6 +54,8 @@ def table(rows: Sequence[SimulatedStep]) -> str:
             f"{r.num_gpus}",
             f"{r.num_shards} x {r.num_gpus // r.num_shards}",
             f"{r.balance:.3f}",
+            f"{r.num_rounds} + {r.num_parts}",
+            f"{r.busiest:.3f}",
             f"{gb(r.mean_bytes)} / {gb(r.most_sent_bytes)} / {gb(r.most_received_bytes)}",
             gb(r.sums_bytes),
             gb(r.gathered_fp32_bytes),
@@ -76,6 +79,8 @@ other GPUs of a node of {machine.node_size} and {machine.network_gb_s:g} GB/s ea
 (data sheets of an H100 SXM: 989 TFLOP/s dense in bf16, 450 GB/s NVLink, a 400 Gb/s adapter a GPU).
 
 - balance: the most loaded rank's arithmetic over the mean. Above 1 it is idle time of the others.
+- parts: all-to-alls one after the other, of X + of O. busiest: what the busiest sender sends over the mean, summed over
+  them: how many times longer they take than if all sent alike. Parts are taken to have equal shares of the rows.
 - GB (10^9 bytes) are of one rank and one step. Ours: X to the owner and O back, in half precision. Row sums: received
   in the all-gather of which norms are made, on top. All-gather fp32: received, every momentum to every rank of a
   replica.
@@ -83,8 +88,8 @@ other GPUs of a node of {machine.node_size} and {machine.network_gb_s:g} GB/s ea
   whole, and keeps its part (our reading of arXiv 2502.16982), inside each replica. On the row shards of FSDP2 every
   rank has a part of every matrix: half of the all-gather's bytes, and all of the arithmetic on every rank.
 - state: 8-bit momentum of the matrices, of the rank that has most.
-- arithmetic / transfer: round after round, each as long as its slowest rank takes; all bytes of the slowest rank
-  (row sums aside). They overlap but for the first and the last round.
+- arithmetic / transfer: round after round, each as long as its slowest rank takes; part after part, likewise (row sums
+  aside). They overlap but for the first and the last round.
 
 {table(rows)}"""
 

@@ -13,17 +13,23 @@ from muon8bit.distributed import ShardedBatch
 from muon8bit.distributed.assignment import Assignment
 from muon8bit.distributed.collectives import PendingExchange, Transport
 from muon8bit.distributed.norms import GatheredSums
+from muon8bit.distributed.planned_transfers import PlannedTransfer
+
+
+def sent(transfer: PlannedTransfer) -> Iterator[tuple[int, int, int]]:
+    """Yield (from rank, to rank, bytes) of every message of a matrix: to the owner, and back."""
+    for rank, region in transfer.sources.items():
+        if rank != transfer.owner:
+            yield rank, transfer.owner, transfer.sent_bytes(region)
+    for rank, region in transfer.targets.items():
+        if rank != transfer.owner:
+            yield transfer.owner, rank, transfer.returned_bytes(region)
 
 
 def transfers(assignment: Assignment) -> Iterator[tuple[int, int, int]]:
     """Yield (from rank, to rank, bytes) of every message: to the owner, and back."""
-    for plan in assignment.transfers:
-        for rank, region in plan.sources.items():
-            if rank != plan.owner:
-                yield rank, plan.owner, plan.sent_bytes(region)
-        for rank, region in plan.targets.items():
-            if rank != plan.owner:
-                yield plan.owner, rank, plan.returned_bytes(region)
+    for transfer in assignment.transfers:
+        yield from sent(transfer)
 
 
 def bytes_sent(assignment: Assignment) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ class Kernels(Protocol):
     def update_params(
         self,
         params: Sequence[Tensor],
-        directions: Tensor,
+        directions: Tensor | Sequence[Tensor],
         *,
         decay: float | Tensor,
         scale: float | Tensor,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
+from operator import mul
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 from .watchdog import RanksError, Watchdog, cause_of
 
@@ -67,6 +69,24 @@ class Transport:
         return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, sizes, strict=True)]
 
 
+class Kept:
+    """Tensors of this rank, to be read like those of a `PendingExchange`; all ranks know that nothing is sent."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Keep them, in the order in which they are read."""
+        self._unread = list(tensors)[::-1]
+
+    def start(self) -> None:
+        """Do nothing."""
+
+    def wait(self) -> None:
+        """Do nothing."""
+
+    def read(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+        """Return the next tensor."""
+        return self._unread.pop().view(shape)
+
+
 class PendingExchange:
     """An all-to-all of tensors: allocated when it is made, then to be started, waited for, and read."""
 
@@ -81,20 +101,22 @@ class PendingExchange:
             incoming: by rank, the bytes that it sends to this one.
             device: where the tensors are.
         """
-        sent = [[tensor.reshape(-1).view(torch.uint8) for tensor in tensors] for tensors in outgoing]
-        flat = [data for of_rank in sent for data in of_rank]
-        self.sent_bytes, self.received_bytes = [sum(map(len, of_rank)) for of_rank in sent], incoming
+        self.sent_bytes, self.received_bytes = [sum(t.nbytes for t in of_rank) for of_rank in outgoing], incoming
         self._transport = transport
         # What is sent must live until the transfer is done.
-        self._sent = flat[0] if len(flat) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *flat])
+        self._sent = _packed([tensor for tensors in outgoing for tensor in tensors], device)
         self._received = torch.empty(sum(incoming), dtype=torch.uint8, device=device)
+        self._starts = list(accumulate(incoming, initial=0))[:-1]
 
     def start(self) -> None:
         """Send and receive, without waiting."""
+        self._work = self._begin()
+
+    def _begin(self) -> Work | None:
         options = AllToAllOptions()
         options.asyncOp, options.timeout = True, self._transport.watchdog.timeout
         tensors, sizes = (self._received, self._sent), (self.received_bytes, self.sent_bytes)
-        self._work = self._transport.group.alltoall_base(*tensors, *sizes, options)
+        return self._transport.group.alltoall_base(*tensors, *sizes, options)
 
     def wait(self) -> None:
         """Wait until all is received: on the CPU the host, else the device's stream.
@@ -104,15 +126,53 @@ class PendingExchange:
         """
         if self._received.device.type == "cpu":
             self._transport.watchdog.wait(self._work)
-        else:
+        elif self._work is not None:
             self._work.wait()
         del self._sent, self._work
-        self._unread = list(self._received.split(self.received_bytes))
+        self._typed: dict[torch.dtype, Tensor] = {}
 
     def read(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return the next numbers that came from a rank; a copy where they do not start at a multiple of their size."""
-        num_bytes = prod(shape) * dtype.itemsize
-        data, self._unread[rank] = self._unread[rank][:num_bytes], self._unread[rank][num_bytes:]
-        data = data if data.storage_offset() % dtype.itemsize == 0 else data.clone()
-        values: Tensor = data.view(dtype).view(shape)
-        return values
+        num_bytes, start = prod(shape) * dtype.itemsize, self._starts[rank]
+        self._starts[rank] += num_bytes
+        if start % dtype.itemsize:
+            copied: Tensor = self._received[start : start + num_bytes].clone().view(dtype).view(shape)
+            return copied
+        if dtype not in self._typed:
+            whole = len(self._received) // dtype.itemsize * dtype.itemsize
+            self._typed[dtype] = self._received[:whole].view(dtype)
+        strides = list(accumulate(shape[:0:-1], mul, initial=1))[::-1]
+        return self._typed[dtype].as_strided(shape, strides, start // dtype.itemsize)
+
+
+class PendingGather(PendingExchange):
+    """An all-gather of what every rank has for all others, padded to the longest."""
+
+    def __init__(self, transport: Transport, own: Sequence[Tensor], incoming: list[int], device: torch.device) -> None:
+        """Allocate what is sent and received.
+
+        Args:
+            transport: the collectives of the process group.
+            own: the tensors to send.
+            incoming: by rank, the bytes that it sends to each, this one among them.
+            device: where the tensors are.
+        """
+        self.sent_bytes, self.received_bytes = [incoming[transport.rank]] * transport.num_ranks, incoming
+        self._transport, longest = transport, max(incoming)
+        padding = torch.empty(longest - incoming[transport.rank], dtype=torch.uint8, device=device)
+        self._sent = _packed([*own, padding] if len(padding) else own, device)
+        self._received = torch.empty(transport.num_ranks * longest, dtype=torch.uint8, device=device)
+        self._starts = [rank * longest for rank in range(transport.num_ranks)]
+
+    def _begin(self) -> Work | None:
+        options = AllgatherOptions()
+        options.asyncOp, options.timeout = True, self._transport.watchdog.timeout
+        return self._transport.group._allgather_base(self._received, self._sent, options)
+
+
+def _packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the bytes of tensors, one after the other."""
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    if len(flat) == 1:
+        return flat[0]
+    return torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)

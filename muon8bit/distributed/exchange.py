@@ -26,8 +26,11 @@ from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, 
 from ..step.group_options import Options
 from ..step.matrix_batches import MatrixBatch, contiguous_params
 from ..step.muon import average_, lr_ratio, update_params_
-from .assignment import Assignment, PlannedTransfer
-from .collectives import PendingExchange, Transport
+from .assignment import Assignment
+from .collectives import Kept, PendingExchange, PendingGather, Transport
+from .matrix_sharding import Span
+from .planned_transfers import PlannedTransfer
+from .rounds import PlannedPart, PlannedRound, PlannedUpdate
 from .sharded_batch import ShardedBatch, ShardedMatrix
 
 # Of the workspace, the part that each of these may take: of the round that is orthogonalized the bytes received, X with
@@ -59,20 +62,26 @@ class ExchangeRound:
     """Matrices that are orthogonalized together. All ranks call the methods in their order here.
 
     The parts of X are sent all at once: a rank sends no more than its share of its replica's matrices. The updates come
-    back part by part of the round, since a rank may want all of every owner's. What is sent lies in one buffer: where
-    several ranks want the same, its owner has a copy for each of them there, beyond the workspace if the matrix is
-    large.
+    back part by part of the round, since a rank may want all of every owner's; a part has the same share of the rows of
+    every matrix. What is sent of it lies in one buffer: where all ranks want the same, once; where some do, a copy for
+    each.
     """
 
     is_first = False  # whether momenta are written later, by `FirstRound.write`
 
     def __init__(
-        self, parts: list[list[Transfer]], transport: Transport, options: Options, device: torch.device
+        self,
+        planned: PlannedRound,
+        transfers: list[Transfer],
+        transport: Transport,
+        options: Options,
+        device: torch.device,
     ) -> None:
-        """Take the transfers of a round, by its parts."""
-        self._parts, self._transfers = parts, [transfer for part in parts for transfer in part]
+        """Take the transfers of a planned round, in its order."""
+        self._planned, self._transfers = planned, transfers
         self._transport, self._options, self._device = transport, options, device
         self._share = options.workspace_bytes // NUM_SHARES
+        self._owned = [transfer for transfer in transfers if transfer.plan.owner == transport.rank]
         self._own_X: dict[int, Tensor] = {}  # by matrix, this rank's part of X with the strategy "reduce_gram"
         self._results: list[Tensor] = []  # O, or the factors, of the matrices that this rank owns, until they are sent
 
@@ -83,9 +92,15 @@ class ExchangeRound:
             if plan.is_gram:
                 self._own_X[plan.index] = X
             if rank in plan.sources:
-                outgoing[plan.owner].append(partial_gram(X, plan.is_tall) if plan.is_gram else X)
+                part = partial_gram(X, plan.is_tall) if plan.is_gram else X
+                # Not a view of what came out beside it, which nobody needs.
+                outgoing[plan.owner].append(part if self._planned.sends_inputs else part.clone())
+        self._pending: PendingExchange | Kept
+        if not self._planned.sends_inputs:
+            self._pending = Kept(outgoing[rank])
+            return
         incoming = [0] * len(outgoing)
-        for plan, *_ in self._owned(self._transfers):
+        for plan, *_ in self._owned:
             for source, region in plan.sources.items():
                 incoming[source] += plan.sent_bytes(region)
         self._pending = PendingExchange(self._transport, outgoing, incoming, self._device)
@@ -106,7 +121,7 @@ class ExchangeRound:
             return rows, cols, method, transfer.batch.options.coefficients, transfer.plan.is_gram
 
         self._pending.wait()
-        for chunk in _chunks(self._owned(self._transfers), key, size):
+        for chunk in _chunks(self._owned, key, size):
             plan, batch, _ = chunk[0]
             solve = gram_factor if plan.is_gram else orthogonalize
             whole = self._assembled([transfer.plan for transfer in chunk])
@@ -114,26 +129,30 @@ class ExchangeRound:
 
     def send_updates(self, number: int = 0) -> None:
         """Send what this rank owns of a part of the round to who wants it, O or the factor."""
-        outgoing, owned = self._by_rank(), self._owned(self._parts[number])
-        for (plan, *_), result in zip(owned, self._results, strict=False):
-            for rank, region in plan.targets.items():
-                outgoing[rank].append(result if plan.is_gram else result[region.slices])
-        del self._results[: len(owned)]
-        incoming = [0] * len(outgoing)
-        for plan, *_ in self._parts[number]:
-            if self._transport.rank in plan.targets:
-                incoming[plan.owner] += plan.returned_bytes(plan.targets[self._transport.rank])
-        self._pending = PendingExchange(self._transport, outgoing, incoming, self._device)
+        part = self._planned.part(self._transport.rank, number)
+        outgoing = self._by_rank()
+        for result, cuts in zip(self._results, part.outgoing, strict=True):
+            for rank, index in cuts:
+                outgoing[rank].append(result[index])
+        if number + 1 == self._planned.num_parts:
+            self._results.clear()
+        if self._planned.is_gathered:
+            own = [tensor for tensors in outgoing for tensor in tensors]
+            self._pending = PendingGather(self._transport, own, part.incoming, self._device)
+        elif self._planned.is_moved:
+            self._pending = PendingExchange(self._transport, outgoing, part.incoming, self._device)
+        else:
+            self._pending = Kept(outgoing[self._transport.rank])
         self._pending.start()
 
     def apply_updates(self) -> None:
         """Update this rank's parts of the parameters, and let the memory go."""
-        for number, part in enumerate(self._parts):
+        for number in range(self._planned.num_parts):
             received = self._pending
             received.wait()
-            if number + 1 < len(self._parts):
+            if number + 1 < self._planned.num_parts:
                 self.send_updates(number + 1)
-            self._update(part, received)
+            self._update(self._planned.part(self._transport.rank, number), received)
             del received
         del self._pending
         self._own_X.clear()
@@ -141,11 +160,8 @@ class ExchangeRound:
     def _by_rank(self) -> list[list[Tensor]]:
         return [[] for _ in range(self._transport.num_ranks)]
 
-    def _owned(self, transfers: Iterable[Transfer]) -> list[Transfer]:
-        return [transfer for transfer in transfers if transfer.plan.owner == self._transport.rank]
-
     def _applied(self) -> Iterator[tuple[Transfer, Tensor]]:
-        """Write the momenta that this rank holds, and yield their parts of X, in the order of the transfers."""
+        """Write the momenta that this rank holds, and yield their parts of X: first those that are sent, in order."""
 
         def size(transfer: Transfer) -> int:
             assert transfer.matrix.stack is not None
@@ -154,11 +170,19 @@ class ExchangeRound:
             return max(1, self._share // num_bytes)
 
         def key(transfer: Transfer) -> object:
-            return id(transfer.batch), transfer.matrix.stack and transfer.matrix.stack.layout
+            stack = transfer.matrix.stack
+            return id(transfer.batch), self._is_sent(transfer), stack and stack.layout
 
-        held = [transfer for transfer in self._transfers if transfer.matrix.stack is not None]
+        held: list[Transfer] = []
+        for _, of_batch in groupby(self._transfers, key=lambda transfer: id(transfer.batch)):
+            there = [transfer for transfer in of_batch if transfer.matrix.stack is not None]
+            held += sorted(there, key=lambda transfer: not self._is_sent(transfer))
         for chunk in _chunks(held, key, size):
             yield from zip(chunk, self._apply(chunk), strict=True)
+
+    def _is_sent(self, transfer: Transfer) -> bool:
+        """Return whether the owner gets X from this rank."""
+        return self._transport.rank in transfer.plan.sources
 
     def _apply(self, transfers: list[Transfer]) -> Tensor:
         """Write the new momenta of these into codes and scales; return their parts of X, [transfers, rows, cols]."""
@@ -195,23 +219,26 @@ class ExchangeRound:
                     out[region.slices] = part
         return whole
 
-    def _update(self, part: list[Transfer], received: PendingExchange) -> None:
+    def _update(self, part: PlannedPart, received: PendingExchange | Kept) -> None:
         """Update this rank's parts of parameters by a part of the round's results."""
 
-        def key(transfer: Transfer) -> object:
+        def key(update: PlannedUpdate) -> object:
+            transfer = self._transfers[update.place]
             param = transfer.matrix.param
             assert param is not None
-            return id(transfer.batch), transfer.plan.owner, param.shape, param.stride(), param.dtype
+            return id(transfer.batch), update.rows, update.shape, param.stride(), param.dtype
 
-        rank = self._transport.rank
-        for chunk in _chunks([transfer for transfer in part if rank in transfer.plan.targets], key):
-            plan, batch, _ = chunk[0]
-            shape = len(chunk), *plan.sent_shape(plan.targets[rank])
-            directions = received.read(plan.owner, shape, plan.matrix.method.dtype)
+        for _, run in groupby(part.updates, key=key):
+            updates = list(run)
+            transfers = [self._transfers[update.place] for update in updates]
+            plan, batch, _ = transfers[0]
+            dtype = plan.matrix.method.dtype
+            directions = [received.read(update.owner, (1, *update.shape), dtype) for update in updates]
             if plan.is_gram:
-                X = torch.stack([self._own_X[transfer.plan.index] for transfer in chunk])
-                directions = apply_factor(directions, X, plan.is_tall)
-            _update_params([transfer.matrix for transfer in chunk], directions, batch, self._options)
+                X = torch.stack([self._own_X[transfer.plan.index] for transfer in transfers])
+                directions = [apply_factor(torch.cat(directions), X, plan.is_tall)]
+            members = [transfer.matrix for transfer in transfers]
+            _update_params(members, directions, batch, self._options, updates[0].rows)
 
 
 class FirstRound(ExchangeRound):
@@ -230,9 +257,10 @@ class FirstRound(ExchangeRound):
         """Take the assignment of the matrices of these batches, numbered through in their order."""
         matrices = [(batch, number) for batch in batches for number in range(len(batch.members))]
         first, *self._later = [
-            [[Transfer(plan, *matrices[plan.index]) for plan in part] for part in parts] for parts in assignment.rounds
+            (planned, [Transfer(plan, *matrices[plan.index]) for plan in planned.transfers])
+            for planned in assignment.rounds
         ]
-        super().__init__(first, transport, options, device)
+        super().__init__(*first, transport, options, device)
 
     def write(self) -> None:
         """Write the first round's momenta, and step all matrices."""
@@ -242,7 +270,8 @@ class FirstRound(ExchangeRound):
         self.send_updates()
         returning: ExchangeRound | None = self
         sending: ExchangeRound | None = None
-        later = (ExchangeRound(parts, self._transport, self._options, self._device) for parts in self._later)
+        common = self._transport, self._options, self._device
+        later = (ExchangeRound(planned, transfers, *common) for planned, transfers in self._later)
         for upcoming in chain(later, (None, None)):
             if upcoming is not None:
                 upcoming.prepare_inputs()
@@ -266,12 +295,23 @@ def _chunks(
             yield alike[start : start + step]
 
 
-def _update_params(members: list[ShardedMatrix], directions: Tensor, batch: ShardedBatch, options: Options) -> None:
-    """Update the parts of these parameters by `directions` [members, rows, cols], scaled by the whole shape."""
+def _update_params(
+    members: list[ShardedMatrix], directions: list[Tensor], batch: ShardedBatch, options: Options, rows: Span
+) -> None:
+    """Update these rows of the parts of these parameters, scaled by the whole shape.
+
+    Args:
+        members: the matrices.
+        directions: stacks [count, rows, cols] of as many matrices.
+        batch: theirs.
+        options: those of the step.
+        rows: counted in the part.
+    """
     matrix, random_bits = batch.matrix, dict[str, Any]()
     if members[0].key is not None:
-        keys, firsts = [member.key for member in members], [member.first for member in members]
+        keys, firsts = [member.key for member in members], [m.first + rows[0] * matrix.cols for m in members]
         random_bits = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}
     ratio = lr_ratio(matrix.rows, matrix.cols, batch.options.adjust_lr_fn)
-    with contiguous_params([member.param for member in members if member.param is not None]) as params:
+    views = [member.param[:, slice(*rows)] for member in members if member.param is not None]
+    with contiguous_params(views) as params:
         update_params_(params, directions, ratio, replace(batch.options, skip=options.skip), **random_bits)

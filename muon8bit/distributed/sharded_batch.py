@@ -22,9 +22,9 @@ from ..step.group_options import MuonOptions
 from ..step.matrix_batches import MatrixBatch, ParamMatrices
 from ..step.momentum import Momentum, MomentumFormat
 from ..step.muon import frobenius_norm, squares, stats_parts
-from .assignment import Matrix
 from .matrix_sharding import Region, Span
 from .param_sharding import MatrixSlot, ParamSharding, Spans, matrix_slots
+from .planned_transfers import Matrix
 
 
 class ShardedMatrix(NamedTuple):

@@ -202,17 +202,21 @@ def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None
 
 
 def update_params_(
-    params: Sequence[Tensor], directions: Tensor, ratio: float, options: MuonOptions, **random_bits: Any
+    params: Sequence[Tensor],
+    directions: Tensor | Sequence[Tensor],
+    ratio: float,
+    options: MuonOptions,
+    **random_bits: Any,
 ) -> None:
     """Compute W <- decay * W - scale * O in place, in fp32, rounded once; scale 0 and decay 1 change no bit.
 
     Args:
         params: [count, rows, cols] each, in one dtype, fp32, bf16 or fp16, any strides.
-        directions: O, [batch, rows, cols], fp32, bf16 or fp16, any strides.
+        directions: O, [batch, rows, cols], or stacks of it, fp32, bf16 or fp16, any strides.
         ratio: from `lr_ratio`, for the shape of the whole matrix.
         options: the group's.
         random_bits: keys, firsts and pitch of stochastic rounding, bf16 only. None of them rounds to nearest.
     """
     decay, scale = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=ratio)
     how = {"decay": decay, "scale": scale, "skip": options.skip, **random_bits}
-    kernels_for(directions.device, options.backend).update_params(params, directions, **how)
+    kernels_for(params[0].device, options.backend).update_params(params, directions, **how)

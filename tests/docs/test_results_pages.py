@@ -166,6 +166,7 @@ def test_planned_steps():
         most = max(row["most_sent_bytes"], row["most_received_bytes"])
         expected = [
             row["balance"],
+            row["busiest"],
             (row["mean_bytes"] / 1e9, most / 1e9),
             row["gathered_fp32_bytes"] / 1e9,
             (row["moonlight_mean_bytes"] / 1e9, row["moonlight_most_bytes"] / 1e9),

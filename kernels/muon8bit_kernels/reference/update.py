@@ -65,7 +65,7 @@ def check_rounding(param: Tensor, keys: Sequence[int] | None) -> None:
 
 def update_params(
     params: Sequence[Tensor],
-    directions: Tensor,
+    directions: Tensor | Sequence[Tensor],
     *,
     decay: float | Tensor,
     scale: float | Tensor,
@@ -78,7 +78,8 @@ def update_params(
 
     Args:
         params: stacks [count, rows, cols] of one dtype, fp32, bf16 or fp16, any strides.
-        directions: [batch, rows, cols], any of these dtypes, any strides.
+        directions: [batch, rows, cols], or a list of stacks [count, rows, cols] of as many matrices; any of these
+            dtypes, any strides.
         decay: 1 - lr * weight_decay; a float, rounded to fp32, or a 0-d fp32 tensor on the parameters' device.
         scale: lr times the factor of the shape; as `decay`. Where it is 0 in fp32, `directions` is not looked at, so
             that with decay 1 every bit stays, the sign of a zero too.
@@ -98,7 +99,8 @@ def update_params(
     if not isinstance(scale, Tensor):  # in fp32, as a kernel gets it: 1e-46 is 0 there
         scale = torch.tensor(scale, dtype=torch.float32, device="cpu").item()
     batch, rows, cols = batch_shape(params)
-    old, towards, device, every = StackedRows(params), StackedRows([directions]), directions.device, slice(0, cols)
+    towards = StackedRows([directions] if isinstance(directions, Tensor) else directions)
+    old, device, every = StackedRows(params), params[0].device, slice(0, cols)
     if keys is not None:
         row_keys = torch.tensor(keys, dtype=torch.int32, device=device).repeat_interleave(rows).unsqueeze(1)
         row_starts = torch.tensor(firsts or [0] * batch, dtype=torch.int64, device=device).unsqueeze(1)

@@ -69,20 +69,20 @@ def to_bf16(values, indices, key, ROUNDING: tl.constexpr):
 @triton.jit(do_not_specialize=["pitch"])
 def _update_kernel(
     table,
-    directions,
     decay,
     scale,
     skip,
     pitch,
     param_row_stride,
     param_col_stride,
-    direction_stride,
     direction_row_stride,
     direction_col_stride,
     rows,
     cols,
     PARAM: tl.constexpr,
+    DIRECTION: tl.constexpr,
     ALIGNED: tl.constexpr,
+    DIRECTION_ALIGNED: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
@@ -90,9 +90,9 @@ def _update_kernel(
     BLOCK: tl.constexpr,
 ):
     matrix, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
-    WIDTH: tl.constexpr = 3 if ROUNDING == "stochastic" else 1
+    WIDTH: tl.constexpr = 4 if ROUNDING == "stochastic" else 2
     param = address(table, matrix, 0, WIDTH, PARAM, ALIGNED) + row * param_row_stride
-    directions += matrix * direction_stride + row * direction_row_stride
+    direction = address(table, matrix, 1, WIDTH, DIRECTION, DIRECTION_ALIGNED) + row * direction_row_stride
     decay_value = tl.load(decay) if IN_MEMORY else tl.cast(decay, tl.float32)  # torch.compile passes scalars as fp64
     scale_value = tl.load(scale) if IN_MEMORY else tl.cast(scale, tl.float32)
     # Only the stores depend on the flag: the loads need not wait for its value.
@@ -100,12 +100,12 @@ def _update_kernel(
     col = block * BLOCK + tl.arange(0, COLS)[None, :]
     mask = row_mask & (col < cols)
     old = widened(tl.load(param + col * param_col_stride, mask, other=0.0))
-    step = widened(tl.load(directions + col * direction_col_stride, mask, other=0.0))
+    step = widened(tl.load(direction + col * direction_col_stride, mask, other=0.0))
     decayed = old * decay_value
     new = tl.where(scale_value == 0.0, decayed, decayed - step * scale_value)
     if ROUNDING == "stochastic":
-        key = tl.load(table + (matrix * 3 + 1)).to(tl.int32)
-        index = tl.load(table + (matrix * 3 + 2)) + (row * pitch + col)
+        key = tl.load(table + (matrix * 4 + 2)).to(tl.int32)
+        index = tl.load(table + (matrix * 4 + 3)) + (row * pitch + col)
         new = to_bf16(new, index, key, ROUNDING)
     elif ROUNDING == "nearest":
         new = to_bf16(new, 0, 0, ROUNDING)
@@ -135,7 +135,7 @@ def _round_stochastic_kernel(
 
 def update_params(
     params: Sequence[Tensor],
-    directions: Tensor,
+    directions: Tensor | Sequence[Tensor],
     *,
     decay: float | Tensor,
     scale: float | Tensor,
@@ -150,7 +150,8 @@ def update_params(
 
     Args:
         params: stacks [count, rows, cols], fp32, bf16 or fp16, any strides, row and column stride the same in all.
-        directions: [matrices, rows, cols], any of these dtypes, any strides.
+        directions: [matrices, rows, cols], or a list of stacks [count, rows, cols] of as many matrices; any of these
+            dtypes, any strides, row and column stride the same in all.
         decay: 1 - lr * weight_decay; a float, or a 0-d fp32 tensor on the parameters' device.
         scale: lr times the factor of the shape; as `decay`. Where it is 0, `directions` is not looked at.
         keys: one of `rounding_key` a matrix: bf16 is rounded stochastically. None rounds to nearest, ties to even.
@@ -165,11 +166,12 @@ def update_params(
     first, shape = params[0], params[0].shape[1:]
     check_rounding(first, keys)
     param_strides = common_strides("params", params, shape)
-    columns = [addresses(params)]
-    count = len(columns[0])
-    if directions.shape != (count, *shape):
-        raise ValueError(f"directions {tuple(directions.shape)} must be {count} matrices {tuple(shape)}")
-    direction_strides = common_strides("directions", [directions], shape)
+    stacks = [directions] if isinstance(directions, Tensor) else directions
+    columns = [addresses(params), addresses(stacks)]
+    count, num_directions = map(len, columns)
+    direction_strides = common_strides("directions", stacks, shape)
+    if num_directions != count:
+        raise ValueError(f"{num_directions} directions for {count} matrices {tuple(shape)}")
     if keys is not None:
         columns += [list(keys), [0] * count if firsts is None else list(firsts)]
     in_memory = isinstance(decay, Tensor) or isinstance(scale, Tensor)
@@ -182,16 +184,16 @@ def update_params(
         count,
         tiling(shape, _PIECE_COLUMNS if across else _TILE_COLUMNS),
         table_of(columns, first.device),
-        directions,
         decay,
         scale,
         skip,
         shape[1] if pitch is None else pitch,
         *param_strides,
-        directions.stride(0),
         *direction_strides,
         PARAM=tl_dtype(first),
+        DIRECTION=tl_dtype(stacks[0]),
         ALIGNED=not any(place % 16 for place in columns[0]),
+        DIRECTION_ALIGNED=not any(place % 16 for place in columns[1]),
         IN_MEMORY=in_memory,
         ROUNDING="stochastic" if keys is not None else "nearest" if first.dtype == torch.bfloat16 else None,
     )
