@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 import yaml  # noqa: E402
 
 from finetune.config.options import SECTIONS, Training, flag, option_fields, option_type, shown_default  # noqa: E402
-from finetune.config.recipe import DEFAULT_RECIPE, RECIPES, Recipe  # noqa: E402
-from finetune.config.sft_recipe import ADAMW_LR, MUON_LR, NEWCOMER_RECIPE, SFT_RECIPES, SftRecipe  # noqa: E402
+from finetune.config.reading import RECIPES, SFT_RECIPES  # noqa: E402
+from finetune.config.recipe import DEFAULT_RECIPE, Recipe  # noqa: E402
+from finetune.config.sft_recipe import ADAMW_LR, MUON_LR, NEWCOMER_RECIPE, SftRecipe  # noqa: E402
 from muon8bit.cli import build_parser  # noqa: E402
 
 MADE = "<!-- Made by docs/generate.py from the code: change it there. -->"
