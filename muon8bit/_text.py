@@ -62,6 +62,12 @@ def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes:,} B"
 
 
+def gib(num_bytes: int) -> str:
+    """Format bytes in GiB, or below a tenth of one in MiB, or of that in KiB: `14.96 GiB`."""
+    size, unit = next((each for each in _UNITS[1:3] if abs(num_bytes) >= each[0] / 10), _UNITS[3])
+    return f"{num_bytes / size:,.2f} {unit}"
+
+
 def render(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
     """Render a table with one line per row; `align` has one `<` or `>` per column; no trailing blanks."""
     lines = [list(header), *(list(row) for row in rows)]

@@ -57,7 +57,7 @@ def add_parser(subparsers: _Subparsers) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a preset (Llama-3.1-8B), a config.json, its folder, a GGUF file or a hub name",
+        help="a preset (Llama-3.1-8B, see --list), a config.json, its folder, a GGUF file or a hub name",
     )
     _add_model(parser)
     _add_memory(parser)
@@ -79,6 +79,7 @@ def add_parser(subparsers: _Subparsers) -> None:
         help="a table of rates that `muon8bit tune` wrote, by which a step on CUDA chooses its methods, or builtin",
     )
     output = parser.add_argument_group("output")
+    output.add_argument("--list", action="store_true", help="list the presets with their names on the hub, and end")
     output.add_argument("--json", action="store_true", help="print JSON, in bytes")
     output.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of the peaks (default: none)")
     parser.set_defaults(run=run)
@@ -159,7 +160,18 @@ def typed_options(args: argparse.Namespace) -> dict[str, Any]:
     return typed
 
 
+def _list_presets() -> int:
+    """Print every preset beside the name that its model has on the hub; returns 0."""
+    from muon8bit.estimate import PRESETS, hub_name
+
+    for name in PRESETS:
+        print(f"{name:16} {hub_name(name)}")
+    return 0
+
+
 def _run(args: argparse.Namespace, progress: Progress) -> int:
+    if args.list:
+        return _list_presets()
     if (args.model is None) == (args.recipe is None):
         raise ValueError("give a MODEL, such as Llama-3.1-8B, or a --recipe, and not both")
     if args.plot is not None and args.plot.suffix != ".png":
@@ -190,24 +202,27 @@ def _run(args: argparse.Namespace, progress: Progress) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     estimator = est.Estimator(config, progress.tell)
     estimate = estimator.estimate(setup)
-    offers = [] if budget is None else est.offers(estimator, setup, column, budget)
+    advice = est.Advice([], None) if budget is None else est.advise(estimator, setup, column, budget)
     progress.clear()
     recipe = None if args.recipe is None else est.Script(script, ("--recipe", args.recipe), own)
-    commands = [est.command(recipe or est.script_for(source, config, offer.setup), offer) for offer in offers]
+    scripts = [recipe or est.script_for(source, config, offer.setup) for offer in advice.offers]
+    commands = [est.command(script, offer) for script, offer in zip(scripts, advice.offers, strict=True)]
+    remarks = [script.remark for script in scripts]
     verdicts = None if budget is None else est.check_budget(estimate, budget)
     if args.json:
         record = {"model": name, **estimate.to_dict(), "budget_bytes": budget, "optimizer": column}
         for key, verdict in (verdicts or {}).items():
             record["optimizers"][key] |= {"fits": verdict.fits, "spare_bytes": verdict.spare_bytes}
         record["offers"] = [
-            {"command": line, "optimizer": offer.optimizer, "peak_bytes": offer.peak_bytes, "setup": vars(offer.setup)}
-            for line, offer in zip(commands, offers, strict=True)
+            {"command": line, "remark": remark, **_offer_dict(offer)}
+            for line, remark, offer in zip(commands, remarks, advice.offers, strict=True)
         ]
+        record["least"] = None if advice.least is None else _offer_dict(advice.least)
         print(json.dumps(record, indent=1))
     else:
         est.print_table(f"{name}: {est.describe(setup)}", estimate, verdicts, budget, sys.stdout)
         if budget is not None:
-            est.print_offers(offers, commands, column, budget, note, sys.stdout)
+            est.print_offers(advice, commands, column, budget, note, sys.stdout, setup=setup, remarks=remarks)
     if args.plot is not None:
         try:
             est.plot(args.plot, name, estimate, budget)
@@ -222,6 +237,10 @@ def _install(rates: str) -> None:
     from ..orthogonalize.rates_table import read_table
 
     RATES["cuda"] = read_table(Path(rates).expanduser()).rates
+
+
+def _offer_dict(offer: Any) -> dict[str, Any]:
+    return {**vars(offer), "setup": vars(offer.setup)}
 
 
 def _of_recipe(args: argparse.Namespace, typed: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -3,20 +3,23 @@
 `estimate` has the formula of the peak, `optimizers` those of state and workspace, `activations` counts a pass.
 """
 
-from .advice import BudgetCheck, Offer, check_budget, offers
+from .._text import gib
+from .advice import Advice, BudgetCheck, Offer, advise, check_budget, offers
 from .checkpoint import Report, report
 from .classes import longest
 from .command import Script, column_of, command, script_for, script_options, setup_of
 from .configs import is_hub_reachable, load_config
 from .estimator import Estimate, Estimator, Memory, Peak
 from .optimizers import LABELS, OPTIMIZERS
-from .presets import hub_name
+from .presets import NAMES as PRESETS, hub_name
 from .setup import Setup, parse_budget, parse_bytes
-from .table import describe, gib, plot, print_offers, print_report, print_table
+from .table import describe, plot, print_offers, print_report, print_table
 
 __all__ = [
     "LABELS",
     "OPTIMIZERS",
+    "PRESETS",
+    "Advice",
     "BudgetCheck",
     "Estimate",
     "Estimator",
@@ -26,6 +29,7 @@ __all__ = [
     "Report",
     "Script",
     "Setup",
+    "advise",
     "check_budget",
     "column_of",
     "command",

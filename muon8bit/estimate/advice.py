@@ -30,11 +30,32 @@ class BudgetCheck:
 
 @dataclass(frozen=True)
 class Offer:
-    """A setup that fits: its optimizer, one of `OPTIMIZERS`, and the bytes of its peak."""
+    """A setup and what it takes.
+
+    Attributes:
+        optimizer: of `OPTIMIZERS`.
+        setup: how it trains.
+        peak_bytes: of a GPU.
+        host_bytes: of host memory, beside it, for state that is kept there.
+    """
 
     optimizer: str
     setup: Setup
     peak_bytes: int
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Offers that fit a budget, or the nearest miss.
+
+    Attributes:
+        offers: those first that change least.
+        least: where there are none, what takes least of all that was tried; else None.
+    """
+
+    offers: list[Offer]
+    least: Offer | None
 
 
 def check_budget(estimate: Estimate, budget: int) -> dict[str, BudgetCheck]:
@@ -43,7 +64,12 @@ def check_budget(estimate: Estimate, budget: int) -> dict[str, BudgetCheck]:
 
 
 def offers(estimator: Estimator, setup: Setup, optimizer: str, budget: int) -> list[Offer]:
-    """Return what fits, those first that change least; only the setup itself where that fits.
+    """Return the offers of `advise`."""
+    return advise(estimator, setup, optimizer, budget).offers
+
+
+def advise(estimator: Estimator, setup: Setup, optimizer: str, budget: int) -> Advice:
+    """Find what fits, those first that change least; only the setup itself where that fits.
 
     Every offer has been counted. What the model cannot do is left out: checkpointing, a loss in chunks, an adapter.
 
@@ -56,16 +82,31 @@ def offers(estimator: Estimator, setup: Setup, optimizer: str, budget: int) -> l
     search = _Search(estimator, budget)
     asked = (optimizer, setup)
     if as_asked := search.fits(asked):
-        return [as_asked]
+        return Advice([as_asked], None)
     singles = [changed for change in CHANGES if (changed := change(asked))]
     found = [offer for changed in singles if (offer := search.fits(changed))] or search.fewest(asked)
+    can_shard = setup.mode == "full" and setup.num_shards == 1 and not setup.release and setup.state_device == "device"
+    if can_shard and setup.num_gpus > 1:
+        found += search.fewest(_sharded(asked, setup.num_gpus))
     for mode in ("lora", "qlora"):
         if setup.mode == "full" or (setup.mode, mode) == ("lora", "qlora"):
             found += search.fewest(_with_adapter(asked, mode))
-    if setup.mode == "full" and setup.shard == "none" and not setup.release and setup.state_device == "device":
-        sharded = (search.fewest((optimizer, replace(setup, num_gpus=n, shard="fsdp2"))) for n in (2, 4, 8))
+    if can_shard and setup.num_gpus == 1:
+        sharded = (search.fewest(_sharded(asked, num_gpus)) for num_gpus in (2, 4, 8))
         found += next((several for several in sharded if several), [])
-    return list(dict.fromkeys(found))
+    return Advice(list(dict.fromkeys(found)), None if found else search.least)
+
+
+def untried(setup: Setup) -> list[str]:
+    """Return what `advise` does not try, as options with what they change, for a setup that nothing makes fit."""
+    ways = [f"a shorter sequence: --seq-len {setup.seq // 2}"] if setup.seq > 1 else []
+    if setup.targets == "all-linear":
+        ways.append("an adapter on fewer modules, such as --lora-targets q_proj,k_proj,v_proj,o_proj")
+    if setup.mode == "full":
+        ways.append(f"more GPUs: --gpus {max(16, 2 * setup.num_gpus)} --shard fsdp2")
+    else:
+        ways.append("all weights, sharded (adapters are not): --mode full --gpus 8 --shard fsdp2 --adamw-bits 8")
+    return ways
 
 
 class _Search:
@@ -73,6 +114,7 @@ class _Search:
 
     def __init__(self, estimator: Estimator, budget: int) -> None:
         self._estimator, self._budget = estimator, budget
+        self.least: Offer | None = None
 
     def _peak(self, choice: Choice) -> int | None:
         """Return the bytes of a choice's peak, or None where the model does not support the choice."""
@@ -84,7 +126,12 @@ class _Search:
     def fits(self, choice: Choice) -> Offer | None:
         """Return the choice as an offer, or None where it does not fit."""
         peak = self._peak(choice)
-        return None if peak is None or peak > self._budget else Offer(*choice, peak)
+        if peak is None:
+            return None
+        offer = Offer(*choice, peak, self._estimator.host_bytes(*choice))
+        if self.least is None or peak < self.least.peak_bytes:
+            self.least = offer
+        return offer if peak <= self._budget else None
 
     def fewest(self, start: Choice) -> list[Offer]:
         """Return an offer with few changes, if any: made one by one until it fits, then undone where it still does."""
@@ -108,8 +155,15 @@ def _made(start: Choice, made: Sequence[_Change]) -> Choice:
     return start
 
 
+def _sharded(choice: Choice, num_gpus: int) -> Choice:
+    """Return a choice sharded by FSDP2, with Muon8bit in place of an optimizer that does not run so."""
+    optimizer, setup = choice
+    can = optimizer == "adamw" or optimizer.startswith("muon8bit")
+    return optimizer if can else "muon8bit", replace(setup, num_gpus=num_gpus, shard="fsdp2")
+
+
 def _with_adapter(choice: Choice, mode: str) -> Choice:
-    """Replace full training by LoRA or QLoRA, and drop `+adamw8bit`: AdamW then trains nothing."""
+    """Replace full training by LoRA or QLoRA, and drop `+adamw8bit`: of most models AdamW then trains nothing."""
     optimizer, setup = choice
     more: dict[str, Any] = {"qlora": True, "dtype": "bf16"} if mode == "qlora" else {}
     setup = replace(setup, lora=setup.lora or 16, mixed_precision="auto", **more)
@@ -131,8 +185,7 @@ def _loss_chunk(choice: Choice) -> Choice | None:
 
 
 def _adamw8(choice: Choice) -> Choice | None:
-    can = choice[0] == "muon8bit" and choice[1].mode == "full"
-    return ("muon8bit+adamw8bit", choice[1]) if can else None
+    return ("muon8bit+adamw8bit", choice[1]) if choice[0] == "muon8bit" else None
 
 
 def _batch(choice: Choice) -> Choice | None:

@@ -41,11 +41,13 @@ class Script:
         name: "pretrain" or "sft"; "" where the scripts cannot train the model.
         words: such as ("--model", "org/name") or ("--recipe", "NAME").
         values: options that these words say already, by their names with underscores.
+        remark: what to know before it is run; "" for nothing.
     """
 
     name: str
     words: tuple[str, ...]
     values: Mapping[str, Any] = field(default_factory=dict)
+    remark: str = ""
 
 
 def script_options(optimizer: str, setup: Setup) -> dict[str, Any]:
@@ -153,6 +155,8 @@ def script_for(model: str, config: Any, setup: Setup) -> Script:
     folder = path.parent if path.name == "config.json" else path
     has_weights = not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
     if setup.mode == "full" and not has_weights:
-        return Script("pretrain", ("--model-config", model))
+        why = "this starts from random ones; for fine-tuning give --model a folder with weights"
+        return Script("pretrain", ("--model-config", model), remark=f"no weights in {folder}: {why}")
     is_folder = path.exists() and path.suffix.lower() != ".gguf"
-    return Script("sft", ("--model", str(folder) if is_folder else hub_name(model) or model))
+    remark = "" if has_weights else f"no weights in {folder}: put them there, or give --model a folder with weights"
+    return Script("sft", ("--model", str(folder) if is_folder else hub_name(model) or model), remark=remark)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._text import gib
 from ..orthogonalize import device_kind
 from . import classes, models
 from .activations import Pass, trace
@@ -163,6 +164,15 @@ class Estimator:
         model, sizes = self._sizes(setup)
         return _memory(optimizer, sizes, setup, self._pass(model, setup, setup.checkpointing), None).plain
 
+    def host_bytes(self, optimizer: str, setup: Setup) -> int:
+        """Return the bytes of host memory that one optimizer's state takes, 0 where it is not kept there.
+
+        Args:
+            optimizer: of `OPTIMIZERS`.
+            setup: as for `estimate`, with its errors.
+        """
+        return host_bytes(optimizer, self._sizes(setup)[1].trained) if is_on_host(optimizer, setup) else 0
+
     def _sizes(self, setup: Setup) -> tuple[nn.Module, Sizes]:
         longest = classes.longest(self.config)
         if longest is not None and setup.seq > longest:
@@ -214,8 +224,13 @@ def _notes(traced: Pass, sizes: Sizes) -> tuple[str, ...]:
     notes = []
     if sizes.unquantized_bytes:
         notes.append(
-            f"NF4 holds the linear layers of the base but the head; embeddings, head and norms stay unquantized, "
-            f"{sizes.unquantized_bytes / 2**30:.2f} GiB of the weights."
+            "NF4 holds the linear layers of the base but the head; embeddings, head and norms stay unquantized, "
+            f"{gib(sizes.unquantized_bytes - sizes.experts_bytes)} of the weights."
+        )
+    if sizes.experts_bytes:
+        notes.append(
+            f"The stacked experts stay unquantized too, {gib(sizes.experts_bytes)} of the weights: a 3-D parameter "
+            "holds them all, and bitsandbytes makes NF4 of linear layers alone."
         )
     if traced.no_fused:
         notes.append(

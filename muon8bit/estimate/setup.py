@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 
+from .._text import gib
 from ..config import DEFAULT_BLOCK_SIZE
 
 Dtype: TypeAlias = Literal["fp32", "bf16", "mixed"]
@@ -161,6 +162,5 @@ def parse_budget(text: str) -> tuple[int, str]:
     if sold is None:
         return num_bytes, ""
     binary = f"{sold[1]}{sold[2]}iB"
-    less = f"{num_bytes / 2**30:.2f} GiB"
-    said = f"{text.strip()} is taken for {binary}, as cards are sold; --budget {num_bytes}B is {less}."
+    said = f"{text.strip()} is taken for {binary}, as cards are sold; --budget {num_bytes}B is {gib(num_bytes)}."
     return parse_bytes(binary), said

@@ -26,6 +26,7 @@ class Sizes:
         communication_bytes: beyond `weights_bytes`: gradient buckets (DDP), or whole weights and gradients (FSDP2).
         dequantized_bytes: the largest NF4 matrix in its compute dtype.
         unquantized_bytes: of the frozen weights of an NF4 base that are not quantized.
+        experts_bytes: of these the stacked experts, [experts, rows, columns].
     """
 
     num_parameters: int
@@ -35,6 +36,7 @@ class Sizes:
     communication_bytes: int
     dequantized_bytes: int
     unquantized_bytes: int = 0
+    experts_bytes: int = 0
 
     @property
     def gradients_bytes(self) -> int:
@@ -60,7 +62,7 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
     nf4 = quantized_names(model) if setup.qlora else frozenset()
     norms = {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters()}
     num_shards = setup.num_shards
-    weights = unquantized = 0
+    weights = unquantized = experts = 0
     for name, tensor in _tensors(model):
         shape = _part(tuple(tensor.shape), num_shards) if name in named else tuple(tensor.shape)
         if name in nf4:
@@ -68,7 +70,9 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
         else:
             itemsize = 4 if setup.qlora and id(tensor) in norms else tensor.dtype.itemsize
             weights += math.prod(shape) * itemsize
-            unquantized += math.prod(shape) * itemsize if name in named and not named[name].requires_grad else 0
+            if setup.qlora and name in named and not tensor.requires_grad:
+                unquantized += math.prod(shape) * itemsize
+                experts += math.prod(shape) * itemsize if tensor.ndim == 3 and ".experts" in name else 0
     trained = tuple(
         replace(param, shape=_part(param.shape, num_shards), whole_elements=param.num_elements) for param in whole
     )
@@ -80,8 +84,7 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
     largest = max((named[name].numel() for name in nf4), default=0)
     num_parameters = sum(param.numel() for param in named.values())
     dequantized = setup.weight_dtype.itemsize * largest
-    unquantized = unquantized if setup.qlora else 0
-    return Sizes(num_parameters, trained, whole, weights, communication, dequantized, unquantized)
+    return Sizes(num_parameters, trained, whole, weights, communication, dequantized, unquantized, experts)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from .._text import render
-from .advice import BudgetCheck, Offer
+from .._text import gib, render
+from .advice import Advice, BudgetCheck, Offer, untried
 from .checkpoint import Report
 from .estimator import Estimate, Memory
 from .optimizers import LABELS
@@ -19,11 +19,6 @@ GIB = 2**30
 WIDTH = 80  # columns
 # Bytes a second that PCIe 4.0 x16 carries, about.
 _BUS = 25e9
-
-
-def gib(num_bytes: int) -> str:
-    """Format bytes in GiB, or in MiB below a tenth of one: `14.96 GiB`."""
-    return f"{num_bytes / GIB:,.2f} GiB" if abs(num_bytes) >= GIB / 10 else f"{num_bytes / 2**20:,.2f} MiB"
 
 
 def print_table(
@@ -78,30 +73,51 @@ def _row(
 
 
 def print_offers(
-    offers: Sequence[Offer], commands: Sequence[str], optimizer: str, budget: int, note: str, file: IO[str]
+    advice: Advice,
+    commands: Sequence[str],
+    optimizer: str,
+    budget: int,
+    note: str,
+    file: IO[str],
+    *,
+    setup: Setup,
+    remarks: Sequence[str],
 ) -> None:
     """Print what fits a budget as commands of the scripts, each with its peak.
 
     Args:
-        offers: of `advice.offers`.
-        commands: one for each.
+        advice: of `advice.advise`.
+        commands: one for each offer.
         optimizer: that was asked for, one of `OPTIMIZERS`.
         budget: bytes.
         note: what the budget was taken for, of `setup.parse_budget`.
         file: where to.
+        setup: that was asked for.
+        remarks: for each offer what to know of its command, or "".
     """
     print(file=file)
     if note:
         _paragraph(note, file)
-    if not offers:
+    if not advice.offers:
         _paragraph(f"{LABELS[optimizer]} would fit in {gib(budget)} with nothing that was tried.", file)
+        if advice.least is not None:
+            _paragraph(f"The least takes {_offered(advice.least)}.", file)
+        _paragraph("Not tried:", file)
+        for way in untried(setup):
+            print(textwrap.fill(way, WIDTH, initial_indent="- ", subsequent_indent="  "), file=file)
         return
     _paragraph(f"Fits in {gib(budget)}, as commands in a checkout; add --dataset and what else you want:", file)
-    for offer, command in zip(offers, commands, strict=True):
-        text = f"{gib(offer.peak_bytes)} at the peak: {LABELS[offer.optimizer]}, {describe(offer.setup)}"
+    for offer, command, remark in zip(advice.offers, commands, remarks, strict=True):
         print(file=file)
-        print(textwrap.fill(text, WIDTH, initial_indent="# ", subsequent_indent="#   "), file=file)
+        for text in filter(None, (_offered(offer), remark)):
+            print(textwrap.fill(text, WIDTH, initial_indent="# ", subsequent_indent="#   "), file=file)
         print(_continued(command), file=file)
+
+
+def _offered(offer: Offer) -> str:
+    """Return an offer in words: `14.14 GiB at the peak + 3.40 GiB of host memory: Muon8bit, ...`."""
+    host = f" + {gib(offer.host_bytes)} of host memory" if offer.host_bytes else ""
+    return f"{gib(offer.peak_bytes)} at the peak{host}: {LABELS[offer.optimizer]}, {describe(offer.setup)}"
 
 
 def _continued(command: str) -> str:
@@ -219,7 +235,7 @@ def plot(path: Path, title: str, estimate: Estimate, budget: int | None) -> None
     axes.set_ylabel("GiB at the peak")
     axes.set_title(f"{title}\n{describe(estimate.setup)}", fontsize=10)
     axes.tick_params(axis="x", labelrotation=20)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, format="png", dpi=120)
 
 

@@ -21,11 +21,13 @@ from muon8bit.cli.parser import Progress
 from muon8bit.estimate import (
     LABELS,
     OPTIMIZERS,
+    Advice,
     Estimator,
     Memory,
     Offer,
     Setup,
     check_budget,
+    gib,
     load_config,
     offers,
     parse_budget,
@@ -34,6 +36,7 @@ from muon8bit.estimate import (
     print_table,
     script_options,
 )
+from muon8bit.estimate.advice import untried
 from muon8bit.estimate.classes import longest
 from muon8bit.estimate.models import build
 from muon8bit.estimate.presets import NAMES
@@ -259,7 +262,8 @@ def test_what_is_offered_is_a_command_of_the_script_that_makes_the_same_setup(
     assert scripts == {"finetune.pretrain", "finetune.sft"}
     text = StringIO()
     made = [Offer(offer["optimizer"], Setup(**offer["setup"]), offer["peak_bytes"]) for offer in found]
-    print_offers(made, [offer["command"] for offer in found], "muon8bit", peak, "", text)
+    commands, remarks = ([offer[key] for offer in found] for key in ("command", "remark"))
+    print_offers(Advice(made, None), commands, "muon8bit", peak, "", text, setup=made[0].setup, remarks=remarks)
     assert max(map(len, text.getvalue().splitlines())) <= 80
     for offer in found:
         assert offer["command"] in " ".join(text.getvalue().replace("\\\n", " ").split())
@@ -304,7 +308,96 @@ def test_qlora_says_what_stays_unquantized(capfd: pytest.CaptureFixture[str], ll
     unquantized = 2 * 2 * sizes["vocab_size"] * sizes["hidden_size"]  # embeddings and head, bf16
     unquantized += 4 * sizes["hidden_size"] * (2 * sizes["num_hidden_layers"] + 1)  # norms, fp32
     (note,) = (note for note in found["notes"] if "NF4" in note)
-    assert f"stay unquantized, {unquantized / 2**30:.2f} GiB" in note
+    assert f"stay unquantized, {unquantized / 2**20:.2f} MiB of the weights" in note
+
+
+def test_stacked_experts_stay_unquantized_and_their_bytes_are_told(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """bitsandbytes makes NF4 of linear layers; an expert's weight is a slice of [experts, rows, columns]."""
+    pytest.importorskip("peft")
+    path, sizes = tmp_path / "config.json", TINY["mixtral"]
+    path.write_text(json.dumps(sizes))
+    found = record(capfd, path, "--qlora", "--seq", 8)
+    experts = sizes["num_hidden_layers"] * sizes["num_local_experts"] * 3 * sizes["hidden_size"]
+    experts *= 2 * sizes["intermediate_size"]  # bf16
+    told = " ".join(found["notes"])
+    assert f"The stacked experts stay unquantized too, {experts / 2**20:.2f} MiB of the weights" in told
+    moe, setup = Estimator(config_of(sizes)), Setup(seq=8, qlora=True)  # LoRA's B over stacked experts is AdamW's
+    budget = moe.memory("muon8bit+adamw8bit", setup).peak_bytes
+    assert "muon8bit+adamw8bit" in [o.optimizer for o in offers(moe, setup, "muon8bit", budget) if o.setup == setup]
+    assert "--lora-targets q_proj,k_proj,v_proj,o_proj" in " ".join(untried(Setup(qlora=True)))
+    assert "--mode full --gpus 8 --shard fsdp2" in untried(Setup(qlora=True))[-1]
+    assert "--gpus 16 --shard fsdp2" in untried(Setup())[-1]
+
+
+@pytest.mark.parametrize("optimizer", ["muon8bit", "muon"])  # torch's does not run on sharded parameters
+def test_on_several_gpus_sharding_is_offered_before_another_mode(optimizer: str, estimator: Estimator) -> None:
+    setup = Setup(seq=8, num_gpus=8, shard="ddp")
+    sharded = replace(setup, shard="fsdp2")
+    budget = estimator.memory("muon8bit", sharded).peak_bytes
+    assert budget < estimator.memory("muon8bit", setup).peak_bytes
+    found = offers(estimator, setup, optimizer, budget)
+    assert ("muon8bit", sharded) in [(offer.optimizer, offer.setup) for offer in found]
+    is_full = [offer.setup.mode == "full" for offer in found]
+    assert is_full == sorted(is_full, reverse=True)
+
+
+def test_a_folder_without_weights_is_told_above_the_command_that_pretrains(
+    capfd: pytest.CaptureFixture[str], llama: Path
+) -> None:
+    _, out, _ = run(capfd, "estimate", llama.parent, "--seq", 8, "--budget", "1GiB")
+    remark, command = out.split("Fits in")[1].split("# no weights in ")[1].split("python -m ")
+    assert " ".join(remark.replace("#", "").split()) == (
+        f"{llama.parent}: this starts from random ones; for fine-tuning give --model a folder with weights"
+    )
+    assert command.split()[0] == "finetune.pretrain"
+    (adapter,) = record(capfd, llama, "--seq", 8, "--lora", 2, "--budget", "1GiB")["offers"]
+    assert adapter["command"].startswith("python -m finetune.sft --model ")
+    assert adapter["remark"].startswith(f"no weights in {llama.parent}: put them there")
+    (llama.parent / "model.safetensors").write_bytes(b"")
+    (tuned,) = record(capfd, llama, "--seq", 8, "--budget", "1GiB")["offers"]
+    assert (tuned["command"].split()[2], tuned["remark"]) == ("finetune.sft", "")
+
+
+def test_the_host_memory_of_an_offer_is_printed_beside_its_peak(capfd: pytest.CaptureFixture[str], llama: Path) -> None:
+    asked = (llama, "--seq", 8, "--state-device", "cpu", "--budget", "1GiB")
+    found = record(capfd, *asked)
+    (offer,) = found["offers"]
+    host = found["optimizers"]["muon8bit"]["host_state_bytes"]
+    assert offer["host_bytes"] == host > 0
+    _, out, _ = run(capfd, "estimate", *asked)
+    assert f"at the peak + {host / 2**20:.2f} MiB of host memory: Muon8bit" in " ".join(out.replace("#", "").split())
+    (plain,) = record(capfd, llama, "--seq", 8, "--budget", "1GiB")["offers"]
+    assert plain["host_bytes"] == 0
+
+
+def test_the_presets_are_listed_with_their_names_on_the_hub(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capfd, "estimate", "--list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(PUBLISHED)
+    assert "Llama-2-7B       meta-llama/Llama-2-7b-hf" in out.splitlines()
+
+
+def test_small_sizes_are_told_in_small_units() -> None:
+    assert [gib(size) for size in (3 * 2**29, 2**29, 2**26, 2**20, 2**16, 10)] == (
+        ["1.50 GiB", "0.50 GiB", "64.00 MiB", "1.00 MiB", "64.00 KiB", "0.01 KiB"]
+    )
+    assert parse_budget("6MB")[1].endswith("--budget 6000000B is 5.72 MiB.")
+
+
+def test_the_legend_of_the_picture_lies_below_its_bars(
+    capfd: pytest.CaptureFixture[str], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    record(capfd, llama, "--seq", 8, "--budget", "1GiB", "--plot", tmp_path / "memory.png")
+    (axes,) = drawn[0].axes
+    (legend,) = drawn[0].legends
+    assert axes.get_legend() is None
+    assert legend.get_window_extent().y1 <= axes.get_window_extent().y0
 
 
 def test_a_hub_that_is_not_there_is_told_at_once(
@@ -523,7 +616,8 @@ def test_what_the_figures_leave_out_of_a_model_that_sees_is_told_under_a_budget_
     assert main(["estimate", str(path), "--seq", "8", "--budget", "1KiB"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "Only the text part (gemma3_text) of this gemma3 model is counted: the rest (vision_config)" in told
-    assert "Muon8bit would fit in 0.00 MiB with nothing that was tried." in told
+    assert "Muon8bit would fit in 1.00 KiB with nothing that was tried. The least takes" in told
+    assert "Not tried: - a shorter sequence: --seq-len 4 - an adapter on fewer modules" in told
 
 
 def test_a_model_that_fails_with_both_ways_of_attention_is_refused_with_both_reasons(monkeypatch, llama, capsys):
