@@ -92,7 +92,9 @@ class Muon8bit(ShardedOptimizer):
             cases nothing at all changes. With all parameters on CUDA, where `step()` does not wait for the device, the
             error comes at the next `step()`; `"raise_at_once"` waits, every step. Under torch's GradScaler, whose
             `grad_scale` and `found_inf` are honoured without waiting, no step raises: it is skipped and counted.
-        ns_dtype: float32, float16 or bfloat16 for Newton-Schulz; None: the cheapest for shape and device.
+        ns_dtype: float32, float16 or bfloat16 for Newton-Schulz; None: the cheapest for shape and device, by the table
+            of rates that `muon8bit tune` has measured on such a GPU, else by the built-in one. A measured table stands
+            in the key `rates` of the groups, a string, and goes with them into checkpoints.
         param_rounding: how bfloat16 parameters are rounded, AdamW groups included: `"nearest"`, or `"stochastic"`,
             unbiased, so that updates below half a unit in the last place are not lost. float32 parameters are not
             affected, float16 ones refused. Then `rounding_seed` and `rounding_step` are ints in `param_groups`, saved

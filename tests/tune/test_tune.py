@@ -15,7 +15,16 @@ import torch
 from muon8bit import Muon8bit, doctor, tune
 from muon8bit.cli import main
 from muon8bit.distributed import consistency
-from muon8bit.orthogonalize import RatesTable, active_table, choose_method, rates_of, rates_table, resolve_coefficients
+from muon8bit.estimate.optimizers import Param, step_bytes
+from muon8bit.orthogonalize import (
+    RATES,
+    RatesTable,
+    active_table,
+    choose_method,
+    rates_of,
+    rates_table,
+    resolve_coefficients,
+)
 from muon8bit.orthogonalize.rates_table import read_table, table_path, write_table
 from muon8bit.tune.measure import DRY_PLAN, TINY_SHAPE
 
@@ -187,6 +196,16 @@ def test_the_variable_names_a_file_or_the_built_in_table(gpu, monkeypatch, tmp_p
     assert main(["tune", "--show"]) == 2
     assert main(["estimate", "Llama-3.2-1B", "--rates", str(tmp_path / "none.json")]) == 2
     assert capsys.readouterr().err.count("none.json cannot be read") == 2
+
+
+def test_estimate_chooses_by_the_table_that_it_is_given(monkeypatch, tmp_path):
+    """By this one a LoRA matrix takes the general way, which has workspace for its iterates; by the built-in none."""
+    monkeypatch.setitem(RATES, "cuda", RATES["cuda"])
+    params = [Param("a", (16, 4096), torch.float32, is_muon=True)]
+    before = step_bytes("muon8bit", params, "cuda")
+    write_table(other_table(tiny=None), tmp_path / "rates.json")
+    assert main(["estimate", "none", "--rates", str(tmp_path / "rates.json")]) == 2  # the model is not known
+    assert before == 0 < step_bytes("muon8bit", params, "cuda")
 
 
 @pytest.mark.usefixtures("gpu")
