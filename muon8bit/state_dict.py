@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from math import inf
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._text import is_same, unwrapper
+from ._text import is_same
 from ._values import is_choice, shown
 from .config import (
     ALGORITHMS,
@@ -25,6 +25,7 @@ from .config import (
     STEP_KEY,
     why_damaged,
 )
+from .group_division import BY_NAME, check_division
 from .step import rounding
 from .step.dense import is_fake, why_not_dense
 from .step.local_params import home, layout_of, make_state
@@ -50,8 +51,6 @@ _FORMATS = {
     EXP_AVG_CODES_KEY: "adamw_bits=8",
     EXP_AVG_KEY: "adamw_bits=32",
 }
-
-_SHOWN = 5  # moved parameters that an error names
 
 
 def checked(
@@ -93,11 +92,7 @@ def checked(
         if not is_choice(old["algorithm"], ALGORITHMS):
             what = shown(old["algorithm"])
             raise ValueError(f"group {i} of the state dict: algorithm {what} is not one of {', '.join(ALGORITHMS)}")
-    _check_moved(saved_groups, current)
-    if len(saved_groups) != len(current):
-        raise ValueError(
-            f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(current)}: {AS_SAVED}"
-        )
+    check_division(saved_groups, current)
     pairs = list(zip(saved_groups, current, strict=True))
     groups = [_group(old, new, f"group {i}") for i, (old, new) in enumerate(pairs)]
     known: set[int | str] = set()
@@ -133,8 +128,6 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
 
     Names are the saved ones where the running group has none; other keys of either stay.
     """
-    if len(old["params"]) != len(new["params"]):
-        raise ValueError(f"{where}: {len(old['params'])} parameters saved, {len(new['params'])} here: {AS_SAVED}")
     if old["algorithm"] != new["algorithm"]:
         raise ValueError(
             f"{where}: saved with algorithm={old['algorithm']!r}, here it is {new['algorithm']!r}: {AS_SAVED}"
@@ -149,7 +142,7 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
             if not is_same(str(theirs), str(ours)):
                 raise ValueError(
                     f"{where}: the state of {theirs} would go to {ours}; build the groups in the order of the saved "
-                    "'param_names', or rename these in a load_state_dict pre-hook"
+                    f"'param_names', {BY_NAME}, or rename these in a load_state_dict pre-hook"
                 )
     old = {key: _plain(value) for key, value in old.items()}
     # Older checkpoints lack these keys, and some formats turn tuples into lists.
@@ -261,50 +254,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
     return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
-
-
-def _check_moved(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError if the saved groups name the same parameters but divide them in another way.
-
-    Groups that only stand in another order, or without names, are left to the checks that follow.
-
-    Args:
-        saved: `param_groups` of a state dict, each with `algorithm`.
-        current: groups of the running optimizer.
-
-    Raises:
-        ValueError: names the moved parameters, both their groups, and the way out.
-    """
-    theirs, ours = _places(saved), _places(current)
-    if not theirs or theirs.keys() != ours.keys() or theirs == ours:
-        return
-    common = Counter((theirs[name], ours[name]) for name in theirs)
-    matches: dict[int, int] = {}
-    for (old, new), _ in common.most_common():  # each saved group stands for the one that holds most of it
-        if saved[old].get("algorithm") == current[new].get("algorithm"):
-            matches.setdefault(old, new)
-    moved = [name for name in ours if matches.get(theirs[name]) != ours[name]]
-    if not moved:
-        return
-    words = [f"{name} (saved: {_kind(saved[theirs[name]])}; here: {_kind(current[ours[name]])})" for name in moved]
-    more = f" and {len(moved) - _SHOWN} more" if len(moved) > _SHOWN else ""
-    raise ValueError(
-        f"the state dict has {len(moved)} parameters in other groups than this optimizer: "
-        f"{', '.join(words[:_SHOWN])}{more}: {AS_SAVED}"
-    )
-
-
-def _places(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return the index of each parameter's group by its name without wrappers; empty where a group has no names."""
-    names = [group.get("param_names") for group in groups]
-    if not all(isinstance(of_group, Sequence) for of_group in names):
-        return {}
-    pairs = [(str(name), i) for i, of_group in enumerate(names) for name in of_group or ()]
-    unwrapped = unwrapper(name for name, _ in pairs)
-    return {unwrapped(name): i for name, i in pairs}
-
-
-def _kind(group: Mapping[str, Any]) -> str:
-    """Say what a group does with its parameters: `adamw, weight decay 0.1`."""
-    split = f", split_sizes {tuple(group['split_sizes'])}" if group.get("split_sizes") else ""
-    return f"{group.get('algorithm')}, weight decay {group.get('weight_decay')}{split}"

@@ -68,6 +68,11 @@ def add_parser(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--momentum", type=float, help="beta of a heavy-ball IN whose groups do not say it (default: theirs)"
     )
+    parser.add_argument(
+        "--drop-moved",
+        action="store_true",
+        help="leave out the state of parameters that --like has with the other algorithm, so that they start at zero",
+    )
     parser.set_defaults(run=run)
 
 
@@ -104,7 +109,7 @@ def _convert(args: argparse.Namespace) -> None:
 
         (saved, root), (adamw, _), (like, _) = read(args.source), read(args.adamw), read(args.like)
         names = None if args.names is None else _names(args.names)
-        options: dict[str, Any] = {key: getattr(args, key) for key in (*_FORMAT, "momentum", "target")}
+        options: dict[str, Any] = {key: getattr(args, key) for key in (*_FORMAT, "momentum", "target", "drop_moved")}
         options |= {"source": args.dialect, "like": like, "names": names}
         saved = saved if adamw is None else {"muon": saved, "adamw": adamw}
         try:

@@ -33,6 +33,7 @@ def convert_state_dict(
     momentum: float | None = None,
     names: Sequence[str] | None = None,
     keep: Keep | None = None,
+    drop_moved: bool = False,
 ) -> dict[str, Any]:
     """Convert a saved optimizer to another format, with a warning that names both.
 
@@ -50,8 +51,10 @@ def convert_state_dict(
         state_dict: as `Optimizer.state_dict` gives it. Saved by others: of torch.optim.Muon, of torch.optim.AdamW, both
             as `{"muon": ..., "adamw": ...}`, or of a heavy-ball Muon with its own AdamW.
         like: an optimizer (or its state dict; with target="torch" a dict of them: 'muon', 'adamw') whose groups,
-            order and format the result shall have; parameters are matched by name. None: the saved order, Muon's
-            before AdamW's where these are two.
+            order and format the result shall have; parameters are matched by name. All other hyper-parameters are the
+            saved ones, lr too (with a warning where `like` has another), but where parameters that were saved with
+            several share a group of `like`: then those of `like`, with a warning. None: the saved order, Muon's before
+            AdamW's where these are two.
         source: who saved it: `"muon8bit"`; `"torch"`: Muon with an EMA momentum, as torch.optim.Muon;
             `"jordan"`: K. Jordan's Muon since February 2025, an average with AdamW in the same or in own groups.
             `"heavy-ball"`: b <- beta b + g, whose values are larger by 1 / (1 - beta).
@@ -65,6 +68,8 @@ def convert_state_dict(
         names: one a saved parameter, in the saved order, Muon's before AdamW's, for checkpoints without `param_names`.
         keep: called with every finished tensor of the state, one after the other; what it returns goes into the result
             in its place.
+        drop_moved: leave out, with a warning, the state of parameters that `like` has in a group of the other
+            algorithm, so that they start at zero; False: an error that names the first.
 
     Raises:
         ValueError: names the argument, group, parameter or key that is missing, foreign, damaged or cannot be
@@ -80,13 +85,15 @@ def convert_state_dict(
         raise ValueError(f"{', '.join(format_options)}: the format is that of `like`, or torch's; leave it out")
     if momentum is not None and source != "heavy-ball":
         raise ValueError("momentum is only needed with source='heavy-ball': leave it out")
+    if drop_moved and like is None:
+        raise ValueError("drop_moved is about the groups of `like` (--like): give it, or leave drop_moved out")
     if source == "adamw" and like is None:
         raise ValueError(
             "source='adamw' needs like (--like), a new optimizer or its state dict: its groups say what Muon takes"
         )
     groups = read(state_dict, source, names, momentum)
     if like is not None:
-        groups = arrange(groups, targets(like, target))
+        groups = arrange(groups, targets(like, target), drop_moved=drop_moved, is_named_by_hand=names is not None)
     groups = [stored(group, format_options, i) for i, group in enumerate(groups)]
     write = own if target == "muon8bit" else torchs
     result, changes = write(groups, keep or _same)

@@ -57,7 +57,8 @@ def adamw_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str,
         if name is None:
             raise ValueError(
                 f"{where} has no 'param_names', and parameters are matched by name: give names (--names), one a saved "
-                "parameter in the order of the groups, as [name for name, _ in model.named_parameters()]"
+                "parameter in the order of AdamW's groups; only of a single group that is the order of "
+                "model.named_parameters()"
             )
         state = _in_our_words(saved_state(states, key, name), name)
         entries.append(Entry(name, name, key, "adamw", state, {"betas": group["betas"]}, "adamw"))
@@ -89,9 +90,7 @@ def _in_our_words(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {_8_BITS.get(key, key): value for key, value in state.items()}
 
 
-def first_momentum(entry: Entry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def first_momentum(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return AdamW's exp_avg as a momentum in fp32; `state` is checked."""
     values = state[EXP_AVG_KEY] if EXP_AVG_KEY in state else adamw8bit.decode(state)[EXP_AVG_KEY]
-    if values.ndim < 2:
-        raise ValueError(f"{entry.where} has {values.ndim} dimension(s): Muon takes weight matrices")
     return {BUFFER_KEY: values.float().contiguous()}

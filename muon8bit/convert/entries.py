@@ -26,6 +26,7 @@ class Entry:
         tensors: its state by key; empty if it never had a gradient. Not checked yet.
         options: its group's hyper-parameters under Muon8bit's names, with those of the storage where Muon8bit saved it.
         dialect: who saved it; `"heavy-ball"` momenta are those of Muon8bit times 1 / (1 - options["momentum"]).
+        shape: of the parameter to which the state shall go, None where it is not known.
     """
 
     name: str | None
@@ -35,6 +36,7 @@ class Entry:
     tensors: Mapping[str, Any]
     options: dict[str, Any]
     dialect: Dialect
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def _values(entry: Entry, momentum: Momentum) -> Tensor:
 def _momentum(entry: Entry) -> tuple[Momentum, str]:
     """Return the saved momentum, checked but for its values, and its format in words."""
     if entry.dialect == "adamw":
-        tensors = first_momentum(entry, checked_moments(entry))
+        tensors = first_momentum(checked_moments(entry))
         return Momentum.from_state(tensors, MomentumFormat(None, DEFAULT_BLOCK_SIZE)), _WORDS["adamw"]
     found = [key for key in _CODES_KEYS if key in entry.tensors]
     if len(found) != 1 or (entry.dialect != "muon8bit" and found != [BUFFER_KEY]):

@@ -46,11 +46,11 @@ IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
     "capturable": False,
     "differentiable": False,
 }
-# The way out of every error about groups that are not those of a checkpoint.
-AS_SAVED = (
-    "use the same model and build the groups as they were saved: a checkpoint of release 0.1 by "
-    "muon8bit.param_groups(model, ..., routing='0.1'), any other by its `patterns` and `no_decay`"
+# The ways out of errors about groups that are not those of a checkpoint.
+SAME_GROUPS = (
+    "build the groups as they were saved, by the same `patterns` and `no_decay`, those of release 0.1 by routing='0.1'"
 )
+AS_SAVED = f"use the same model and {SAME_GROUPS}"
 # Key of a Muon group: the measured table of rates, as `RatesTable.key`. Absent: the built-in one.
 RATES_KEY = "rates"
 # Key of a copy of a group that has one of its parameters: all of them, which decide how each is orthogonalized.

@@ -164,7 +164,7 @@ CODES = ("state", 0, "momentum_linear8")
         (edit(("param_groups", 0, "codebook"), "dynamic"), "codebook='dynamic'.*construct"),
         (edit(("param_groups", 0, "bits"), 32), "bits=32"),
         (edit(("param_groups", 0, "block_size"), 64), "block_size=64"),
-        (edit(("param_groups", 1, "algorithm"), "muon"), "algorithm='muon'"),
+        (edit(("param_groups", 1, "algorithm"), "muon"), "embed .*saved: muon; here: adamw"),
         (edit(("param_groups", 0, "momentum"), None), "lacks momentum"),
         (edit(("param_groups", 0, "momentum"), 1.5), "group 0 of the state dict: momentum"),
         (edit(CODES, None), "a: missing .'momentum_linear8'"),
