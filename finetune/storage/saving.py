@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from finetune.config.errors import InputError, OtherRankError, StorageError
 from finetune.parallel.ranks import write_together
 from finetune.storage.checkpoints import PROGRESS_FILE, file_names, partial_checkpoint, seal_files
-from finetune.training.run import Run
+from finetune.training.run import Run, follow_schedule
 
 
 def save(run: Run) -> None:
@@ -51,6 +51,7 @@ def _write_files(run: Run, partial: Path) -> None:
     if run.accelerator.is_main_process:
         record = {
             "step": run.step,
+            "max_steps": run.recipe.max_steps,  # which the schedule of this step had
             "position": run.position,
             "tokens": run.tokens,
             "seconds": run.seconds,
@@ -79,12 +80,17 @@ def restore(run: Run) -> None:
         ) from error
     for scheduler, state in zip(run.schedulers, record["schedulers"], strict=True):
         scheduler.load_state_dict(state)
+    has_other_lr = follow_schedule(run.schedulers)
     run.step, run.position = record["step"], record["position"]
     run.tokens, run.seconds = record["tokens"], record["seconds"]
     run.skipped = record.get("skipped", [])  # older checkpoints are of runs that skip nothing
     if "val_loss_before" in record["facts"]:  # which pretraining of release 0.1 did not look at
         run.facts["val_loss_before"] = record["facts"]["val_loss_before"]
     run.say(f"resumed from {run.folder.checkpoint} at step {run.step}")
+    schedule, steps = run.recipe.schedule, run.recipe.max_steps
+    is_longer_or_shorter = record.get("max_steps", steps) != steps and schedule != "constant_with_warmup"
+    if has_other_lr or is_longer_or_shorter:
+        run.say(f"the {schedule} schedule of lr is that of {steps} steps from step {run.step + 1} on")
 
 
 def resume_command(run: Run, script: str) -> str:

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import get_scheduler
 
@@ -188,3 +189,18 @@ def make_scheduler(recipe: Training, optimizer: Optimizer) -> LRScheduler:
         recipe.schedule, optimizer, recipe.warmup_steps, recipe.max_steps, scheduler_specific_kwargs=options
     )
     return scheduler
+
+
+def follow_schedule(schedulers: Sequence[LRScheduler]) -> bool:
+    """Give every group the rate that its schedule has for the next step; return whether any rate was another one.
+
+    A loaded optimizer brings the rates of the schedule that it was saved with, which `--max-steps` may have changed.
+    """
+    changed = False
+    for scheduler in schedulers:
+        assert isinstance(scheduler, LambdaLR)  # as all of `get_scheduler` that a recipe may ask for
+        factors = [of_step(scheduler.last_epoch) for of_step in scheduler.lr_lambdas]
+        for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, factors, strict=True):
+            changed |= group["lr"] != base * factor
+            group["lr"] = base * factor
+    return changed

@@ -196,6 +196,34 @@ def test_latest_is_the_last_run_and_resumes_to_more_steps(pretrain, tmp_path):
     assert sorted(len(metrics(f)) for f in folders) == [6, 8]
 
 
+@pytest.mark.parametrize("script", ["pretrain", "sft"])
+def test_a_run_resumed_to_another_length_steps_by_the_new_schedule_at_once(script, request, tmp_path, monkeypatch):
+    """The rates of all groups are those of the cosine over the new length, written out here."""
+    run, asked = request.getfixturevalue(script), {"--lr": 3e-3, "--adamw-lr": 1e-3, "--warmup-steps": 2}
+    options = [x for pair in asked.items() for x in pair]
+    if script == "sft":
+        options += ["--mode", "full", "--num-answers", 0]
+    assert run(*options, "--output-dir", "run").code == 0
+    taken = []
+
+    def noted(run):
+        taken.append([(g["initial_lr"], g["lr"]) for o in run.optimizers for g in o.param_groups])
+        return stepping.one_step(run)
+
+    monkeypatch.setattr(trainer, "one_step", noted)
+    for checkpoint, steps in ((6, 8), (3, 5)):
+        taken.clear()
+        folder = tmp_path / "run" / "checkpoints" / f"step-{checkpoint:07}"
+        resumed = run("--resume", folder, "--max-steps", steps, "--eval-every", 100)
+        assert resumed.code == 0, resumed.err
+        assert f"the cosine schedule of lr is that of {steps} steps from step {checkpoint + 1} on" in resumed.out
+        assert len(taken) == steps - checkpoint
+        for step, groups in enumerate(taken, start=checkpoint):
+            factor = 0.5 * (1 + math.cos(math.pi * (step - 2) / (steps - 2)))
+            assert {base for base, _ in groups} == {3e-3, 1e-3}
+            assert [lr for _, lr in groups] == pytest.approx([base * factor for base, _ in groups], rel=1e-12)
+
+
 def change_facts(checkpoint, facts):
     """Change what a checkpoint says about its run, and seal it again."""
     progress = checkpoint / "progress.json"
