@@ -155,10 +155,13 @@ def triton_version() -> str | None:
     return str(triton.__version__)
 
 
+def _folder() -> Path:
+    return Path(os.environ.get("MUON8BIT_CACHE") or "~/.cache/muon8bit").expanduser() / "rates"
+
+
 def table_path(gpu: str) -> Path:
     """Return the file of a GPU's table in the cache folder: $MUON8BIT_CACHE, or ~/.cache/muon8bit."""
-    folder = Path(os.environ.get("MUON8BIT_CACHE") or "~/.cache/muon8bit").expanduser()
-    return folder / "rates" / re.sub(r"\W+", "-", gpu.lower()) / "rates.json"
+    return _folder() / re.sub(r"\W+", "-", gpu.lower()) / "rates.json"
 
 
 def read_table(path: Path) -> RatesTable:
@@ -204,6 +207,8 @@ def active_table() -> RatesTable | None:
     named = os.environ.get(VARIABLE, "")
     if named:
         return None if named == BUILTIN else read_table(Path(named).expanduser())
+    if not _folder().exists():  # then CUDA need not be asked
+        return None
     gpu = current_gpu()
     return None if gpu is None else _cached_table(table_path(gpu[1]["GPU"]))
 

@@ -26,7 +26,7 @@ from muon8bit.orthogonalize import (
     resolve_coefficients,
 )
 from muon8bit.orthogonalize.rates_table import read_table, table_path, write_table
-from muon8bit.tune.measure import DRY_PLAN, TINY_SHAPE
+from muon8bit.tune.measure import DRY_PLAN, TINY_SHAPE, _tiny_job
 
 JORDAN = resolve_coefficients("jordan", 5)
 FACTS = {"GPU": "NVIDIA H100 80GB HBM3", "driver": "12080", "torch": "2.13.0", "triton": "3.7.1"}
@@ -250,6 +250,15 @@ def test_jobs_run_and_make_a_row_that_can_be_read_again():
     table = RatesTable("cpu", rates, (("GPU", "none"),))
     assert rates_table.parse(table.text) == table
     assert [n for n, _ in rates.symmetric] == [8, 16]
+    job = _tiny_job(torch.device("cpu"), 2)  # which `measure` times on CUDA alone
+    job.run()
+    job.check()
+
+
+def test_cuda_is_not_asked_where_nothing_was_tuned(gpu, monkeypatch):
+    monkeypatch.setattr(rates_table, "current_gpu", lambda: pytest.fail("asked"))
+    assert later_process() is None
+    assert not table_path(gpu["GPU"]).exists()
 
 
 BAD = {
