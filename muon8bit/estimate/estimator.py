@@ -46,7 +46,8 @@ class Memory:
 
     `state_bytes` is the size of the state, wherever it is. With it on the host `host_state_bytes` is the pinned memory
     that it takes there, more than the state, `staging_bytes` what a step stages of it on the GPU, and `bus_bytes` what
-    a step moves between them; else they are 0.
+    a step moves between them; else they are 0. `checkpoint_bytes` are the tensors of a checkpoint of the scripts, of
+    all GPUs; the headers of its files take some KiB more.
     """
 
     weights_bytes: int
@@ -59,6 +60,7 @@ class Memory:
     host_state_bytes: int = 0
     staging_bytes: int = 0
     bus_bytes: int = 0
+    checkpoint_bytes: int = 0
 
     @property
     def resident_state_bytes(self) -> int:
@@ -97,13 +99,16 @@ class Estimate:
 
         Its keys are `num_parameters`, `num_trained_parameters`, `setup`, `notes`, and `optimizers`, by the names of
         `OPTIMIZERS`. Each optimizer has state_bytes, weights_bytes, gradients_bytes, workspace_bytes,
-        communication_bytes, host_state_bytes, staging_bytes, bus_bytes, activations_bytes, peak_bytes and peak_phase as
-        set up. Under `without_checkpointing` and `with_checkpointing` it has {activations_bytes, peak_bytes,
-        peak_phase}; the latter is None where the model does not support checkpointing.
+        communication_bytes, host_state_bytes, staging_bytes, bus_bytes, checkpoint_bytes, activations_bytes,
+        peak_bytes and peak_phase as set up. Under `without_checkpointing` and `with_checkpointing` it has
+        {activations_bytes, peak_bytes, peak_phase}; the latter is None where the model does not support checkpointing.
         """
         optimizers = {}
         for name, memory in self.optimizers.items():
-            sizes = ("state", "weights", "gradients", "workspace", "communication", "host_state", "staging", "bus")
+            sizes = (
+                *("state", "weights", "gradients", "workspace", "communication"),
+                *("host_state", "staging", "bus", "checkpoint"),
+            )
             optimizers[name] = {
                 **{f"{size}_bytes": getattr(memory, f"{size}_bytes") for size in sizes},
                 **_peak_dict(memory.peak(self.setup.checkpointing)),
@@ -268,6 +273,7 @@ def _memory(name: str, sizes: Sizes, setup: Setup, plain: Pass, checkpointed: Pa
         host_state_bytes=host_bytes(name, sizes.trained) if on_host else 0,
         staging_bytes=staging,
         bus_bytes=bus_bytes(name, sizes.trained) if on_host else 0,
+        checkpoint_bytes=sizes.saved_bytes + state_bytes(name, sizes.whole),
     )
     with_plain = replace(memory, plain=_peak(name, memory, plain, sizes, setup, kind))
     if checkpointed is None:

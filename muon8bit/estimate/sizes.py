@@ -27,6 +27,7 @@ class Sizes:
         dequantized_bytes: the largest NF4 matrix in its compute dtype.
         unquantized_bytes: of the frozen weights of an NF4 base that are not quantized.
         experts_bytes: of these the stacked experts, [experts, rows, columns].
+        saved_bytes: of the weights in a checkpoint of the scripts, on all GPUs: the adapter's, or all.
     """
 
     num_parameters: int
@@ -37,6 +38,7 @@ class Sizes:
     dequantized_bytes: int
     unquantized_bytes: int = 0
     experts_bytes: int = 0
+    saved_bytes: int = 0
 
     @property
     def gradients_bytes(self) -> int:
@@ -83,8 +85,10 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
         communication = _unsharded_bytes(model, setup)
     largest = max((named[name].numel() for name in nf4), default=0)
     num_parameters = sum(param.numel() for param in named.values())
+    kept = [param for param in named.values() if setup.rank is None or param.requires_grad]
+    saved = sum(param.numel() * param.dtype.itemsize for param in kept)
     dequantized = setup.weight_dtype.itemsize * largest
-    return Sizes(num_parameters, trained, whole, weights, communication, dequantized, unquantized, experts)
+    return Sizes(num_parameters, trained, whole, weights, communication, dequantized, unquantized, experts, saved)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

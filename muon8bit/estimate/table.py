@@ -178,6 +178,8 @@ def _basis(estimate: Estimate) -> list[str]:
         "State, weights and gradients: exact. Activations: counted over one pass of the modeling code on tensors "
         "without content. The peak is what is alive at once in the phase that it names.",
         "Not counted: the CUDA context (about 0.5 GiB), fragmentation, libraries' own buffers.",
+        f"A checkpoint of the scripts takes {gib(estimate.optimizers['muon8bit'].checkpoint_bytes)} on disk with "
+        f"Muon8bit: the {'weights' if estimate.setup.rank is None else 'adapter'} and the state.",
         *estimate.notes,
     ]
     if estimate.setup.device == "cuda":

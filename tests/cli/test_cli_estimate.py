@@ -379,6 +379,23 @@ def test_the_presets_are_listed_with_their_names_on_the_hub(capfd: pytest.Captur
     assert "Llama-2-7B       meta-llama/Llama-2-7b-hf" in out.splitlines()
 
 
+def test_a_checkpoint_has_the_bytes_of_its_tensors(
+    capfd: pytest.CaptureFixture[str], llama: Path, estimator: Estimator
+) -> None:
+    """Sharded, of all GPUs; of an adapter, without its base."""
+    model = build(load_config(str(llama)), torch.bfloat16)
+    weights = sum(param.numel() * 2 for param in model.parameters())
+    found = record(capfd, llama, "--seq", 8)["optimizers"]["adamw"]
+    assert found["checkpoint_bytes"] == weights + found["state_bytes"]
+    alone, sharded = (
+        estimator.estimate(Setup(seq=8, **more)).optimizers["muon8bit"]
+        for more in ({}, {"num_gpus": 4, "shard": "fsdp2"})
+    )
+    assert sharded.checkpoint_bytes == alone.checkpoint_bytes == weights + alone.state_bytes
+    adapter = estimator.estimate(Setup(seq=8, lora=2)).optimizers["muon8bit"]
+    assert adapter.checkpoint_bytes == adapter.gradients_bytes + adapter.state_bytes
+
+
 def test_small_sizes_are_told_in_small_units() -> None:
     assert [gib(size) for size in (3 * 2**29, 2**29, 2**26, 2**20, 2**16, 10)] == (
         ["1.50 GiB", "0.50 GiB", "64.00 MiB", "1.00 MiB", "64.00 KiB", "0.01 KiB"]
