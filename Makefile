@@ -1,20 +1,22 @@
-# make install | test | pretrain | finetune | check | docs | docs-serve | bench.  PYTHON picks the interpreter, TORCH the build.
+# make install | test | test-triton36 | pretrain | finetune | check | docs | docs-serve | bench.  PYTHON picks the interpreter, TORCH the build.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 DOCS := $(VENV)/.docs
+TRITON36 := $(VENV)/.triton36
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 
 # Without a GPU the CPU build of torch is asked for by its local version, which no CUDA build carries:
 # first from the configured indexes, else from PyTorch's own. TORCH= overrides both.
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 TORCH ?= $(TORCH_PIN)$(if $(HAS_GPU),,+cpu)
+TRITON36_PACKAGE ?= triton==3.6.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: install test pretrain finetune check docs docs-serve bench clean
+.PHONY: install test test-triton36 pretrain finetune check docs docs-serve bench clean
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +26,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: install
 	$(BIN)/python -m pytest
+
+# Compiled code and bits by the Triton of torch 2.11, first on the path of this environment's torch.
+test-triton36: $(TRITON36)
+	PYTHONPATH=$(abspath $(TRITON36)) $(BIN)/python -m pytest tests/kernels/test_compiled.py \
+		tests/kernels/test_compiled_tiny.py tests/kernels/test_interpreted.py tests/kernels/test_self_check.py
+
+$(TRITON36): $(STAMP)
+	$(PIP) --no-deps --upgrade --target $@ $(TRITON36_PACKAGE)
+	touch $@
 
 check: install
 	$(BIN)/ruff check .

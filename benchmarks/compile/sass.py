@@ -5,7 +5,8 @@ The taken path is what is left of the kernel's own code when these are left out,
 1. Subroutines, since only a CALL leads there: the assembler writes the slow half of an exact division as one.
 2. Of a conditional branch whose two sides meet again before the kernel ends, the side with a CALL, if only one has one:
    ordinary numbers never get there. Between the branch and the place where they meet, a side is what can be reached
-   from its first block. The branch of a loop, from which one side leads back to it, is not such a branch.
+   from its first block. The branch of a loop, from which one side leads back to it, is not such a branch, nor one that
+   leads round a whole loop.
 
 Each instruction of that path counts once, that of a loop's body too; predicated ones count whether they do anything or
 not. So a path through two sides without a CALL counts both: the number is never too low for one tile.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 _LINE = re.compile(
@@ -107,7 +108,7 @@ def blocks_of(sass: str) -> list[Block]:
     return [block for block in blocks if block.names]
 
 
-def _reachable(blocks: list[Block], first: int, without: frozenset[int] | set[int] = frozenset()) -> set[int]:
+def _reachable(blocks: list[Block], first: int, without: Set[int] = frozenset()) -> set[int]:
     """Return the blocks that can be reached from block `first`, itself included, through none of `without`."""
     found, waiting = set[int](), [first]
     while waiting:
@@ -132,6 +133,12 @@ def _meeting_places(blocks: list[Block], kernel: set[int]) -> dict[int, set[int]
     return passed
 
 
+def _has_loop(blocks: list[Block], side: set[int]) -> bool:
+    """Return whether a block of the side leads back to itself without leaving the side."""
+    others = set(range(len(blocks))) - side
+    return any(index in _reachable(blocks, after, others) for index in side for after in blocks[index].following)
+
+
 def _slow_sides(blocks: list[Block], kernel: set[int]) -> set[int]:
     """Return the blocks of the second rule."""
     passed, slow = _meeting_places(blocks, kernel), set[int]()
@@ -143,7 +150,7 @@ def _slow_sides(blocks: list[Block], kernel: set[int]) -> set[int]:
         if not meeting:
             continue
         sides = [_reachable(blocks, side, without=meeting) for side in (first, others[0])]
-        if any(index in side for side in sides):
+        if any(index in side or _has_loop(blocks, side) for side in sides):
             continue
         calling = [side for side in sides if any(blocks[block].calls for block in side)]
         if len(calling) == 1:

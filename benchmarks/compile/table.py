@@ -3,7 +3,8 @@
     python -m benchmarks.compile.table --out benchmarks/results/compiled.md
 
 One to two seconds a kernel, in two processes; what was compiled from the same sources is kept in `--cache`, which the
-tests share. Not with TRITON_INTERPRET=1.
+tests share. Rows that the file has of another Triton stay: with that one first on PYTHONPATH the command writes them
+anew. Not with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from benchmarks.compile.cases import JOBS
 from benchmarks.compile.compiling import Compiled, compile_case, load
 
 ROOT = Path(__file__).parents[2]
-CACHE = ROOT / ".cache"
+CACHE = ROOT / ".cache" / f"triton-{triton.__version__}"
 PROCESSES = 2
 # What is worth a column entry, by its name in NVIDIA's and in AMD's machine code.
 SHOWN = {
@@ -49,7 +51,8 @@ SHOWN = {
 def sources_key() -> str:
     """Return a hash of what the machine code depends on."""
     digest = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
-    for path in sorted([*(ROOT / "kernels/muon8bit_kernels").rglob("*.py"), *Path(__file__).parent.glob("*.py")]):
+    beside = [Path(__file__).with_name(f"{name}.py") for name in ("cases", "compiling")]
+    for path in sorted([*(ROOT / "kernels/muon8bit_kernels").rglob("*.py"), *beside]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -87,25 +90,34 @@ def compiled_folder(cache: Path, make: Callable[[Path], None] = _compile_all) ->
 def row(record: Compiled) -> str:
     counts = {name: record.count(pattern) for name, pattern in SHOWN.items()}
     shown = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    cells = [record.name, record.target, record.num_warps, record.registers, record.shared_bytes, record.spilled_bytes]
-    return "| " + " | ".join(map(str, [*cells, shown])) + " |\n"
+    sizes = record.num_warps, record.registers, record.shared_bytes, record.spilled_bytes
+    return "| " + " | ".join(map(str, [record.name, triton.__version__, record.target, *sizes, shown])) + " |\n"
 
 
-def table(records: dict[tuple[str, str], Compiled]) -> str:
-    """Return the table in Markdown, in the order of the cases."""
+def rows_of_others(text: str) -> str:
+    """Return the rows of a table that another Triton has made."""
+    rows = [line for line in text.splitlines(keepends=True) if re.match(r"\| [\w-]+ \| \d+\.", line)]
+    return "".join(line for line in rows if line.split(" | ")[1] != triton.__version__)
+
+
+def table(records: dict[tuple[str, str], Compiled], others: str = "") -> str:
+    """Return the table in Markdown, in the order of the cases; `others` are rows of another Triton."""
     head = (
         "# Compiled kernels\n\n"
         "Every shipped kernel as its wrapper launches it, compiled for GPUs that were not there: nothing was run.\n"
-        f"Triton {triton.__version__}, torch {torch.__version__}, {date.today().isoformat()}, by\n"
-        "`python -m benchmarks.compile.table --out benchmarks/results/compiled.md`.\n\n"
+        f"Rows of Triton {triton.__version__}, torch {torch.__version__}, {date.today().isoformat()}, by\n"
+        "`python -m benchmarks.compile.table --out benchmarks/results/compiled.md`; those of 3.6, for sm_90\n"
+        "alone, by the same with that Triton first on PYTHONPATH.\n\n"
         "Registers of a thread (AMD: vector registers), shared memory of a program, spilled: stack and local bytes of\n"
-        "a thread. Instructions are counted in the machine code, branches that are never taken included. The fma and\n"
-        "the special functions of linear momentum kernels and of quantize belong to the exact division that the\n"
-        "assembler writes out; the PTX of these kernels has none.\n\n"
-        "| kernel, configuration | target | warps | registers | shared, bytes | spilled, bytes | instructions |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "a thread. Instructions are counted in the machine code, branches that are never taken included. The fma of\n"
+        "elementwise kernels are those of `triton.exact`, which a test counts in the PTX, and those of dividing one\n"
+        "by a scale or a norm, which the assembler writes out with its special functions.\n\n"
+        "| kernel, configuration | Triton | target | warps | registers | shared, bytes | spilled, bytes "
+        "| instructions |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
     )
-    return head + "".join(row(records[case.name, target]) for case, target in JOBS)
+    rows = "".join(row(records[case.name, target]) for case, target in JOBS)
+    return head + "".join(sorted([rows, others], key=lambda part: part.split(" | ")[1:2], reverse=True))
 
 
 def main() -> None:
@@ -115,7 +127,8 @@ def main() -> None:
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("nothing can be compiled under TRITON_INTERPRET=1")
-    text = table(load(compiled_folder(args.cache)))
+    others = rows_of_others(args.out.read_text()) if args.out and args.out.exists() else ""
+    text = table(load(compiled_folder(args.cache)), others)
     if args.out:
         args.out.write_text(text)
     else:

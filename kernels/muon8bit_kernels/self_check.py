@@ -2,7 +2,8 @@
 
 Compilers have miscompiled kernels for single architectures before. Such a fault shows in no error, but in a momentum
 that is slightly wrong for weeks. A few tiles of the operations most exposed to it (one-byte stores, exact divisions,
-products on tensor cores) cost a second, most of it compilation that the first step needs anyway.
+products on tensor cores) cost a second, most of it compilation that the first step needs anyway. `dispatch` makes
+it once a process and device.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _N, _K = 136, 192
 
 
 def self_check(kernels: Kernels, device: torch.device) -> None:
-    """Compare quantization, both phases of the momentum and one symmetric product with the reference, bit for bit.
+    """Compare quantization, both phases of the momentum, updates and one symmetric product with the reference's bits.
 
     Args:
         kernels: the backend that is checked.
@@ -33,12 +34,19 @@ def self_check(kernels: Kernels, device: torch.device) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     how: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever the process has set
     values = torch.randn(_ROWS, _COLS, generator=generator, **how)
-    values *= torch.logspace(-30, 3, _ROWS, **how).unsqueeze(1)
+    values *= torch.logspace(-37, 17, _ROWS, **how).unsqueeze(1)  # quotients by 127 below the smallest normal, too
     values[1], values[2, ::3] = 0.0, 0.0
     grad = torch.randn(1, _ROWS, _COLS, generator=generator, **how).to(torch.bfloat16)
     for codebook in ("linear", "dynamic"):
         _compare(
             _momentum(reference, values, grad, codebook), _momentum(kernels, values, grad, codebook, device), device
+        )
+    for dtype, keys in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, [-5])):
+        params = grad.to(dtype) * 3.0
+        _compare(
+            _update(reference, params, values, keys),
+            _update(kernels, params.to(device), values.to(device), keys),
+            device,
         )
     # Sums of few ones and minus ones: fp16 holds them exactly, in whatever order they are added.
     A = torch.randint(-1, 2, (1, _N, _K), generator=generator, device="cpu").half()
@@ -61,6 +69,13 @@ def _momentum(
     norms = torch.full((1,), 3.0, dtype=torch.float32, device=device)
     kernels.momentum_apply(*stacks, norms, out, **how)  # type: ignore[arg-type]
     return {**made, "momentum_apply": codes, "momentum_apply (scales)": scales, "momentum_apply (out)": out}
+
+
+def _update(kernels: Kernels, params: Tensor, directions: Tensor, keys: list[int] | None) -> dict[str, Tensor]:
+    """Return parameters [1, rows, cols] after an update, by the kernel's name; rounded stochastically with keys."""
+    params, name = params.clone(), f"update_params ({params.dtype}{'' if keys is None else ', stochastic'})"
+    kernels.update_params([params], directions.unsqueeze(0), decay=0.9, scale=0.1, keys=keys)
+    return {name.replace("torch.", ""): params}
 
 
 def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], device: torch.device) -> None:

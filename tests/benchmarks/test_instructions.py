@@ -46,6 +46,7 @@ TO_4, TO_5, TO_6 = (f"BRA `(.L_x_{number})" for number in (4, 5, 6))
         # Loops: a body that has a division counts once, also where the branch stands at its head.
         ([ONE, ".L_x_5:", *DIVISION, ONE, f"@P0 {TO_5}", EXIT, *SLOWPATH], 9, 11, 15),
         ([ONE, ".L_x_5:", f"@P0 {TO_6}", *DIVISION, TO_5, ".L_x_6:", EXIT, *SLOWPATH], 9, 11, 15),
+        ([f"@P0 {TO_6}", ".L_x_5:", *DIVISION, f"@P1 {TO_5}", ONE, ".L_x_6:", EXIT, *SLOWPATH], 9, 11, 15),
         # The side of tiny scales does not count, divisions and all; the other one does.
         ([f"@P3 {TO_5}", *TWO, TO_6, ".L_x_5:", *DIVISION, ONE, ".L_x_6:", EXIT, *SLOWPATH], 5, 13, 17),
         # Neither side calls, or both do: both count.

@@ -40,6 +40,15 @@ def _apply(place):
     return momentum_apply
 
 
+def _update(dtype, *, stochastic):
+    def update_params(params, directions, *, keys, **how):
+        reference.update_params(params, directions, keys=keys, **how)
+        if params[0].dtype == dtype and (keys is not None) == stochastic:
+            _first_bit(params[0])
+
+    return {"update_params": update_params}
+
+
 WRONG = {
     "quantize": {"quantize": _quantize},
     r"quantize \(scales\)": {"quantize": _quantize_scales},
@@ -48,6 +57,9 @@ WRONG = {
     "momentum_apply": {"momentum_apply": _apply(0)},
     r"momentum_apply \(scales\)": {"momentum_apply": _apply(1)},
     r"momentum_apply \(out\)": {"momentum_apply": _apply(2)},
+    r"update_params \(float32\)": _update(torch.float32, stochastic=False),
+    r"update_params \(bfloat16\)": _update(torch.bfloat16, stochastic=False),
+    r"update_params \(bfloat16, stochastic\)": _update(torch.bfloat16, stochastic=True),
     "symmetric_product": {"symmetric_product": lambda A, B: _first_bit(reference.symmetric_product(A, B))},
 }
 

@@ -81,6 +81,31 @@ def test_steps_equal_reference_bitwise_on_narrow_shapes(triton_kernels, device, 
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("cols", [96, 72])
+def test_matrices_that_are_not_aligned_go_by_themselves_and_are_stepped_alike(triton_kernels, device, codebook, cols):
+    """The gradients of the first and third of four, and the codes of the third, begin an element into a storage."""
+    options = {"codebook": codebook, "block_size": 64, "nesterov": True, "beta": 0.95}
+    both = Both(triton_kernels, device, random_stacks([1] * 4, 5, cols), **options)
+    grads, norms = random_stacks([1] * 4, 5, cols, seed=1), torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def placed(stacks, odd):
+        storages = [torch.empty(stack.numel() + 1, dtype=stack.dtype, device=device) for stack in stacks]
+        views = [storage[n in odd :][: 5 * cols].view(1, 5, cols) for n, storage in enumerate(storages)]
+        return [view.copy_(stack) for view, stack in zip(views, stacks, strict=True)]
+
+    our_codes, our_grads = placed(both.codes, {2}), placed(grads, {0, 2})
+    sumsq = triton_kernels.momentum_stats(our_codes, both.our_scales, our_grads, **options)
+    expected = reference.momentum_stats(both.codes, both.scales, grads, **options)
+    torch.testing.assert_close(sumsq.cpu(), expected, rtol=2 * 64 * 2**-24, atol=0)
+    out, our_out = torch.empty(4, 5, cols), torch.empty(4, 5, cols, device=device)
+    reference.momentum_apply(both.codes, both.scales, grads, norms, out, **options)
+    triton_kernels.momentum_apply(our_codes, both.our_scales, our_grads, norms.to(device), our_out, **options)
+    assert_bitwise(our_out, out)
+    for ours, theirs in zip([*our_codes, *(both.our_scales or [])], [*both.codes, *(both.scales or [])], strict=True):
+        assert_bitwise(ours, theirs)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize(
     ("block_size", "layout", "out_layout"),
     [(128, "columns", "rows"), (128, "rows", "columns"), (512, "columns", "columns")],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from ..codebooks import LINEAR_MAX, SCALE_FLOOR, zero_code
+from .exact import INTERPRETED, over_scale, times_over_linear_max
 
 _LINEAR_MAX = tl.constexpr(float(LINEAR_MAX))
 _SCALE_FLOOR = tl.constexpr(float(SCALE_FLOOR))
@@ -23,30 +25,58 @@ def inverse_of(norm):
 
 
 @triton.jit
+def entries(table, indices, ALONG: tl.constexpr):
+    """Return the entries of an fp32 table at int32 indices from 0 on.
+
+    A load lets the compiler give each thread other elements than it has, and move them there and back; Triton 3.6 even
+    computes them twice. With ALONG, where all tensors lie along the rows, threads keep theirs. Where one lies across,
+    they are moved anyway.
+    """
+    if INTERPRETED or not is_cuda() or not ALONG:
+        found = tl.load(table + indices)
+    else:
+        found = tl.inline_asm_elementwise(
+            "{ .reg .b64 place; mad.wide.u32 place, $1, 4, $2; ld.global.nc.b32 $0, [place]; }",
+            "=r,r,l",
+            [indices, table],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return found
+
+
+@triton.jit
 def load_codes(places, mask, CODEBOOK: tl.constexpr):
     """Load codes, and outside of `mask` the code of zero; with CODEBOOK None the codes are the fp32 momentum itself."""
     return tl.load(places, mask, other=_ZERO_CODE if CODEBOOK == "dynamic" else 0)
 
 
 @triton.jit
-def decode(codes, scale, map_values, CODEBOOK: tl.constexpr):
+def decode(codes, scale, map_values, CODEBOOK: tl.constexpr, ALONG: tl.constexpr = True):
     """Return the fp32 values of codes [ROWS, COLS] and scale [ROWS, 1]; `map_values` points to the dynamic map."""
     if CODEBOOK == "linear":
-        decoded = tl.div_rn(codes.to(tl.float32) * scale, _LINEAR_MAX)
+        decoded = times_over_linear_max(codes.to(tl.float32), scale)
     elif CODEBOOK == "dynamic":
-        decoded = tl.load(map_values + codes.to(tl.int32)) * scale
+        decoded = entries(map_values, codes.to(tl.int32), ALONG) * scale
     else:
         decoded = codes
     return decoded
 
 
 @triton.jit
-def encode(values, scale, midpoints, CODEBOOK: tl.constexpr):
+def _line(x, slope, intercept, ALONG: tl.constexpr):
+    """Return slope * x + intercept; in pieces fused operations would hold their constants in 24 registers more."""
+    return tl.fma(x, slope, intercept) if ALONG else x * slope + intercept
+
+
+@triton.jit
+def encode(values, scale, midpoints, CODEBOOK: tl.constexpr, ALONG: tl.constexpr = True):
     """Return the codes of fp32 values [ROWS, COLS] and floored scale [ROWS, 1].
 
     `midpoints` points to those of the dynamic map.
     """
-    ratio = tl.div_rn(values, tl.where(scale == 0.0, float("inf"), scale))
+    ratio = over_scale(values, scale, ALONG)
     if CODEBOOK == "linear":
         codes = (ratio * _LINEAR_MAX + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
     else:
@@ -55,13 +85,13 @@ def encode(values, scale, midpoints, CODEBOOK: tl.constexpr):
         # decades do, so the least of the seven is the right one. Half a level less makes the guess exact or one too
         # low, with a quarter of a level to spare for rounding; one comparison with the true midpoint decides.
         magnitude = tl.abs(ratio)
-        position = magnitude * (1e6 / 0.9) + (8 / 9 - 0.5)
+        position = _line(magnitude, 1e6 / 0.9, 8 / 9 - 0.5, ALONG)
         for d in tl.static_range(1, 7):
-            position = tl.minimum(position, magnitude * (1e6 / 0.9 / 5.0**d) + (2.0**d * 8 / 9 - 0.5))
+            position = tl.minimum(position, _line(magnitude, 1e6 / 0.9 / 5.0**d, 2.0**d * 8 / 9 - 0.5, ALONG))
         guess = position.to(tl.int32)
         guess = tl.where(ratio < 0.0, _ZERO_CODE - 1 - guess, _ZERO_CODE + guess)
         guess = tl.minimum(tl.maximum(guess, 0), 255)  # -1.0 is not in the map; and NaN must not index the table
-        codes = (guess + (ratio > tl.load(midpoints + guess)).to(tl.int32)).to(tl.uint8)
+        codes = (guess + (ratio > entries(midpoints, guess, ALONG)).to(tl.int32)).to(tl.uint8)
     return codes
 
 

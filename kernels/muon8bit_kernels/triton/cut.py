@@ -41,14 +41,14 @@ class _CutBatch:
             self.num_blocks = scales[0].shape[2]
             check_rows_contiguous("scales", scales, (self.rows, self.num_blocks))
             columns[1] = addresses(scales)
-        self.count, self.table = len(columns[0]), table_of(columns, self.first.device)
+        self.count, self.table = len(columns[0]), table_of(list(zip(*columns, strict=True)), self.first.device)
         self.map_values = dynamic_map(self.first.device) if codebook == "dynamic" else None
         self.midpoints = dynamic_midpoints(self.first.device) if codebook == "dynamic" else None
         self.place = self.rows, self.width, first_col, self.num_touched, self.num_blocks
         self.constants: dict[str, Any] = {
             "CODE": tl_dtype(codes[0]),
             "GRAD": tl_dtype(grads[0]),
-            "ALIGNED": not any(place % 16 for column in (columns[0], columns[2]) for place in column),
+            "ALIGNMENT": 1 if any(place % 16 for column in (columns[0], columns[2]) for place in column) else 16,
             "EVEN": not any(number % 16 for number in (first_col, self.width, block_size)),
             "NESTEROV": nesterov,
             "CODEBOOK": codebook,
@@ -99,9 +99,10 @@ def momentum_stats_cut(
     batch = _CutBatch(codes, scales, grads, first_col, nesterov, codebook, block_size)
     shape = 2, batch.count, batch.rows, batch.num_touched
     sumsq, maxima = torch.empty(shape, dtype=torch.float32, device=batch.first.device)
-    tiles = tiling((batch.rows, batch.width), block_size, across=lies_across(batch.grad_strides))
-    numbers = float(beta), 1.0 - beta, *batch.grad_strides
-    batch.launch(stats_cut_kernel, tiles, block_size, batch.table, sumsq, maxima, batch.map_values, *numbers)
+    across = lies_across(batch.grad_strides)
+    tiles = tiling((batch.rows, batch.width), block_size, across=across)
+    tensors, numbers = (sumsq, maxima, batch.map_values), (float(beta), 1.0 - beta, *batch.grad_strides)
+    batch.launch(stats_cut_kernel, tiles, block_size, batch.table, *tensors, *numbers, ALONG=not across)
     return sumsq, maxima
 
 
@@ -157,5 +158,6 @@ def momentum_apply_cut(
         *batch.grad_strides,
         out.stride(0),
         *out_strides,
+        ALONG=not across,
         BLOCKS=triton.next_power_of_2(batch.num_blocks),
     )

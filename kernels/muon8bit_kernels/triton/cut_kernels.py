@@ -58,10 +58,11 @@ def stats_cut_kernel(
     num_blocks,
     CODE: tl.constexpr,
     GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     EVEN: tl.constexpr,
     NESTEROV: tl.constexpr,
     CODEBOOK: tl.constexpr,
+    ALONG: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,9 +70,9 @@ def stats_cut_kernel(
     """Store the sum of u squared and the largest magnitude of m of what is here of each row's block."""
     matrix, block, start, end, row = _part_of_block(rows, width, first_col, num_touched, EVEN, ROWS, BLOCK)
     row_mask = row < rows
-    codes = address(table, matrix, 0, 3, CODE, ALIGNED) + row * width
-    grad = address(table, matrix, 2, 3, GRAD, ALIGNED) + row * grad_row_stride
-    scales = address(table, matrix, 1, 3, tl.float32, False) + (row * num_blocks + first_col // BLOCK + block)
+    codes = address(table, matrix, 0, 3, CODE, ALIGNMENT) + row * width
+    grad = address(table, matrix, 2, 3, GRAD, ALIGNMENT) + row * grad_row_stride
+    scales = address(table, matrix, 1, 3, tl.float32, 1) + (row * num_blocks + first_col // BLOCK + block)
     scale = 0.0 if CODEBOOK is None else tl.load(scales, row_mask, other=0.0)
     total = tl.zeros([ROWS, 1], tl.float32)
     largest = tl.zeros([ROWS, 1], tl.int32)
@@ -88,6 +89,7 @@ def stats_cut_kernel(
             one_minus_beta,
             NESTEROV,
             CODEBOOK,
+            ALONG,
         )
         total += tl.sum(u * u, axis=1, keep_dims=True)
         largest = tl.maximum(largest, tl.max(magnitude_bits(m), axis=1, keep_dims=True))
@@ -119,10 +121,11 @@ def apply_cut_kernel(
     num_blocks,
     CODE: tl.constexpr,
     GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     EVEN: tl.constexpr,
     NESTEROV: tl.constexpr,
     CODEBOOK: tl.constexpr,
+    ALONG: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -131,9 +134,9 @@ def apply_cut_kernel(
     """Write the new codes, u * (1 / norm) to `out`, and the scales of whole rows from `new_scales`."""
     matrix, block, start, end, row = _part_of_block(rows, width, first_col, num_touched, EVEN, ROWS, BLOCK)
     row_mask = row < rows
-    codes = address(table, matrix, 0, 3, CODE, ALIGNED) + row * width
-    grad = address(table, matrix, 2, 3, GRAD, ALIGNED) + row * grad_row_stride
-    scales = address(table, matrix, 1, 3, tl.float32, False) + row * num_blocks
+    codes = address(table, matrix, 0, 3, CODE, ALIGNMENT) + row * width
+    grad = address(table, matrix, 2, 3, GRAD, ALIGNMENT) + row * grad_row_stride
+    scales = address(table, matrix, 1, 3, tl.float32, 1) + row * num_blocks
     out += matrix * out_stride + row * out_row_stride
     first_block = first_col // BLOCK
     place = first_block + block
@@ -159,8 +162,9 @@ def apply_cut_kernel(
             one_minus_beta,
             NESTEROV,
             CODEBOOK,
+            ALONG,
         )
-        new = m if CODEBOOK is None else encode(m, new_scale, midpoints, CODEBOOK)
+        new = m if CODEBOOK is None else encode(m, new_scale, midpoints, CODEBOOK, ALONG)
         # A small tile's codes, and every row's scale, are held more than once: no warp may write what another has yet
         # to load.
         tl.debug_barrier()

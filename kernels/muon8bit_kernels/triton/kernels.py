@@ -1,7 +1,9 @@
 """Triton backend: every function of `backend.Kernels`.
 
-In the arithmetic of record each operation is rounded to fp32 by itself: divisions are `tl.div_rn` and launches pass
-`enable_fp_fusion=False`. Products have bounds. There are no atomics, and nothing is tuned at run time.
+In the arithmetic of record each operation is rounded to fp32 by itself, and launches pass `enable_fp_fusion=False`.
+Fused multiply-adds stand in two places, where they change no bit: in the divisions of `exact`, which give the bits of
+`tl.div_rn`, and in the guess of a dynamic code, which a comparison corrects. Products have bounds. There are no
+atomics, and nothing is tuned at run time.
 """
 
 from .cut import momentum_apply_cut, momentum_stats_cut

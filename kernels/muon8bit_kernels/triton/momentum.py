@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,17 @@ from torch import Tensor
 from ..codebooks import Codebook, dynamic_map, dynamic_midpoints
 from ..reference import num_blocks
 from .momentum_kernels import apply_kernel, stats_kernel
-from .tiles import addresses, check_rows_contiguous, common_strides, launch, lies_across, table_of, tiling, tl_dtype
+from .tiles import (
+    addresses,
+    check_rows_contiguous,
+    common_strides,
+    launch,
+    lies_across,
+    tables_of,
+    tiling,
+    tl_dtype,
+    whole_eighths,
+)
 
 
 class _Batch:
@@ -34,16 +44,31 @@ class _Batch:
         if scales is not None:
             check_rows_contiguous("scales", scales, self.blocks_shape)
             columns[1] = addresses(scales)
-        self.count, self.table = len(columns[0]), table_of(columns, self.first.device)
+        self.count, self.columns = len(columns[0]), columns
         self.map_values = dynamic_map(self.first.device) if codebook == "dynamic" else None
         self.midpoints = dynamic_midpoints(self.first.device) if codebook == "dynamic" else None
         self.constants: dict[str, Any] = {
             "CODE": tl_dtype(codes[0]),
             "GRAD": tl_dtype(grads[0]),
-            "ALIGNED": not any(place % 16 for column in (columns[0], columns[2]) for place in column),
             "NESTEROV": nesterov,
             "CODEBOOK": codebook,
         }
+
+    def launches(self, *strides: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Give the table of each launch and its constants; the strides are those of rows and matrices of `out`.
+
+        Matrices that are not aligned go by themselves.
+        """
+        eights = whole_eighths(self.shape[1], self.grad_strides[0], *strides)
+        # Of rows of other lengths most begin where they like, and nothing is gained by where the first one does.
+        if self.shape[1] % 8 == 0 or lies_across(self.grad_strides):
+            alignments = {0: min(16, 8 * self.first.itemsize) if eights else 16, 2: 16}
+        else:
+            alignments = {}
+        for table, aligned in tables_of(self.columns, alignments, self.first.device):
+            multiples = (alignments[0], alignments[2]) if aligned else (1, 1)
+            hints = {"CODE_ALIGNMENT": multiples[0], "GRAD_ALIGNMENT": multiples[1], "EIGHTS": eights}
+            yield table, {**self.constants, **hints}
 
 
 def momentum_stats(
@@ -76,19 +101,21 @@ def momentum_stats(
     """
     batch = _Batch(codes, scales, grads, nesterov, codebook, block_size)
     sumsq = torch.empty(batch.count, *batch.blocks_shape, dtype=torch.float32, device=batch.first.device)
-    launch(
-        stats_kernel,
-        batch.first,
-        batch.count,
-        tiling(batch.shape, block_size, across=lies_across(batch.grad_strides)),
-        batch.table,
-        sumsq,
-        batch.map_values,
-        float(beta),
-        1.0 - beta,
-        *batch.grad_strides,
-        **batch.constants,
-    )
+    tiles = tiling(batch.shape, block_size, across=lies_across(batch.grad_strides))
+    for table, constants in batch.launches():
+        launch(
+            stats_kernel,
+            batch.first,
+            len(table),
+            tiles,
+            table,
+            sumsq,
+            batch.map_values,
+            float(beta),
+            1.0 - beta,
+            *batch.grad_strides,
+            **constants,
+        )
     return sumsq
 
 
@@ -123,21 +150,23 @@ def momentum_apply(
     if norms.shape != (batch.count,) or out.shape != (batch.count, *batch.shape):
         raise ValueError(f"norms {tuple(norms.shape)} and out {tuple(out.shape)} must be of {batch.count} matrices")
     out_strides = common_strides("out", [out], batch.shape)
-    launch(
-        apply_kernel,
-        batch.first,
-        batch.count,
-        tiling(batch.shape, block_size, across=lies_across(batch.grad_strides) or lies_across(out_strides)),
-        batch.table,
-        norms.contiguous(),
-        out,
-        skip,
-        batch.map_values,
-        batch.midpoints,
-        float(beta),
-        1.0 - beta,
-        *batch.grad_strides,
-        out.stride(0),
-        *out_strides,
-        **batch.constants,
-    )
+    tiles = tiling(batch.shape, block_size, across=lies_across(batch.grad_strides) or lies_across(out_strides))
+    for table, constants in batch.launches(out_strides[0], out.stride(0)):
+        launch(
+            apply_kernel,
+            batch.first,
+            len(table),
+            tiles,
+            table,
+            norms.contiguous(),
+            out,
+            skip,
+            batch.map_values,
+            batch.midpoints,
+            float(beta),
+            1.0 - beta,
+            *batch.grad_strides,
+            out.stride(0),
+            *out_strides,
+            **constants,
+        )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .codes import decode, encode, inverse_of, load_codes, magnitude_bits, scale_of
-from .tiles import address, tile_rows
+from .tiles import GRID, address, in_row, tile_rows
 
 
 @triton.jit
@@ -25,12 +25,13 @@ def momentum(
     one_minus_beta,
     NESTEROV: tl.constexpr,
     CODEBOOK: tl.constexpr,
+    ALONG: tl.constexpr = True,
 ):
     """Return the new momentum m and the Newton-Schulz input u of a piece, fp32 [ROWS, COLS]; 0 outside of `mask`.
 
     `codes` and `grad` are pointers.
     """
-    old = decode(load_codes(codes, mask, CODEBOOK), scale, map_values, CODEBOOK)
+    old = decode(load_codes(codes, mask, CODEBOOK), scale, map_values, CODEBOOK, ALONG)
     beta = tl.cast(beta, tl.float32)  # torch.compile passes scalars as fp64
     scaled_grad = tl.load(grad, mask, other=0.0).to(tl.float32) * tl.cast(one_minus_beta, tl.float32)
     m = old * beta + scaled_grad
@@ -38,7 +39,7 @@ def momentum(
     return m, u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRID)
 def stats_kernel(
     table,
     sumsq,
@@ -49,9 +50,15 @@ def stats_kernel(
     grad_col_stride,
     rows,
     cols,
+    num_blocks,
+    num_tiles,
+    over_blocks,
+    over_tiles,
     CODE: tl.constexpr,
     GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    CODE_ALIGNMENT: tl.constexpr,
+    GRAD_ALIGNMENT: tl.constexpr,
+    EIGHTS: tl.constexpr,
     NESTEROV: tl.constexpr,
     CODEBOOK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -59,11 +66,13 @@ def stats_kernel(
     BLOCK: tl.constexpr,
 ):
     """Store the sum of u squared of each row's block."""
-    matrix, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
-    codes = address(table, matrix, 0, 3, CODE, ALIGNED) + row * cols
-    scales = address(table, matrix, 1, 3, tl.float32, False)
-    grad = address(table, matrix, 2, 3, GRAD, ALIGNED) + row * grad_row_stride
-    num_blocks = tl.cdiv(cols, BLOCK)
+    if EIGHTS:
+        cols = cols // 8 * 8
+    place, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
+    codes = address(table, place, 0, 4, CODE, CODE_ALIGNMENT) + in_row(row, cols, EIGHTS)
+    scales = address(table, place, 1, 4, tl.float32, 1)
+    grad = address(table, place, 2, 4, GRAD, GRAD_ALIGNMENT) + in_row(row, grad_row_stride, EIGHTS)
+    matrix = tl.load(table + (place * 4 + 3))
     scale = 0.0 if CODEBOOK is None else tl.load(scales + (row * num_blocks + block), row_mask, other=0.0)
     first = block * BLOCK
     total = tl.zeros([ROWS, 1], tl.float32)
@@ -79,12 +88,13 @@ def stats_kernel(
             one_minus_beta,
             NESTEROV,
             CODEBOOK,
+            COLS == BLOCK,
         )
         total += tl.sum(u * u, axis=1, keep_dims=True)
     tl.store(sumsq + ((matrix * rows + row) * num_blocks + block), total, row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRID)
 def apply_kernel(
     table,
     norms,
@@ -101,9 +111,15 @@ def apply_kernel(
     out_col_stride,
     rows,
     cols,
+    num_blocks,
+    num_tiles,
+    over_blocks,
+    over_tiles,
     CODE: tl.constexpr,
     GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    CODE_ALIGNMENT: tl.constexpr,
+    GRAD_ALIGNMENT: tl.constexpr,
+    EIGHTS: tl.constexpr,
     NESTEROV: tl.constexpr,
     CODEBOOK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -111,11 +127,14 @@ def apply_kernel(
     BLOCK: tl.constexpr,
 ):
     """Write the new codes and scales, and u * (1 / norm) to `out`."""
-    matrix, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
-    codes = address(table, matrix, 0, 3, CODE, ALIGNED) + row * cols
-    scales = address(table, matrix, 1, 3, tl.float32, False) + (row * tl.cdiv(cols, BLOCK) + block)
-    grad = address(table, matrix, 2, 3, GRAD, ALIGNED) + row * grad_row_stride
-    out += matrix * out_stride + row * out_row_stride
+    if EIGHTS:
+        cols = cols // 8 * 8
+    place, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
+    codes = address(table, place, 0, 4, CODE, CODE_ALIGNMENT) + in_row(row, cols, EIGHTS)
+    scales = address(table, place, 1, 4, tl.float32, 1) + (row * num_blocks + block)
+    grad = address(table, place, 2, 4, GRAD, GRAD_ALIGNMENT) + in_row(row, grad_row_stride, EIGHTS)
+    matrix = tl.load(table + (place * 4 + 3))
+    out += matrix * out_stride + in_row(row, out_row_stride, EIGHTS)
     scale = 0.0 if CODEBOOK is None else tl.load(scales, row_mask, other=0.0)
     inverse = inverse_of(tl.load(norms + matrix))
     # Only the stores depend on the flag: the loads need not wait for its value.
@@ -137,6 +156,7 @@ def apply_kernel(
                 one_minus_beta,
                 NESTEROV,
                 CODEBOOK,
+                COLS == BLOCK,
             )
             largest = tl.maximum(largest, tl.max(magnitude_bits(m), axis=1, keep_dims=True))
         new_scale = scale_of(largest)
@@ -152,15 +172,16 @@ def apply_kernel(
             one_minus_beta,
             NESTEROV,
             CODEBOOK,
+            COLS == BLOCK,
         )
+        mask = writes & (col < cols)
+        tl.store(out + col * out_col_stride, u * inverse, mask)  # first, so that u leaves its registers
         if CODEBOOK is not None and COLS == BLOCK:
             new_scale = scale_of(tl.max(magnitude_bits(m), axis=1, keep_dims=True))
-        new = m if CODEBOOK is None else encode(m, new_scale, midpoints, CODEBOOK)
+        new = m if CODEBOOK is None else encode(m, new_scale, midpoints, CODEBOOK, COLS == BLOCK)
         # Every warp has its own copy of the scale, and a small tile's codes are held more than once: without the
         # barrier a fast warp would overwrite what a slow one has yet to load.
         tl.debug_barrier()
-        mask = writes & (col < cols)
         tl.store(codes + col, new, mask)
-        tl.store(out + col * out_col_stride, u * inverse, mask)
     if CODEBOOK is not None:
         tl.store(scales, new_scale, writes)

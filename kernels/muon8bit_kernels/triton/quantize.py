@@ -10,10 +10,10 @@ from torch import Tensor
 from ..codebooks import CODE_DTYPES, Codebook, dynamic_map, dynamic_midpoints
 from ..reference import num_blocks
 from .codes import decode, encode, load_codes, magnitude_bits, scale_of
-from .tiles import check_rows_contiguous, launch, tile_rows, tiling
+from .tiles import GRID, check_rows_contiguous, launch, tile_rows, tiling
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRID)
 def _quantize_kernel(
     values,
     codes,
@@ -23,21 +23,25 @@ def _quantize_kernel(
     values_col_stride,
     rows,
     cols,
+    num_blocks,
+    num_tiles,
+    over_blocks,
+    over_tiles,
     CODEBOOK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    _, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
+    _, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
     col = block * BLOCK + tl.arange(0, COLS)[None, :]
     mask = row_mask & (col < cols)
     tile = tl.load(values + (row * values_row_stride + col * values_col_stride), mask, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(magnitude_bits(tile), axis=1, keep_dims=True))
-    tl.store(scales + (row * tl.cdiv(cols, BLOCK) + block), scale, row_mask)
+    tl.store(scales + (row * num_blocks + block), scale, row_mask)
     tl.store(codes + (row * cols + col), encode(tile, scale, midpoints, CODEBOOK), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRID)
 def _dequantize_kernel(
     codes,
     scales,
@@ -45,16 +49,20 @@ def _dequantize_kernel(
     values,
     rows,
     cols,
+    num_blocks,
+    num_tiles,
+    over_blocks,
+    over_tiles,
     CODEBOOK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    _, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
+    _, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
     col = block * BLOCK + tl.arange(0, COLS)[None, :]
     mask = row_mask & (col < cols)
     tile = load_codes(codes + (row * cols + col), mask, CODEBOOK)
-    scale = tl.load(scales + (row * tl.cdiv(cols, BLOCK) + block), row_mask, other=0.0)
+    scale = tl.load(scales + (row * num_blocks + block), row_mask, other=0.0)
     tl.store(values + (row * cols + col), decode(tile, scale, map_values, CODEBOOK), mask)
 
 

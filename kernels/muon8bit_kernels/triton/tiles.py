@@ -8,7 +8,7 @@ strides take the same path and give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -56,29 +56,57 @@ def tiling(shape: Sequence[int], block_size: int, *, across: bool = False) -> Ti
     return Tiling(tall, block, block, min(max(1, tall * block // _ELEMENTS_PER_WARP), 8))
 
 
+# Arguments of a kernel that only `tile_rows` reads: their values make no other kernel.
+GRID = ["num_blocks", "num_tiles", "over_blocks", "over_tiles"]
+
+
+def packed_divisor(divisor: int) -> int:
+    """Return a divisor, from 1 to 2**31 - 1, as `divided` takes it: the high word a multiplier, the low one a shift.
+
+    The multiplier is 2**(31 + shift) / divisor rounded up, where 2**shift is the next power of two: it has 32 bits, and
+    a product with less than 2**31 is less than 2**(31 + shift) / divisor too large, which changes no quotient.
+    """
+    shift = (divisor - 1).bit_length()
+    multiplier = -(-(1 << (31 + shift)) // divisor)
+    return ((multiplier - (1 << 32)) << 32) + shift  # negative, so that it is int64 for every divisor
+
+
 @triton.jit
-def tile_rows(rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def divided(number, divisor):
+    """Return int32 numbers from 0 on over a `packed_divisor`, by three instructions where a division has thirty."""
+    high = tl.umulhi((number * 2).to(tl.uint32), (divisor >> 32).to(tl.uint32))
+    return (high >> (divisor.to(tl.uint32) & 31)).to(tl.int32)
+
+
+@triton.jit
+def tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS: tl.constexpr):
     """Return this program's matrix and block of columns, scalars, its rows [ROWS, 1], and which of them exist.
 
-    All but the mask are int64: offsets are made of them. The division is of 32 bits, as the grid is: 64 are slow.
+    All but the mask are int64: offsets are made of them.
     """
-    num_blocks = tl.cast((cols - 1) // BLOCK + 1, tl.int32)
-    num_tiles = tl.cast((rows - 1) // ROWS + 1, tl.int32)
     program = tl.program_id(0)
-    block = (program % num_blocks).to(tl.int64)
-    program = program // num_blocks
-    row = (program % num_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    return (program // num_tiles).to(tl.int64), block, row, row < rows
+    tile = divided(program, over_blocks)
+    matrix = divided(tile, over_tiles)
+    block = (program - tile * num_blocks).to(tl.int64)
+    row = (tile - matrix * num_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    return matrix.to(tl.int64), block, row, row < rows
 
 
 @triton.jit
-def address(table, matrix, PLACE: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the pointer in column PLACE of a matrix's row of the table, which has WIDTH columns.
+def in_row(row, stride, EIGHTS: tl.constexpr):
+    """Return the offsets of rows [ROWS, 1]; with EIGHTS they are multiples of 8, and the compiler is told so."""
+    return row * (stride // 8 * 8) if EIGHTS else row * stride
 
-    The compiler cannot see that a loaded address is a multiple of 16, without which nothing moves 16 bytes at a time.
+
+@triton.jit
+def address(table, place, COLUMN: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Return the pointer in a column of the table's row `place`, which has WIDTH columns.
+
+    The compiler cannot see that a loaded address is a multiple of ALIGNMENT bytes (1: nothing is known), without which
+    nothing moves 16 bytes at a time.
     """
-    pointer = tl.load(table + (matrix * WIDTH + PLACE)).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+    pointer = tl.load(table + (place * WIDTH + COLUMN)).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, ALIGNMENT) if ALIGNMENT > 1 else pointer
 
 
 def tl_dtype(tensor: Tensor) -> tl.dtype:
@@ -135,21 +163,57 @@ def addresses(stacks: Sequence[Tensor]) -> list[int]:
     return places
 
 
-def table_of(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return the columns as int64 [matrices, columns] on `device`, sent there without waiting for it."""
-    numbers = list(chain.from_iterable(zip(*columns, strict=True)))
+def table_of(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return the rows as int64 [matrices, columns] on `device`, sent there without waiting for it."""
+    numbers = list(chain.from_iterable(rows))
     table = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    return table.view(-1, len(columns)).to(device, non_blocking=True)
+    return table.view(len(rows), -1).to(device, non_blocking=True)
+
+
+def tables_of(
+    columns: Sequence[Sequence[int]], alignments: Mapping[int, int], device: torch.device
+) -> list[tuple[Tensor, bool]]:
+    """Return the table of the aligned matrices with True, and that of the others with False; of one kind alone, one.
+
+    One misaligned matrix thus does not take wide loads from all others of its batch. A row ends in the number that its
+    matrix has in the batch.
+
+    Args:
+        columns: of each argument the addresses, and what else a kernel reads, in the order of the batch.
+        alignments: by index of a column, what its addresses must be a multiple of, in bytes; without any, no matrix is
+            taken for aligned.
+        device: where the tables are made.
+    """
+    rows = list(zip(*columns, range(len(columns[0])), strict=True))
+    kinds: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
+    for row in rows:
+        is_aligned = bool(alignments) and not any(row[column] % multiple for column, multiple in alignments.items())
+        kinds[is_aligned].append(row)
+    if not rows:
+        return []
+    table = table_of([*kinds[True], *kinds[False]], device)
+    parts = [(table[: len(kinds[True])], True), (table[len(kinds[True]) :], False)]
+    return [(part, is_aligned) for part, is_aligned in parts if len(part)]
+
+
+def whole_eighths(*numbers: int) -> bool:
+    """Return whether columns and strides are all multiples of 8, and not all of 16, which the compiler sees itself."""
+    return all(n % 8 == 0 for n in numbers) and any(n % 16 for n in numbers)
 
 
 def launch(
     kernel: Any, matrices: Tensor, count: int, tiles: Tiling, *args: Tensor | float | None, **constants: Any
 ) -> None:
-    """Run `kernel(*args, rows, cols)` over the tiles of `count` matrices as large as those of `matrices`, there."""
+    """Run `kernel(*args, rows, cols, ...)` over the tiles of `count` matrices as large as those of `matrices`, there.
+
+    The last arguments are those of GRID.
+    """
     rows, cols = matrices.shape[-2:]
     if count * rows * cols == 0:
         return
-    grid = (count * triton.cdiv(rows, tiles.ROWS) * triton.cdiv(cols, tiles.BLOCK),)
+    num_blocks, num_tiles = triton.cdiv(cols, tiles.BLOCK), triton.cdiv(rows, tiles.ROWS)
+    split = {"num_blocks": num_blocks, "num_tiles": num_tiles}
+    split |= {"over_blocks": packed_divisor(num_blocks), "over_tiles": packed_divisor(num_tiles)}
     constants |= {**tiles._asdict(), "enable_fp_fusion": False}
     with torch.cuda.device_of(matrices):  # Triton launches on the current device, wherever its arguments are
-        kernel[grid](*args, rows=rows, cols=cols, **constants)
+        kernel[(count * num_tiles * num_blocks,)](*args, rows=rows, cols=cols, **split, **constants)

@@ -14,7 +14,7 @@ from ..codebooks import Codebook, dynamic_map, dynamic_midpoints
 from ..reference import num_blocks
 from ..reference.tiny import check_tiny
 from ..reference.update import check_rounding
-from .tiles import addresses, check_rows_contiguous, common_strides, table_of, tl_dtype
+from .tiles import addresses, check_rows_contiguous, common_strides, tables_of, tl_dtype
 from .tiny_kernel import step_tiny_kernel
 
 # Eight warps with 16 elements a thread, and 16-byte loads of the codes: 256 columns of 16 rows, 64 of 64.
@@ -112,7 +112,6 @@ def step_tiny(
     if scales is not None:
         check_rows_contiguous("scales", scales, blocks_shape)
         columns[1] = addresses(scales)
-    aligned = not any(place % 16 for column in (columns[0], *columns[2:]) for place in column)
     count = len(columns[0])
     if keys is not None:
         columns += [list(keys), [0] * count if firsts is None else list(firsts)]
@@ -126,34 +125,36 @@ def step_tiny(
     if in_memory:
         decay, scale = (torch.as_tensor(f, dtype=torch.float32, device=first.device) for f in (decay, scale))
     maxima = None if codebook is None else torch.empty(count, *blocks_shape, dtype=torch.int32, device=first.device)
+    tables = tables_of(columns, {0: 16, 2: 16, 3: 16}, first.device)
     with torch.cuda.device_of(first):  # Triton launches on the current device, wherever its arguments are
-        step_tiny_kernel[(count,)](
-            table_of(columns, first.device),
-            norms.contiguous(),
-            maxima,
-            _steps_on(first.device, tuple((a, b, c) for a, b, c in steps)),
-            skip,
-            dynamic_map(first.device) if codebook == "dynamic" else None,
-            dynamic_midpoints(first.device) if codebook == "dynamic" else None,
-            float(beta),
-            1.0 - beta,
-            decay,
-            scale,
-            len(steps),
-            cols if pitch is None else pitch,
-            *strides,
-            rows,
-            cols,
-            CODE=tl_dtype(first),
-            GRAD=tl_dtype(grads[0]),
-            PARAM=tl_dtype(params[0]),
-            ALIGNED=aligned,
-            NESTEROV=nesterov,
-            CODEBOOK=codebook,
-            IN_MEMORY=in_memory,
-            ROUNDING="stochastic" if keys is not None else "nearest" if params[0].dtype == torch.bfloat16 else None,
-            **tiles._asdict(),
-            num_stages=1,  # with loads that run ahead, 64 rows spill registers
-            maxnreg=_MAX_REGISTERS,
-            enable_fp_fusion=False,
-        )
+        for table, aligned in tables:
+            step_tiny_kernel[(len(table),)](
+                table,
+                norms.contiguous(),
+                maxima,
+                _steps_on(first.device, tuple((a, b, c) for a, b, c in steps)),
+                skip,
+                dynamic_map(first.device) if codebook == "dynamic" else None,
+                dynamic_midpoints(first.device) if codebook == "dynamic" else None,
+                float(beta),
+                1.0 - beta,
+                decay,
+                scale,
+                len(steps),
+                cols if pitch is None else pitch,
+                *strides,
+                rows,
+                cols,
+                CODE=tl_dtype(first),
+                GRAD=tl_dtype(grads[0]),
+                PARAM=tl_dtype(params[0]),
+                ALIGNMENT=16 if aligned else 1,
+                NESTEROV=nesterov,
+                CODEBOOK=codebook,
+                IN_MEMORY=in_memory,
+                ROUNDING="stochastic" if keys is not None else "nearest" if params[0].dtype == torch.bfloat16 else None,
+                **tiles._asdict(),
+                num_stages=1,  # with loads that run ahead, 64 rows spill registers
+                maxnreg=_MAX_REGISTERS,
+                enable_fp_fusion=False,
+            )

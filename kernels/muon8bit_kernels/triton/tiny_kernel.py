@@ -114,7 +114,7 @@ def step_tiny_kernel(
     CODE: tl.constexpr,
     GRAD: tl.constexpr,
     PARAM: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     NESTEROV: tl.constexpr,
     CODEBOOK: tl.constexpr,
     IN_MEMORY: tl.constexpr,
@@ -127,15 +127,16 @@ def step_tiny_kernel(
     """Step one matrix: read its momentum, iterate on the Gram matrix, then write codes, scales and parameters."""
     SMALL: tl.constexpr = HEIGHT if WIDE else WIDTH
     SQUARES: tl.constexpr = HEIGHT * WIDTH // (SMALL * SMALL)
-    COLUMNS: tl.constexpr = 6 if ROUNDING == "stochastic" else 4
+    COLUMNS: tl.constexpr = 7 if ROUNDING == "stochastic" else 5
     if skip is not None:  # noqa: SIM102  (skip, when there is one, is a pointer)
         if tl.load(skip) != 0.0:
             return
-    matrix = tl.program_id(0).to(tl.int64)
-    codes = address(table, matrix, 0, COLUMNS, CODE, ALIGNED)
-    scales = address(table, matrix, 1, COLUMNS, tl.float32, False)
-    grad = address(table, matrix, 2, COLUMNS, GRAD, ALIGNED)
-    param = address(table, matrix, 3, COLUMNS, PARAM, ALIGNED)
+    place = tl.program_id(0).to(tl.int64)
+    matrix = tl.load(table + (place * COLUMNS + COLUMNS - 1))
+    codes = address(table, place, 0, COLUMNS, CODE, ALIGNMENT)
+    scales = address(table, place, 1, COLUMNS, tl.float32, 1)
+    grad = address(table, place, 2, COLUMNS, GRAD, ALIGNMENT)
+    param = address(table, place, 3, COLUMNS, PARAM, ALIGNMENT)
     decay_value = tl.load(decay) if IN_MEMORY else tl.cast(decay, tl.float32)  # torch.compile passes scalars as fp64
     scale_value = tl.load(scale) if IN_MEMORY else tl.cast(scale, tl.float32)
     inverse = inverse_of(tl.load(norms + matrix))
@@ -206,8 +207,8 @@ def step_tiny_kernel(
             decayed = widened(tl.load(places, mask, other=0.0)) * decay_value
             updated = tl.where(scale_value == 0.0, decayed, decayed - direction * scale_value)
             if ROUNDING == "stochastic":
-                key = tl.load(table + (matrix * COLUMNS + 4)).to(tl.int32)
-                index = tl.load(table + (matrix * COLUMNS + 5)) + (row * pitch + col)
+                key = tl.load(table + (place * COLUMNS + 4)).to(tl.int32)
+                index = tl.load(table + (place * COLUMNS + 5)) + (row * pitch + col)
                 updated = to_bf16(updated, index, key, ROUNDING)
             elif ROUNDING == "nearest":
                 updated = to_bf16(updated, 0, 0, ROUNDING)

@@ -15,7 +15,20 @@ from torch import Tensor
 
 from ..random_bits import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2
 from ..reference.update import check_rounding
-from .tiles import address, addresses, common_strides, launch, lies_across, table_of, tile_rows, tiling, tl_dtype
+from .tiles import (
+    GRID,
+    address,
+    addresses,
+    common_strides,
+    in_row,
+    launch,
+    lies_across,
+    tables_of,
+    tile_rows,
+    tiling,
+    tl_dtype,
+    whole_eighths,
+)
 
 _WORD_1, _WORD_2, _ADDED = tl.constexpr(WORD_1), tl.constexpr(WORD_2), tl.constexpr(ADDED)
 _FINAL_1, _FINAL_2, _NUM_BYTES = tl.constexpr(FINAL_1), tl.constexpr(FINAL_2), tl.constexpr(NUM_BYTES)
@@ -66,7 +79,7 @@ def to_bf16(values, indices, key, ROUNDING: tl.constexpr):
     return cut.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["pitch"])
+@triton.jit(do_not_specialize=["pitch", *GRID])
 def _update_kernel(
     table,
     decay,
@@ -79,20 +92,26 @@ def _update_kernel(
     direction_col_stride,
     rows,
     cols,
+    num_blocks,
+    num_tiles,
+    over_blocks,
+    over_tiles,
     PARAM: tl.constexpr,
     DIRECTION: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    DIRECTION_ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    EIGHTS: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    matrix, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
-    WIDTH: tl.constexpr = 4 if ROUNDING == "stochastic" else 2
-    param = address(table, matrix, 0, WIDTH, PARAM, ALIGNED) + row * param_row_stride
-    direction = address(table, matrix, 1, WIDTH, DIRECTION, DIRECTION_ALIGNED) + row * direction_row_stride
+    if EIGHTS:
+        cols = cols // 8 * 8
+    place, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
+    WIDTH: tl.constexpr = 5 if ROUNDING == "stochastic" else 3
+    param = address(table, place, 0, WIDTH, PARAM, ALIGNMENT) + in_row(row, param_row_stride, EIGHTS)
+    direction = address(table, place, 1, WIDTH, DIRECTION, ALIGNMENT) + in_row(row, direction_row_stride, EIGHTS)
     decay_value = tl.load(decay) if IN_MEMORY else tl.cast(decay, tl.float32)  # torch.compile passes scalars as fp64
     scale_value = tl.load(scale) if IN_MEMORY else tl.cast(scale, tl.float32)
     # Only the stores depend on the flag: the loads need not wait for its value.
@@ -104,8 +123,8 @@ def _update_kernel(
     decayed = old * decay_value
     new = tl.where(scale_value == 0.0, decayed, decayed - step * scale_value)
     if ROUNDING == "stochastic":
-        key = tl.load(table + (matrix * 4 + 2)).to(tl.int32)
-        index = tl.load(table + (matrix * 4 + 3)) + (row * pitch + col)
+        key = tl.load(table + (place * WIDTH + 2)).to(tl.int32)
+        index = tl.load(table + (place * WIDTH + 3)) + (row * pitch + col)
         new = to_bf16(new, index, key, ROUNDING)
     elif ROUNDING == "nearest":
         new = to_bf16(new, 0, 0, ROUNDING)
@@ -114,7 +133,7 @@ def _update_kernel(
     tl.store(param + col * param_col_stride, new, writes & (col < cols))
 
 
-@triton.jit(do_not_specialize=["key", "first"])
+@triton.jit(do_not_specialize=["key", "first", *GRID])
 def _round_stochastic_kernel(
     values,
     out,
@@ -122,11 +141,15 @@ def _round_stochastic_kernel(
     first,
     rows,
     cols,
+    num_blocks,
+    num_tiles,
+    over_blocks,
+    over_tiles,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    _, block, row, row_mask = tile_rows(rows, cols, ROWS, BLOCK)
+    _, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
     col = block * BLOCK + tl.arange(0, COLS)[None, :]
     mask, index = row_mask & (col < cols), row * cols + col
     new = to_bf16(tl.load(values + index, mask, other=0.0), tl.cast(first, tl.int64) + index, key, "stochastic")
@@ -178,25 +201,28 @@ def update_params(
     if in_memory:
         decay, scale = (torch.as_tensor(f, dtype=torch.float32, device=first.device) for f in (decay, scale))
     across = lies_across(param_strides) or lies_across(direction_strides)
-    launch(
-        _update_kernel,
-        first,
-        count,
-        tiling(shape, _PIECE_COLUMNS if across else _TILE_COLUMNS),
-        table_of(columns, first.device),
-        decay,
-        scale,
-        skip,
-        shape[1] if pitch is None else pitch,
-        *param_strides,
-        *direction_strides,
-        PARAM=tl_dtype(first),
-        DIRECTION=tl_dtype(stacks[0]),
-        ALIGNED=not any(place % 16 for place in columns[0]),
-        DIRECTION_ALIGNED=not any(place % 16 for place in columns[1]),
-        IN_MEMORY=in_memory,
-        ROUNDING="stochastic" if keys is not None else "nearest" if first.dtype == torch.bfloat16 else None,
-    )
+    eights = whole_eighths(shape[1], param_strides[0], direction_strides[0])
+    alignments = {0: 16, 1: 16} if across or shape[1] % 8 == 0 else {}
+    for table, aligned in tables_of(columns, alignments, first.device):
+        launch(
+            _update_kernel,
+            first,
+            len(table),
+            tiling(shape, _PIECE_COLUMNS if across else _TILE_COLUMNS),
+            table,
+            decay,
+            scale,
+            skip,
+            shape[1] if pitch is None else pitch,
+            *param_strides,
+            *direction_strides,
+            PARAM=tl_dtype(first),
+            DIRECTION=tl_dtype(stacks[0]),
+            ALIGNMENT=16 if aligned else 1,
+            EIGHTS=eights,
+            IN_MEMORY=in_memory,
+            ROUNDING="stochastic" if keys is not None else "nearest" if first.dtype == torch.bfloat16 else None,
+        )
 
 
 def round_stochastic(values: Tensor, *, key: int, first: int = 0) -> Tensor:
