@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 _FORMAT = ("bits", "codebook", "block_size", "adamw_bits")
 _DESCRIPTION = """Write the checkpoint of an optimizer in another format. IN is a file of torch.save, such as
 Accelerate's optimizer.bin, or a folder of torch.distributed.checkpoint, and is not changed; OUT, of the same kind,
-must not exist, and appears when it is complete; of a folder it has the optimizer only. Tensors are converted one by
-one, so checkpoints larger than memory work."""
+must not exist, and appears when it is complete. Of a file that holds more, such as {"model": ..., "optimizer": ...},
+OUT has all else as it was; of a folder it has the optimizer only. Tensors are converted one by one, so checkpoints
+larger than memory work."""
 
 
 def add_parser(subparsers: _Subparsers) -> None:
@@ -29,7 +30,7 @@ def add_parser(subparsers: _Subparsers) -> None:
         "source",
         metavar="IN",
         type=Path,
-        help="an optimizer's state dict, alone in a file or under any key of a folder",
+        help="an optimizer's state dict, alone in a file or under any key of a file or folder",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="the file or folder to write")
     parser.add_argument("--bits", type=int, choices=BITS, help="of the momentum; default: as saved, 8 for imports")
@@ -102,19 +103,29 @@ def _convert(args: argparse.Namespace) -> None:
     with files.appearing(args.out) as (beside, scratch_folder):
         scratch = folders.Scratch(scratch_folder)
 
-        def read(path: Path | None) -> tuple[Any, tuple[str, ...]]:
+        def read(path: Path | None) -> tuple[Any, Any, tuple[Any, ...]]:
+            """Return an optimizer, what holds it, and the keys under which it lies there."""
             if path is None:
-                return None, ()
-            return folders.read(path, scratch) if path.is_dir() else (files.read(path), ())
+                return None, None, ()
+            if path.is_dir():
+                inside, root = folders.read(path, scratch)
+                return inside, None, root
+            loaded = files.read(path)
+            keys = files.optimizer_inside(path, loaded)
+            return files.at(loaded, keys), loaded, keys
 
-        (saved, root), (adamw, _), (like, _) = read(args.source), read(args.adamw), read(args.like)
+        (saved, whole, keys), (adamw, *_), (like, *_) = read(args.source), read(args.adamw), read(args.like)
         names = None if args.names is None else _names(args.names)
         options: dict[str, Any] = {key: getattr(args, key) for key in (*_FORMAT, "momentum", "target", "drop_moved")}
         options |= {"source": args.dialect, "like": like, "names": names}
         saved = saved if adamw is None else {"muon": saved, "adamw": adamw}
         try:
             if is_folder:
-                folders.write(convert_state_dict(saved, keep=scratch.copy, **options), root, beside)
+                folders.write(convert_state_dict(saved, keep=scratch.copy, **options), keys, beside)
+            elif keys:
+                converted = convert_state_dict(saved, keep=scratch.copy, **options)
+                files.save(files.replaced(whole, keys, converted), beside)
+                warnings.warn(f"the optimizer under {files.place(keys)} was converted, all else kept", stacklevel=1)
             else:
                 with files.written(beside) as writer:
                     writer.finish(convert_state_dict(saved, keep=writer.keep, **options))

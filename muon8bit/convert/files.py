@@ -7,6 +7,7 @@ needs all tensors at once.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import io
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +26,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+Keys = tuple[Any, ...]  # keys, from the outside to the inside
+_PARTS = {"muon", "adamw"}
 _ALIGNMENT = 64  # bytes, torch.save's
 _ZIP64_EXTRA = 20  # bytes that zipfile adds to the header of every record that may be large
 _STORAGES: dict[torch.dtype, type] = {
@@ -67,6 +70,81 @@ def read(path: Path) -> Any:
     except Exception as error:  # whatever torch meets in a zip archive that is none of its own
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read by torch.load with weights_only=True: {reason}") from error
+
+
+def optimizer_inside(path: Path, loaded: Any) -> Keys:
+    """Return the keys under which a loaded file has its optimizer, none where it is one or has none.
+
+    State dicts under 'muon' and 'adamw' beside nothing else are one optimizer.
+
+    Raises:
+        ValueError: for several optimizers; it names their keys.
+    """
+    found = list(_state_dicts(loaded, ()))
+    parents = {keys[:-1] for keys in found}
+    if len(parents) == 1 and found != [()]:
+        (parent,) = parents
+        beside = at(loaded, parent)
+        if isinstance(beside, Mapping) and beside.keys() <= _PARTS:
+            return parent
+    if len(found) > 1:
+        places = ", ".join(map(place, found))
+        raise ValueError(f"{path} holds {len(found)} optimizers ({places}): save the one to convert alone in a file")
+    return found[0] if found else ()
+
+
+def _state_dicts(value: Any, keys: Keys) -> Iterator[Keys]:
+    """Yield the keys under which nested dicts, lists and tuples hold optimizers' state dicts."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("state"), Mapping) and isinstance(value.get("param_groups"), list | tuple):
+            yield keys
+            return
+        items: Iterable[tuple[Any, Any]] = value.items()
+    else:
+        items = enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        yield from _state_dicts(item, (*keys, key))
+
+
+def at(value: Any, keys: Keys) -> Any:
+    """Return what nested containers hold under these keys."""
+    for key in keys:
+        value = value[key]
+    return value
+
+
+def replaced(value: Any, keys: Keys, new: Any) -> Any:
+    """Return a copy of nested containers with another value under these keys; all else is shared."""
+    if not keys:
+        return new
+    inner = replaced(value[keys[0]], keys[1:], new)
+    if isinstance(value, tuple):
+        return (*value[: keys[0]], inner, *value[keys[0] + 1 :])
+    result = copy.copy(value)
+    result[keys[0]] = inner
+    return result
+
+
+def place(keys: Keys) -> str:
+    """Return keys as messages show them: `optimizer_states[0]`."""
+    return "".join(f"[{key!r}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+
+
+def save(structure: Any, path: Path) -> None:
+    """Write what has other tensors than an optimizer's by torch.save, which keeps what shares memory, and strides.
+
+    Raises:
+        OSError: such as for a full disk.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(structure, file)
+        except RuntimeError as error:  # of torch's writer, after the file's own error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -49,6 +49,9 @@ def assert_equal(left, right):
         assert left.keys() == right.keys()
         for key in right:
             assert_equal(left[key], right[key])
+    elif isinstance(right, list):
+        for one, other in zip(left, right, strict=True):
+            assert_equal(one, other)
     else:
         assert left == right
 
@@ -142,6 +145,78 @@ def test_a_run_starts_from_adamws_file(tmp_path, run, make):
     assert "2 parameters start with its exp_avg as their first momentum, 2 keep its moments" in outcome.out
     expected = quietly(adamw.state_dict(), source="adamw", like=ours, names=list(params))
     assert_equal(torch.load(tmp_path / "out.pt", weights_only=True), expected)
+
+
+# --- a file that holds more than the optimizer ------------------------------------------------------------------------
+
+
+def whole_checkpoint(inner):
+    """What a loop saves beside an optimizer: tied weights, a transposed one, a mask, bfloat16, a schedule, numbers."""
+    model = torch.nn.Linear(8, 16)
+    weights = model.state_dict()
+    weights |= {"tied": weights["weight"], "turned": torch.arange(12.0).view(3, 4).T, "mask": torch.ones(3).bool()}
+    weights["half"] = torch.ones(3, dtype=torch.bfloat16)
+    return {"model": weights, **inner, "schedule": {"last_epoch": 3}, "rng": torch.get_rng_state(), "epoch": 3}
+
+
+@pytest.mark.parametrize("place", ["optimizer", "trainer.optimizer", "optimizer_states[0]"])
+def test_the_optimizer_inside_a_file_is_converted_and_all_else_is_kept(tmp_path, run, place):
+    state_dict = saved(tmp_path / "alone.pt")
+    inner = {"optimizer": {"optimizer": state_dict}, "trainer.optimizer": {"trainer": {"optimizer": state_dict}}}
+    before = whole_checkpoint(inner.get(place, {"optimizer_states": [state_dict]}))
+    torch.save(before, tmp_path / "in.pt")
+    outcome = run(tmp_path / "in.pt", tmp_path / "out.pt", "--bits", 32)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"the optimizer under {place} was converted, all else kept" in outcome.out
+    for mmap in (True, False):
+        after = torch.load(tmp_path / "out.pt", weights_only=True, mmap=mmap)
+        wanted = quietly(state_dict, bits=32)
+        inner = {"optimizer": {"optimizer": wanted}, "trainer.optimizer": {"trainer": {"optimizer": wanted}}}
+        assert_equal(after, {**before, **inner.get(place, {"optimizer_states": [wanted]})})
+        assert list(after) == list(before)
+        assert after["model"]._metadata == before["model"]._metadata
+        assert after["model"]["tied"].data_ptr() == after["model"]["weight"].data_ptr()
+        assert after["model"]["turned"].stride() == (1, 4)
+    check_nothing_written(tmp_path, "alone.pt", "in.pt", "out.pt")
+
+
+def test_a_file_of_an_adamws_loop_becomes_one_of_muon8bits(tmp_path, run):
+    """IN and --like may both hold more, and torch's pair of state dicts is one optimizer."""
+    params = torch_params()
+    adamw, pair, ours = torch.optim.AdamW([*params.items()], lr=1e-2), torch_pair(params), ours_for(params)
+    torch_train(params, [adamw, *pair], 1, seed=1)
+    torch.save({"optimizer": ours.state_dict()}, tmp_path / "like.pt")
+    for source, state_dict in (("adamw", adamw.state_dict()), ("torch", both(pair))):
+        torch.save(before := whole_checkpoint({"optimizer": state_dict}), tmp_path / f"{source}.pt")
+        arguments = ["--from", source, "--like", tmp_path / "like.pt"]
+        assert run(tmp_path / f"{source}.pt", tmp_path / f"{source}.out", *arguments).code == 0
+        wanted = {**before, "optimizer": quietly(state_dict, source=source, like=ours)}
+        assert_equal(torch.load(tmp_path / f"{source}.out", weights_only=True), wanted)
+    torch.save({"muon": pair[0].state_dict()}, tmp_path / "muon.pt")
+    assert run(tmp_path / "muon.pt", tmp_path / "muon.out", "--from", "torch").code == 0
+    assert torch.load(tmp_path / "muon.out", weights_only=True).keys() == {"state", "param_groups"}
+
+
+def test_moved_parameters_are_dropped_by_an_option(tmp_path, run):
+    state_dict = saved(tmp_path / "in.pt")
+    params, _ = make()
+    muon, other = [{"params": [(n, params[n]) for n in names.split()]} for names in ("a", "b narrow embed bias")]
+    like = Muon8bit([muon, {**other, "algorithm": "adamw", "lr": 1e-2}], lr=0.02)
+    torch.save(like.state_dict(), tmp_path / "like.pt")
+    arguments = (tmp_path / "in.pt", tmp_path / "out.pt", "--like", tmp_path / "like.pt")
+    check_refused(run(*arguments), "b was stepped by muon", "--drop-moved")
+    outcome = run(*arguments, "--drop-moved")
+    assert outcome.code == 0, outcome
+    assert "without their state, as it is another algorithm's: b (from muon to adamw), narrow" in outcome.out
+    assert_equal(torch.load(tmp_path / "out.pt", weights_only=True), quietly(state_dict, like=like, drop_moved=True))
+
+
+def test_a_file_with_several_optimizers_is_refused(tmp_path, run):
+    state_dict = saved(tmp_path / "alone.pt")
+    torch.save({"generator": state_dict, "critics": [{}, state_dict]}, tmp_path / "in.pt")
+    refused = run(tmp_path / "in.pt", tmp_path / "out.pt", "--bits", 32)
+    check_refused(refused, "in.pt holds 2 optimizers (generator, critics[1]): save the one to convert alone")
+    check_nothing_written(tmp_path, "alone.pt", "in.pt")
 
 
 def test_names_that_are_no_text_are_refused_with_their_file(tmp_path, run):
@@ -331,11 +406,13 @@ def test_an_accelerate_checkpoint_is_converted_where_it_lies(tmp_path, run):
     assert_equal(other.state_dict()["state"], expected["state"])
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", "folder", "more"])
 @pytest.mark.parametrize("limit", [100, 900, 3000])
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, run, kind, limit):
     """The system refuses to write on after so many bytes of a file, as it does on a full disk."""
-    saved(tmp_path / "in") if kind == "file" else folder(tmp_path / "in")
+    folder(tmp_path / "in") if kind == "folder" else saved(tmp_path / "in")
+    if kind == "more":
+        torch.save(whole_checkpoint({"optimizer": torch.load(tmp_path / "in", weights_only=True)}), tmp_path / "in")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
