@@ -48,7 +48,7 @@ class Compiled:
         return sum(number for name, number in self.instructions.items() if re.fullmatch(pattern, name))
 
 
-class _Driver:
+class StandInDriver:
     """Stands for Triton's driver: a GPU of `target` is there. Kernels are kept by device."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -72,7 +72,7 @@ def binary_of(call: Callable[[], None], target: str) -> Any:
         binaries.append(run(kernel, *args, warmup=True, **kwargs))
         return binaries[-1]
 
-    triton.runtime.driver.set_active(_Driver(TARGETS[target]))
+    triton.runtime.driver.set_active(StandInDriver(TARGETS[target]))
     with mock.patch.object(triton.JITFunction, "run", compile_only):
         call()
     (binary,) = binaries

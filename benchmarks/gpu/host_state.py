@@ -28,9 +28,10 @@ _COPY_BYTES, _DRY_COPY_BYTES = 2**28, 2**12
 
 def host_state(clock: Clock, record: Record) -> None:
     """Measure the rates of the bus, then each model's hidden matrices."""
-    _rates(clock, record)
+    if record.begins("host", COPY):
+        _rates(clock, record)
     for workload in workloads(record.dry):
-        if workload.name not in MODELS:
+        if workload.name not in MODELS or not record.begins("host", workload.name):
             continue
         print(f"host: {workload.name}", flush=True)
         tensors = Tensors.random(workload.shapes, clock.device)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -12,6 +14,7 @@ import torch
 from benchmarks.gpu.record import DRY, Record
 from muon8bit.orthogonalize import (
     RATES,
+    Rates,
     choose_method,
     device_kind,
     flops,
@@ -50,13 +53,17 @@ def products(clock: Clock, record: Record) -> None:
     for n in tuple(size // 32 for size in SIZES[:3]) if dry else SIZES:
         for batch in sorted({1, 2 if dry else max(1, min(LARGEST_BATCH, BATCH_ELEMENTS // n**2))}):
             for name, dtype in DTYPES.items():
+                case = f"{name}, {batch} x {n}"
+                if not record.begins("products", case):
+                    continue
                 arms = [VENDOR, SYMMETRIC] if name in HALF else [VENDOR]
                 makers = {
                     arm: partial(product_job, clock.device, dtype, batch, n, n, symmetric=arm == SYMMETRIC)
                     for arm in arms
                 }
                 results = clock.turns(makers, rounds=1 if dry else 3, repeats=1 if dry else 5, warm_up=2, queued=True)
-                _add_products(record, f"{name}, {batch} x {n}", batch * 2 * n**3, results)
+                _add_products(record, case, batch * 2 * n**3, results)
+                record.write()
 
 
 def _add_products(record: Record, case: str, operations: int, results: dict[str, Result]) -> None:
@@ -73,6 +80,9 @@ def paths(clock: Clock, record: Record) -> None:
     kind = device_kind(clock.device)
     dtype = torch.float16 if clock.device.type == "cuda" else torch.float32
     for batch, rows, cols in [(2, r // 32, c // 32) for _, r, c in PATH_SHAPES] if record.dry else PATH_SHAPES:
+        case = f"{batch} x ({rows}, {cols})"
+        if not record.begins("paths", case):
+            continue
         makers, chosen = {}, {}
         for form in ("standard", "gram"):
             for made_by in dict.fromkeys((VENDOR, rates_of(kind).symmetric_kind or VENDOR)):
@@ -83,7 +93,6 @@ def paths(clock: Clock, record: Record) -> None:
         dry = record.dry
         results = clock.turns(makers, rounds=1 if dry else 3, repeats=1 if dry else 5, warm_up=2, queued=True)
         for arm, result in results.items():
-            case = f"{batch} x ({rows}, {cols})"
             record.measured("paths", case, arm, "time", result.problem or result.ms, "ms", str(dtype))
             path = chosen[arm]
             whole = batch * flops(path.form, rows, cols, 5, num_segments=max(1, len(path.segments)))
@@ -91,15 +100,29 @@ def paths(clock: Clock, record: Record) -> None:
                 record.measured(
                     "paths", case, arm, "rate", whole / result.ms / 1e9, "TFLOP/s", "of products made whole"
                 )
+        record.write()
 
 
 def install(clock: Clock, record: Record) -> None:
-    """Measure the row of RATES of this device, as `muon8bit tune` does, and install it: later sections choose by it.
+    """Install the row of RATES of this device, as `muon8bit tune` measures it: later sections choose by it.
 
-    A dry run measures tiny sizes and installs nothing.
+    It is the row of an earlier call of the day, if there is one, so that all calls choose alike. A dry run measures
+    tiny sizes and installs nothing.
     """
     kind = device_kind(clock.device)
+    known = record.text("rates", "row as JSON", kind, "tune")
+    if known != "-" and not record.dry:
+        RATES[kind] = _row_of(known)
+        return
     row = measure(clock, kind, DRY_PLAN if record.dry else None)
     if not record.dry:
         RATES[kind] = row
+    record.restart("rates")
     record.measured("rates", kind, "tune", "row", DRY if record.dry else repr(row), "", "installed for what follows")
+    text = json.dumps(asdict(row))
+    record.measured("rates", kind, "tune", "row as JSON", DRY if record.dry else text, "")
+
+
+def _row_of(text: str) -> Rates:
+    values = json.loads(text).items()
+    return Rates(**{k: tuple(tuple(pair) for pair in v) if isinstance(v, list) else v for k, v in values})

@@ -110,16 +110,23 @@ def momentum(clock: Clock, record: Record, rates: dict[str, float]) -> None:
     books: tuple[Codebook | None, ...] = ("linear", "dynamic", None)
     for codebook in books:
         makers, sizes = {}, BLOCK_SIZES if codebook else BLOCK_SIZES[-2:-1]
+        if not record.begins("momentum", _case(codebook, sizes[0])):
+            continue
         for size in sizes:
             for phase in ("stats", "apply"):
                 makers[f"{phase} {size}"] = partial(_momentum_job, clock.device, phase, codebook, size, count, side)
         results = clock.turns(makers, rounds=1 if dry else 3, repeats=1 if dry else 10, warm_up=2, queued=True)
         for size in sizes:
-            case = f"{codebook}, blocks of {size}" if codebook else "fp32"
+            case = _case(codebook, size)
             least = momentum_bytes(count * side * side, side, size, codebook)
             for phase in ("stats", "apply"):
                 _bandwidth(record, case, phase, least[phase], results[f"{phase} {size}"], rates)
             _bandwidth_of_both(record, case, sum(least.values()), results, size, rates)
+        record.write()
+
+
+def _case(codebook: Codebook | None, size: int) -> str:
+    return f"{codebook}, blocks of {size}" if codebook else "fp32"
 
 
 def _bandwidth(record: Record, case: str, phase: str, num_bytes: int, result: Result, rates: dict[str, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -29,11 +30,18 @@ class Record:
     """Rows in the order they came, written to `path` after each section.
 
     With `dry` every measured figure is written as "dry run". Rows of sections that are not run again are kept, so
-    that one day's run can be made in several calls.
+    that one day's run can be made in several calls. With a limit, a call begins no case that could outlast it, and the
+    next call goes on with the cases that are left.
+
+    Attributes:
+        left: sections with cases that did not fit into the limit.
     """
 
-    def __init__(self, path: Path, dry: bool) -> None:
+    def __init__(self, path: Path, dry: bool, limit_s: float | None = None) -> None:
         self.path, self.dry, self.rows = path, dry, list[Measurement]()
+        self.left: list[str] = []
+        self._limit_s, self._start, self._longest = limit_s, time.monotonic(), 0.0
+        self._case_start: float | None = None
         if path.exists():
             with path.open(newline="") as file:
                 self.rows = [Measurement(**row) for row in csv.DictReader(file)]
@@ -56,6 +64,25 @@ class Record:
     def failed(self) -> bool:
         """Return whether an arm raised."""
         return any(row.value.startswith(FAILED) for row in self.rows)
+
+    def begins(self, section: str, case: str) -> bool:
+        """Return whether a case is to be run now; not if it has been or, with a limit, the time is too short.
+
+        What an earlier case of this call took is what this one is given.
+        """
+        now = time.monotonic()
+        if self._case_start is not None:
+            self._longest = max(self._longest, now - self._case_start)
+            self._case_start = None
+        rows = [row for row in self.rows if (row.section, row.case) == (section, case)]
+        if rows and not any(row.value.startswith(FAILED) for row in rows):
+            return False
+        if self._limit_s is not None and now - self._start + self._longest > self._limit_s:
+            self.left += [section] * (section not in self.left)
+            return False
+        self.rows = [row for row in self.rows if row not in rows]
+        self._case_start = now
+        return True
 
     def restart(self, section: str) -> None:
         """Forget what an earlier call found in this section."""

@@ -35,13 +35,41 @@ def markdown(record: Record) -> str:
     parts.append(
         _table(["target", "asked", "reached", ""], [(v.name, v.target, v.reached, v.verdict) for v in verdicts(record)])
     )
-    sections = (_ceilings, _steps, _shapes, _host, _momentum, _products, _paths)
+    sections = (_first, _ceilings, _steps, _shapes, _memory, _host, _momentum, _products, _paths, _recipes)
     parts += [part for section in sections for part in section(record)]
     return "\n".join(parts)
 
 
+def _first(record: Record) -> list[str]:
+    rows = record.find("first", "verdict")
+    if not rows:
+        return []
+    lines = [[row.case, row.value, _short(record.text("first", "time", row.case, ""))] for row in rows]
+    return ["## Checks of the first call\n", _table(["", "", "s, compilation included"], lines)]
+
+
+def _memory(record: Record) -> list[str]:
+    cases = _cases(record, "memory")
+    if not cases:
+        return []
+    arms = list(dict.fromkeys(row.arm for row in record.find("memory", "extra memory")))
+    lines = [[case, *[_short(record.text("memory", "extra memory", case, arm)) for arm in arms]] for case in cases]
+    return ["## Peak inside `step()`, MiB\n", _table(["", *arms], lines)]
+
+
+def _recipes(record: Record) -> list[str]:
+    rows = record.find("recipes", "peak")
+    if not rows:
+        return []
+    head = ["recipe", "optimizer", "peak, GiB", "estimate, GiB"]
+    lines = [[r.case, r.arm, _short(r.value), _short(record.text("recipes", "estimate", r.case, r.arm))] for r in rows]
+    return ["## Peaks of the recipes of record\n", _table(head, lines)]
+
+
 def _ceilings(record: Record) -> list[str]:
     rows = record.find("ceilings", "rate")
+    if not rows:
+        return []
     return [
         "## Ceilings\n",
         _table(["", "rate", ""], [(r.case, _short(r.value, ".4g"), f"{r.unit}, {r.note}") for r in rows]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks.gpu.optimizers import ARMS, DYNAMIC, LINEAR, MUON_BF16, Tensors, make_job
+from benchmarks.gpu.optimizers import ARMS, BITS32, DYNAMIC, LINEAR, MUON_BF16, Tensors, make_job
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.roofline import count
 from benchmarks.gpu.workloads import Workload, shape_classes, workloads
@@ -19,6 +19,8 @@ _LONG_FLOPS = 1e14
 def steps(clock: Clock, record: Record, rates: dict[str, float]) -> None:
     """Measure times, host times and extra memory of every arm on every workload, and add the floor."""
     for workload in workloads(record.dry):
+        if not record.begins("steps", workload.name):
+            continue
         print(f"steps: {workload.name}", flush=True)
         results = _run(clock, record, workload, list(ARMS))
         _add("steps", record, workload, results)
@@ -47,9 +49,24 @@ def steps(clock: Clock, record: Record, rates: dict[str, float]) -> None:
 def shapes(clock: Clock, record: Record) -> None:
     """Measure each distinct shape alone: no class may be slower than torch.optim.Muon."""
     for workload in shape_classes(record.dry):
+        if not record.begins("shapes", workload.name):
+            continue
         results = _run(clock, record, workload, [LINEAR, DYNAMIC, MUON_BF16])
         _add("shapes", record, workload, results)
-    record.write()
+        record.write()
+
+
+def memory(clock: Clock, record: Record) -> None:
+    """Measure the peak inside `step()` of ours and torch.optim.Muon on every workload, without timing."""
+    for workload in workloads(record.dry):
+        if not record.begins("memory", workload.name):
+            continue
+        tensors = Tensors.random(workload.shapes, clock.device)
+        makers = {name: partial(make_job, ARMS[name], tensors) for name in (LINEAR, DYNAMIC, BITS32, MUON_BF16)}
+        for name, result in clock.turns(makers, rounds=1, repeats=1).items():
+            extra = result.problem or result.extra_bytes / 2**20
+            record.measured("memory", workload.name, name, "extra memory", extra, "MiB", "peak inside step()")
+        record.write()
 
 
 def _run(clock: Clock, record: Record, workload: Workload, names: list[str]) -> dict[str, Result]:

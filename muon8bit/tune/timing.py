@@ -24,7 +24,7 @@ FAILED = "failed"  # how the words begin that stand for the figures of an arm th
 
 
 @contextmanager
-def _poisoned() -> Iterator[None]:
+def poisoned() -> Iterator[None]:
     """Make torch.empty give NaN (integers: their largest value), so that what is read without being written shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -150,7 +150,7 @@ class Clock:
             times = [self.measure(job.run, queued) for _ in range(repeats)]
             if self._cuda:
                 result.extra_bytes = max(result.extra_bytes, torch.cuda.max_memory_allocated(self.device) - before)
-            with _poisoned():
+            with poisoned():
                 job.run()
             job.check()
         except UnavailableError as reason:

@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import re
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
+from muon8bit_kernels import reference
 
-from benchmarks.gpu import run
+from benchmarks.gpu import first, gpu_tests, products, recipes, run
 from benchmarks.gpu.acceptance import verdicts
+from benchmarks.gpu.first_cases import CASES, Found, compare
 from benchmarks.gpu.optimizers import ARMS, LINEAR, MUON_BF16
 from benchmarks.gpu.predicted import Prediction, alone, ceiling, predict
 from benchmarks.gpu.rates import momentum_bytes
 from benchmarks.gpu.record import DRY, Record
 from benchmarks.gpu.roofline import count
 from benchmarks.gpu.workloads import LORA, MODELS, MOE, workloads
+from muon8bit.orthogonalize import RATES
 
 ROOT = Path(run.__file__).parents[2]
 
 
+def environment() -> dict[str, str]:
+    """As on a machine where nothing of this is installed: the bare tree."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+
+
 def dry(folder: Path) -> tuple[list[object], dict[str, str]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", folder]
-    return command, environment
+    return [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", folder], environment()
+
+
+def dry_first(folder: Path) -> tuple[list[object], dict[str, str]]:
+    return [sys.executable, "-m", "benchmarks.gpu", "--first", "--dry-run", "--out", folder], environment()
+
+
+def compilations(_folder: Path) -> tuple[list[object], dict[str, str]]:
+    return [sys.executable, "-m", "benchmarks.gpu.compilations"], environment()
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +185,202 @@ def test_default_table_of_sm90_predicts_its_targets():
         assert 1.9 < whole.flop_ratio <= ceiling(matrices) == pytest.approx(most, abs=0.006)
         assert min(part.time_ratio for part in parts.values()) >= 1
         assert min(alone(*shape, "cuda_sm90") for shape in matrices) >= 1
+
+
+@pytest.mark.background(command=dry_first)
+def test_first_call_goes_through_every_check(background):
+    result, folder = background(dry_first)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (table,) = folder.glob("*.csv")
+    verdicts = {row.case: row.value for row in Record(table, dry=True).find("first", "verdict")}
+    assert verdicts == dict.fromkeys(first.checks(), "passed")
+    assert "## Checks of the first call" in table.with_suffix(".md").read_text()
+
+
+def test_a_call_runs_its_sections_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--memory", "--dry-run", "--out", str(tmp_path)])
+    monkeypatch.setattr(products, "measure", lambda *_: RATES["cpu"])  # the whole dry run does it
+    assert run.main() == 0
+    (table,) = tmp_path.glob("*.csv")
+    record = Record(table, dry=True)
+    assert {row.section for row in record.rows} == {"about", "rates", "memory", "host"}
+    assert {row.case for row in record.find("memory", "extra memory")} == {*MODELS, LORA, MOE}
+    assert set(run.CALLS) == {"first", "tests", "rates", "steps", "memory", "recipes"}
+
+
+@pytest.mark.background(command=compilations)
+def test_first_call_compiles_every_kernel_and_at_most_eighty(background):
+    pytest.importorskip("triton")
+    result, _ = background(compilations)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("    ")]
+    assert lines[-1] == f"{len(listed)} compilations"
+    assert 40 <= len(listed) <= 80
+    kernels = "".join(path.read_text() for path in (ROOT / "kernels/muon8bit_kernels/triton").glob("*.py"))
+    assert set(listed) == set(re.findall(r"^def (\w+_kernel)\(", kernels, re.MULTILINE))
+    assert all("*u1" not in line for line in lines)  # flags are fp32
+
+
+def test_a_bit_that_differs_is_found_and_named():
+    case = next(case for case in CASES if case.name == "momentum linear")
+    ours, theirs = (case.run(reference, torch.device("cpu"), True) for _ in range(2))
+    compare(ours, theirs)
+    ours.exact["codes"][1, 2, 3] ^= 1
+    with pytest.raises(ValueError, match="codes: 1 of"):
+        compare(ours, theirs)
+    for value in (torch.nan, 1.1):
+        with pytest.raises(ValueError, match="sum: relative difference"):
+            compare(Found(close={"sum": (torch.tensor([value]), 1e-2)}), Found(close={"sum": (torch.ones(1), 1e-2)}))
+
+
+def test_a_check_without_its_package_is_skipped_and_one_that_fails_is_told(capsys):
+    def lacks(*_):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    def fails(*_):
+        raise ValueError("codes: 3 of 5")
+
+    device = torch.device("cpu")
+    assert first.run_check(lacks, device, True) == "skipped: needs transformers"
+    assert first.run_check(fails, device, True) == "failed: ValueError: codes: 3 of 5"
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_checks_behind_one_that_fails_or_ends_its_process_are_run_in_another(tmp_path, monkeypatch):
+    """Three processes: the first fails at b, the second dies in c, the third does the rest until the time is over."""
+    told, starts = [], []
+    written = iter([[("a", "passed"), ("b", "failed: X")], [], [("d", "passed")]])
+    ends = iter(["ended with 1", "ended with -11", first.UNFINISHED])
+
+    def process(self, out, log):
+        starts.append(list(self.names))
+        log.write_text("")
+        out.write_text("".join(json.dumps({"name": n, "verdict": v, "s": 1}) + "\n" for n, v in next(written)))
+        return next(ends)
+
+    monkeypatch.setattr(first._Group, "_process", process)
+    first._Group("abcde", True, tmp_path / "x", 0.0).run(lambda *row: told.append(row[:2]))
+    assert starts == [list("abcde"), list("cde"), list("de")]
+    assert told == [
+        *(("a", "passed"), ("b", "failed: X"), ("c", "failed: its process ended with -11"), ("d", "passed")),
+        ("e", "not finished in 450 s"),
+    ]
+
+
+def test_first_call_repeats_only_what_has_not_passed(tmp_path, monkeypatch):
+    record = Record(tmp_path / "x.csv", dry=False)
+    for name, verdict in (("a", "passed"), ("b", "failed: X"), ("c", "not finished in 450 s")):
+        record.measured("first", name, "", "verdict", verdict, "")
+    asked = []
+    monkeypatch.setattr(first, "checks", lambda: dict.fromkeys("abc"))
+    monkeypatch.setattr(
+        first._Group, "run", lambda self, tell: [(asked.append(n), tell(n, "passed", 1)) for n in self.names]
+    )
+    assert first.run_all(record, num_processes=2)
+    assert sorted(asked) == ["b", "c"]
+    assert [row.value for row in record.find("first", "verdict")] == ["passed"] * 3
+
+
+def test_a_call_goes_on_where_the_last_one_ended_and_begins_nothing_too_late(tmp_path, monkeypatch):
+    clock = iter([0, 0, 100, 200, 300, 301])
+    monkeypatch.setattr("benchmarks.gpu.record.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    record = Record(tmp_path / "x.csv", dry=False, limit_s=250)
+    record.measured("steps", "done", "arm", "time", 1.0, "ms")
+    record.measured("steps", "broken", "arm", "time", "failed: X", "")
+    assert record.begins("steps", "broken")
+    assert not record.find("steps", "time", case="broken")
+    assert not record.begins("steps", "done")
+    assert not record.begins("steps", "new")  # at 200, and the first took 100
+    assert record.left == ["steps"]
+    again = Record(tmp_path / "y.csv", dry=False, limit_s=250)
+    assert again.begins("steps", "new")
+
+
+def test_rates_of_an_earlier_call_choose_the_methods_of_the_steps(tmp_path, monkeypatch):
+    record, kind = Record(tmp_path / "x.csv", dry=False), "cuda_sm90"
+    row = replace(RATES[kind], symmetric=((1024, 1.8), (4096, 3.0)), gram=0.7)
+    monkeypatch.setitem(RATES, kind, RATES[kind])
+    monkeypatch.setattr(products, "device_kind", lambda _: kind)
+    measured = mock.Mock(return_value=row)
+    monkeypatch.setattr(products, "measure", measured)
+    clock = SimpleNamespace(device=torch.device("cpu"))
+    products.install(clock, record)
+    assert RATES[kind] is row
+    record.write()
+    RATES[kind] = replace(row, gram=None)
+    products.install(clock, Record(tmp_path / "x.csv", dry=False))
+    assert RATES[kind] == row
+    assert measured.call_count == 1
+
+
+def test_outcomes_are_read_as_far_as_they_were_printed():
+    log = """tests/kernels/test_a.py::test_one[a - b, 1] PASSED                 [ 25%]
+tests/kernels/test_a.py::test_two SKIPPED (needs a GPU)           [ 50%]
+tests/step/test_b.py::test_three FAILED                           [ 75%]
+tests/step/test_b.py::test_four
+"""
+    assert list(gpu_tests.outcomes(log).values()) == ["passed", "skipped", "failed"]
+
+
+def test_gpu_tests_are_where_they_are_looked_for_and_some_are_decisive():
+    marked = [path for path in (ROOT / "tests").glob("**/*.py") if "mark.gpu" in path.read_text()]
+    known = [ROOT / folder for folder in gpu_tests.TESTS]
+    assert [path for path in marked if path != Path(__file__) and path.parent not in known] == []
+    decisive = {path.name for path in marked if "mark.decisive" in path.read_text() and path != Path(__file__)}
+    assert len(decisive) == 6
+
+
+@pytest.mark.parametrize(
+    ("stderr", "value"),
+    [
+        ("ModuleNotFoundError: No module named 'peft'", "skipped: needs peft"),
+        ("InputError: --adamw-bits 8 needs bitsandbytes", "skipped: needs bitsandbytes"),
+        ("Killed", "failed: its process ended with 1"),
+    ],
+)
+def test_a_recipe_that_cannot_run_says_why(tmp_path, monkeypatch, stderr, value):
+    done = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(recipes.subprocess, "run", lambda *_, **__: done)
+    record = Record(tmp_path / "x.csv", dry=False)
+    recipes.recipes(record)
+    assert [row.value for row in record.find("recipes", "peak")] == [value] * 3
+    assert record.failed() == value.startswith("failed")
+
+
+def test_a_recipe_within_what_it_may_take_is_a_pass(tmp_path, monkeypatch):
+    def run_recipe(command, **_):
+        row = {"recipe": "r", "optimizer": "muon8bit", "most_gib": 14.5, "estimated_gib": 13.9, "measured_gib": 14.0}
+        Path(command[command.index("--out") + 1]).write_text(json.dumps({"rows": [row]}))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(recipes.subprocess, "run", run_recipe)
+    record = Record(tmp_path / "x.csv", dry=False)
+    recipes.recipes(record)
+    found = {verdict.name: (verdict.reached, verdict.verdict) for verdict in verdicts(record)}
+    assert found["llama32_3b_full_16gb, peak"] == ("14 GiB", "pass")
+
+
+def test_a_cache_is_placed_with_the_paths_of_its_new_folder(tmp_path):
+    """Triton 3.6 looks for the files of a group at their absolute paths."""
+    pytest.importorskip("triton")
+    from benchmarks.gpu.compilations import place_cache
+
+    (tmp_path / "made/KEY").mkdir(parents=True)
+    (tmp_path / "made/KEY/kernel.cubin").write_bytes(b"code")
+    (tmp_path / "made/KEY/__grp__kernel.json").write_text(json.dumps({"child_paths": {"kernel.cubin": "kernel.cubin"}}))
+    place_cache(tmp_path / "made", tmp_path / "used")
+    placed = json.loads((tmp_path / "used/KEY/__grp__kernel.json").read_text())["child_paths"]
+    assert Path(placed["kernel.cubin"]) == tmp_path / "used/KEY/kernel.cubin"
+    assert Path(placed["kernel.cubin"]).read_bytes() == b"code"
+
+
+def test_keys_of_a_cache_do_not_depend_on_which_kernel_is_launched_first():
+    """Triton computes the key of a function when it is first asked for, from what is known of those that it calls."""
+    triton = pytest.importorskip("triton")
+    from muon8bit_kernels.triton import kernels
+
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{kernels.__package__}.")]
+    functions = [f for module in modules for f in vars(module).values() if isinstance(f, triton.JITFunction)]
+    assert len(functions) > 40
+    assert all(function.hash for function in functions)

@@ -396,6 +396,7 @@ def test_out_is_scaled_in_float32_and_rounded_once():
 
 
 @pytest.mark.gpu
+@pytest.mark.decisive
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_reference_on_cuda_equals_reference_on_cpu_bitwise(hard_matrix, codebook):

@@ -266,6 +266,7 @@ def test_tiling_leaves_no_processor_more_than_the_others_would(architecture):
 
 
 @pytest.mark.gpu
+@pytest.mark.decisive
 @pytest.mark.parametrize("dtype", HALF_ULP)
 @pytest.mark.parametrize("tall", [False, True], ids=["flat", "tall"])
 @pytest.mark.parametrize(

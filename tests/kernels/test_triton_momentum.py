@@ -228,6 +228,7 @@ def test_stacks_that_one_launch_cannot_take_raise(triton_kernels, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.decisive
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -245,6 +246,7 @@ def test_compiled_steps_equal_reference_bitwise_on_large_shapes(
 
 
 @pytest.mark.gpu
+@pytest.mark.decisive
 def test_more_matrices_than_a_grid_axis_has_places(triton_kernels, device):
     if device.type != "cuda":
         pytest.skip("the interpreter is slow")
@@ -255,6 +257,7 @@ def test_more_matrices_than_a_grid_axis_has_places(triton_kernels, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.decisive
 @pytest.mark.parametrize("codebook", ["linear", "dynamic"])
 def test_compiled_step_equals_reference_bitwise_beyond_two_to_the_31_elements(triton_kernels, device, codebook):
     if device.type != "cuda" or torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:

@@ -243,6 +243,7 @@ def test_what_it_cannot_do_raises(device, change, message):
 
 
 @pytest.mark.gpu
+@pytest.mark.decisive
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(

@@ -180,6 +180,7 @@ def test_maximize_and_a_scale_are_a_step_of_the_gradient_that_they_stand_for(dev
 
 
 @pytest.mark.gpu
+@pytest.mark.decisive
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize(("dtype", "keys"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, [KEY, 5])])
 @pytest.mark.parametrize(("rows", "cols"), [(512, 2048), (1000, 768), (4096, 16), (333, 5001)])

@@ -389,6 +389,7 @@ def test_what_ranks_share_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.decisive
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("workspace_bytes", [MIB + 2**17, 64 * MIB])
@@ -406,6 +407,7 @@ def test_on_cuda_state_on_the_host_is_pinned_and_trains_the_same_bitwise(name, w
 
 
 @pytest.mark.gpu
+@pytest.mark.decisive
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_cuda_state_on_the_host_lowers_the_peak_by_the_state_less_two_batches():
     peaks = {}

@@ -6,6 +6,10 @@ Fused multiply-adds stand in two places, where they change no bit: in the divisi
 atomics, and nothing is tuned at run time.
 """
 
+import sys
+
+import triton
+
 from .cut import momentum_apply_cut, momentum_stats_cut
 from .gemm import symmetric_product
 from .momentum import momentum_apply, momentum_stats
@@ -25,3 +29,18 @@ __all__ = [
     "symmetric_product",
     "update_params",
 ]
+
+
+def _settle_cache_keys() -> None:
+    """Let Triton compute the keys of its cache for every function here, in one order.
+
+    A key holds the constants of the functions that are called only as far as their own keys are known. So the order in
+    which kernels are first launched would decide the keys, and a process with another order would compile them anew.
+    """
+    for name in sorted(name for name in sys.modules if name.startswith(f"{__package__}.")):
+        for value in vars(sys.modules[name]).values():
+            if isinstance(value, triton.JITFunction):
+                hash(value)
+
+
+_settle_cache_keys()
