@@ -24,6 +24,10 @@ from .config import (
 from .step.dense import is_fake
 
 ADAMW_BYTES = 8  # per element: two fp32 moments
+# torch's 0-d fp32 step counter; bitsandbytes counts in an int.
+STEP_BYTES = 4
+# bitsandbytes' two maps of 256 fp32 values, shared by all tensors.
+BNB_MAPS_BYTES = 2 * 256 * 4
 
 
 @dataclass(frozen=True)
@@ -147,20 +151,26 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     A group's "algorithm" says whose bytes they are; without one: Muon if the state has momentum codes or the
     optimizer's class name says so, AdamW if it has two moments.
 
-    Baselines, step counters and shared maps left out: `muon_fp32` and `muon_bf16` (4 and 2 B per element of
-    the parameters routed to Muon, AdamW in fp32 for the rest; absent where nothing is routed to Muon),
-    `adamw_fp32` (8 B per element), `adamw_8bit` (bitsandbytes: 2 B per element and 8 B per 256 elements; fp32
-    for tensors under 4096 elements).
+    Baselines, as `muon8bit report` has them: `muon_fp32` and `muon_bf16` (4 and 2 B per element of the parameters
+    routed to Muon, AdamW in fp32 for the rest; absent where nothing is routed to Muon), `adamw_fp32` (8 B per element,
+    4 B per tensor for its step counter), `adamw_8bit` (bitsandbytes: 2 B per element and 8 B per 256 elements; fp32 for
+    tensors under 4096 elements; once 2 KiB for its two maps).
+
+    Raises:
+        TypeError: for what is no optimizer, such as the model.
 
     Source: torch.optim.Muon and AdamW state; bitsandbytes 0.50 `Optimizer2State.init_state`, `min_8bit_size`.
     """
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
+        kind = type(optimizer).__name__
+        raise TypeError(f"state_report takes an optimizer after its first step, not a {kind}: give the optimizer")
     entries = list(_params(optimizer))
     states = [optimizer.state.get(param, {}) for _, param, _ in entries]
     has_codes = any(key in state for state in states for key in (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY))
     seen: set[tuple[torch.device, int]] = set()
     counts: dict[str, list[int]] = {}
     baselines = {"muon_fp32": 0, "muon_bf16": 0, "adamw_fp32": 0, "adamw_8bit": 0}
-    kept, adamw_kept, missing = [], [], []
+    kept, adamw_kept, missing, has_maps = [], [], [], False
     for (name, param, group), state in zip(entries, states, strict=True):
         local, algorithm = _local(param), _algorithm(group, state, optimizer)
         num_bytes, num_elements = _storage_bytes(state, seen), local.numel()
@@ -168,10 +178,12 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
         for i, value in enumerate((1, num_elements, num_bytes)):
             entry[i] += value
         is_muon = algorithm == "muon"
-        baselines["muon_fp32"] += (4 if is_muon else ADAMW_BYTES) * num_elements
-        baselines["muon_bf16"] += (2 if is_muon else ADAMW_BYTES) * num_elements
-        baselines["adamw_fp32"] += ADAMW_BYTES * num_elements
+        adamw_bytes = ADAMW_BYTES * num_elements + STEP_BYTES
+        baselines["muon_fp32"] += 4 * num_elements if is_muon else adamw_bytes
+        baselines["muon_bf16"] += 2 * num_elements if is_muon else adamw_bytes
+        baselines["adamw_fp32"] += adamw_bytes
         baselines["adamw_8bit"] += bnb_bytes(num_elements)
+        has_maps |= num_elements >= MIN_ADAMW8_ELEMENTS
         note = ParamNote(name, tuple(local.shape), num_bytes)
         if not any(True for _ in _tensors(state)):
             missing.append(note)
@@ -179,6 +191,7 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
             kept.append(note)
         elif EXP_AVG_KEY in state and group.get("adamw_bits") == 8:
             adamw_kept.append(note)
+    baselines["adamw_8bit"] += BNB_MAPS_BYTES * has_maps
     known = {param for _, param, _ in entries}
     strays = _storage_bytes([state for key, state in optimizer.state.items() if key not in known], seen)
     if strays:

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..report import BNB_MAPS_BYTES
 from . import saved, states
-from .optimizers import BNB_MAPS_BYTES, OPTIMIZERS, state_bytes
+from .optimizers import OPTIMIZERS, state_bytes
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from ..config import (
 )
 from ..orthogonalize import partition, resolve_coefficients, workspace_bytes
 from ..orthogonalize.coefficients import JORDAN
-from ..report import ADAMW_BYTES, bnb_bytes
+from ..report import ADAMW_BYTES, BNB_MAPS_BYTES, STEP_BYTES, bnb_bytes
 from ..step.adamw8bit import chunk_size, is_8bit, layout
 from ..step.momentum import MomentumFormat
 
@@ -43,10 +43,6 @@ LABELS = {
     "muon8bit": "Muon8bit",
     "muon8bit+adamw8bit": "Muon8bit + 8-bit AdamW",
 }
-# torch's 0-d fp32 step counter; bitsandbytes counts in an int.
-STEP_BYTES = 4
-# bitsandbytes' two maps of 256 fp32 values, shared by all tensors.
-BNB_MAPS_BYTES = 2 * 256 * 4
 # Pieces of the passes over the momentum on a CPU.
 _CPU_PIECE_BYTES = 10 * 2**20
 

@@ -24,10 +24,10 @@ from ..config import (
     LINEAR_CODES_KEY,
     MIN_ADAMW8_ELEMENTS,
 )
-from ..report import bnb_bytes
+from ..report import STEP_BYTES, bnb_bytes
 from ..step.options import FORMAT_KEYS, MATRIX_DEFAULTS
 from . import saved
-from .optimizers import STEP_BYTES, Param, moments_sizes, momentum_sizes
+from .optimizers import Param, moments_sizes, momentum_sizes
 
 _BNB_KEY = "__bnb_optimizer_quant_state__"
 _ADAMW_STATE = {"step", EXP_AVG_KEY, EXP_AVG_SQ_KEY}

@@ -198,6 +198,18 @@ def test_optimizer_inside_a_training_checkpoint_is_measured(capfd: pytest.Captur
     check_refused(run(capfd, tmp_path / "cut.safetensors"), "cut.safetensors", "state_dict")
 
 
+def test_state_report_and_the_command_give_other_optimizers_equal_bytes(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, model: Any
+) -> None:
+    optimizer = Muon8bit(param_groups(model, lr=1e-3), lr=1e-3)
+    stepped(optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    others = record(capfd, tmp_path / "optimizer.pt")["optimizers"]
+    names = {"muon_fp32": "muon", "muon_bf16": "muon_bf16", "adamw_fp32": "adamw", "adamw_8bit": "adamw8bit"}
+    found = {name: others[other]["state_bytes"] for name, other in names.items()}
+    assert state_report(optimizer).baselines == found
+
+
 def known(found: dict[str, Any], where: str) -> dict[str, Any]:
     """The weights of a report whose every state was predicted for the shape of its weight."""
     assert found["notes"] == [f"Weights: {where}; the state is predicted for their shapes."]

@@ -53,8 +53,7 @@ def test_adamw_bytes_equal_two_moments_and_a_step_counter() -> None:
     report = state_report(stepped(torch.optim.AdamW(params(*SHAPES))))
     num_elements = 64 * 96 + 80 * 64 + 64 + 1
     assert report.num_parameters == num_elements
-    assert report.total_bytes == 8 * num_elements + 4 * len(SHAPES)
-    assert report.baselines["adamw_fp32"] == 8 * num_elements
+    assert report.total_bytes == report.baselines["adamw_fp32"] == 8 * num_elements + 4 * len(SHAPES)
     assert [entry.algorithm for entry in report.algorithms] == ["adamw"]
     assert "muon_fp32" not in report.baselines
 
@@ -73,9 +72,16 @@ def test_adamw_8bit_baseline_equals_bitsandbytes_state() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     shapes = ((64, 96), (4096,), (4095,), (65, 65))
     report = state_report(stepped(bitsandbytes.optim.AdamW8bit(params(*shapes))))
-    maps = 2 * 256 * 4  # shared by all tensors, and left out of the baseline
-    assert report.total_bytes == report.baselines["adamw_8bit"] + maps
+    assert report.total_bytes == report.baselines["adamw_8bit"]  # the two maps included, once
     assert report.baselines["adamw_8bit"] < report.baselines["adamw_fp32"]
+    small = state_report(stepped(bitsandbytes.optim.AdamW8bit(params((4095,)))))
+    assert small.total_bytes == small.baselines["adamw_8bit"] == 8 * 4095  # no code, no map
+
+
+@pytest.mark.parametrize("given", [nn.Linear(2, 2), {}, None])
+def test_what_is_no_optimizer_is_refused_by_its_type(given: object) -> None:
+    with pytest.raises(TypeError, match=f"takes an optimizer .*not a {type(given).__name__}: give the optimizer"):
+        state_report(given)  # type: ignore[arg-type]
 
 
 def test_padded_viewed_and_shared_storages_count_whole_and_once() -> None:
@@ -115,10 +121,10 @@ def test_algorithms_are_told_apart_by_group_then_state() -> None:
     ]
     num_muon = 32 * 64 + 16 * 2049
     assert report.baselines == {
-        "muon_fp32": 4 * num_muon + 512,
-        "muon_bf16": 2 * num_muon + 512,
-        "adamw_fp32": 8 * num_muon + 512,
-        "adamw_8bit": 8 * 2048 + 2 * 16 * 2049 + 8 * math.ceil(16 * 2049 / 256) + 512,
+        "muon_fp32": 4 * num_muon + 512 + 4,
+        "muon_bf16": 2 * num_muon + 512 + 4,
+        "adamw_fp32": 8 * num_muon + 512 + 3 * 4,
+        "adamw_8bit": 2 * 256 * 4 + 8 * 2048 + 2 * 16 * 2049 + 8 * math.ceil(16 * 2049 / 256) + 512,
     }
 
 
