@@ -151,6 +151,9 @@ def script_for(model: str, config: Any, setup: Setup) -> Script:
     """
     if model_class(config).own:  # no causal language model, which the scripts train
         return Script("", (model,))
+    if setup.mode != "full" and setup.num_shards > 1:
+        why = "a sharded adapter is for a loop of your own: the scripts train adapters with --shard ddp"
+        return Script("", (model,), remark=why)
     path = Path(model).expanduser()
     folder = path.parent if path.name == "config.json" else path
     has_weights = not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))

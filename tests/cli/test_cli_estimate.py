@@ -343,6 +343,16 @@ def test_on_several_gpus_sharding_is_offered_before_another_mode(optimizer: str,
     assert is_full == sorted(is_full, reverse=True)
 
 
+def test_a_sharded_adapter_is_not_offered_as_a_command_of_the_scripts(
+    capfd: pytest.CaptureFixture[str], llama: Path
+) -> None:
+    """They refuse it; a loop of one's own does not."""
+    options = "--lora", 2, "--gpus", 2, "--shard", "fsdp2", "--budget", "1GiB"
+    (offer,) = record(capfd, llama, "--seq", 8, *options)["offers"]
+    assert offer["command"].startswith("muon8bit estimate ")
+    assert "the scripts train adapters with --shard ddp" in offer["remark"]
+
+
 def test_a_folder_without_weights_is_told_above_the_command_that_pretrains(
     capfd: pytest.CaptureFixture[str], llama: Path
 ) -> None:
