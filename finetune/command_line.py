@@ -6,9 +6,12 @@ import argparse
 import dataclasses
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +26,7 @@ from finetune.config.options import (
     option_type,
 )
 from finetune.parallel.launcher import follow_launcher, tell_launcher
-from finetune.storage.run_dir import RunFolder
+from finetune.storage.run_dir import RunFolder, holds_nothing
 from muon8bit import cli
 
 STARTED = time.monotonic()  # s; before torch is imported, which counts against --max-minutes
@@ -31,7 +34,8 @@ STARTED = time.monotonic()  # s; before torch is imported, which counts against 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a gradient or a validation loss was not finite, or the disk is full; 2 bad input; 124 "
     "--max-minutes have passed; 129, 130 or 143 SIGHUP, Ctrl-C or SIGTERM came. After 124 and these the run is saved "
-    "and not complete. torchrun and accelerate launch make 1 of all but 0; a complete run has a result.json."
+    "and not complete; before its first step there is nothing to save. torchrun and accelerate launch make 1 of all "
+    "but 0; a complete run has a result.json."
 )
 
 
@@ -113,6 +117,51 @@ def say_on_main(lines: Sequence[str]) -> None:
             print(line, flush=True)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where nothing takes it but this: it ends a script as Ctrl-C does."""
+
+
+def stopped_early(folder: RunFolder) -> str:
+    """Return what is said last of a run that is stopped before a step."""
+    if folder.candidates:
+        return f"stopped before another step; {folder.path} is as it was: resume it"
+    gone = f" ({folder.path} can be deleted)" if holds_nothing(folder.path) else ""
+    return f"stopped before the first step: nothing to resume; start anew{gone}"
+
+
+@contextmanager
+def told_when_stopped(folder: RunFolder) -> Iterator[None]:
+    """Say last, where Ctrl-C or SIGTERM ends the block in which a run is set up, what is left and what is not."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped_early(folder), file=sys.stderr)
+        tell_launcher(stopped_early(folder))
+        raise
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` inside the block, in a run of one process.
+
+    One of several may wait in a collective, where Python hears no signal: it ends at once, as ever.
+    """
+
+    def end(_number: int, _frame: Any) -> NoReturn:
+        raise Terminated
+
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run_script(work: Callable[[], int]) -> int:
     """Do the work. Returns the exit code, see EXIT_CODES."""
     follow_launcher()
@@ -120,12 +169,15 @@ def run_script(work: Callable[[], int]) -> int:
         # Accelerate warns at every checkpoint that a tied weight is saved once (loading ties it again; resuming is
         # bitwise).
         logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-        return work()
+        with _sigterm_as_ctrl_c():
+            return work()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         tell_launcher(str(error))
         return 2
+    except Terminated:
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:  # before or after the training loop, which saves and says how to resume
         return 130
     except Exception as error:

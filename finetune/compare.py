@@ -60,8 +60,10 @@ class RunSummary:
 def find_runs(given: Sequence[str]) -> list[Path]:
     """Return the folders of the runs that were named, each once: runs, or folders of runs.
 
+    Of a folder of runs those without a step are left out, which is noted on stderr.
+
     Raises:
-        InputError: one is neither.
+        InputError: one is neither, or no run in it has a step.
     """
     found: list[Path] = []
     for name in given:
@@ -70,6 +72,13 @@ def find_runs(given: Sequence[str]) -> list[Path]:
         runs = [path] if (path / "metrics.jsonl").is_file() else inside
         if not runs:
             raise InputError("RUN", f"{path} holds no metrics.jsonl, nor does a folder in it; give the folder of a run")
+        if runs == inside:
+            runs = [run for run in inside if _steps(run)]
+            empty = [str(run.resolve()) for run in inside if run not in runs]
+            if not runs:
+                raise InputError("RUN", f"no run in {path} has a step yet; give other runs")
+            if empty:
+                print(f"note: left out, without a step: {', '.join(empty)}", file=sys.stderr)
         found += [run.resolve() for run in runs]
     return list(dict.fromkeys(found))
 
@@ -84,7 +93,7 @@ def read_run(path: Path, name: str) -> RunSummary:
     Raises:
         InputError: it has no step yet.
     """
-    metrics = [m for m in RunFolder(path).metrics() if m.get("loss") is not None]
+    metrics = _steps(path)
     if not metrics:
         raise InputError("RUN", f"{path} has no step in its metrics.jsonl yet; leave it out")
     result, report = _record(path / "result.json"), _record(path / "state_report.json")
@@ -101,6 +110,10 @@ def read_run(path: Path, name: str) -> RunSummary:
         "peak_bytes": result.get("peak_bytes"),
     }
     return RunSummary(path, LossCurve(name, metrics, facts.get("val_loss_before")), values, facts.get("corpus"))
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    return [record for record in RunFolder(path).metrics() if record.get("loss") is not None]
 
 
 def _record(file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 if not __package__:  # run as a script: absolute imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from finetune.command_line import Parser, absolute, check_resumable, run_script, say_on_main
+from finetune.command_line import Parser, absolute, check_resumable, run_script, say_on_main, told_when_stopped
 from finetune.config.defaults import fit_schedule
 from finetune.config.errors import InputError
 from finetune.config.options import flag
@@ -89,11 +89,13 @@ def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) 
 
 def _work(argv: Sequence[str]) -> int:
     recipe, folder = parse(argv, say_on_main)
-    from finetune.setup.prepare import set_up
-    from finetune.storage.outputs import finish
-    from finetune.training.trainer import run_job  # torch and transformers, after the options have passed
+    with told_when_stopped(folder):
+        from finetune.setup.prepare import set_up
+        from finetune.storage.outputs import finish
+        from finetune.training.trainer import run_job  # torch and transformers, after the options have passed
 
-    return run_job(set_up(recipe, folder), finish, script=os.path.abspath(__file__))
+        run = set_up(recipe, folder)
+    return run_job(run, finish, script=os.path.abspath(__file__))
 
 
 def main(argv: Sequence[str] | None = None, only_check: bool = False) -> int:

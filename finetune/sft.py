@@ -20,7 +20,7 @@ from typing import Any
 if not __package__:  # run as a script: absolute imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from finetune.command_line import Parser, absolute, check_resumable, run_script, say_on_main
+from finetune.command_line import Parser, absolute, check_resumable, run_script, say_on_main, told_when_stopped
 from finetune.config.defaults import fit_schedule
 from finetune.config.errors import InputError
 from finetune.config.options import flag
@@ -143,11 +143,13 @@ def _work(argv: Sequence[str]) -> int:
         return code
     if recipe.merge and folder.awaits_merge(recipe.max_steps):
         return _merge(folder)
-    from finetune.setup.sft_prepare import set_up
-    from finetune.storage.sft_outputs import finish
-    from finetune.training.trainer import run_job  # torch and transformers, after the options have passed
+    with told_when_stopped(folder):
+        from finetune.setup.sft_prepare import set_up
+        from finetune.storage.sft_outputs import finish
+        from finetune.training.trainer import run_job  # torch and transformers, after the options have passed
 
-    return run_job(set_up(recipe, folder), finish, script=os.path.abspath(__file__))
+        run = set_up(recipe, folder)
+    return run_job(run, finish, script=os.path.abspath(__file__))
 
 
 def main(argv: Sequence[str] | None = None, only_check: bool = False) -> int:

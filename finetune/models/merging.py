@@ -22,7 +22,7 @@ from finetune.models.pretrained import base_config, load_base
 from finetune.models.tokens import load_tokenizer
 from finetune.models.weights import first_line
 from finetune.storage.outputs import save_model
-from finetune.storage.run_dir import RunFolder
+from finetune.storage.run_dir import RunFolder, holds_nothing, newest_complete
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # How much a merge may change the logits of TEXT: the 2-norm of the change over that of the logits, by the dtype of the
@@ -66,7 +66,7 @@ def find_adapter(path: Path, base: str | None = None) -> AdapterSource:
         if (path / "model").is_dir():
             raise InputError("RUN", f"{path} trained all weights: its model/ is whole, and there is nothing to merge")
         if (path / "recipe.yaml").is_file():
-            raise InputError("RUN", f"{path} is not complete: it has no model/ or adapter/ yet; finish it by --resume")
+            raise InputError("RUN", _incomplete(path))
         raise InputError("RUN", f"{path} holds no adapter_config.json; give the folder of a run or of an adapter")
     named = base_of_adapter(folder, "RUN")
     record = _recorded(folder)
@@ -84,6 +84,15 @@ def find_adapter(path: Path, base: str | None = None) -> AdapterSource:
             "only moved, correct base_model_name_or_path in its adapter_config.json",
         )
     return source
+
+
+def _incomplete(path: Path) -> str:
+    """Return what is to be done with a run that has left no model, and which run beside it is complete."""
+    way_out = "is not complete: it has no model/ or adapter/ yet; finish it by --resume"
+    if holds_nothing(path):
+        way_out = "has no model and no checkpoint; start it anew, and delete this folder if no process works in it"
+    complete = newest_complete(path.parent)
+    return f"{path} {way_out}" + (f"; {complete} is complete" if complete else "")
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

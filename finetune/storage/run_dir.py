@@ -169,8 +169,28 @@ def choose_folder(output_dir: str | None, recipe_name: str) -> RunFolder:
         return RunFolder(path, link=runs / "latest")
     path = Path(output_dir).expanduser().resolve()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        if holds_nothing(path):
+            raise InputError(
+                "--output-dir",
+                f"{path} holds a run with no checkpoint; delete it if no process works in it, or give a new folder",
+            )
         raise InputError("--output-dir", f"{path} is in use; give a new folder, or continue it with --resume")
     return RunFolder(path)
+
+
+def holds_nothing(path: Path) -> bool:
+    """Check whether a folder is that of a run with no checkpoint yet; its process may be at work in it."""
+    return (path / "recipe.yaml").is_file() and not named_checkpoints(path)
+
+
+def newest_complete(runs: Path) -> Path | None:
+    """Return the folder in `runs` of the run that left its results last; None where there is no complete run."""
+    found = [
+        file
+        for file in runs.glob("*/result.json")
+        if not file.parent.is_symlink() and any((file.parent / name).is_dir() for name in ("model", "adapter"))
+    ]
+    return max(found, key=lambda file: file.stat().st_mtime).parent if found else None
 
 
 def find_run(resume: str) -> RunFolder:
@@ -193,7 +213,11 @@ def find_run(resume: str) -> RunFolder:
         raise InputError("--resume", f"{path} is not a run's folder{hint}; give one that holds recipe.yaml")
     checkpoints = named_checkpoints(path)
     if not checkpoints:
-        raise InputError("--resume", f"{path} has no complete checkpoint; start anew without --resume")
+        raise InputError(
+            "--resume",
+            f"{path} has no complete checkpoint: nothing to resume; start anew without --resume, and delete "
+            "the folder if no process works in it",
+        )
     return RunFolder(path, candidates=tuple(reversed(checkpoints)))
 
 

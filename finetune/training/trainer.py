@@ -12,7 +12,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from finetune.command_line import STARTED
+from finetune.command_line import STARTED, stopped_early
 from finetune.config.errors import OtherRankError, StorageError
 from finetune.parallel.launcher import tell_launcher
 from finetune.parallel.ranks import leave, on_main
@@ -59,8 +59,8 @@ def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
     except OtherRankError as error:
         failure = f"step {run.step}: {error}{_untouched(run, script)}"
     except KeyboardInterrupt:
-        nothing = " before the first checkpoint; there is nothing to resume"
-        _complain(run, f"stopped{_untouched(run, script) or nothing}")
+        ways_out = _untouched(run, script)
+        _complain(run, f"stopped{ways_out}" if ways_out else stopped_early(run.folder))
         raise
     run.say(f"run folder: {run.folder.path}")
     if failure:

@@ -69,3 +69,12 @@ def test_compare_refuses_what_is_no_run(compare, tmp_path):
     check_refused(compare("good", "--output", "nowhere/x.png"), "--output", "nowhere/x.png")
     (tmp_path / "good" / "result.json").write_text("{")
     check_refused(compare("good"), "RUN", "result.json")
+
+
+def test_a_run_without_a_step_is_left_out_of_a_folders_table_with_a_note(compare, tmp_path):
+    write_run(tmp_path / "runs" / "good", [1.0])
+    write_run(tmp_path / "runs" / "begun", [])
+    outcome = compare("runs", "--no-plot")
+    assert outcome.code == 0, outcome.err
+    assert [row.split()[0] for row in outcome.out.splitlines()] == ["run", "good"]
+    assert outcome.err == f"note: left out, without a step: {tmp_path / 'runs' / 'begun'}\n"

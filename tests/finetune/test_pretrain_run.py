@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from helpers.refusals import check_refused
 from safetensors.torch import load_file
 
 from finetune.parallel.stopping import StopSignal
+from finetune.setup import prepare
 from finetune.storage import plots
 from finetune.storage.checkpoints import complete, file_names, seal_files
 from finetune.training import stepping, trainer
@@ -428,22 +430,50 @@ def test_a_signal_saves_and_ends_with_the_command_that_resumes(pretrain, tmp_pat
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 8))
 
 
-def test_ctrl_c_outside_of_the_loop_tells_what_can_be_resumed(pretrain, tmp_path, monkeypatch):
-    def interrupted(_run):
+@pytest.mark.parametrize("place", ["trainer._train", "prepare.bigram_loss", "prepare.build_model"])
+def test_a_stop_before_the_first_step_says_so_and_that_its_folder_can_go(
+    pretrain, command, tmp_path, monkeypatch, place
+):
+    from finetune.chat_with import main as chat
+    from finetune.compare import main as compare
+
+    module, name = place.split(".")
+    folder = tmp_path / "early"
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        before, stop = signal.getsignal(number), partial(signal.raise_signal, number)
+        with monkeypatch.context() as patch:
+            patch.setattr({"trainer": trainer, "prepare": prepare}[module], name, lambda *_, stop=stop: stop())
+            early = pretrain("--output-dir", "early")
+        assert signal.getsignal(number) == before
+        assert early.code == code
+        gone = f" ({folder} can be deleted)" if folder.exists() else ""
+        last = f"stopped before the first step: nothing to resume; start anew{gone}"
+        assert early.err.splitlines()[-1] == last
+        assert folder.exists() == (name != "build_model")
+        if folder.exists():
+            check_refused(pretrain("--output-dir", "early"), "--output-dir", "no checkpoint", "delete")
+            check_refused(pretrain("--resume", "early"), "--resume", "nothing to resume", "start anew", "delete")
+            check_refused(command(chat, "early"), "RUN", "no checkpoint", "delete", "start it anew")
+            check_refused(command(compare, "early"), "RUN", "no step")
+            check_refused(command(compare, "."), "RUN", "no run in . has a step")
+            shutil.rmtree(folder)
+
+
+def test_ctrl_c_after_the_loop_tells_what_can_be_resumed(pretrain, tmp_path, monkeypatch):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_train", interrupted)
-        early = pretrain("--output-dir", "early")
-    assert early.code == 130
-    assert early.err.splitlines()[-1] == "stopped before the first checkpoint; there is nothing to resume"
-    monkeypatch.setattr(trainer, "_finish", lambda *_: interrupted(None))
+    monkeypatch.setattr(trainer, "_finish", interrupted)
     late = pretrain("--output-dir", "late")
     assert late.code == 130
     assert late.err.splitlines()[-1].split()[1:] == [
         str(ROOT / "finetune" / "pretrain.py"),
         *("--resume", str(tmp_path / "late")),
     ]
+    monkeypatch.setattr(prepare, "build_model", interrupted)
+    again = pretrain("--resume", "late", "--max-steps", 8)
+    assert again.code == 130
+    assert again.err.splitlines()[-1] == f"stopped before another step; {tmp_path / 'late'} is as it was: resume it"
 
 
 def test_a_closed_terminal_saves_and_an_ignored_hangup_does_not_count(recipe_file, tmp_path):
