@@ -20,7 +20,7 @@ from benchmarks.gpu.record import Record
 
 ROOT = Path(__file__).parents[2]
 # Where tests are marked gpu. A dry run takes one module, whose GPU tests skip themselves.
-TESTS, DRY_TESTS = ("tests/kernels", "tests/step"), ("tests/kernels/test_reference.py",)
+TESTS, DRY_TESTS = ("tests/kernels", "tests/step", "tests/tune"), ("tests/kernels/test_reference.py",)
 LIMIT_S = 480.0
 _COLLECTION_LIMIT_S = 120.0
 _OUTCOME = re.compile(r"^(tests/.*::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)

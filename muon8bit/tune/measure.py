@@ -8,6 +8,7 @@ tiny       the one-launch kernel, one matrix on each multiprocessor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from muon8bit_kernels import kernels_for
-from muon8bit_kernels.triton.gemm_tilings import NUM_PROCESSORS
+from muon8bit_kernels.triton.gemm_tilings import NUM_PROCESSORS, architecture_of
 from torch import Tensor
 
 from ..orthogonalize import NSMethod, Rates, flops, orthogonalize, resolve_coefficients, segments, triangle_gain
@@ -150,7 +151,8 @@ def measure(clock: Clock, kind: str, plan: Plan | None = None) -> Rates:
         RuntimeError: names the first job that failed, with its error.
     """
     plan = Plan() if plan is None else plan
-    architecture = {"cuda_sm80": 80, "cuda_sm90": 90, "cuda_sm100": 100}.get(kind)
+    capability = re.fullmatch(r"cuda_sm(\d+)(\d)", kind)
+    architecture = None if capability is None else architecture_of((int(capability[1]), int(capability[2])))
     times: dict[str, float] = {}
     for makers in jobs(clock.device, architecture, plan):
         queued = LAUNCH not in makers

@@ -17,7 +17,7 @@ import pytest
 import torch
 from muon8bit_kernels import reference
 
-from benchmarks.gpu import first, gpu_tests, products, recipes, run
+from benchmarks.gpu import first, gpu_tests, predicted, products, recipes, run
 from benchmarks.gpu.acceptance import verdicts
 from benchmarks.gpu.first_cases import CASES, Found, compare
 from benchmarks.gpu.optimizers import ARMS, LINEAR, MUON_BF16
@@ -384,3 +384,11 @@ def test_keys_of_a_cache_do_not_depend_on_which_kernel_is_launched_first():
     functions = [f for module in modules for f in vars(module).values() if isinstance(f, triton.JITFunction)]
     assert len(functions) > 40
     assert all(function.hash for function in functions)
+
+
+def test_committed_prediction_is_what_the_command_writes(monkeypatch, tmp_path):
+    monkeypatch.setitem(RATES, "vendor", RATES["cuda"])  # which the command sets
+    monkeypatch.setattr(sys, "argv", ["predicted", "--out", str(tmp_path / "predicted.md")])
+    predicted.main()
+    committed = ROOT / "benchmarks" / "results" / "predicted.md"
+    assert (tmp_path / "predicted.md").read_text() == committed.read_text(), "run benchmarks.gpu.predicted again"

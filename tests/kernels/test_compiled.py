@@ -12,7 +12,7 @@ import triton
 from helpers.background import compile_kernels
 from muon8bit_kernels.triton.gemm_tilings import TILINGS
 
-from benchmarks.compile import table
+from benchmarks.compile import products, table
 from benchmarks.compile.cases import COMPILED_FOR, JOBS
 from benchmarks.compile.products import epilogue
 
@@ -245,6 +245,18 @@ def test_products_have_little_to_do_after_their_loop(compiled, job):
     after, barriers = epilogue(compiled.text(*job, "sass"))
     assert after <= (1200 if "128x128" in job[0] else 1700)
     assert barriers <= 30
+
+
+def test_committed_counts_of_products_are_those_of_their_code(compiled):
+    """Of this Triton; the other's are what the command found."""
+    text = (Path(table.__file__).parents[1] / "results" / "products.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    rows = [row for row in rows if row[2] == triton.__version__ and (row[0], row[1]) in compiled.records]
+    for name, target, _, *counts in rows:
+        record = compiled.records[name, target]
+        found = *epilogue(compiled.text(name, target, "sass")), record.registers, record.spilled_bytes
+        assert counts == [str(number) for number in found], f"run {products.__doc__.splitlines()[2].strip()}"
+    assert rows or triton.__version__ not in text
 
 
 @pytest.mark.parametrize("job", jobs("product-.*(?<!odd)", {*NVIDIA, "sm_120"}), ids=ids)

@@ -21,6 +21,7 @@ from muon8bit.orthogonalize import (
     RatesTable,
     active_table,
     choose_method,
+    device_kind,
     rates_of,
     rates_table,
     resolve_coefficients,
@@ -259,6 +260,36 @@ def test_cuda_is_not_asked_where_nothing_was_tuned(gpu, monkeypatch):
     monkeypatch.setattr(rates_table, "current_gpu", lambda: pytest.fail("asked"))
     assert later_process() is None
     assert not table_path(gpu["GPU"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        ("cuda_sm80", 80),
+        ("cuda_sm86", None),
+        ("cuda_sm90", 90),
+        ("cuda_sm103", 100),
+        ("cuda_sm120", None),
+    ],
+)
+def test_a_row_has_the_tilings_that_the_kernel_takes(monkeypatch, kind, architecture):
+    gemm = pytest.importorskip("muon8bit_kernels.triton.gemm")
+    capability = divmod(int(kind.removeprefix("cuda_sm")), 10)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert gemm._architecture(torch.device("cuda")) == architecture
+    assert tune.measure(FakeClock(torch.device("cpu")), kind).architecture == architecture
+
+
+@pytest.mark.gpu
+def test_rates_of_a_gpu_make_a_table():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    device, plan = torch.device("cuda"), tune.Plan(sizes=(512, 1024), forms=((2, 256, 512),), rounds=1, repeats=1)
+    kind = device_kind(torch.device("cuda", torch.cuda.current_device()))
+    rates = tune.measure(tune.Clock(device), kind, plan)
+    assert rates_table.parse(RatesTable(kind, rates, ()).text).rates == rates
+    assert rates.tiny is not None
+    assert rates.launch > 0
 
 
 BAD = {

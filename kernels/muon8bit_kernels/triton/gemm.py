@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.products import check_operands
-from .gemm_tilings import DESCRIBED, GemmTiling, num_tiles, tiling_for
+from .gemm_tilings import DESCRIBED, GemmTiling, architecture_of, num_tiles, tiling_for
 
 # Squares of this many rows are walked column by column: programs that run together share their operands in L2.
 _GROUP = tl.constexpr(8)
@@ -198,8 +198,7 @@ def _architecture(device: torch.device) -> int | None:
     """Return the device's key of TILINGS."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 80 if (major, minor) == (8, 0) else {9: 90, 10: 100}.get(major)
+    return architecture_of(torch.cuda.get_device_capability(device))
 
 
 def _is_tall(matrix: Tensor) -> bool:

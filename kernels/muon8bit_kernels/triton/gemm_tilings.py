@@ -49,6 +49,11 @@ DESCRIBED = (90, 100)
 NUM_PROCESSORS: dict[int | None, int] = {80: 108, 90: 132, 100: 148, None: 128}
 
 
+def architecture_of(capability: tuple[int, int]) -> int | None:
+    """Return the key of TILINGS for a compute capability of NVIDIA's, (major, minor)."""
+    return 80 if capability == (8, 0) else {9: 90, 10: 100}.get(capability[0])
+
+
 def num_tiles(n: int, batch: int, tiling: GemmTiling) -> int:
     """Return how many tiles (block_m x block_n) a symmetric product computes for `batch` results [n, n]."""
     side = -(-n // tiling.block_n)
