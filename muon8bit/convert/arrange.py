@@ -198,7 +198,8 @@ def _warn_of_lr(filled: Sequence[Group], wanted: Sequence[Group]) -> None:
     for i, (group, other) in enumerate(zip(filled, wanted, strict=True)):
         kept, asked = (of.options.get("initial_lr", of.options["lr"]) for of in (group, other))
         if kept != asked and group.entries:
-            words.append(f"group {i} from {group.entries[0].where} on {float(kept):g} (`like`: {float(asked):g})")
+            more = ", ..." * (len(group.entries) > 1)
+            words.append(f"group {i} ({group.entries[0].where}{more}) has {float(kept):g}, in `like` {float(asked):g}")
     if words:
         warnings.warn(f"lr is the saved one: {', '.join(words)}; set another after loading", stacklevel=4)
 

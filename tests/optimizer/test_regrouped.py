@@ -29,6 +29,13 @@ def optimizer_of(*groups, steps=1, is_named=True, **options):
     return optimizer
 
 
+def scheduled(optimizer):
+    """Halve every lr, as a scheduler does after a step."""
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.step()
+    schedule.step()
+
+
 def states_of(optimizer):
     """Name -> state."""
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
@@ -90,7 +97,7 @@ def test_parameters_in_other_groups_are_told_with_what_differs_and_the_way_out(s
 
 def test_a_scheduler_between_them_makes_no_difference_of_lr():
     saved = optimizer_of((MATRICES, {}), ("embed", HIGH), ("l.0.bias l.1.bias", HIGH))
-    torch.optim.lr_scheduler.StepLR(saved, 1).step()
+    scheduled(saved)
     with pytest.raises(ValueError, match=r"adamw with equal options, but beside other parameters"):
         optimizer_of((MATRICES, {}), ("embed l.0.bias l.1.bias", HIGH)).load_state_dict(saved.state_dict())
 
@@ -126,7 +133,7 @@ TWO_RATES = [(MATRICES, {}), ("embed", {**HIGH, "betas": (0.5, 0.75)}), ("l.0.bi
 def test_a_group_of_several_saved_rates_has_the_one_of_like_and_names_it(is_scheduled):
     saved, running = optimizer_of(*TWO_RATES), optimizer_of((MATRICES, {}), ("embed l.0.bias l.1.bias", LOW), steps=0)
     if is_scheduled:
-        torch.optim.lr_scheduler.StepLR(saved, 1, gamma=0.5).step()
+        scheduled(saved)
     converted, words = told(lambda: convert_state_dict(saved.state_dict(), like=running))
     lrs = ("initial_lr=0.5, lr=0.25", "initial_lr=0.25, lr=0.125") if is_scheduled else ("lr=0.5", "lr=0.25")
     assert words == [
@@ -144,12 +151,12 @@ def test_a_group_of_several_saved_rates_has_the_one_of_like_and_names_it(is_sche
 
 def test_a_saved_lr_that_is_not_the_one_of_like_is_told():
     saved = optimizer_of((MATRICES, {}), ("embed", HIGH), ("l.0.bias l.1.bias", LOW))
-    torch.optim.lr_scheduler.StepLR(saved, 1, gamma=0.5).step()
+    scheduled(saved)
     running = optimizer_of((MATRICES, {"lr": 0.375}), ("embed", HIGH), ("l.0.bias", HIGH), ("l.1.bias", LOW), steps=0)
     _, words = told(lambda: convert_state_dict(saved.state_dict(), like=running))
     assert words == [
-        "lr is the saved one: group 0 from l.0.w on 0.125 (`like`: 0.375), group 2 from l.0.bias on 0.25 "
-        "(`like`: 0.5); set another after loading"
+        "lr is the saved one: group 0 (l.0.w, ...) has 0.125, in `like` 0.375, group 2 (l.0.bias) has 0.25, "
+        "in `like` 0.5; set another after loading"
     ]
 
 
