@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, orthogonalize, partial_gram
 from ..step.group_options import Options
-from ..step.matrix_batches import MatrixBatch, contiguous_params
+from ..step.matrix_batches import MatrixBatch, as_matrices, copy_back
 from ..step.muon import average_, lr_ratio, update_params_
 from .assignment import Assignment
 from .collectives import Kept, PendingExchange, PendingGather, Transport
@@ -313,5 +313,8 @@ def _update_params(
         random_bits = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}
     ratio = lr_ratio(matrix.rows, matrix.cols, batch.options.adjust_lr_fn)
     views = [member.param[:, slice(*rows)] for member in members if member.param is not None]
-    with contiguous_params(views) as params:
-        update_params_(params, directions, ratio, replace(batch.options, skip=options.skip), **random_bits)
+    how = batch.options if options.skip is None else replace(batch.options, skip=options.skip)
+    params = as_matrices(views)
+    update_params_(params, directions, ratio, how, **random_bits)
+    if params is not views:
+        copy_back(views, params)

@@ -7,8 +7,7 @@ shape: pieces of rows are matrices here, pieces of columns are cut while a batch
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -72,11 +71,13 @@ class MatrixBatch:
         sumsq: squared norms of the Newton-Schulz inputs, fp32 [num_matrices], not finite where the gradient is not, or
             its norm overflows. With None it is made here, for the first phase to fill.
         partition: how the second phase goes.
+        norms: what divides the Newton-Schulz inputs, fp32 [num_matrices], once the second phase has begun.
         is_staged: the momenta here are copies that are written back when the step has used them.
 
     Attributes:
         codes: int8, uint8, or fp32 where the momentum is not quantized.
         scales: fp32 [count, rows, blocks]; empty where the momentum is not quantized.
+        state_tensors: codes and scales, as `with_tensors` takes them.
         num_matrices: the number of matrices in all lists together.
         rows, cols: the shape of each matrix.
         averaging: how the kernels average the momenta, and in which format these are.
@@ -88,14 +89,17 @@ class MatrixBatch:
         options: MuonOptions,
         sumsq: Tensor | None = None,
         partition: Partition | None = None,
+        norms: Tensor | None = None,
         *,
         is_staged: bool = False,
     ) -> None:
         first = members[0]
         self.members, self.options, self.partition, self.is_staged = members, options, partition, is_staged
+        self.norms = norms
         self.format, self.device, self.has_factors = first.momentum.format, first.grad.device, first.factor is not None
         self.codes = [member.momentum.codes for member in members]
         self.scales = [member.momentum.scales for member in members if member.momentum.scales is not None]
+        self.state_tensors = [*self.codes, *self.scales]
         form = {"codebook": self.format.codebook, "block_size": self.format.block_size}
         self.averaging: dict[str, Any] = {"beta": options.momentum, "nesterov": options.nesterov, **form}
         self.num_matrices = sum(member.num_matrices for member in members)
@@ -104,22 +108,12 @@ class MatrixBatch:
             sumsq = torch.empty(self.num_matrices, dtype=torch.float32, device=self.device)
         self.sumsq = sumsq
 
-    @property
-    def state_tensors(self) -> list[Tensor]:
-        """Return codes and scales, as `with_tensors` takes them."""
-        return [*self.codes, *self.scales]
-
     def with_tensors(self, tensors: Sequence[Tensor], *, is_staged: bool = False) -> MatrixBatch:
         """Return the same batch with its momenta in other tensors of the same shapes."""
         pairs = zip_longest(tensors[: len(self.codes)], tensors[len(self.codes) :])
         momenta = [Momentum(codes, scales, self.format) for codes, scales in pairs]
         members = [m._replace(momentum=momentum) for m, momentum in zip(self.members, momenta, strict=True)]
-        return MatrixBatch(members, self.options, self.sumsq, self.partition, is_staged=is_staged)
-
-    def take(self, other: MatrixBatch) -> None:
-        """Copy the momenta of the same matrices from other tensors; nothing where they are these."""
-        if other is not self:
-            torch._foreach_copy_(self.state_tensors, other.state_tensors)
+        return MatrixBatch(members, self.options, self.sumsq, self.partition, self.norms, is_staged=is_staged)
 
     def grads(self) -> list[Tensor]:
         """Return the gradients as a step uses them, [count, rows, cols]; they are copies where they have a factor.
@@ -157,11 +151,16 @@ class MatrixBatch:
                 members.append(member.matrices(start, stop) if stop - start < member.num_matrices else member)
                 start, room = stop, room - (stop - start)
                 if room == 0:
-                    parts.append(MatrixBatch(members, self.options, self.sumsq[first : first + size], self.partition))
+                    parts.append(self._part(members, slice(first, first + size)))
                     members, first, room = [], first + size, size
         if members:
-            parts.append(MatrixBatch(members, self.options, self.sumsq[first:], self.partition))
+            parts.append(self._part(members, slice(first, None)))
         return parts
+
+    def _part(self, members: Sequence[ParamMatrices], numbers: slice) -> MatrixBatch:
+        """Return a batch of some of the matrices."""
+        norms = None if self.norms is None else self.norms[numbers]
+        return MatrixBatch(members, self.options, self.sumsq[numbers], self.partition, norms)
 
 
 def group_into_batches(matrices: Iterable[ParamMatrices], options: MuonOptions) -> list[MatrixBatch]:
@@ -222,11 +221,13 @@ def _cut(param: Tensor, grad: Tensor, options: MuonOptions) -> list[tuple[Tensor
     return [of for pair in views for of in zip(*(t.split(options.row_splits, 1) for t in pair), strict=True)]
 
 
-@contextmanager
-def contiguous_params(views: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Give parameters [count, rows, ...] as [count, rows, cols], to be written; copy back what had to be copied."""
-    params = [view if view.ndim == 3 else view.flatten(2) for view in views]
-    yield params
+def as_matrices(views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return parameters [count, rows, ...] as [count, rows, cols], to be written: themselves, or for `copy_back`."""
+    return views if views[0].ndim == 3 else [view.flatten(2) for view in views]
+
+
+def copy_back(views: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Copy what was written from `as_matrices` to the parameters, where it is not in their memory."""
     for view, param in zip(views, params, strict=True):
         if param.data_ptr() != view.data_ptr():
             view.copy_(param.view(view.shape))

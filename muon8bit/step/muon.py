@@ -18,7 +18,7 @@ between.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ..config import SMALL_WORKSPACE_BYTES
 from ..orthogonalize import device_kind, orthogonalize, partition
 from .commit import Commit
 from .group_options import MuonOptions
-from .matrix_batches import MatrixBatch, contiguous_params
+from .matrix_batches import MatrixBatch, as_matrices, copy_back
 
 _LEAST_NORM = 2.0**-60  # of a Newton-Schulz input that counts as one: see `frobenius_norm`
 
@@ -66,10 +66,15 @@ def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[f
     return 1 - float(lr) * weight_decay, float(lr) * ratio
 
 
-def stats_parts(batch: MatrixBatch) -> list[MatrixBatch]:
-    """Cut a batch for `stats`, which may copy a gradient that is channels_last and flattened, or has a factor."""
-    per_element = 16 if batch.has_factors else 4
-    return batch.split(max(1, batch.options.workspace_bytes // (per_element * prod(batch.members[0].grad.shape[1:]))))
+def stats_parts(batch: MatrixBatch, *, is_staged: bool = False) -> list[MatrixBatch]:
+    """Cut a batch for `stats`, which copies a gradient that has a factor, and may one that is flattened.
+
+    With `is_staged` the momenta are brought to the device part by part.
+    """
+    num_bytes = 4 * batch.rows * -(-batch.cols // batch.format.block_size)  # of what comes out
+    if batch.has_factors or batch.members[0].grad.ndim > 3 or is_staged:
+        num_bytes = (16 if batch.has_factors else 4) * batch.rows * batch.cols
+    return batch.split(max(1, batch.options.workspace_bytes // num_bytes))
 
 
 def stats(batch: MatrixBatch) -> None:
@@ -105,10 +110,10 @@ def apply_parts(batch: MatrixBatch, *, is_first: bool) -> list[MatrixBatch]:
         rates=options.rates(kind) if options.table is not None else None,
         copied_bytes=2 * copied_bytes,  # they are there when the reference has most temporaries
     )
-    parts = batch.split(how.size)
-    for part in parts:
-        part.partition = how
-    return parts
+    batch.partition = how
+    if options.column_splits is None:  # else each piece has its own
+        batch.norms = frobenius_norm(batch.sumsq, eps=options.eps, factor=options.coefficients.norm_factor)
+    return batch.split(how.size)
 
 
 def apply(batch: MatrixBatch, commit: Commit) -> None:
@@ -120,13 +125,14 @@ def apply(batch: MatrixBatch, commit: Commit) -> None:
     options = batch.options
     assert batch.partition is not None
     averaged = batch
-    method, coefficients = batch.partition.pieces[0].method, options.coefficients
+    method = batch.partition.pieces[0].method
     if not (commit.is_done or batch.is_staged or method.tiny):
         averaged = batch.with_tensors([tensor.clone() for tensor in batch.state_tensors])
     if options.column_splits is not None:
         _apply_by_columns(batch, averaged, commit)
         return
-    norms = frobenius_norm(batch.sumsq, eps=options.eps, factor=coefficients.norm_factor)
+    norms = batch.norms
+    assert norms is not None
     if method.tiny:
         commit.confirm()
         _fused_step(batch, norms)
@@ -134,9 +140,10 @@ def apply(batch: MatrixBatch, commit: Commit) -> None:
         return
     X = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=method.dtype, device=batch.device)
     average_(averaged, norms, X)
-    X = orthogonalize(X, coefficients, method, options.backend)
+    X = orthogonalize(X, options.coefficients, method, options.backend)
     commit()
-    batch.take(averaged)
+    if averaged is not batch:
+        torch._foreach_copy_(batch.state_tensors, averaged.state_tensors)
     update_(batch, X)
 
 
@@ -156,8 +163,9 @@ def _apply_by_columns(batch: MatrixBatch, averaged: MatrixBatch, commit: Commit)
             X = cut.div_(norm).to(method.dtype).contiguous()
             X = orthogonalize(X, coefficients, method, options.backend)
             commit()
-            batch.take(averaged)
-            averaged = batch
+            if averaged is not batch:
+                torch._foreach_copy_(batch.state_tensors, averaged.state_tensors)
+                averaged = batch
             update_(part, X, columns)
             del X  # before the next one is made
 
@@ -169,9 +177,12 @@ def _fused_step(batch: MatrixBatch, norms: Tensor) -> None:
     decay, scale = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=ratio)
     how = {"decay": decay, "scale": scale, "skip": options.skip, **batch.averaging, **batch.random_bits()}
     step_tiny = kernels_for(batch.device, options.backend).step_tiny
-    with contiguous_params([member.param for member in batch.members]) as params:
-        tensors = batch.codes, batch.scales or None, batch.grads(), params, norms
-        step_tiny(*tensors, steps=options.coefficients.steps, **how)
+    views = [member.param for member in batch.members]
+    params = as_matrices(views)
+    tensors = batch.codes, batch.scales or None, batch.grads(), params, norms
+    step_tiny(*tensors, steps=options.coefficients.steps, **how)
+    if params is not views:
+        copy_back(views, params)
 
 
 def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
@@ -182,23 +193,31 @@ def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
         norms: fp32 [num_matrices].
         out: [num_matrices, rows, cols], any float dtype.
     """
+    apply_kernel, skip = kernels_for(batch.device, batch.options.backend).momentum_apply, batch.options.skip
+    if not batch.has_factors:
+        tensors = batch.codes, batch.scales or None, batch.grads(), norms, out
+        apply_kernel(*tensors, skip=skip, **batch.averaging)
+        return
     # Gradients with factors are copied, a part of the batch at a time.
-    parts = batch.split(max(1, batch.num_matrices // 16)) if batch.has_factors else [batch]
-    kernels, sizes = kernels_for(batch.device, batch.options.backend), [part.num_matrices for part in parts]
+    parts = batch.split(max(1, batch.num_matrices // 16))
+    sizes = [part.num_matrices for part in parts]
     for part, part_norms, part_out in zip(parts, norms.split(sizes), out.split(sizes), strict=True):
         tensors = part.codes, part.scales or None, part.grads(), part_norms, part_out
-        kernels.momentum_apply(*tensors, skip=batch.options.skip, **part.averaging)
+        apply_kernel(*tensors, skip=skip, **part.averaging)
 
 
 def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None) -> None:
     """Update these columns of the parameters, or all with None, by `directions` as `update_params_` takes them."""
     options = batch.options
-    with contiguous_params([member.param for member in batch.members]) as params:
-        first_column, pieces = 0, params
-        if columns is not None:
-            first_column, pieces = columns.start, [param[..., columns] for param in params]
-        ratio = lr_ratio(directions.shape[1], directions.shape[2], options.adjust_lr_fn)
-        update_params_(pieces, directions, ratio, options, **batch.random_bits(first_column))
+    ratio = lr_ratio(directions.shape[1], directions.shape[2], options.adjust_lr_fn)
+    views = [member.param for member in batch.members]
+    params = as_matrices(views)
+    first_column, pieces = 0, params
+    if columns is not None:
+        first_column, pieces = columns.start, [param[..., columns] for param in params]
+    update_params_(pieces, directions, ratio, options, **batch.random_bits(first_column))
+    if params is not views:
+        copy_back(views, params)
 
 
 def update_params_(

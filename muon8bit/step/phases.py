@@ -198,8 +198,9 @@ def read(
 
 def _read_stats(batches: Sequence[MatrixBatch], offload: StateOffload) -> None:
     """Fill the squared norms of the batches, as many matrices at once as the workspace allows."""
-    parts = [part for batch in batches for part in muon.stats_parts(batch)]
-    if offload.state_device is not None:
+    is_staged = offload.state_device is not None
+    parts = [part for batch in batches for part in muon.stats_parts(batch, is_staged=is_staged)]
+    if is_staged:
         offload.run([_staged(part, muon.stats, is_written=False) for part in parts])
         return
     for part in parts:

@@ -8,8 +8,11 @@ strides take the same path and give the same bits.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from functools import cache, lru_cache
+from itertools import chain, compress
+from operator import not_
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +37,8 @@ class Tiling(NamedTuple):
     num_warps: int
 
 
-def tiling(shape: Sequence[int], block_size: int, *, across: bool = False) -> Tiling:
+@lru_cache(maxsize=1024)
+def tiling(shape: tuple[int, int], block_size: int, *, across: bool = False) -> Tiling:
     """Return the tiles of matrices of (rows, cols) = `shape` with blocks of `block_size` elements, a power of two.
 
     Args:
@@ -60,6 +64,7 @@ def tiling(shape: Sequence[int], block_size: int, *, across: bool = False) -> Ti
 GRID = ["num_blocks", "num_tiles", "over_blocks", "over_tiles"]
 
 
+@lru_cache(maxsize=1024)
 def packed_divisor(divisor: int) -> int:
     """Return a divisor, from 1 to 2**31 - 1, as `divided` takes it: the high word a multiplier, the low one a shift.
 
@@ -111,7 +116,12 @@ def address(table, place, COLUMN: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.c
 
 def tl_dtype(tensor: Tensor) -> tl.dtype:
     """Return a tensor's dtype, as a kernel's constant."""
-    return getattr(tl, str(tensor.dtype).removeprefix("torch."))
+    return _tl_dtype(tensor.dtype)
+
+
+@cache
+def _tl_dtype(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def _strides(stack: Tensor) -> tuple[int, int]:
@@ -132,11 +142,13 @@ def common_strides(name: str, stacks: Sequence[Tensor], shape: Sequence[int]) ->
     Raises:
         ValueError: if (rows, cols) is not `shape`, or the stacks differ in dtype, device, or row or column stride.
     """
-    expected = tuple(shape), stacks[0].dtype, stacks[0].device, _strides(stacks[0])
-    kinds = {
-        (stack.shape, stack.stride(), stack.dtype, stack.device): stack for stack in stacks
-    }  # of hundreds there are few
-    for stack in kinds.values():
+    first = stacks[0]
+    expected = tuple(shape), first.dtype, first.device, _strides(first)
+    known = first.shape, first.stride(), first.dtype, first.device
+    for stack in stacks:
+        kind = stack.shape, stack.stride(), stack.dtype, stack.device
+        if stack is not first and kind == known:  # as most of hundreds are
+            continue
         found = tuple(stack.shape[1:]), stack.dtype, stack.device, _strides(stack)
         if found != expected:
             raise ValueError(f"{name}: a stack of matrices {found} in a launch that takes {expected}")
@@ -158,15 +170,21 @@ def addresses(stacks: Sequence[Tensor]) -> list[int]:
     """Return the address of every matrix of the stacks, in order; no views are made, since there may be hundreds."""
     places = []
     for stack in stacks:
-        first, step = stack.data_ptr(), stack.stride(0) * stack.itemsize
-        places += [first + number * step for number in range(stack.shape[0])]
+        first, count = stack.data_ptr(), stack.shape[0]
+        if count == 1:
+            places.append(first)
+        else:
+            step = stack.stride(0) * stack.itemsize
+            places += [first + number * step for number in range(count)]
     return places
 
 
 def table_of(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Return the rows as int64 [matrices, columns] on `device`, sent there without waiting for it."""
-    numbers = list(chain.from_iterable(rows))
-    table = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    numbers = array("q", chain.from_iterable(rows))
+    table = torch.frombuffer(numbers, dtype=torch.int64)
+    if device.type == "cuda":
+        table = torch.empty(len(numbers), dtype=torch.int64, device="cpu", pin_memory=True).copy_(table)
     return table.view(len(rows), -1).to(device, non_blocking=True)
 
 
@@ -185,15 +203,16 @@ def tables_of(
         device: where the tables are made.
     """
     rows = list(zip(*columns, range(len(columns[0])), strict=True))
-    kinds: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
-    for row in rows:
-        is_aligned = bool(alignments) and not any(row[column] % multiple for column, multiple in alignments.items())
-        kinds[is_aligned].append(row)
     if not rows:
         return []
-    table = table_of([*kinds[True], *kinds[False]], device)
-    parts = [(table[: len(kinds[True])], True), (table[len(kinds[True]) :], False)]
-    return [(part, is_aligned) for part, is_aligned in parts if len(part)]
+    aligned, others = rows if alignments else [], [] if alignments else rows
+    if any(place % multiple for column, multiple in alignments.items() for place in columns[column]):
+        are_aligned = [not any(row[column] % multiple for column, multiple in alignments.items()) for row in rows]
+        aligned, others = list(compress(rows, are_aligned)), list(compress(rows, map(not_, are_aligned)))
+    table = table_of([*aligned, *others], device)
+    if not (aligned and others):
+        return [(table, bool(aligned))]
+    return [(table[: len(aligned)], True), (table[len(aligned) :], False)]
 
 
 def whole_eighths(*numbers: int) -> bool:
@@ -211,9 +230,10 @@ def launch(
     rows, cols = matrices.shape[-2:]
     if count * rows * cols == 0:
         return
-    num_blocks, num_tiles = triton.cdiv(cols, tiles.BLOCK), triton.cdiv(rows, tiles.ROWS)
+    tall, wide, block, num_warps = tiles
+    num_blocks, num_tiles = -(-cols // block), -(-rows // tall)
     split = {"num_blocks": num_blocks, "num_tiles": num_tiles}
     split |= {"over_blocks": packed_divisor(num_blocks), "over_tiles": packed_divisor(num_tiles)}
-    constants |= {**tiles._asdict(), "enable_fp_fusion": False}
+    constants |= {"ROWS": tall, "COLS": wide, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": False}
     with torch.cuda.device_of(matrices):  # Triton launches on the current device, wherever its arguments are
         kernel[(count * num_tiles * num_blocks,)](*args, rows=rows, cols=cols, **split, **constants)
