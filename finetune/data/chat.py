@@ -144,8 +144,10 @@ def load_examples(
         raise InputError("--dataset", f"{dataset} is empty; give a file with rows in it")
     if examples:
         check_seen(named, report.seen, dataset)
-    elif report.on_bad_row == "skip":
-        raise InputError("--skip-bad-rows", f"every row of {dataset} is bad; the first: {report.errors[0].args[1]}")
+    elif report.on_bad_row in ("skip", "count"):
+        option = "--skip-bad-rows" if report.on_bad_row == "skip" else "--dataset"
+        first = f"every row of {dataset} is bad; the first: {report.errors[0].args[1]}"
+        raise InputError(option, f"{first}; --check-data lists them all")
     return examples
 
 

@@ -13,7 +13,7 @@ from finetune.config.errors import InputError
 from finetune.config.recipe import Recipe
 from finetune.data.files import file_rows, row_kind
 from finetune.data.report import DataReport
-from finetune.data.texts import check_characters
+from finetune.data.texts import check_characters, kind_of
 
 
 def text_rows(file: Path, column: str) -> Iterator[str]:
@@ -133,13 +133,13 @@ def hub_rows(recipe: Recipe) -> tuple[str, Callable[[], Iterator[str]]]:
 
 def _text(row: Any, column: str, where: str) -> str:
     if not isinstance(row, dict):
-        what = f"{type(row).__name__}, no object with columns"
+        what = f"{kind_of(row)}, no object with columns"
         raise InputError("--dataset", f"{where} holds {what}; each row must be one like {{{column!r}: text}}")
     if column not in row:
         raise InputError("--text-column", _no_column(column, where, list(row)))
     value = row[column]
     if value is not None and not isinstance(value, str):
-        raise InputError("--text-column", f"{column!r} of {where} holds {type(value).__name__}, not text")
+        raise InputError("--text-column", f"{column!r} of {where} holds {kind_of(value)}, not text")
     check_characters(value or "", f"{column!r} of {where}")
     return value or ""
 

@@ -9,9 +9,14 @@ from typing import Literal, TypeAlias
 
 from finetune.config.errors import InputError
 
-# What becomes of a bad row: it ends the run, is left out and counted, or is listed, and unreadable files as well.
-OnBadRow: TypeAlias = Literal["stop", "skip", "list"]
+# What becomes of a bad row: it ends the run, is left out and counted, or is listed, and unreadable files as well; or it
+# is counted, of a run that would end.
+OnBadRow: TypeAlias = Literal["stop", "skip", "list", "count"]
 SHOWN = 8  # names of files or columns in one line
+
+
+# What ends the error of a bad row that ends a run.
+WAYS_OUT = "--check-data lists all bad rows, --skip-bad-rows trains on the others"
 
 
 class RowError(InputError):
@@ -106,9 +111,12 @@ class DataReport:
                 f"note: {self.num_unanswered:,} conversations end with a turn that no answer follows: nothing is "
                 "learned from it"
             )
+        bad = f"note: {len(self.errors):,} of {self.num_rows:,} rows are bad"
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons().most_common())
         if self.errors and self.on_bad_row == "skip":
-            counts = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons().most_common())
-            lines.append(f"note: {len(self.errors):,} of {self.num_rows:,} rows are bad and left out: {counts}")
+            lines.append(f"{bad} and left out: {counts}")
+        elif self.errors and self.on_bad_row == "count":
+            lines.append(f"{bad}, and would end a run: {counts}; {WAYS_OUT}")
         return lines
 
     def listing(self) -> list[str]:

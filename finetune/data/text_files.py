@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from finetune.config.errors import InputError
 from finetune.data.report import DataReport, RowError
-from finetune.data.texts import ENCODING, SAVE, holds_nul, not_utf8, other_kind
+from finetune.data.texts import ENCODING, SAVE, holds_nul, kind_of, not_utf8, other_kind
 
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 csv.field_size_limit(2**31 - 1)  # characters; Python's own limit of 131,072 is below long texts
@@ -138,7 +138,7 @@ def _whole(file: Path, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise InputError("--dataset", f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(value, (list, dict)):
-        raise InputError("--dataset", f"{file} holds {type(value).__name__}; give an array of rows")
+        raise InputError("--dataset", f"{file} holds {kind_of(value)}; give an array of rows")
     return value
 
 

@@ -92,3 +92,8 @@ def check_characters(text: str, what: str) -> None:
             "text, or leave the row out",
             "half of a character",
         ) from None
+
+
+def kind_of(value: object) -> str:
+    """Return what a value of a dataset is, in a word; of nothing, what JSON calls it."""
+    return "null" if value is None else type(value).__name__

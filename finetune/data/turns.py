@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from finetune.data.columns import ROLES, Columns
 from finetune.data.messages import Message, Role
 from finetune.data.report import RowError
-from finetune.data.texts import check_characters
+from finetune.data.texts import check_characters, kind_of
 
 # Pairs of keys that hold the role and the text of a turn: those of chat APIs, and ShareGPT's.
 KEYS = (("role", "content"), ("from", "value"))
@@ -150,7 +150,7 @@ def _add_tool_keys(message: Message, turn: Mapping[str, Any], place: str) -> Non
 def _part(part: Any, what: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind != "text" or not isinstance(part.get("text"), str):
-        shown = f"a part of type {kind!r}" if kind else f"a part that is {type(part).__name__}"
+        shown = f"a part of type {kind!r}" if kind else f"a part that is {kind_of(part)}"
         problem = f"{what} has {shown}; only parts like {{type: text, text: ...}} are trained on; leave such rows out"
         raise RowError("--dataset", problem, "a part that is no text")
     return str(part["text"])
@@ -177,8 +177,8 @@ def _role(value: Any, place: str, columns: Columns) -> Role:
         return ROLE_NAMES[value]
     raise RowError(
         "--dataset",
-        f"{place} has the unknown role {value!r}; give one of {', '.join(ROLE_NAMES)}, or say which it is, such as "
-        f"--columns assistant={value}",
+        f"{place} has the unknown role {value!r}; give one of {', '.join(ROLE_NAMES)}, or say which it is: "
+        f"--columns assistant={value} to learn its turns, --columns user={value} not to; or leave such rows out",
         f"the unknown role {value!r}",
     )
 
@@ -193,4 +193,4 @@ def _weight(value: Any, place: str) -> bool:
 
 
 def _not_of_type(value: Any, what: str, wanted: str) -> RowError:
-    return RowError("--dataset", f"{what} holds {type(value).__name__}, not {wanted}", f"a value that is not {wanted}")
+    return RowError("--dataset", f"{what} holds {kind_of(value)}, not {wanted}", f"a value that is not {wanted}")

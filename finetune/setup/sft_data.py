@@ -16,7 +16,7 @@ from finetune.data.chat import Parts, load_examples, load_parts
 from finetune.data.messages import Example
 from finetune.data.packing import Rows
 from finetune.data.preview import show_example
-from finetune.data.report import DataReport
+from finetune.data.report import WAYS_OUT, DataReport, RowError
 from finetune.data.templates import BUILT_IN
 from finetune.data.texts import read_text
 from finetune.data.tokenize_chat import ChatEncoding, EncodedExamples, encode_examples
@@ -63,8 +63,11 @@ def prepare_data(recipe: SftRecipe, tokenizer: Any) -> SftData:
     """
     encoding = _encoding(recipe, tokenizer)
     report = DataReport("skip" if recipe.skip_bad_rows else "stop")
-    parts = _parts(recipe, report)
-    train, validation = (_encoded(recipe, part, encoding, report) for part in (parts.train, parts.validation))
+    try:
+        parts = _parts(recipe, report)
+        train, validation = (_encoded(recipe, part, encoding, report) for part in (parts.train, parts.validation))
+    except RowError as error:
+        raise RowError(error.args[0], f"{error.args[1]}; {WAYS_OUT}", error.reason) from None
     for part, encoded in (("training", train), ("validation", validation)):
         if not encoded.rows and report.errors:
             first = f"the first of {len(report.errors):,}: {report.errors[0].args[1]}"
@@ -93,7 +96,9 @@ def check_data(recipe: SftRecipe) -> tuple[list[str], int]:
 
 
 def preview(recipe: SftRecipe, num: int) -> list[str]:
-    """Show the first conversations as the model would read them, what is learned marked. Writes nothing.
+    """Show the first good conversations as the model would read them, what is learned marked. Writes nothing.
+
+    Bad rows are counted by reason, as far as they are read: after the last that is shown, the template's are not.
 
     Args:
         recipe: checked options.
@@ -103,14 +108,21 @@ def preview(recipe: SftRecipe, num: int) -> list[str]:
         Texts to print.
 
     Raises:
-        InputError: as a run.
+        InputError: as a run, but for bad rows; where all are bad, the first of them.
     """
     if num < 1:
         raise InputError("--preview", f"{num} must be above 0")
     recipe, encoding = _ready(recipe)
-    report = DataReport("skip" if recipe.skip_bad_rows else "stop")
+    report = DataReport("skip" if recipe.skip_bad_rows else "count")
     examples = _examples(recipe, report)
-    shown = [show_example(example, encoding, recipe.seq_len) for example in examples[:num]]
+    shown: list[str] = []
+    for example in examples:
+        if len(shown) == num:
+            break
+        try:
+            shown.append(show_example(example, encoding, recipe.seq_len))
+        except RowError as error:
+            report.add_bad_row(error)
     return [*shown, f"{len(shown):,} of {len(examples):,} conversations", *report.notes()]
 
 

@@ -80,7 +80,9 @@ def plot_losses(
         steps, losses = curve.training
         if alone:
             axes.plot(steps, losses, color=color, lw=0.8, alpha=0.3)
-        axes.plot(steps, smooth(losses), color=color, lw=1.2, label="training, smoothed" if alone else curve.name)
+        smoothed = smooth(losses)
+        what = "training" if smoothed == losses else "training, smoothed"  # as a short run's losses are
+        axes.plot(steps, smoothed, color=color, lw=1.2, label=what if alone else curve.name)
         label = "validation" if alone else "validation, dashed" if number == len(curves) - 1 else None
         axes.plot(*curve.validation, "o--", color="C1" if alone else color, ms=4, label=label)
     if reference is not None and math.isfinite(reference[1]):

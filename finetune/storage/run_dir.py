@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import time
 import uuid
@@ -160,7 +161,8 @@ def choose_folder(output_dir: str | None, recipe_name: str) -> RunFolder:
     if output_dir is None:
         # One name for all ranks of a launch: the launcher's process starts them within its own lifetime.
         now = time.time()
-        name = f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{int(now * 1000) % 1000:03d}"
+        plain = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "-", recipe_name)  # Windows takes none of these
+        name = f"{plain}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{int(now * 1000) % 1000:03d}"
         runs, number = RUNS.resolve(), 1
         path = runs / name
         while path.exists():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.chat_tokenizers import make_tokenizer
+from helpers.refusals import check_refused
 
 from finetune.config.errors import InputError
 from finetune.data.chat import load_examples
@@ -405,9 +406,31 @@ def test_the_rows_on_the_page_of_formats_give_the_turns_or_the_sentences_beside_
 def test_the_page_of_formats_shows_what_the_commands_print(sft, tmp_path):
     rows = [dialog("Ho") | {"id": 7}, {"question": "Hi"}, dialog(" ")]
     write_chats(tmp_path, rows)
-    for args in (["--check-data"], ["--preview", 1, "--skip-bad-rows"]):
+    for args in (["--check-data"], ["--preview", 1]):
         shown = sft("--dataset", "chats.jsonl", *args).out.replace(str(tmp_path), "/data")
         assert without_sizes(f"```text\n{shown}```") in without_sizes(PAGE), shown
+
+
+def test_preview_shows_the_good_rows_and_counts_the_others(sft, tmp_path):
+    """Also those that only the template refuses, up to the last row shown."""
+    silent = (
+        "{% for m in messages if m['content'] != 'Hush' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    )
+    (tmp_path / "t.jinja").write_text(
+        silent + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    write_chats(tmp_path, [{"question": "Hi"}, dialog("Hush"), dialog("Ho"), dialog(" "), dialog("He")])
+    shown = sft("--dataset", "chats.jsonl", "--chat-template", "t.jinja", "--preview", 2)
+    assert shown.code == 0, shown.err
+    assert [f"row {n} of" in shown.out for n in (1, 2, 3, 4, 5)] == [False, False, True, False, True]
+    assert "\nnote: 3 of 5 rows are bad, and would end a run: 1 no format fits" in shown.out
+    assert "--skip-bad-rows" in shown.out.splitlines()[-1]
+    left_out = sft("--dataset", "chats.jsonl", "--chat-template", "t.jinja", "--preview", 2, "--skip-bad-rows")
+    assert "\nnote: 3 of 5 rows are bad and left out: 1 no format fits" in left_out.out
+    write_chats(tmp_path, [{"question": "Hi"}, dialog(" ")])
+    check_refused(
+        sft("--dataset", "chats.jsonl", "--preview", 2), "--dataset", "every row", "`question`", "--check-data"
+    )
 
 
 def without_sizes(text):

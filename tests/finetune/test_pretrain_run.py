@@ -539,6 +539,22 @@ def test_smoothing_weighs_losses_by_their_distance_and_begins_at_the_first():
         assert value == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(("num", "label"), [(20, "training"), (60, "training, smoothed")])
+def test_the_picture_says_smoothed_where_it_is(tmp_path, monkeypatch, num, label):
+    from matplotlib.figure import Figure
+
+    found = []
+
+    def noted(figure, beside, **_):
+        found.extend(text.get_text() for text in figure.axes[0].get_legend().get_texts())
+        beside.touch()
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    records = [{"step": i, "loss": 1 / i, "val_loss": None} for i in range(1, num + 1)]
+    plots.plot_losses([plots.LossCurve("run", records)], tmp_path / "loss.png", "title")
+    assert found == [label, "validation"]
+
+
 def test_two_ranks_train_one_model_on_the_data_of_one(recipe_file, pretrain, tmp_path):
     """torchrun with two processes: equal parameters on both, and the losses of one process that accumulates."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "CUDA_VISIBLE_DEVICES": ""}

@@ -45,7 +45,9 @@ GOOD = json.dumps({"messages": [USER, ANSWER]})
 def test_a_bad_row_is_named(sft, tmp_path, second_line, words):
     lines = [] if second_line is None else [GOOD, second_line, GOOD.replace("abcd?", "other?")]
     (tmp_path / "data.jsonl").write_text("".join(line + "\n" for line in lines))
-    check_refused_unwritten(sft("--dataset", "data.jsonl", "--output-dir", "run"), tmp_path, *words)
+    outcome = sft("--dataset", "data.jsonl", "--output-dir", "run")
+    check_refused_unwritten(outcome, tmp_path, *words)
+    assert [option in outcome.err for option in ("--check-data", "--skip-bad-rows")] == [second_line is not None] * 2
 
 
 def test_a_parquet_without_the_columns_is_named(sft, tmp_path):

