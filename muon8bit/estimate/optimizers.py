@@ -32,6 +32,7 @@ from ..orthogonalize import partition, resolve_coefficients, workspace_bytes
 from ..orthogonalize.coefficients import JORDAN
 from ..report import ADAMW_BYTES, BNB_MAPS_BYTES, STEP_BYTES, bnb_bytes
 from ..step.adamw8bit import chunk_size, is_8bit, layout
+from ..step.adamw_small import SMALL, TOGETHER
 from ..step.momentum import MomentumFormat
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon", "muon_bf16", "muon8bit", "muon8bit+adamw8bit")
@@ -169,7 +170,9 @@ def step_bytes(
         return _torch_adamw_bytes(rest, kind)
     if optimizer == "muon":
         return max(_torch_adamw_bytes(rest, kind), _torch_muon_bytes(matrices))
-    copied = max((p.num_elements for p in rest if p.dtype != torch.float32), default=0)
+    through_copies = [p.num_elements for p in rest if p.dtype != torch.float32]
+    together = sum(number for number in through_copies if number <= SMALL)
+    copied = max([min(together, TOGETHER), *through_copies])
     adamw_budget = budget // 2 if is_staged else budget
     copies = 8 * min(copied, adamw_budget // 16)
     if optimizer == "muon_bf16":

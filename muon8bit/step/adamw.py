@@ -19,6 +19,7 @@ from torch.optim.adamw import adamw
 from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY
 from . import adamw8bit
 from .adamw_chunks import AdamWChunk, pack
+from .adamw_small import TOGETHER, is_small, step_together
 from .group_options import AdamWOptions
 from .offload import NUM_BUFFERS, OffloadTask
 from .rounding import round_stochastic
@@ -68,11 +69,13 @@ def is_8bit(state: Mapping[str, Tensor]) -> bool:
 def apply(chunks: Sequence[AdamWChunk], options: AdamWOptions) -> None:
     """Step these chunks of one device in place.
 
-    A parameter or gradient that is not fp32 and contiguous goes through such copies, part by part. A chunk of state in
-    8 bits begins at a multiple of 256 elements. torch's fused kernel walks parameter, gradient and moments by memory
-    order, so all of them are contiguous here.
+    A parameter or gradient that is not fp32 and contiguous goes through such copies, part by part, small ones together.
+    A chunk of state in 8 bits begins at a multiple of 256 elements. torch's fused kernel walks parameter, gradient and
+    moments by memory order, so all of them are contiguous here.
     """
     direct: list[AdamWChunk] = []
+    small: list[AdamWChunk] = []
+    most = options.workspace_bytes // _COPY_BYTES
     for chunk in chunks:
         if EXP_AVG_CODES_KEY in chunk.state:
             if type(options.lr) is not float:  # bitsandbytes takes a number: on a device it has to be waited for
@@ -82,8 +85,12 @@ def apply(chunks: Sequence[AdamWChunk], options: AdamWOptions) -> None:
             _step_in_vectors(chunk, options)
         elif all(t.dtype == torch.float32 and t.is_contiguous() for t in (chunk.param, chunk.grad)):
             direct.append(chunk)
+        elif is_small(chunk, most):
+            small.append(chunk)
         else:
             _step_through_copies(chunk, options)
+    if small:
+        step_together(small, options, most, _adamw)
     if direct:
         _adamw(direct, options)
 
@@ -93,6 +100,8 @@ def copied_bytes(chunk: AdamWChunk, options: AdamWOptions) -> int:
     if all(t.dtype == torch.float32 and t.is_contiguous() for t in (chunk.param, chunk.grad)):
         return 0
     size = options.workspace_bytes // _COPY_BYTES
+    if not is_8bit(chunk.state) and is_small(chunk, size):
+        return 8 * min(TOGETHER, size)  # of all that may go with it
     if is_8bit(chunk.state):
         size = adamw8bit.chunk_size(chunk.param.device.type, options.workspace_bytes)
     return 8 * min(chunk.param.numel(), size)
@@ -105,10 +114,14 @@ def _step_through_copies(chunk: AdamWChunk, options: AdamWOptions) -> None:
         size = max(_VECTOR, options.workspace_bytes // _COPY_BYTES // _VECTOR * _VECTOR)
         parts = zip(*(t.view(-1).split(size) for t in tensors), strict=True)
     step, first = chunk.state["step"], chunk.first  # of the part, in the order of indices, not of memory
-    before = step.clone()
+    before = None  # the counter, from which every part starts
     for param, grad, exp_avg, exp_avg_sq in parts:
         copy = param.float().contiguous()
-        state = {"step": step.copy_(before), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        if before is not None:
+            step.copy_(before)
+        elif param.numel() < chunk.param.numel():
+            before = step.clone()
+        state = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         _adamw([replace(chunk, param=copy, grad=grad.float().contiguous(), state=state)], options)
         if chunk.key is not None:
             copy = round_stochastic(copy, param, chunk.key, first, options.backend)

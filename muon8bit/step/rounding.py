@@ -7,7 +7,7 @@ and an element's index in the parameter they are all that the random bits depend
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,27 @@ def round_stochastic(values: Tensor, old: Tensor, key: int, first: int, backend:
         backend: the kernels.
     """
     new = kernels_for(values.device, backend).round_stochastic(values, key=key, first=first)
+    return torch.where(new == old, old, new, out=new)
+
+
+def round_stochastic_together(
+    values: Tensor,
+    old: Tensor,
+    sizes: Sequence[int],
+    keys: Sequence[int],
+    firsts: Sequence[int],
+    backend: Backend | None,
+) -> Tensor:
+    """Round as `round_stochastic` rounds each of several tensors, which lie behind each other in flat `values`.
+
+    Args:
+        values: fp32 of all of them.
+        old: bf16 of all of them.
+        sizes, keys, firsts: one for each.
+        backend: the kernels.
+    """
+    kernels, of_each = kernels_for(values.device, backend), zip(values.split(list(sizes)), keys, firsts, strict=True)
+    new = torch.cat([kernels.round_stochastic(part, key=key, first=first) for part, key, first in of_each])
     return torch.where(new == old, old, new, out=new)
 
 

@@ -11,12 +11,17 @@ from helpers.layouts import laid_out
 from helpers.momentum_steps import random_stacks, state_of
 from muon8bit_kernels import num_blocks, reference
 
+from benchmarks.gpu import first_cases
+from benchmarks.gpu.first_cases import compare
+
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("no GPU: test_interpreted.py runs it under TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's
 CODEBOOKS = ["linear", "dynamic", None]
+# In the interpreter a product of bf16 is garbage.
+CASES = [case for case in first_cases.CASES if not case.name.startswith("product bf16")]
 
 
 def step(kernels, device, codes, scales, grads, norms, flag, *, first_col, out_layout="rows", **options):
@@ -90,3 +95,9 @@ def test_tensors_of_other_shapes_are_refused(triton_kernels, device):
         triton_kernels.momentum_apply_cut(*tensors, torch.ones(1, 4, 4, device=device), norms, out[..., 1:], **options)
     with pytest.raises(ValueError, match="power of two"):
         triton_kernels.momentum_stats_cut(*tensors, **{**options, "block_size": 100})
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_cases_of_the_first_call_on_a_gpu_agree(triton_kernels, device, case):
+    """With tiny shapes: what that call compares is right in the interpreter too."""
+    compare(case.run(triton_kernels, device, True), case.run(reference, torch.device("cpu"), True))

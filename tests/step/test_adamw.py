@@ -1,8 +1,11 @@
 """The AdamW part against torch.optim.AdamW and float64."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon8bit import Muon8bit
 from muon8bit.step import adamw
@@ -92,6 +95,56 @@ def test_every_part_steps_as_in_the_whole(size, dtype, key):
         for stop in range(first + 1, size + 1):
             for name, value in stepped(first, stop).items():
                 assert torch.equal(value, whole[name] if name == "step" else whole[name][first:stop]), (first, stop)
+
+
+@pytest.mark.parametrize("flag", [None, 0.0, 1.0])
+@pytest.mark.parametrize("budget", [2**25, 16 * 4200])
+def test_small_tensors_step_together_as_each_alone(budget, flag):
+    """Bitwise, also where they do not fit together; sizes that are multiples of 4 come first."""
+    generator = torch.Generator().manual_seed(0)
+    skip = None if flag is None else torch.tensor(flag)
+    options = AdamWOptions(None, None, budget, skip, adamw_bits=32, **{**OPTIONS, "lr": 0.02})
+    kinds = [(torch.bfloat16, torch.bfloat16, None), (torch.bfloat16, torch.bfloat16, 77)]
+    kinds += [(torch.float16, torch.float16, None), (torch.bfloat16, torch.float32, -3)]
+    shapes = [(5,), (64,), (), (4099,), (8, 16), (17,), (1,)]
+    ours, theirs, small = [], [], []
+    for number, shape in enumerate(shapes * 2):
+        for param_dtype, grad_dtype, key in kinds:
+            param, grad = (torch.randn(shape, generator=generator).to(t) for t in (param_dtype, grad_dtype))
+            layout = adamw.layout(param.shape)
+            for chunks in (ours, theirs):
+                state = {name: torch.full(size, 0.25, dtype=dtype) for name, (size, dtype) in layout.items()}
+                state["step"].fill_(number)
+                key_here = None if key is None else key + number
+                chunks.append(AdamWChunk(param.clone(), grad, state, key_here, 16 * number, param.numel()))
+            small.append(param)
+    for _ in range(2):
+        adamw.apply(ours, options)
+        for chunk in theirs:
+            adamw._step_through_copies(chunk, options)
+    for our, their, before in zip(ours, theirs, small, strict=True):
+        assert torch.equal(our.param, their.param)
+        assert all(torch.equal(our.state[name], their.state[name]) for name in their.state)
+        assert flag or before.numel() == 1 or not torch.equal(our.param, before)
+
+
+def test_small_tensors_take_a_few_operations_together():
+    """65 norms in bf16: alone each of them takes a dozen."""
+    calls = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+            calls[function.overloadpacket.__name__] += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    chunks = []
+    for _ in range(65):
+        param, grad = torch.ones(2, 2048).bfloat16()
+        state = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in adamw.layout(param.shape).items()}
+        chunks.append(AdamWChunk(param, grad, state, None, 0, param.numel()))
+    with Counting():
+        adamw.apply(chunks, AdamWOptions(None, None, 2**25, adamw_bits=32, **OPTIONS))
+    assert sum(calls.values()) <= 10, calls
 
 
 @pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
