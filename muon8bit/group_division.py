@@ -22,15 +22,13 @@ _NOT_COMPARED = {"params", "param_names", "lr", "initial_lr", "rounding_seed", "
 def check_division(saved: _Groups, current: _Groups) -> None:
     """Check that each saved group has as many parameters as the current one in its place.
 
-    Where both sides have names, groups in another order are left to the checks of the names.
-
     Args:
         saved: `param_groups` of a state dict, each with `algorithm`.
         current: groups of the running optimizer.
 
     Raises:
         ValueError: names the parameters that stand in other groups, with what differs between the two, or the first
-            that one side lacks, and the way out.
+            that one side lacks or whose group has another place, and the way out.
     """
     theirs, ours = _places(saved), _places(current)
     is_named = bool(theirs and ours)
@@ -46,6 +44,11 @@ def check_division(saved: _Groups, current: _Groups) -> None:
         raise ValueError(
             f"the state dict has {count} than this optimizer: {', '.join(words[:_SHOWN])}{more}: {BY_NAME}, or "
             f"{SAME_GROUPS}"
+        )
+    if is_named and not foreign and (other := next((name for name in ours if theirs[name] != ours[name]), None)):
+        raise ValueError(
+            f"the state dict has its groups in another order: {other} is in its group {theirs[other]}, here in group "
+            f"{ours[other]}: {BY_NAME}, or {SAME_GROUPS}"
         )
     if len(saved) != len(current):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .._text import unwrapper
+from .._text import collapse, template, unwrapper
 from ..config import BUFFER_KEY, DYNAMIC_CODES_KEY, EXP_AVG_CODES_KEY, EXP_AVG_KEY, LINEAR_CODES_KEY
 from ..step.options import RUNNING_KEYS, SAME_GROUPS
 from .entries import Entry, Group
@@ -19,7 +19,6 @@ Like = Optimizer | Mapping[str, Any]
 # Keys of the tensors that have their parameter's shape.
 _OF_ITS_SHAPE = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY, EXP_AVG_KEY, EXP_AVG_CODES_KEY)
 _ROUNDING = ("rounding_seed", "rounding_step")
-_SHOWN = 5  # parameters that a warning names
 
 
 def targets(like: Like, dialect: str) -> list[Group]:
@@ -155,9 +154,12 @@ def _without_moved(asked: Sequence[Entry], found: Sequence[Entry], drop_moved: b
             f"{slot.where} was stepped by {entry.algorithm}, `like` has it in a group of {slot.algorithm}: start it "
             f"without state by drop_moved=True (--drop-moved), or {SAME_GROUPS}{hint}"
         )
-    words = [f"{slot.where} (from {entry.algorithm} to {slot.algorithm})" for slot, entry in moved]
-    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
-    warnings.warn(f"without their state, as it is another algorithm's: {', '.join(words[:_SHOWN])}{more}", stacklevel=4)
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for slot, entry in moved:
+        way = f"from {entry.algorithm} to {slot.algorithm}"
+        kinds.setdefault((template(slot.where), way), []).append(slot.where)
+    words = ", ".join(f"{collapse(names)} ({way})" for (_, way), names in kinds.items())
+    warnings.warn(f"without their state, as it is another algorithm's: {words}", stacklevel=4)
     empty = [replace(e, tensors={}, options={k: e.options[k] for k in _ROUNDING if k in e.options}) for _, e in pairs]
     return [empty[i] if is_moved[i] else entry for i, entry in enumerate(found)]
 

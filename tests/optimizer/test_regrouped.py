@@ -95,6 +95,18 @@ def test_parameters_in_other_groups_are_told_with_what_differs_and_the_way_out(s
     assert not running.state
 
 
+def test_groups_in_another_order_are_told():
+    groups = [(MATRICES, {}), ("embed", LOW), ("l.0.bias l.1.bias", HIGH)]
+    saved, running = optimizer_of(*groups), optimizer_of(*groups[::-1], steps=0)
+    with pytest.raises(
+        ValueError, match=r"another order: l\.0\.bias is in its group 2, here in group 0: take "
+    ) as refused:
+        running.load_state_dict(saved.state_dict())
+    assert WAY_OUT in str(refused.value)
+    running.load_state_dict(convert_state_dict(saved.state_dict(), like=running))
+    assert [group["lr"] for group in running.param_groups] == [0.5, 0.25, 0.125]
+
+
 def test_a_scheduler_between_them_makes_no_difference_of_lr():
     saved = optimizer_of((MATRICES, {}), ("embed", HIGH), ("l.0.bias l.1.bias", HIGH))
     scheduled(saved)
