@@ -162,8 +162,13 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def run_script(work: Callable[[], int]) -> int:
-    """Do the work. Returns the exit code, see EXIT_CODES."""
+def run_script(work: Callable[[], int], typed: Mapping[str, str] | None = None) -> int:
+    """Do the work; return the exit code, see EXIT_CODES.
+
+    Args:
+        work: returns the exit code.
+        typed: name of an option -> the former name that was typed for it, by which bad input is told.
+    """
     follow_launcher()
     try:
         # Accelerate warns at every checkpoint that a tied weight is saved once (loading ties it again; resuming is
@@ -172,9 +177,12 @@ def run_script(work: Callable[[], int]) -> int:
         with _sigterm_as_ctrl_c():
             return work()
     except InputError as error:
+        text = str(error)
+        for now, former in (typed or {}).items():
+            text = text.replace(now, former)
         if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        tell_launcher(str(error))
+            print(text, file=sys.stderr)
+        tell_launcher(text)
         return 2
     except Terminated:
         return 128 + signal.SIGTERM

@@ -21,6 +21,7 @@ if not __package__:  # run as a script: absolute imports come from the repositor
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.command_line import Parser, absolute, check_resumable, run_script, say_on_main, told_when_stopped
+from finetune.config.checks import check_model_folder, typed_names
 from finetune.config.defaults import fit_schedule
 from finetune.config.errors import InputError
 from finetune.config.options import flag
@@ -71,6 +72,8 @@ def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) 
             tell(lines)
         paths = {key: absolute(getattr(recipe, key), flag(key)) for key in PATHS}
         check_exists(paths["dataset"])
+        if paths["init_from"]:
+            check_model_folder(Path(paths["init_from"]).expanduser(), "--init-from")
         recipe = dataclasses.replace(recipe, **paths)
         return recipe, choose_folder(output_dir, recipe.name)
     if recipe_name or output_dir:
@@ -101,7 +104,7 @@ def _work(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None, only_check: bool = False) -> int:
     """Run the script, or with `only_check` parse and check its options. Returns the exit code, see EXIT_CODES."""
     words = sys.argv[1:] if argv is None else argv
-    return run_script(lambda: 0 if only_check and parse(words) else _work(words))
+    return run_script(lambda: 0 if only_check and parse(words) else _work(words), typed_names(words, Recipe))
 
 
 if __name__ == "__main__":

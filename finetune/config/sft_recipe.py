@@ -119,7 +119,10 @@ class SftRecipe(Training):
         None, "peak learning rate", section="optimizer", unset="by --mode and --optimizer, the log says why"
     )
     warmup_steps: int = option(
-        None, "optimizer steps of linear warm-up", section="optimizer", unset="3 percent of --max-steps"
+        None,
+        "optimizer steps of linear warm-up",
+        section="optimizer",
+        unset="3 percent of --max-steps; none of fewer than 34",
     )
     max_steps: int = option(None, "optimizer steps in all", section="length", unset="by --epochs")
     weight_decay: float = option(0.0, "decoupled weight decay per unit of lr", section="optimizer")
@@ -210,9 +213,11 @@ def resolve(recipe: SftRecipe, num_rows: int, num_processes: int) -> tuple[SftRe
         max_steps = chosen["max_steps"] = math.ceil(recipe.epochs * num_rows / rows)
         notes.append(f"{max_steps} steps of {rows} rows: {recipe.epochs:g} passes over {num_rows:,} rows")
     if "warmup_steps" in unset:
-        left = max_steps - recipe.decay_steps
-        chosen["warmup_steps"] = max(0, min(math.ceil(WARMUP_SHARE * max_steps), left - 1))
-        notes.append(f"warm-up {chosen['warmup_steps']} steps, {WARMUP_SHARE:.0%} of {max_steps}")
+        left, share = max_steps - recipe.decay_steps, WARMUP_SHARE * max_steps
+        # A warm-up's first step has lr 0: one of a few dozen steps is not given away.
+        chosen["warmup_steps"] = 0 if share < 1 else max(0, min(math.ceil(share), left - 1))
+        less = ", which is less than one" if share < 1 else ""
+        notes.append(f"warm-up {chosen['warmup_steps']} steps, {WARMUP_SHARE:.0%} of {max_steps}{less}")
     if recipe.has_adapter and family == "muon" and recipe.lora_rank > 16 and recipe.adapter is None:
         notes.append("note: in arXiv 2605.10468 Muon is ahead of AdamW on LoRA up to rank 16 only")
     return replace(recipe, **chosen), notes

