@@ -1,11 +1,12 @@
-"""Count the kernels that torch and Triton launch for the momenta of matrices cut by columns; nothing is run.
+"""Count the kernels that torch and Triton launch where ranks hold columns of matrices; nothing is run.
 
     python -m benchmarks.scaling.launches [--tree OLD] [--out benchmarks/results/launches_tp8.json]
 
 The matrices are those of Llama-3.1-8B that row-parallel layers cut among 8 ranks: 32 output and 32 down projections,
 codebook linear, bf16 gradients. Both phases are called on tensors without storage, one matrix at a time and all of a
 shape together; a step lies in between. An operation that makes or fills a tensor counts as one kernel, views and
-allocations as none. `--tree` is another checkout, counted beside this one.
+allocations as none. A whole step of all matrices without Newton-Schulz is counted by `step_of_tree`.
+`--tree` is another checkout, counted beside this one.
 """
 
 from __future__ import annotations
@@ -123,6 +124,14 @@ def count_tree(tree: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+def whole_step(tree: Path) -> int:
+    """Return the kernels of a step of a rank, without those of Newton-Schulz."""
+    from benchmarks.scaling.host_time import run_in  # which a checkout that is counted alone may not have
+
+    found = run_in(tree.resolve(), "step_of_tree.py", "1", str(LAYERS), "TP 8")["TP 8"]
+    return sum(found["triton"].values()) + sum(found["torch"].values())
+
+
 def main() -> None:
     """Print the counts, or write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,11 +143,16 @@ def main() -> None:
     if args.here:
         print(json.dumps(found))
         return
+    found["whole step"] = {"without Newton-Schulz": whole_step(ROOT)}
     record: dict[str, Any] = {"command": "python -m benchmarks.scaling.launches", "here": found}
     if args.tree:
         record["other tree"] = old = count_tree(args.tree)
         (before, *_), (now, *_) = old.values(), found.values()
-        record["here over the other, as by default"] = {key: round(now[key] / before[key], 4) for key in now}
+        theirs = whole_step(args.tree)
+        old["whole step"] = {"without Newton-Schulz": theirs}
+        ratios = {key: round(now[key] / before[key], 4) for key in now}
+        ratios |= {"whole step": round(found["whole step"]["without Newton-Schulz"] / theirs, 4)}
+        record["here over the other, as by default"] = ratios
     text = json.dumps(record, indent=1) + "\n"
     if args.out:
         args.out.write_text(text)

@@ -1,6 +1,6 @@
 """Python of a step of a working tree of any age, with nothing computed: a script that `host_time` runs in each tree.
 
-    python benchmarks/scaling/step_of_tree.py NUM_STEPS NUM_LAYERS FILE.json    # PYTHONPATH is the tree
+    python benchmarks/scaling/step_of_tree.py NUM_STEPS NUM_LAYERS [SETTING ...] FILE.json    # PYTHONPATH is the tree
 
 Parameters, gradients and state of Llama-3.1-8B are on the meta device, which stands for an H100. Triton's launches,
 Newton-Schulz, the flags of the gradients and what ranks send return at once: what is left is the host's. Only what
@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +34,8 @@ from muon8bit.orthogonalize import device_kind, orthogonalize
 from muon8bit.step import nonfinite, phases
 
 NUM_RANKS, WARM_UP = 8, 2
+SETTINGS = ("one GPU", "FSDP 8", "DDP 8")
+ROW_PARALLEL = (3, 6)  # places of the output and the down projection in a layer
 MODEL = MODELS["Llama-3.1-8B"]
 # Operations of torch that launch no kernel: views, and memory that is not written.
 NO_KERNEL = (
@@ -130,6 +133,8 @@ def stub(launches: list[str]) -> torch.library.Library:
     from muon8bit_kernels import kernels_for
     from muon8bit_kernels.triton import kernels
 
+    item = torch.Tensor.item  # older trees wait for the flag of the step where columns are cut
+    torch.Tensor.item = lambda tensor: 0.0 if tensor.is_meta else item(tensor)  # type: ignore[method-assign]
     triton.JITFunction.run = lambda kernel, *_, **__: launches.append(kernel.fn.__name__)
     replace_everywhere(device_kind, lambda _: "cuda_sm90")
     replace_everywhere(kernels_for, lambda *_: kernels)
@@ -148,11 +153,25 @@ def stub(launches: list[str]) -> torch.library.Library:
     return quick_meta()
 
 
+def _tensor_parallel(rows: int, cols: int, mesh: Any, dim: int) -> torch.nn.Parameter:
+    """Return a parameter with its gradient, of which this rank has a part of the rows (0) or columns (1)."""
+    shape = (rows, cols // NUM_RANKS) if dim else (rows // NUM_RANKS, cols)
+    value, grad = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    of_param, of_grad = (DTensor.from_local(t, mesh, [Shard(dim)], run_check=False) for t in (value, grad))
+    of_grad._local_tensor = grad.as_subclass(Gradient)
+    param = torch.nn.Parameter(of_param)
+    param.grad = of_grad
+    return param
+
+
 def make(setting: str, num_layers: int) -> Muon8bit:
     """Return the optimizer of a setting, its parameters with gradients."""
     params = []
     mesh = init_device_mesh("cpu", (NUM_RANKS,))
-    for rows, cols in MODEL.linears() * num_layers:
+    for number, (rows, cols) in enumerate(MODEL.linears() * num_layers):
+        if setting == "TP 8":
+            params.append(_tensor_parallel(rows, cols, mesh, dim=int(number % len(MODEL.linears()) in ROW_PARALLEL)))
+            continue
         here = rows // NUM_RANKS if setting == "FSDP 8" else rows
         value, grad = (torch.empty(here, cols, dtype=torch.bfloat16, device="meta") for _ in range(2))
         param = value
@@ -166,14 +185,14 @@ def make(setting: str, num_layers: int) -> Muon8bit:
     return Muon8bit(params, process_group=dist.group.WORLD if setting == "DDP 8" else None)
 
 
-def main(num_steps: int, num_layers: int, out: Path) -> None:
+def main(num_steps: int, num_layers: int, settings: Sequence[str], out: Path) -> None:
     """Write the CPU time of each step in ms, and the launches of one, by setting."""
     torch.set_num_threads(1)
     launches = list[str]()
     library = stub(launches)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=NUM_RANKS)
     found: dict[str, Any] = {"package": str(Path(muon8bit.__file__).parents[1])}
-    for setting in ("one GPU", "FSDP 8", "DDP 8"):
+    for setting in settings:
         optimizer, times = make(setting, num_layers), list[float]()
         for step in range(WARM_UP + num_steps):
             start = time.process_time()
@@ -188,4 +207,4 @@ def main(num_steps: int, num_layers: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:-1] or SETTINGS, Path(sys.argv[-1]))
