@@ -99,7 +99,7 @@ def _convert(args: argparse.Namespace) -> None:
     from ..convert import convert_state_dict, files, folders  # with torch, which --help does not wait for
 
     is_folder = args.source.is_dir()
-    _check(args, is_folder)
+    _check(args)
     with files.appearing(args.out) as (beside, scratch_folder):
         scratch = folders.Scratch(scratch_folder)
 
@@ -115,6 +115,9 @@ def _convert(args: argparse.Namespace) -> None:
             return files.at(loaded, keys), loaded, keys
 
         (saved, whole, keys), (adamw, *_), (like, *_) = read(args.source), read(args.adamw), read(args.like)
+        if is_folder and args.target == "torch":
+            what = "is a folder, and --to torch writes two state dicts"
+            raise ValueError(f"{args.source} {what}: give a file of torch.save")
         names = None if args.names is None else _names(args.names)
         options: dict[str, Any] = {key: getattr(args, key) for key in (*_FORMAT, "momentum", "target", "drop_moved")}
         options |= {"source": args.dialect, "like": like, "names": names}
@@ -142,7 +145,7 @@ def _names(path: Path) -> list[str]:
         raise ValueError(f"{what}; save the file as UTF-8") from None
 
 
-def _check(args: argparse.Namespace, is_folder: bool) -> None:
+def _check(args: argparse.Namespace) -> None:
     """Raise ValueError where the options make no sense together."""
     if args.adamw is not None and args.dialect == "adamw":
         raise ValueError("--adamw: with --from adamw IN is AdamW's state dict; leave it out")
@@ -154,8 +157,6 @@ def _check(args: argparse.Namespace, is_folder: bool) -> None:
         raise ValueError(
             "--adamw: Muon8bit saves one state dict; leave it out, or say --from torch, jordan or heavy-ball"
         )
-    if is_folder and args.target == "torch":
-        raise ValueError(f"{args.source} is a folder, and --to torch writes two state dicts: give a file of torch.save")
     asked = [args.like, args.names, *(getattr(args, key) for key in _FORMAT)]
     if args.dialect == args.target == "muon8bit" and all(value is None for value in asked):
         raise ValueError("nothing to do: give --bits, --codebook, --block-size, --adamw-bits, --like, --from or --to")

@@ -491,7 +491,8 @@ def test_other_folders_are_named(tmp_path, run):
     for path in (newest, newest.parent.with_name("step-0000010") / "optimizer.bin"):
         path.parent.mkdir(parents=True)
         path.touch()
-    check_refused(run(tmp_path / "run", tmp_path / "out", "--bits", 32), "no .metadata", f"give {newest}")
+    for what in ("--bits", 32), ("--to", "torch"):
+        check_refused(run(tmp_path / "run", tmp_path / "out", *what), "no .metadata", f"give {newest}")
     folder(tmp_path / "in")
     check_refused(run(tmp_path / "in", tmp_path / "out", "--to", "torch"), "in is a folder", "--to torch")
     (tmp_path / "in" / ".metadata").write_bytes(b"\x80\x02damaged")
