@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from operator import mul
 
@@ -86,6 +86,10 @@ class Kept:
         """Return the next tensor."""
         return self._unread.pop().view(shape)
 
+    def read_all(self, ranks: Sequence[int], shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+        """Return the next tensors, each [1, rows, cols]."""
+        return [self.read(rank, (1, *shape), dtype) for rank in ranks]
+
 
 class PendingExchange:
     """An all-to-all of tensors: allocated when it is made, then to be started, waited for, and read."""
@@ -138,11 +142,32 @@ class PendingExchange:
         if start % dtype.itemsize:
             copied: Tensor = self._received[start : start + num_bytes].clone().view(dtype).view(shape)
             return copied
+        strides = list(accumulate(shape[:0:-1], mul, initial=1))[::-1]
+        return self._whole(dtype).as_strided(shape, strides, start // dtype.itemsize)
+
+    def read_all(self, ranks: Sequence[int], shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+        """Return the next matrices that came from each of these ranks, as stacks [count, rows, cols].
+
+        It is one stack where they lie at equal distances, as those of one matrix a rank do.
+        """
+        num_bytes, starts = prod(shape) * dtype.itemsize, list[int]()
+        for rank in ranks:
+            starts.append(self._starts[rank])
+            self._starts[rank] += num_bytes
+        steps = {second - first for first, second in pairwise(starts)} or {num_bytes}
+        if len(steps) == 1 and not (starts[0] % dtype.itemsize or min(steps) % dtype.itemsize):
+            strides = min(steps) // dtype.itemsize, shape[1], 1
+            return [self._whole(dtype).as_strided((len(ranks), *shape), strides, starts[0] // dtype.itemsize)]
+        for rank in ranks:
+            self._starts[rank] -= num_bytes
+        return [self.read(rank, (1, *shape), dtype) for rank in ranks]
+
+    def _whole(self, dtype: torch.dtype) -> Tensor:
+        """Return all that was received, as numbers."""
         if dtype not in self._typed:
             whole = len(self._received) // dtype.itemsize * dtype.itemsize
             self._typed[dtype] = self._received[:whole].view(dtype)
-        strides = list(accumulate(shape[:0:-1], mul, initial=1))[::-1]
-        return self._typed[dtype].as_strided(shape, strides, start // dtype.itemsize)
+        return self._typed[dtype]
 
 
 class PendingGather(PendingExchange):

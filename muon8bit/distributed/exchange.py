@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
 from math import prod
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,9 @@ from .sharded_batch import ShardedBatch, ShardedMatrix
 # the iteration's own memory, and O; of the next one what is sent, made contiguous, and received; of the last one O,
 # what is sent and what is received. Besides, passes over the momentum take up to 10 MiB on a CPU.
 NUM_SHARES = 12
+# Of these, what is sent, made contiguous, and received of X, which takes none where nobody lacks a part of it.
+NUM_KEPT_SHARES = 3
+by_owner = attrgetter("owner")
 
 
 class Transfer(NamedTuple):
@@ -81,6 +85,12 @@ class ExchangeRound:
         self._planned, self._transfers = planned, transfers
         self._transport, self._options, self._device = transport, options, device
         self._share = options.workspace_bytes // NUM_SHARES
+        # Equal for what one launch can update.
+        params = [transfer.matrix.param for transfer in transfers]
+        self._kinds = [
+            param is not None and (id(transfer.batch), param.stride(), param.dtype)
+            for transfer, param in zip(transfers, params, strict=True)
+        ]
         self._owned = [transfer for transfer in transfers if transfer.plan.owner == transport.rank]
         self._own_X: dict[int, Tensor] = {}  # by matrix, this rank's part of X with the strategy "reduce_gram"
         self._results: list[Tensor] = []  # O, or the factors, of the matrices that this rank owns, until they are sent
@@ -165,9 +175,14 @@ class ExchangeRound:
 
         def size(transfer: Transfer) -> int:
             assert transfer.matrix.stack is not None
-            # X, and copies of gradients; in the first round of momenta too
-            num_bytes = (12 if self.is_first else 8) * prod(transfer.matrix.stack.momentum.codes.shape[1:])
-            return max(1, self._share // num_bytes)
+            stack, itemsize = transfer.matrix.stack, transfer.batch.matrix.method.dtype.itemsize
+            # X, and copies of gradients that have factors; in the first round of momenta too
+            num_bytes = itemsize + (8 if stack.factor is not None else 0)
+            num_bytes += 2 * stack.momentum.codes.itemsize if self.is_first else 0
+            # X that nobody needs goes at once, and what lies nowhere else takes no share to be sent and received.
+            is_freed = not (self._planned.sends_inputs or self._is_sent(transfer))
+            shares = NUM_KEPT_SHARES if is_freed else 1
+            return max(1, shares * self._share // (num_bytes * prod(stack.momentum.codes.shape[1:])))
 
         def key(transfer: Transfer) -> object:
             stack = transfer.matrix.stack
@@ -188,10 +203,13 @@ class ExchangeRound:
         """Write the new momenta of these into codes and scales; return their parts of X, [transfers, rows, cols]."""
         batch, numbers = transfers[0].batch, [transfer.number for transfer in transfers]
         stacks = [stack for transfer in transfers if (stack := transfer.matrix.stack) is not None]
-        norms = torch.stack([batch.norms[number] for number in numbers])
+        if numbers[-1] - numbers[0] == len(numbers) - 1:
+            norms = batch.norms[numbers[0] : numbers[-1] + 1]
+        else:
+            norms = torch.stack([batch.norms[number] for number in numbers])
         shape = stacks[0].momentum.codes.shape[1:]
         X = torch.empty(len(stacks), *shape, dtype=batch.matrix.method.dtype, device=self._device)
-        matrices = MatrixBatch(stacks, replace(batch.options, skip=self._options.skip))
+        matrices = MatrixBatch(stacks, batch.options)
         if self.is_first:
             matrices = matrices.with_tensors([tensor.clone() for tensor in matrices.state_tensors])
         region = batch.matrix.sharding.momentum_parts[self._transport.rank]
@@ -223,22 +241,19 @@ class ExchangeRound:
         """Update this rank's parts of parameters by a part of the round's results."""
 
         def key(update: PlannedUpdate) -> object:
-            transfer = self._transfers[update.place]
-            param = transfer.matrix.param
-            assert param is not None
-            return id(transfer.batch), update.rows, update.shape, param.stride(), param.dtype
+            return self._kinds[update.place], update.rows, update.shape
 
         for _, run in groupby(part.updates, key=key):
-            updates = list(run)
+            updates = sorted(run, key=by_owner)
             transfers = [self._transfers[update.place] for update in updates]
             plan, batch, _ = transfers[0]
             dtype = plan.matrix.method.dtype
-            directions = [received.read(update.owner, (1, *update.shape), dtype) for update in updates]
+            directions = received.read_all([update.owner for update in updates], updates[0].shape, dtype)
             if plan.is_gram:
                 X = torch.stack([self._own_X[transfer.plan.index] for transfer in transfers])
                 directions = [apply_factor(torch.cat(directions), X, plan.is_tall)]
             members = [transfer.matrix for transfer in transfers]
-            _update_params(members, directions, batch, self._options, updates[0].rows)
+            _update_params(members, directions, batch, updates[0].rows)
 
 
 class FirstRound(ExchangeRound):
@@ -255,6 +270,8 @@ class FirstRound(ExchangeRound):
         device: torch.device,
     ) -> None:
         """Take the assignment of the matrices of these batches, numbered through in their order."""
+        for batch in batches:
+            batch.options = replace(batch.options, skip=options.skip)
         matrices = [(batch, number) for batch in batches for number in range(len(batch.members))]
         first, *self._later = [
             (planned, [Transfer(plan, *matrices[plan.index]) for plan in planned.transfers])
@@ -295,16 +312,13 @@ def _chunks(
             yield alike[start : start + step]
 
 
-def _update_params(
-    members: list[ShardedMatrix], directions: list[Tensor], batch: ShardedBatch, options: Options, rows: Span
-) -> None:
+def _update_params(members: list[ShardedMatrix], directions: list[Tensor], batch: ShardedBatch, rows: Span) -> None:
     """Update these rows of the parts of these parameters, scaled by the whole shape.
 
     Args:
         members: the matrices.
         directions: stacks [count, rows, cols] of as many matrices.
         batch: theirs.
-        options: those of the step.
         rows: counted in the part.
     """
     matrix, random_bits = batch.matrix, dict[str, Any]()
@@ -313,8 +327,7 @@ def _update_params(
         random_bits = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}
     ratio = lr_ratio(matrix.rows, matrix.cols, batch.options.adjust_lr_fn)
     views = [member.param[:, slice(*rows)] for member in members if member.param is not None]
-    how = batch.options if options.skip is None else replace(batch.options, skip=options.skip)
     params = as_matrices(views)
-    update_params_(params, directions, ratio, how, **random_bits)
+    update_params_(params, directions, ratio, batch.options, **random_bits)
     if params is not views:
         copy_back(views, params)

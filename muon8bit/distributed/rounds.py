@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from .planned_transfers import PlannedTransfer
 # More rounds are taken where they are cheaper by this factor, and rounds are even to this factor. Messages and smaller
 # batches have their price too.
 _EVENNESS = 1.1
+# A part takes so many times `workspace_bytes`, a share of a step's, where no inputs are sent and nothing is copied.
+_GATHERED_SHARES = 3
 
 
 class PlannedUpdate(NamedTuple):
@@ -189,6 +191,9 @@ def _round(members: Sequence[PlannedTransfer], num_ranks: int, workspace_bytes: 
             sent[transfer.owner] += num_bytes
     # Of an all-gather the parts of all are as long as the longest, so that it takes what each sends to all.
     most = max(sent.values()) if is_gathered else max(*sent.values(), *received.values())
-    is_moved = any(transfer.is_moved for transfer in members)
-    num_parts = min(-(-most // largest), most_rows) if is_moved else 1
-    return PlannedRound(tuple(members), num_parts, is_gathered and is_moved)
+    planned = PlannedRound(tuple(members), 1, is_gathered)
+    if is_gathered and not planned.sends_inputs:
+        largest = max(largest, _GATHERED_SHARES * workspace_bytes)
+    if not planned.is_moved:
+        return replace(planned, is_gathered=False)
+    return replace(planned, num_parts=min(-(-most // largest), most_rows))

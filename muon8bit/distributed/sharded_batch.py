@@ -147,10 +147,11 @@ def _sharded_matrix(
         grad = _cut(param.grad, spans, slot, momentum_part, flatten)
         rows = _momentum(momentum, sharding.state_parts[rank], slot, momentum_part.rows, flatten)
         stack = ParamMatrices(param.index, param.key, 1, grad, grad, rows, 0, 0)
-        # Clipped are replicas alone, which are here whole, whatever part of the momentum is.
-        whole = _cut(param.grad, spans, slot, param_part or momentum_part, flatten)
-        clipped, clip = with_factor(stack._replace(grad=whole), options)
-        stack = stack._replace(factor=clipped.factor)
+        if options.clip_matrix_norm is not None or options.grad_scale is not None or options.maximize:
+            # Clipped are replicas alone, which are here whole, whatever part of the momentum is.
+            whole = _cut(param.grad, spans, slot, param_part or momentum_part, flatten)
+            clipped, clip = with_factor(stack._replace(grad=whole), options)
+            stack = stack._replace(factor=clipped.factor)
     return ShardedMatrix(param.index, param.key, stack, local, first), clip
 
 
@@ -164,6 +165,8 @@ def _local_rows(spans: Spans, slot: MatrixSlot, rows: Span, flatten: bool) -> tu
 def _cut(tensor: Tensor, spans: Spans, slot: MatrixSlot, region: Region, flatten: bool) -> Tensor:
     """Return a part of a matrix out of a parameter or gradient with these spans, [1, rows, cols] or [1, rows, ...]."""
     lead, rows = _local_rows(spans, slot, region.rows, flatten)
+    if not lead and region.shape == tensor.shape:  # all of it
+        return tensor.unsqueeze(0)
     for index in lead:
         tensor = tensor[index]
     if not flatten and region.shape[1] < tensor.shape[1]:
@@ -175,6 +178,8 @@ def _cut(tensor: Tensor, spans: Spans, slot: MatrixSlot, region: Region, flatten
 def _momentum(momentum: Momentum, spans: Spans, slot: MatrixSlot, rows: Span, flatten: bool) -> Momentum:
     """Return these rows of a matrix out of a momentum with these spans, as a stack of one."""
     lead, local_rows = _local_rows(spans, slot, rows, flatten)
+    if not lead and local_rows == slice(0, momentum.codes.shape[0]):  # all of it
+        return momentum.as_matrices()
     index = _flat_index(lead, [stop - start for start, stop in spans])
     return momentum.as_matrices().rows(slice(index, index + 1), local_rows)
 

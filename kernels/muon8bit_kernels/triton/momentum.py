@@ -40,7 +40,8 @@ class _Batch:
         self.blocks_shape = self.shape[0], num_blocks(self.shape[1], block_size)
         check_rows_contiguous("codes", codes, self.shape)
         self.grad_strides = common_strides("grads", grads, self.shape)
-        columns = [addresses(codes), addresses(codes), addresses(grads)]
+        places = addresses(codes)
+        columns = [places, places, addresses(grads)]
         if scales is not None:
             check_rows_contiguous("scales", scales, self.blocks_shape)
             columns[1] = addresses(scales)

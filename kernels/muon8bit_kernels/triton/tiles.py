@@ -142,17 +142,16 @@ def common_strides(name: str, stacks: Sequence[Tensor], shape: Sequence[int]) ->
     Raises:
         ValueError: if (rows, cols) is not `shape`, or the stacks differ in dtype, device, or row or column stride.
     """
-    first = stacks[0]
-    expected = tuple(shape), first.dtype, first.device, _strides(first)
+    first, strides = stacks[0], _strides(stacks[0])
     known = first.shape, first.stride(), first.dtype, first.device
     for stack in stacks:
-        kind = stack.shape, stack.stride(), stack.dtype, stack.device
-        if stack is not first and kind == known:  # as most of hundreds are
-            continue
+        if (stack.shape, stack.stride(), stack.dtype, stack.device) == known and known[0][1:] == shape:
+            continue  # as most of hundreds are
+        expected = tuple(shape), first.dtype, first.device, strides
         found = tuple(stack.shape[1:]), stack.dtype, stack.device, _strides(stack)
         if found != expected:
             raise ValueError(f"{name}: a stack of matrices {found} in a launch that takes {expected}")
-    return expected[3]
+    return strides
 
 
 def check_rows_contiguous(name: str, stacks: Sequence[Tensor], shape: Sequence[int]) -> None:
