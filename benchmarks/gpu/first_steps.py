@@ -10,7 +10,6 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.first_cases import Found
+from benchmarks.gpu.record import missing_package
 from muon8bit import Muon8bit, param_groups
 from muon8bit.config import LINEAR_CODES_KEY, SCALES_KEY
 
@@ -154,8 +154,8 @@ def pretrain(folder: Path, small: bool) -> None:
     command += ["--recipe", str(folder / "first.json"), "--output-dir", str(folder / "run")]
     environment = os.environ | {"MUON8BIT_CACHE": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=_LIMIT_S, cwd=ROOT)
-    if missing := re.search(r"No module named '(\w+)", done.stderr):
-        raise ModuleNotFoundError(missing.group(), name=missing[1])
+    if done.returncode != 0 and (missing := missing_package(done.stderr)):
+        raise ModuleNotFoundError(f"needs {missing}", name=missing)
     if done.returncode != 0:
         raise ValueError(f"pretraining failed with {done.returncode}: {done.stderr[-2000:]}")
     lines = (folder / "run/metrics.jsonl").read_text().splitlines()

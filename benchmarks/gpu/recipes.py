@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.gpu.record import DRY, Record
+from benchmarks.gpu.record import DRY, Record, missing_package
 from muon8bit.tune.timing import FAILED
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +43,8 @@ def _row(name: str, dry: bool) -> dict[str, float | str] | str:
         if out.exists():
             rows: list[dict[str, float | str]] = json.loads(out.read_text())["rows"]
             return rows[0]
-    missing = re.search(r"No module named '(\w+)|needs (bitsandbytes)", done.stderr)
-    if missing:
-        return f"skipped: needs {missing[1] or missing[2]}"
+    if missing := missing_package(done.stderr):
+        return f"skipped: needs {missing}"
     print(done.stderr[-4000:], flush=True)
     return f"{FAILED}: its process ended with {done.returncode}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from muon8bit.tune.timing import FAILED
 
 DRY = "dry run"
+# How a process says that a package is not there: Python, the scripts, an option of theirs.
+_MISSING = r"No module named '(\w+)|the scripts need (\w+(?:, \w+)*):|needs (bitsandbytes)"
 ABOUT = "about"  # the section of what figures depend on
 
 
@@ -126,3 +129,9 @@ def as_number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def missing_package(text: str) -> str | None:
+    """Return the packages that a process which failed says it needs, None if it failed for another reason."""
+    found = re.search(_MISSING, text)
+    return None if found is None else next(group for group in found.groups() if group)

@@ -335,6 +335,7 @@ def test_gpu_tests_are_where_they_are_looked_for_and_some_are_decisive():
     ("stderr", "value"),
     [
         ("ModuleNotFoundError: No module named 'peft'", "skipped: needs peft"),
+        ("ModuleNotFoundError: the scripts need peft, tqdm: pip install", "skipped: needs peft, tqdm"),
         ("InputError: --adamw-bits 8 needs bitsandbytes", "skipped: needs bitsandbytes"),
         ("Killed", "failed: its process ended with 1"),
     ],
