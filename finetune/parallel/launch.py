@@ -33,9 +33,10 @@ def load_device(accelerator: Accelerator) -> torch.device:
     return device
 
 
-def replicas(accelerator: Accelerator) -> ProcessGroup | None:
-    """Return the ranks that hold equal parameters (DDP); None for one process, and where parameters are sharded."""
-    if accelerator.num_processes == 1 or is_sharded(accelerator):
+def replicas(accelerator: Accelerator, model: nn.Module) -> ProcessGroup | None:
+    """Return the ranks that hold equal parameters (DDP); None for one process, an adapter, and sharded parameters."""
+    is_adapter = hasattr(model, "peft_config")  # small matrices: sending them takes longer than their Newton-Schulz
+    if accelerator.num_processes == 1 or is_sharded(accelerator) or is_adapter:
         return None
     return torch.distributed.group.WORLD
 

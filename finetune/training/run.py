@@ -165,7 +165,9 @@ def prepare_training(
         raise InputError(
             "--dtype", "FSDP2 with mixed precision would make bf16 weights fp32; give --mixed-precision no, or fp32"
         )
-    optimizers = build_optimizers(model, recipe, loraplus_ratio=loraplus_ratio, process_group=replicas(accelerator))
+    optimizers = build_optimizers(
+        model, recipe, loraplus_ratio=loraplus_ratio, process_group=replicas(accelerator, model)
+    )
     schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
     reduce_in_fp32(accelerator)
     prepared, *wrapped = accelerator.prepare(model, *optimizers)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -17,7 +18,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 
 from finetune.config.errors import InputError
 from finetune.config.recipe import DEFAULT_RECIPE, read_recipe
-from finetune.parallel.launch import check_launch
+from finetune.parallel.launch import check_launch, replicas
 from finetune.storage.saving import resume_command
 
 CONFIGS = Path(__file__).resolve().parents[2] / "finetune" / "configs"
@@ -121,3 +122,11 @@ def test_the_command_that_resumes_a_sharded_run_starts_as_many_processes(process
     args = launch_command_parser().parse_args(command[2:])
     assert args.num_processes == processes
     assert [args.training_script, *args.training_script_args] == ["pretrain.py", "--resume", "/a run"]
+
+
+def test_adapters_are_not_divided_among_replicas(monkeypatch):
+    """Their matrices are too small to be worth sending."""
+    monkeypatch.setattr(torch.distributed, "group", SimpleNamespace(WORLD="all ranks"))
+    accelerator = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
+    assert replicas(accelerator, SimpleNamespace()) == "all ranks"
+    assert replicas(accelerator, SimpleNamespace(peft_config={})) is None
