@@ -178,10 +178,12 @@ def apply_kernel(
         tl.store(out + col * out_col_stride, u * inverse, mask)  # first, so that u leaves its registers
         if CODEBOOK is not None and COLS == BLOCK:
             new_scale = scale_of(tl.max(magnitude_bits(m), axis=1, keep_dims=True))
-        new = m if CODEBOOK is None else encode(m, new_scale, midpoints, CODEBOOK, COLS == BLOCK)
         # Every warp has its own copy of the scale, and a small tile's codes are held more than once: without the
         # barrier a fast warp would overwrite what a slow one has yet to load.
         tl.debug_barrier()
+        if CODEBOOK is not None and COLS == BLOCK:
+            tl.store(scales, new_scale, writes)  # now, so that the addresses leave their registers, too
+        new = m if CODEBOOK is None else encode(m, new_scale, midpoints, CODEBOOK, COLS == BLOCK)
         tl.store(codes + col, new, mask)
-    if CODEBOOK is not None:
+    if CODEBOOK is not None and COLS < BLOCK:
         tl.store(scales, new_scale, writes)
