@@ -12,7 +12,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 # first from the configured indexes, else from PyTorch's own. TORCH= overrides both.
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 TORCH ?= $(TORCH_PIN)$(if $(HAS_GPU),,+cpu)
-TRITON36_PACKAGE ?= triton==3.6.0
+TRITON36_PACKAGES ?= triton==3.6.0 numpy==2.3.5
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
@@ -27,13 +27,14 @@ $(STAMP): pyproject.toml constraints.txt
 test: install
 	$(BIN)/python -m pytest
 
-# Compiled code and bits by the Triton of torch 2.11, first on the path of this environment's torch.
+# Compiled code and bits by the Triton of torch 2.11, first on the path of this environment's torch. Its interpreter makes
+# numbers of arrays with one element, which numpy >= 2.4 refuses.
 test-triton36: $(TRITON36)
 	PYTHONPATH=$(abspath $(TRITON36)) $(BIN)/python -m pytest tests/kernels/test_compiled.py \
 		tests/kernels/test_compiled_tiny.py tests/kernels/test_interpreted.py tests/kernels/test_self_check.py
 
 $(TRITON36): $(STAMP)
-	$(PIP) --no-deps --upgrade --target $@ $(TRITON36_PACKAGE)
+	$(PIP) --no-deps --upgrade --target $@ $(TRITON36_PACKAGES)
 	touch $@
 
 check: install
