@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 
@@ -16,6 +18,38 @@ from finetune.config.errors import StorageError
 from finetune.parallel.ranks import gather
 
 TIME_IS_UP = 124  # exit code: that of timeout(1), so that a script which knows that one knows ours
+
+
+class _Terminal:
+    """A text stream to a terminal that may be closed: a write may learn of it before the signal is handled.
+
+    Args:
+        stream: whose other attributes it has.
+        closed: called when a write fails since the terminal is gone; then the text is dropped.
+    """
+
+    def __init__(self, stream: TextIO, closed: Callable[[], None]) -> None:
+        self._stream, self._closed = stream, closed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text; return its length."""
+        self._unless_closed(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        self._unless_closed(self._stream.flush)
+
+    def _unless_closed(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self._closed()
 
 
 class StopSignal:
@@ -43,9 +77,18 @@ class StopSignal:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             heard.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._note) for number in heard}
+        streams = sys.stdout, sys.stderr
+
+        def closed() -> None:
+            if signal.SIGHUP in heard:
+                self._note(signal.SIGHUP, None)
+            self._leave_terminal()
+
+        sys.stdout, sys.stderr = (_Terminal(of, closed) if of.isatty() else of for of in streams)
         try:
             yield self
         finally:
+            sys.stdout, sys.stderr = streams
             for number, handler in before.items():
                 signal.signal(number, handler)
 

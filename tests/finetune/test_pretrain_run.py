@@ -507,6 +507,21 @@ def test_a_closed_terminal_saves_and_an_ignored_hangup_does_not_count(recipe_fil
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_write_that_learns_first_of_a_closed_terminal_counts_as_its_signal(monkeypatch):
+    """The signal may be on its way when the write fails."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        stop = StopSignal()
+        stop._terminals = [theirs]
+        with stop.listening():
+            os.close(ours)
+            print("lost", flush=True)
+            assert stop.code == 128 + signal.SIGHUP
+            print("lost too", flush=True)
+        assert sys.stdout is terminal
+
+
 def test_a_run_is_resumed_by_its_own_script(sft, finished):
     check_refused(sft("--resume", finished), "--resume", f"python -m finetune.pretrain --resume {finished}")
 
