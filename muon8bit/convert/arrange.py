@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .._text import collapse, template, unwrapper
 from ..config import BUFFER_KEY, DYNAMIC_CODES_KEY, EXP_AVG_CODES_KEY, EXP_AVG_KEY, LINEAR_CODES_KEY
-from ..step.options import RUNNING_KEYS, SAME_GROUPS
+from ..step.options import RATES_KEY, RUNNING_KEYS, SAME_GROUPS
 from .entries import Entry, Group
 
 Like = Optimizer | Mapping[str, Any]
@@ -177,6 +177,8 @@ def _options(group: Group, entries: Sequence[Entry], index: int) -> dict[str, An
         rounding = {key: entry.options[key] for entry in entries for key in _ROUNDING if key in entry.options}
         return {**wanted, **rounding, **own}
     saved = [{k: v for k, v in entry.options.items() if k not in RUNNING_KEYS} for entry in continued]
+    if any(entry.dialect == "muon8bit" and RATES_KEY not in entry.options for entry in continued):
+        wanted.pop(RATES_KEY, None)  # it was the built-in table
     unequal: set[str] = set()
     others = []
     for entry, other in zip(continued, saved, strict=True):

@@ -197,7 +197,10 @@ class PendingGather(PendingExchange):
 
 def _packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the bytes of tensors, one after the other."""
-    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    # One column of several is flat with gaps, which bytes cannot be a view of.
+    flat = [t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in flat]
+    flat = [t.view(torch.uint8) for t in flat]
     if len(flat) == 1:
         return flat[0]
     return torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)

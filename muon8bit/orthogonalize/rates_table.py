@@ -25,6 +25,7 @@ from .rates import Rates, device_kind
 
 VARIABLE, BUILTIN = "MUON8BIT_RATES", "builtin"
 _FORMAT = 1
+_MAX_LETTERS = 2**16
 _LOG = logging.getLogger("muon8bit")
 
 
@@ -76,17 +77,19 @@ def parse(text: str) -> RatesTable:
     Raises:
         ValueError: says what is wrong with it.
     """
+    if len(text) > _MAX_LETTERS:
+        raise ValueError(f"it has more than {_MAX_LETTERS:,} characters, and goes into every checkpoint")
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON ({error})") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"it is no table of rates of format {_FORMAT}")
     kind, about, row = content.get("kind"), content.get("about"), content.get("rates")
     if not isinstance(kind, str) or not isinstance(about, dict) or not isinstance(row, dict):
         raise ValueError("it lacks kind, about or rates")
-    if not all(isinstance(value, str) for value in about.values()):
-        raise ValueError("its facts are no strings")
+    if not all(isinstance(value, str) and f"{name}{value}".isprintable() for name, value in about.items()):
+        raise ValueError("its facts are no strings that can be printed")
     if row.keys() != {field.name for field in fields(Rates)}:
         raise ValueError("its rates have other names than those of this release")
     for name in ("bf16", "fp16", "symmetric"):

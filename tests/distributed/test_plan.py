@@ -16,6 +16,7 @@ from benchmarks.scaling.parts_of_tree import SETTINGS, planned as planned_settin
 from benchmarks.scaling.transfers import bytes_received, bytes_sent, gathered_bytes, transfers
 from muon8bit.config import DEFAULT_WORKSPACE_BYTES
 from muon8bit.distributed.assignment import Assignment, plan
+from muon8bit.distributed.collectives import _packed
 from muon8bit.distributed.matrix_sharding import MatrixSharding, Region
 from muon8bit.distributed.planned_transfers import Matrix
 from muon8bit.distributed.rounds import PlannedRound
@@ -406,3 +407,11 @@ def test_shardings_that_cannot_be_planned_are_refused():
     for held in ((top, None), (top, Region((2, 6), (0, 4))), (top, Region((3, 6), (0, 3))), (rest, rest)):
         with pytest.raises(ValueError, match=r"held parts of a matrix \[6, 4\] are no tiling"):
             plan([Matrix(6, 4, MatrixSharding(held, held), path())], 2, LARGE)
+
+
+@pytest.mark.parametrize("of", [torch.arange(9.0).view(3, 3)[:, 1:2], torch.arange(4.0)[1::2][:1], torch.ones(2, 3)])
+def test_parts_with_gaps_are_sent_as_their_bytes(of):
+    """A column of a matrix is flat with a stride, which torch does not view as bytes."""
+    for tensors in ([of], [of, torch.ones(1)]):
+        expected = torch.cat([t.reshape(-1) for t in tensors])
+        assert torch.equal(_packed(tensors, torch.device("cpu")).view(torch.float32), expected)

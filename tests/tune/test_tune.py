@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from muon8bit import Muon8bit, doctor, tune
+from muon8bit import Muon8bit, convert_state_dict, doctor, tune
 from muon8bit.cli import main
 from muon8bit.distributed import consistency
 from muon8bit.estimate.optimizers import Param, step_bytes
@@ -221,6 +221,29 @@ def test_a_resumed_run_takes_the_table_of_its_checkpoint(monkeypatch, saved, run
     optimizer.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(16, 16))]})
     assert {options.table for options in optimizer._options()} == {tables[saved]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 50_000, "it is no JSON"),
+        (" " * 2**16 + "{}", "more than 65,536 characters"),
+        (other_table().text.replace('"about":{', '"about":{"note":"\\ud800",'), "can be printed"),
+    ],
+)
+def test_texts_that_nothing_could_print_or_keep_are_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        rates_table.parse(content)
+
+
+def test_conversion_by_name_keeps_the_built_in_table_of_a_checkpoint(monkeypatch):
+    params = [("weight", torch.nn.Parameter(torch.ones(16, 16)))]
+    monkeypatch.setattr("muon8bit.optimizer.active_table", lambda: None)
+    saved = Muon8bit(params).state_dict()
+    monkeypatch.setattr("muon8bit.optimizer.active_table", other_table)
+    like = Muon8bit(params)
+    assert "rates" in like.param_groups[0]
+    assert "rates" not in convert_state_dict(saved, like=like)["param_groups"][0]
 
 
 @pytest.mark.usefixtures("gpu")
