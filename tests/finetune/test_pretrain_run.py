@@ -36,6 +36,16 @@ IN_A_TERMINAL = (
 )
 
 
+@pytest.fixture(autouse=True)
+def signals_of_a_shell():
+    """A suite that runs in the background or under nohup ignores some of them, and its processes inherit that."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
