@@ -134,7 +134,7 @@ def model_shapes(name: str) -> Counter[tuple[int, int]]:
     """
     from .estimate import load_config
     from .estimate.models import build
-    from .estimate.optimizers import matrix_shapes
+    from .estimate.optimizers import row_pieces
     from .estimate.setup import Setup
     from .estimate.sizes import measure
 
@@ -144,9 +144,7 @@ def model_shapes(name: str) -> Counter[tuple[int, int]]:
         build(load_config(name), setup.weight_dtype, setup.rank, setup.targets, setup.dora), setup
     ).whole:
         if param.is_muon:
-            for (rows, cols), count in matrix_shapes(param).items():
-                for size in param.split[0] if param.split is not None and param.split[1] == -2 else (rows,):
-                    shapes[size, cols] += count
+            shapes.update(row_pieces(param))
     return shapes
 
 

@@ -26,6 +26,7 @@ from muon8bit_kernels import kernels_for, reference
 
 from benchmarks.gpu.first_cases import CASES, Found, compare
 from benchmarks.gpu.first_steps import pretrained, stepped
+from benchmarks.gpu.gpu_tests import side_by_side
 from benchmarks.gpu.record import Record
 from muon8bit.tune.timing import FAILED, poisoned
 
@@ -143,13 +144,13 @@ def run_all(record: Record, num_processes: int | None = None, limit_s: float = L
 
     Args:
         record: gets the rows, and is written after each.
-        num_processes: processes side by side; None is one fewer than the processors, 1 in a dry run.
+        num_processes: processes side by side; None is what `side_by_side` says.
         limit_s: seconds after which what still runs is ended.
     """
     passed = {row.case for row in record.find(SECTION, "verdict") if row.value == PASSED}
     record.rows = [row for row in record.rows if row.section != SECTION or row.case in passed]
     names = [name for name in checks() if name not in passed]
-    count = num_processes or (1 if record.dry else max(2, min(14, (os.cpu_count() or 2) - 1)))
+    count = num_processes or side_by_side(record.dry)
     lock, deadline = threading.Lock(), time.monotonic() + limit_s
 
     def tell(name: str, verdict: str, seconds: float) -> None:

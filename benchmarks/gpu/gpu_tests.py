@@ -29,6 +29,11 @@ WORDS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "errors", "SKIPPED": "
 NOT_RUN = "not run"
 
 
+def side_by_side(is_dry: bool) -> int:
+    """Return how many processes run side by side: one fewer than the processors, 1 in a dry run."""
+    return 1 if is_dry else max(2, min(14, (os.cpu_count() or 2) - 1))
+
+
 def _pytest(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
 
@@ -94,7 +99,7 @@ def correctness(record: Record, num_processes: int | None = None, limit_s: float
 
     Args:
         record: gets the rows.
-        num_processes: processes side by side; None is one fewer than the processors, 1 in a dry run.
+        num_processes: processes side by side; None is what `side_by_side` says.
         limit_s: seconds for all of them.
     """
     where, start = (DRY_TESTS if record.dry else TESTS), time.monotonic()
@@ -102,7 +107,7 @@ def correctness(record: Record, num_processes: int | None = None, limit_s: float
     decisive = set(first)
     # A dry run has shown by now that tests are collected.
     others = [] if record.dry else [name for name in collect(where, "gpu") if name not in decisive]
-    count = num_processes or (1 if record.dry else max(2, min(14, (os.cpu_count() or 2) - 1)))
+    count = num_processes or side_by_side(record.dry)
     found = {}
     for tests in (first, others):
         found |= run_side_by_side(tests, count, limit_s - (time.monotonic() - start))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TextIO
 
 from accelerate import Accelerator
@@ -78,12 +79,7 @@ class StopSignal:
             heard.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._note) for number in heard}
         streams = sys.stdout, sys.stderr
-
-        def closed() -> None:
-            if signal.SIGHUP in heard:
-                self._note(signal.SIGHUP, None)
-            self._leave_terminal()
-
+        closed = partial(self._note, signal.SIGHUP, None) if signal.SIGHUP in heard else self._leave_terminal
         sys.stdout, sys.stderr = (_Terminal(of, closed) if of.isatty() else of for of in streams)
         try:
             yield self

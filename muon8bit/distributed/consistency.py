@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ..orthogonalize import device_kind, rates_of
-from ..step.options import describe, group_keys
+from ..step.options import RATES_KEY, describe, group_keys
 from .collectives import Transport
 from .norms import Gathering
 from .watchdog import RanksError, Watchdog
@@ -208,7 +208,7 @@ class SynchronizedRanks:
         """
         # Not the device's name: GPUs of different models go together, as long as they take the same paths.
         device = f"{self.device.type}, where paths are chosen by {rates_of(device_kind(self.device))}"
-        tables = [f"{_RATES}{group['rates']}" for group in groups if group.get("rates") is not None] or [_RATES]
+        tables = [f"{_RATES}{group[RATES_KEY]}" for group in groups if group.get(RATES_KEY) is not None] or [_RATES]
         lines, with_grad, with_state = [tables[0]], list[str](), list[str]()
         lines.append(f"the options {tuple(options)} on {device}")
         for number, group in enumerate(groups):

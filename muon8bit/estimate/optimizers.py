@@ -209,6 +209,14 @@ def matrix_shapes(param: Param) -> Counter[tuple[int, int]]:
     return Counter({(param.shape[-2], param.shape[-1]): math.prod(param.shape[:-2])})
 
 
+def row_pieces(param: Param) -> Counter[tuple[int, int]]:
+    """Count the matrices of each [rows, cols], or the pieces of their rows where `split` cuts these."""
+    if param.split is None or param.split[1] != -2:
+        return matrix_shapes(param)
+    sizes, shapes = Counter(param.split[0]), matrix_shapes(param)
+    return Counter({(size, cols): n * count for (_, cols), count in shapes.items() for size, n in sizes.items()})
+
+
 def _torch_muon_bytes(params: Sequence[Param]) -> int:
     most = 0
     for param in params:
@@ -223,13 +231,10 @@ def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
     whole: Counter[tuple[int, int]] = Counter()
     cut: Counter[tuple[int, int, tuple[int, ...]]] = Counter()
     for param in params:
-        for (rows, cols), count in matrix_shapes(param).items():
-            if param.split is None:
-                whole[rows, cols] += count
-            elif param.split[1] == -2:
-                whole.update({(size, cols): param.split[0].count(size) * count for size in set(param.split[0])})
-            else:
-                cut[rows, cols, param.split[0]] += count
+        if param.split is not None and param.split[1] == -1:
+            cut.update({(*shape, param.split[0]): count for shape, count in matrix_shapes(param).items()})
+        else:
+            whole.update(row_pieces(param))
     most = 0
     budget -= SMALL_WORKSPACE_BYTES
     for (rows, cols), count in whole.items():

@@ -74,7 +74,7 @@ _CACHED_KEYS = (
     *("algorithm", "weight_decay", "eps", "maximize", "betas", "adamw_bits"),
     *MUON_ONLY_KEYS,
     *IMPLEMENTATION_DEFAULTS,
-    "rates",
+    RATES_KEY,
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

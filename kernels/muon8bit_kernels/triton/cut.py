@@ -12,13 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ..codebooks import Codebook, dynamic_map, dynamic_midpoints
+from ..codebooks import Codebook
 from ..reference.cut import touched_blocks
 from .cut_kernels import apply_cut_kernel, stats_cut_kernel
-from .tiles import Tiling, addresses, check_rows_contiguous, common_strides, lies_across, table_of, tiling, tl_dtype
+from .momentum import MomentumBatch
+from .tiles import Tiling, common_strides, lies_across, table_of, tiling
 
 
-class _CutBatch:
+class _CutBatch(MomentumBatch):
     """Arguments that both phases make of their stacks, and the grid."""
 
     def __init__(
@@ -31,28 +32,16 @@ class _CutBatch:
         codebook: Codebook | None,
         block_size: int,
     ) -> None:
-        self.first, (self.rows, self.width) = codes[0], codes[0].shape[1:]
-        touched = touched_blocks(first_col, self.width, block_size)
-        self.num_touched, self.num_blocks = touched.stop - touched.start, touched.stop
-        check_rows_contiguous("codes", codes, (self.rows, self.width))
-        self.grad_strides = common_strides("grads", grads, (self.rows, self.width))
-        columns = [addresses(codes), addresses(codes), addresses(grads)]
-        if scales is not None:
-            self.num_blocks = scales[0].shape[2]
-            check_rows_contiguous("scales", scales, (self.rows, self.num_blocks))
-            columns[1] = addresses(scales)
-        self.count, self.table = len(columns[0]), table_of(list(zip(*columns, strict=True)), self.first.device)
-        self.map_values = dynamic_map(self.first.device) if codebook == "dynamic" else None
-        self.midpoints = dynamic_midpoints(self.first.device) if codebook == "dynamic" else None
-        self.place = self.rows, self.width, first_col, self.num_touched, self.num_blocks
-        self.constants: dict[str, Any] = {
-            "CODE": tl_dtype(codes[0]),
-            "GRAD": tl_dtype(grads[0]),
-            "ALIGNMENT": 1 if any(place % 16 for column in (columns[0], columns[2]) for place in column) else 16,
-            "EVEN": not any(number % 16 for number in (first_col, self.width, block_size)),
-            "NESTEROV": nesterov,
-            "CODEBOOK": codebook,
-        }
+        touched = touched_blocks(first_col, codes[0].shape[2], block_size)
+        blocks = touched.stop if scales is None else scales[0].shape[2]
+        super().__init__(codes, scales, grads, nesterov, codebook, blocks)
+        (self.rows, self.width), self.num_blocks = self.shape, blocks
+        self.num_touched = touched.stop - touched.start
+        self.table = table_of(list(zip(*self.columns, strict=True)), self.first.device)
+        self.place = self.rows, self.width, first_col, self.num_touched, blocks
+        is_aligned = not any(place % 16 for column in (self.columns[0], self.columns[2]) for place in column)
+        is_even = not any(number % 16 for number in (first_col, self.width, block_size))
+        self.constants |= {"ALIGNMENT": 16 if is_aligned else 1, "EVEN": is_even}
 
     def launch(self, kernel: Any, tiles: Tiling, block_size: int, *args: Tensor | float | None, **more: int) -> None:
         """Run `kernel` over what is here of each block of some rows."""

@@ -206,18 +206,20 @@ def _is_tall(matrix: Tensor) -> bool:
     return matrix.stride(2) != 1 and matrix.shape[2] > 1
 
 
-def _descriptor(matrix: Tensor, block_rows: int, block_k: int) -> TensorDescriptor | None:
-    """Return a descriptor of [batch, n, k] in blocks of one matrix, or None if TMA cannot take it.
-
-    It is a descriptor of [batch, k, n] if the matrix is tall.
-    """
-    view, block = (matrix.mT, [block_k, block_rows]) if _is_tall(matrix) else (matrix, [block_rows, block_k])
-    batch, rows, cols = view.shape
-    strides = [view.stride(0) if batch > 1 else rows * view.stride(1), view.stride(1), 1]
+def _described_strides(matrix: Tensor) -> list[int] | None:
+    """Return the strides of a descriptor of [batch, n, k], of [batch, k, n] if tall; None if TMA cannot take it."""
+    view = matrix.mT if _is_tall(matrix) else matrix
+    strides = [view.stride(0) if len(view) > 1 else view.shape[1] * view.stride(1), view.stride(1), 1]
     aligned = all(stride > 0 and stride * view.itemsize % 16 == 0 for stride in strides[:2])
-    if view.numel() == 0 or view.stride(2) != 1 or not aligned or view.data_ptr() % 16:
-        return None
-    return TensorDescriptor(view, [batch, rows, cols], strides, [1, *block])
+    fits = view.numel() > 0 and view.stride(2) == 1 and aligned and view.data_ptr() % 16 == 0
+    return strides if fits else None
+
+
+def _descriptor(matrix: Tensor, block_rows: int, block_k: int) -> TensorDescriptor | None:
+    """Return a descriptor with these strides in blocks of one matrix, or None if TMA cannot take it."""
+    view, block = (matrix.mT, [block_k, block_rows]) if _is_tall(matrix) else (matrix, [block_rows, block_k])
+    strides = _described_strides(matrix)
+    return None if strides is None else TensorDescriptor(view, list(view.shape), strides, [1, *block])
 
 
 def _is_aligned(matrix: Tensor) -> bool:
@@ -306,6 +308,6 @@ def symmetric_product(
         raise ValueError("float32 is not supported on compute capability 10, where it would run in TF32")
     with_descriptors = architecture in DESCRIBED and A.dtype != torch.float32
     is_aligned = _is_aligned(A) and _is_aligned(B)
-    is_described = all(_descriptor(matrix, 1, 1) is not None for matrix in (A, B))
+    is_described = all(_described_strides(matrix) is not None for matrix in (A, B))
     tiling = tiling_for(A.shape[1], A.shape[0], A.dtype, architecture, is_aligned=is_aligned, is_described=is_described)
     return _launch(A, B, D if beta != 0.0 else None, (alpha, beta, diagonal), tiling, with_descriptors)

@@ -24,8 +24,11 @@ from .tiles import (
 )
 
 
-class _Batch:
-    """Arguments that both phases make of their stacks: the table and the kernel's constants."""
+class MomentumBatch:
+    """Arguments that both phases make of their stacks: the columns of the table, and the kernel's constants.
+
+    `blocks` is the number of blocks in a row of the scales.
+    """
 
     def __init__(
         self,
@@ -34,10 +37,10 @@ class _Batch:
         grads: Sequence[Tensor],
         nesterov: bool,
         codebook: Codebook | None,
-        block_size: int,
+        blocks: int,
     ) -> None:
         self.first, self.shape = codes[0], codes[0].shape[1:]
-        self.blocks_shape = self.shape[0], num_blocks(self.shape[1], block_size)
+        self.blocks_shape = self.shape[0], blocks
         check_rows_contiguous("codes", codes, self.shape)
         self.grad_strides = common_strides("grads", grads, self.shape)
         places = addresses(codes)
@@ -100,7 +103,7 @@ def momentum_stats(
         ValueError: if the stacks of an argument are not alike, codes or scales are not contiguous matrices, or
             `block_size` is not a power of two.
     """
-    batch = _Batch(codes, scales, grads, nesterov, codebook, block_size)
+    batch = MomentumBatch(codes, scales, grads, nesterov, codebook, num_blocks(codes[0].shape[2], block_size))
     sumsq = torch.empty(batch.count, *batch.blocks_shape, dtype=torch.float32, device=batch.first.device)
     tiles = tiling(batch.shape, block_size, across=lies_across(batch.grad_strides))
     for table, constants in batch.launches():
@@ -147,7 +150,7 @@ def momentum_apply(
     Raises:
         ValueError: as `momentum_stats`, or if `norms` or `out` has another shape.
     """
-    batch = _Batch(codes, scales, grads, nesterov, codebook, block_size)
+    batch = MomentumBatch(codes, scales, grads, nesterov, codebook, num_blocks(codes[0].shape[2], block_size))
     if norms.shape != (batch.count,) or out.shape != (batch.count, *batch.shape):
         raise ValueError(f"norms {tuple(norms.shape)} and out {tuple(out.shape)} must be of {batch.count} matrices")
     out_strides = common_strides("out", [out], batch.shape)
