@@ -142,11 +142,12 @@ def common_strides(name: str, stacks: Sequence[Tensor], shape: Sequence[int]) ->
     Raises:
         ValueError: if (rows, cols) is not `shape`, or the stacks differ in dtype, device, or row or column stride.
     """
-    first, strides = stacks[0], _strides(stacks[0])
-    known = first.shape, first.stride(), first.dtype, first.device
-    for stack in stacks:
-        if (stack.shape, stack.stride(), stack.dtype, stack.device) == known and known[0][1:] == shape:
-            continue  # as most of hundreds are
+    first = stacks[0]
+    strides, known = _strides(first), (first.shape, first.stride(), first.dtype, first.device)
+    others: Sequence[Tensor] = stacks
+    if known[0][1:] == shape:  # most of hundreds are quickly seen to be like the first
+        others = [stack for stack in stacks[1:] if (stack.shape, stack.stride(), stack.dtype, stack.device) != known]
+    for stack in others:
         expected = tuple(shape), first.dtype, first.device, strides
         found = tuple(stack.shape[1:]), stack.dtype, stack.device, _strides(stack)
         if found != expected:
@@ -174,7 +175,7 @@ def addresses(stacks: Sequence[Tensor]) -> list[int]:
             places.append(first)
         else:
             step = stack.stride(0) * stack.itemsize
-            places += [first + number * step for number in range(count)]
+            places.extend(range(first, first + count * step, step) if step else [first] * count)
     return places
 
 
@@ -201,16 +202,17 @@ def tables_of(
             taken for aligned.
         device: where the tables are made.
     """
-    rows = list(zip(*columns, range(len(columns[0])), strict=True))
-    if not rows:
+    if not columns[0]:
         return []
-    aligned, others = rows if alignments else [], [] if alignments else rows
-    if any(place % multiple for column, multiple in alignments.items() for place in columns[column]):
-        are_aligned = [not any(row[column] % multiple for column, multiple in alignments.items()) for row in rows]
-        aligned, others = list(compress(rows, are_aligned)), list(compress(rows, map(not_, are_aligned)))
+    rows: Sequence[Sequence[int]] = list(zip(*columns, range(len(columns[0])), strict=True))
+    misaligned = [place % multiple for column, multiple in alignments.items() for place in columns[column]]
+    if not any(misaligned):
+        return [(table_of(rows, device), bool(alignments))]
+    are_aligned = [not any(row[column] % multiple for column, multiple in alignments.items()) for row in rows]
+    aligned, others = list(compress(rows, are_aligned)), list(compress(rows, map(not_, are_aligned)))
     table = table_of([*aligned, *others], device)
-    if not (aligned and others):
-        return [(table, bool(aligned))]
+    if not aligned:
+        return [(table, False)]
     return [(table[: len(aligned)], True), (table[len(aligned) :], False)]
 
 
@@ -229,10 +231,17 @@ def launch(
     rows, cols = matrices.shape[-2:]
     if count * rows * cols == 0:
         return
+    num_tiles, arguments = _grid(rows, cols, tiles)
+    with torch.cuda.device_of(matrices):  # Triton launches on the current device, wherever its arguments are
+        kernel[(count * num_tiles,)](*args, **arguments, **constants)
+
+
+@lru_cache(maxsize=1024)
+def _grid(rows: int, cols: int, tiles: Tiling) -> tuple[int, dict[str, Any]]:
+    """Return the number of tiles of a matrix, and what kernels are told of its shape and of them."""
     tall, wide, block, num_warps = tiles
     num_blocks, num_tiles = -(-cols // block), -(-rows // tall)
     split = {"num_blocks": num_blocks, "num_tiles": num_tiles}
     split |= {"over_blocks": packed_divisor(num_blocks), "over_tiles": packed_divisor(num_tiles)}
-    constants |= {"ROWS": tall, "COLS": wide, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": False}
-    with torch.cuda.device_of(matrices):  # Triton launches on the current device, wherever its arguments are
-        kernel[(count * num_tiles * num_blocks,)](*args, rows=rows, cols=cols, **split, **constants)
+    constants = {"ROWS": tall, "COLS": wide, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": False}
+    return num_tiles * num_blocks, {"rows": rows, "cols": cols, **split, **constants}
