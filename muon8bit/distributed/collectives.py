@@ -150,14 +150,15 @@ class PendingExchange:
 
         It is one stack where they lie at equal distances, as those of one matrix a rank do.
         """
-        num_bytes, starts = prod(shape) * dtype.itemsize, list[int]()
+        itemsize, starts = dtype.itemsize, list[int]()
+        num_bytes = shape[0] * shape[1] * itemsize
         for rank in ranks:
             starts.append(self._starts[rank])
             self._starts[rank] += num_bytes
         steps = {second - first for first, second in pairwise(starts)} or {num_bytes}
-        if len(steps) == 1 and not (starts[0] % dtype.itemsize or min(steps) % dtype.itemsize):
-            strides = min(steps) // dtype.itemsize, shape[1], 1
-            return [self._whole(dtype).as_strided((len(ranks), *shape), strides, starts[0] // dtype.itemsize)]
+        if len(steps) == 1 and not (starts[0] % itemsize or min(steps) % itemsize):
+            strides = min(steps) // itemsize, shape[1], 1
+            return [self._whole(dtype).as_strided((len(ranks), *shape), strides, starts[0] // itemsize)]
         for rank in ranks:
             self._starts[rank] -= num_bytes
         return [self.read(rank, (1, *shape), dtype) for rank in ranks]
@@ -165,8 +166,8 @@ class PendingExchange:
     def _whole(self, dtype: torch.dtype) -> Tensor:
         """Return all that was received, as numbers."""
         if dtype not in self._typed:
-            whole = len(self._received) // dtype.itemsize * dtype.itemsize
-            self._typed[dtype] = self._received[:whole].view(dtype)
+            surplus = self._received.shape[0] % dtype.itemsize
+            self._typed[dtype] = (self._received[:-surplus] if surplus else self._received).view(dtype)
         return self._typed[dtype]
 
 

@@ -85,11 +85,14 @@ class ExchangeRound:
         self._planned, self._transfers = planned, transfers
         self._transport, self._options, self._device = transport, options, device
         self._share = options.workspace_bytes // NUM_SHARES
-        # Equal for what one launch can update.
-        params = [transfer.matrix.param for transfer in transfers]
+        self._members = [transfer.matrix for transfer in transfers]
+        # Equal numbers for what one launch can update.
+        numbers: dict[object, int] = {}
         self._kinds = [
-            param is not None and (id(transfer.batch), param.stride(), param.dtype)
-            for transfer, param in zip(transfers, params, strict=True)
+            numbers.setdefault((id(transfer.batch), param.stride(), param.dtype), len(numbers))
+            if (param := member.param) is not None
+            else -1
+            for transfer, member in zip(transfers, self._members, strict=True)
         ]
         self._owned = [transfer for transfer in transfers if transfer.plan.owner == transport.rank]
         self._own_X: dict[int, Tensor] = {}  # by matrix, this rank's part of X with the strategy "reduce_gram"
@@ -240,20 +243,18 @@ class ExchangeRound:
     def _update(self, part: PlannedPart, received: PendingExchange | Kept) -> None:
         """Update this rank's parts of parameters by a part of the round's results."""
 
-        def key(update: PlannedUpdate) -> object:
-            return self._kinds[update.place], update.rows, update.shape
+        def kind(update: PlannedUpdate) -> int:
+            return self._kinds[update.place]
 
-        for _, run in groupby(part.updates, key=key):
-            updates = sorted(run, key=by_owner)
-            transfers = [self._transfers[update.place] for update in updates]
-            plan, batch, _ = transfers[0]
-            dtype = plan.matrix.method.dtype
-            directions = received.read_all([update.owner for update in updates], updates[0].shape, dtype)
+        for alike in (list(run) for planned in part.runs for _, run in groupby(planned, key=kind)):
+            updates = sorted(alike, key=by_owner)
+            places, rows, shape = [update.place for update in updates], updates[0].rows, updates[0].shape
+            plan, batch, _ = self._transfers[places[0]]
+            directions = received.read_all([update.owner for update in updates], shape, plan.matrix.method.dtype)
             if plan.is_gram:
-                X = torch.stack([self._own_X[transfer.plan.index] for transfer in transfers])
+                X = torch.stack([self._own_X[self._transfers[place].plan.index] for place in places])
                 directions = [apply_factor(torch.cat(directions), X, plan.is_tall)]
-            members = [transfer.matrix for transfer in transfers]
-            _update_params(members, directions, batch, updates[0].rows)
+            _update_params([self._members[place] for place in places], directions, batch, rows)
 
 
 class FirstRound(ExchangeRound):

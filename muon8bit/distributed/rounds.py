@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from math import inf
+from operator import attrgetter
 from typing import NamedTuple
 
 from .matrix_sharding import Span
@@ -43,13 +45,13 @@ class PlannedPart(NamedTuple):
     """One part of a round, as one rank sees it.
 
     Attributes:
-        updates: what it gets, in the order in which it comes from each owner.
+        runs: what it gets, in the order in which it comes from each owner; a run has rows and shape in common.
         incoming: by rank, the bytes that come from there.
         outgoing: of each matrix that it owns, in their order, the rank that gets some of it and the index of that in O;
             where all get the same, one entry stands for all.
     """
 
-    updates: tuple[PlannedUpdate, ...]
+    runs: tuple[tuple[PlannedUpdate, ...], ...]
     incoming: list[int]
     outgoing: tuple[tuple[tuple[int, tuple[slice, slice]], ...], ...]
 
@@ -100,7 +102,8 @@ class PlannedRound:
                     updates.append(PlannedUpdate(place, transfer.owner, rows, shape))
             if transfer.owner == rank:
                 outgoing.append(tuple(self._cuts(transfer, number)))
-        return PlannedPart(tuple(updates), incoming, tuple(outgoing))
+        runs = tuple(tuple(run) for _, run in groupby(updates, key=attrgetter("rows", "shape")))
+        return PlannedPart(runs, incoming, tuple(outgoing))
 
     def _cuts(self, transfer: PlannedTransfer, number: int) -> Iterable[tuple[int, tuple[slice, slice]]]:
         """Yield what the owner of a matrix sends of it in a part, and to which rank."""

@@ -164,9 +164,9 @@ def _local_rows(spans: Spans, slot: MatrixSlot, rows: Span, flatten: bool) -> tu
 
 def _cut(tensor: Tensor, spans: Spans, slot: MatrixSlot, region: Region, flatten: bool) -> Tensor:
     """Return a part of a matrix out of a parameter or gradient with these spans, [1, rows, cols] or [1, rows, ...]."""
-    lead, rows = _local_rows(spans, slot, region.rows, flatten)
-    if not lead and region.shape == tensor.shape:  # all of it
+    if not slot.lead and region.shape == tensor.shape:  # all of it, as most are
         return tensor.unsqueeze(0)
+    lead, rows = _local_rows(spans, slot, region.rows, flatten)
     for index in lead:
         tensor = tensor[index]
     if not flatten and region.shape[1] < tensor.shape[1]:
@@ -177,9 +177,9 @@ def _cut(tensor: Tensor, spans: Spans, slot: MatrixSlot, region: Region, flatten
 
 def _momentum(momentum: Momentum, spans: Spans, slot: MatrixSlot, rows: Span, flatten: bool) -> Momentum:
     """Return these rows of a matrix out of a momentum with these spans, as a stack of one."""
-    lead, local_rows = _local_rows(spans, slot, rows, flatten)
-    if not lead and local_rows == slice(0, momentum.codes.shape[0]):  # all of it
+    if not slot.lead and rows[1] - rows[0] == momentum.codes.shape[0]:  # all of it, as most are
         return momentum.as_matrices()
+    lead, local_rows = _local_rows(spans, slot, rows, flatten)
     index = _flat_index(lead, [stop - start for start, stop in spans])
     return momentum.as_matrices().rows(slice(index, index + 1), local_rows)
 

@@ -27,7 +27,7 @@ StateLayout: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 _WAY_OUT = "undo that, or delete its entry in the optimizer's state, which then starts at zero"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LocalParam:
     """A parameter that has a gradient, as this rank sees it.
 
@@ -131,11 +131,11 @@ def _local_param(
     if own and layout is not None:
         own = layout.to_local(own)
     if isinstance(options, MuonOptions):
-        tensors = _muon_layout(param.shape, *options.format)
+        tensors = _local_layout(_muon_layout, layout, param.shape, *options.format)
     else:
-        tensors = _adamw_layout(param.shape, options.adamw_bits)
+        tensors = _local_layout(_adamw_layout, layout, param.shape, options.adamw_bits)
     device = local.device if offload.state_device is None else offload.home(local.device)
-    if own and (problem := _misfit(own, tensors, device, layout)):
+    if own and (problem := _misfit(own, tensors, device)):
         keys = FORMAT_KEYS if is_muon else ("adamw_bits",)
         name, form = describe(group, group_index, index), ", ".join(f"{key}={group[key]!r}" for key in keys)
         where = f"{tuple(local.shape)} on {local.device}"
@@ -144,8 +144,7 @@ def _local_param(
     if isinstance(options, MuonOptions):
         format = MomentumFormat.of(param.shape, *options.format)
         if not own:
-            shapes = {key: shape for key, (shape, _) in tensors.items()}
-            momentum = Momentum.zeros(layout.local_shapes(shapes) if layout else shapes, format, device)
+            momentum = Momentum.zeros({key: shape for key, (shape, _) in tensors.items()}, format, device)
             momentum = momentum.with_tensors(offload.at_home(tensor, local.device) for tensor in momentum.tensors)
         else:
             momentum = Momentum.from_state(own, format)
@@ -181,12 +180,21 @@ def _why_not_stepped(param: Tensor, grad: Tensor, options: GroupOptions) -> str:
     return why and f"has a gradient {why}, and clip_matrix_norm scales gradients in place: assign a clone of it"
 
 
-def _misfit(
-    stored: Mapping[str, Tensor], tensors: StateLayout, device: torch.device, layout: ParamSharding | None
-) -> str:
-    """Return why this is not the state that a parameter needs, and the way out; or nothing. Kernels do not look."""
+def _misfit(stored: Mapping[str, Tensor], tensors: StateLayout, device: torch.device) -> str:
+    """Return why this is not the state that a parameter needs here, and the way out; or nothing. Kernels do not look.
+
+    Most fit, which is seen first.
+    """
+    for key, (shape, dtype) in tensors.items():
+        value = stored.get(key)
+        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
+            break
+        if not value.is_contiguous() or (shape and value.device != device):
+            break
+    else:
+        if len(stored) == len(tensors):
+            return ""
     shapes = {key: shape for key, (shape, _) in tensors.items()}
-    shapes = layout.local_shapes(shapes) if layout else shapes
     strange = next((key for key, value in stored.items() if not isinstance(value, Tensor)), None)
     if strange is not None:
         return f"now, and {strange} in its state is a {type(stored[strange]).__name__}: {_WAY_OUT}"
@@ -214,6 +222,16 @@ def new_state(local: LocalParam, group: Mapping[str, Any], offload: StateOffload
     if layout is None:
         return new
     return layout.to_dtensors(new, {key: shape for key, (shape, _) in layout_of(param, group).items()})
+
+
+@cache
+def _local_layout(whole: Callable[..., StateLayout], sharding: ParamSharding | None, *what: Any) -> StateLayout:
+    """Return what `whole` does of a shape and a format, with the shapes of this rank's parts."""
+    tensors = whole(*what)
+    if sharding is None:
+        return tensors
+    shapes = sharding.local_shapes({key: shape for key, (shape, _) in tensors.items()})
+    return {key: (shapes[key], dtype) for key, (_, dtype) in tensors.items()}
 
 
 @cache

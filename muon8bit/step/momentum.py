@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from muon8bit_kernels import CODE_DTYPES, Codebook, kernels_for, num_blocks, zero_code
@@ -64,8 +65,7 @@ class MomentumFormat:
         return layout
 
 
-@dataclass(frozen=True)
-class Momentum:
+class Momentum(NamedTuple):
     """Momentum of one parameter, or, from `as_matrices`, its matrices over the same memory.
 
     Attributes:
@@ -129,6 +129,9 @@ class Momentum:
 
     def as_matrices(self) -> Momentum:
         """Return the momentum as views of matrices: codes [count, rows, cols], scales [count, rows, blocks]."""
+        if self.codes.ndim == 2:
+            scales = None if self.scales is None else self.scales.unsqueeze(0)
+            return Momentum(self.codes.unsqueeze(0), scales, self.format)
         rows, cols = (1, self.codes.shape[0]), prod(self.codes.shape[1:])
         if not self.format.flatten:
             rows, cols = (prod(self.codes.shape[:-2]), self.codes.shape[-2]), self.codes.shape[-1]

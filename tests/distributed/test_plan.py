@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import product
+from itertools import chain, product
 from math import prod
 
 import numpy as np
@@ -179,7 +179,7 @@ def are_painted_once(a_round: PlannedRound, num_ranks: int) -> None:
         views = [a_round.part(rank, number) for rank in range(num_ranks)]
         for rank, view in enumerate(views):
             received = [0] * num_ranks
-            for update in view.updates:
+            for update in chain.from_iterable(view.runs):
                 transfer = a_round.transfers[update.place]
                 assert update.owner == transfer.owner
                 region = transfer.targets[rank]
@@ -366,7 +366,7 @@ def test_parts_keep_what_a_rank_sends_and_gets_within_the_budget():
     for number, rank in product(range(4), range(8)):
         part = a_round.part(rank, number)
         assert part.incoming == [16] * 8  # one row of four of each
-        assert [update.rows for update in part.updates] == [(number, number + 1)] * 8
+        assert [update.rows for run in part.runs for update in run] == [(number, number + 1)] * 8
     # Equal shares: 8 owners, an eighth of each. Of a budget below a row each rank gets a row of each.
     fully = [Matrix(8, 8, sharded(8, 8, 8), path())] * 8
     assert [a_round.num_parts for a_round in plan(fully, 8, 128).rounds] == [1]
