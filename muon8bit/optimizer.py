@@ -117,6 +117,9 @@ class Muon8bit(ShardedOptimizer):
         shard_state: keep only some rows of every momentum on each rank of `process_group`; AdamW's state stays whole.
             Then `state_dict()` needs `consolidate_state_dict` or `sharded_state_dict` first.
         maximize: go up the gradient: the step is that of the negated gradient, to the bit. Also a key of every group.
+        cautious_weight_decay: decay only elements that the update moves towards 0, or not at all (arXiv 2510.12402):
+            those with update * parameter >= 0. Also a key of every group, AdamW's too.
+        decay_lr_power: 1, or 2, with which Muon's parameters are multiplied by `1 - lr^2 * weight_decay`.
         foreach, fused, capturable, differentiable: None or False. True, which in torch's optimizers asks for one of
             several implementations, is refused: kernels are chosen by device and shape.
 
@@ -168,6 +171,8 @@ class Muon8bit(ShardedOptimizer):
         process_group: ProcessGroup | None = None,
         shard_state: bool = False,
         maximize: bool = False,
+        cautious_weight_decay: bool = False,
+        decay_lr_power: int = 1,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool | None = False,
@@ -198,6 +203,8 @@ class Muon8bit(ShardedOptimizer):
             "block_size": block_size,
             "clip_matrix_norm": clip_matrix_norm,
             "maximize": maximize,
+            "cautious_weight_decay": cautious_weight_decay,
+            "decay_lr_power": decay_lr_power,
             **IMPLEMENTATION_DEFAULTS,
             **rounding.initial(param_rounding, rounding_seed),
             **MATRIX_DEFAULTS,

@@ -75,9 +75,10 @@ def cut(phase: str, codebook: Codebook) -> None:
         kernels.momentum_apply_cut(*tensors, **options, skip=empty(1, 1).view(()))
 
 
-def update(dtype: torch.dtype, keys: list[int] | None = None, across: bool = False) -> None:
+def update(dtype: torch.dtype, keys: list[int] | None = None, across: bool = False, *, cautious: bool = False) -> None:
     params, directions = [empty(COUNT, *WIDE, dtype=dtype)], empty(COUNT, *WIDE, dtype=dtype, across=across)
-    kernels.update_params(params, directions, decay=0.9, scale=0.1, keys=keys, skip=empty(1, 1).view(()))
+    factors: dict[str, Any] = {"decay": 0.9, "scale": 0.1, "cautious": cautious}
+    kernels.update_params(params, directions, **factors, keys=keys, skip=empty(1, 1).view(()))
 
 
 def quantize(codebook: Codebook) -> None:
@@ -116,6 +117,7 @@ def _elementwise() -> list[Case]:
         Case("update-fp32", partial(update, torch.float32)),
         Case("update-bf16", partial(update, torch.bfloat16)),
         Case("update-bf16-stochastic", stochastic),
+        Case("update-bf16-cautious", partial(update, torch.bfloat16, cautious=True), NVIDIA),
         Case("update-bf16-across", partial(update, torch.bfloat16, across=True), ONE),
         *[Case(f"quantize-{codebook}", partial(quantize, codebook), ONE) for codebook in codebooks],
         *[Case(f"dequantize-{codebook}", partial(dequantize, codebook), ONE) for codebook in codebooks],
@@ -193,13 +195,14 @@ def tiny(
     dtype: torch.dtype = torch.bfloat16,
     keys: list[int] | None = None,
     block: int = 2048,
+    cautious: bool = False,
 ) -> None:
     """Call the whole step of LoRA's matrices, gradients and parameters of one dtype, the flag of the step given."""
     codes = empty(COUNT, rows, cols, dtype=torch.float32 if codebook is None else CODE_DTYPES[codebook])
     scales = None if codebook is None else [empty(COUNT, rows, triton.cdiv(cols, block))]
     matrices, norms, skip = [empty(COUNT, rows, cols, dtype=dtype)], empty(1, COUNT).view(COUNT), empty(1, 1).view(())
     options: dict[str, Any] = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": block, "keys": keys}
-    options |= {"steps": JORDAN, "decay": 0.9, "scale": 0.1, "skip": skip}
+    options |= {"steps": JORDAN, "decay": 0.9, "scale": 0.1, "cautious": cautious, "skip": skip}
     step_tiny([codes], scales, matrices, matrices, norms, **options)
 
 
@@ -215,6 +218,7 @@ def _tiny() -> list[Case]:
         Case("tiny-wide-64", partial(tiny, 64, 2048), ONE),
         Case("tiny-wide-16-dynamic-stochastic", partial(tiny, 16, 2048, **stochastic), ONE),
         Case("tiny-tall-64-dynamic-stochastic", partial(tiny, 2048, 64, **stochastic), ONE),
+        Case("tiny-wide-64-cautious", partial(tiny, 64, 2048, cautious=True), ONE),
         Case("tiny-wide-64-None-fp32", partial(tiny, 64, 2048, None, dtype=torch.float32), ONE),
         Case("tiny-wide-16-block-64", partial(tiny, 16, 2048, block=64), ONE),
     ]

@@ -92,6 +92,7 @@ class Kernels(Protocol):
         keys: Sequence[int] | None = None,
         firsts: Sequence[int] | None = None,
         pitch: int | None = None,
+        cautious: bool = False,
         skip: Tensor | None = None,
     ) -> None:
         """Update parameters in place: decay, step and rounding."""
@@ -126,6 +127,7 @@ class Kernels(Protocol):
         keys: Sequence[int] | None = None,
         firsts: Sequence[int] | None = None,
         pitch: int | None = None,
+        cautious: bool = False,
         skip: Tensor | None = None,
     ) -> None:
         """Do the second phase of the step of matrices with a small side."""

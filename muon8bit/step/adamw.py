@@ -3,7 +3,7 @@
     m  =  beta1 * m + (1 - beta1) * g,   v  =  beta2 * v + (1 - beta2) * g^2              exp_avg, exp_avg_sq
     W  =  (1 - lr * weight_decay) * W  -  lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
 
-Source: Loshchilov and Hutter, arXiv 1711.05101, as torch.optim.AdamW.
+Cautious weight decay is in `adamw_cautious`. Source: Loshchilov and Hutter, arXiv 1711.05101, as torch.optim.AdamW.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from ..config import EXP_AVG_CODES_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY
 from . import adamw8bit
+from .adamw_cautious import copied_bytes as cautious_bytes, step_cautiously
 from .adamw_chunks import AdamWChunk, pack
 from .adamw_small import TOGETHER, is_small, step_together
 from .group_options import AdamWOptions
@@ -73,6 +74,9 @@ def apply(chunks: Sequence[AdamWChunk], options: AdamWOptions) -> None:
     A chunk of state in 8 bits begins at a multiple of 256 elements. torch's fused kernel walks parameter, gradient and
     moments by memory order, so all of them are contiguous here.
     """
+    if options.cautious_weight_decay and not (type(options.lr) is float and options.lr == 0):  # then nothing decays
+        step_cautiously(chunks, options, apply)
+        return
     direct: list[AdamWChunk] = []
     small: list[AdamWChunk] = []
     most = options.workspace_bytes // _COPY_BYTES
@@ -97,6 +101,8 @@ def apply(chunks: Sequence[AdamWChunk], options: AdamWOptions) -> None:
 
 def copied_bytes(chunk: AdamWChunk, options: AdamWOptions) -> int:
     """Return the bytes of the fp32 copies of a parameter and its gradient that `apply` has at once, if any."""
+    if options.cautious_weight_decay:
+        return cautious_bytes(chunk, options)
     if all(t.dtype == torch.float32 and t.is_contiguous() for t in (chunk.param, chunk.grad)):
         return 0
     size = options.workspace_bytes // _COPY_BYTES

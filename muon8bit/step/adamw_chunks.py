@@ -69,8 +69,9 @@ def _cut(tensor: Tensor, start: int, stop: int, num_elements: int) -> Tensor:
     """Return the part of a state tensor that belongs to these elements of a parameter."""
     if tensor.ndim == 0:
         return tensor
-    per = -(-num_elements // tensor.numel())  # elements of the parameter for one of the tensor
-    if ALIGNMENT % per:
+    # Elements of the parameter for one of the tensor: a power of two, of which the last may have fewer.
+    per = 1 << (-(-num_elements // tensor.numel()) - 1).bit_length()
+    if ALIGNMENT % per or -(-num_elements // per) != tensor.numel():
         raise ValueError(f"a state of {tensor.numel()} elements for {num_elements} cannot be cut at {start}")
     return tensor.view(-1)[start // per : -(-stop // per)]
 

@@ -8,7 +8,7 @@ are as aligned as a tensor of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -47,16 +47,16 @@ def step_together(
     for chunk in sorted(chunks, key=lambda chunk: chunk.param.numel() % _ALIGNED != 0):
         alike.setdefault((chunk.param.dtype, chunk.grad.dtype, chunk.key is None), []).append(chunk)
     for members in alike.values():
-        for together in _filled(members, min(TOGETHER, most)):
+        for together in filled(members, min(TOGETHER, most)):
             _step(together, options, step)
 
 
-def _filled(chunks: Sequence[AdamWChunk], most: int) -> Iterator[list[AdamWChunk]]:
-    """Give chunks in lists of at most `most` elements."""
+def filled(chunks: Iterable[AdamWChunk], most: int) -> Iterator[list[AdamWChunk]]:
+    """Give chunks in lists of at most `most` elements, or of one."""
     together: list[AdamWChunk] = []
     number = 0
     for chunk in chunks:
-        if number + chunk.param.numel() > most:
+        if together and number + chunk.param.numel() > most:
             yield together
             together, number = [], 0
         together.append(chunk)

@@ -49,6 +49,7 @@ class MuonOptions(Options):
     """Keys of a Muon group, checked, and the options of the optimizer.
 
     Attributes:
+        cautious_weight_decay: as in the group; False where `weight_decay` is 0.
         coefficients: resolved from `ns_coefficients` and `ns_steps`.
         row_splits, column_splits: the sizes of the pieces of each matrix that are orthogonalized by themselves, where
             `split_sizes` are given.
@@ -70,6 +71,8 @@ class MuonOptions(Options):
     column_splits: tuple[int, ...] | None
     clip_matrix_norm: float | None
     maximize: bool
+    cautious_weight_decay: bool
+    decay_lr_power: int
     table: RatesTable | None
     counts: Mapping[tuple[int, int], int] = field(default_factory=dict, compare=False)
 
@@ -83,6 +86,9 @@ class AdamWOptions(Options):
     """Keys of an AdamW group, checked, and the options of the optimizer.
 
     A `momentum` in the group, which OneCycleLR and CyclicLR write there, is the first of `betas`.
+
+    Attributes:
+        cautious_weight_decay: as in the group; False where `weight_decay` is 0.
     """
 
     lr: float | Tensor
@@ -91,6 +97,7 @@ class AdamWOptions(Options):
     eps: float
     adamw_bits: int
     maximize: bool
+    cautious_weight_decay: bool = False
 
 
 GroupOptions: TypeAlias = MuonOptions | AdamWOptions

@@ -7,7 +7,8 @@
 
 `ratio` is `lr_ratio`. The same step of one matrix in plain torch: `muon8bit/functional.py`. Sources: torch.optim.Muon
 for the arguments and their meaning; Jordan 2024 and Moonlight (arXiv 2502.16982) for the two ratios; arXiv 2509.23106
-for encoding after the orthogonalization.
+for encoding after the orthogonalization; arXiv 2510.12402 for cautious weight decay, where W decays only where
+O * W >= 0; modded-nanogpt for a decay by lr^2 (`decay_lr_power`).
 
 A step has two phases. `stats` reads: |u|_F of every matrix, by which it is known whether all gradients are finite.
 `apply` writes momenta and parameters. All matrices of one shape go through each kernel together, as many at once as the
@@ -52,18 +53,21 @@ def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
     return sumsq.sqrt().clamp(min=max(eps, _LEAST_NORM)).mul(factor)
 
 
-def factors(*, lr: float | Tensor, weight_decay: float, ratio: float) -> tuple[float, float] | tuple[Tensor, Tensor]:
-    """Return 1 - lr * weight_decay and lr * ratio: floats, or 0-d fp32 where `lr` is, which is not waited for.
+def factors(
+    *, lr: float | Tensor, weight_decay: float, ratio: float, decay_lr_power: int = 1
+) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    """Return 1 - lr^p * weight_decay and lr * ratio: floats, or 0-d fp32 where `lr` is, which is not waited for.
 
     Args:
         lr: a float, or a 0-d or 1-element tensor on the CPU or the parameters' device.
-        weight_decay: the decay per unit of lr.
+        weight_decay: the decay per unit of lr^p.
         ratio: the factor of lr for the shape, from `lr_ratio`.
+        decay_lr_power: p, 1 or 2.
     """
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         on_device = lr.reshape(()).float()
-        return 1 - on_device * weight_decay, on_device * ratio
-    return 1 - float(lr) * weight_decay, float(lr) * ratio
+        return 1 - on_device**decay_lr_power * weight_decay, on_device * ratio
+    return 1 - float(lr) ** decay_lr_power * weight_decay, float(lr) * ratio
 
 
 def stats_parts(batch: MatrixBatch, *, is_staged: bool = False) -> list[MatrixBatch]:
@@ -174,8 +178,16 @@ def _fused_step(batch: MatrixBatch, norms: Tensor) -> None:
     """Do all of the second phase in one launch, in fp32."""
     options = batch.options
     ratio = lr_ratio(batch.rows, batch.cols, options.adjust_lr_fn)
-    decay, scale = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=ratio)
-    how = {"decay": decay, "scale": scale, "skip": options.skip, **batch.averaging, **batch.random_bits()}
+    decay, scale = factors(
+        lr=options.lr, weight_decay=options.weight_decay, ratio=ratio, decay_lr_power=options.decay_lr_power
+    )
+    how: dict[str, Any] = {
+        "decay": decay,
+        "scale": scale,
+        "cautious": options.cautious_weight_decay,
+        "skip": options.skip,
+    }
+    how |= {**batch.averaging, **batch.random_bits()}
     step_tiny = kernels_for(batch.device, options.backend).step_tiny
     views = [member.param for member in batch.members]
     params = as_matrices(views)
@@ -229,6 +241,8 @@ def update_params_(
 ) -> None:
     """Compute W <- decay * W - scale * O in place, in fp32, rounded once; scale 0 and decay 1 change no bit.
 
+    With `cautious_weight_decay`, elements whose signs in W and O are opposite do not decay.
+
     Args:
         params: [count, rows, cols] each, in one dtype, fp32, bf16 or fp16, any strides.
         directions: O, [batch, rows, cols], or stacks of it, fp32, bf16 or fp16, any strides.
@@ -236,6 +250,13 @@ def update_params_(
         options: the group's.
         random_bits: keys, firsts and pitch of stochastic rounding, bf16 only. None of them rounds to nearest.
     """
-    decay, scale = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=ratio)
-    how = {"decay": decay, "scale": scale, "skip": options.skip, **random_bits}
-    kernels_for(params[0].device, options.backend).update_params(params, directions, **how)
+    decay, scale = factors(
+        lr=options.lr, weight_decay=options.weight_decay, ratio=ratio, decay_lr_power=options.decay_lr_power
+    )
+    how: dict[str, Any] = {
+        "decay": decay,
+        "scale": scale,
+        "cautious": options.cautious_weight_decay,
+        "skip": options.skip,
+    }
+    kernels_for(params[0].device, options.backend).update_params(params, directions, **how, **random_bits)

@@ -36,8 +36,14 @@ FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
 MATRIX_DEFAULTS: dict[str, Any] = {"flatten": False, "split_sizes": None, "split_dim": -2}
 # Keys of a group, by algorithm, that no other optimizer and no older checkpoint has, and what their absence means.
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "muon": {**MATRIX_DEFAULTS, "clip_matrix_norm": None, "maximize": False},
-    "adamw": {"adamw_bits": DEFAULT_ADAMW_BITS, "maximize": False},
+    "muon": {
+        **MATRIX_DEFAULTS,
+        "clip_matrix_norm": None,
+        "maximize": False,
+        "cautious_weight_decay": False,
+        "decay_lr_power": 1,
+    },
+    "adamw": {"adamw_bits": DEFAULT_ADAMW_BITS, "maximize": False, "cautious_weight_decay": False},
 }
 # Keys of torch's optimizers, which have several implementations, and their values where none is asked for.
 IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
@@ -57,11 +63,12 @@ RATES_KEY = "rates"
 MEMBERS = "members"
 RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")
 MUON_ONLY_KEYS = (
-    *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm"),
+    *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm", "decay_lr_power"),
     *FORMAT_KEYS,
     *("split_sizes", "split_dim"),
 )
 _ADAMW_ONLY_KEYS = ("betas", "adamw_bits")
+_SHARED_KEYS = ("weight_decay", "eps", "maximize", "cautious_weight_decay")
 # Arguments of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
 _NO_GROUP_KEYS = (
     *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
@@ -71,7 +78,7 @@ _NO_GROUP_KEYS = (
 _ROUNDING_KEYS = ("rounding_seed", "rounding_step")
 # Keys of a group that a step reads, besides its parameters, its learning rate and the numbers of rounding.
 _CACHED_KEYS = (
-    *("algorithm", "weight_decay", "eps", "maximize", "betas", "adamw_bits"),
+    *("algorithm", *_SHARED_KEYS, "betas", "adamw_bits"),
     *MUON_ONLY_KEYS,
     *IMPLEMENTATION_DEFAULTS,
     RATES_KEY,
@@ -81,7 +88,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def group_keys(algorithm: str) -> tuple[str, ...]:
     """Return the hyper-parameters that a group of this algorithm holds."""
-    return ("lr", "weight_decay", "eps", "maximize", *(_ADAMW_ONLY_KEYS if algorithm == "adamw" else MUON_ONLY_KEYS))
+    return ("lr", *_SHARED_KEYS, *(_ADAMW_ONLY_KEYS if algorithm == "adamw" else MUON_ONLY_KEYS))
 
 
 def describe(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -204,14 +211,15 @@ def _resolved(
     _check_present(group, ("algorithm",), where)
     check_options(group, where)
     check_foreign(group, where)
-    shared = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+    shared = {key: group[key] for key in ("lr", *_SHARED_KEYS)}
+    shared["cautious_weight_decay"] &= group["weight_decay"] > 0
     shared |= {"ns_dtype": ns_dtype, "backend": backend, "workspace_bytes": workspace_bytes}
     if group["algorithm"] == "adamw":
         beta1, beta2 = group["betas"]
         beta1 = beta1 if group.get("momentum") is None else group["momentum"]
         return AdamWOptions(betas=(beta1, beta2), adamw_bits=group["adamw_bits"], **shared)
     check_schedule(group, ns_dtype, where)
-    own = ("momentum", "nesterov", "adjust_lr_fn", "flatten", "clip_matrix_norm")
+    own = ("momentum", "nesterov", "adjust_lr_fn", "flatten", "clip_matrix_norm", "decay_lr_power")
     sizes, dim = group["split_sizes"], group["split_dim"]
     return MuonOptions(
         coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
@@ -298,7 +306,8 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     _check_lr(options, where)
     require("weight_decay", is_number(options["weight_decay"]), f">= 0 and {FINITE}")
     require("eps", is_number(options["eps"]) and options["eps"] > 0, f"> 0 and {FINITE}")
-    require("maximize", is_choice(options["maximize"], (True, False)), "True or False")
+    for key in ("maximize", "cautious_weight_decay"):
+        require(key, is_choice(options[key], (True, False)), "True or False")
     for key in IMPLEMENTATION_DEFAULTS:
         valid = is_choice(options.get(key), (None, False))
         require(key, valid, "None or False (Muon8bit chooses its kernels by device and shape)")
@@ -315,6 +324,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         return
     require("momentum", is_number(options["momentum"], high=1), "in [0, 1)")
     require("clip_matrix_norm", is_limit(options["clip_matrix_norm"]), f"None or > 0 and {FINITE}")
+    require("decay_lr_power", is_choice(options["decay_lr_power"], (1, 2)), "1 or 2")
     require("nesterov", is_choice(options["nesterov"], (True, False, 0, 1)), "True or False")
     for key, allowed in (("bits", BITS), ("codebook", CODEBOOKS), ("block_size", BLOCK_SIZES)):
         require(key, is_choice(options[key], allowed), f"one of {allowed}")

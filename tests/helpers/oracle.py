@@ -20,8 +20,12 @@ def newton_schulz(matrix: np.ndarray, steps: list[tuple[float, float, float]], e
 class Muon64:
     """One matrix under Muon, everything in float64 and unquantized."""
 
-    def __init__(self, weight: np.ndarray, lr=1e-3, decay=0.1, beta=0.95, nesterov=True, rule="original", steps=5):
-        self.weight, self.lr, self.decay, self.beta = weight.astype(np.float64), lr, decay, beta
+    def __init__(
+        self, weight: np.ndarray, lr=1e-3, decay=0.1, beta=0.95, nesterov=True, rule="original", steps=5,
+        cautious=False, decay_lr_power=1,
+    ):  # fmt: skip
+        self.weight, self.lr, self.decay, self.beta = weight.astype(np.float64), lr, lr**decay_lr_power * decay, beta
+        self.cautious = cautious
         self.nesterov, self.steps = nesterov, [JORDAN] * steps
         rows, cols = weight.shape
         rms_rule = rule == "match_rms_adamw"
@@ -33,7 +37,8 @@ class Muon64:
         self.momentum = self.beta * self.momentum + (1 - self.beta) * grad
         blend = self.beta * self.momentum + (1 - self.beta) * grad if self.nesterov else self.momentum
         direction = newton_schulz(blend, self.steps)
-        self.weight = (1 - self.lr * self.decay) * self.weight - self.lr * self.ratio * direction
+        decays = direction * self.weight >= 0 if self.cautious else True
+        self.weight = self.weight - self.decay * decays * self.weight - self.lr * self.ratio * direction
 
 
 def murmur3(data: bytes, seed: int = 0) -> int:

@@ -91,8 +91,11 @@ def arm(world, mode, ranks):
 
 FORMATS = {
     "fp32 linear": (torch.float32, {}),
-    "fp32 dynamic": (torch.float32, {"codebook": "dynamic"}),
-    "bf16 linear": (torch.bfloat16, {"param_rounding": "stochastic", "rounding_seed": 7}),
+    "fp32 dynamic": (torch.float32, {"codebook": "dynamic", "cautious_weight_decay": True, "decay_lr_power": 2}),
+    "bf16 linear": (
+        torch.bfloat16,
+        {"param_rounding": "stochastic", "rounding_seed": 7, "cautious_weight_decay": True},
+    ),
     "bf16 dynamic": (torch.bfloat16, {"codebook": "dynamic"}),
     "bits=32": (torch.float32, {"bits": 32}),
 }

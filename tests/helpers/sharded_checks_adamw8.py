@@ -27,7 +27,7 @@ FLAT = {"flat": (64, 192), "vector": (8192,)}
 MATRICES = {"matrix": (10, 24)}
 EIGHT_BITS = {"adamw": {"adamw_bits": 8}}
 FORMATS = {
-    "fp32": (torch.float32, {}),
+    "fp32": (torch.float32, {"cautious_weight_decay": True}),
     "bf16": (torch.bfloat16, {"param_rounding": "stochastic", "rounding_seed": 7, "maximize": True}),
 }
 

@@ -58,8 +58,9 @@ def test_directions_of_hard_spectra_match_float64_newton_schulz(spectrum):
     assert np.linalg.norm(found[0] - expected) <= 1e-3 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("codebook", ["linear", "dynamic"])
-def test_state_is_that_of_the_momentum_step_and_the_parameter_that_of_the_update(codebook):
+def test_state_is_that_of_the_momentum_step_and_the_parameter_that_of_the_update(codebook, cautious):
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(3, 70, 12, generator=generator)
     quantized = [reference.quantize(m, codebook=codebook, block_size=64) for m in torch.randn(3, 70, 12)]
@@ -72,7 +73,14 @@ def test_state_is_that_of_the_momentum_step_and_the_parameter_that_of_the_update
     tiny.step_tiny(*again, [matrices], [O], norms, **options, steps=JORDAN, decay=0.0, scale=-1.0)
     params = [torch.randn(3, 70, 12, generator=generator).bfloat16()]
     updated = [params[0].clone()]
-    update = {"decay": 0.9, "scale": 0.5, "keys": [3, -4, 5], "firsts": [0, 7, 2**40], "pitch": 100}
+    update = {
+        "decay": 0.9,
+        "scale": 0.5,
+        "cautious": cautious,
+        "keys": [3, -4, 5],
+        "firsts": [0, 7, 2**40],
+        "pitch": 100,
+    }
     reference.update_params(updated, O, **update)
     tiny.step_tiny(*state, [matrices], params, norms, **options, steps=JORDAN, **update)
     for ours, theirs in ((state[0], expected[0]), (state[1], expected[1]), (params, updated)):

@@ -57,15 +57,16 @@ def check(kernels, device, params, directions, decay=0.99, scale=0.013, skip=Non
     layout=st.sampled_from(LAYOUTS),
     direction_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     direction_layout=st.sampled_from(LAYOUTS),
+    cautious=st.booleans(),
 )
 def test_update_equals_reference_bitwise_on_any_stacks(
-    triton_kernels, device, counts, rows, cols, kind, layout, direction_dtype, direction_layout
+    triton_kernels, device, counts, rows, cols, kind, layout, direction_dtype, direction_layout, cautious
 ):
     dtype, stochastic = kind
     params = random_stacks(counts, rows, cols, dtype, layout)
     (directions,) = random_stacks([sum(counts)], rows, cols, direction_dtype, direction_layout, seed=1)
     keys = [rounding_key(1, 2, index) for index in range(sum(counts))] if stochastic else None
-    check(triton_kernels, device, params, directions, keys=keys)
+    check(triton_kernels, device, params, directions, keys=keys, cautious=cautious)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (9, 1), (2100, 1), (1, 600), (700, 3), (2, 257)])
@@ -96,7 +97,10 @@ def test_every_bf16_number_and_every_special_value(triton_kernels, device, key):
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).view(1, 256, 256)
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 256, 256)).astype(np.float32))
     keys = None if key is None else [key]
-    check(triton_kernels, device, [every.clone()], noise * every.float().nan_to_num(), keys=keys, scale=2**-9)
+    directions = noise * every.float().nan_to_num()
+    for cautious in (False, True):
+        check(triton_kernels, device, [every.clone()], directions, keys=keys, scale=2**-9, cautious=cautious)
+    check(triton_kernels, device, [every.clone()], every.float().flip(2), keys=keys, decay=-0.5, cautious=True)
     for one, zero in ((1.0, 0.0), (torch.tensor(1.0), torch.tensor(0.0))):
         param, factors = on(device, every), [f.to(device) if isinstance(f, torch.Tensor) else f for f in (one, zero)]
         triton_kernels.update_params([param], on(device, -noise.abs()), decay=factors[0], scale=factors[1], keys=keys)
@@ -105,8 +109,9 @@ def test_every_bf16_number_and_every_special_value(triton_kernels, device, key):
 
 @pytest.mark.parametrize("factors", [(torch.tensor(0.9), torch.tensor(0.1)), (0.9, torch.tensor(0.1))])
 def test_factors_may_be_tensors(triton_kernels, device, factors):
-    params, (directions,) = random_stacks([1, 2], 5, 40, torch.bfloat16), random_stacks([3], 5, 40, seed=1)
-    check(triton_kernels, device, params, directions, *factors, keys=[KEY] * 3)
+    for cautious in (False, True):
+        params, (directions,) = random_stacks([1, 2], 5, 40, torch.bfloat16), random_stacks([3], 5, 40, seed=1)
+        check(triton_kernels, device, params, directions, *factors, keys=[KEY] * 3, cautious=cautious)
 
 
 @pytest.mark.parametrize("key", [None, KEY])

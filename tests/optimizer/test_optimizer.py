@@ -197,7 +197,7 @@ def test_keys_of_the_other_algorithm_stand_at_none_and_the_users_dict_is_untouch
     optimizer = Muon8bit([{"params": [param_with_grad()], "bits": 32}, mine])
     muon, adamw = optimizer.param_groups
     assert muon["bits"] == 32
-    flags = {"maximize", "foreach", "fused", "capturable", "differentiable"}
+    flags = {"maximize", "cautious_weight_decay", "foreach", "fused", "capturable", "differentiable"}
     own = {"params", "algorithm", "lr", "weight_decay", "betas", "eps", "adamw_bits", "tag", *flags}
     assert {key for key in adamw if key not in own} == set(muon) - own
     assert all(adamw[key] is None for key in set(adamw) - own)

@@ -80,6 +80,7 @@ OPTIONS = {
     "dynamic": {"codebook": "dynamic", "nesterov": False},
     "fp32 state": {"bits": 32},
     "bf16, stochastic": {"dtype": torch.bfloat16, "param_rounding": "stochastic", "rounding_seed": 5},
+    "cautious": {"cautious_weight_decay": True, "decay_lr_power": 2},
 }
 
 

@@ -5,10 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers import oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon8bit import Muon8bit
-from muon8bit.step import adamw
+from muon8bit.step import adamw, adamw8bit
 from muon8bit.step.adamw_chunks import AdamWChunk
 from muon8bit.step.group_options import AdamWOptions
 
@@ -75,12 +76,112 @@ def test_any_dtype_and_stride_keeps_fp32_state_and_rounds_once(dtype, contiguous
     np.testing.assert_allclose(state["exp_avg_sq"].double().numpy(), v, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_cautious_weight_decay_decays_where_the_update_goes_towards_zero(bits, dtype, rounding):
+    """Against float64, given the update: that of an optimizer of the same gradients, whose parameters are zero before
+    each step and do not decay. Where both are finite numbers the two must agree to fp32 rounding and one to bf16."""
+    if bits == 8:
+        pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(70, 100), (3, 5), (4096,)]
+    starts = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    starts[0][:, :20] *= 1e-6  # the update is larger than the parameter
+    starts[1][0, :2] = torch.tensor([0.0, -0.0])
+    params, twins = ([torch.nn.Parameter(s.to(t, copy=True)) for s in starts] for t in (dtype, torch.float32))
+    options = {**OPTIONS, "algorithm": "adamw", "weight_decay": 3.0, "adamw_bits": bits}
+    groups = [{"params": params, "cautious_weight_decay": True, **options}]
+    optimizer = Muon8bit(groups, param_rounding=rounding, rounding_seed=5)
+    twin = Muon8bit([{"params": twins, **options, "weight_decay": 0.0}])
+    factor = 1 - OPTIONS["lr"] * 3.0
+    for step in range(4):
+        before = [param.detach().clone() for param in params]
+        for param, other in zip(params, twins, strict=True):
+            grad = torch.randn(param.shape, generator=generator).to(dtype)
+            grad[..., ::3] = 0
+            param.grad, other.grad = grad, grad.float()
+            other.data.zero_()
+        optimizer.step()
+        twin.step()
+        for index, (param, other, old) in enumerate(zip(params, twins, before, strict=True)):
+            update, W = -other.detach().double(), old.double()
+            decays = update * W >= 0
+            assert 0.1 < decays.double().mean() < 0.99 or param.numel() < 100
+            exact = torch.where(decays, factor * W, W) - update
+            if dtype is torch.float32:
+                torch.testing.assert_close(param.detach().double(), exact, rtol=0, atol=2.0**-22 * 5)
+            elif rounding == "nearest":
+                unit = torch.finfo(dtype).eps * exact.abs() * 0.51 + 1e-6
+                assert bool(((param.detach().double() - exact).abs() <= unit).all())
+            else:
+                # In fp32 as the kernels: each operation rounded.
+                fp32 = torch.where(decays, old.float() * factor, old.float()) - update.float()
+                rounded = oracle.round_stochastic(fp32.numpy(), 5, step, index)
+                assert np.array_equal(param.detach().float().numpy(), rounded)
+            for key, value in twin.state[other].items():
+                assert torch.equal(optimizer.state[param][key], value), key
+
+
+@pytest.mark.parametrize("lr", [3e-3, torch.tensor(3e-3)])
+def test_cautious_weight_decay_follows_float64(lr):
+    torch.manual_seed(0)
+    start = torch.randn(7, 9)
+    param = torch.nn.Parameter(start.clone())
+    optimizer = optimizer_for(param, lr=lr, weight_decay=3.0, cautious_weight_decay=True)
+    W, m, v = start.double().numpy(), np.zeros((7, 9)), np.zeros((7, 9))
+    for t in range(1, 21):
+        param.grad = torch.randn(7, 9)
+        g = param.grad.double().numpy()
+        m, v = 0.9 * m + 0.1 * g, 0.97 * v + 0.03 * g * g
+        update = 3e-3 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.97**t)) + 1e-8)
+        W = W - 3e-3 * 3.0 * (update * W >= 0) * W - update
+        optimizer.step()
+        np.testing.assert_allclose(param.detach().double().numpy(), W, atol=1e-5)
+
+
+@pytest.mark.parametrize("flag", [None, 0.0, 1.0])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_cautious_weight_decay_is_bitwise_the_same_in_pieces_of_any_size(bits, flag, monkeypatch):
+    """Also through strides; and with the flag set, nothing but an 8-bit counter, which the caller takes back, moves."""
+    if bits == 8:
+        pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    skip = None if flag is None else torch.tensor(flag)
+    more = {**OPTIONS, "weight_decay": 3.0, "cautious_weight_decay": True}
+    options = AdamWOptions(None, None, 2**25, skip, adamw_bits=bits, **more)
+    shapes, keys = [(3 * 4096 + 77,), (40,), (128, 64), (7,)], [None, 77, -3, None]
+    starts = [torch.randn(2, *shape, generator=generator).bfloat16() for shape in shapes]
+    results = []
+    for size in (2**16, 4096):
+        monkeypatch.setattr(adamw8bit, "_CPU_CHUNK", size)
+        for is_turned in (False, True):
+            chunks = []
+            for (param, grad), key in zip(starts, keys, strict=True):
+                layout = adamw.layout(param.shape, bits)
+                state = {name: torch.zeros(shape, dtype=of) for name, (shape, of) in layout.items()}
+                lies = param.T.contiguous().T if is_turned and param.ndim == 2 else param.clone()
+                chunks.append(AdamWChunk(lies, grad, state, key, 0, param.numel()))
+            for _ in range(2):
+                adamw.apply(chunks, options)
+            results.append([tensor for chunk in chunks for tensor in (chunk.param, *chunk.state.values())])
+            steps = [chunk.state["step"].item() for chunk in chunks]
+            assert steps == [2 if not flag or adamw.is_8bit(chunk.state) else 0 for chunk in chunks]
+            assert all(
+                torch.equal(chunk.param, old) == bool(flag) for chunk, (old, _) in zip(chunks, starts, strict=True)
+            )
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize(("dtype", "key"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 77)])
 @pytest.mark.parametrize("size", [5, 17, 39, 64])
-def test_every_part_steps_as_in_the_whole(size, dtype, key):
+def test_every_part_steps_as_in_the_whole(size, dtype, key, cautious):
     """Bitwise, wherever the cuts are: torch's kernel on the CPU rounds the last few elements otherwise."""
     generator = torch.Generator().manual_seed(size)
-    options = AdamWOptions(None, None, 2**25, adamw_bits=32, **{**OPTIONS, "lr": 1e-2})
+    more = {**OPTIONS, "lr": 1e-2, "cautious_weight_decay": cautious}
+    options = AdamWOptions(None, None, 2**25, adamw_bits=32, **more)
     start, *grads = (torch.randn(size, generator=generator).to(dtype) for _ in range(4))
 
     def stepped(first, stop):

@@ -13,7 +13,7 @@ def piece_of(shape, **state):
     return AdamWChunk(param, -param, {"step": torch.zeros(()), **state}, key=3, first=0, size=param.numel())
 
 
-@pytest.mark.parametrize("shape", [(9, 4096), (3, 25600), (70001,), (20, 70, 50)])
+@pytest.mark.parametrize("shape", [(9, 4096), (3, 25600), (70001,), (17000,), (20, 70, 50)])
 def test_parts_hold_every_element_once_beside_its_state(shape):
     num_elements = torch.Size(shape).numel()
     index = torch.arange(num_elements)

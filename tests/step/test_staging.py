@@ -26,6 +26,7 @@ OPTIONS = {
     "maximize": {"maximize": True, "clip_matrix_norm": 0.5},
     "bf16": {"dtype": torch.bfloat16},
     "stochastic": {"dtype": torch.bfloat16, "param_rounding": "stochastic", "rounding_seed": 7},
+    "cautious": {"dtype": torch.bfloat16, "param_rounding": "stochastic", "cautious_weight_decay": True},
 }
 
 

@@ -80,6 +80,7 @@ def step_tiny(
     keys: Sequence[int] | None = None,
     firsts: Sequence[int] | None = None,
     pitch: int | None = None,
+    cautious: bool = False,
     skip: Tensor | None = None,
 ) -> None:
     """Do the second phase of the step of matrices with a small side: codes, scales and parameters are overwritten.
@@ -91,7 +92,7 @@ def step_tiny(
         norms: fp32 [batch], the positive divisors of u (Frobenius norms, bounded below).
         beta, nesterov, codebook, block_size: as in `momentum_stats`.
         steps: one (a, b, c) a Newton-Schulz step.
-        decay, scale, keys, firsts, pitch: as in `update_params`; `scale` is lr times the factor of the shape.
+        decay, scale, keys, firsts, pitch, cautious: as in `update_params`; `scale` is lr times the factor of the shape.
         skip: 0-d fp32; where it is not 0, nothing is written.
 
     Raises:
@@ -108,4 +109,5 @@ def step_tiny(
     options = {"beta": beta, "nesterov": nesterov, "block_size": block_size, "skip": skip}
     momentum_apply(codes, scales, grads, norms, X, codebook=codebook, **options)  # type: ignore[arg-type]
     O = _directions(X, steps) if rows <= cols else _directions(X.mT, steps).mT  # noqa: E741
-    update_params(params, O, decay=decay, scale=scale, keys=keys, firsts=firsts, pitch=pitch, skip=skip)
+    factors = {"decay": decay, "scale": scale, "cautious": cautious, "skip": skip}
+    update_params(params, O, keys=keys, firsts=firsts, pitch=pitch, **factors)  # type: ignore[arg-type]

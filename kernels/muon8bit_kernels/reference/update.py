@@ -2,6 +2,8 @@
 
     W  =  round(W * decay - O * scale)        each operation rounded to fp32, then once to the parameter's dtype
 
+Cautious weight decay (arXiv 2510.12402) takes W in place of W * decay where W and O * scale have opposite signs.
+
 Stochastic rounding to bf16 adds 16 random bits to the 16 that bf16 has no room for, and cuts them off: the upper
 neighbour (in magnitude) is taken with the probability that makes the mean exact. Numbers that bf16 holds stay. Signs
 are symmetric. A number beyond the largest bf16 goes to it or to infinity. NaN stays NaN. Source: the scheme of Gupta et
@@ -63,6 +65,12 @@ def check_rounding(param: Tensor, keys: Sequence[int] | None) -> None:
         raise ValueError(f"stochastic rounding is for bfloat16 parameters, not {param.dtype}")
 
 
+def _decay_cautiously_(values: Tensor, update: Tensor, decay: float | Tensor) -> None:
+    """Multiply values by `decay` in place, but for those with a sign opposite to that of `update`; NaN has none."""
+    is_opposed = torch.sign(update).mul_(torch.sign(values)) < 0
+    torch.where(is_opposed, values, values * decay, out=values)
+
+
 def update_params(
     params: Sequence[Tensor],
     directions: Tensor | Sequence[Tensor],
@@ -72,6 +80,7 @@ def update_params(
     keys: Sequence[int] | None = None,
     firsts: Sequence[int] | None = None,
     pitch: int | None = None,
+    cautious: bool = False,
     skip: Tensor | None = None,
 ) -> None:
     """Update param <- param * decay - direction * scale in place, in fp32, rounded once to the parameter's dtype.
@@ -86,6 +95,7 @@ def update_params(
         keys: one of `rounding_key` a matrix: bf16 is rounded stochastically. None rounds to nearest, ties to even.
         firsts: with keys, the global index of element [0, 0] of each matrix; None means 0.
         pitch: the difference of the global indices of elements [1, 0] and [0, 0]; None means cols.
+        cautious: an element whose sign is opposite to that of its direction * scale does not decay.
         skip: 0-d fp32; where it is not 0, nothing is written.
 
     Raises:
@@ -113,14 +123,19 @@ def update_params(
     )  # fresh memory costs more than arithmetic
     for start in range(0, batch * rows, num_rows):
         r = slice(start, min(start + num_rows, batch * rows))
-        new, step = (buffer[: r.stop - start] for buffer in buffers)
+        new, scratch = (buffer[: r.stop - start] for buffer in buffers)
         view = old.in_place(r) if can_be_in_place else None
         new = old.read(r, every, new) if view is None else view
-        new.mul_(decay)
-        if isinstance(scale, Tensor):
-            new = torch.where(scale == 0, new, new - towards.read(r, every, step).mul_(scale))
-        elif scale != 0:
-            new.sub_(towards.read(r, every, step).mul_(scale))
+        is_zero = not isinstance(scale, Tensor) and scale == 0
+        update = None if is_zero else towards.read(r, every, scratch).mul_(scale)
+        if cautious and update is not None:
+            _decay_cautiously_(new, update, decay)
+        else:
+            new.mul_(decay)
+        if update is not None and isinstance(scale, Tensor):
+            new = torch.where(scale == 0, new, new - update)
+        elif update is not None:
+            new.sub_(update)
         if keys is not None:
             new = _rounded(new, row_starts[r] + columns, row_keys[r])
         if new is not view:

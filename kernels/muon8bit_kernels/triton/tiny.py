@@ -77,6 +77,7 @@ def step_tiny(
     keys: Sequence[int] | None = None,
     firsts: Sequence[int] | None = None,
     pitch: int | None = None,
+    cautious: bool = False,
     skip: Tensor | None = None,
 ) -> None:
     """Do the second phase of the step of matrices with a small side: codes, scales and parameters are overwritten.
@@ -93,7 +94,7 @@ def step_tiny(
         beta, nesterov, codebook: as in `momentum_stats`.
         block_size: the number of elements that share a scale, a power of two from 64 on.
         steps: one (a, b, c) a Newton-Schulz step.
-        decay, scale, keys, firsts, pitch: as in `update_params`; `scale` is lr times the factor of the shape.
+        decay, scale, keys, firsts, pitch, cautious: as in `update_params`; `scale` is lr times the factor of the shape.
         skip: 0-d fp32 on the device; unless it is zero, nothing is written.
 
     Raises:
@@ -152,6 +153,7 @@ def step_tiny(
                 NESTEROV=nesterov,
                 CODEBOOK=codebook,
                 IN_MEMORY=in_memory,
+                CAUTIOUS=cautious,
                 ROUNDING="stochastic" if keys is not None else "nearest" if params[0].dtype == torch.bfloat16 else None,
                 **tiles._asdict(),
                 num_stages=1,  # with loads that run ahead, 64 rows spill registers

@@ -16,7 +16,7 @@ import triton.language as tl
 from .codes import encode, inverse_of, magnitude_bits, scale_of
 from .momentum_kernels import momentum
 from .tiles import address
-from .update import to_bf16, widened
+from .update import moved, to_bf16, widened
 
 _CHUNK = tl.constexpr(16)
 
@@ -118,6 +118,7 @@ def step_tiny_kernel(
     NESTEROV: tl.constexpr,
     CODEBOOK: tl.constexpr,
     IN_MEMORY: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     ROUNDING: tl.constexpr,
     WIDE: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -204,8 +205,8 @@ def step_tiny_kernel(
             X = u * inverse
             direction = tl.permute(_product_nt(tl.permute(X, (1, 0)), Q), (1, 0)) if WIDE else _product_nt(X, Q)
             places = param + (row * param_row_stride + col * param_col_stride)
-            decayed = widened(tl.load(places, mask, other=0.0)) * decay_value
-            updated = tl.where(scale_value == 0.0, decayed, decayed - direction * scale_value)
+            old = widened(tl.load(places, mask, other=0.0))
+            updated = moved(old, direction, decay_value, scale_value, CAUTIOUS)
             if ROUNDING == "stochastic":
                 key = tl.load(table + (place * COLUMNS + 4)).to(tl.int32)
                 index = tl.load(table + (place * COLUMNS + 5)) + (row * pitch + col)

@@ -79,6 +79,18 @@ def to_bf16(values, indices, key, ROUNDING: tl.constexpr):
     return cut.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
+@triton.jit
+def moved(old, direction, decay, scale, CAUTIOUS: tl.constexpr):
+    """Return old * decay - direction * scale in fp32; a scale of 0 takes no direction, NaN neither."""
+    decayed = old * decay
+    kept = decayed
+    is_zero = scale == 0.0
+    update = direction * scale
+    if CAUTIOUS:
+        kept = tl.where(((update > 0) & (old < 0)) | ((update < 0) & (old > 0)), old, decayed)
+    return tl.where(is_zero, decayed, kept - update)
+
+
 @triton.jit(do_not_specialize=["pitch", *GRID])
 def _update_kernel(
     table,
@@ -101,6 +113,7 @@ def _update_kernel(
     ALIGNMENT: tl.constexpr,
     EIGHTS: tl.constexpr,
     IN_MEMORY: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -120,8 +133,7 @@ def _update_kernel(
     mask = row_mask & (col < cols)
     old = widened(tl.load(param + col * param_col_stride, mask, other=0.0))
     step = widened(tl.load(direction + col * direction_col_stride, mask, other=0.0))
-    decayed = old * decay_value
-    new = tl.where(scale_value == 0.0, decayed, decayed - step * scale_value)
+    new = moved(old, step, decay_value, scale_value, CAUTIOUS)
     if ROUNDING == "stochastic":
         key = tl.load(table + (place * WIDTH + 2)).to(tl.int32)
         index = tl.load(table + (place * WIDTH + 3)) + (row * pitch + col)
@@ -165,6 +177,7 @@ def update_params(
     keys: Sequence[int] | None = None,
     firsts: Sequence[int] | None = None,
     pitch: int | None = None,
+    cautious: bool = False,
     skip: Tensor | None = None,
 ) -> None:
     """Update param <- param * decay - direction * scale in place, in fp32, rounded once to the parameters' dtype.
@@ -180,6 +193,7 @@ def update_params(
         keys: one of `rounding_key` a matrix: bf16 is rounded stochastically. None rounds to nearest, ties to even.
         firsts: with keys, the global index of element [0, 0] of each matrix; None means 0.
         pitch: the difference of the global indices of elements [1, 0] and [0, 0]; None means cols.
+        cautious: as in `reference.update_params`.
         skip: 0-d fp32 on the device; unless it is zero, nothing is written.
 
     Raises:
@@ -221,6 +235,7 @@ def update_params(
             ALIGNMENT=16 if aligned else 1,
             EIGHTS=eights,
             IN_MEMORY=in_memory,
+            CAUTIOUS=cautious,
             ROUNDING="stochastic" if keys is not None else "nearest" if first.dtype == torch.bfloat16 else None,
         )
 
