@@ -1,4 +1,4 @@
-"""Write the pages that are made from the code: options and recipes of the scripts, commands. `python docs/generate.py`.
+"""Write the pages that are made from the code: options, recipes, commands, sweeps. `python docs/generate.py`.
 
 A test says that they are current: run this after an option, a default or a recipe changed.
 """
@@ -21,6 +21,9 @@ from finetune.config.options import SECTIONS, Training, flag, option_fields, opt
 from finetune.config.reading import RECIPES, SFT_RECIPES  # noqa: E402
 from finetune.config.recipe import DEFAULT_RECIPE, Recipe  # noqa: E402
 from finetune.config.sft_recipe import ADAMW_LR, MUON_LR, NEWCOMER_RECIPE, SftRecipe  # noqa: E402
+from finetune.sweep.command import EXIT_CODES as SWEEP_CODES, build_parser as sweep_parser  # noqa: E402
+from finetune.sweep.records import FIELDS, METRICS  # noqa: E402
+from finetune.sweep.spec import ARM_KEYS, KEYS  # noqa: E402
 from muon8bit.cli import build_parser  # noqa: E402
 
 MADE = "<!-- Made by docs/generate.py from the code: change it there. -->"
@@ -153,8 +156,13 @@ def recipes_page() -> str:
 
 
 def _command(name: str, parser: argparse.ArgumentParser, summary: str) -> list[str]:
-    lines = [f"## `muon8bit {name}`", "", _cell(parser.description or f"{summary[0].upper()}{summary[1:]}."), ""]
-    lines += ["| argument | value | meaning |", "| --- | --- | --- |"]
+    head = _cell(parser.description or f"{summary[0].upper()}{summary[1:]}.")
+    return [f"## `muon8bit {name}`", "", head, "", *_arguments(parser)]
+
+
+def _arguments(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the table of a parser's arguments."""
+    lines = ["| argument | value | meaning |", "| --- | --- | --- |"]
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
             continue
@@ -183,7 +191,45 @@ def commands_page() -> str:
     )
 
 
+def _named_table(head: str, rows: dict[str, str]) -> list[str]:
+    return [f"| {head} | meaning |", "| --- | --- |", *(f"| `{k}` | {_cell(text)} |" for k, text in rows.items()), ""]
+
+
+def sweep_page() -> str:
+    """Return Markdown: the keys of a sweep file, the arguments of the command, and the fields of a record."""
+    return "\n".join(
+        [
+            "# Keys, command and records of sweeps",
+            "",
+            MADE,
+            "",
+            "[How to run a sweep](sweep.md).",
+            "",
+            "## Keys of a sweep file",
+            "",
+            *_named_table("key", KEYS),
+            "In `[arms.NAME]`, beside [options](options.md):",
+            "",
+            *_named_table("key", ARM_KEYS),
+            "## `python -m finetune.sweep`",
+            "",
+            *_arguments(sweep_parser()),
+            SWEEP_CODES,
+            "",
+            "## A record",
+            "",
+            "One JSON object a line:",
+            "",
+            *_named_table("field", FIELDS),
+            "In `metrics`, beside what else the run's `result.json` has:",
+            "",
+            *_named_table("field", METRICS),
+        ]
+    )
+
+
 PAGES = {
+    "training/sweep-reference.md": sweep_page,
     "training/options.md": options_page,
     "training/recipes.md": recipes_page,
     "reference/commands.md": commands_page,

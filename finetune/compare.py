@@ -148,12 +148,17 @@ def table(runs: Sequence[RunSummary]) -> str:
     for run in runs:
         values = ((run.values[key], show) for key, show in COLUMNS.items())
         rows.append(tuple("-" if value is None else show(value) for value, show in values))
+    return align(rows, left=2)
+
+
+def align(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Return rows of cells as lines in columns, the first `left` of them flush left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = enumerate(zip(row, widths, strict=True))
         lines.append(
-            "  ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in cells).rstrip()
+            "  ".join(text.ljust(width) if i < left else text.rjust(width) for i, (text, width) in cells).rstrip()
         )
     return "\n".join(lines)
 

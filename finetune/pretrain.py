@@ -33,7 +33,8 @@ from finetune.storage.run_dir import RunFolder, check_script, choose_folder, fin
 PATHS = ("dataset", "tokenizer", "init_from")
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """Return the parser of the script's options."""
     more = {
         "--recipe": f"the options override it (default: {DEFAULT_RECIPE})",
         "--model-config": "a transformers config.json, or its folder (default: the recipe's model)",
@@ -54,7 +55,7 @@ def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) 
     Raises:
         InputError: any option that cannot be obeyed.
     """
-    given = vars(_parser().parse_args(argv))
+    given = vars(build_parser().parse_args(argv))
     recipe_name, config = given.pop("recipe"), given.pop("model_config")
     output_dir, resume = given.pop("output_dir"), given.pop("resume")
     overrides: dict[str, Any] = {

@@ -40,7 +40,8 @@ from finetune.storage.run_dir import RunFolder, check_script, choose_folder, fin
 PATHS = ("model", "adapter", "dataset", "chat_template")
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """Return the parser of the script's options."""
     recipes = sorted(path.stem for path in SFT_RECIPES.glob("*.yaml"))
     more = {"--recipe": "the options override it (default: none)"}
     parser = Parser("sft", (__doc__ or "").rpartition("\n\n")[0], SftRecipe, recipes, more)
@@ -66,7 +67,7 @@ def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) 
     Raises:
         InputError: any option that cannot be obeyed.
     """
-    given = vars(_parser().parse_args(argv))
+    given = vars(build_parser().parse_args(argv))
     recipe_name, output_dir, resume = given.pop("recipe"), given.pop("output_dir"), given.pop("resume")
     if (given.pop("preview") is not None) & given.pop("check_data"):
         raise InputError("--preview", "--check-data does something else; leave one of them out")
@@ -137,7 +138,7 @@ def _merge(folder: RunFolder) -> int:
 
 
 def _work(argv: Sequence[str]) -> int:
-    asked = _parser().parse_args(argv)
+    asked = build_parser().parse_args(argv)
     recipe, folder = parse(argv, say_on_main)
     if asked.check_data or asked.preview is not None:
         from finetune.setup.sft_data import check_data, preview

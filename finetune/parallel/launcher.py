@@ -19,6 +19,7 @@ _LAUNCHERS = (
     *("torchrun", "accelerate", "accelerate-launch", "deepspeed"),
     *("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch"),
     *("distributed/run.py", "distributed/launch.py", "commands/launch.py"),
+    "finetune.sweep",
 )
 _ACCELERATE = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "commands/launch.py")
 _SCRIPTS = ("pretrain.py", "sft.py")  # what follows is theirs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def write_results(run: Run, more: Mapping[str, Any]) -> None:
         "val_loss": run.folder.metrics()[-1]["val_loss"],
         "tokens": run.tokens,
         "seconds": run.seconds,
+        "evaluation_seconds": statistics.mean(run.evaluation_seconds) if run.evaluation_seconds else None,
         "state_bytes": record["total_bytes"],
         "peak_bytes": peak_bytes(run.accelerator.device),
         **run.release_facts,

@@ -60,6 +60,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def diverged_file(self) -> Path:
+        """Path of what a run leaves whose gradient or validation loss was not finite."""
+        return self.path / "diverged.json"
+
+    @property
     def step(self) -> int:
         """Optimizer steps that the checkpoint holds; 0 for a new run."""
         return int(self.progress()["step"]) if self.checkpoint else 0
@@ -113,6 +118,7 @@ class RunFolder:
         write_beside(self.recipe_file, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
         sync(self.path.parent)
         remove_leftovers(self.path)
+        self.diverged_file.unlink(missing_ok=True)
         for later in named_checkpoints(self.path):
             if step_of(later) > self.step:
                 later.rename(later.with_name(f".{later.name}.given-up"))

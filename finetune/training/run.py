@@ -39,7 +39,8 @@ class Run(ABC):
 
     `facts` go into run.json, result.json and the checkpoints. `position` counts sequences of the shuffled order,
     `tokens` the targets that were trained on (`unit` is their name in the log), `seconds` the time of steps only.
-    `skipped`: with gradient release, the steps in which a gradient was not finite.
+    `skipped`: with gradient release, the steps in which a gradient was not finite. `evaluation_seconds`: of each
+    evaluation in this process.
     """
 
     unit: ClassVar[str] = "tokens"
@@ -58,6 +59,7 @@ class Run(ABC):
     tokens: int = 0
     seconds: float = 0.0
     skipped: list[int] = field(default_factory=list)
+    evaluation_seconds: list[float] = field(default_factory=list)
 
     @abstractmethod
     def describe(self, val_loss: float) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +20,7 @@ from finetune.parallel.launcher import tell_launcher
 from finetune.parallel.ranks import leave, on_main
 from finetune.parallel.stopping import StopSignal
 from finetune.storage.checkpoints import named_checkpoints
+from finetune.storage.run_dir import write_beside
 from finetune.storage.saving import restore, resume_command, save
 from finetune.training.peak import memory_afterwards
 from finetune.training.progress import ProgressLog, write_run_record
@@ -54,6 +57,7 @@ def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
     except (FloatingPointError, NonFiniteGradientError) as error:
         clip = "--clip-matrix-norm" if run.recipe.release_gradients else "--clip"
         failure = f"step {run.step + 1}: {error}; start anew with a lower --lr, or with {clip}"
+        failure += _note_divergence(run, f"step {run.step + 1}: {error}")
     except StorageError as error:
         failure = f"step {run.step}: {error}; {_free_space(run)}{_untouched(run, script)}"
     except OtherRankError as error:
@@ -79,9 +83,8 @@ def _begin(run: Run, script: str) -> None:
     if run.folder.checkpoint:
         restore(run)
     elif "val_loss_before" not in run.facts:  # fine-tuning has looked already
-        recipe = run.recipe
         run.say(f"validating the model before the first step: {len(run.validation):,} rows")
-        val_loss = evaluate(run.accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
+        val_loss = _measure(run)
         run.facts["val_loss_before"] = val_loss
         run.say(f"step 0: validation {run.describe(val_loss)}")
     try:
@@ -98,6 +101,16 @@ def _finish(run: R, finish: Callable[[R], None]) -> None:
             run.say(line)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write the results: {' '.join(str(error).split())[:200]}") from error
+
+
+def _note_divergence(run: Run, text: str) -> str:
+    """Leave diverged.json, by which programs tell this end of a run from a full disk; return why that failed."""
+    try:
+        if run.accelerator.is_main_process:
+            write_beside(run.folder.diverged_file, json.dumps({"step": run.step + 1, "error": text}))
+    except OSError as error:
+        return f"; cannot write diverged.json: {error.strerror}"
+    return ""
 
 
 def _complain(run: Run, text: str) -> None:
@@ -156,9 +169,16 @@ def _train(run: Run) -> int:
     return 0
 
 
-def _evaluate(run: Run) -> float:
-    recipe = run.recipe
+def _measure(run: Run) -> float:
+    """Return the validation loss, and note how long that took."""
+    recipe, started = run.recipe, time.perf_counter()
     val_loss = evaluate(run.accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
+    run.evaluation_seconds.append(time.perf_counter() - started)
+    return val_loss
+
+
+def _evaluate(run: Run) -> float:
+    val_loss = _measure(run)
     if not math.isfinite(val_loss):
         run.step -= 1  # it is this step that went wrong
         raise FloatingPointError("the weights that it leaves have no finite validation loss")

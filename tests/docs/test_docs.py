@@ -121,7 +121,7 @@ def test_made_pages_are_current():
 @pytest.mark.parametrize("module", [pretrain, sft])
 def test_every_option_of_the_command_line_is_on_the_page(module):
     page = (DOCS / "training" / "options.md").read_text()
-    for action in module._parser()._actions:
+    for action in module.build_parser()._actions:
         for name in action.option_strings:
             assert name in ("-h", "--help") or f"`{name}`" in page, name
 

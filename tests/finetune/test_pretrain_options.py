@@ -182,7 +182,7 @@ def test_help_gives_every_option_a_section_and_a_default_without_torch(script):
     assert done.stdout.rstrip().endswith("\n[]")
     for section in SECTIONS:
         assert f"\n{section}:\n" in done.stdout
-    parser = importlib.import_module(f"finetune.{script}")._parser()
+    parser = importlib.import_module(f"finetune.{script}").build_parser()
     options = [a for a in parser._actions if not isinstance(a, argparse._HelpAction)]
     assert len(options) > 40
     for action in options:

@@ -1,0 +1,104 @@
+"""Run a sweep: arms x learning rates x seeds of one recipe, two runs side by side, none of them twice.
+
+python -m finetune.sweep my_sweep.toml --plan         # its runs, with core-hours measured and predicted
+python -m finetune.sweep my_sweep.toml                # runs what is not done yet; give it again after a stop
+python -m finetune.sweep my_sweep.toml --report       # tables of what is done
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.command_line import run_script
+from finetune.config.errors import InputError
+from finetune.storage.run_dir import RUNS
+from finetune.sweep.costs import finished_seconds, plan_table
+from finetune.sweep.plan import check_same_sweep, list_runs
+from finetune.sweep.reading import read_sweep
+from finetune.sweep.report import report
+from finetune.sweep.runner import SweepFolder, run_probes, run_sweep
+from finetune.sweep.spec import Sweep
+
+EXIT_CODES = (
+    "Exit codes: 0 all runs are done, also those that diverged; 1 some are not; 2 bad input; 124 --max-minutes have "
+    "passed; 130 or 143 Ctrl-C or SIGTERM came: the runs saved. Each begins or goes on with the next call."
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(
+        "sweep",
+        usage="python -m finetune.sweep FILE.toml [OPTION ...]",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", metavar="FILE.toml", help="the sweep")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the runs, done and open, with core-hours; of an arm without a finished run it times a few steps",
+    )
+    what.add_argument("--report", action="store_true", help="print tables of the results")
+    parser.add_argument("--processes", metavar="N", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument(
+        "--only", metavar="ARM", action="append", default=[], help="this arm alone; may be given again (default: all)"
+    )
+    parser.add_argument(
+        "--output-dir", metavar="FOLDER", help="folder of the runs (default: runs/sweep-NAME, of NAME.toml)"
+    )
+    parser.add_argument(
+        "--max-minutes",
+        metavar="X",
+        type=float,
+        default=0.0,
+        help="after so many minutes runs save and stop, and no other begins (default: 0, no limit)",
+    )
+    return parser
+
+
+def _work(argv: Sequence[str]) -> int:
+    options = build_parser().parse_args(argv)
+    if options.processes < 1:
+        raise InputError("--processes", f"{options.processes} must be above 0")
+    if options.max_minutes < 0:
+        raise InputError("--max-minutes", f"{options.max_minutes:g} must not be negative")
+    sweep = read_sweep(options.file)
+    for name in options.only:
+        if name not in sweep.arms:
+            raise InputError("--only", f"there is no arm {name!r}; the arms are {', '.join(sweep.arms)}")
+    path = Path(options.output_dir).expanduser() if options.output_dir else RUNS / f"sweep-{sweep.name}"
+    path = path.resolve()
+    folder = SweepFolder(path, (sweep.records or path / "records.jsonl").resolve())
+    check_same_sweep(sweep, folder.results(), str(folder.records))
+    if options.report:
+        print(report(sweep, folder.results()))
+        return 0
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--output-dir", f"cannot write to {path}: {error.strerror}") from None
+    if options.plan:
+        print(_plan(sweep, folder, options.only, options.processes))
+        return 0
+    return run_sweep(sweep, folder, options.only, options.processes, options.max_minutes)
+
+
+def _plan(sweep: Sweep, folder: SweepFolder, only: list[str], processes: int) -> str:
+    results = folder.results()
+    runs = list_runs(sweep, results, only)
+    names = dict.fromkeys(run.arm for run in runs if run not in results)
+    unknown = [name for name in names if not finished_seconds(sweep.arms[name], results)]
+    probes = run_probes(sweep, folder, unknown, processes)
+    return plan_table(sweep, results, probes, folder.taken(sweep, runs), only, processes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sweep, or print its plan or its results. Returns the exit code, see EXIT_CODES."""
+    return run_script(lambda: _work(sys.argv[1:] if argv is None else argv))
