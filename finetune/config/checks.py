@@ -73,6 +73,10 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
     if recipe.step_timeout >= MAX_STEP_TIMEOUT:
         raise InputError("--step-timeout", f"{recipe.step_timeout} must be below {MAX_STEP_TIMEOUT} s")
     _check_muon8bit_only(recipe)
+    if recipe.cautious_weight_decay and recipe.weight_decay == 0:
+        raise InputError(
+            "--cautious-weight-decay", "nothing decays: give --weight-decay above 0, or --no-cautious-weight-decay"
+        )
     _check_release(recipe)
     if recipe.tracker and find_spec(recipe.tracker) is None:
         raise InputError("--tracker", f"{recipe.tracker!r} is not installed; install it, or leave it out")
@@ -94,6 +98,7 @@ def _check_muon8bit_only(recipe: Training) -> None:
         return
     asked = {
         "--param-rounding": (recipe.param_rounding == "stochastic", "give nearest"),
+        "--cautious-weight-decay": (recipe.cautious_weight_decay, "give --no-cautious-weight-decay"),
         "--clip-matrix-norm": (recipe.clip_matrix_norm > 0, "give 0"),
         "--release-gradients": (recipe.release_gradients, "give --no-release-gradients"),
         "--adamw-bits": (recipe.adamw_bits != 32, "give 32"),

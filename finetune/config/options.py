@@ -81,6 +81,11 @@ class Training:
         "largest Frobenius norm of the gradient of each of muon8bit's matrices; 0 is no limit",
         section="optimizer",
     )
+    cautious_weight_decay: bool = option(
+        False,
+        "decay only where the update moves a weight towards 0, or not at all: muon8bit's matrices and its AdamW part",
+        section="optimizer",
+    )
     codebook: str = option("linear", "8-bit codebook of muon8bit", "linear", "dynamic", section="optimizer")
     block_size: int = option(
         2048,

@@ -96,6 +96,7 @@ def _muon8bit(groups: list[dict[str, Any]], recipe: Training, process_group: Pro
     options: Any = {
         "lr": recipe.lr,
         "weight_decay": recipe.weight_decay,
+        "cautious_weight_decay": recipe.cautious_weight_decay,
         "codebook": recipe.codebook,
         "block_size": recipe.block_size,
         "clip_matrix_norm": recipe.clip_matrix_norm or None,

@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "loss_chunk": 0,
     "release_gradients": False,
     "state_device": "device",
+    "cautious_weight_decay": False,
 }
 _UNSET: Any = argparse.SUPPRESS
 
@@ -126,6 +127,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("--activation-checkpointing", "recompute activations in the backward pass (default: off)"),
         ("--release-gradients", "free each gradient in the backward pass (default: off)"),
+        ("--cautious-weight-decay", "of muon8bit, whose AdamW part it takes through copies (default: off)"),
     ):
         memory.add_argument(name, action=argparse.BooleanOptionalAction, default=_UNSET, help=text)
     chunk = "tokens whose logits exist at once, recomputed; 0 keeps all (default: 0)"

@@ -158,12 +158,19 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's options without those that torch lacks; a schedule of coefficients as one triple.
 
     Raises:
-        ValueError: for coefficients that differ by step, or clipping.
+        ValueError: for coefficients that differ by step, clipping, or another weight decay than torch's.
     """
     if options.get("clip_matrix_norm") is not None:
         raise ValueError("torch.optim.Muon has no clip_matrix_norm: set it to None in the groups first")
     if options["algorithm"] == "muon" and options.get("maximize"):
         raise ValueError("torch.optim.Muon has no maximize: set it to False in the groups first, and negate the loss")
+    if options.get("cautious_weight_decay"):
+        raise ValueError("torch's optimizers have no cautious_weight_decay: set it to False in the groups first")
+    if options.get("decay_lr_power") not in (None, 1):
+        raise ValueError(
+            "torch.optim.Muon decays by lr, not by its square: set decay_lr_power to 1 in the groups first, and "
+            "weight_decay to lr times what it is"
+        )
     own = {*RUNNING_KEYS, *OWN_DEFAULTS["muon"], *OWN_DEFAULTS["adamw"], *IMPLEMENTATION_DEFAULTS} - {"maximize"}
     own |= {"maximize"} if options["algorithm"] == "muon" else {*MUON_ONLY_KEYS}
     unknown = {*own, "algorithm", "rounding_seed", "rounding_step"}

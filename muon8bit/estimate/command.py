@@ -28,6 +28,7 @@ SCRIPT_DEFAULTS: dict[str, Any] = {
     "loss_chunk": 0,
     "release_gradients": False,
     "state_device": "device",
+    "cautious_weight_decay": False,
     "clip": 1.0,
 }
 _ADAPTER = ("lora_rank", "lora_targets", "dora")
@@ -74,6 +75,7 @@ def script_options(optimizer: str, setup: Setup) -> dict[str, Any]:
         "loss_chunk": setup.loss_chunk or 0,
         "release_gradients": setup.release,
         "state_device": setup.state_device,
+        "cautious_weight_decay": setup.cautious,
     }
     if setup.release:
         options["clip"] = 0  # the global norm needs all gradients at once
@@ -130,6 +132,7 @@ def setup_of(options: Mapping[str, Any], *, device: str, num_gpus: int = 1, shar
         accumulation=options["gradient_accumulation"],
         state_device=options["state_device"],
         block_size=options["block_size"],
+        cautious=options["cautious_weight_decay"],
         **more,
     )
 

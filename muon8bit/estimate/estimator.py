@@ -257,7 +257,10 @@ def _memory(name: str, sizes: Sizes, setup: Setup, plain: Pass, checkpointed: Pa
     taken = [p if p.is_muon and "muon" in name else q for p, q in zip(sizes.whole, sizes.trained, strict=True)]
     on_host, staging, gradients = is_on_host(name, setup), 0, sizes.gradients_bytes
     together = [[param] for param in taken] if setup.release else [taken]
-    workspace = max((step_bytes(name, params, kind, is_staged=on_host) for params in together), default=0)
+    workspace = max(
+        (step_bytes(name, params, kind, is_staged=on_host, is_cautious=setup.cautious) for params in together),
+        default=0,
+    )
     if setup.release:
         gradients = sum(sorted(param.num_bytes for param in sizes.trained)[-2:])
     if on_host:
@@ -289,7 +292,7 @@ def _peak(name: str, memory: Memory, traced: Pass, sizes: Sizes, setup: Setup, k
         stepping, on_host = 0, is_on_host(name, setup)
         # What got no gradient from text, as a vision tower, is not stepped.
         for p in (param for param in sizes.whole if param.name in traced.at_gradients):
-            taken = step_bytes(name, [p], kind, is_staged=on_host)
+            taken = step_bytes(name, [p], kind, is_staged=on_host, is_cautious=setup.cautious)
             taken += staging_bytes(name, [p], kind) if on_host else 0
             stepping = max(stepping, traced.at_gradients[p.name] + taken)
         phases = {"backward": max(activations, stepping + more)}

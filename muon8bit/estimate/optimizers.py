@@ -143,6 +143,7 @@ def step_bytes(
     *,
     budget: int = DEFAULT_WORKSPACE_BYTES,
     is_staged: bool = False,
+    is_cautious: bool = False,
 ) -> int:
     """Return the most bytes that a step allocates at once beyond state and gradients, and frees before it returns.
 
@@ -154,6 +155,7 @@ def step_bytes(
         bitsandbytes' AdamW     nothing; what its CPU kernel allocates inside is not counted
         Muon8bit's 8-bit AdamW  copies of pieces: on a CPU of tensors that are not fp32, on CUDA always, since the step
                                 does not wait for the check of the gradients
+        Muon8bit's, cautious    pieces of fp32 updates, of gradients that are not fp32, and what applying them takes
 
     Args:
         optimizer: of `OPTIMIZERS`.
@@ -161,6 +163,7 @@ def step_bytes(
         kind: device kind of `orthogonalize.device_kind`.
         budget: in bytes.
         is_staged: Muon8bit's state comes from the host; its AdamW part then leaves half of the budget to the staging.
+        is_cautious: Muon8bit's `cautious_weight_decay`.
     """
     rest = [p for p in params if optimizer == "adamw" or not p.is_muon]
     matrices = [p for p in params if p.is_muon]
@@ -180,6 +183,8 @@ def step_bytes(
         return max(copies, _torch_adamw_bytes(in_fp32, kind), _torch_muon_bytes(matrices))
     if optimizer == "muon8bit+adamw8bit":
         copies = max((_adamw8_bytes(p, kind, adamw_budget) for p in rest), default=0)
+    if is_cautious:
+        copies = _cautious_bytes(rest, kind, adamw_bits(optimizer), adamw_budget)
     return max(copies, _muon8bit_bytes(matrices, kind, budget))
 
 
@@ -193,6 +198,17 @@ def _adamw8_bytes(param: Param, kind: str, budget: int) -> int:
     if device_type == "cpu" and param.dtype == torch.float32:
         return 0
     return (8 if device_type == "cpu" else 10) * min(param.num_elements, chunk_size(device_type, budget))
+
+
+def _cautious_bytes(params: Sequence[Param], kind: str, bits: int, budget: int) -> int:
+    """Return the bytes of the largest piece of AdamW's cautious weight decay.
+
+    For each element these are its update, its gradient where that is not fp32, and on a CPU two buffers and two signs,
+    on CUDA in 8 bits what `_adamw8_bytes` counts.
+    """
+    is_cpu = kind.startswith("cpu")
+    per_element = 4 + 4 * any(p.dtype != torch.float32 for p in params) + (16 if is_cpu else 10 * (bits == 8))
+    return per_element * min(sum(p.num_elements for p in params), chunk_size("cpu" if is_cpu else kind, budget // 2))
 
 
 def _torch_adamw_bytes(params: Sequence[Param], kind: str) -> int:

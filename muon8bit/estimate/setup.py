@@ -58,6 +58,7 @@ class Setup:
         state_device: "device", with the parameters, or "cpu", in host memory: of Muon8bit alone, others have no such
             option and stay as they are.
         block_size: elements that share a scale of Muon8bit's momentum.
+        cautious: Muon8bit's `cautious_weight_decay`.
     """
 
     batch: int = 1
@@ -77,6 +78,7 @@ class Setup:
     targets: str = "all-linear"
     dora: bool = False
     block_size: int = DEFAULT_BLOCK_SIZE
+    cautious: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype == "mixed":

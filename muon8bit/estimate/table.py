@@ -168,6 +168,8 @@ def describe(setup: Setup) -> str:
         words.append(f"{setup.accumulation} micro-batches a step")
     if setup.state_device == "cpu":
         words.append("Muon8bit's state on the host")
+    if setup.cautious:
+        words.append("cautious weight decay")
     if setup.num_gpus > 1:
         words.append(f"{setup.num_gpus} GPUs, {setup.shard}: each GPU's own")
     return ", ".join(words)

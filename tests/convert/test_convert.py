@@ -506,6 +506,12 @@ def test_what_torchs_muon_cannot_do_is_refused_by_name():
         ({"params": [("f", fused)], "split_sizes": (8, 8)}, r"f is cut by split_sizes=\(8, 8\)"),
         ({"params": [("f", fused)], "ns_coefficients": "polar_express"}, "'polar_express' differ by step"),
         ({"params": [("f", fused)], "clip_matrix_norm": 1.0}, "has no clip_matrix_norm: set it to None"),
+        ({"params": [("f", fused)], "cautious_weight_decay": True}, "no cautious_weight_decay: set it to False"),
+        (
+            {"params": [("f", fused)], "algorithm": "adamw", "lr": 0.1, "cautious_weight_decay": True},
+            "no cautious_weight_decay: set it to False",
+        ),
+        ({"params": [("f", fused)], "decay_lr_power": 2}, "set decay_lr_power to 1"),
     ):
         optimizer = Muon8bit([group])
         stack.grad, fused.grad = torch.ones_like(stack), torch.ones_like(fused)

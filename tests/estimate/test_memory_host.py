@@ -56,8 +56,14 @@ def test_staged_and_moved_bytes_are_those_of_a_real_step(kind, budget, force, mo
     assert 0 <= sum(moved) - bus_bytes("muon8bit", params) <= 4 * num_pieces
 
 
+@pytest.mark.parametrize("is_cautious", [False, True])
 @pytest.mark.parametrize("bits", [32, 8])
-def test_copies_of_an_adamw_weight_beside_its_staged_state_are_those_of_a_real_step(bits, force, monkeypatch):  # noqa: F811
+def test_copies_of_an_adamw_weight_beside_its_staged_state_are_those_of_a_real_step(
+    bits,
+    is_cautious,
+    force,  # noqa: F811
+    monkeypatch,
+):
     """With 8 bits bitsandbytes' own memory on a CPU is left out."""
     force(offload.CopyStream)
     monkeypatch.setattr(adamw, "_is_counter_staged", lambda _: True)  # as on CUDA
@@ -65,11 +71,11 @@ def test_copies_of_an_adamw_weight_beside_its_staged_state_are_those_of_a_real_s
     budget, weight = 2**25, torch.nn.Parameter(torch.randn(5 * 2**20).bfloat16())
     weight.grad = torch.randn_like(weight)
     group = {"params": [weight], "algorithm": "adamw", "lr": 1e-3, "adamw_bits": bits}
-    optimizer = Muon8bit([group], state_device="cpu", workspace_bytes=budget)
+    optimizer = Muon8bit([group], state_device="cpu", workspace_bytes=budget, cautious_weight_decay=is_cautious)
     optimizer.step()
     peak, _ = peak_bytes(optimizer.step)
     name, params = ("muon8bit+adamw8bit" if bits == 8 else "muon8bit"), [Param("", weight.shape, weight.dtype, False)]
-    workspace = step_bytes(name, params, "cpu", budget=budget, is_staged=True)
+    workspace = step_bytes(name, params, "cpu", budget=budget, is_staged=True, is_cautious=is_cautious)
     assert peak == pytest.approx(workspace + staging_bytes(name, params, "cpu", budget=budget), rel=0.01)
 
 

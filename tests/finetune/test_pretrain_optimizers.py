@@ -69,6 +69,14 @@ def test_moments_in_8_bits_and_state_on_the_host_reach_the_optimizer(bits, expec
     assert sum(value.nbytes for key, value in state.items() if key != "step") == expected
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_cautious_weight_decay_reaches_every_group(asked):
+    recipe = recipe_from({"name": "moe", "model": SIZES, "cautious_weight_decay": asked}, "the test")
+    (optimizer,) = build_optimizers(mixtral(), recipe)
+    assert {group["algorithm"] for group in optimizer.param_groups} == {"muon", "adamw"}
+    assert all(group["cautious_weight_decay"] is asked for group in optimizer.param_groups)
+
+
 def test_how_long_a_rank_waits_reaches_the_optimizer_and_is_bounded_as_there():
     for seconds in (MAX_STEP_TIMEOUT - 1.0, 0.5):
         recipe = recipe_from({"name": "moe", "model": SIZES, "step_timeout": seconds}, "the test")

@@ -49,6 +49,8 @@ ROOT = Path(__file__).resolve().parents[2]
         ),
         (["--optimizer", "muon", "--clip-matrix-norm", "1"], ["--clip-matrix-norm", "muon8bit"]),
         (["--clip-matrix-norm", "-1"], ["--clip-matrix-norm", "negative"]),
+        (["--optimizer", "muon", "--cautious-weight-decay"], ["--cautious-weight-decay", "give --no-cautious"]),
+        (["--cautious-weight-decay", "--weight-decay", "0"], ["--cautious-weight-decay", "--weight-decay above 0"]),
         (["--optimizer", "adamw", "--adamw-bits", "8"], ["--adamw-bits", "give 32", "muon8bit"]),
         (["--adamw-bits", "4"], ["--adamw-bits", "32"]),
         (["--optimizer", "muon", "--state-device", "cpu"], ["--state-device", "give device", "muon8bit"]),

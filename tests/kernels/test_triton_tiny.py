@@ -153,6 +153,15 @@ def test_stacks_of_many_storages_go_together(device, codebook):
     problem.assert_params_close()
 
 
+@pytest.mark.parametrize("shape", [(5, 40), (130, 16)])
+def test_cautious_decay_is_that_of_the_reference(device, shape):
+    """A wrong mask moves an element by half of itself, a thousand times the bound."""
+    problem = Problem(device, [2], *shape, codebook="linear", block_size=64)
+    for _ in range(2):
+        problem.step(decay=0.5, scale=0.3, cautious=True)
+    problem.assert_params_close(2 * 0.3)
+
+
 @pytest.mark.parametrize("keys", [None, [KEY, -KEY]])
 @pytest.mark.parametrize("shape", [(4, 90), (90, 4)])
 def test_without_a_direction_parameters_are_bitwise(device, shape, keys):

@@ -149,14 +149,15 @@ def test_what_one_launch_cannot_take_raises(triton_kernels, device):
             triton_kernels.update_params(params, directions, decay=1.0, scale=1.0, **options)
 
 
-def test_the_optimizer_rounds_alike_by_either_backend(device):
+@pytest.mark.parametrize("cautious", [False, True])
+def test_the_optimizer_rounds_alike_by_either_backend(device, cautious):
     """The AdamW part whole; the Muon part from one direction, since the norm differs by the order of a sum."""
     results = []
     for backend, where in (("reference", torch.device("cpu")), ("triton", device)):
         params = [torch.full((40, 60), 1.0, dtype=torch.bfloat16, device=where, requires_grad=True) for _ in range(2)]
         params[1] = params[1].detach().t().contiguous().t().requires_grad_()  # strided
-        groups = [{"params": params, "algorithm": "adamw", "lr": 2e-4}]
-        optimizer = Muon8bit(groups, backend=backend, param_rounding="stochastic")
+        groups = [{"params": params, "algorithm": "adamw", "lr": 2e-4, "weight_decay": 50.0 if cautious else 0.1}]
+        optimizer = Muon8bit(groups, backend=backend, param_rounding="stochastic", cautious_weight_decay=cautious)
         for step in range(3):
             for param in params:
                 param.grad = torch.full_like(param, 1.0 + step)
