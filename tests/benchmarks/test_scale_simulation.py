@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
 from benchmarks.gpu.workloads import Llama
-from benchmarks.scaling import simulation
+from benchmarks.scaling import replicated, simulation
 from benchmarks.scaling.model import Machine, SimulatedTraffic, matrices_of, moonlight, operations, shards_of, simulate
 from benchmarks.scaling.simulation import MODELS
 
@@ -109,3 +110,23 @@ def test_command_refuses_gpus_that_are_no_whole_replicas(monkeypatch, capsys):
         simulation.main()
     assert error.value.code == 2
     assert "--gpus 12 is no multiple of the 8 of a replica of Llama-3.1-8B" in capsys.readouterr().err
+
+
+def test_times_of_cheap_matrices_by_hand(monkeypatch):
+    """Two shapes on 4 GPUs: one takes 3 ms each, and 1 to send all of its O; the other 1 and 2."""
+    monkeypatch.setattr(replicated, "_seconds", lambda rows, *_: {8: 3e-3, 4: 1e-3}[rows])
+    matrices = {(8, 16): 4, (4, 64): 4}
+    ways = replicated.ways_of(matrices, 4, 2 * 8 * 16 / 1e-3)
+    assert ways.divided == pytest.approx((3 + 1, 3 + 6))
+    assert ways.replicated == pytest.approx((12 + 4, 0))
+    assert ways.chosen == pytest.approx((3 + 4, 3))
+    assert (ways.num_replicated, ways.num_matrices) == (4, 8)
+    assert ways.gain(overlaps=False) == pytest.approx(13 / 10)
+    assert ways.gain(overlaps=True) == pytest.approx(9 / 7)
+
+
+def test_replicating_cheap_matrices_gains_under_3_percent_over_nvlink():
+    """The ground of a line in docs/design/negative-results.md."""
+    for matrices, num_gpus in product(replicated.models().values(), replicated.NUM_GPUS):
+        ways = replicated.ways_of(matrices, num_gpus, replicated.LINKS["NVLink"])
+        assert max(ways.gain(overlaps=False), ways.gain(overlaps=True)) < 1.03
