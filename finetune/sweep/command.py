@@ -16,7 +16,7 @@ from finetune.command_line import run_script
 from finetune.config.errors import InputError
 from finetune.storage.run_dir import RUNS
 from finetune.sweep.costs import finished_seconds, plan_table
-from finetune.sweep.plan import check_same_sweep, list_runs
+from finetune.sweep.plan import list_runs
 from finetune.sweep.reading import read_sweep
 from finetune.sweep.report import report
 from finetune.sweep.runner import SweepFolder, run_probes, run_sweep
@@ -76,9 +76,9 @@ def _work(argv: Sequence[str]) -> int:
     path = Path(options.output_dir).expanduser() if options.output_dir else RUNS / f"sweep-{sweep.name}"
     path = path.resolve()
     folder = SweepFolder(path, (sweep.records or path / "records.jsonl").resolve())
-    check_same_sweep(sweep, folder.results(), str(folder.records))
+    results = folder.results(sweep)
     if options.report:
-        print(report(sweep, folder.results()))
+        print(report(sweep, results))
         return 0
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def _work(argv: Sequence[str]) -> int:
 
 
 def _plan(sweep: Sweep, folder: SweepFolder, only: list[str], processes: int) -> str:
-    results = folder.results()
+    results = folder.results(sweep)
     runs = list_runs(sweep, results, only)
     names = dict.fromkeys(run.arm for run in runs if run not in results)
     unknown = [name for name in names if not finished_seconds(sweep.arms[name], results)]

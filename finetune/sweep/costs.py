@@ -51,10 +51,12 @@ def predict(arm: SweepArm, results: Results, probe: Mapping[str, Any] | None) ->
     if max_steps is None:
         return RunCost(None, "max_steps is not given")
     metrics = probe["metrics"]
-    validation = metrics.get("evaluation_seconds") or 0.0
+    share = metrics["core_seconds"] / metrics["wall_seconds"]  # the clock runs on while the machine does other work
+    validation = share * (metrics.get("evaluation_seconds") or 0.0)
     (_, first), *_, (last_step, last) = metrics["step_seconds"]
-    step = (last - first) / (last_step - 1)
-    fixed = max(0.0, metrics["core_seconds"] - metrics["seconds"] - validation * len(metrics["validation_curve"]))
+    step = share * (last - first) / (last_step - 1)
+    validated = validation * len(metrics["validation_curve"])
+    fixed = max(0.0, metrics["core_seconds"] - share * metrics["seconds"] - validated)
     validations = 1 + math.ceil(max_steps / arm.recipe.eval_every)
     total = fixed + step * max_steps + validation * validations
     return RunCost(total, f"probe, {PROBE_STEPS} steps")

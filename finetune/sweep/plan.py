@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.config.errors import InputError
-from finetune.sweep.records import loss_of
+from finetune.sweep.records import latest, loss_of
 from finetune.sweep.spec import Sweep, SweepArm, SweepRun
 
 Results = Mapping[SweepRun, Mapping[str, Any]]
@@ -110,7 +110,7 @@ def list_runs(sweep: Sweep, results: Results, only: Sequence[str] = ()) -> list[
 
     Args:
         sweep: the sweep.
-        results: of `finetune.sweep.records.latest`.
+        results: of `results_of`.
         only: names of arms; none: all. An arm that they follow is searched with them.
     """
     names = {name for name in sweep.arms if not only or name in only}
@@ -132,22 +132,27 @@ def list_runs(sweep: Sweep, results: Results, only: Sequence[str] = ()) -> list[
     return sorted(runs, key=runs.__getitem__)
 
 
-def check_same_sweep(sweep: Sweep, results: Results, where: str) -> None:
-    """Check that records are of the arms as the sweep file describes them now.
+def results_of(sweep: Sweep, records: Sequence[Mapping[str, Any]], where: str) -> Results:
+    """Return the last record of each run; one that failed with other options than now is left out.
 
     Args:
         sweep: the sweep.
-        results: of its records.
-        where: the file of the records.
+        records: oldest first.
+        where: their file.
 
     Raises:
-        InputError: an arm had other options.
+        InputError: a run of an arm that had other options has not failed.
     """
-    for run, record in results.items():
+    results = {}
+    for run, record in latest(records).items():
         arm = sweep.arms.get(run.arm)
         if arm is not None and record["recipe_hash"] != arm.recipe_hash:
+            if record["status"] == "failed":
+                continue
             raise InputError(
                 where,
                 f"has a run of the arm {run.arm!r} with other options, rate {run.rate:g} and seed {run.seed}; give the "
                 "arm another name, or the sweep another --output-dir or `records`",
             )
+        results[run] = record
+    return results

@@ -47,15 +47,10 @@ def read_sweep(path: str) -> Sweep:
     tables = _value(values, "arms", dict, {}, str(file))
     if not tables or not all(isinstance(table, dict) for table in tables.values()):
         raise InputError(str(file), "needs at least one table [arms.NAME]")
-    recipe = _value(values, "recipe", str, "", str(file))
-    if not recipe:
-        raise InputError(str(file), "needs `recipe`, the name of a recipe or a YAML file")
-    recipe = str(file.parent / recipe) if (file.parent / recipe).is_file() else recipe
     records = _value(values, "records", str, None, str(file))
     sweep = Sweep(
         file=file,
-        recipe=recipe,
-        arms={name: _read_arm(file, values, recipe, name) for name in tables},
+        arms={name: _read_arm(file, values, name) for name in tables},
         rates_on_seed=_whole(values, "rates_on_seed", None, 0, str(file)),
         extend_rates=_whole(values, "extend_rates", 0, 0, str(file)) or 0,
         paired=_value(values, "paired", bool, False, str(file)),
@@ -90,18 +85,22 @@ def _whole(values: Mapping[str, Any], key: str, default: int | None, least: int,
     return number
 
 
-def _read_arm(file: Path, values: Mapping[str, Any], recipe: str, name: str) -> SweepArm:
+def _read_arm(file: Path, values: Mapping[str, Any], name: str) -> SweepArm:
     where, table = f"{file}: [arms.{name}]", values["arms"][name]
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
         raise InputError(where, "the name of an arm may have letters, digits and . _ + - behind the first")
     common = _value(values, "common", dict, {}, str(file))
     script_name = _value(table, "script", str, _value(values, "script", str, "pretrain", str(file)), where)
     script = _script(script_name, where)
+    recipe = _value(table, "recipe", str, _value(values, "recipe", str, None, str(file)), where)
+    if recipe is None:
+        raise InputError(str(file), "needs `recipe`, the name of a recipe or a YAML file")
+    recipe = str(file.parent / recipe) if (file.parent / recipe).is_file() else recipe
     known = {action.dest for action in script.build_parser()._actions} - set(_TAKEN)
     own = {key: value for key, value in table.items() if key not in ARM_KEYS}
     for origin, options in ((f"{file}: [common]", common), (where, own)):
         for key in options:
-            if key in _TAKEN:
+            if key in _TAKEN and not (options is own and key in ARM_KEYS):
                 raise InputError(origin, f"`{key}` is not an option of a sweep's runs; {_TAKEN[key]}")
         _check_keys(origin, options, [*known, *(ARM_KEYS if options is own else ())])
     rates, follows = _rates(file, values, name)
@@ -115,7 +114,7 @@ def _read_arm(file: Path, values: Mapping[str, Any], recipe: str, name: str) -> 
     except InputError as error:
         raise InputError(where, str(error)) from None
     reference = _value(table, "reference", str, None, where)
-    return SweepArm(name, script_name, options, rates, follows, seeds, reference, parsed)
+    return SweepArm(name, script_name, recipe, options, rates, follows, seeds, reference, parsed)
 
 
 def _script(name: str, where: str) -> Any:

@@ -52,6 +52,7 @@ METRICS = {
     "state_bytes": "bytes of the optimizer's state; null unless finished",
     "seconds": "seconds of all steps",
     "core_seconds": "CPU seconds of the process; of a resumed run those of its last part, scaled to all steps",
+    "wall_seconds": "seconds that this process took, start and end included",
     "training_curve": "pairs of step and training loss, each the mean of the last `curve_every` steps",
     "step_seconds": "pairs of step and seconds of all steps up to it: the first, and every `curve_every`",
     "validation_curve": "pairs of step and validation loss, from before the first step on",
@@ -178,7 +179,7 @@ def num_threads() -> int:
 
 
 def measure(folder: Path, curve_every: int) -> dict[str, Any]:
-    """Return the metrics of a run that has ended, out of its folder; those of `METRICS` but `core_seconds`.
+    """Return the metrics of a run that has ended, out of its folder; those of `METRICS` but what the process took.
 
     Whatever else its result.json has comes with them.
     """

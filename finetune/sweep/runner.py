@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.sweep.costs import PROBE_STEPS, probe_options
-from finetune.sweep.plan import Results, choose_rate, list_runs
+from finetune.sweep.plan import Results, choose_rate, list_runs, results_of
 from finetune.sweep.records import (
     append_record,
     holder,
@@ -44,9 +44,13 @@ class SweepFolder:
         """Path of the probes' records."""
         return self.path / "probes.jsonl"
 
-    def results(self) -> Results:
-        """Read the last record of each run."""
-        return latest(read_records(self.records))
+    def results(self, sweep: Sweep) -> Results:
+        """Read the last record of each run.
+
+        Raises:
+            InputError: of `read_records` and `results_of`.
+        """
+        return results_of(sweep, read_records(self.records), str(self.records))
 
     def taken(self, sweep: Sweep, runs: list[SweepRun]) -> dict[SweepRun, str]:
         """Return the runs that processes work on now, here or elsewhere."""
@@ -75,7 +79,7 @@ class SweepFolder:
         job, options = self.job(sweep, SweepRun(name, rate, seed)), probe_options(arm)
         return SweepJob(
             facts={**job.facts, "options": options},
-            words=command_words(sweep.recipe, options, rate, seed),
+            words=command_words(arm.recipe_name, options, rate, seed),
             name=f"probe-{name}",
             folder=str(self.path),
             records=str(self.probes),
@@ -99,8 +103,8 @@ def run_probes(sweep: Sweep, folder: SweepFolder, names: list[str], processes: i
     missing = [name for name in names if name not in known()]
     if missing:
         print(f"timing {PROBE_STEPS} steps of {', '.join(missing)}", file=sys.stderr, flush=True)
-    jobs = iter([folder.probe(sweep, name) for name in missing])
-    _run_all(lambda: next(jobs, None), folder, processes, 0.0)
+    jobs = [folder.probe(sweep, name) for name in missing]
+    _run_all(lambda: jobs, lambda job: job.facts["arm"] not in known(), processes, 0.0)
     last = {record["arm"]: record for record in read_records(folder.probes)}
     return known() | {name: last[name] for name in missing if name in last and name not in known()}
 
@@ -118,19 +122,16 @@ def run_sweep(sweep: Sweep, folder: SweepFolder, only: list[str], processes: int
     Returns:
         0 all runs that can run are done, 1 some are not, 124 `minutes` have passed.
     """
-    tried: set[SweepRun] = set()
 
-    def next_job() -> SweepJob | None:
-        results = folder.results()
-        for run in list_runs(sweep, results, only):
-            if run.rate is not None and run not in tried and _is_open(results.get(run)):
-                job = folder.job(sweep, run)
-                if holder(job.file("lock")) is None:
-                    tried.add(run)
-                    return job
-        return None
+    def open_jobs() -> list[SweepJob]:
+        results = folder.results(sweep)
+        runs = list_runs(sweep, results, only)
+        return [folder.job(sweep, run) for run in runs if run.rate is not None and _is_open(results.get(run))]
 
-    is_late = _run_all(next_job, folder, processes, minutes)
+    def still_open(job: SweepJob) -> bool:
+        return _is_open(folder.results(sweep).get(_run_of(job)))
+
+    is_late = _run_all(open_jobs, still_open, processes, minutes)
     return _close(sweep, folder, only, is_late)
 
 
@@ -139,25 +140,39 @@ def _is_open(record: Mapping[str, Any] | None) -> bool:
     return record is None or record["status"] == "failed"
 
 
-def _run_all(next_job: Callable[[], SweepJob | None], folder: SweepFolder, processes: int, minutes: float) -> bool:
-    """Run jobs side by side until there is none; return whether time was up before."""
+def _run_all(
+    open_jobs: Callable[[], list[SweepJob]], still_open: Callable[[SweepJob], bool], processes: int, minutes: float
+) -> bool:
+    """Run jobs side by side, each once, until there is none; return whether time was up before.
+
+    Args:
+        open_jobs: lists the jobs in their order, anew whenever one has ended.
+        still_open: asked once a job is taken, since another sweep may have just done it.
+        processes: side by side.
+        minutes: of `run_sweep`.
+    """
     deadline = time.monotonic() + 60 * minutes
     workers, is_late = Workers(processes), False
+    started: set[str] = set()
+
+    def start_one(left: float) -> bool:
+        for job in open_jobs():
+            lock = take(job.file("lock")) if job.name not in started else None
+            if lock is not None and still_open(job):
+                started.add(job.name)
+                workers.start(replace(job, minutes=left), lock)
+                return True
+            if lock is not None:
+                os.close(lock)
+        return False
+
     with workers.ended_together():
         while True:
             while len(workers.running) < processes and not is_late:
                 left = (deadline - time.monotonic()) / 60 if minutes else 0.0
                 is_late = bool(minutes) and left <= 0
-                job = None if is_late else next_job()
-                if job is None:
+                if is_late or not start_one(left):
                     break
-                lock = take(job.file("lock"))
-                if lock is None:
-                    continue  # another sweep was faster
-                if job.records == str(folder.records) and not _is_open(folder.results().get(_run_of(job))):
-                    os.close(lock)  # another sweep has just done it
-                    continue
-                workers.start(replace(job, minutes=left), lock)
             if not workers.running:
                 return is_late
             job, code = workers.next_end()
@@ -192,7 +207,7 @@ def _tell(job: SweepJob, code: int) -> None:
 
 def _close(sweep: Sweep, folder: SweepFolder, only: list[str], is_late: bool) -> int:
     """Say what is left, and return the exit code."""
-    results = folder.results()
+    results = folder.results(sweep)
     runs = list_runs(sweep, results, only)
     left = [run for run in runs if run.rate is None or _is_open(results.get(run))]
     if not left:

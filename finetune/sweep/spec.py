@@ -33,6 +33,7 @@ ARM_KEYS = {
     "seeds": "its seeds",
     "reference": "with `paired`: the arm that it is compared with",
     "script": "its script",
+    "recipe": "its recipe",
 }
 # Options that change nothing of what a run learns or records.
 _IMMATERIAL = ("name", "lr", "seed", "save_every", "keep_checkpoints", "max_minutes", "step_timeout", "tracker")
@@ -59,6 +60,7 @@ class SweepArm:
     Args:
         name: of the arm.
         script: name of the module that runs it.
+        recipe_name: what is given as its `--recipe`.
         options: those of its runs but rate and seed, by their names with underscores.
         rates: ascending; of one that `follows` another arm, none.
         follows: the arm whose best rate it takes; None where it has its own.
@@ -69,6 +71,7 @@ class SweepArm:
 
     name: str
     script: str
+    recipe_name: str
     options: Mapping[str, Any]
     rates: tuple[float, ...]
     follows: str | None
@@ -95,7 +98,6 @@ class Sweep:
     """A sweep; see `KEYS` for its fields. `records` is None for the default."""
 
     file: Path
-    recipe: str
     arms: Mapping[str, SweepArm]
     rates_on_seed: int | None
     extend_rates: int
@@ -111,7 +113,8 @@ class Sweep:
 
     def words(self, run: SweepRun) -> list[str]:
         """Return the command line of a run's script, without where it writes."""
-        return command_words(self.recipe, self.arms[run.arm].options, run.rate, run.seed)
+        arm = self.arms[run.arm]
+        return command_words(arm.recipe_name, arm.options, run.rate, run.seed)
 
 
 def command_words(recipe: str, options: Mapping[str, Any], rate: float | None, seed: int) -> list[str]:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from finetune.storage.checkpoints import named_checkpoints, step_of
 from finetune.sweep.records import append_record, make_record, measure, num_threads, read_json, surroundings
 
+STARTED = time.monotonic()
 LARGE = ("checkpoints", "model", "adapter")
 
 
@@ -61,19 +63,18 @@ class SweepJob:
         return json.dumps(asdict(self))
 
 
-def begin_or_resume(job: SweepJob) -> list[str] | None:
-    """Return the words that begin or continue a run; None where it is complete and only its record is missing.
+def begin_or_resume(job: SweepJob) -> list[str]:
+    """Return the words that begin a run, or continue it from its newest checkpoint.
 
-    A run without a checkpoint, or that was begun with other options, begins anew.
+    A run without a checkpoint, or that was begun with other options, begins anew. One that was cut off behind its last
+    step writes its results again.
     """
     folder, begun_with = job.run_folder, job.file("options")
     stamp = json.dumps([job.facts["recipe_hash"], job.words])
     minutes = [f"--max-minutes={job.minutes!r}"] if job.minutes else []
-    if begun_with.exists() and begun_with.read_text() == stamp:
-        if (folder / "result.json").exists():
-            return None
-        if named_checkpoints(folder):
-            return ["--resume", str(folder), *minutes]
+    if begun_with.exists() and begun_with.read_text() == stamp and named_checkpoints(folder):
+        (folder / "result.json").unlink(missing_ok=True)
+        return ["--resume", str(folder), *minutes]
     shutil.rmtree(folder, ignore_errors=True)
     begun_with.write_text(stamp)
     return [*job.words, "--output-dir", str(folder), *minutes]
@@ -89,24 +90,21 @@ def run(job: SweepJob) -> int:
     error_file.unlink(missing_ok=True)
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)  # where the scripts leave why they end
     words = begin_or_resume(job)
-    resumed_at = step_of(named_checkpoints(job.run_folder)[-1]) if words and words[0] == "--resume" else 0
-    code = 0
-    if words is not None:
-        print(f"\n{started:%Y-%m-%d %H:%M:%S} {job.facts['script']} {' '.join(words)}", flush=True)
-        name = job.facts["script"]
-        try:
-            code = importlib.import_module(name if "." in name else f"finetune.{name}").main(words)
-        except Exception:  # told in the record, and in the log in full
-            traceback.print_exc()
-            code = 1
+    resumed_at = step_of(named_checkpoints(job.run_folder)[-1]) if words[0] == "--resume" else 0
+    print(f"\n{started:%Y-%m-%d %H:%M:%S} {job.facts['script']} {' '.join(words)}", flush=True)
+    name = job.facts["script"]
+    try:
+        code: int = importlib.import_module(name if "." in name else f"finetune.{name}").main(words)
+    except Exception:  # told in the record, and in the log in full
+        traceback.print_exc()
+        code = 1
     if code not in (0, 1, 2):
         return code
     diverged = read_json(job.run_folder / "diverged.json")
     error = diverged.get("error") or (_error(error_file, code, job.file("log")) if code else None)
     metrics = measure(job.run_folder, job.curve_every)
-    spent = sum(os.times()[:4])
-    if metrics["steps"] > resumed_at > 0:
-        spent *= metrics["steps"] / (metrics["steps"] - resumed_at)
+    measured = {"core_seconds": _core_seconds(metrics, resumed_at), "wall_seconds": time.monotonic() - STARTED}
+    metrics |= {key: round(seconds, 2) for key, seconds in measured.items()}
     known = {
         **job.facts,
         "status": "diverged" if diverged else "failed" if code else "finished",
@@ -117,12 +115,20 @@ def run(job: SweepJob) -> int:
         **facts,
         "started": f"{started:%Y-%m-%dT%H:%M:%SZ}",
     }
-    record = make_record(known, {**metrics, "core_seconds": round(spent, 2)})
+    record = make_record(known, metrics)
     append_record(Path(job.records), record)
     if record["status"] != "failed":
         for name in LARGE[: 1 if job.keep_models else None]:
             shutil.rmtree(job.run_folder / name, ignore_errors=True)
     return code
+
+
+def _core_seconds(metrics: Mapping[str, Any], resumed_at: int) -> float:
+    """Return the CPU seconds of a run: of this process, and for the steps before it in proportion."""
+    spent, steps = sum(os.times()[:4]), int(metrics["steps"])
+    if steps > resumed_at:
+        return spent * steps / (steps - resumed_at)
+    return spent + float(metrics["seconds"])
 
 
 def _error(file: Path, code: int, log: Path) -> str:
@@ -137,7 +143,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    started = time.monotonic()
     exit_code = main()
-    print(f"ended with {exit_code} after {time.monotonic() - started:.0f} s", flush=True)
+    print(f"ended with {exit_code} after {time.monotonic() - STARTED:.0f} s", flush=True)
     sys.exit(exit_code)

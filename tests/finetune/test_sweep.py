@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from helpers.refusals import check_refused
 from helpers.sweep_script import loss
 
 from finetune.sweep.command import main
+from finetune.sweep.costs import plan_table, predict
 from finetune.sweep.intervals import mean_interval, t_quantile
 from finetune.sweep.plan import choose_rate, list_runs
 from finetune.sweep.reading import read_sweep
@@ -27,7 +29,7 @@ from finetune.sweep.records import FIELDS, METRICS, append_record, read_records
 from finetune.sweep.report import compare_pairs, summarize_arm
 from finetune.sweep.runner import SweepFolder
 from finetune.sweep.spec import SweepRun
-from finetune.sweep.worker import run as run_job
+from finetune.sweep.worker import begin_or_resume, run as run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = """
@@ -105,6 +107,8 @@ def results(**arms):
         (("paired = true", "paired = true\nreference = 'other'"), ["`reference`", "'other'"]),
         (("helpers.sweep_script", "helpers.nowhere"), ["`script`", "helpers.nowhere"]),
         (("recipe = ", "recipe = 1 #"), ["`recipe`", "type str"]),
+        (("recipe = ", "# "), ["it.toml", "needs `recipe`"]),
+        (("weight_decay = 0.0", "recipe = 'nowhere'"), ["[arms.plain]", "no recipe 'nowhere'"]),
         (("[common]", "[common"), ["it.toml", "not TOML"]),
     ],
 )
@@ -264,6 +268,9 @@ def test_failures_are_recorded_told_and_tried_again(sweep, write, tmp_path):
         assert statuses == ["failed"] * attempts
     told = sweep(file, "--report").out
     assert "- decayed, rate 0.01, seed 0 failed: RuntimeError: thirteen" in told
+    write(*one_rate)  # the cause is gone, with other options
+    assert sweep(file).code == 0
+    assert [r["status"] for r in read_records(tmp_path / "all.jsonl")].count("finished") == 2
 
 
 def test_killed_runs_go_on_from_their_checkpoints_and_another_sweep_leaves_them_alone(sweep, write, tmp_path):
@@ -296,6 +303,45 @@ def test_killed_runs_go_on_from_their_checkpoints_and_another_sweep_leaves_them_
         ("decayed", 2),
         ("plain", 2),
     ]
+
+
+def test_a_run_cut_off_behind_its_last_step_resumes_and_one_whose_record_was_deleted_begins_anew(write, tmp_path):
+    job = SweepFolder(tmp_path, tmp_path / "all.jsonl").job(read_sweep(write()), SweepRun("plain", 1e-2, 1))
+    (tmp_path / "jobs").mkdir()
+    anew = [*job.words, "--output-dir", str(job.run_folder)]
+    assert begin_or_resume(job) == anew
+    checkpoint = job.run_folder / "checkpoints" / "step-0000004"
+    checkpoint.mkdir(parents=True)
+    (job.run_folder / "result.json").write_text("{}")
+    assert begin_or_resume(replace(job, minutes=2.0)) == ["--resume", str(job.run_folder), "--max-minutes=2.0"]
+    assert not (job.run_folder / "result.json").exists()
+    checkpoint.rmdir()  # as a record's writer leaves it
+    assert begin_or_resume(job) == anew
+    checkpoint.mkdir(parents=True)
+    assert begin_or_resume(replace(job, words=[*job.words, "--clip=2.0"]))[-3:-1] == ["--clip=2.0", "--output-dir"]
+    assert not checkpoint.exists()
+
+
+def test_core_hours_are_predicted_from_a_probe_and_then_from_finished_runs(write):
+    """A probe of 4 steps in 40 s, half of it CPU time: set-up 4 s, a step 1 s after the first, a validation 5 s."""
+    it = read_sweep(write(("max_steps = 4", "max_steps = 100\neval_every = 30")))
+    steps = [[1, 6.0], [2, 8.0], [3, 10.0], [4, 12.0]]
+    metrics = {"core_seconds": 20.0, "wall_seconds": 40.0, "seconds": 12.0, "evaluation_seconds": 10.0}
+    metrics |= {"step_seconds": steps, "validation_curve": [[0, 5.0], [4, 5.0]]}
+    probe = {"status": "finished", "metrics": metrics}
+    cost = predict(it.arms["plain"], {}, probe)
+    assert (cost.seconds, cost.basis) == (4 + 100 * 1 + 5 * 5, "probe, 4 steps")
+    done = results(plain=[(1e-2, 0, 2.0), (1e-2, 1, 2.0)])
+    done[SweepRun("plain", 1e-2, 0)]["metrics"]["core_seconds"] = 3.0
+    assert (predict(it.arms["plain"], done, probe).seconds, predict(it.arms["decayed"], done, None).seconds) == (
+        2.0,
+        None,
+    )
+    table = plan_table(it, done, {"decayed": probe}, {}, ["plain"], 2)
+    # Open of the arm are the other two rates, and seed 2; measured are 4 CPU s.
+    assert table.splitlines()[-1] == (
+        "0.001 core-hours measured; 0.002 predicted to come: 0.001 hours with 2 processes side by side"
+    )
 
 
 def test_records_written_at_once_are_all_there_and_a_full_disk_changes_nothing(tmp_path):
