@@ -32,6 +32,7 @@ from ..orthogonalize import partition, resolve_coefficients, workspace_bytes
 from ..orthogonalize.coefficients import JORDAN
 from ..report import ADAMW_BYTES, BNB_MAPS_BYTES, STEP_BYTES, bnb_bytes
 from ..step.adamw8bit import chunk_size, is_8bit, layout
+from ..step.adamw_cautious import piece_size
 from ..step.adamw_small import SMALL, TOGETHER
 from ..step.momentum import MomentumFormat
 
@@ -208,7 +209,7 @@ def _cautious_bytes(params: Sequence[Param], kind: str, bits: int, budget: int) 
     """
     is_cpu = kind.startswith("cpu")
     per_element = 4 + 4 * any(p.dtype != torch.float32 for p in params) + (16 if is_cpu else 10 * (bits == 8))
-    return per_element * min(sum(p.num_elements for p in params), chunk_size("cpu" if is_cpu else kind, budget // 2))
+    return per_element * min(sum(p.num_elements for p in params), piece_size("cpu" if is_cpu else kind, budget))
 
 
 def _torch_adamw_bytes(params: Sequence[Param], kind: str) -> int:

@@ -22,6 +22,8 @@ from .adamw_small import filled
 from .group_options import AdamWOptions
 from .muon import factors
 
+# Elements stepped at once on a CPU: a few MiB, and few calls for a large table.
+_CPU_PIECE = 2**18
 # Bytes alive for each element: its update and its gradient in fp32.
 _COPY_BYTES = 8
 
@@ -39,9 +41,9 @@ def step_cautiously(
         step: does a step without cautious weight decay.
     """
     decay = factors(lr=options.lr, weight_decay=options.weight_decay, ratio=1.0)[0]
-    half = options.workspace_bytes // 2
+    half = options.workspace_bytes // 2  # the rest is for what `step` copies
     plain = replace(options, weight_decay=0.0, cautious_weight_decay=False, workspace_bytes=half)
-    most = adamw8bit.chunk_size(chunks[0].param.device.type, half)
+    most = piece_size(chunks[0].param.device.type, options.workspace_bytes)
     kernels = kernels_for(chunks[0].param.device, options.backend)
     for parts in filled((part for chunk in chunks for part in _parts(chunk, most)), most):
         # From -0, so that an update of 0 keeps the sign of a parameter that is 0.
@@ -76,8 +78,13 @@ def _parts(chunk: AdamWChunk, most: int) -> Iterator[AdamWChunk]:
     yield parts[-1]
 
 
+def piece_size(device_type: str, workspace_bytes: int) -> int:
+    """Return how many elements are stepped at once."""
+    return _CPU_PIECE if device_type == "cpu" else adamw8bit.chunk_size(device_type, workspace_bytes // 2)
+
+
 def copied_bytes(chunk: AdamWChunk, options: AdamWOptions) -> int:
     """Return the bytes of updates and copies that `step_cautiously` has at once for a chunk."""
-    most = adamw8bit.chunk_size(chunk.param.device.type, options.workspace_bytes // 2)
+    most = piece_size(chunk.param.device.type, options.workspace_bytes)
     is_cut = chunk.param.is_contiguous() and chunk.grad.is_contiguous()
     return _COPY_BYTES * (min(chunk.param.numel(), most) if is_cut else chunk.param.numel())

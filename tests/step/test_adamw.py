@@ -9,7 +9,7 @@ from helpers import oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon8bit import Muon8bit
-from muon8bit.step import adamw, adamw8bit
+from muon8bit.step import adamw, adamw_cautious
 from muon8bit.step.adamw_chunks import AdamWChunk
 from muon8bit.step.group_options import AdamWOptions
 
@@ -154,7 +154,7 @@ def test_cautious_weight_decay_is_bitwise_the_same_in_pieces_of_any_size(bits, f
     starts = [torch.randn(2, *shape, generator=generator).bfloat16() for shape in shapes]
     results = []
     for size in (2**16, 4096):
-        monkeypatch.setattr(adamw8bit, "_CPU_CHUNK", size)
+        monkeypatch.setattr(adamw_cautious, "_CPU_PIECE", size)
         for is_turned in (False, True):
             chunks = []
             for (param, grad), key in zip(starts, keys, strict=True):

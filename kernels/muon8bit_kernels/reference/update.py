@@ -65,10 +65,20 @@ def check_rounding(param: Tensor, keys: Sequence[int] | None) -> None:
         raise ValueError(f"stochastic rounding is for bfloat16 parameters, not {param.dtype}")
 
 
-def _decay_cautiously_(values: Tensor, update: Tensor, decay: float | Tensor) -> None:
-    """Multiply values by `decay` in place, but for those with a sign opposite to that of `update`; NaN has none."""
-    is_opposed = torch.sign(update).mul_(torch.sign(values)) < 0
-    torch.where(is_opposed, values, values * decay, out=values)
+def _decay_cautiously_(values: Tensor, update: Tensor, decay: float | Tensor, opposed: Tensor, factor: Tensor) -> None:
+    """Multiply values by `decay` in place, but for those with a sign opposite to that of `update`; NaN has none.
+
+    On a CPU `torch.where` takes a hundred times as long as a product.
+
+    Args:
+        values, update: fp32, one shape.
+        decay: finite.
+        opposed, factor: memory of the same shape.
+    """
+    torch.sign(update, out=opposed)
+    opposed.mul_(torch.sign(values, out=factor)).clamp_(max=0.0)  # -1 where signs are opposite, else 0
+    torch.add(opposed, 1.0, out=factor).mul_(decay).sub_(opposed)  # 1 there, else decay, both exactly
+    values.mul_(factor)
 
 
 def update_params(
@@ -118,18 +128,17 @@ def update_params(
         columns = torch.arange(cols, device=device)
     can_be_in_place = params[0].dtype == torch.float32 and not isinstance(scale, Tensor) and skip is None
     num_rows = min(batch * rows, max(1, elements_at_once(device) // max(1, cols)))
-    buffers = torch.empty(
-        2, num_rows, cols, device=device, dtype=torch.float32
-    )  # fresh memory costs more than arithmetic
+    # Fresh memory costs more than arithmetic.
+    buffers = torch.empty(4 if cautious else 2, num_rows, cols, device=device, dtype=torch.float32)
     for start in range(0, batch * rows, num_rows):
         r = slice(start, min(start + num_rows, batch * rows))
-        new, scratch = (buffer[: r.stop - start] for buffer in buffers)
+        new, scratch, *more = (buffer[: r.stop - start] for buffer in buffers)
         view = old.in_place(r) if can_be_in_place else None
         new = old.read(r, every, new) if view is None else view
         is_zero = not isinstance(scale, Tensor) and scale == 0
         update = None if is_zero else towards.read(r, every, scratch).mul_(scale)
         if cautious and update is not None:
-            _decay_cautiously_(new, update, decay)
+            _decay_cautiously_(new, update, decay, *more)
         else:
             new.mul_(decay)
         if update is not None and isinstance(scale, Tensor):
