@@ -187,13 +187,14 @@ def _run_of(job: SweepJob) -> SweepRun:
 def _tell(job: SweepJob, code: int) -> None:
     """Print how a run ended; of one that a fault of its own killed, write the record."""
     log = job.file("log")
-    if code < 0 and -code not in _CUT_OFF:
+    has_crashed = code < 0 and -code not in _CUT_OFF
+    if has_crashed:
         error = f"ended by {signal.Signals(-code).name}; see {log.name}"
         known = {**job.facts, "status": "failed", "error": error, **surroundings()}
         metrics = {**measure(job.run_folder, job.curve_every), "core_seconds": 0.0}
         append_record(Path(job.records), make_record(known, metrics))
     record = latest(read_records(Path(job.records))).get(_run_of(job))
-    if code in (0, 1, 2) and record is not None:
+    if record is not None and (code in (0, 1, 2) or has_crashed):
         metrics = record["metrics"]
         loss = f"validation loss {metrics['val_loss']:.4f}" if record["status"] == "finished" else record["error"]
         text = f"{record['status']}, {loss} ({metrics['core_seconds']:.0f} CPU s)"

@@ -257,17 +257,21 @@ def test_a_sweep_runs_both_stages_once_and_reports_them(sweep, write, tmp_path):
     check_refused(sweep("it.toml"), "all.jsonl", "other options", "another name")
 
 
-def test_failures_are_recorded_told_and_tried_again(sweep, write, tmp_path):
+@pytest.mark.parametrize(
+    ("clip", "error"), [(13, "RuntimeError: thirteen"), (14, "ended by SIGSEGV; see decayed-lr0.01-seed0.log")]
+)
+def test_failures_are_recorded_told_and_tried_again(sweep, write, tmp_path, clip, error):
     one_rate = ("[1e-3, 1e-2, 1e-1]", "[1e-2]"), ("[0, 1, 2]", "[0]")
-    file = write(*one_rate, ("weight_decay = 0.25", "clip = 13"))
+    file = write(*one_rate, ("weight_decay = 0.25", f"clip = {clip}"))
     for attempts in (1, 2):
         outcome = sweep(file)
         assert outcome.code == 1
-        assert "decayed-lr0.01-seed0: failed, RuntimeError: thirteen" in outcome.out
+        assert f"decayed-lr0.01-seed0: failed, {error} (" in outcome.out
         statuses = [r["status"] for r in read_records(tmp_path / "all.jsonl") if r["arm"] == "decayed"]
         assert statuses == ["failed"] * attempts
     told = sweep(file, "--report").out
-    assert "- decayed, rate 0.01, seed 0 failed: RuntimeError: thirteen" in told
+    assert f"- decayed, rate 0.01, seed 0 failed: {error}\n" in told
+    assert all(list(r) == list(FIELDS) for r in read_records(tmp_path / "all.jsonl"))
     write(*one_rate)  # the cause is gone, with other options
     assert sweep(file).code == 0
     assert [r["status"] for r in read_records(tmp_path / "all.jsonl")].count("finished") == 2

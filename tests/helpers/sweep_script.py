@@ -37,6 +37,8 @@ def _work(argv: list[str]) -> int:
     (folder.path / "run.json").write_text(json.dumps(facts))
     if recipe.clip == 13:
         raise RuntimeError("thirteen")
+    if recipe.clip == 14:
+        os.kill(os.getpid(), signal.SIGSEGV)
     for step in range(begun_at + 1, STEPS + 1):
         value = loss(recipe.lr, recipe.seed, recipe.weight_decay) + (STEPS - step)
         if recipe.lr > 0.5:
