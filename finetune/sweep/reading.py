@@ -66,7 +66,8 @@ def _check_keys(where: str, values: Mapping[str, Any], known: Collection[str]) -
     for key in values:
         if key not in known:
             close = cli.nearest(key, known)
-            meant = f"did you mean {close!r}?" if close else f"the keys are {', '.join(known)}"
+            listed = ", ".join(known) if len(known) < 20 else "its own and the options of its script, see --help there"
+            meant = f"did you mean {close!r}?" if close else f"the keys are {listed}"
             raise InputError(where, f"has the unknown key {key!r}; {meant}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ from finetune.sweep.workers import Workers
 # Signals by which people and systems end a process that did nothing wrong.
 _CUT_OFF = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TIME_IS_UP = 124
+PROBES = "probes.jsonl"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class SweepFolder:
     @property
     def probes(self) -> Path:
         """Path of the probes' records."""
-        return self.path / "probes.jsonl"
+        return self.path / PROBES
 
     def results(self, sweep: Sweep) -> Results:
         """Read the last record of each run.
@@ -105,6 +107,8 @@ def run_probes(sweep: Sweep, folder: SweepFolder, names: list[str], processes: i
         print(f"timing {PROBE_STEPS} steps of {', '.join(missing)}", file=sys.stderr, flush=True)
     jobs = [folder.probe(sweep, name) for name in missing]
     _run_all(lambda: jobs, lambda job: job.facts["arm"] not in known(), processes, 0.0)
+    for job in jobs:
+        shutil.rmtree(job.run_folder, ignore_errors=True)
     last = {record["arm"]: record for record in read_records(folder.probes)}
     return known() | {name: last[name] for name in missing if name in last and name not in known()}
 
@@ -202,7 +206,7 @@ def _tell(job: SweepJob, code: int) -> None:
         text = f"cut off by {signal.Signals(-code).name}; the next call goes on with it"
     else:
         text = f"stopped with exit code {code}; the next call goes on with it (log: {log})"
-    is_probe = job.name.startswith("probe-")
+    is_probe = job.records.endswith(PROBES)
     print(f"{job.name}: {text}", file=sys.stderr if is_probe else sys.stdout, flush=True)
 
 

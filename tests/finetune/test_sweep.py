@@ -348,6 +348,23 @@ def test_core_hours_are_predicted_from_a_probe_and_then_from_finished_runs(write
     )
 
 
+def test_a_plan_times_a_few_steps_of_each_arm_once_and_leaves_nothing_but_their_records(sweep, write, tmp_path):
+    file = write()
+    first = sweep(file, "--plan", "--only", "plain")
+    assert first.code == 0, first.err
+    assert "timing 4 steps of plain\n" in first.err
+    folder = tmp_path / "runs" / "sweep-it"
+    (probe,) = read_records(folder / "probes.jsonl")
+    assert (probe["status"], probe["options"]["eval_every"], probe["metrics"]["steps"]) == ("finished", 4, 4)
+    assert list((folder / "runs").iterdir()) == []
+    assert not (tmp_path / "all.jsonl").exists()
+    rows = [line.split() for line in first.out.splitlines()]
+    assert ["plain,", "rate", "best,", "seed", "2", "open"] in [row[:6] for row in rows]
+    assert ["plain", "probe,", "4", "steps", "5"] in [row[:5] for row in rows]
+    again = sweep(file, "--plan", "--only", "plain")
+    assert (again.err, again.out) == ("", first.out)
+
+
 def test_records_written_at_once_are_all_there_and_a_full_disk_changes_nothing(tmp_path):
     file = tmp_path / "records" / "all.jsonl"
     with ThreadPoolExecutor(8) as pool:
