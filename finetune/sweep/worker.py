@@ -71,13 +71,13 @@ def begin_or_resume(job: SweepJob) -> list[str]:
     """
     folder, begun_with = job.run_folder, job.file("options")
     stamp = json.dumps([job.facts["recipe_hash"], job.words])
-    minutes = [f"--max-minutes={job.minutes!r}"] if job.minutes else []
+    minutes = f"--max-minutes={job.minutes!r}"  # also of no limit: a resumed run would keep the one that it began with
     if begun_with.exists() and begun_with.read_text() == stamp and named_checkpoints(folder):
         (folder / "result.json").unlink(missing_ok=True)
-        return ["--resume", str(folder), *minutes]
+        return ["--resume", str(folder), minutes]
     shutil.rmtree(folder, ignore_errors=True)
     begun_with.write_text(stamp)
-    return [*job.words, "--output-dir", str(folder), *minutes]
+    return [*job.words, "--output-dir", str(folder), minutes]
 
 
 def run(job: SweepJob) -> int:

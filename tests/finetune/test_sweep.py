@@ -312,17 +312,18 @@ def test_killed_runs_go_on_from_their_checkpoints_and_another_sweep_leaves_them_
 def test_a_run_cut_off_behind_its_last_step_resumes_and_one_whose_record_was_deleted_begins_anew(write, tmp_path):
     job = SweepFolder(tmp_path, tmp_path / "all.jsonl").job(read_sweep(write()), SweepRun("plain", 1e-2, 1))
     (tmp_path / "jobs").mkdir()
-    anew = [*job.words, "--output-dir", str(job.run_folder)]
+    anew = [*job.words, "--output-dir", str(job.run_folder), "--max-minutes=0.0"]
     assert begin_or_resume(job) == anew
     checkpoint = job.run_folder / "checkpoints" / "step-0000004"
     checkpoint.mkdir(parents=True)
     (job.run_folder / "result.json").write_text("{}")
     assert begin_or_resume(replace(job, minutes=2.0)) == ["--resume", str(job.run_folder), "--max-minutes=2.0"]
+    assert begin_or_resume(job) == ["--resume", str(job.run_folder), "--max-minutes=0.0"]  # the limit is gone
     assert not (job.run_folder / "result.json").exists()
     checkpoint.rmdir()  # as a record's writer leaves it
     assert begin_or_resume(job) == anew
     checkpoint.mkdir(parents=True)
-    assert begin_or_resume(replace(job, words=[*job.words, "--clip=2.0"]))[-3:-1] == ["--clip=2.0", "--output-dir"]
+    assert begin_or_resume(replace(job, words=[*job.words, "--clip=2.0"]))[-4:-2] == ["--clip=2.0", "--output-dir"]
     assert not checkpoint.exists()
 
 
