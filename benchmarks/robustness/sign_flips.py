@@ -35,8 +35,9 @@ from benchmarks.robustness.sign_models import CONFIGS, TrainedMatrix, batches, b
 RECORD = Path(__file__).parents[1] / "results" / "sign_flips.jsonl"
 COLUMNS = ("flips", "flips_nesterov", "lost", "ns", "ns_nesterov", "muon", "update", "update_v8")
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
-BETA, WARM_UP, WINDOW = 0.95, 40, 12
+BETA, WINDOW = 0.95, 12
 RATES = {"llama": 5e-3, "wide": 5e-3, "moe": 5e-3, "smollm2": 5e-4}  # the last one is pretrained
+WARM_UPS = {"llama": 40, "wide": 40, "moe": 40, "smollm2": 12}
 CODEBOOKS = {form.codebook for form in FORMATS}
 V_FORMATS = {f"V {codebook} {block}": (block, codebook) for codebook in ("root", "plain") for block in (256, 2048)}
 Values = dict[str, dict[str, float]]
@@ -151,10 +152,11 @@ def train(name: str, num_steps: int, seed: int) -> Iterator[dict[str, Any]]:
     hidden = {id(state.matrix.param) for state in states if state.matrix.is_hidden}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in hidden]
     adamw = torch.optim.AdamW(others, lr=RATES[name] / 2, betas=(0.9, 0.95), weight_decay=0.0)
-    phases = {WARM_UP: "warm-up", num_steps // 2: "middle", num_steps: "end"}
+    warm_up = WARM_UPS[name]
+    phases = {warm_up: "warm-up", num_steps // 2: "middle", num_steps: "end"}
     ids, start = batches(name, seed), time.perf_counter()
     for step in range(1, num_steps + 1):
-        lr = RATES[name] * min(step / WARM_UP, 1 - 0.9 * max(step - WARM_UP, 0) / (num_steps - WARM_UP))
+        lr = RATES[name] * min(step / warm_up, 1 - 0.9 * max(step - warm_up, 0) / (num_steps - warm_up))
         batch = next(ids)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -217,7 +219,7 @@ def main() -> None:
     """Train and measure what is not recorded, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=CONFIGS, action="append", help="only these; default: all, in turn")
-    parser.add_argument("--steps", type=int, default=160, help="of training; at least 100")
+    parser.add_argument("--steps", type=int, default=160, help="of training; at least twice the warm-up and WINDOW")
     parser.add_argument("--seed", type=int, default=0, help="of weights and text")
     parser.add_argument("--record", type=Path, default=RECORD, help="JSON lines: one for each matrix and step")
     parser.add_argument("--table", action="store_true", help="print the tables of what is recorded, and train nothing")

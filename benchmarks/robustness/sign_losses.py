@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.robustness.sign_flips import BETA, WARM_UP, adamuon_update, newton_schulz, next_second_moment
+from benchmarks.robustness.sign_flips import BETA, WARM_UPS, adamuon_update, newton_schulz, next_second_moment
 from benchmarks.robustness.sign_formats import SimulatedFormat, kept, kept_square
 from benchmarks.robustness.sign_models import CONFIGS, batches, matrices
 
@@ -53,9 +53,9 @@ def run(form: SimulatedFormat, seed: int) -> dict[str, Any]:
     adamw = torch.optim.AdamW(others.values(), lr=RATE / 2, betas=(0.9, 0.95), weight_decay=0.0)
     zeros = [torch.zeros(matrix.shape) for matrix in hidden]
     momenta, second_moments = list(zeros), list(zeros)
-    ids = batches("llama", seed)
+    ids, warm_up = batches("llama", seed), WARM_UPS["llama"]
     for step in range(1, NUM_STEPS + 1):
-        lr = RATE * min(step / WARM_UP, 1 - 0.9 * max(step - WARM_UP, 0) / (NUM_STEPS - WARM_UP))
+        lr = RATE * min(step / warm_up, 1 - 0.9 * max(step - warm_up, 0) / (NUM_STEPS - warm_up))
         batch = next(ids)
         model(input_ids=batch, labels=batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -182,3 +183,68 @@ def test_planned_steps():
 def test_kills_while_saving():
     killed = record("kill_saves.json")["killed"]
     assert f"{killed['resumed']} of {killed['kills']} kills" in (ROOT / "docs" / "index.md").read_text()
+
+
+# The columns of a record of `benchmarks.robustness.sign_flips`.
+SIGN_COLUMNS = ("flips", "flips_nesterov", "lost", "ns", "ns_nesterov", "muon", "update", "update_v8")
+
+
+@cache
+def sign_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RECORDS / "sign_flips.jsonl").read_text().splitlines()]
+
+
+def of_signs(form: str, column: str, **where: str) -> list[float]:
+    """Values of a format; in short rows a long block is one of the row's length."""
+    book, _, block = form.rpartition(" ")
+    found = []
+    for row in sign_rows():
+        if all(row[key] == value for key, value in where.items()):
+            name = f"{book} {min(int(block), row['cols'])}" if block.isdecimal() and book[:2] != "V " else form
+            found.append(row["values"].get(name, [None] * 8)[SIGN_COLUMNS.index(column)])
+    return [value for value in found if value is not None]
+
+
+def test_adamuon_momentum_by_format():
+    shown = table(page("adamuon"), "momentum |")
+    for form, cells in shown.items():
+        book, _, block = form.rpartition(" ")
+        bits = 9 if "9" in book or "+" in book else 8
+        assert float(cells[0]) == pytest.approx(bits / 8 + 4 / int(block) if book else 2, abs=5.1e-4)
+        means = [mean(of_signs(form, column)) for column in ("flips", "flips_nesterov", "lost", "ns", "muon")]
+        most = max(of_signs(form, "flips"))
+        expected = [
+            f"{means[0]:.2%}",
+            f"{most:.1%}",
+            *(f"{m:.2%}" for m in means[1:3]),
+            *(f"{m:.0%}" for m in means[3:]),
+        ]
+        assert cells[1:] == expected, form
+    assert len(shown) == 13
+    text = page("adamuon").replace("\n", " ")
+    for form in ("linear 2048", "dynamic 2048"):
+        assert f"{max(of_signs(form, 'flips')):.1%}" in text.partition("## How")[0]
+    assert f"{mean(of_signs('step before', 'flips')):.1%} change" in text
+    fewer, less = (1 - mean(of_signs("square 2048", c)) / mean(of_signs("dynamic 2048", c)) for c in ("flips", "muon"))
+    assert f"{fewer:.0%} fewer flips" in text
+    assert f"{less:.0%} less error" in text
+
+
+def test_adamuon_by_matrix_and_second_moment():
+    text = page("adamuon")
+    header, *_ = (line for line in text.splitlines() if line.startswith("| matrix |"))
+    forms = [cell.strip() for cell in header.strip("|").split("|")][1:-1]
+    kinds = {row["kind"] for row in sign_rows()}
+    shown = table(text, "matrix |")
+    assert set(shown) == kinds
+    for kind, cells in shown.items():
+        pairs = [(mean(of_signs(f, "flips", kind=kind)), mean(of_signs(f, "ns", kind=kind))) for f in forms]
+        before = mean(of_signs("step before", "flips", kind=kind))
+        assert cells == [*(f"{flips:.2%}, {ns:.0%}" for flips, ns in pairs), f"{before:.2%}"]
+    names = {"root": "V root", "V itself": "V plain"}
+    for stored, cells in table(text, "V in 8 bits").items():
+        values = of_signs(f"{names[stored.split(', ')[0]]} {stored.split(', ')[1]}", "update")
+        assert cells == [f"{mean(values):.2%}", f"{max(values):.1%}"]
+    for form in ("linear 256", "dynamic 256"):
+        (flips,) = of_signs(form, "flips", model="wide", kind="MLP out", phase="end")
+        assert f"{flips:.1%}" in text
