@@ -28,11 +28,22 @@ def elements_at_once(device: torch.device) -> int:
     return 2**24 if device.type == "cuda" else 2**19
 
 
-def known_flag(skip: Tensor | None) -> tuple[bool, Tensor | None]:
-    """Return whether the host knows that nothing is to be written, and the flag if the device alone can know it."""
-    if skip is None or skip.device.type != "cpu":
-        return False, skip
-    return skip.item() != 0, None
+def known_flag(skip: Tensor | None, rows: int) -> tuple[bool, Tensor | None]:
+    """Return whether the host knows that nothing is to be written, and the flags as `StackedRows.write` takes them.
+
+    There are none where the host knows that everything is.
+
+    Args:
+        skip: None, fp32 0-d, or [matrices].
+        rows: of each matrix.
+    """
+    if skip is None:
+        return False, None
+    if skip.device.type == "cpu":
+        num_skipped = int(skip.count_nonzero())
+        if num_skipped in (0, skip.numel()):
+            return num_skipped > 0, None
+    return False, skip if skip.ndim == 0 else skip.repeat_interleave(rows).unsqueeze(1)
 
 
 class StackedRows:
@@ -78,11 +89,15 @@ class StackedRows:
         return out if factor is None else out.mul_(factor)
 
     def write(self, rows: slice, cols: slice, values: Tensor, skip: Tensor | None = None) -> None:
-        """Copy `values` [rows, cols], of any dtype, to where the rows lie; where `skip` (0-d) is not 0, nothing."""
+        """Copy `values` [rows, cols], of any dtype, to where the rows lie; where `skip` is not 0, nothing.
+
+        `skip` is 0-d, or [n, 1] for all n rows of the stacks.
+        """
         views = self._views(rows, cols)
         if skip is not None:
             old = views[0] if len(views) == 1 else torch.cat(views)
-            values = torch.where(skip == 0, values.to(old.dtype), old)
+            written = (skip if skip.ndim == 0 else skip[rows]) == 0
+            values = torch.where(written, values.to(old.dtype), old)
         if len(views) == 1:
             views[0].copy_(values)
         else:  # converted at once: that runs on all cores

@@ -337,7 +337,7 @@ def test_skip_writes_nothing_where_it_is_not_zero(codebook, is_known, monkeypatc
     """Also where the host does not wait for the flag, as on CUDA."""
     if not is_known:
         for module in ("momentum", "update", "tiny", "cut"):
-            monkeypatch.setattr(f"muon8bit_kernels.reference.{module}.known_flag", lambda skip: (False, skip))
+            monkeypatch.setattr(f"muon8bit_kernels.reference.{module}.known_flag", lambda skip, rows: (False, skip))
     codes, scales = start_state(5, 70, codebook, 64)
     stacks = [codes[None]], None if scales is None else [scales[None]], [torch.ones(1, 5, 70)]
     before = [t.clone() for t in (codes, scales) if t is not None]
@@ -359,14 +359,61 @@ def test_skip_writes_nothing_where_it_is_not_zero(codebook, is_known, monkeypatc
         assert bool((param == 0.5).all()) == writes
 
 
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_flags_of_matrices_leave_the_others_steps_as_they_are(codebook, is_known, monkeypatch):
+    """Each of the others is stepped as by itself; one that is skipped keeps every bit, the output's too."""
+    if not is_known:
+        for module in ("momentum", "update", "tiny", "cut"):
+            monkeypatch.setattr(
+                f"muon8bit_kernels.reference.{module}.known_flag",
+                lambda skip, rows: (False, None if skip is None else skip.repeat_interleave(rows).unsqueeze(1)),
+            )
+    generator, options = torch.Generator().manual_seed(0), {"codebook": codebook, "block_size": 64}
+    momenta, grads, weights = torch.randn(3, 3, 6, 70, generator=generator)
+    options |= {"beta": 0.95, "nesterov": True}
+    form = {key: options[key] for key in ("codebook", "block_size")}
+    quantized = [(m,) if codebook is None else reference.quantize(m, **form) for m in momenta]
+    update = {"decay": 0.9, "scale": 0.5, "keys": [1, 2, 3], "firsts": [0, 5, 9], "cautious": True}
+    steps = ((3.0, -4.0, 2.0),) * 2
+
+    def run(numbers, **skip):
+        state = [torch.stack(parts) for parts in zip(*(quantized[n] for n in numbers), strict=True)]
+        new_scales = None if codebook is None else state[1] + 1
+        found = []
+        for way in ("apply", "cut", "tiny"):
+            codes, scales = [state[0].clone()], None if codebook is None else [state[1].clone()]
+            out, norms = torch.full((len(numbers), 6, 70), 7.0), torch.ones(len(numbers))
+            params = [weights[numbers].bfloat16()]
+            factors = {k: [v[n] for n in numbers] if isinstance(v, list) else v for k, v in update.items()}
+            tensors = codes, scales, [grads[numbers]]
+            if way == "apply":
+                reference.momentum_apply(*tensors, norms, out, **options, **skip)
+                reference.update_params(params, grads[numbers], **factors, **skip)
+            elif way == "cut":
+                reference.momentum_apply_cut(*tensors, new_scales, norms, out, first_col=0, **options, **skip)
+            else:
+                reference.step_tiny(*tensors, params, norms, steps=steps, **options, **factors, **skip)
+            found += [*codes, *(scales or []), out, *params]
+        return found
+
+    together, kept = run([0, 1, 2], skip=torch.tensor([0.0, 1.0, 0.0])), run([1], skip=torch.ones(1))
+    for number in (0, 1, 2):
+        alone = kept if number == 1 else run([number])
+        assert all(torch.equal(every[number], one[0]) for every, one in zip(together, alone, strict=True))
+    assert torch.equal(kept[0][0], quantized[1][0])
+    assert torch.equal(kept[-1][0], weights[1].bfloat16())
+
+
 def test_a_flag_on_another_device_is_not_waited_for():
     """A tensor without storage cannot be waited for."""
     codes, scales, grads, out = (torch.empty(1, 5, n, device="meta") for n in (70, 2, 70, 70))
     options = {"beta": 0.95, "nesterov": True, "codebook": "linear", "block_size": 64}
-    norms, skip = torch.ones(1, device="meta"), torch.zeros((), device="meta")
-    reference.momentum_apply([codes], [scales], [grads], norms, out, **options, skip=skip)
-    reference.momentum_apply_cut([codes], [scales], [grads], scales, norms, out, **options, first_col=0, skip=skip)
-    reference.update_params([out], grads, decay=1.0, scale=0.5, skip=skip)
+    norms = torch.ones(1, device="meta")
+    for skip in (torch.zeros((), device="meta"), norms):
+        reference.momentum_apply([codes], [scales], [grads], norms, out, **options, skip=skip)
+        reference.momentum_apply_cut([codes], [scales], [grads], scales, norms, out, **options, first_col=0, skip=skip)
+        reference.update_params([out], grads, decay=1.0, scale=0.5, skip=skip)
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)

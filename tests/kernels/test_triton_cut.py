@@ -51,6 +51,7 @@ def step(kernels, device, codes, scales, grads, norms, flag, *, first_col, out_l
         (300, 65, 3, 64, "sliced", "rows", 1.0),  # of one block; nothing is written
         (500, 129, 300, 256, "columns", "rows", None),  # in pieces of columns
         (300, 64, 64, 64, "row piece", "rows", float("nan")),
+        (300, 100, 130, 64, "rows", "rows", [0.0, 1.0, 0.0]),  # of the second matrix nothing is written
     ],
 )
 def test_some_columns_equal_the_reference_bitwise(

@@ -94,11 +94,13 @@ def test_matrices_that_are_not_aligned_go_by_themselves_and_are_stepped_alike(tr
         return [view.copy_(stack) for view, stack in zip(views, stacks, strict=True)]
 
     our_codes, our_grads = placed(both.codes, {2}), placed(grads, {0, 2})
+    skip = torch.tensor([0.0, 1.0, 0.0, 0.0])  # by the place in the batch, not in the launch
     sumsq = triton_kernels.momentum_stats(our_codes, both.our_scales, our_grads, **options)
     expected = reference.momentum_stats(both.codes, both.scales, grads, **options)
     torch.testing.assert_close(sumsq.cpu(), expected, rtol=2 * 64 * 2**-24, atol=0)
-    out, our_out = torch.empty(4, 5, cols), torch.empty(4, 5, cols, device=device)
-    reference.momentum_apply(both.codes, both.scales, grads, norms, out, **options)
+    out, our_out = torch.zeros(4, 5, cols), torch.zeros(4, 5, cols, device=device)
+    reference.momentum_apply(both.codes, both.scales, grads, norms, out, **options, skip=skip)
+    options["skip"] = skip.to(device)
     triton_kernels.momentum_apply(our_codes, both.our_scales, our_grads, norms.to(device), our_out, **options)
     assert_bitwise(our_out, out)
     for ours, theirs in zip([*our_codes, *(both.our_scales or [])], [*both.codes, *(both.scales or [])], strict=True):
@@ -166,6 +168,20 @@ def test_a_flag_that_is_not_zero_keeps_everything_from_being_written(triton_kern
     both.check_apply(grads, torch.ones(2), skip=torch.tensor(flag))
     same = [torch.equal(old, new) for old, new in zip(before, [*both.codes, *(both.scales or [])], strict=True)]
     assert same == [flag != 0] * len(before)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_flags_keep_the_matrices_that_they_are_of_from_being_written(triton_kernels, device, codebook, layout):
+    options = {"codebook": codebook, "block_size": 128, "nesterov": True, "beta": 0.95}
+    both = Both(triton_kernels, device, random_stacks([1, 3], 35, 150), **options)
+    before = [torch.cat(stacks) for stacks in (both.codes, both.scales) if stacks is not None]
+    grads = random_stacks([1, 3], 35, 150, torch.bfloat16, layout, seed=1)
+    both.check_apply(grads, torch.ones(4), skip=torch.tensor([0.0, 1.0, 0.0, torch.nan]))
+    for old, new in zip(before, (both.codes, both.scales), strict=False):
+        assert [torch.equal(*pair) for pair in zip(old, torch.cat(new), strict=True)] == [False, True, False, True]
+    with pytest.raises(ValueError, match=r"skip \(3,\) must be 0-d, or contiguous and of 4 matrices"):
+        both.check_apply(grads, torch.ones(4), skip=torch.zeros(3))
 
 
 @pytest.mark.parametrize("codebook", ["linear", "dynamic"])

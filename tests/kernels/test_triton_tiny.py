@@ -191,6 +191,15 @@ def test_skip_leaves_everything(device, codebook):
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+def test_flags_leave_the_matrices_that_they_are_of(device):
+    problem = Problem(device, [1, 2], 9, 50, codebook="linear", block_size=64)
+    before = [torch.cat(stacks) for stacks in (problem.our_codes, problem.our_scales, problem.our_params)]
+    problem.step(skip=torch.tensor([0.0, 2.0, 0.0]))
+    problem.assert_params_close()
+    for old, new in zip(before, (problem.our_codes, problem.our_scales, problem.our_params), strict=True):
+        assert [torch.equal(*pair) for pair in zip(old, torch.cat(new), strict=True)] == [False, True, False]
+
+
 def test_what_lies_between_the_matrices_is_left_alone(device):
     """Every second matrix of larger stacks; the others, and what the strides leave out, keep their values."""
     whole = [torch.full((4, 5, 70), 7, dtype=torch.int8), torch.full((4, 5, 2), 7.0), torch.full((4, 11, 75), 7.0)]

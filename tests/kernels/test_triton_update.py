@@ -85,6 +85,17 @@ def test_a_flag_that_is_not_zero_keeps_parameters_as_they_are(triton_kernels, de
     assert torch.equal(params[0], before) == (flag != 0)
 
 
+@pytest.mark.parametrize("keys", [None, [KEY, 1, 2, 3]])
+def test_flags_keep_the_matrices_that_they_are_of_as_they_are(triton_kernels, device, keys):
+    """By the place in the batch: the second matrix is not aligned, and goes by itself."""
+    params = random_stacks([1, 1, 2], 5, 40, torch.bfloat16)
+    params[1] = torch.randn(201).bfloat16()[1:].view(1, 5, 40)
+    before = torch.cat(params)
+    skip = torch.tensor([1.0, 0.0, 0.0, torch.nan])
+    check(triton_kernels, device, params, torch.ones(4, 5, 40), skip=skip, keys=keys)
+    assert [torch.equal(*pair) for pair in zip(before, torch.cat(params), strict=True)] == [True, False, False, True]
+
+
 @pytest.mark.parametrize("first", [1, 16, 2**31 - 40, 2**32 - 40, 2**40 + 7])
 @pytest.mark.parametrize("pitch", [None, 1, 2**31 + 3])
 def test_global_indices_are_those_of_the_reference(triton_kernels, device, first, pitch):
@@ -142,6 +153,7 @@ def test_what_one_launch_cannot_take_raises(triton_kernels, device):
         ([ones[:1], laid_out(ones[1:], "columns")], ones, {}, "params: a stack"),
         ([ones], ones[:1], {}, "directions"),
         ([ones], ones.mT, {}, "directions"),
+        ([ones], ones, {"skip": torch.zeros(1, device=device)}, "must be 0-d, or contiguous and of 2 matrices"),
         ([ones.bfloat16()], ones, {"keys": [0]}, "shorter|longer|argument"),
         ([ones.bfloat16()], ones, {"keys": [0, 0], "firsts": [0]}, "shorter|longer|argument"),
     ):

@@ -114,12 +114,12 @@ def momentum_apply_cut(
         norms: fp32 [batch], the positive divisors of u.
         out: [batch, rows, width], any float dtype and strides.
         first_col: the place of these columns in the whole matrix.
-        skip: 0-d fp32; where it is not 0, nothing is written.
+        skip: fp32, 0-d or [batch], one a matrix; where it is not 0, nothing is written, `out` neither.
     """
-    is_over, skip = known_flag(skip)
+    _, rows, _ = batch_shape(codes)
+    is_over, skip = known_flag(skip, rows)
     if is_over:
         return
-    _, rows, _ = batch_shape(codes)
     inverses = norms.reciprocal().clamp_(max=torch.finfo(torch.float32).max)
     row_inverses, target = inverses.repeat_interleave(rows).view(-1, 1, 1), StackedRows([out])
     of_rows = None if new_scales is None else new_scales.flatten(0, 1)

@@ -208,12 +208,12 @@ def momentum_apply(
             overwritten with the new state.
         norms: fp32 [batch], the positive divisors of u (Frobenius norms, bounded below).
         out: [batch, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
-        skip: 0-d fp32; where it is not 0, nothing is written.
+        skip: fp32, 0-d or [batch], one a matrix; where it is not 0, nothing is written, `out` neither.
     """
-    is_over, skip = known_flag(skip)
+    batch, rows, cols = batch_shape(codes)
+    is_over, skip = known_flag(skip, rows)
     if is_over:
         return
-    batch, rows, cols = batch_shape(codes)
     state = _State(
         StackedRows(codes), None if scales is None else StackedRows(scales), StackedRows(grads), beta, codebook
     )

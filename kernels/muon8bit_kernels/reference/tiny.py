@@ -93,7 +93,7 @@ def step_tiny(
         beta, nesterov, codebook, block_size: as in `momentum_stats`.
         steps: one (a, b, c) a Newton-Schulz step.
         decay, scale, keys, firsts, pitch, cautious: as in `update_params`; `scale` is lr times the factor of the shape.
-        skip: 0-d fp32; where it is not 0, nothing is written.
+        skip: fp32, 0-d or [batch], one a matrix; where it is not 0, nothing is written.
 
     Raises:
         ValueError: if both sides exceed 64, for steps that fp32 does not carry (`check_tiny`), or for keys with
@@ -102,10 +102,10 @@ def step_tiny(
     batch, rows, cols = batch_shape(codes)
     check_tiny(rows, cols, steps)
     check_rounding(params[0], keys)
-    is_over, skip = known_flag(skip)
+    is_over, _ = known_flag(skip, rows)
     if is_over:
         return
-    X = torch.empty(batch, rows, cols, dtype=torch.float32, device=norms.device)
+    X = torch.zeros(batch, rows, cols, dtype=torch.float32, device=norms.device)  # as which skipped matrices stay
     options = {"beta": beta, "nesterov": nesterov, "block_size": block_size, "skip": skip}
     momentum_apply(codes, scales, grads, norms, X, codebook=codebook, **options)  # type: ignore[arg-type]
     O = _directions(X, steps) if rows <= cols else _directions(X.mT, steps).mT  # noqa: E741

@@ -106,19 +106,19 @@ def update_params(
         firsts: with keys, the global index of element [0, 0] of each matrix; None means 0.
         pitch: the difference of the global indices of elements [1, 0] and [0, 0]; None means cols.
         cautious: an element whose sign is opposite to that of its direction * scale does not decay.
-        skip: 0-d fp32; where it is not 0, nothing is written.
+        skip: fp32, 0-d or [batch], one a matrix; where it is not 0, nothing is written.
 
     Raises:
         ValueError: for keys with parameters that are not bf16.
     """
     if keys is not None:
         check_rounding(params[0], keys)
-    is_over, skip = known_flag(skip)
+    batch, rows, cols = batch_shape(params)
+    is_over, skip = known_flag(skip, rows)
     if is_over:
         return
     if not isinstance(scale, Tensor):  # in fp32, as a kernel gets it: 1e-46 is 0 there
         scale = torch.tensor(scale, dtype=torch.float32, device="cpu").item()
-    batch, rows, cols = batch_shape(params)
     towards = StackedRows([directions] if isinstance(directions, Tensor) else directions)
     old, device, every = StackedRows(params), params[0].device, slice(0, cols)
     if keys is not None:

@@ -16,7 +16,7 @@ from ..codebooks import Codebook
 from ..reference.cut import touched_blocks
 from .cut_kernels import apply_cut_kernel, stats_cut_kernel
 from .momentum import MomentumBatch
-from .tiles import Tiling, common_strides, lies_across, table_of, tiling
+from .tiles import Tiling, common_strides, has_flag_each, lies_across, table_of, tiling
 
 
 class _CutBatch(MomentumBatch):
@@ -118,10 +118,10 @@ def momentum_apply_cut(
         new_scales: fp32 [matrices, rows, blocks], the maxima of whole blocks; None with `codebook=None`.
         norms: fp32 [matrices], contiguous: the positive divisors of u.
         out: [matrices, rows, width], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
-        skip: 0-d fp32 on the device; unless it is zero, nothing is written.
+        skip: fp32 on the device, 0-d or [matrices]; unless it is zero, nothing is written, `out` neither.
 
     Raises:
-        ValueError: as `momentum_stats_cut`, or if `new_scales`, `norms` or `out` has another shape.
+        ValueError: as `momentum_stats_cut`, or if `new_scales`, `norms`, `out` or `skip` has another shape.
     """
     batch = _CutBatch(codes, scales, grads, first_col, nesterov, codebook, block_size)
     shape = batch.count, batch.rows, batch.width
@@ -149,4 +149,5 @@ def momentum_apply_cut(
         *out_strides,
         ALONG=not across,
         BLOCKS=triton.next_power_of_2(batch.num_blocks),
+        EACH=has_flag_each(skip, batch.count),
     )

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .codes import encode, inverse_of, magnitude_bits, scale_of
 from .momentum_kernels import momentum
-from .tiles import address
+from .tiles import address, flag_of
 
 
 @triton.jit
@@ -130,6 +130,7 @@ def apply_cut_kernel(
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     """Write the new codes, u * (1 / norm) to `out`, and the scales of whole rows from `new_scales`."""
     matrix, block, start, end, row = _part_of_block(rows, width, first_col, num_touched, EVEN, ROWS, BLOCK)
@@ -148,7 +149,7 @@ def apply_cut_kernel(
         new_scale = tl.load(new_scales + place, row_mask, other=0.0)
     inverse = inverse_of(tl.load(norms + matrix))
     # Only the stores depend on the flag: the loads need not wait for its value.
-    writes = row_mask if skip is None else row < tl.where(tl.load(skip) == 0.0, rows, 0)
+    writes = row_mask if skip is None else row < tl.where(flag_of(skip, matrix, EACH) == 0.0, rows, 0)
     for first in range(start, end, COLS):
         col = first + tl.arange(0, COLS)[None, :]
         mask = row_mask & (col < end)

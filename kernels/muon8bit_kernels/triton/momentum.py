@@ -15,6 +15,7 @@ from .tiles import (
     addresses,
     check_rows_contiguous,
     common_strides,
+    has_flag_each,
     launch,
     lies_across,
     tables_of,
@@ -145,15 +146,15 @@ def momentum_apply(
             overwritten with the new state.
         norms: fp32 [matrices], contiguous: the positive divisors of u (its Frobenius norms, bounded below).
         out: [matrices, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
-        skip: 0-d fp32 on the device; unless it is zero, nothing is written.
+        skip: fp32 on the device, 0-d or [matrices]; unless it is zero, nothing is written, `out` neither.
 
     Raises:
-        ValueError: as `momentum_stats`, or if `norms` or `out` has another shape.
+        ValueError: as `momentum_stats`, or if `norms`, `out` or `skip` has another shape.
     """
     batch = MomentumBatch(codes, scales, grads, nesterov, codebook, num_blocks(codes[0].shape[2], block_size))
     if norms.shape != (batch.count,) or out.shape != (batch.count, *batch.shape):
         raise ValueError(f"norms {tuple(norms.shape)} and out {tuple(out.shape)} must be of {batch.count} matrices")
-    out_strides = common_strides("out", [out], batch.shape)
+    out_strides, each = common_strides("out", [out], batch.shape), has_flag_each(skip, batch.count)
     tiles = tiling(batch.shape, block_size, across=lies_across(batch.grad_strides) or lies_across(out_strides))
     for table, constants in batch.launches(out_strides[0], out.stride(0)):
         launch(
@@ -172,5 +173,6 @@ def momentum_apply(
             *batch.grad_strides,
             out.stride(0),
             *out_strides,
+            EACH=each,
             **constants,
         )

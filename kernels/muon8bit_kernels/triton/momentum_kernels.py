@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .codes import decode, encode, inverse_of, load_codes, magnitude_bits, scale_of
-from .tiles import GRID, address, in_row, tile_rows
+from .tiles import GRID, address, flag_of, in_row, tile_rows
 
 
 @triton.jit
@@ -122,6 +122,7 @@ def apply_kernel(
     EIGHTS: tl.constexpr,
     NESTEROV: tl.constexpr,
     CODEBOOK: tl.constexpr,
+    EACH: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -138,7 +139,7 @@ def apply_kernel(
     scale = 0.0 if CODEBOOK is None else tl.load(scales, row_mask, other=0.0)
     inverse = inverse_of(tl.load(norms + matrix))
     # Only the stores depend on the flag: the loads need not wait for its value.
-    writes = row_mask if skip is None else row < tl.where(tl.load(skip) == 0.0, rows, 0)
+    writes = row_mask if skip is None else row < tl.where(flag_of(skip, matrix, EACH) == 0.0, rows, 0)
     first = block * BLOCK
     end = BLOCK if COLS == BLOCK else tl.minimum(BLOCK, cols - first)
     new_scale = scale

@@ -114,6 +114,25 @@ def address(table, place, COLUMN: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.c
     return tl.multiple_of(pointer, ALIGNMENT) if ALIGNMENT > 1 else pointer
 
 
+@triton.jit
+def flag_of(skip, matrix, EACH: tl.constexpr):
+    """Return the flag that keeps a matrix from being written where it is not 0: its own, or with EACH False all's."""
+    return tl.load(skip + matrix if EACH else skip)
+
+
+def has_flag_each(skip: Tensor | None, count: int) -> bool:
+    """Return whether each of `count` matrices has its own flag, as EACH of kernels.
+
+    Raises:
+        ValueError: if there are flags, and neither one nor `count` of them.
+    """
+    if skip is None or skip.ndim == 0:
+        return False
+    if skip.shape != (count,) or not skip.is_contiguous():
+        raise ValueError(f"skip {tuple(skip.shape)} must be 0-d, or contiguous and of {count} matrices")
+    return True
+
+
 def tl_dtype(tensor: Tensor) -> tl.dtype:
     """Return a tensor's dtype, as a kernel's constant."""
     return _tl_dtype(tensor.dtype)

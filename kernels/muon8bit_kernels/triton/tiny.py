@@ -14,7 +14,7 @@ from ..codebooks import Codebook, dynamic_map, dynamic_midpoints
 from ..reference import num_blocks
 from ..reference.tiny import check_tiny
 from ..reference.update import check_rounding
-from .tiles import addresses, check_rows_contiguous, common_strides, tables_of, tl_dtype
+from .tiles import addresses, check_rows_contiguous, common_strides, has_flag_each, tables_of, tl_dtype
 from .tiny_kernel import step_tiny_kernel
 
 # Eight warps with 16 elements a thread, and 16-byte loads of the codes: 256 columns of 16 rows, 64 of 64.
@@ -95,7 +95,7 @@ def step_tiny(
         block_size: the number of elements that share a scale, a power of two from 64 on.
         steps: one (a, b, c) a Newton-Schulz step.
         decay, scale, keys, firsts, pitch, cautious: as in `update_params`; `scale` is lr times the factor of the shape.
-        skip: 0-d fp32 on the device; unless it is zero, nothing is written.
+        skip: fp32 on the device, 0-d or [matrices]; unless it is zero, nothing is written.
 
     Raises:
         ValueError: if both sides exceed 64, for steps that fp32 does not carry (`check_tiny`), another `block_size`,
@@ -154,6 +154,7 @@ def step_tiny(
                 CODEBOOK=codebook,
                 IN_MEMORY=in_memory,
                 CAUTIOUS=cautious,
+                EACH=has_flag_each(skip, count),
                 ROUNDING="stochastic" if keys is not None else "nearest" if params[0].dtype == torch.bfloat16 else None,
                 **tiles._asdict(),
                 num_stages=1,  # with loads that run ahead, 64 rows spill registers

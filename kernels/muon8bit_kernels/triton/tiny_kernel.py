@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .codes import encode, inverse_of, magnitude_bits, scale_of
 from .momentum_kernels import momentum
-from .tiles import address
+from .tiles import address, flag_of
 from .update import moved, to_bf16, widened
 
 _CHUNK = tl.constexpr(16)
@@ -119,6 +119,7 @@ def step_tiny_kernel(
     CODEBOOK: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     CAUTIOUS: tl.constexpr,
+    EACH: tl.constexpr,
     ROUNDING: tl.constexpr,
     WIDE: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -130,7 +131,8 @@ def step_tiny_kernel(
     SQUARES: tl.constexpr = HEIGHT * WIDTH // (SMALL * SMALL)
     COLUMNS: tl.constexpr = 7 if ROUNDING == "stochastic" else 5
     if skip is not None:  # noqa: SIM102  (skip, when there is one, is a pointer)
-        if tl.load(skip) != 0.0:
+        number = tl.load(table + (tl.program_id(0).to(tl.int64) * COLUMNS + COLUMNS - 1)) if EACH else 0
+        if flag_of(skip, number, EACH) != 0.0:
             return
     place = tl.program_id(0).to(tl.int64)
     matrix = tl.load(table + (place * COLUMNS + COLUMNS - 1))

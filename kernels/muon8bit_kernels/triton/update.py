@@ -20,6 +20,8 @@ from .tiles import (
     address,
     addresses,
     common_strides,
+    flag_of,
+    has_flag_each,
     in_row,
     launch,
     lies_across,
@@ -114,6 +116,7 @@ def _update_kernel(
     EIGHTS: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     CAUTIOUS: tl.constexpr,
+    EACH: tl.constexpr,
     ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -128,7 +131,8 @@ def _update_kernel(
     decay_value = tl.load(decay) if IN_MEMORY else tl.cast(decay, tl.float32)  # torch.compile passes scalars as fp64
     scale_value = tl.load(scale) if IN_MEMORY else tl.cast(scale, tl.float32)
     # Only the stores depend on the flag: the loads need not wait for its value.
-    writes = row_mask if skip is None else row < tl.where(tl.load(skip) == 0.0, rows, 0)
+    matrix = tl.load(table + (place * WIDTH + WIDTH - 1)) if EACH else 0
+    writes = row_mask if skip is None else row < tl.where(flag_of(skip, matrix, EACH) == 0.0, rows, 0)
     col = block * BLOCK + tl.arange(0, COLS)[None, :]
     mask = row_mask & (col < cols)
     old = widened(tl.load(param + col * param_col_stride, mask, other=0.0))
@@ -194,11 +198,11 @@ def update_params(
         firsts: with keys, the global index of element [0, 0] of each matrix; None means 0.
         pitch: the difference of the global indices of elements [1, 0] and [0, 0]; None means cols.
         cautious: as in `reference.update_params`.
-        skip: 0-d fp32 on the device; unless it is zero, nothing is written.
+        skip: fp32 on the device, 0-d or [matrices]; unless it is zero, nothing is written.
 
     Raises:
         ValueError: for keys with parameters that are not bf16, for stacks that are not alike, or if `directions`,
-            `keys` or `firsts` is not of as many matrices.
+            `keys`, `firsts` or `skip` is not of as many matrices.
     """
     first, shape = params[0], params[0].shape[1:]
     check_rounding(first, keys)
@@ -236,6 +240,7 @@ def update_params(
             EIGHTS=eights,
             IN_MEMORY=in_memory,
             CAUTIOUS=cautious,
+            EACH=has_flag_each(skip, count),
             ROUNDING="stochastic" if keys is not None else "nearest" if first.dtype == torch.bfloat16 else None,
         )
 
