@@ -15,6 +15,7 @@ ParamRounding: TypeAlias = Literal["nearest", "stochastic"]
 Algorithm: TypeAlias = Literal["muon", "adamw"]
 Bits: TypeAlias = Literal[8, 32]
 StateDevice: TypeAlias = Literal["cpu"]
+ZeroSlices: TypeAlias = Literal["skip", "step"]
 Routing: TypeAlias = Literal["0.1", "0.2"]
 
 CODEBOOKS: tuple[str, ...] = get_args(Codebook)
@@ -25,6 +26,7 @@ PARAM_ROUNDINGS: tuple[str, ...] = get_args(ParamRounding)
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 BITS: tuple[int, ...] = get_args(Bits)
 STATE_DEVICES: tuple[str, ...] = get_args(StateDevice)
+ZERO_SLICES: tuple[str, ...] = get_args(ZeroSlices)
 ROUTINGS: tuple[str, ...] = get_args(Routing)
 
 # Block sizes in elements: those that bitsandbytes' CUDA kernels accept.

@@ -19,6 +19,7 @@ from .choices import (
     PARAM_ROUNDINGS as PARAM_ROUNDINGS,
     ROUTINGS as ROUTINGS,
     STATE_DEVICES as STATE_DEVICES,
+    ZERO_SLICES as ZERO_SLICES,
     AdjustLR as AdjustLR,
     Algorithm as Algorithm,
     Backend as Backend,
@@ -28,6 +29,7 @@ from .choices import (
     ParamRounding as ParamRounding,
     Routing as Routing,
     StateDevice as StateDevice,
+    ZeroSlices as ZeroSlices,
 )
 
 # The rules by which `param_groups` routes: those of the newest release.

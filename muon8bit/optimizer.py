@@ -26,6 +26,7 @@ from .config import (
     OnNonfinite,
     ParamRounding,
     StateDevice,
+    ZeroSlices,
     check_running,
 )
 from .orthogonalize import active_table
@@ -116,6 +117,10 @@ class Muon8bit(ShardedOptimizer):
             the host; with NCCL its watchdog ends the process.
         shard_state: keep only some rows of every momentum on each rank of `process_group`; AdamW's state stays whole.
             Then `state_dict()` needs `consolidate_state_dict` or `sharded_state_dict` first.
+        zero_slices: what becomes of a matrix of a stack, as an expert, whose gradient is all zero: `"skip"` it, with
+            momentum, decay and rounding, to the bit; or `"step"` it along the momentum that it has, at full size. Other
+            parameters are always stepped. Also a key of every Muon group; a group saved without it goes on with
+            `"step"`.
         maximize: go up the gradient: the step is that of the negated gradient, to the bit. Also a key of every group.
         cautious_weight_decay: decay only elements that the update moves towards 0, or not at all (arXiv 2510.12402):
             those with update * parameter >= 0. Also a key of every group, AdamW's too.
@@ -173,6 +178,7 @@ class Muon8bit(ShardedOptimizer):
         maximize: bool = False,
         cautious_weight_decay: bool = False,
         decay_lr_power: int = 1,
+        zero_slices: ZeroSlices = "skip",
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool | None = False,
@@ -205,6 +211,7 @@ class Muon8bit(ShardedOptimizer):
             "maximize": maximize,
             "cautious_weight_decay": cautious_weight_decay,
             "decay_lr_power": decay_lr_power,
+            "zero_slices": zero_slices,
             **IMPLEMENTATION_DEFAULTS,
             **rounding.initial(param_rounding, rounding_seed),
             **MATRIX_DEFAULTS,

@@ -42,8 +42,19 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, across: bool = False)
     return tensor.mT if across else tensor.view(shape)
 
 
+def flags(*, each: bool) -> torch.Tensor:
+    """Return the flag of the step, or one of each matrix."""
+    return empty(1, COUNT).view(COUNT) if each else empty(1, 1).view(())
+
+
 def momentum(
-    phase: str, codebook: str | None, block: int = 2048, shape: tuple[int, int] = WIDE, across: bool = False
+    phase: str,
+    codebook: str | None,
+    block: int = 2048,
+    shape: tuple[int, int] = WIDE,
+    across: bool = False,
+    *,
+    each: bool = False,
 ) -> None:
     """Call a phase on bf16 gradients and output, the flag of the step given."""
     codes = empty(COUNT, *shape, dtype=torch.float32 if codebook is None else CODE_DTYPES[codebook])
@@ -53,11 +64,11 @@ def momentum(
     if phase == "stats":
         kernels.momentum_stats([codes], scales, grads, **options)
     else:
-        out, norms, skip = empty(COUNT, *shape, dtype=torch.bfloat16), empty(1, COUNT).view(COUNT), empty(1, 1).view(())
-        kernels.momentum_apply([codes], scales, grads, norms, out, **options, skip=skip)
+        out, norms = empty(COUNT, *shape, dtype=torch.bfloat16), empty(1, COUNT).view(COUNT)
+        kernels.momentum_apply([codes], scales, grads, norms, out, **options, skip=flags(each=each))
 
 
-def cut(phase: str, codebook: Codebook) -> None:
+def cut(phase: str, codebook: Codebook, *, each: bool = False) -> None:
     """Call a phase on the second of eight ranks' columns of a down projection of Llama-3.1-8B."""
     rows, cols, width = 4096, 14336, 1792
     codes, grads = (
@@ -72,13 +83,20 @@ def cut(phase: str, codebook: Codebook) -> None:
     else:
         out = empty(COUNT, rows, width, dtype=torch.bfloat16)
         tensors += [empty(COUNT, rows, triton.cdiv(cols, 2048)), empty(1, COUNT).view(COUNT), out]
-        kernels.momentum_apply_cut(*tensors, **options, skip=empty(1, 1).view(()))
+        kernels.momentum_apply_cut(*tensors, **options, skip=flags(each=each))
 
 
-def update(dtype: torch.dtype, keys: list[int] | None = None, across: bool = False, *, cautious: bool = False) -> None:
+def update(
+    dtype: torch.dtype,
+    keys: list[int] | None = None,
+    across: bool = False,
+    *,
+    cautious: bool = False,
+    each: bool = False,
+) -> None:
     params, directions = [empty(COUNT, *WIDE, dtype=dtype)], empty(COUNT, *WIDE, dtype=dtype, across=across)
     factors: dict[str, Any] = {"decay": 0.9, "scale": 0.1, "cautious": cautious}
-    kernels.update_params(params, directions, **factors, keys=keys, skip=empty(1, 1).view(()))
+    kernels.update_params(params, directions, **factors, keys=keys, skip=flags(each=each))
 
 
 def quantize(codebook: Codebook) -> None:
@@ -114,10 +132,13 @@ def _elementwise() -> list[Case]:
         Case("apply-dynamic-across", partial(momentum, "apply", "dynamic", across=True), ONE),
         Case("stats-linear-across", partial(momentum, "stats", "linear", across=True), ONE),
         *[Case(f"{phase}-cut-linear", partial(cut, phase, "linear"), NVIDIA) for phase in ("stats", "apply")],
+        Case("apply-linear-flags", partial(momentum, "apply", "linear", each=True), NVIDIA),
+        Case("apply-cut-linear-flags", partial(cut, "apply", "linear", each=True), ONE),
         Case("update-fp32", partial(update, torch.float32)),
         Case("update-bf16", partial(update, torch.bfloat16)),
         Case("update-bf16-stochastic", stochastic),
         Case("update-bf16-cautious", partial(update, torch.bfloat16, cautious=True), NVIDIA),
+        Case("update-bf16-flags", partial(update, torch.bfloat16, each=True), NVIDIA),
         Case("update-bf16-across", partial(update, torch.bfloat16, across=True), ONE),
         *[Case(f"quantize-{codebook}", partial(quantize, codebook), ONE) for codebook in codebooks],
         *[Case(f"dequantize-{codebook}", partial(dequantize, codebook), ONE) for codebook in codebooks],
@@ -196,13 +217,14 @@ def tiny(
     keys: list[int] | None = None,
     block: int = 2048,
     cautious: bool = False,
+    each: bool = False,
 ) -> None:
     """Call the whole step of LoRA's matrices, gradients and parameters of one dtype, the flag of the step given."""
     codes = empty(COUNT, rows, cols, dtype=torch.float32 if codebook is None else CODE_DTYPES[codebook])
     scales = None if codebook is None else [empty(COUNT, rows, triton.cdiv(cols, block))]
-    matrices, norms, skip = [empty(COUNT, rows, cols, dtype=dtype)], empty(1, COUNT).view(COUNT), empty(1, 1).view(())
+    matrices, norms = [empty(COUNT, rows, cols, dtype=dtype)], empty(1, COUNT).view(COUNT)
     options: dict[str, Any] = {"beta": 0.95, "nesterov": True, "codebook": codebook, "block_size": block, "keys": keys}
-    options |= {"steps": JORDAN, "decay": 0.9, "scale": 0.1, "cautious": cautious, "skip": skip}
+    options |= {"steps": JORDAN, "decay": 0.9, "scale": 0.1, "cautious": cautious, "skip": flags(each=each)}
     step_tiny([codes], scales, matrices, matrices, norms, **options)
 
 
@@ -219,6 +241,7 @@ def _tiny() -> list[Case]:
         Case("tiny-wide-16-dynamic-stochastic", partial(tiny, 16, 2048, **stochastic), ONE),
         Case("tiny-tall-64-dynamic-stochastic", partial(tiny, 2048, 64, **stochastic), ONE),
         Case("tiny-wide-64-cautious", partial(tiny, 64, 2048, cautious=True), ONE),
+        Case("tiny-wide-64-flags", partial(tiny, 64, 2048, each=True), ONE),
         Case("tiny-wide-64-None-fp32", partial(tiny, 64, 2048, None, dtype=torch.float32), ONE),
         Case("tiny-wide-16-block-64", partial(tiny, 16, 2048, block=64), ONE),
     ]

@@ -60,7 +60,8 @@ def gathered_bytes(num_sums: Sequence[int]) -> int:
 
 def num_gathered(batches: Sequence[ShardedBatch], num_flags: int) -> list[int]:
     """Return how many numbers each rank gives to the all-gather of a step, without padding."""
-    sizes = [GatheredSums(batch).sizes for batch in batches]
+    sums = [GatheredSums(batch) for batch in batches]
+    sizes = [[size + of_batch.num_flags for size in of_batch.sizes] for of_batch in sums]
     return [num_flags + sum(of_rank) for of_rank in zip(*sizes, strict=True)]
 
 

@@ -212,14 +212,16 @@ class ExchangeRound:
             norms = torch.stack([batch.norms[number] for number in numbers])
         shape = stacks[0].momentum.codes.shape[1:]
         X = torch.empty(len(stacks), *shape, dtype=batch.matrix.method.dtype, device=self._device)
-        matrices = MatrixBatch(stacks, batch.options)
+        matrices = MatrixBatch(stacks, batch.options, skip=batch.skip_of(numbers))
         if self.is_first:
             matrices = matrices.with_tensors([tensor.clone() for tensor in matrices.state_tensors])
         region = batch.matrix.sharding.momentum_parts[self._transport.rank]
         if region is not None and batch.is_cut(region):
             scales = None if batch.scales is None else torch.stack([batch.scales[number] for number in numbers])
             tensors = matrices.codes, matrices.scales or None, matrices.grads(), scales, norms, X
-            kernels, skip = kernels_for(self._device, batch.options.backend), self._options.skip
+            kernels, skip = kernels_for(self._device, batch.options.backend), matrices.skip
+            if batch.idle is not None:
+                X.zero_()  # of which nothing is written where a matrix is skipped
             kernels.momentum_apply_cut(*tensors, first_col=region.cols[0], **matrices.averaging, skip=skip)
         else:
             average_(matrices, norms, X)
@@ -254,7 +256,8 @@ class ExchangeRound:
             if plan.is_gram:
                 X = torch.stack([self._own_X[self._transfers[place].plan.index] for place in places])
                 directions = [apply_factor(torch.cat(directions), X, plan.is_tall)]
-            _update_params([self._members[place] for place in places], directions, batch, rows)
+            skip = batch.skip_of([self._transfers[place].number for place in places])
+            _update_params([self._members[place] for place in places], directions, batch, rows, skip)
 
 
 class FirstRound(ExchangeRound):
@@ -313,7 +316,9 @@ def _chunks(
             yield alike[start : start + step]
 
 
-def _update_params(members: list[ShardedMatrix], directions: list[Tensor], batch: ShardedBatch, rows: Span) -> None:
+def _update_params(
+    members: list[ShardedMatrix], directions: list[Tensor], batch: ShardedBatch, rows: Span, skip: Tensor | None
+) -> None:
     """Update these rows of the parts of these parameters, scaled by the whole shape.
 
     Args:
@@ -321,6 +326,7 @@ def _update_params(members: list[ShardedMatrix], directions: list[Tensor], batch
         directions: stacks [count, rows, cols] of as many matrices.
         batch: theirs.
         rows: counted in the part.
+        skip: as `update_params_` takes it.
     """
     matrix, random_bits = batch.matrix, dict[str, Any]()
     if members[0].key is not None:
@@ -329,6 +335,6 @@ def _update_params(members: list[ShardedMatrix], directions: list[Tensor], batch
     ratio = lr_ratio(matrix.rows, matrix.cols, batch.options.adjust_lr_fn)
     views = [member.param[:, slice(*rows)] for member in members if member.param is not None]
     params = as_matrices(views)
-    update_params_(params, directions, ratio, batch.options, **random_bits)
+    update_params_(params, directions, ratio, batch.options, skip, **random_bits)
     if params is not views:
         copy_back(views, params)

@@ -1,4 +1,4 @@
-"""One all-gather a step: the sums of squares of every part of every matrix, and one flag for all that is local.
+"""One all-gather a step: sums of squares of all parts of matrices, which are zero, and one flag for all that is local.
 
 Every rank adds up whole matrices in the order of a single process, so that all have its norms, to the bit where no
 block is cut, and the same verdict on the gradients. Of replicas the first sends its sums, the others only whether
@@ -24,6 +24,7 @@ class GatheredSums:
     Attributes:
         sizes: by rank, how many it gives.
         has_scales: whether the largest magnitudes of blocks are among them, since columns are cut.
+        num_flags: how many more every rank gives, parts of the batch or not: `ShardedBatch.activity`.
     """
 
     def __init__(self, batch: ShardedBatch) -> None:
@@ -35,6 +36,7 @@ class GatheredSums:
         self._regions = {ranks[0]: region for region, ranks in sorted(sharding.holders.items())}
         self._is_cut = any(map(batch.is_cut, sharding.holders))
         self.has_scales = self._is_cut and batch.format.codebook is not None
+        self.num_flags = 0 if batch.members[0].is_zero is None else self._count
         self.sizes = [0 if region is None else self._count for region in sharding.momentum_parts]
         for rank, region in self._regions.items():
             self.sizes[rank] = prod(self._shape_of(region))
@@ -101,8 +103,9 @@ class Gathering:
             region = batch.matrix.sharding.momentum_parts[rank]
             if region is not None:
                 given.append(sums.contribution(sums_of_squares(batch, region), rank))
+            given += batch.activity()
         lengths = [sum(sizes) for sizes in zip(*(sums.sizes for sums in self._sums), strict=True)]
-        length = len(flags) + max(lengths, default=0)
+        length = len(flags) + max(lengths, default=0) + sum(sums.num_flags for sums in self._sums)
         self._sent = torch.cat([*given, flags.new_zeros(length - sum(map(len, given)))])
         self._gathered = flags.new_empty(num_ranks * length)
         self._is_done = False
@@ -125,5 +128,8 @@ class Gathering:
             region = batch.matrix.sharding.momentum_parts[transport.rank]
             if region is not None and sums.has_scales:
                 batch.scales = sums.scales(gathered, region)
-            starts = stops
+            starts = [stop + sums.num_flags for stop in stops]
+            if sums.num_flags:
+                active = [of_rank[stop:start] for of_rank, stop, start in zip(numbers, stops, starts, strict=True)]
+                batch.idle = (torch.stack(active).sum(0) == 0).float()
         return numbers[:, : self._num_flags].sum(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from ..config import SMALL_WORKSPACE_BYTES
 from ..orthogonalize import NSMethod, choose_method, device_kind
 from ..step.clipping import Clip, with_factor
 from ..step.group_options import MuonOptions
-from ..step.matrix_batches import MatrixBatch, ParamMatrices
+from ..step.matrix_batches import MatrixBatch, ParamMatrices, are_zero, either
 from ..step.momentum import Momentum, MomentumFormat
 from ..step.muon import frobenius_norm, squares, stats_parts
 from .matrix_sharding import Region, Span
@@ -35,6 +35,8 @@ class ShardedMatrix(NamedTuple):
         stack: this rank's part of its momentum, with the gradient there, as a stack of one; None without one.
         param: this rank's part of the parameter, [1, rows, cols], with `flatten` [1, rows, ...]; None without one.
         first: index in the whole parameter of the first element of `param`.
+        is_zero: of a matrix of a stack that is skipped where its gradient is zero: whether what this rank has of that
+            is, of all of its pieces; 0-d bool. None for any other.
     """
 
     param_index: int
@@ -42,6 +44,7 @@ class ShardedMatrix(NamedTuple):
     stack: ParamMatrices | None
     param: Tensor | None
     first: int
+    is_zero: Tensor | None
 
 
 @dataclass
@@ -51,6 +54,7 @@ class ShardedBatch:
     Attributes:
         sumsq, norms: squared norms of the whole matrices, and what divides them; of `Gathering`, fp32 [members].
         scales: of `Gathering`, where columns are cut the new scales of this rank's rows, fp32 [members, rows, blocks].
+        idle: of `Gathering`, 1 for a matrix that no rank steps, else 0, fp32 [members]; None where all are stepped.
     """
 
     options: MuonOptions
@@ -61,6 +65,7 @@ class ShardedBatch:
     sumsq: Tensor = field(init=False)
     norms: Tensor = field(init=False)
     scales: Tensor | None = None
+    idle: Tensor | None = None
 
     @property
     def blocks(self) -> int:
@@ -70,6 +75,20 @@ class ShardedBatch:
     def is_cut(self, region: Region) -> bool:
         """Return whether a part has but some of the columns."""
         return region.cols != (0, self.matrix.cols)
+
+    def activity(self) -> list[Tensor]:
+        """Return 1 where what this rank has of a gradient is not zero, else 0, as fp32 [members]; or nothing.
+
+        It is there where idle matrices are skipped, on all ranks alike.
+        """
+        are_zero = [member.is_zero for member in self.members if member.is_zero is not None]
+        return [1 - torch.stack(are_zero).float()] if are_zero else []
+
+    def skip_of(self, numbers: Sequence[int]) -> Tensor | None:
+        """Return None, or fp32, 0-d or one of each of these members: where it is not 0, nothing of that is written."""
+        if self.idle is None:
+            return self.options.skip
+        return either(torch.stack([self.idle[number] for number in numbers]), self.options.skip)
 
     def set_norms(self, sumsq: Tensor) -> None:
         """Take the squared norms of the whole matrices, fp32 [members]."""
@@ -101,6 +120,7 @@ def group_into_batches(params: Sequence[_LocalParam], options: MuonOptions) -> l
         assert param.layout is not None
         assert param.momentum is not None
         format, device = param.momentum.format, device_kind(param.local.device)
+        zeros = _zero_matrices(param, param.layout) if options.skips_zero_slices and param.grad.ndim > 2 else None
         for slot in matrix_slots(param.layout, options.flatten, options.row_splits):
             rows = slot.rows[1] - slot.rows[0]
             if rows * slot.cols == 0:
@@ -110,6 +130,8 @@ def group_into_batches(params: Sequence[_LocalParam], options: MuonOptions) -> l
                 matrix = Matrix(rows, slot.cols, slot.sharding, _method(rows, slot.cols, device, options))
                 batches[key] = ShardedBatch(options, matrix, format)
             member, clip = _sharded_matrix(param, param.layout, param.momentum, slot, options)
+            if zeros is not None:
+                member = member._replace(is_zero=zeros[slot.lead])
             batches[key].members.append(member)
             batches[key].clips += [] if clip is None else [clip]
     return list(batches.values())
@@ -152,7 +174,20 @@ def _sharded_matrix(
             whole = _cut(param.grad, spans, slot, param_part or momentum_part, flatten)
             clipped, clip = with_factor(stack._replace(grad=whole), options)
             stack = stack._replace(factor=clipped.factor)
-    return ShardedMatrix(param.index, param.key, stack, local, first), clip
+    return ShardedMatrix(param.index, param.key, stack, local, first, None), clip
+
+
+def _zero_matrices(param: _LocalParam, sharding: ParamSharding) -> dict[tuple[int, ...], Tensor]:
+    """Return whether what this rank has of the gradient of each matrix of a stack is zero, 0-d bool, by its index.
+
+    That is so too of a matrix of which it has nothing.
+    """
+    leads = [tuple(range(*span)) for span in sharding.param_parts[sharding.rank][:-2]]
+    nothing = torch.ones((), dtype=torch.bool, device=param.grad.device)
+    zeros = dict.fromkeys(product(*map(range, sharding.shape[:-2])), nothing)
+    if param.grad.numel():
+        zeros |= dict(zip(product(*leads), are_zero(param.grad).flatten().unbind(), strict=True))
+    return zeros
 
 
 def _local_rows(spans: Spans, slot: MatrixSlot, rows: Span, flatten: bool) -> tuple[tuple[int, ...], slice]:

@@ -53,6 +53,7 @@ class MuonOptions(Options):
         coefficients: resolved from `ns_coefficients` and `ns_steps`.
         row_splits, column_splits: the sizes of the pieces of each matrix that are orthogonalized by themselves, where
             `split_sizes` are given.
+        skips_zero_slices: a matrix of a stack whose gradient is zero is not stepped.
         table: the measured rates by which methods are chosen; None for the built-in ones.
         counts: the number of matrices, or of pieces of rows, of each [rows, cols] in the group, whether they have
             gradients or not, and wherever they lie.
@@ -73,6 +74,7 @@ class MuonOptions(Options):
     maximize: bool
     cautious_weight_decay: bool
     decay_lr_power: int
+    skips_zero_slices: bool
     table: RatesTable | None
     counts: Mapping[tuple[int, int], int] = field(default_factory=dict, compare=False)
 

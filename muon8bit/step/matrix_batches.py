@@ -31,6 +31,7 @@ class ParamMatrices(NamedTuple):
         first: the index in the parameter of the first element here.
         pitch: the distance of the matrices in the parameter, in elements.
         factor: None, or the numbers that this step multiplies the gradient by, fp32 [num_matrices, 1, 1 or cols].
+        idle: fp32 [num_matrices], 1 for a matrix that this step leaves as it is, else 0; None where all are stepped.
     """
 
     param_index: int
@@ -42,6 +43,7 @@ class ParamMatrices(NamedTuple):
     first: int
     pitch: int
     factor: Tensor | None = None
+    idle: Tensor | None = None
 
     def matrices(self, start: int, stop: int) -> ParamMatrices:
         """Return views of some of them."""
@@ -52,6 +54,7 @@ class ParamMatrices(NamedTuple):
             momentum=self.momentum.rows(slice(start, stop), slice(None)),
             first=self.first + start * self.pitch,
             factor=None if self.factor is None else self.factor[start:stop],
+            idle=None if self.idle is None else self.idle[start:stop],
         )
 
     @property
@@ -72,6 +75,7 @@ class MatrixBatch:
             its norm overflows. With None it is made here, for the first phase to fill.
         partition: how the second phase goes.
         norms: what divides the Newton-Schulz inputs, fp32 [num_matrices], once the second phase has begun.
+        skip: from then on None, or fp32, 0-d or [num_matrices]; where it is not 0, nothing is written.
         is_staged: the momenta here are copies that are written back when the step has used them.
 
     Attributes:
@@ -90,12 +94,13 @@ class MatrixBatch:
         sumsq: Tensor | None = None,
         partition: Partition | None = None,
         norms: Tensor | None = None,
+        skip: Tensor | None = None,
         *,
         is_staged: bool = False,
     ) -> None:
         first = members[0]
         self.members, self.options, self.partition, self.is_staged = members, options, partition, is_staged
-        self.norms = norms
+        self.norms, self.skip = norms, skip
         self.format, self.device, self.has_factors = first.momentum.format, first.grad.device, first.factor is not None
         self.codes = [member.momentum.codes for member in members]
         self.scales = [member.momentum.scales for member in members if member.momentum.scales is not None]
@@ -113,7 +118,15 @@ class MatrixBatch:
         pairs = zip_longest(tensors[: len(self.codes)], tensors[len(self.codes) :])
         momenta = [Momentum(codes, scales, self.format) for codes, scales in pairs]
         members = [m._replace(momentum=momentum) for m, momentum in zip(self.members, momenta, strict=True)]
-        return MatrixBatch(members, self.options, self.sumsq, self.partition, self.norms, is_staged=is_staged)
+        how = self.sumsq, self.partition, self.norms, self.skip
+        return MatrixBatch(members, self.options, *how, is_staged=is_staged)
+
+    def skip_idle(self) -> None:
+        """Add the flags of idle matrices to `skip`."""
+        idle = [
+            self.sumsq.new_zeros(member.num_matrices) if member.idle is None else member.idle for member in self.members
+        ]
+        self.skip = either(torch.cat(idle), self.skip)
 
     def grads(self) -> list[Tensor]:
         """Return the gradients as a step uses them, [count, rows, cols]; they are copies where they have a factor.
@@ -160,7 +173,24 @@ class MatrixBatch:
     def _part(self, members: Sequence[ParamMatrices], numbers: slice) -> MatrixBatch:
         """Return a batch of some of the matrices."""
         norms = None if self.norms is None else self.norms[numbers]
-        return MatrixBatch(members, self.options, self.sumsq[numbers], self.partition, norms)
+        skip = self.skip if self.skip is None or self.skip.ndim == 0 else self.skip[numbers]
+        return MatrixBatch(members, self.options, self.sumsq[numbers], self.partition, norms, skip)
+
+
+def either(flags: Tensor, flag: Tensor | None) -> Tensor:
+    """Return which of these fp32 flags are set, or all where the 0-d one is."""
+    return flags if flag is None else torch.maximum(flags, flag)
+
+
+def are_zero(grads: Tensor) -> Tensor:
+    """Return which matrices of [..., rows, cols] are all zero, bool [...], on their device; a NaN is not zero.
+
+    On a CPU the norm takes 50 times as long as both ends, of which neither makes copies.
+    """
+    if grads.device.type == "cpu":
+        return (grads.amax((-2, -1)) == 0) & (grads.amin((-2, -1)) == 0)
+    largest: Tensor = torch.linalg.vector_norm(grads, torch.inf, (-2, -1))
+    return largest == 0
 
 
 def group_into_batches(matrices: Iterable[ParamMatrices], options: MuonOptions) -> list[MatrixBatch]:
@@ -192,8 +222,10 @@ def matrices_of(
     """
     if param.numel() == 0:
         return []
-    whole = momentum.as_matrices()
+    whole, idle = momentum.as_matrices(), None
     num_matrices, num_rows, cols = whole.codes.shape
+    if options.skips_zero_slices and param.ndim > 2:
+        idle = are_zero(grad).float().flatten()
     found, matrix, row = [], 0, 0
     for view, grad_view in _cut(param, grad, options):
         count, rows = view.shape[:2]
@@ -201,7 +233,8 @@ def matrices_of(
         if (count, rows) != (num_matrices, num_rows):
             part = whole.rows(slice(matrix, matrix + count), slice(row, row + rows))
         start = first + (matrix * num_rows + row) * cols
-        found.append(ParamMatrices(index, key, count, view, grad_view, part, start, num_rows * cols))
+        flags = None if idle is None else idle[matrix : matrix + count]
+        found.append(ParamMatrices(index, key, count, view, grad_view, part, start, num_rows * cols, idle=flags))
         row += rows
         if row == num_rows:
             matrix, row = matrix + count, 0

@@ -117,6 +117,9 @@ def apply_parts(batch: MatrixBatch, *, is_first: bool) -> list[MatrixBatch]:
     batch.partition = how
     if options.column_splits is None:  # else each piece has its own
         batch.norms = frobenius_norm(batch.sumsq, eps=options.eps, factor=options.coefficients.norm_factor)
+    batch.skip = options.skip
+    if any(member.idle is not None for member in batch.members):
+        batch.skip_idle()
     return batch.split(how.size)
 
 
@@ -185,7 +188,7 @@ def _fused_step(batch: MatrixBatch, norms: Tensor) -> None:
         "decay": decay,
         "scale": scale,
         "cautious": options.cautious_weight_decay,
-        "skip": options.skip,
+        "skip": batch.skip,
     }
     how |= {**batch.averaging, **batch.random_bits()}
     step_tiny = kernels_for(batch.device, options.backend).step_tiny
@@ -203,19 +206,21 @@ def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
     Args:
         batch: the matrices.
         norms: fp32 [num_matrices].
-        out: [num_matrices, rows, cols], any float dtype.
+        out: [num_matrices, rows, cols], any float dtype; of matrices that are skipped it is 0.
     """
-    apply_kernel, skip = kernels_for(batch.device, batch.options.backend).momentum_apply, batch.options.skip
+    apply_kernel = kernels_for(batch.device, batch.options.backend).momentum_apply
+    if batch.skip is not None and batch.skip.ndim == 1:
+        out.zero_()
     if not batch.has_factors:
         tensors = batch.codes, batch.scales or None, batch.grads(), norms, out
-        apply_kernel(*tensors, skip=skip, **batch.averaging)
+        apply_kernel(*tensors, skip=batch.skip, **batch.averaging)
         return
     # Gradients with factors are copied, a part of the batch at a time.
     parts = batch.split(max(1, batch.num_matrices // 16))
     sizes = [part.num_matrices for part in parts]
     for part, part_norms, part_out in zip(parts, norms.split(sizes), out.split(sizes), strict=True):
         tensors = part.codes, part.scales or None, part.grads(), part_norms, part_out
-        apply_kernel(*tensors, skip=skip, **part.averaging)
+        apply_kernel(*tensors, skip=part.skip, **part.averaging)
 
 
 def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None) -> None:
@@ -227,7 +232,7 @@ def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None
     first_column, pieces = 0, params
     if columns is not None:
         first_column, pieces = columns.start, [param[..., columns] for param in params]
-    update_params_(pieces, directions, ratio, options, **batch.random_bits(first_column))
+    update_params_(pieces, directions, ratio, options, batch.skip, **batch.random_bits(first_column))
     if params is not views:
         copy_back(views, params)
 
@@ -237,6 +242,7 @@ def update_params_(
     directions: Tensor | Sequence[Tensor],
     ratio: float,
     options: MuonOptions,
+    skip: Tensor | None,
     **random_bits: Any,
 ) -> None:
     """Compute W <- decay * W - scale * O in place, in fp32, rounded once; scale 0 and decay 1 change no bit.
@@ -248,6 +254,7 @@ def update_params_(
         directions: O, [batch, rows, cols], or stacks of it, fp32, bf16 or fp16, any strides.
         ratio: from `lr_ratio`, for the shape of the whole matrix.
         options: the group's.
+        skip: None, or fp32, 0-d or one a matrix; where it is not 0, nothing is written.
         random_bits: keys, firsts and pitch of stochastic rounding, bf16 only. None of them rounds to nearest.
     """
     decay, scale = factors(
@@ -257,6 +264,6 @@ def update_params_(
         "decay": decay,
         "scale": scale,
         "cautious": options.cautious_weight_decay,
-        "skip": options.skip,
+        "skip": skip,
     }
     kernels_for(params[0].device, options.backend).update_params(params, directions, **how, **random_bits)

@@ -23,6 +23,7 @@ from ..config import (
     DEFAULT_ADAMW_BETAS,
     DEFAULT_ADAMW_BITS,
     DEFAULT_ADAMW_EPS,
+    ZERO_SLICES,
     Backend,
 )
 from ..orthogonalize import choose_method, diverges, resolve_coefficients
@@ -42,16 +43,13 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "maximize": False,
         "cautious_weight_decay": False,
         "decay_lr_power": 1,
+        "zero_slices": "step",
     },
     "adamw": {"adamw_bits": DEFAULT_ADAMW_BITS, "maximize": False, "cautious_weight_decay": False},
 }
 # Keys of torch's optimizers, which have several implementations, and their values where none is asked for.
-IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
-    "foreach": None,
-    "fused": None,
-    "capturable": False,
-    "differentiable": False,
-}
+IMPLEMENTATION_DEFAULTS: dict[str, Any] = dict.fromkeys(("foreach", "fused"))
+IMPLEMENTATION_DEFAULTS |= dict.fromkeys(("capturable", "differentiable"), False)
 # The ways out of errors about groups that are not those of a checkpoint.
 SAME_GROUPS = (
     "build the groups as they were saved, by the same `patterns` and `no_decay`, those of release 0.1 by routing='0.1'"
@@ -65,7 +63,7 @@ RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")
 MUON_ONLY_KEYS = (
     *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm", "decay_lr_power"),
     *FORMAT_KEYS,
-    *("split_sizes", "split_dim"),
+    *("split_sizes", "split_dim", "zero_slices"),
 )
 _ADAMW_ONLY_KEYS = ("betas", "adamw_bits")
 _SHARED_KEYS = ("weight_decay", "eps", "maximize", "cautious_weight_decay")
@@ -226,6 +224,7 @@ def _resolved(
         format=tuple(group[key] for key in FORMAT_KEYS),
         row_splits=sizes if dim == -2 else None,
         column_splits=sizes if dim == -1 else None,
+        skips_zero_slices=group["zero_slices"] == "skip" and not group["flatten"],
         table=None if group.get(RATES_KEY) is None else parse_key(group[RATES_KEY]),
         **{key: group[key] for key in own},
         **shared,
@@ -326,7 +325,8 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     require("clip_matrix_norm", is_limit(options["clip_matrix_norm"]), f"None or > 0 and {FINITE}")
     require("decay_lr_power", is_choice(options["decay_lr_power"], (1, 2)), "1 or 2")
     require("nesterov", is_choice(options["nesterov"], (True, False, 0, 1)), "True or False")
-    for key, allowed in (("bits", BITS), ("codebook", CODEBOOKS), ("block_size", BLOCK_SIZES)):
+    choices = {"bits": BITS, "codebook": CODEBOOKS, "block_size": BLOCK_SIZES, "zero_slices": ZERO_SLICES}
+    for key, allowed in choices.items():
         require(key, is_choice(options[key], allowed), f"one of {allowed}")
     sizes = options["split_sizes"]
     is_sizes = isinstance(sizes, tuple | list) and len(sizes) > 0 and all(type(n) is int and n > 0 for n in sizes)

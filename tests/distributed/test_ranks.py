@@ -6,6 +6,7 @@ from helpers import (  # noqa: F401  # they register their checks
     sharded_checks_adamw8,
     sharded_checks_doors,
     sharded_checks_errors,
+    sharded_checks_experts,
     sharded_checks_more,
     sharded_checks_reshard,
     sharded_checks_values,

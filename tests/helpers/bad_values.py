@@ -52,6 +52,8 @@ GROUP_VALUES = [
     *[(i, "cautious_weight_decay", value) for i in (0, 1) for value in (None, 1, "yes", tensor(1.0))],
     *[(0, "decay_lr_power", value) for value in (None, 0, 3, 1.0, True, tensor(2))],
     *[(1, "decay_lr_power", value) for value in (1, 2)],
+    *[(0, "zero_slices", value) for value in (None, "keep", True, 0, tensor(1))],
+    (1, "zero_slices", "skip"),
     *[(0, key, value) for key in ("bits", "codebook", "nesterov") for value in (numpy.ones(2), Odd())],
     *[(0, "momentum", value) for value in (None, NAN, -0.1, 1.0, tensor(0.5, 0.6), (0.9, 0.95))],
     *[(1, "betas", value) for value in (None, 0.9, (0.9,), (0.9, NAN), (1.0, 0.95), (0.9, -0.1), (0.9, 0.9, 0.9))],

@@ -54,6 +54,7 @@ def run_all(folder):
         "helpers.sharded_checks_more",
         "helpers.sharded_checks_doors",
         "helpers.sharded_checks_errors",
+        "helpers.sharded_checks_experts",
         "helpers.sharded_checks_reshard",
         "helpers.sharded_checks_adamw8",
         "helpers.sharded_checks_values",

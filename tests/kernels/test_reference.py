@@ -337,7 +337,7 @@ def test_skip_writes_nothing_where_it_is_not_zero(codebook, is_known, monkeypatc
     """Also where the host does not wait for the flag, as on CUDA."""
     if not is_known:
         for module in ("momentum", "update", "tiny", "cut"):
-            monkeypatch.setattr(f"muon8bit_kernels.reference.{module}.known_flag", lambda skip, rows: (False, skip))
+            monkeypatch.setattr(f"muon8bit_kernels.reference.{module}.known_flag", lambda skip, _: (False, skip))
     codes, scales = start_state(5, 70, codebook, 64)
     stacks = [codes[None]], None if scales is None else [scales[None]], [torch.ones(1, 5, 70)]
     before = [t.clone() for t in (codes, scales) if t is not None]

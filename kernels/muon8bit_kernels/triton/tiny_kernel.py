@@ -130,7 +130,7 @@ def step_tiny_kernel(
     SMALL: tl.constexpr = HEIGHT if WIDE else WIDTH
     SQUARES: tl.constexpr = HEIGHT * WIDTH // (SMALL * SMALL)
     COLUMNS: tl.constexpr = 7 if ROUNDING == "stochastic" else 5
-    if skip is not None:  # noqa: SIM102  (skip, when there is one, is a pointer)
+    if skip is not None:  # a pointer, when there is one
         number = tl.load(table + (tl.program_id(0).to(tl.int64) * COLUMNS + COLUMNS - 1)) if EACH else 0
         if flag_of(skip, number, EACH) != 0.0:
             return
