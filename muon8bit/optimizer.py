@@ -124,7 +124,8 @@ class Muon8bit(ShardedOptimizer):
         maximize: go up the gradient: the step is that of the negated gradient, to the bit. Also a key of every group.
         cautious_weight_decay: decay only elements that the update moves towards 0, or not at all (arXiv 2510.12402):
             those with update * parameter >= 0. Also a key of every group, AdamW's too.
-        decay_lr_power: 1, or 2, with which Muon's parameters are multiplied by `1 - lr^2 * weight_decay`.
+        decay_lr_power: 1, or 2, with which Muon's decay, `lr * weight_decay`, is multiplied by lr once more, and by the
+            shape's factor, as the update is (modded-nanogpt's).
         foreach, fused, capturable, differentiable: None or False. True, which in torch's optimizers asks for one of
             several implementations, is refused: kernels are chosen by device and shape.
 

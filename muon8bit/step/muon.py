@@ -8,7 +8,7 @@
 `ratio` is `lr_ratio`. The same step of one matrix in plain torch: `muon8bit/functional.py`. Sources: torch.optim.Muon
 for the arguments and their meaning; Jordan 2024 and Moonlight (arXiv 2502.16982) for the two ratios; arXiv 2509.23106
 for encoding after the orthogonalization; arXiv 2510.12402 for cautious weight decay, where W decays only where
-O * W >= 0; modded-nanogpt for a decay by lr^2 (`decay_lr_power`).
+O * W >= 0; modded-nanogpt for a decay by lr and the update's rate (`decay_lr_power`).
 
 A step has two phases. `stats` reads: |u|_F of every matrix, by which it is known whether all gradients are finite.
 `apply` writes momenta and parameters. All matrices of one shape go through each kernel together, as many at once as the
@@ -56,18 +56,21 @@ def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
 def factors(
     *, lr: float | Tensor, weight_decay: float, ratio: float, decay_lr_power: int = 1
 ) -> tuple[float, float] | tuple[Tensor, Tensor]:
-    """Return 1 - lr^p * weight_decay and lr * ratio: floats, or 0-d fp32 where `lr` is, which is not waited for.
+    """Return 1 - decay and lr * ratio: floats, or 0-d fp32 where `lr` is, which is not waited for.
+
+    The decay is lr * weight_decay, with decay_lr_power=2 times lr * ratio, the rate of the update.
 
     Args:
         lr: a float, or a 0-d or 1-element tensor on the CPU or the parameters' device.
-        weight_decay: the decay per unit of lr^p.
+        weight_decay: the decay per unit of lr, or of lr * lr * ratio.
         ratio: the factor of lr for the shape, from `lr_ratio`.
-        decay_lr_power: p, 1 or 2.
+        decay_lr_power: 1 or 2.
     """
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         on_device = lr.reshape(()).float()
-        return 1 - on_device**decay_lr_power * weight_decay, on_device * ratio
-    return 1 - float(lr) ** decay_lr_power * weight_decay, float(lr) * ratio
+        rate = on_device * ratio
+        return 1 - on_device * weight_decay * (rate if decay_lr_power == 2 else 1), rate
+    return 1 - float(lr) * weight_decay * (float(lr) * ratio if decay_lr_power == 2 else 1), float(lr) * ratio
 
 
 def stats_parts(batch: MatrixBatch, *, is_staged: bool = False) -> list[MatrixBatch]:

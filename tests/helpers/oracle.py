@@ -24,12 +24,13 @@ class Muon64:
         self, weight: np.ndarray, lr=1e-3, decay=0.1, beta=0.95, nesterov=True, rule="original", steps=5,
         cautious=False, decay_lr_power=1,
     ):  # fmt: skip
-        self.weight, self.lr, self.decay, self.beta = weight.astype(np.float64), lr, lr**decay_lr_power * decay, beta
+        self.weight, self.lr, self.decay, self.beta = weight.astype(np.float64), lr, lr * decay, beta
         self.cautious = cautious
         self.nesterov, self.steps = nesterov, [JORDAN] * steps
         rows, cols = weight.shape
         rms_rule = rule == "match_rms_adamw"
         self.ratio = 0.2 * max(rows, cols) ** 0.5 if rms_rule else max(1.0, rows / cols) ** 0.5
+        self.decay *= lr * self.ratio if decay_lr_power == 2 else 1  # modded-nanogpt's: by the update's own rate again
         self.momentum = np.zeros_like(self.weight)
 
     def step(self, grad: np.ndarray) -> None:

@@ -193,7 +193,7 @@ def test_where_the_scale_is_zero_all_decay_and_no_direction_is_looked_at(scale):
 @pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02)])
 @pytest.mark.parametrize(("cautious", "power"), [(True, 1), (True, 2), (False, 2)])
 @pytest.mark.parametrize("shape", [(96, 80), (16, 48), (48, 16)])
-def test_cautious_decay_and_decay_by_the_square_of_lr_follow_float64(shape, cautious, power, lr):
+def test_cautious_decay_and_decay_by_lr_twice_follow_float64(shape, cautious, power, lr):
     """Seen wrong: without the mask, or with lr in place of its square, the distance is 100 times the bound."""
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.randn(shape, generator=generator))
