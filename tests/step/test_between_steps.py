@@ -20,9 +20,9 @@ def params_of(optimizer):
 
 
 def _swap_data(optimizer):
-    """Other storages, the matrices column by column."""
-    for param in params_of(optimizer):
-        param.data = param.data.mT.contiguous().mT if param.ndim == 2 else param.data.clone()
+    """Other storages, every other matrix column by column, so that those of one shape no longer lie alike."""
+    for index, param in enumerate(params_of(optimizer)):
+        param.data = param.data.mT.contiguous().mT if param.ndim == 2 and index % 2 else param.data.clone()
 
 
 def _swap_dtype(dtype):
