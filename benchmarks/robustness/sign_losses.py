@@ -32,10 +32,9 @@ FORMS = {
     for form in (
         SimulatedFormat("fp32", 0),
         SimulatedFormat("bf16", 0),
-        SimulatedFormat("linear", 256),
         SimulatedFormat("linear", 2048),
-        SimulatedFormat("dynamic", 256),
-        SimulatedFormat("square", 256),
+        SimulatedFormat("dynamic", 2048),
+        SimulatedFormat("square", 2048),
     )
 }
 SEEDS = (0, 1, 2)
