@@ -79,6 +79,15 @@ def render(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> 
     )
 
 
+def in_pieces(sizes: Sequence[int]) -> str:
+    """Return `16 + 8 + 8`, or for more than three pieces that repeat `128 x 16` or `64 x (128 + 64)`."""
+    for period in (1, 2):
+        times, rest = divmod(len(sizes), period)
+        if len(sizes) > 3 and not rest and tuple(sizes) == tuple(sizes[:period]) * times:
+            return f"{times} x " + (str(sizes[0]) if period == 1 else f"({sizes[0]} + {sizes[1]})")
+    return " + ".join(map(str, sizes))
+
+
 def template(name: str) -> str:
     """Replace every all-digit component of `name` by `{}`, so that the repeated layers of a model become equal."""
     return _INDEX.sub("{}", name)

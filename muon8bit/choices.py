@@ -17,6 +17,8 @@ Bits: TypeAlias = Literal[8, 32]
 StateDevice: TypeAlias = Literal["cpu"]
 ZeroSlices: TypeAlias = Literal["skip", "step"]
 Routing: TypeAlias = Literal["0.1", "0.2"]
+SplitHeads: TypeAlias = Literal["head", "head_kv"]
+Routers: TypeAlias = Literal["adamw", "muon"]
 
 CODEBOOKS: tuple[str, ...] = get_args(Codebook)
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -28,6 +30,8 @@ BITS: tuple[int, ...] = get_args(Bits)
 STATE_DEVICES: tuple[str, ...] = get_args(StateDevice)
 ZERO_SLICES: tuple[str, ...] = get_args(ZeroSlices)
 ROUTINGS: tuple[str, ...] = get_args(Routing)
+SPLIT_HEADS: tuple[str, ...] = get_args(SplitHeads)
+ROUTERS: tuple[str, ...] = get_args(Routers)
 
 # Block sizes in elements: those that bitsandbytes' CUDA kernels accept.
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)

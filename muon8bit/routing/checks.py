@@ -12,12 +12,21 @@ from typing import Any
 from torch import nn
 
 from .._values import FINITE, TINY, is_choice, is_number, is_rate, shown
-from ..config import BITS
+from ..config import BITS, ROUTERS, SPLIT_HEADS
 from .rules import Route
 
 
 def check_arguments(
-    model: Any, *, lr: Any, weight_decay: Any, adamw_lr: Any, adamw_betas: Any, adamw_eps: Any, adamw_bits: Any
+    model: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    adamw_lr: Any,
+    adamw_betas: Any,
+    adamw_eps: Any,
+    adamw_bits: Any,
+    split_heads: Any,
+    routers: Any,
 ) -> None:
     """Check the arguments of `param_groups` that become values of groups.
 
@@ -39,6 +48,8 @@ def check_arguments(
         ("adamw_betas", betas, is_pair, "two numbers in [0, 1)"),
         ("adamw_eps", adamw_eps, is_number(adamw_eps) and adamw_eps >= TINY, f"at least {TINY:.4g}"),
         ("adamw_bits", adamw_bits, is_choice(adamw_bits, BITS), f"one of {BITS}"),
+        ("split_heads", split_heads, is_choice(split_heads, (None, *SPLIT_HEADS)), f"None or one of {SPLIT_HEADS}"),
+        ("routers", routers, is_choice(routers, ROUTERS), f"one of {ROUTERS}"),
     )
     for name, value, is_valid, allowed in rules:
         if not is_valid:

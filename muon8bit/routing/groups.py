@@ -23,12 +23,15 @@ from ..config import (
     ROUTINGS,
     AdjustLR,
     Bits,
+    Routers,
     Routing,
+    SplitHeads,
 )
 from ..report import ADAMW_BYTES, bnb_bytes
 from ..step.dense import is_fake
 from .checks import check_any_matrix, check_arguments, check_ratio
 from .ends import find_ends
+from .heads_and_routers import by_head, check_heads, check_routers, to_muon
 from .outputs import add_outputs
 from .patterns import Target, overridden, read_patterns, warn_of_shadowed
 from .rules import Route, check_whole, default_route
@@ -49,6 +52,8 @@ def param_groups(
     no_decay: Sequence[str] = (),
     loraplus_ratio: float | None = None,
     routing: Routing = DEFAULT_ROUTING,
+    split_heads: SplitHeads | None = None,
+    routers: Routers = "adamw",
 ) -> ParamGroups:
     """Return groups for `Muon8bit`, of a model whose parameters are routed by rules.
 
@@ -92,6 +97,14 @@ def param_groups(
         loraplus_ratio: lr of every LoRA factor B over that of its A (LoRA+, where 16 is usual); None for equal ones.
             Not for an embedding's factors, of which A starts at zero, nor for biases and DoRA magnitudes.
         routing: the release whose rules say where parameters go, `"0.1"` or `"0.2"`, which is the newest.
+        split_heads: cuts projections of multi-head latent attention (MLA: DeepSeek-V2 and V3, GLM4-MoE-Lite, Kimi) by
+            head, and LoRA's B over them, by the sizes that the attention or its config names. `"head"`: q_b_proj, or
+            q_proj where there is none, in blocks of qk_nope + qk_rope rows, kv_b_proj in blocks of qk_nope + v.
+            `"head_kv"`: kv_b_proj in W_UK and W_UV of each head, blocks of qk_nope and of v rows. None: whole, and
+            flagged. Attention of other kinds (MHA, GQA) is never cut by head: the authors of Gram Newton-Schulz report
+            that it raised the loss there. A pattern with split_sizes comes first.
+        routers: `"muon"` sends the matrices of MoE routers [experts, cols], and LoRA over them, to Muon; `"adamw"`,
+            the default, keeps them. A gate of one row and `e_score_correction_bias` stay where they are.
 
     Returns:
         ParamGroups: dicts in the order muon before adamw, without before with splits or flatten (each kind by first
@@ -103,7 +116,8 @@ def param_groups(
         TypeError: `model` is no module.
         ValueError: a value that an argument cannot have; adamw_lr missing with `original`; a pattern that matches
             nothing, sends a tensor of fewer than two dimensions to Muon, or gives keys that do not fit a parameter; a
-            flattened or uninitialized weight; no matrix for Muon; loraplus_ratio without a factor B.
+            flattened or uninitialized weight; no matrix for Muon; loraplus_ratio without a factor B; split_heads
+            without MLA, or with sizes that do not fill its rows; routers="muon" without a router.
 
     Source: which parameters are hidden: K. Jordan's Muon notes (2024) and Moonlight (arXiv 2502.16982); LoRA+:
     arXiv 2402.12354.
@@ -116,6 +130,8 @@ def param_groups(
         adamw_betas=adamw_betas,
         adamw_eps=adamw_eps,
         adamw_bits=adamw_bits,
+        split_heads=split_heads,
+        routers=routers,
     )
     if adjust_lr_fn is not None and adjust_lr_fn not in ADJUST_LR:
         raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}; it must be one of {ADJUST_LR} or None")
@@ -127,8 +143,10 @@ def param_groups(
         )
     if routing not in ROUTINGS:
         raise ValueError(f"routing is {routing!r}; it must be one of {ROUTINGS}, the releases whose rules are known")
-    routes, params = _route_all(model, patterns, no_decay, routing)
+    routes, params = _route_all(model, patterns, no_decay, routing, split_heads, routers)
     check_any_matrix(routes)
+    check_heads(split_heads, routes)
+    check_routers(routers, routes)
     check_ratio(loraplus_ratio, routes)
     muon = {"algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn}
     adamw = {"algorithm": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "weight_decay": weight_decay}
@@ -155,7 +173,12 @@ def param_groups(
 
 
 def _route_all(
-    model: nn.Module, patterns: Sequence[tuple[str, Target]], no_decay: Sequence[str], routing: Routing
+    model: nn.Module,
+    patterns: Sequence[tuple[str, Target]],
+    no_decay: Sequence[str],
+    routing: Routing,
+    split_heads: SplitHeads | None,
+    routers: Routers,
 ) -> tuple[list[Route], list[nn.Parameter]]:
     """Return one route per distinct parameter with the patterns applied, and the parameters in the same order."""
     named = list(model.named_parameters(remove_duplicate=False))
@@ -176,11 +199,15 @@ def _route_all(
         check_whole(name, param, modules[name.rpartition(".")[0]])
         route = default_route(name, param, modules, ends)
         of_param = (name, *aliases, *wrapped[param])
-        for pattern, keys in asked:
-            if any(fnmatchcase(alias, pattern) for alias in of_param):
-                route = overridden(route, pattern, keys)
-                used.add(pattern)
-                break
+        pattern, keys = next(
+            (pair for pair in asked if any(fnmatchcase(alias, pair[0]) for alias in of_param)), ("", {})
+        )
+        if param.requires_grad:
+            route = to_muon(route, modules) if routers == "muon" else route
+            route = route if "split_sizes" in keys else by_head(route, modules, split_heads)
+        if pattern:
+            route = overridden(route, pattern, keys)
+            used.add(pattern)
         if route.decays and any(fnmatchcase(alias, pattern) for alias in of_param for pattern in no_decay):
             route = replace(route, decays=False, reason=f"{route.reason}, no decay as asked")
         if not param.requires_grad:

@@ -18,6 +18,7 @@ from .linears import is_bare, linear_shape
 from .lora import is_adapter
 from .outputs import POSITIONS
 
+ROUTER = "MoE router"  # why a parameter goes to AdamW
 _BIAS = re.compile(r"bias(es)?$|bias_table$|bias_[a-z]$", re.IGNORECASE)
 # State-space models' decay rates and skip gains: Mamba, Zamba, S4, H3, RWKV.
 _STATE_SPACE = re.compile(r"^(A|D|(.*_)?A_(log|real|imag)|(inv|log)_A\w*|(log_)?dt\w*|time_\w+|Lambda\w*)$")
@@ -90,7 +91,7 @@ def _linear_role(name: str, shape: tuple[int, ...], modules: Mapping[str, nn.Mod
     rows = {given[0] for module in modules[whole].modules() if (given := linear_shape(module))}
     is_scored = _ROUTER.search(whole.rpartition(".")[2]) and rows & counts
     if is_router(name, modules) or path.endswith("router") or is_scored or rows & stack_counts(whole, modules):
-        return Role("adamw", "MoE router")
+        return Role("adamw", ROUTER)
     if min(shape) == 1:
         return Role("adamw", "one row or column")
     if "norm" in type(modules[path]).__name__.lower():
@@ -108,7 +109,7 @@ def _bare_role(name: str, shape: tuple[int, ...], modules: Mapping[str, nn.Modul
         return Role("adamw", "no matrix (state space, _no_weight_decay)", decays=False)
     is_scored = _ROUTER.search(f"{path.rpartition('.')[2]}.{local}") and shape[0] in expert_counts(path, modules)
     if is_router(name, modules) or (len(shape) == 2 and is_scored):
-        return Role("adamw", "MoE router")
+        return Role("adamw", ROUTER)
     if is_stack(name, shape, modules):
         return Role("muon", "stacked experts", split=halves(name, shape, modules))
     if sizes := row_stack(name, shape, modules):

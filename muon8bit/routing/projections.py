@@ -12,7 +12,7 @@ from .fused import COPIES, Split, known_split
 # names do, timm's, flash-attn's and lucidrains'. Others alternate head by head: `qkv_proj` (CodeGen, MiniMax),
 # `query_key_value` (GPT-NeoX, Bloom), `wqkv` (InternLM2).
 _STACKED = {"qkv", "Wqkv", "to_qkv"}
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _KV_HEADS = (
     *("num_kv_heads", "num_key_value_heads", "num_heads_kv", "n_kv_heads", "n_kv_head", "kv_heads"),
     *("num_query_groups", "n_query_groups"),
@@ -86,7 +86,7 @@ def _c_attn_split(attention: nn.Module, shape: Sequence[int]) -> Split | None:
 def _qkv_split(attention: nn.Module, shape: Sequence[int]) -> Split | None:
     """Return q's, k's and v's rows, as the heads or a width that the module names tell; None if none of them fits."""
     rows, cols = shape
-    heads, kv_heads, head_dim = (_read(attention, names) for names in (_HEADS, _KV_HEADS, _HEAD_DIM))
+    heads, kv_heads, head_dim = (_read(attention, names) for names in (HEADS, _KV_HEADS, _HEAD_DIM))
     if heads and kv_heads:
         head_dim = head_dim or rows // (heads + 2 * kv_heads)
         sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)

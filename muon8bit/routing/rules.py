@@ -10,19 +10,21 @@ from typing import Any
 
 from torch import nn
 
+from .._text import in_pieces
 from ..config import MIN_QUANTIZED_COLUMNS, Algorithm
 from .ends import Ends
 from .experts import is_router
 from .fused import Split, holds_twice, looks_fused
 from .lora import Part, adapter_part, factor_split, looks_fused_factor
-from .newer_rules import Role, newer_role
+from .newer_rules import ROUTER, Role, newer_role
 from .projections import split_of
 
 # Stacked experts [experts, rows, cols] as transformers 5 keeps them, in Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Llama 4.
 _EXPERTS = re.compile(r"(^|\.)experts\.")
+LORA_ROUTER = f"LoRA of a {ROUTER}"
 FUSED_FLAG = "looks fused: orthogonalized as one matrix"
 HEAD_FLAGS = "last Linear of the model: is it the head?", "nothing in the model takes its result: is it a head?"
-_NARROW = f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32"
+NARROW_FLAG = f"under {MIN_QUANTIZED_COLUMNS} columns: momentum stays fp32"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Route:
     bits=8 and block_size 2048; `aliases` are the further names of a shared tensor. `split` (sizes of the pieces and
     their dimension) and `flatten` say which matrices Muon takes it for; without them it is one, or a stack.
     `is_lora_b`: the factor of LoRA that starts at zero, whose lr LoRA+ raises.
-    `is_adapter`: part of an adapter other than LoRA. `options` are further keys of its group that a pattern gave.
+    `is_adapter`: part of an adapter other than LoRA. `is_by_head`: cut by heads of attention. `is_router`: a MoE router
+    that Muon trains. `options` are further keys of its group that a pattern gave.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Route:
     flatten: bool = False
     is_lora_b: bool = False
     is_adapter: bool = False
+    is_by_head: bool = False
+    is_router: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -88,7 +93,7 @@ def default_route(name: str, param: nn.Parameter, modules: Mapping[str, nn.Modul
     if "trainable_tokens_delta" in name:  # of peft, beside a module that no getter returns
         return adamw("rows of an embedding")
     if is_router(name, modules):
-        return adamw("MoE router")
+        return adamw(ROUTER)
     if isinstance(modules[path], nn.modules.conv._ConvNd):
         return replace(adamw("convolution: a pattern sends it to Muon, flattened"), flatten=True)
     is_stack = len(shape) == 3 and _EXPERTS.search(name) is not None
@@ -113,7 +118,7 @@ def _route_of(role: Role, name: str, param: nn.Parameter, modules: Mapping[str, 
     is_fused = split is None and (looks_fused(name, shape[-2:]) or holds_twice(name, shape, modules))
     flags = {
         FUSED_FLAG: is_fused,
-        _NARROW: shape[-1] < MIN_QUANTIZED_COLUMNS,
+        NARROW_FLAG: shape[-1] < MIN_QUANTIZED_COLUMNS,
         role.flag: bool(role.flag),
         HEAD_FLAGS[0]: param is ends.doubtful,
         HEAD_FLAGS[1]: param in ends.sinks and param is not ends.doubtful and split is None,
@@ -144,7 +149,7 @@ def _adapter_route(
     if part.base is not None and (end := ends.heads.get(part.base) or ends.embeddings.get(part.base)):
         return adamw(f"LoRA of the {end}")
     if is_router(name, modules):
-        return adamw("LoRA of a MoE router")
+        return adamw(LORA_ROUTER)
     if len(shape) != 2:
         return replace(adamw("LoRA of a convolution: a pattern sends it to Muon, flattened"), flatten=True)
     if part.kind == "B" and part.num_experts > 1:
@@ -152,7 +157,7 @@ def _adapter_route(
     split = factor_split(part, shape, modules, is_told=ends.routing != "0.1")
     flags = {
         FUSED_FLAG: split is None and looks_fused_factor(part, shape),
-        _NARROW: shape[-1] < MIN_QUANTIZED_COLUMNS,
+        NARROW_FLAG: shape[-1] < MIN_QUANTIZED_COLUMNS,
     }
     flag = "; ".join(flag for flag, is_set in flags.items() if is_set)
     reason = f"LoRA {part.kind}{split_in_words(split)}"
@@ -160,12 +165,8 @@ def _adapter_route(
 
 
 def split_in_words(split: Split | None) -> str:
-    """Return `, split 16 + 8 + 8 along -2`, or `, split 128 x 16 along -2` for many equal pieces; empty for None."""
-    if split is None:
-        return ""
-    sizes, dim = split
-    is_many = len(sizes) > 3 and len(set(sizes)) == 1
-    return f", split {f'{len(sizes)} x {sizes[0]}' if is_many else ' + '.join(map(str, sizes))} along {dim}"
+    """Return `, split 16 + 8 + 8 along -2`, as `in_pieces` has it; empty for None."""
+    return "" if split is None else f", split {in_pieces(split[0])} along {split[1]}"
 
 
 def check_whole(name: str, param: nn.Parameter, owner: nn.Module) -> None:

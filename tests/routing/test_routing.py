@@ -66,7 +66,7 @@ MODELS = {
     "deepseek_v3": (
         EXPERTS | DEEPSEEK,
         {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"} | MLP | EXPERT_WEIGHTS,
-        {"kv_a_proj_with_mqa", "kv_b_proj"},
+        {"kv_a_proj_with_mqa"},
     ),
     "gpt_neox": (
         {},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import oracle
 
-from muon8bit import Muon8bit, NonFiniteGradientError
+from muon8bit import Muon8bit, NonFiniteGradientError, param_groups
 from muon8bit.config import DEFAULT_WORKSPACE_BYTES
 from muon8bit.step import muon
 
@@ -302,3 +302,40 @@ def test_a_stack_is_chunked_to_the_byte_budget(split, monkeypatch):
     assert len(batches) >= 10
     assert max(batches) <= budget
     torch.testing.assert_close(whole, chunked, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", FORMATS)
+@pytest.mark.parametrize("split_heads", ["head", "head_kv"])
+def test_a_step_by_head_equals_separate_heads_bitwise(split_heads, options):
+    """Three steps of the whole model beside one whose every head is a parameter; blocks of 64 end inside a row."""
+    sizes = {"q_b_proj": (6,) * 4, "kv_b_proj": (10,) * 4 if split_heads == "head" else (4, 6) * 4}
+    model = torch.nn.Module()
+    model.attention = torch.nn.Module()
+    model.attention.q_b_proj = torch.nn.Linear(72, 24, bias=False)
+    model.attention.kv_b_proj = torch.nn.Linear(100, 40, bias=False)
+    names = {"num_heads": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 6}
+    for name, size in names.items():
+        setattr(model.attention, name, size)
+    shapes = {"q_b_proj": (24, 72), "kv_b_proj": (40, 100)}
+    start = {name: random(*shape) for name, shape in shapes.items()}
+    grads = [{name: random(*shape, seed=step) for name, shape in shapes.items()} for step in (1, 2, 3)]
+    params = {name: getattr(model.attention, name).weight for name in shapes}
+    for name, param in params.items():
+        param.data.copy_(start[name])
+    settings = {"block_size": 64, "backend": "reference", **options}
+    by_head = Muon8bit(param_groups(model, lr=0.1, weight_decay=0.2, split_heads=split_heads), **settings)
+    parts = {name: [torch.nn.Parameter(t.clone()) for t in start[name].split(sizes[name])] for name in shapes}
+    groups = [{"params": parts[name]} for name in shapes]
+    alone = Muon8bit(groups, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw", **settings)
+    for step in grads:
+        for name, param in params.items():
+            param.grad = step[name].clone()
+            for part, grad in zip(parts[name], step[name].split(sizes[name]), strict=True):
+                part.grad = grad.clone()
+        by_head.step()
+        alone.step()
+    for name, param in params.items():
+        assert torch.equal(param, torch.cat(parts[name]))
+        assert_states_join(by_head.state[param], [alone.state[part] for part in parts[name]], torch.cat)
+        whole = run([start[name]], [[step[name]] for step in grads], {}, **options)[1][0]
+        assert_states_join(by_head.state[param], [whole], lambda tensors: tensors[0])  # no split shows in the state
