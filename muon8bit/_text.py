@@ -88,6 +88,12 @@ def in_pieces(sizes: Sequence[int]) -> str:
     return " + ".join(map(str, sizes))
 
 
+def in_short(value: object) -> str:
+    """Return `repr(value)`; of sizes of more than four pieces what `in_pieces` says."""
+    is_long = isinstance(value, tuple) and len(value) > 4 and all(type(size) is int for size in value)
+    return in_pieces(value) if is_long else repr(value)  # type: ignore[arg-type]
+
+
 def template(name: str) -> str:
     """Replace every all-digit component of `name` by `{}`, so that the repeated layers of a model become equal."""
     return _INDEX.sub("{}", name)

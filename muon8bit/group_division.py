@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._text import collapse, template, unwrapper
+from ._text import collapse, in_short, template, unwrapper
 from .step.options import AS_SAVED, OWN_DEFAULTS, RATES_KEY, SAME_GROUPS
 
 _Groups = Sequence[Mapping[str, Any]]
@@ -98,7 +98,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if not unequal and algorithms[0] == algorithms[1]:
         return f"{algorithms[0]} with equal options, but beside other parameters"
     there, here = (
-        ", ".join([algorithm, *(f"{key}={pair[i]!r}" for key, pair in unequal.items())])
+        ", ".join([algorithm, *(f"{key}={in_short(pair[i])}" for key, pair in unequal.items())])
         for i, algorithm in enumerate(algorithms)
     )
     return f"saved: {there}; here: {here}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._text import is_same
+from ._text import in_short, is_same
 from ._values import is_choice, shown
 from .config import (
     ALGORITHMS,
@@ -155,9 +155,10 @@ def _group(old: Any, new: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: the state dict lacks {', '.join(missing)}")
     for key in RUNNING_KEYS:
         if isinstance(old.get(key), Tensor) or old.get(key) != new.get(key):
+            by_option = ", as the same `split_heads` of param_groups does" if key == "split_sizes" else ""
             raise ValueError(
-                f"{where}: saved with {key}={old[key]!r}, the optimizer has {new[key]!r}: construct it "
-                f"or its group with {key}={old[key]!r}, or convert the checkpoint, with "
+                f"{where}: saved with {key}={in_short(old[key])}, the optimizer has {in_short(new[key])}: construct it "
+                f"or its group with {key}={in_short(old[key])}{by_option}, or convert the checkpoint, with "
                 "muon8bit.convert_state_dict(..., like=optimizer) or the command `muon8bit convert`"
             )
     own = {key: new[key] for key in ("params", "param_names") if key in new}

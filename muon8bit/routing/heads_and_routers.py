@@ -1,4 +1,4 @@
-"""What `split_heads` and `routers` of `param_groups` change: latent attention by head, and routers to Muon."""
+"""Latent attention cut by head, and MoE routers on Muon: `split_heads` and `routers` of `param_groups`."""
 
 from __future__ import annotations
 

@@ -51,9 +51,8 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
 IMPLEMENTATION_DEFAULTS: dict[str, Any] = dict.fromkeys(("foreach", "fused"))
 IMPLEMENTATION_DEFAULTS |= dict.fromkeys(("capturable", "differentiable"), False)
 # The ways out of errors about groups that are not those of a checkpoint.
-SAME_GROUPS = (
-    "build the groups as they were saved, by the same `patterns` and `no_decay`, those of release 0.1 by routing='0.1'"
-)
+_ARGUMENTS = "`patterns`, `no_decay`, `split_heads` and `routers`"
+SAME_GROUPS = f"build the groups as they were saved, by the same {_ARGUMENTS}, those of release 0.1 by routing='0.1'"
 AS_SAVED = f"use the same model and {SAME_GROUPS}"
 # Key of a Muon group: the measured table of rates, as `RatesTable.key`. Absent: the built-in one.
 RATES_KEY = "rates"

@@ -24,6 +24,15 @@ def llama(**changes: Any) -> nn.Module:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT | {"num_key_value_heads": 2} | changes))
 
 
+def latent(**changes: Any) -> nn.Module:
+    """Return a DeepSeek-V3 of one dense layer and one of experts, its queries behind a low rank."""
+    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8, "q_lora_rank": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_group": 1}
+    experts |= {"topk_group": 1, "first_k_dense_replace": 1}
+    layers = {"num_hidden_layers": 2, "num_key_value_heads": 4}
+    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**TEXT | layers | sizes | experts | changes))
+
+
 class Own(nn.Module):
     """A model of one's own: an embedding, hidden layers, parameters that are no Linear's, and `fc` as the head."""
 

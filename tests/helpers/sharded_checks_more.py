@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from benchmarks.scaling.transfers import bytes_received, bytes_sent, counted_bytes, gathered_bytes, num_gathered
@@ -14,7 +15,7 @@ from helpers.allocator import peak_bytes
 from helpers.oracle import JORDAN, newton_schulz
 from helpers.sharded_checks import arm, check, last_dim
 from helpers.sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises, values
-from muon8bit import Muon8bit, NonFiniteGradientError
+from muon8bit import Muon8bit, NonFiniteGradientError, param_groups
 from muon8bit.step import nonfinite
 
 RANK = 2  # whose gradient is bad, or missing
@@ -30,6 +31,7 @@ def both(shapes, placed, group=None, more=None, dtype=torch.float32):
 SHAPES = {
     "flattened convolutions": ({"conv": (7, 3, 2, 2)}, {"flatten": True}, [Shard(0)]),
     "pieces of rows": ({"qkv": (13, 20)}, {"split_sizes": (8, 3, 2)}, [Shard(0)]),
+    "heads of latent attention": ({"kv_b": (40, 20)}, {"split_sizes": (4, 6) * 4}, [Shard(0)]),
     "experts by rows": ({"experts": (1, 7, 16)}, {}, [Shard(1)]),
     "experts by columns": ({"experts": (1, 7, 16)}, {}, [Shard(2)]),
     "flattened convolution of pieces": ({"conv": (7, 2, 5)}, {"flatten": True, "split_sizes": (4, 3)}, [Shard(0)]),
@@ -312,3 +314,44 @@ def maximized(world, mode):
 for _mode in ("fsdp", "ddp", "sharded state"):
     check(f"{_mode} on 3: a GradScaler", ranks=3)(partial(scaled, mode=_mode))
     check(f"{_mode} on 3: maximize", ranks=3)(partial(maximized, mode=_mode))
+
+
+def numbers(shape, seed):
+    return values({"only": shape}, torch.float32, seed)["only"]
+
+
+class Latent(torch.nn.Module):
+    """The projections of a latent attention of 5 heads: two ranks share the middle one."""
+
+    num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim = 5, 4, 2, 6
+
+    def __init__(self):
+        super().__init__()
+        self.q_b_proj, self.kv_b_proj = (torch.nn.Linear(20, rows, bias=False) for rows in (30, 50))
+        for param in self.parameters():
+            param.data.copy_(numbers(param.shape, 0))
+
+
+@check("latent attention by head under FSDP2 on 2 equals one process", ranks=2)
+def _(world):
+    """Rows 15 and 25, where the ranks' parts end, lie inside queries and values of the third head."""
+    runs = []
+    for mesh in (None, world.lines[2]):
+        model = torch.nn.Sequential(Latent())
+        if mesh is not None:
+            fully_shard(model, mesh=mesh)
+        optimizer = Muon8bit(param_groups(model, lr=0.02, split_heads="head_kv"), block_size=64, ns_dtype=torch.float32)
+        assert [group["split_sizes"] for group in optimizer.param_groups] == [(6,) * 5, (4, 6) * 5]
+        params = dict(model.named_parameters())
+        for step in range(1, 5):
+            for param in params.values():
+                grad = numbers(param.shape, step)
+                param.grad = grad if mesh is None else distribute_tensor(grad, mesh, [Shard(0)], src_data_rank=None)
+            optimizer.step()
+        runs.append({name: {"param": param, **optimizer.state[param]} for name, param in params.items()})
+    single, sharded = runs
+    for name, tensors in single.items():
+        own = {key: t.full_tensor() for key, t in sharded[name].items()}
+        torch.testing.assert_close(own.pop("param"), tensors.pop("param"), rtol=1e-5, atol=1e-6)
+        assert sharded[name]["param"].to_local().shape[0] == tensors["momentum_linear8"].shape[0] // 2
+        assert_same(own, tensors)

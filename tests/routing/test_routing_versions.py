@@ -17,10 +17,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from finetune import pretrain, sft
-from finetune.config.options import ROUTINGS as OPTION
+from finetune.config import options as script_options
 from finetune.models.optimizers import build_optimizers
-from muon8bit import Muon8bit, param_groups
-from muon8bit.config import ROUTINGS
+from muon8bit import Muon8bit, convert_state_dict, param_groups
+from muon8bit.config import ROUTERS, ROUTINGS, SPLIT_HEADS
 from muon8bit.integrations.distributed_checkpoint import load_checkpoint
 
 SAVED = json.loads((Path(__file__).parents[1] / "data" / "routing_0_1.json").read_text())
@@ -40,7 +40,9 @@ def test_groups_of_the_first_release_are_reproduced(case: str) -> None:
 def test_unknown_routing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"routing is '0\.3'.*'0\.1', '0\.2'"):
         param_groups(routing_models.llama(), lr=1e-3, routing="0.3")  # type: ignore[arg-type]
-    assert OPTION == ROUTINGS
+    assert script_options.ROUTINGS == ROUTINGS
+    assert ("none", *SPLIT_HEADS) == script_options.SPLIT_HEADS
+    assert script_options.ROUTERS == ROUTERS
 
 
 RECORDS = {
@@ -100,6 +102,52 @@ def test_a_checkpoint_whose_split_differs_names_the_parameters() -> None:
     saved = stepped(model, routing="0.1", weight_decay=0.0).state_dict()
     with pytest.raises(ValueError, match=r"input_linear\.weight \(saved: adamw.*here: muon.*split_sizes=\(48, 48\)"):
         stepped(model, weight_decay=0.0).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "here", "message"),
+    [
+        (
+            None,
+            "head",
+            r"q_b_proj\.weight x2 \(.*=None; .*=6 x 8\), .*kv_b_proj\.weight x2 \(.*=6 x 12\): .*`split_heads`",
+        ),
+        ("head_kv", None, r"kv_b_proj\.weight x2 \(saved: muon, split_sizes=6 x \(4 \+ 8\); here: muon, split_sizes=N"),
+        (
+            "head",
+            "head_kv",
+            r"saved with split_sizes=6 x 12, the optimizer has 6 x \(4 \+ 8\): .*`split_heads` of para",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_heads_is_refused_and_goes_on_by_name(saved_with: Any, here: Any, message: str) -> None:
+    """Momenta do not depend on the pieces: what is taken over by name is the saved state, bitwise."""
+    model = routing_models.latent(num_attention_heads=6, num_key_value_heads=6)
+    saved = stepped(model, split_heads=saved_with).state_dict()
+    running = stepped(model, split_heads=here)
+    before = copy.deepcopy(running.state_dict())
+    with pytest.raises(ValueError, match=message) as error:
+        running.load_state_dict(saved)
+    assert "convert_state_dict(" in str(error.value)
+    assert running.state_dict()["param_groups"] == before["param_groups"]
+    running.load_state_dict(convert_state_dict(saved, like=running))
+    state, names = running.state_dict(), [n for g in running.param_groups for n in g["param_names"]]
+    old = dict(zip((n for g in saved["param_groups"] for n in g["param_names"]), saved["state"].values(), strict=True))
+    assert_equal(dict(zip(names, state["state"].values(), strict=True)), old)
+    sizes, wanted = ([g.get("split_sizes") for g in one["param_groups"]] for one in (state, before))
+    assert sizes == wanted
+
+
+def test_a_checkpoint_of_other_routers_starts_theirs_anew_where_asked() -> None:
+    model = routing_models.latent()
+    saved, running = stepped(model).state_dict(), stepped(model, routers="muon")
+    with pytest.raises(ValueError, match=r"1 parameter .*mlp\.gate\.weight \(saved: adamw; here: muon\).*`routers`"):
+        running.load_state_dict(saved)
+    with pytest.warns(UserWarning, match=r"mlp\.gate\.weight"):
+        running.load_state_dict(convert_state_dict(saved, like=running, drop_moved=True))
+    (gate,) = (p for n, p in model.named_parameters() if n.endswith("mlp.gate.weight"))
+    assert not running.state.get(gate)
+    assert len(running.state) == len(list(model.parameters())) - 1
 
 
 @pytest.mark.parametrize(("name", "moved"), [("gpt2", r"transformer\.wpe"), ("jetmoe", "input_linear")])
