@@ -103,6 +103,8 @@ def _check_muon8bit_only(recipe: Training) -> None:
         "--release-gradients": (recipe.release_gradients, "give --no-release-gradients"),
         "--adamw-bits": (recipe.adamw_bits != 32, "give 32"),
         "--state-device": (recipe.state_device != "device", "give device"),
+        "--split-heads": (recipe.split_heads != "none", "give none"),
+        "--routers": (recipe.routers != "adamw" and recipe.optimizer != "muon", "give adamw"),
         "--step-timeout": (recipe.step_timeout != 60, "give 60"),
     }
     for name, (is_asked, way_out) in asked.items():

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
-ROUTINGS = ("0.1", "0.2")  # those of muon8bit.config, which imports torch
+ROUTINGS = ("0.1", "0.2")  # those of muon8bit.config, which imports torch, as are the next two
+SPLIT_HEADS = ("none", "head", "head_kv")  # none: None
+ROUTERS = ("adamw", "muon")
 # Options that a resumed run may change; every other one is part of what makes the run bitwise the same.
 # `dataset` may move to another place: its content is compared by hash.
 RESUME_MAY_CHANGE = (
@@ -105,6 +107,16 @@ class Training:
         "release whose rules say what muon8bit and muon train; a resumed run keeps its own",
         *ROUTINGS,
         section="optimizer",
+    )
+    split_heads: str = option(
+        "none",
+        "latent attention (MLA), of muon8bit alone: head cuts q_b_proj and kv_b_proj by head, head_kv also keys from "
+        "values",
+        *SPLIT_HEADS,
+        section="optimizer",
+    )
+    routers: str = option(
+        "adamw", "what trains the matrices of MoE routers, of muon8bit and muon", *ROUTERS, section="optimizer"
     )
     step_timeout: float = option(
         60.0,

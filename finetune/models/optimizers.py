@@ -49,11 +49,14 @@ def build_optimizers(
         "adamw_lr": recipe.adamw_lr,
         "adamw_betas": BETAS,
         "adamw_bits": recipe.adamw_bits,
+        "split_heads": None if recipe.split_heads == "none" else recipe.split_heads,
+        "routers": recipe.routers,
     }
     try:
         groups = param_groups(model, **options, **more, loraplus_ratio=loraplus_ratio)
     except ValueError as error:
-        option = "--loraplus-ratio" if "loraplus" in str(error) else "--optimizer"
+        named = {"loraplus_ratio=": "--loraplus-ratio", "split_heads=": "--split-heads", "routers=": "--routers"}
+        option = next((option for text, option in named.items() if str(error).startswith(text)), "--optimizer")
         raise InputError(option, str(error)) from None
     if recipe.optimizer == "muon8bit":
         return [_muon8bit(groups, recipe, process_group)]

@@ -42,6 +42,8 @@ DEFAULTS: dict[str, Any] = {
     "release_gradients": False,
     "state_device": "device",
     "cautious_weight_decay": False,
+    "split_heads": "none",
+    "routers": "adamw",
 }
 _UNSET: Any = argparse.SUPPRESS
 
@@ -108,6 +110,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--block-size", type=int, default=_UNSET, metavar="N", help="elements per scale of muon8bit (default: 2048)"
     )
+    heads = "latent attention by head in muon8bit (default: none)"
+    model.add_argument("--split-heads", choices=("none", "head", "head_kv"), default=_UNSET, help=heads)
+    routers = "what trains MoE routers in muon8bit and muon (default: adamw)"
+    model.add_argument("--routers", choices=("adamw", "muon"), default=_UNSET, help=routers)
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:

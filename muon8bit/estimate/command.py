@@ -30,6 +30,8 @@ SCRIPT_DEFAULTS: dict[str, Any] = {
     "state_device": "device",
     "cautious_weight_decay": False,
     "clip": 1.0,
+    "split_heads": "none",
+    "routers": "adamw",
 }
 _ADAPTER = ("lora_rank", "lora_targets", "dora")
 
@@ -76,6 +78,8 @@ def script_options(optimizer: str, setup: Setup) -> dict[str, Any]:
         "release_gradients": setup.release,
         "state_device": setup.state_device,
         "cautious_weight_decay": setup.cautious,
+        "split_heads": setup.split_heads if optimizer.startswith("muon8bit") else "none",
+        "routers": setup.routers if optimizer.startswith("muon") else "adamw",
     }
     if setup.release:
         options["clip"] = 0  # the global norm needs all gradients at once
@@ -133,6 +137,8 @@ def setup_of(options: Mapping[str, Any], *, device: str, num_gpus: int = 1, shar
         state_device=options["state_device"],
         block_size=options["block_size"],
         cautious=options["cautious_weight_decay"],
+        split_heads=options["split_heads"],
+        routers=options["routers"],
         **more,
     )
 

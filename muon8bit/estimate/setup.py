@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from .._text import gib
-from ..config import DEFAULT_BLOCK_SIZE
+from ..config import DEFAULT_BLOCK_SIZE, Routers
 
 Dtype: TypeAlias = Literal["fp32", "bf16", "mixed"]
 Shard: TypeAlias = Literal["none", "ddp", "fsdp2", "hsdp"]
@@ -59,6 +59,7 @@ class Setup:
             option and stay as they are.
         block_size: elements that share a scale of Muon8bit's momentum.
         cautious: Muon8bit's `cautious_weight_decay`.
+        split_heads, routers: of `param_groups`, in the scripts' words: "none" cuts no latent attention by head.
     """
 
     batch: int = 1
@@ -79,6 +80,8 @@ class Setup:
     dora: bool = False
     block_size: int = DEFAULT_BLOCK_SIZE
     cautious: bool = False
+    split_heads: Literal["none", "head", "head_kv"] = "none"
+    routers: Routers = "adamw"
 
     def __post_init__(self) -> None:
         if self.dtype == "mixed":

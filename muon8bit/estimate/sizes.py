@@ -52,9 +52,10 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
     Sharding is FSDP2's: dimension 0 in `setup.num_shards` equal parts, rounded up.
 
     Raises:
-        ValueError: no matrix for Muon.
+        ValueError: no matrix for Muon, or nothing for `setup.split_heads` or `setup.routers`.
     """
-    routes = param_groups(model, lr=1e-3).routes
+    split_heads = None if setup.split_heads == "none" else setup.split_heads
+    routes = param_groups(model, lr=1e-3, split_heads=split_heads, routers=setup.routers).routes
     named = dict(model.named_parameters())
     whole = tuple(
         Param(r.name, r.shape, named[r.name].dtype, r.algorithm == "muon", r.split, r.flatten, None, setup.block_size)

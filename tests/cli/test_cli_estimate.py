@@ -281,6 +281,20 @@ def test_a_recipe_is_estimated_with_its_options_and_those_that_are_typed(capfd: 
     assert offer["command"] == "python -m finetune.pretrain --recipe llama_4m --adamw-bits 8 --batch-size 2"
 
 
+def test_heads_and_routers_stand_in_the_commands_that_take_them(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY["deepseek_v3"]))
+    found = record(capfd, path, "--device", "cpu", "--budget", "1GB", "--split-heads", "head", "--routers", "muon")
+    (offer,) = found["offers"]
+    assert offer["command"].endswith("--split-heads head --routers muon")
+    setup = Setup(**offer["setup"])
+    kept = {name: script_options(name, setup) for name in ("muon8bit+adamw8bit", "muon", "adamw", "adamw8bit")}
+    assert [options["split_heads"] for options in kept.values()] == ["head", "none", "none", "none"]
+    assert [options["routers"] for options in kept.values()] == ["muon", "muon", "adamw", "adamw"]
+
+
 def test_former_names_are_the_same_options() -> None:
     for before, now in (
         ("--batch 2 --seq 64", "--batch-size 2 --seq-len 64"),
@@ -496,6 +510,8 @@ def test_sizes_have_the_bytes_of_their_unit(text: str, num_bytes: int) -> None:
         (("--recipe", "llama_4n"), ("llama_4n", "did you mean llama_4m?")),
         (("--recipe", "llama_3b_lorra"), ("did you mean llama_3b_lora? It must be one of", "llama_4m", "smollm2_135m")),
         (("--recipe", "llama_4m", "--mode", "lora"), ("--mode", "llama_4m")),
+        (("CONFIG", "--split-heads", "head"), ("split_heads='head'", "no MLA projections")),
+        (("CONFIG", "--routers", "muon"), ("routers='muon'", "no trainable MoE router")),
         (("CONFIG", "--gpus", "0"), ("--gpus", "0")),
         (("CONFIG", "--gradient-accumulation", "0"), ("--gradient-accumulation", "0")),
         (("CONFIG", "--gradient-accumulation", "2", "--release-gradients"), ("--release-gradients", "accumulation 2")),

@@ -116,6 +116,20 @@ def test_predicted_state_bytes_equal_the_measured_ones(kind: str, lora_rank: int
         assert sizes.num_parameters == sum(param.numel() for param in model.parameters())
 
 
+def test_routers_on_muon_and_heads_are_counted_as_a_step_and_a_report_have_them() -> None:
+    """By hand: a router of 8 x 64 on Muon has a byte an element and a scale a row, on AdamW eight and its counter."""
+    config = config_of(TINY["deepseek_v3"])
+    plain = measure(build(config, torch.float32), Setup())
+    asked = measure(build(config, torch.float32), Setup(split_heads="head_kv", routers="muon"))
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    groups = param_groups(model, lr=1e-3, split_heads="head_kv", routers="muon")
+    found = state_bytes("muon8bit", asked.trained)
+    assert found == stepped(Muon8bit(groups, lr=1e-3))
+    assert state_bytes("muon8bit", plain.trained) - found == (8 * 8 * 64 + 4) - 8 * (64 + 4)
+    assert {p.split for p in asked.whole if "kv_b_proj" in p.name} == {((16, 24) * 4, -2)}
+    assert state_bytes("adamw", plain.trained) == state_bytes("adamw", asked.trained)
+
+
 def test_state_bytes_of_a_shard_equal_those_of_the_largest_part() -> None:
     config = config_of(TINY["llama"])
     whole = measure(build(config, torch.float32), Setup())

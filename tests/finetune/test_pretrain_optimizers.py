@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from helpers import routing_models
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -94,3 +95,32 @@ def test_bitsandbytes_that_is_missing_is_an_error_of_the_option(monkeypatch):
     with pytest.raises(InputError, match=r"--adamw-bits: .*bitsandbytes"):
         build_optimizers(mixtral(), Recipe(name="moe", model=SIZES, adamw_bits=8))
     adamw8bit.check_available.cache_clear()
+
+
+def test_heads_and_routers_reach_muon_and_are_refused_elsewhere():
+    """torch.optim.Muon cuts no matrix, but takes routers; AdamW alone has neither."""
+    values = {"name": "mla", "model": SIZES, "routers": "muon"}
+    model = routing_models.latent()
+    gate = model.model.layers[1].mlp.gate.weight
+    (optimizer,) = build_optimizers(model, recipe_from(values | {"split_heads": "head_kv"}, "the test"))
+    by_name = {n: g for g in optimizer.param_groups for n in g["param_names"]}
+    assert by_name["model.layers.0.self_attn.kv_b_proj.weight"]["split_sizes"] == (4, 8) * 4
+    assert by_name["model.layers.0.self_attn.q_b_proj.weight"]["split_sizes"] == (8,) * 4
+    assert by_name["model.layers.1.mlp.gate.weight"]["algorithm"] == "muon"
+    (plain,) = build_optimizers(model, recipe_from({"name": "mla", "model": SIZES}, "the test"))
+    sizes = {g["split_sizes"] for g in plain.param_groups if g["algorithm"] == "muon"}
+    assert sizes == {None, (8, 8)}  # gate and up projections of the experts
+    muon, _ = build_optimizers(model, recipe_from(values | {"optimizer": "muon"}, "the test"))
+    assert any(param is gate for group in muon.param_groups for param in group["params"])
+    for changes, option in (
+        ({"optimizer": "muon", "split_heads": "head"}, "--split-heads"),
+        ({"optimizer": "adamw"}, "--routers"),
+        ({"split_heads": "heads"}, "--split-heads"),
+        ({"routers": "none"}, "--routers"),
+    ):
+        with pytest.raises(InputError, match=option):
+            recipe_from(values | changes, "the test")
+    for changes, option in (({"split_heads": "head"}, "--split-heads: .*no MLA"), ({"routers": "muon"}, "--routers: ")):
+        recipe = recipe_from({"name": "llama", "model": SIZES} | changes, "the test")
+        with pytest.raises(InputError, match=option):
+            build_optimizers(routing_models.llama(), recipe)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import routing_models
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -52,6 +53,16 @@ def test_options_win_over_training_arguments(tmp_path: Path) -> None:
         (1e-4, (0.7, 0.8)),
         (1e-4, (0.7, 0.8)),
     ]
+
+
+def test_heads_and_routers_are_options_of_the_factory(tmp_path: Path) -> None:
+    options = {"split_heads": "head", "routers": "muon"}
+    optimizer = trainer(routing_models.latent(), arguments(tmp_path), **options).create_optimizer()
+    heads = {name for size in (8, 12) for name in names(optimizer, algorithm="muon", split_sizes=(size,) * 4)}
+    assert {name.split(".")[-2] for name in heads} == {"q_b_proj", "kv_b_proj"}
+    assert "model.layers.1.mlp.gate.weight" in names(optimizer, algorithm="muon")
+    with pytest.raises(ValueError, match="split_heads must be None or one of"):
+        trainer(routing_models.latent(), arguments(tmp_path), split_heads="none").create_optimizer()
 
 
 class Odd(nn.Module):
