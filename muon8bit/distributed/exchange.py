@@ -12,6 +12,7 @@ rank has changed nothing.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
@@ -286,8 +287,7 @@ class FirstRound(ExchangeRound):
     def write(self) -> None:
         """Write the first round's momenta, and step all matrices."""
         self.is_first = False
-        for _ in self._applied():  # X, which comes out beside the momenta, has been used by now
-            pass
+        deque(self._applied(), maxlen=0)  # X, which comes out beside the momenta, has been used by now; none is kept
         self.send_updates()
         returning: ExchangeRound | None = self
         sending: ExchangeRound | None = None

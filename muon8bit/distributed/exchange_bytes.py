@@ -1,0 +1,215 @@
+"""The memory of a rank while matrices are exchanged, counted from the plan: what `exchange` allocates, in its order.
+
+At its peak a rank has the inputs of one round, packed and received; of the round before the matrices that it
+orthogonalizes, with the iteration's own memory; and of the one before that O and its updates, packed and received.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from math import prod
+
+from ..config import MIN_QUANTIZED_COLUMNS
+from ..orthogonalize import batch_size, workspace_bytes as iteration_bytes
+from .assignment import Assignment
+from .exchange import NUM_KEPT_SHARES, NUM_SHARES
+from .planned_transfers import PlannedTransfer
+from .rounds import PlannedRound
+
+# On a CPU: the elements that a pass takes at once, and the bytes of temporaries of each, by what it goes over.
+_PASS_ELEMENTS, _MOMENTUM_BYTES, _PARAM_BYTES = 2**19, 16, 8
+
+
+def exchange_bytes(assignment: Assignment, rank: int, workspace_bytes: int, kind: str, *, between: int = 0) -> int:
+    """Return the most bytes that a step allocates at once on a rank for matrices that lie on several ranks.
+
+    Gradients are taken to have no factors.
+
+    Args:
+        assignment: the plan of all matrices, made with `workspace_bytes // NUM_SHARES`.
+        rank: in the group.
+        workspace_bytes: the optimizer's.
+        kind: device kind of `orthogonalize.device_kind`.
+        between: bytes that come and go when the first round has been orthogonalized: this rank's own matrices, AdamW.
+    """
+    memory, share = _Memory(), workspace_bytes // NUM_SHARES
+    first, *later = (_Round(planned, rank, share, kind, memory) for planned in assignment.rounds)
+    first.prepare_inputs(is_first=True)
+    first.orthogonalize()
+    memory.pass_through(between)
+    first.write_momenta()
+    first.send_updates()
+    returning: _Round | None = first
+    sending: _Round | None = None
+    for upcoming in (*later, None, None):  # the order of `FirstRound.write`
+        if upcoming is not None:
+            upcoming.prepare_inputs()
+        if sending is not None:
+            sending.orthogonalize()
+            sending.send_updates()
+        if returning is not None:
+            returning.apply_updates()
+        returning, sending = sending, upcoming
+    return memory.most
+
+
+class _Memory:
+    """The bytes that are allocated, and the most that were."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Count what is allocated, or with a minus what is freed."""
+        self.now += num_bytes
+        self.most = max(self.most, self.now)
+
+    def pass_through(self, num_bytes: int) -> None:
+        """Count what is allocated and freed again."""
+        self.most = max(self.most, self.now + num_bytes)
+
+
+class _Round:
+    """The bytes of one rank in one round. The methods count what those of `ExchangeRound` allocate and free."""
+
+    def __init__(self, planned: PlannedRound, rank: int, share: int, kind: str, memory: _Memory) -> None:
+        self._planned, self._rank, self._share, self._kind, self._memory = planned, rank, share, kind, memory
+        self._owned = [transfer for transfer in planned.transfers if transfer.owner == rank]
+        self._sent = self._received = self._results = self._own_inputs = 0
+
+    def prepare_inputs(self, *, is_first: bool = False) -> None:
+        sources = [t for t in self._planned.transfers if self._rank in t.sources]
+        given = [t.sent_bytes(t.sources[self._rank]) for t in sources]
+        self._own_inputs = sum(self._input_bytes(t) for t in sources if t.is_gram)
+        left = self._pass_over_momenta(is_first=is_first, is_kept=True)
+        if self._planned.sends_inputs:
+            self._sent = sum(given)
+            self._received = sum(t.sent_bytes(region) for t in self._owned for region in t.sources.values())
+            # A single tensor is sent from where it lies.
+            self._memory.add(self._received + (self._sent if len(given) > 1 else 0))
+            left += 0 if len(given) > 1 else -self._sent
+        else:
+            self._received = sum(given)
+            left -= self._received
+        self._memory.add(self._own_inputs - left)
+
+    def _pass_over_momenta(self, *, is_first: bool, is_kept: bool) -> int:
+        """Count X by batches; return the bytes of X, copies and Gram matrices that are there in the end."""
+        kept = last = 0
+        for batch, is_sent in self._batches(is_first):
+            X = sum(map(self._input_bytes, batch))
+            passing = sum(map(self._state_bytes, batch)) if is_first else 0
+            self._memory.add(X)
+            self._memory.pass_through(passing + self._pass_bytes(sum(map(self._num_elements, batch)), _MOMENTUM_BYTES))
+            # The batch before goes when a matrix of this one is looked at.
+            self._memory.add(-last)
+            is_copied = not self._planned.sends_inputs or batch[0].is_gram
+            copied = sum(t.sent_bytes(t.sources[self._rank]) for t in batch) if is_kept and is_sent and is_copied else 0
+            self._memory.add(copied)
+            stays = is_kept and is_sent and self._planned.sends_inputs
+            kept, last = kept + copied + (X if stays else 0), 0 if stays else X
+        return kept + last
+
+    def _batches(self, is_first: bool) -> Iterator[tuple[Sequence[PlannedTransfer], bool]]:
+        """Yield the matrices that go together, and whether this rank gives its part of them to their owners."""
+        for _, run in groupby(self._planned.transfers, key=lambda t: (t.matrix[:2], id(t.matrix.sharding))):
+            held = [t for t in run if t.matrix.sharding.momentum_parts[self._rank] is not None]
+            for is_sent in (True, False):
+                alike = [t for t in held if (self._rank in t.sources) == is_sent]
+                if not alike:
+                    continue
+                num_bytes = self._input_bytes(alike[0]) + (2 * self._state_bytes(alike[0]) if is_first else 0)
+                shares = 1 if self._planned.sends_inputs or is_sent else NUM_KEPT_SHARES
+                size = max(1, shares * self._share // num_bytes)
+                yield from ((alike[start : start + size], is_sent) for start in range(0, len(alike), size))
+
+    def orthogonalize(self) -> None:
+        self._memory.add(-self._sent)
+        self._sent = 0
+        for (rows, cols, method, is_gram), run in groupby(
+            self._owned, key=lambda t: (t.matrix.rows, t.matrix.cols, t.matrix.method, t.is_gram)
+        ):
+            alike, side, itemsize = len(list(run)), min(rows, cols), method.dtype.itemsize
+            size = batch_size(method, rows, cols, self._kind, self._share)
+            one = itemsize * (side * side if is_gram else rows * cols)
+            # Of Gram matrices their sum in fp32, and what the iteration has.
+            taken = (4 + 4 * itemsize) * side * side if is_gram else iteration_bytes(method, rows, cols, self._kind)
+            for start in range(0, alike, size):
+                count = min(size, alike - start)
+                if not self._planned.sends_inputs:  # X that lies here is let go when it has been copied
+                    self._memory.pass_through(count * one)
+                    self._received -= count * one
+                    self._memory.add(-count * one)
+                self._memory.pass_through(count * taken)
+                self._memory.add(count * one)
+                self._results += count * one
+
+    def write_momenta(self) -> None:
+        self._memory.add(-self._pass_over_momenta(is_first=False, is_kept=False))
+
+    def send_updates(self, number: int = 0) -> None:
+        planned, inputs = self._planned, self._received if number == 0 else 0
+        is_last = number + 1 == planned.num_parts
+        if not planned.is_moved:
+            self._received, self._results = self._results, 0
+            self._memory.add(-inputs)
+            return
+        given = list(self._given(number))
+        packed = sum(given)
+        self._received = self._incoming(number)
+        if planned.is_gathered:
+            padded = self._received // len(planned.transfers[0].matrix.sharding.param_parts)
+            given += [padded - packed] if padded > packed else []
+            packed = padded
+        is_view = len(given) == 1
+        self._memory.add(self._received + (0 if is_view else packed))
+        self._sent = (self._results if is_last else 0) if is_view else packed
+        self._memory.add(-inputs - (self._results if is_last and not is_view else 0))
+        self._results = 0 if is_last else self._results
+
+    def _given(self, number: int) -> Iterator[int]:
+        """Yield the bytes of each tensor that this rank sends in a part."""
+        for transfer in self._owned:
+            regions = list(transfer.targets.values())[: 1 if self._planned.is_gathered else None]
+            sizes = (transfer.returned_bytes(region, number, self._planned.num_parts) for region in regions)
+            yield from filter(None, sizes)
+
+    def _incoming(self, number: int) -> int:
+        """Return the bytes that this rank receives in a part, those of a gather padded to the longest."""
+        by_owner = Counter[int]()
+        for transfer in self._planned.transfers:
+            if self._rank in transfer.targets:
+                region = transfer.targets[self._rank]
+                by_owner[transfer.owner] += transfer.returned_bytes(region, number, self._planned.num_parts)
+        num_ranks = len(self._planned.transfers[0].matrix.sharding.param_parts)
+        return num_ranks * max(by_owner.values()) if self._planned.is_gathered else by_owner.total()
+
+    def apply_updates(self) -> None:
+        here = [t for t in self._planned.transfers if self._rank in t.targets]
+        elements = sum(prod(t.targets[self._rank].shape) for t in here)
+        for number in range(self._planned.num_parts):
+            self._memory.add(-self._sent)
+            self._sent, received = 0, self._received
+            if number + 1 < self._planned.num_parts:
+                self.send_updates(number + 1)
+            # Of Gram matrices the factors, X and O, stacked.
+            stacked = 2 * self._own_inputs + received if self._own_inputs else 0
+            self._memory.pass_through(stacked + self._pass_bytes(elements // self._planned.num_parts, _PARAM_BYTES))
+            self._memory.add(-received)
+        self._memory.add(-self._own_inputs)
+
+    def _pass_bytes(self, num_elements: int, of_each: int) -> int:
+        return of_each * min(num_elements, _PASS_ELEMENTS) if self._kind.startswith("cpu") else 0
+
+    def _num_elements(self, transfer: PlannedTransfer) -> int:
+        """Count the elements of the momentum that this rank has."""
+        region = transfer.matrix.sharding.momentum_parts[self._rank]
+        return 0 if region is None else prod(region.shape)
+
+    def _input_bytes(self, transfer: PlannedTransfer) -> int:
+        return self._num_elements(transfer) * transfer.matrix.method.dtype.itemsize
+
+    def _state_bytes(self, transfer: PlannedTransfer) -> int:
+        return self._num_elements(transfer) * (1 if transfer.matrix.cols >= MIN_QUANTIZED_COLUMNS else 4)
