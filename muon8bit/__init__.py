@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .convert import convert_state_dict
+    from .family import AdaMuon8bit, NorMuon8bit
     from .gradient_release import release_gradients
     from .optimizer import Muon8bit
     from .report import StateReport, state_report
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "AdaMuon8bit",
     "Muon8bit",
     "NonFiniteGradientError",
+    "NorMuon8bit",
     "ParamGroups",
     "StateReport",
     "convert_state_dict",
@@ -26,7 +29,9 @@ __all__ = [
 
 # Where the public names live. They are imported when they are first used, so that `muon8bit --help` needs no torch.
 _MODULES = {
+    "AdaMuon8bit": "family",
     "Muon8bit": "optimizer",
+    "NorMuon8bit": "family",
     "NonFiniteGradientError": "step.nonfinite",
     "ParamGroups": "routing",
     "StateReport": "report",

@@ -15,10 +15,13 @@ from .choices import (
     BITS as BITS,
     BLOCK_SIZES as BLOCK_SIZES,
     CODEBOOKS as CODEBOOKS,
+    EPS_FORMS as EPS_FORMS,
     ON_NONFINITE as ON_NONFINITE,
     PARAM_ROUNDINGS as PARAM_ROUNDINGS,
+    RESCALES as RESCALES,
     ROUTERS as ROUTERS,
     ROUTINGS as ROUTINGS,
+    SECOND_MOMENTS as SECOND_MOMENTS,
     SPLIT_HEADS as SPLIT_HEADS,
     STATE_DEVICES as STATE_DEVICES,
     ZERO_SLICES as ZERO_SLICES,
@@ -27,10 +30,13 @@ from .choices import (
     Backend as Backend,
     Bits as Bits,
     Codebook as Codebook,
+    EpsForm as EpsForm,
     OnNonfinite as OnNonfinite,
     ParamRounding as ParamRounding,
+    Rescale as Rescale,
     Routers as Routers,
     Routing as Routing,
+    SecondMomentKind as SecondMomentKind,
     SplitHeads as SplitHeads,
     StateDevice as StateDevice,
     ZeroSlices as ZeroSlices,
@@ -56,6 +62,9 @@ DEFAULT_WEIGHT_DECAY = 0.1
 DEFAULT_MOMENTUM = 0.95
 DEFAULT_EPS = 1e-7
 DEFAULT_NS_STEPS = 5
+# NorMuon's (arXiv 2510.05491). The second moment's eps is that of most implementations, in the unit of O.
+DEFAULT_BETA2 = 0.95
+DEFAULT_SECOND_MOMENT_EPS = 1e-8
 
 # AdamW part: the betas used with Muon for language models (Moonlight, arXiv 2502.16982, and the 8-bit Muon
 # team's own ladder); eps is torch.optim.AdamW's.
@@ -78,6 +87,10 @@ LINEAR_CODES_KEY = "momentum_linear8"  # int8, the parameter's shape
 DYNAMIC_CODES_KEY = "momentum_dynamic8"  # uint8, the parameter's shape
 SCALES_KEY = "momentum_scales"  # fp32, [..., rows, ceil(cols / block_size)]
 BUFFER_KEY = "momentum_buffer"  # fp32, the parameter's shape; bits=32, or too few columns
+# fp32, [..., rows, pieces] or [..., pieces, cols]; the parameter's shape with "element" and bits=32 or few columns.
+SECOND_MOMENT_KEY = "second_moment"
+SECOND_CODES_KEY = "second_moment_sqrt8"  # uint8, the parameter's shape: linear codes of the square root
+SECOND_SCALES_KEY = "second_moment_scales"  # fp32, [..., rows, blocks]
 EXP_AVG_KEY = "exp_avg"  # fp32, the parameter's shape; adamw_bits=32, or too few elements
 EXP_AVG_SQ_KEY = "exp_avg_sq"
 EXP_AVG_CODES_KEY = "exp_avg_dynamic8"  # uint8, the parameter's shape; adamw_bits=8: codes of the signed dynamic map
@@ -90,6 +103,7 @@ STATE_KEYS = frozenset(
     {
         *(LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, SCALES_KEY, BUFFER_KEY, STEP_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY),
         *(EXP_AVG_CODES_KEY, EXP_AVG_SQ_CODES_KEY, EXP_AVG_SCALES_KEY, EXP_AVG_SQ_SCALES_KEY),
+        *(SECOND_MOMENT_KEY, SECOND_CODES_KEY, SECOND_SCALES_KEY),
     }
 )
 
@@ -136,7 +150,10 @@ def check_running(
 
 
 # Largest magnitudes, squares, a count: never under zero.
-_NOT_NEGATIVE = (SCALES_KEY, EXP_AVG_SCALES_KEY, EXP_AVG_SQ_SCALES_KEY, EXP_AVG_SQ_KEY, STEP_KEY)
+_NOT_NEGATIVE = (
+    *(SCALES_KEY, EXP_AVG_SCALES_KEY, EXP_AVG_SQ_SCALES_KEY, EXP_AVG_SQ_KEY, STEP_KEY),
+    *(SECOND_MOMENT_KEY, SECOND_SCALES_KEY),
+)
 
 
 def why_damaged(key: str, value: Tensor, num_steps: float = 0) -> str:

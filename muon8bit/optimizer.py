@@ -12,19 +12,24 @@ from torch.optim.optimizer import ParamsT
 
 from ._values import check_is_params, check_named
 from .config import (
+    DEFAULT_BETA2,
     DEFAULT_BLOCK_SIZE,
     DEFAULT_EPS,
     DEFAULT_LR,
     DEFAULT_MOMENTUM,
     DEFAULT_NS_STEPS,
+    DEFAULT_SECOND_MOMENT_EPS,
     DEFAULT_STEP_TIMEOUT,
     DEFAULT_WEIGHT_DECAY,
     DEFAULT_WORKSPACE_BYTES,
     STATE_KEYS,
     Backend,
     Codebook,
+    EpsForm,
     OnNonfinite,
     ParamRounding,
+    Rescale,
+    SecondMomentKind,
     StateDevice,
     ZeroSlices,
     check_running,
@@ -36,6 +41,7 @@ from .state_dict import checked, empty
 from .step import phases, rounding
 from .step.commit import Commit
 from .step.group_options import GroupOptions, Options
+from .step.new_groups import check_params, complete_group
 from .step.nonfinite import GradientCheck, NonFiniteGradientError, PerParamGradientCheck
 from .step.offload import StateOffload
 from .step.options import (
@@ -44,9 +50,7 @@ from .step.options import (
     RATES_KEY,
     check_listed,
     check_options,
-    check_params,
     check_schedule,
-    complete_group,
     describe,
     resolve_options,
 )
@@ -82,7 +86,7 @@ class Muon8bit(ShardedOptimizer):
         eps: lower bound of the Frobenius norm that divides the Newton-Schulz input. At least 2^-60 (8.7e-19) is taken.
         ns_steps: number of Newton-Schulz steps.
         adjust_lr_fn: None or `"original"`: sqrt(max(1, rows / cols)); `"match_rms_adamw"`: 0.2 sqrt(max(rows, cols)),
-            with which AdamW's lr and weight decay carry over.
+            with which AdamW's lr and weight decay carry over; `"spectral"`: sqrt(rows / cols).
         bits: 8, or 32 for the same code path with an fp32 momentum.
         codebook: `"linear"` (int8) or `"dynamic"` (uint8, bitsandbytes' signed map; for uneven rows and columns).
         block_size: elements that share one fp32 scale: 64, 128, ... 4096. A block never crosses a row.
@@ -121,6 +125,15 @@ class Muon8bit(ShardedOptimizer):
             momentum, decay and rounding, to the bit; or `"step"` it along the momentum that it has, at full size. Other
             parameters are always stepped. Also a key of every Muon group; a group saved without it goes on with
             `"step"`.
+        second_moment: divides the orthogonalized O by the root of its second moment: `"row"`, one number a row
+            (NorMuon); `"shape"`, a number a row of tall matrices and a column of wide ones; `"element"` (AdaMuon); None
+            leaves O. Equations: `step/second_moment.py`. The next four say how; `NorMuon8bit` and `AdaMuon8bit` have
+            them for each published version.
+        beta2: averaging factor of the second moment, in [0, 1).
+        second_moment_eps: in the unit of O, added to the root; with the form `"clamp"` a lower bound under it.
+        second_moment_eps_form: `"add"` or `"clamp"`.
+        rescale: `"keep"` gives the quotient the norm of O, `"rms"` an RMS of 0.2, without `adjust_lr_fn`; None neither.
+        sign_momentum: orthogonalize the signs of the Newton-Schulz input.
         maximize: go up the gradient: the step is that of the negated gradient, to the bit. Also a key of every group.
         cautious_weight_decay: decay only elements that the update moves towards 0, or not at all (arXiv 2510.12402):
             those with update * parameter >= 0. Also a key of every group, AdamW's too.
@@ -135,10 +148,12 @@ class Muon8bit(ShardedOptimizer):
 
     State of a Muon parameter [..., rows, cols]: `momentum_linear8` (int8) or `momentum_dynamic8` (uint8) of its shape
     with `momentum_scales` (fp32) [..., rows, ceil(cols / block_size)] (`flatten`: rows and columns of that matrix); or
-    `momentum_buffer` (fp32) with bits=32 or fewer than 8 columns. Splits do not change it. State of an AdamW parameter:
-    `step`, `exp_avg`, `exp_avg_sq` (fp32); in 8 bits `step`, on the host, `exp_avg_dynamic8` and `exp_avg_sq_dynamic8`
-    (uint8) of its shape, `exp_avg_scales` and `exp_avg_sq_scales` (fp32) [..., cols / 256] where that is whole, else
-    [ceil(elements / 256)].
+    `momentum_buffer` (fp32) with bits=32 or fewer than 8 columns. Splits do not change it. A second moment is
+    `second_moment` (fp32) [..., rows, pieces] or [..., pieces, cols]; of elements `second_moment_sqrt8` (uint8) of the
+    parameter's shape with `second_moment_scales` (fp32) [..., rows, blocks], or `second_moment` of its shape where the
+    momentum is fp32. State of an AdamW parameter: `step`, `exp_avg`, `exp_avg_sq` (fp32); in 8 bits `step`, on the
+    host, `exp_avg_dynamic8` and `exp_avg_sq_dynamic8` (uint8) of its shape, `exp_avg_scales` and `exp_avg_sq_scales`
+    (fp32) [..., cols / 256] where that is whole, else [ceil(elements / 256)].
 
     Raises:
         ValueError: for a parameter or argument that cannot be taken; the message names it and what it may be.
@@ -177,6 +192,12 @@ class Muon8bit(ShardedOptimizer):
         process_group: ProcessGroup | None = None,
         shard_state: bool = False,
         maximize: bool = False,
+        second_moment: SecondMomentKind | None = None,
+        beta2: float = DEFAULT_BETA2,
+        second_moment_eps: float = DEFAULT_SECOND_MOMENT_EPS,
+        second_moment_eps_form: EpsForm = "add",
+        rescale: Rescale | None = None,
+        sign_momentum: bool = False,
         cautious_weight_decay: bool = False,
         decay_lr_power: int = 1,
         zero_slices: ZeroSlices = "skip",
@@ -216,6 +237,12 @@ class Muon8bit(ShardedOptimizer):
             **IMPLEMENTATION_DEFAULTS,
             **rounding.initial(param_rounding, rounding_seed),
             **MATRIX_DEFAULTS,
+            "second_moment": second_moment,
+            "beta2": beta2,
+            "second_moment_eps": second_moment_eps,
+            "second_moment_eps_form": second_moment_eps_form,
+            "rescale": rescale,
+            "sign_momentum": sign_momentum,
         }
         check_is_params(params)
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}

@@ -11,6 +11,7 @@ from .codebooks import (
     zero_code,
 )
 from .dispatch import kernels_for
+from .element_moment import ElementMoment
 from .random_bits import rounding_key
 from .reference import num_blocks
 from .reference.tiny import MAX_GROWTH, TINY_MAX
@@ -21,6 +22,7 @@ __all__ = [
     "TINY_MAX",
     "Backend",
     "Codebook",
+    "ElementMoment",
     "Kernels",
     "dynamic_map",
     "dynamic_midpoints",

@@ -8,6 +8,7 @@ from typing import Literal, Protocol, TypeAlias
 from torch import Tensor
 
 from .codebooks import Codebook
+from .element_moment import ElementMoment
 
 Backend: TypeAlias = Literal["reference", "triton"]
 
@@ -47,6 +48,7 @@ class Kernels(Protocol):
         codebook: Codebook | None,
         block_size: int,
         skip: Tensor | None = None,
+        signs: bool = False,
     ) -> None:
         """Write codes, scales and the Newton-Schulz input."""
 
@@ -79,8 +81,15 @@ class Kernels(Protocol):
         codebook: Codebook | None,
         block_size: int,
         skip: Tensor | None = None,
+        signs: bool = False,
     ) -> None:
         """Write codes, scales and the Newton-Schulz input of some columns."""
+
+    def direction_squares(self, directions: Tensor, *, columns: bool) -> Tensor:
+        """Return the sums of squares of each row or column."""
+
+    def second_moment_stats(self, directions: Tensor, moment: ElementMoment) -> Tensor:
+        """Return sums of squares and maxima of blocks of directions over their second moments; nothing is written."""
 
     def update_params(
         self,
@@ -94,6 +103,9 @@ class Kernels(Protocol):
         pitch: int | None = None,
         cautious: bool = False,
         skip: Tensor | None = None,
+        factors: Tensor | None = None,
+        moment: ElementMoment | None = None,
+        inverses: Tensor | None = None,
     ) -> None:
         """Update parameters in place: decay, step and rounding."""
 

@@ -215,7 +215,7 @@ class ExchangeRound:
         X = torch.empty(len(stacks), *shape, dtype=batch.matrix.method.dtype, device=self._device)
         matrices = MatrixBatch(stacks, batch.options, skip=batch.skip_of(numbers))
         if self.is_first:
-            matrices = matrices.with_tensors([tensor.clone() for tensor in matrices.state_tensors])
+            matrices = matrices.with_tensors([tensor.clone() for tensor in matrices.momentum_tensors])
         region = batch.matrix.sharding.momentum_parts[self._transport.rank]
         if region is not None and batch.is_cut(region):
             scales = None if batch.scales is None else torch.stack([batch.scales[number] for number in numbers])

@@ -288,6 +288,7 @@ def partition(
     widths: Sequence[int] | None = None,
     copied_bytes: int = 0,
     rates: Rates | None = None,
+    tiny: bool = True,
 ) -> Partition:
     """Return how many matrices [rows, cols] go together, and by which method, within a workspace of `budget_bytes`.
 
@@ -302,10 +303,11 @@ def partition(
             budget, Newton-Schulz the other. None means that the matrices are whole.
         copied_bytes: the bytes that each matrix takes besides.
         rates: the rates of the device; None takes the row of `RATES` for its kind.
+        tiny: the one-launch kernel may do it.
     """
-    forced = tuple((_FORCED.get() or {}).items())
-    rates = rates or rates_of(kind)
-    return _partition(rows, cols, coefficients, kind, budget_bytes, dtype, count, widths, copied_bytes, rates, forced)
+    forced, tiny = tuple((_FORCED.get() or {}).items()), tiny and widths is None
+    numbers = rows, cols, coefficients, kind, budget_bytes, dtype, count, widths, copied_bytes, tiny
+    return _partition(*numbers, rates or rates_of(kind), forced)
 
 
 @cache
@@ -319,6 +321,7 @@ def _partition(
     count: int,
     widths: Sequence[int] | None,
     copied_bytes: int,
+    tiny: bool,
     rates: Rates,
     _: object,  # what is forced, which `choose_method` reads
 ) -> Partition:
@@ -327,7 +330,7 @@ def _partition(
         budget_bytes //= 2
     for width in widths or (cols,):
         together: dict[str, Any] = {"count": count, "budget_bytes": budget_bytes, "rates": rates}
-        method = choose_method(rows, width, coefficients, kind, dtype, tiny=widths is None, **together)
+        method = choose_method(rows, width, coefficients, kind, dtype, tiny=tiny, **together)
         size = batch_size(method, rows, width, kind, budget_bytes)
         pieces.append(ColumnPiece(slice(start, start + width), method, size))
         start += width

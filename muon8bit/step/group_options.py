@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..config import Backend, Codebook
+from ..config import Backend, Codebook, Rescale, SecondMomentKind
 from ..orthogonalize import Coefficients, Rates, RatesTable
 
 AnyOptions = TypeVar("AnyOptions", bound="Options")
@@ -44,6 +44,24 @@ class Options:
         return self if scale is self.grad_scale and skip is None else replace(self, grad_scale=scale, skip=skip)
 
 
+@dataclass(frozen=True)
+class SecondMomentOptions:
+    """Keys of a Muon group that say how O is divided by its second moment; `step.second_moment` has the equations.
+
+    Attributes:
+        kind: `second_moment`.
+        beta2: its averaging factor.
+        eps, is_clamped: `second_moment_eps` and whether its form is `"clamp"`.
+        rescale: the norm that the quotient gets.
+    """
+
+    kind: SecondMomentKind
+    beta2: float
+    eps: float
+    is_clamped: bool
+    rescale: Rescale | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class MuonOptions(Options):
     """Keys of a Muon group, checked, and the options of the optimizer.
@@ -54,6 +72,8 @@ class MuonOptions(Options):
         row_splits, column_splits: the sizes of the pieces of each matrix that are orthogonalized by themselves, where
             `split_sizes` are given.
         skips_zero_slices: a matrix of a stack whose gradient is zero is not stepped.
+        second_moment: how O is divided by its second moment; None leaves it.
+        sign_momentum: Newton-Schulz gets the signs of its input.
         table: the measured rates by which methods are chosen; None for the built-in ones.
         counts: the number of matrices, or of pieces of rows, of each [rows, cols] in the group, whether they have
             gradients or not, and wherever they lie.
@@ -67,6 +87,7 @@ class MuonOptions(Options):
     eps: float
     adjust_lr_fn: str | None
     format: tuple[int, Codebook, int, bool]  # the values of FORMAT_KEYS
+    state_format: tuple[Any, ...]  # from `options.state_format`
     flatten: bool
     row_splits: tuple[int, ...] | None
     column_splits: tuple[int, ...] | None
@@ -75,6 +96,8 @@ class MuonOptions(Options):
     cautious_weight_decay: bool
     decay_lr_power: int
     skips_zero_slices: bool
+    second_moment: SecondMomentOptions | None
+    sign_momentum: bool
     table: RatesTable | None
     counts: Mapping[tuple[int, int], int] = field(default_factory=dict, compare=False)
 

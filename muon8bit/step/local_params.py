@@ -16,7 +16,8 @@ from .dense import is_fake, is_overlapping, why_not_dense, with_memory
 from .group_options import AdamWOptions, GroupOptions, MuonOptions
 from .momentum import Momentum, MomentumFormat
 from .offload import StateOffload
-from .options import DTYPES, FORMAT_KEYS, describe
+from .options import DTYPES, FORMAT_KEYS, describe, state_format
+from .second_moment import SecondMoment, SecondMomentFormat
 
 if TYPE_CHECKING:
     from ..distributed import ParamSharding, RankGroup
@@ -36,6 +37,7 @@ class LocalParam:
         param: the tensor that the state is kept for.
         local, grad: this rank's tensors.
         momentum: None in an AdamW group.
+        second: the second moment of a Muon group that has one.
         state: the optimizer's own tensors for it, empty where they are still to be made.
         key: the hash key of stochastic rounding; None rounds to nearest.
         first: the index in the whole parameter of the first element here.
@@ -48,6 +50,7 @@ class LocalParam:
     local: Tensor
     grad: Tensor
     momentum: Momentum | None
+    second: SecondMoment | None
     state: Mapping[str, Tensor]
     key: int | None
     first: int
@@ -124,6 +127,10 @@ def _local_param(
     if rank_group is not None:
         name = describe(group, group_index, index)
         layout = rank_group.sharding_of(param, group, name)
+    if layout is not None and isinstance(options, MuonOptions) and (options.second_moment or options.sign_momentum):
+        raise NotImplementedError(
+            f"{name} is shared by several ranks: second_moment and sign_momentum are for one process"
+        )
     if layout is not None:
         local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
         is_shared = is_muon and not layout.is_local(group["flatten"])
@@ -131,24 +138,26 @@ def _local_param(
     if own and layout is not None:
         own = layout.to_local(own)
     if isinstance(options, MuonOptions):
-        tensors = _local_layout(_muon_layout, layout, param.shape, *options.format)
+        tensors = _local_layout(_muon_layout, layout, param.shape, *options.state_format)
     else:
         tensors = _local_layout(_adamw_layout, layout, param.shape, options.adamw_bits)
     device = local.device if offload.state_device is None else offload.home(local.device)
     if own and (problem := _misfit(own, tensors, device)):
-        keys = FORMAT_KEYS if is_muon else ("adamw_bits",)
+        keys = [key for key in (*FORMAT_KEYS, "second_moment", "adamw_bits") if group.get(key) is not None]
         name, form = describe(group, group_index, index), ", ".join(f"{key}={group[key]!r}" for key in keys)
         where = f"{tuple(local.shape)} on {local.device}"
         raise ValueError(f"{name} of parameter group {group_index} ({form}) is {where} {problem}")
-    momentum = None
+    momentum = second = None
     if isinstance(options, MuonOptions):
-        format = MomentumFormat.of(param.shape, *options.format)
+        format, known = MomentumFormat.of(param.shape, *options.format), own
         if not own:
-            momentum = Momentum.zeros({key: shape for key, (shape, _) in tensors.items()}, format, device)
-            momentum = momentum.with_tensors(offload.at_home(tensor, local.device) for tensor in momentum.tensors)
-        else:
-            momentum = Momentum.from_state(own, format)
-    return LocalParam(index, param, local, grad, momentum, own, key, first, layout, is_shared)
+            new = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in tensors.items()}
+            Momentum.from_state(new, format).clear_()
+            known = {key: offload.at_home(tensor, local.device) for key, tensor in new.items()}
+        momentum = Momentum.from_state(known, format)
+        if options.second_moment is not None:
+            second = SecondMoment.from_state(known, SecondMomentFormat.of(param.shape, *options.state_format))
+    return LocalParam(index, param, local, grad, momentum, second, own, key, first, layout, is_shared)
 
 
 def _why_not_stepped(param: Tensor, grad: Tensor, options: GroupOptions) -> str:
@@ -218,7 +227,7 @@ def new_state(local: LocalParam, group: Mapping[str, Any], offload: StateOffload
     if local.momentum is None:
         new = make_state(torch.zeros, param, group, layout, offload)
         return {key: offload.at_home(tensor, param.device) for key, tensor in new.items()}
-    new = local.momentum.to_state()
+    new = local.momentum.to_state() | (local.second.to_state() if local.second is not None else {})
     if layout is None:
         return new
     return layout.to_dtensors(new, {key: shape for key, (shape, _) in layout_of(param, group).items()})
@@ -241,14 +250,18 @@ def _adamw_layout(shape: torch.Size, adamw_bits: int) -> StateLayout:
 
 @cache
 def _muon_layout(shape: torch.Size, *format: Any) -> StateLayout:
-    return MomentumFormat.of(shape, *format).layout(shape)
+    *of_momentum, _, _, second_moment = format
+    layout = MomentumFormat.of(shape, *of_momentum).layout(shape)
+    if second_moment is None:
+        return layout
+    return {**layout, **SecondMomentFormat.of(shape, *format).layout(shape)}
 
 
 def layout_of(param: Tensor, group: Mapping[str, Any]) -> StateLayout:
     """Return state key -> shape and dtype of its tensor, for a whole parameter of a group."""
     if group["algorithm"] == "adamw":
         return _adamw_layout(param.shape, group["adamw_bits"])
-    return _muon_layout(param.shape, *(group[key] for key in FORMAT_KEYS))
+    return _muon_layout(param.shape, *state_format(group))
 
 
 def make_state(

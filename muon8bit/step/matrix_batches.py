@@ -17,6 +17,7 @@ from torch import Tensor
 from ..orthogonalize import Partition
 from .group_options import MuonOptions
 from .momentum import Momentum
+from .second_moment import SecondMoment
 
 
 class ParamMatrices(NamedTuple):
@@ -32,6 +33,7 @@ class ParamMatrices(NamedTuple):
         pitch: the distance of the matrices in the parameter, in elements.
         factor: None, or the numbers that this step multiplies the gradient by, fp32 [num_matrices, 1, 1 or cols].
         idle: fp32 [num_matrices], 1 for a matrix that this step leaves as it is, else 0; None where all are stepped.
+        second: the second moment as matrices, or None.
     """
 
     param_index: int
@@ -44,6 +46,7 @@ class ParamMatrices(NamedTuple):
     pitch: int
     factor: Tensor | None = None
     idle: Tensor | None = None
+    second: SecondMoment | None = None
 
     def matrices(self, start: int, stop: int) -> ParamMatrices:
         """Return views of some of them."""
@@ -55,6 +58,7 @@ class ParamMatrices(NamedTuple):
             first=self.first + start * self.pitch,
             factor=None if self.factor is None else self.factor[start:stop],
             idle=None if self.idle is None else self.idle[start:stop],
+            second=None if self.second is None else self.second.matrices(start, stop),
         )
 
     @property
@@ -81,7 +85,8 @@ class MatrixBatch:
     Attributes:
         codes: int8, uint8, or fp32 where the momentum is not quantized.
         scales: fp32 [count, rows, blocks]; empty where the momentum is not quantized.
-        state_tensors: codes and scales, as `with_tensors` takes them.
+        momentum_tensors: codes and scales, as `with_tensors` takes them.
+        second_moments: as matrices; none where the group has none.
         num_matrices: the number of matrices in all lists together.
         rows, cols: the shape of each matrix.
         averaging: how the kernels average the momenta, and in which format these are.
@@ -104,7 +109,8 @@ class MatrixBatch:
         self.format, self.device, self.has_factors = first.momentum.format, first.grad.device, first.factor is not None
         self.codes = [member.momentum.codes for member in members]
         self.scales = [member.momentum.scales for member in members if member.momentum.scales is not None]
-        self.state_tensors = [*self.codes, *self.scales]
+        self.momentum_tensors = [*self.codes, *self.scales]
+        self.second_moments = [member.second for member in members if member.second is not None]
         form = {"codebook": self.format.codebook, "block_size": self.format.block_size}
         self.averaging: dict[str, Any] = {"beta": options.momentum, "nesterov": options.nesterov, **form}
         self.num_matrices = sum(member.num_matrices for member in members)
@@ -113,11 +119,20 @@ class MatrixBatch:
             sumsq = torch.empty(self.num_matrices, dtype=torch.float32, device=self.device)
         self.sumsq = sumsq
 
+    @property
+    def state_tensors(self) -> list[Tensor]:
+        """Return the tensors of the momenta and of the second moments, as `with_tensors` takes them."""
+        return [*self.momentum_tensors, *(tensor for moment in self.second_moments for tensor in moment.tensors)]
+
     def with_tensors(self, tensors: Sequence[Tensor], *, is_staged: bool = False) -> MatrixBatch:
-        """Return the same batch with its momenta in other tensors of the same shapes."""
-        pairs = zip_longest(tensors[: len(self.codes)], tensors[len(self.codes) :])
+        """Return the same batch with its momenta, or all of its state, in other tensors of the same shapes."""
+        num_codes, num_tensors = len(self.codes), len(self.momentum_tensors)
+        pairs = zip_longest(tensors[:num_codes], tensors[num_codes:num_tensors])
         momenta = [Momentum(codes, scales, self.format) for codes, scales in pairs]
         members = [m._replace(momentum=momentum) for m, momentum in zip(self.members, momenta, strict=True)]
+        if len(tensors) > num_tensors:
+            rest = iter(tensors[num_tensors:])
+            members = [m._replace(second=m.second and m.second.with_tensors(rest)) for m in members]
         how = self.sumsq, self.partition, self.norms, self.skip
         return MatrixBatch(members, self.options, *how, is_staged=is_staged)
 
@@ -209,6 +224,7 @@ def matrices_of(
     options: MuonOptions,
     key: int | None,
     first: int = 0,
+    second: SecondMoment | None = None,
 ) -> list[ParamMatrices]:
     """Return the matrices of one parameter; none for a parameter without elements.
 
@@ -219,14 +235,15 @@ def matrices_of(
         options: its group's.
         key: the hash key of stochastic rounding; None rounds to nearest.
         first: where these are some matrices of a larger parameter, the index there of their first element.
+        second: its second moment, or None.
     """
     if param.numel() == 0:
         return []
-    whole, idle = momentum.as_matrices(), None
+    whole, second, idle = momentum.as_matrices(), second and second.as_matrices(), None
     num_matrices, num_rows, cols = whole.codes.shape
     if options.skips_zero_slices and param.ndim > 2:
         idle = are_zero(grad).float().flatten()
-    found, matrix, row = [], 0, 0
+    found, matrix, row, piece = [], 0, 0, 0
     for view, grad_view in _cut(param, grad, options):
         count, rows = view.shape[:2]
         part = whole
@@ -234,10 +251,12 @@ def matrices_of(
             part = whole.rows(slice(matrix, matrix + count), slice(row, row + rows))
         start = first + (matrix * num_rows + row) * cols
         flags = None if idle is None else idle[matrix : matrix + count]
-        found.append(ParamMatrices(index, key, count, view, grad_view, part, start, num_rows * cols, idle=flags))
-        row += rows
+        moment = second and second.rows(slice(matrix, matrix + count), slice(row, row + rows), piece)
+        of = ParamMatrices(index, key, count, view, grad_view, part, start, num_rows * cols, idle=flags, second=moment)
+        found.append(of)
+        row, piece = row + rows, piece + 1
         if row == num_rows:
-            matrix, row = matrix + count, 0
+            matrix, row, piece = matrix + count, 0, 0
     return found
 
 

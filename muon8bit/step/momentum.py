@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -79,33 +79,19 @@ class Momentum(NamedTuple):
     format: MomentumFormat
 
     @classmethod
-    def zeros(cls, shapes: Mapping[str, Sequence[int]], format: MomentumFormat, device: torch.device) -> Momentum:
-        """Make a zero momentum of these shapes, by state key: those of `layout`, or a rank's part of them."""
-        dtypes = {_CODES_KEYS[format.codebook]: _DTYPES[format.codebook], SCALES_KEY: torch.float32}
-        tensors = {k: torch.zeros(tuple(s), dtype=dtypes[k], device=device) for k, s in shapes.items()}
-        momentum = cls.from_state(tensors, format)
-        if format.codebook is not None:
-            momentum.codes.fill_(zero_code(format.codebook))
-        return momentum
-
-    @classmethod
     def from_state(cls, state: Mapping[str, Tensor], format: MomentumFormat) -> Momentum:
         """Return the momentum whose tensors lie in `optimizer.state[param]`; they are shared, not copied."""
         return cls(state[_CODES_KEYS[format.codebook]], state.get(SCALES_KEY), format)
+
+    def clear_(self) -> None:
+        """Set zeroed tensors to a momentum of zero."""
+        if self.format.codebook is not None:
+            self.codes.fill_(zero_code(self.format.codebook))
 
     def to_state(self) -> dict[str, Tensor]:
         """Return its tensors under their public keys."""
         state = {_CODES_KEYS[self.format.codebook]: self.codes}
         return state if self.scales is None else {**state, SCALES_KEY: self.scales}
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Return codes and, if quantized, scales."""
-        return [self.codes] if self.scales is None else [self.codes, self.scales]
-
-    def with_tensors(self, tensors: Iterator[Tensor]) -> Momentum:
-        """Return the same momentum in the next ones of `tensors`, as `tensors` orders them."""
-        return Momentum(next(tensors), None if self.scales is None else next(tensors), self.format)
 
     @classmethod
     def encode(cls, values: Tensor, format: MomentumFormat) -> Momentum:

@@ -31,6 +31,7 @@ from ..orthogonalize import device_kind, orthogonalize, partition
 from .commit import Commit
 from .group_options import MuonOptions
 from .matrix_batches import MatrixBatch, as_matrices, copy_back
+from .second_moment import normalize, update_arguments, write_
 
 _LEAST_NORM = 2.0**-60  # of a Newton-Schulz input that counts as one: see `frobenius_norm`
 
@@ -38,9 +39,12 @@ _LEAST_NORM = 2.0**-60  # of a Newton-Schulz input that counts as one: see `frob
 def lr_ratio(rows: int, cols: int, adjust_lr_fn: str | None) -> float:
     """Return the factor of lr for a shape.
 
+    `"spectral"` gives sqrt(rows / cols), with which the update's effect on activations is the same at every width.
     None and `"original"` give sqrt(max(1, rows / cols)). `"match_rms_adamw"` gives 0.2 sqrt(max(rows, cols)), with
     which the update has the RMS of AdamW's (0.2), so that AdamW's lr and weight decay carry over.
     """
+    if adjust_lr_fn == "spectral":
+        return sqrt(rows / cols)
     return 0.2 * sqrt(max(rows, cols)) if adjust_lr_fn == "match_rms_adamw" else sqrt(max(1.0, rows / cols))
 
 
@@ -51,6 +55,13 @@ def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
     2^29 of them may have a norm of 2^-60 where `sumsq` is 0; divided by less, Newton-Schulz would blow it up.
     """
     return sumsq.sqrt().clamp(min=max(eps, _LEAST_NORM)).mul(factor)
+
+
+def normalize_signs_(signs: Tensor, options: MuonOptions) -> None:
+    """Divide signs [batch, rows, cols], any float dtype, by their Frobenius norms, in place."""
+    counts = torch.count_nonzero(signs, (1, 2)).float()
+    norms = frobenius_norm(counts, eps=options.eps, factor=options.coefficients.norm_factor)
+    signs.mul_(norms.reciprocal().to(signs.dtype).view(-1, 1, 1))
 
 
 def factors(
@@ -115,6 +126,7 @@ def apply_parts(batch: MatrixBatch, *, is_first: bool) -> list[MatrixBatch]:
         count=options.counts.get((batch.rows, batch.cols), 1),
         widths=options.column_splits,
         rates=options.rates(kind) if options.table is not None else None,
+        tiny=not options.sign_momentum,
         copied_bytes=2 * copied_bytes,  # they are there when the reference has most temporaries
     )
     batch.partition = how
@@ -137,7 +149,7 @@ def apply(batch: MatrixBatch, commit: Commit) -> None:
     averaged = batch
     method = batch.partition.pieces[0].method
     if not (commit.is_done or batch.is_staged or method.tiny):
-        averaged = batch.with_tensors([tensor.clone() for tensor in batch.state_tensors])
+        averaged = batch.with_tensors([tensor.clone() for tensor in batch.momentum_tensors])
     if options.column_splits is not None:
         _apply_by_columns(batch, averaged, commit)
         return
@@ -150,10 +162,12 @@ def apply(batch: MatrixBatch, commit: Commit) -> None:
         return
     X = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=method.dtype, device=batch.device)
     average_(averaged, norms, X)
+    if options.sign_momentum:
+        normalize_signs_(X, options)
     X = orthogonalize(X, options.coefficients, method, options.backend)
     commit()
     if averaged is not batch:
-        torch._foreach_copy_(batch.state_tensors, averaged.state_tensors)
+        torch._foreach_copy_(batch.momentum_tensors, averaged.momentum_tensors)
     update_(batch, X)
 
 
@@ -164,7 +178,7 @@ def _apply_by_columns(batch: MatrixBatch, averaged: MatrixBatch, commit: Commit)
     coefficients, pieces = options.coefficients, batch.partition.pieces
     U = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=torch.float32, device=batch.device)
     average_(averaged, torch.ones_like(batch.sumsq), U)
-    for columns, method, size in pieces:
+    for piece, (columns, method, size) in enumerate(pieces):
         sumsq = torch.linalg.vector_norm(U[..., columns], dim=(-2, -1)).square()
         norms = frobenius_norm(sumsq, eps=options.eps, factor=coefficients.norm_factor).view(-1, 1, 1)
         parts = batch.split(size)
@@ -174,37 +188,38 @@ def _apply_by_columns(batch: MatrixBatch, averaged: MatrixBatch, commit: Commit)
             X = orthogonalize(X, coefficients, method, options.backend)
             commit()
             if averaged is not batch:
-                torch._foreach_copy_(batch.state_tensors, averaged.state_tensors)
+                torch._foreach_copy_(batch.momentum_tensors, averaged.momentum_tensors)
                 averaged = batch
-            update_(part, X, columns)
+            update_(part, X, columns, piece)
             del X  # before the next one is made
 
 
 def _fused_step(batch: MatrixBatch, norms: Tensor) -> None:
-    """Do all of the second phase in one launch, in fp32."""
+    """Do all of the second phase in one launch, in fp32; with a second moment all up to the directions."""
     options = batch.options
-    ratio = lr_ratio(batch.rows, batch.cols, options.adjust_lr_fn)
-    decay, scale = factors(
-        lr=options.lr, weight_decay=options.weight_decay, ratio=ratio, decay_lr_power=options.decay_lr_power
-    )
-    how: dict[str, Any] = {
-        "decay": decay,
-        "scale": scale,
-        "cautious": options.cautious_weight_decay,
-        "skip": batch.skip,
-    }
-    how |= {**batch.averaging, **batch.random_bits()}
-    step_tiny = kernels_for(batch.device, options.backend).step_tiny
     views = [member.param for member in batch.members]
     params = as_matrices(views)
+    if options.second_moment is None:
+        ratio = lr_ratio(batch.rows, batch.cols, options.adjust_lr_fn)
+        decay, scale = factors(
+            lr=options.lr, weight_decay=options.weight_decay, ratio=ratio, decay_lr_power=options.decay_lr_power
+        )
+        how = {"cautious": options.cautious_weight_decay, **batch.random_bits()}
+    else:  # O = 0 * 0 - (-1) * O
+        params = [torch.zeros(batch.num_matrices, batch.rows, batch.cols, dtype=torch.float32, device=batch.device)]
+        decay, scale, how = 0.0, -1.0, {}
+    how |= {"decay": decay, "scale": scale, "skip": batch.skip, **batch.averaging}
+    step_tiny = kernels_for(batch.device, options.backend).step_tiny
     tensors = batch.codes, batch.scales or None, batch.grads(), params, norms
     step_tiny(*tensors, steps=options.coefficients.steps, **how)
-    if params is not views:
+    if options.second_moment is not None:
+        update_(batch, params[0])
+    elif params is not views:
         copy_back(views, params)
 
 
 def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
-    """Write the new momenta into codes and scales, and u / norm into `out`.
+    """Write the new momenta into codes and scales, and u / norm, or its signs, into `out`.
 
     Args:
         batch: the matrices.
@@ -216,26 +231,41 @@ def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
         out.zero_()
     if not batch.has_factors:
         tensors = batch.codes, batch.scales or None, batch.grads(), norms, out
-        apply_kernel(*tensors, skip=batch.skip, **batch.averaging)
+        apply_kernel(*tensors, skip=batch.skip, signs=batch.options.sign_momentum, **batch.averaging)
         return
     # Gradients with factors are copied, a part of the batch at a time.
     parts = batch.split(max(1, batch.num_matrices // 16))
     sizes = [part.num_matrices for part in parts]
     for part, part_norms, part_out in zip(parts, norms.split(sizes), out.split(sizes), strict=True):
         tensors = part.codes, part.scales or None, part.grads(), part_norms, part_out
-        apply_kernel(*tensors, skip=part.skip, **part.averaging)
+        apply_kernel(*tensors, skip=part.skip, signs=part.options.sign_momentum, **part.averaging)
 
 
-def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None) -> None:
-    """Update these columns of the parameters, or all with None, by `directions` as `update_params_` takes them."""
-    options = batch.options
-    ratio = lr_ratio(directions.shape[1], directions.shape[2], options.adjust_lr_fn)
+def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None, piece: int = 0) -> None:
+    """Update parameters by the directions of whole matrices, or of a piece of their columns.
+
+    Args:
+        batch: the matrices.
+        directions: O, [num_matrices, rows, cols], fp32, bf16 or fp16, any strides.
+        columns: of the piece; None means all.
+        piece: its number.
+    """
+    options, found = batch.options, None
     views = [member.param for member in batch.members]
     params = as_matrices(views)
-    first_column, pieces = 0, params
+    first_column, pieces, moments = 0, params, batch.second_moments
     if columns is not None:
         first_column, pieces = columns.start, [param[..., columns] for param in params]
-    update_params_(pieces, directions, ratio, options, batch.skip, **batch.random_bits(first_column))
+        moments = [moment.columns(piece) for moment in moments]
+    _, rows, cols = directions.shape
+    ratio, how = lr_ratio(rows, cols, options.adjust_lr_fn), batch.random_bits(first_column)
+    if options.second_moment is not None:
+        found = normalize(directions, moments, options.second_moment, options.backend)
+        ratio = 1.0 if options.second_moment.rescale == "rms" else ratio
+        how |= update_arguments(found, moments, options.second_moment)
+    update_params_(pieces, directions, ratio, options, batch.skip, **how)
+    if found is not None:
+        write_(moments, found.new, batch.skip)
     if params is not views:
         copy_back(views, params)
 
@@ -246,7 +276,7 @@ def update_params_(
     ratio: float,
     options: MuonOptions,
     skip: Tensor | None,
-    **random_bits: Any,
+    **how: Any,
 ) -> None:
     """Compute W <- decay * W - scale * O in place, in fp32, rounded once; scale 0 and decay 1 change no bit.
 
@@ -255,18 +285,14 @@ def update_params_(
     Args:
         params: [count, rows, cols] each, in one dtype, fp32, bf16 or fp16, any strides.
         directions: O, [batch, rows, cols], or stacks of it, fp32, bf16 or fp16, any strides.
-        ratio: from `lr_ratio`, for the shape of the whole matrix.
+        ratio: the factor of lr, for the shape of the whole matrix.
         options: the group's.
         skip: None, or fp32, 0-d or one a matrix; where it is not 0, nothing is written.
-        random_bits: keys, firsts and pitch of stochastic rounding, bf16 only. None of them rounds to nearest.
+        how: keys, firsts and pitch of stochastic rounding, bf16 only (none rounds to nearest), and what
+            `update_arguments` gives.
     """
     decay, scale = factors(
         lr=options.lr, weight_decay=options.weight_decay, ratio=ratio, decay_lr_power=options.decay_lr_power
     )
-    how: dict[str, Any] = {
-        "decay": decay,
-        "scale": scale,
-        "cautious": options.cautious_weight_decay,
-        "skip": skip,
-    }
-    kernels_for(params[0].device, options.backend).update_params(params, directions, **how, **random_bits)
+    how |= {"decay": decay, "scale": scale, "cautious": options.cautious_weight_decay, "skip": skip}
+    kernels_for(params[0].device, options.backend).update_params(params, directions, **how)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -20,25 +19,43 @@ from ..config import (
     BITS,
     BLOCK_SIZES,
     CODEBOOKS,
-    DEFAULT_ADAMW_BETAS,
     DEFAULT_ADAMW_BITS,
-    DEFAULT_ADAMW_EPS,
+    DEFAULT_BETA2,
+    DEFAULT_SECOND_MOMENT_EPS,
+    EPS_FORMS,
+    RESCALES,
+    SECOND_MOMENTS,
     ZERO_SLICES,
     Backend,
 )
 from ..orthogonalize import choose_method, diverges, resolve_coefficients
 from ..orthogonalize.rates_table import check_key, parse_key
-from . import adamw8bit
-from .dense import is_overlapping, why_not_dense, why_not_written
-from .group_options import AdamWOptions, GroupOptions, MuonOptions, Options, matrix_counts
+from .group_options import (
+    AdamWOptions,
+    GroupOptions,
+    MuonOptions,
+    Options,
+    SecondMomentOptions,
+    matrix_counts,
+)
 
 # How the running optimizer stores and computes: from the constructor, never from a checkpoint.
 FORMAT_KEYS = ("bits", "codebook", "block_size", "flatten")
 MATRIX_DEFAULTS: dict[str, Any] = {"flatten": False, "split_sizes": None, "split_dim": -2}
+# Of the family of Muon: what follows the orthogonalization, and what goes into it.
+SECOND_MOMENT_DEFAULTS: dict[str, Any] = {
+    "second_moment": None,
+    "beta2": DEFAULT_BETA2,
+    "second_moment_eps": DEFAULT_SECOND_MOMENT_EPS,
+    "second_moment_eps_form": "add",
+    "rescale": None,
+    "sign_momentum": False,
+}
 # Keys of a group, by algorithm, that no other optimizer and no older checkpoint has, and what their absence means.
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "muon": {
         **MATRIX_DEFAULTS,
+        **SECOND_MOMENT_DEFAULTS,
         "clip_matrix_norm": None,
         "maximize": False,
         "cautious_weight_decay": False,
@@ -58,16 +75,17 @@ AS_SAVED = f"use the same model and {SAME_GROUPS}"
 RATES_KEY = "rates"
 # Key of a copy of a group that has one of its parameters: all of them, which decide how each is orthogonalized.
 MEMBERS = "members"
-RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")
+RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "second_moment", "adamw_bits")
 MUON_ONLY_KEYS = (
     *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm", "decay_lr_power"),
     *FORMAT_KEYS,
     *("split_sizes", "split_dim", "zero_slices"),
+    *SECOND_MOMENT_DEFAULTS,
 )
-_ADAMW_ONLY_KEYS = ("betas", "adamw_bits")
+ADAMW_ONLY_KEYS = ("betas", "adamw_bits")
 _SHARED_KEYS = ("weight_decay", "eps", "maximize", "cautious_weight_decay")
 # Arguments of the whole optimizer, or of torch's AdamW but not offered here: ignoring them would change what was asked.
-_NO_GROUP_KEYS = (
+NO_GROUP_KEYS = (
     *("backend", "on_nonfinite", "ns_dtype", "param_rounding", "rounding_seed", "rounding_step"),
     *("workspace_bytes", "state_device", "process_group", "shard_state"),
     "amsgrad",
@@ -85,7 +103,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def group_keys(algorithm: str) -> tuple[str, ...]:
     """Return the hyper-parameters that a group of this algorithm holds."""
-    return ("lr", *_SHARED_KEYS, *(_ADAMW_ONLY_KEYS if algorithm == "adamw" else MUON_ONLY_KEYS))
+    return ("lr", *_SHARED_KEYS, *(ADAMW_ONLY_KEYS if algorithm == "adamw" else MUON_ONLY_KEYS))
+
+
+def state_format(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what decides the tensors of a Muon group's state, as `SecondMomentFormat.of` takes it."""
+    sizes, is_rows = group["split_sizes"] and tuple(group["split_sizes"]), group["split_dim"] == -2
+    splits = (sizes, None) if is_rows else (None, sizes)
+    return (*(group[key] for key in FORMAT_KEYS), *splits, group["second_moment"])
 
 
 def describe(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -95,62 +120,6 @@ def describe(group: dict[str, Any], group_index: int, index: int) -> str:
         return str(names[index])
     has_shape = not is_lazy(param) and not (param.is_nested and param.layout == torch.strided)
     return f"parameter {index} of group {group_index}" + (f", shape {tuple(param.shape)}" if has_shape else "")
-
-
-def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of the user's group with its parameters as a list and AdamW's defaults filled in.
-
-    Keys of the other algorithm stand at None, so that generic code finds every key of an optimizer's defaults.
-
-    Args:
-        group: the user's.
-        group_index: its place.
-        arguments: the optimizer's arguments, which wrappers may have put into the group.
-
-    Raises:
-        ValueError: for an unknown algorithm, an AdamW group without its own lr, or keys of the other algorithm.
-    """
-    if "params" not in group:
-        raise ValueError(f"parameter group {group_index} has no 'params': give the tensors, or (name, tensor) pairs")
-    params = group["params"]
-    group = {"algorithm": "muon", **group, "params": [params] if isinstance(params, Tensor) else params}
-    if not isinstance(params, set):  # torch's own error says why a set is refused
-        group["params"] = list(group["params"])
-    where = f"parameter group {group_index}"
-    if not is_choice(group["algorithm"], ALGORITHMS):
-        raise ValueError(f"{where}: algorithm {shown(group['algorithm'])} is not one of {', '.join(ALGORITHMS)}")
-    if isinstance(group.get("split_sizes"), list):
-        group["split_sizes"] = tuple(group["split_sizes"])
-    known = {"params", *group_keys(group["algorithm"])}
-    for key in set(group) - known:
-        close = get_close_matches(key, known, n=1, cutoff=0.85)
-        if close:
-            raise ValueError(f"{where}: unknown key {key!r}, did you mean {close[0]!r}?")
-    if group["algorithm"] == "muon":
-        other: tuple[str, ...] = _ADAMW_ONLY_KEYS
-    else:
-        other = MUON_ONLY_KEYS
-        if is_choice(group.get("adamw_bits"), (8,)) and is_choice(group.get("codebook"), ("linear",)):
-            raise ValueError(
-                f"{where}: codebook='linear' beside adamw_bits=8 is refused: linear 8 bits store the second moment of "
-                "small gradients as 0, by which the step is then divided, and it blows up. AdamW's moments are in the "
-                "dynamic maps: leave codebook out, or use adamw_bits=32"
-            )
-        if "lr" not in group:
-            raise ValueError(f"{where}: a group with algorithm='adamw' needs its own 'lr' (Muon's rarely fits it)")
-        group.setdefault("betas", DEFAULT_ADAMW_BETAS)
-        group.setdefault("eps", DEFAULT_ADAMW_EPS)
-        group.setdefault("adamw_bits", DEFAULT_ADAMW_BITS)
-    foreign = [key for key in other if group.get(key) is not None] + [key for key in _NO_GROUP_KEYS if key in group]
-    if foreign:
-        hint = ""
-        if all(key in arguments and type(group[key]) is type(arguments[key]) for key in foreign):
-            hint = (
-                ". If it is there by ZeroRedundancyOptimizer, which puts its arguments into every group: give them in "
-                "the groups of their algorithm, or use Muon8bit without it, with process_group and shard_state=True"
-            )
-        raise ValueError(f"{where}: {', '.join(foreign)} has no meaning in a group of {group['algorithm']!r}{hint}")
-    return {**group, **dict.fromkeys(MUON_ONLY_KEYS)} if group["algorithm"] == "adamw" else group
 
 
 def resolve_options(group: dict[str, Any], group_index: int, running: Options, *, is_rounded: bool) -> GroupOptions:
@@ -186,7 +155,7 @@ def resolve_options(group: dict[str, Any], group_index: int, running: Options, *
         _check_rounding(group, where)
     if group.get("split_sizes") is not None:
         for index, param in enumerate(group["params"]):
-            _check_splits(f"{where}{describe(group, group_index, index)}", param, group)
+            check_splits(f"{where}{describe(group, group_index, index)}", param, group)
     if isinstance(options, MuonOptions):
         shapes = tuple(param.shape for param in group.get(MEMBERS, group["params"]))
         counts = matrix_counts(shapes, options.flatten, options.row_splits)
@@ -216,14 +185,20 @@ def _resolved(
         beta1 = beta1 if group.get("momentum") is None else group["momentum"]
         return AdamWOptions(betas=(beta1, beta2), adamw_bits=group["adamw_bits"], **shared)
     check_schedule(group, ns_dtype, where)
-    own = ("momentum", "nesterov", "adjust_lr_fn", "flatten", "clip_matrix_norm", "decay_lr_power")
+    own = ("momentum", "nesterov", "adjust_lr_fn", "flatten", "clip_matrix_norm", "decay_lr_power", "sign_momentum")
+    second_moment = None
+    if group["second_moment"] is not None:
+        is_clamped, eps = group["second_moment_eps_form"] == "clamp", float(group["second_moment_eps"])
+        second_moment = SecondMomentOptions(group["second_moment"], group["beta2"], eps, is_clamped, group["rescale"])
     sizes, dim = group["split_sizes"], group["split_dim"]
     return MuonOptions(
         coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
         format=tuple(group[key] for key in FORMAT_KEYS),
+        state_format=state_format(group),
         row_splits=sizes if dim == -2 else None,
         column_splits=sizes if dim == -1 else None,
         skips_zero_slices=group["zero_slices"] == "skip" and not group["flatten"],
+        second_moment=second_moment,
         table=None if group.get(RATES_KEY) is None else parse_key(group[RATES_KEY]),
         **{key: group[key] for key in own},
         **shared,
@@ -258,7 +233,7 @@ def check_schedule(group: dict[str, Any], ns_dtype: torch.dtype | None, where: s
 def check_foreign(group: dict[str, Any], where: str) -> None:
     """Raise ValueError for a value of the other algorithm: it would be without effect."""
     algorithm = group["algorithm"]
-    for key in _ADAMW_ONLY_KEYS if algorithm == "muon" else MUON_ONLY_KEYS:
+    for key in ADAMW_ONLY_KEYS if algorithm == "muon" else MUON_ONLY_KEYS:
         # OneCycleLR and CyclicLR write a momentum into AdamW's groups too.
         if group.get(key) is not None and (algorithm, key) != ("adamw", "momentum"):
             raise ValueError(f"{where}{key} has no meaning with algorithm={algorithm!r}: it must stay None")
@@ -294,7 +269,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
 
     def require(key: str, valid: bool, allowed: str) -> None:
         if not valid:
-            is_own = bool(where) and key in (*MUON_ONLY_KEYS, *_ADAMW_ONLY_KEYS)
+            is_own = bool(where) and key in (*MUON_ONLY_KEYS, *ADAMW_ONLY_KEYS)
             of = f" in a group with algorithm={algorithm!r}" if is_own else ""
             raise ValueError(f"{where}{key} must be {allowed}{of}, not {shown(options[key])}")
 
@@ -334,6 +309,14 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     require("flatten", isinstance(options["flatten"], bool), "True or False")
     require("split_dim", not (sizes and options["flatten"] and options["split_dim"] == -1), "-2 beside flatten=True")
     require("adjust_lr_fn", is_choice(options["adjust_lr_fn"], (None, *ADJUST_LR)), f"None or one of {ADJUST_LR}")
+    for key, allowed in (("second_moment", SECOND_MOMENTS), ("rescale", RESCALES)):
+        require(key, is_choice(options[key], (None, *allowed)), f"None or one of {allowed}")
+    require("second_moment_eps_form", is_choice(options["second_moment_eps_form"], EPS_FORMS), f"one of {EPS_FORMS}")
+    require("beta2", is_number(options["beta2"], high=1), "in [0, 1)")
+    require("second_moment_eps", is_number(options["second_moment_eps"]), f">= 0 and {FINITE}")
+    require("sign_momentum", is_choice(options["sign_momentum"], (True, False)), "True or False")
+    is_alone = options["second_moment"] is None
+    require("rescale", not (is_alone and options["rescale"]), "None where second_moment is None")
     try:
         resolve_coefficients(options["ns_coefficients"], options["ns_steps"])
         check_key(options.get(RATES_KEY))
@@ -341,53 +324,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         raise ValueError(f"{where}{error}") from None
 
 
-def check_params(group: dict[str, Any], group_index: int) -> None:
-    """Check that the group's algorithm can take each of its parameters; the error names it and the way out."""
-    if group.get("adamw_bits") == 8:
-        adamw8bit.check_available()
-    seen = set()
-    for index, param in enumerate(group["params"]):
-        name = describe(group, group_index, index)
-        if param in seen:
-            raise ValueError(f"{name} appears twice in its group: list it once")
-        seen.add(param)
-        check_not_partitioned(param, name)
-        if is_lazy(param):
-            raise ValueError(f"{name} has no shape yet: call its lazy module once before the optimizer is made")
-        if problem := why_not_dense(param):
-            raise ValueError(f"{name} is a {problem} tensor: Muon8bit takes dense parameters")
-        if problem := why_not_written(param):
-            raise ValueError(f"{name} is {problem}: Muon8bit takes parameters with memory of their own")
-        if is_overlapping(param):
-            raise ValueError(f"{name} is an expanded tensor, whose elements share memory: clone it first")
-        if param.dtype not in DTYPES:
-            raise ValueError(f"{name} is {param.dtype}: Muon8bit takes float32, bfloat16 and float16 parameters")
-        if group["algorithm"] == "muon" and param.ndim < 2:
-            raise ValueError(
-                f"{name} has {param.ndim} dimension(s): Muon takes weight matrices. Build the groups with "
-                "muon8bit.param_groups(model, ...), for LoRA+ with its loraplus_ratio, or put it into a group with "
-                "algorithm='adamw' and its own lr. "
-                "If it is a weight matrix that a wrapper has flattened (FSDP1, DeepSpeed ZeRO), unwrap it first"
-            )
-        if group["algorithm"] == "muon" and group["split_sizes"] is not None:
-            _check_splits(name, param, group)
-
-
-def check_not_partitioned(param: Tensor, name: str) -> None:
-    """Raise NotImplementedError, by name, for the parameters of DeepSpeed ZeRO and FSDP1, which are flattened parts."""
-    if hasattr(param, "ds_id") or hasattr(param, "ds_tensor"):
-        raise NotImplementedError(
-            f"{name} is partitioned by DeepSpeed ZeRO, which flattens the matrices that Muon needs whole. Shard the "
-            "model by torch.distributed.fsdp.fully_shard (FSDP2), or use DDP"
-        )
-    if type(param).__name__ == "FlatParameter" or hasattr(param, "_is_flat_param"):
-        raise NotImplementedError(
-            f"{name} is flattened by FSDP1: several matrices in one vector. Shard the model by "
-            "torch.distributed.fsdp.fully_shard (FSDP2; in Accelerate fsdp_version: 2)"
-        )
-
-
-def _check_splits(name: str, param: Tensor, group: dict[str, Any]) -> None:
+def check_splits(name: str, param: Tensor, group: dict[str, Any]) -> None:
     """Raise ValueError if the pieces do not fill the dimension of each matrix that they split."""
     shape = (param.shape[0], prod(param.shape[1:])) if group["flatten"] else tuple(param.shape)
     sizes, dim = group["split_sizes"], group["split_dim"]

@@ -182,7 +182,7 @@ def read(
         if isinstance(options, MuonOptions):
             for p in params:
                 if p.momentum is not None and not p.is_shared:
-                    matrices += matrices_of(p.index, p.local, p.grad, p.momentum, options, p.key, p.first)
+                    matrices += matrices_of(p.index, p.local, p.grad, p.momentum, options, p.key, p.first, p.second)
             if options.clip_matrix_norm is not None or options.grad_scale is not None or options.maximize:
                 clipping.check_not_sharded(group, index)
                 pairs = [clipping.with_factor(of, options.on(of.grad.device)) for of in matrices]
@@ -213,10 +213,9 @@ def _staged(batch: MatrixBatch, run: Callable[[MatrixBatch], None], *, is_writte
     def run_on(tensors: Sequence[Tensor] | None) -> None:
         run(batch if tensors is None else batch.with_tensors(tensors, is_staged=True))
 
-    tensors = batch.state_tensors
-    return (
-        OffloadTask(batch.device, run_on, tensors, ()) if is_written else OffloadTask(batch.device, run_on, (), tensors)
-    )
+    if is_written:
+        return OffloadTask(batch.device, run_on, batch.state_tensors, ())
+    return OffloadTask(batch.device, run_on, (), batch.momentum_tensors)
 
 
 def is_dry(groups: Sequence[dict[str, Any]]) -> bool:

@@ -105,6 +105,7 @@ def momentum_apply_cut(
     codebook: Codebook | None,
     block_size: int,
     skip: Tensor | None = None,
+    signs: bool = False,
 ) -> None:
     """Write codes, scales and the Newton-Schulz input: the second phase of the step.
 
@@ -115,6 +116,7 @@ def momentum_apply_cut(
         out: [batch, rows, width], any float dtype and strides.
         first_col: the place of these columns in the whole matrix.
         skip: fp32, 0-d or [batch], one a matrix; where it is not 0, nothing is written, `out` neither.
+        signs: `out` receives the sign of u, -1, 0 or 1, instead; it may be int8.
     """
     _, rows, _ = batch_shape(codes)
     is_over, skip = known_flag(skip, rows)
@@ -125,7 +127,8 @@ def momentum_apply_cut(
     of_rows = None if new_scales is None else new_scales.flatten(0, 1)
     for state, piece, cols, block, m, scaled_grad in _walk(codes, scales, grads, beta, codebook, first_col, block_size):
         u = (m * beta).add_(scaled_grad) if nesterov else m.clone()
-        target.write(piece.rows, cols, u.mul_(row_inverses[piece.rows]).flatten(1), skip)
+        u = u.sign_() if signs else u.mul_(row_inverses[piece.rows])
+        target.write(piece.rows, cols, u.flatten(1), skip)
         if of_rows is not None and codebook is not None:
             m = _encode_(m, of_rows[piece.rows, block : block + m.shape[1]], codebook)
         state.codes.write(piece.rows, piece.cols, m.flatten(1), skip)

@@ -200,6 +200,7 @@ def momentum_apply(
     codebook: Codebook | None,
     block_size: int,
     skip: Tensor | None = None,
+    signs: bool = False,
 ) -> None:
     """Write codes, scales and the Newton-Schulz input from the same momentum, recomputed: the second phase of the step.
 
@@ -209,6 +210,7 @@ def momentum_apply(
         norms: fp32 [batch], the positive divisors of u (Frobenius norms, bounded below).
         out: [batch, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
         skip: fp32, 0-d or [batch], one a matrix; where it is not 0, nothing is written, `out` neither.
+        signs: `out` receives the sign of u, -1, 0 or 1, instead; it may be int8.
     """
     batch, rows, cols = batch_shape(codes)
     is_over, skip = known_flag(skip, rows)
@@ -223,10 +225,11 @@ def momentum_apply(
     for piece in _pieces(batch * rows, cols, block_size, out.device):
         m, scaled_grad = state.momentum(piece, *buffers[:2])
         u = piece.of(buffers[2]).view(m.shape)
-        if nesterov:
-            torch.mul(m, beta, out=u).add_(scaled_grad).mul_(row_inverses[piece.rows])
+        blended = torch.mul(m, beta, out=u).add_(scaled_grad) if nesterov else m
+        if signs:
+            torch.sign(blended, out=u)
         else:
-            torch.mul(m, row_inverses[piece.rows], out=u)
+            torch.mul(blended, row_inverses[piece.rows], out=u)
         target.write(piece.rows, piece.cols, u.flatten(1), skip)
         if state.scales is not None and codebook is not None:
             scale = _block_scales(m)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..batches import StackedRows, batch_shape, elements_at_once, known_flag
+from ..element_moment import ElementMoment
 from ..random_bits import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2, signed
 
 
@@ -81,6 +82,13 @@ def _decay_cautiously_(values: Tensor, update: Tensor, decay: float | Tensor, op
     values.mul_(factor)
 
 
+def _of_rows(factors: Tensor, numbers: slice, rows: int) -> Tensor:
+    """Return the factors [batch, rows or 1, cols or 1] of some rows of all matrices: [numbers, cols or 1]."""
+    if factors.shape[1] == rows:
+        return factors.flatten(0, 1)[numbers]
+    return factors[torch.arange(numbers.start, numbers.stop, device=factors.device) // rows, 0]
+
+
 def update_params(
     params: Sequence[Tensor],
     directions: Tensor | Sequence[Tensor],
@@ -92,6 +100,9 @@ def update_params(
     pitch: int | None = None,
     cautious: bool = False,
     skip: Tensor | None = None,
+    factors: Tensor | None = None,
+    moment: ElementMoment | None = None,
+    inverses: Tensor | None = None,
 ) -> None:
     """Update param <- param * decay - direction * scale in place, in fp32, rounded once to the parameter's dtype.
 
@@ -107,6 +118,9 @@ def update_params(
         pitch: the difference of the global indices of elements [1, 0] and [0, 0]; None means cols.
         cautious: an element whose sign is opposite to that of its direction * scale does not decay.
         skip: fp32, 0-d or [batch], one a matrix; where it is not 0, nothing is written.
+        factors: fp32 [batch, rows, 1], [batch, 1, cols] or [batch, 1, 1], which the directions are multiplied by first.
+        moment: of each element, which is averaged, divides its direction, and is written.
+        inverses: with quantized moments, fp32 [batch, rows, blocks]: 255 over their new scales, 0 where these are 0.
 
     Raises:
         ValueError: for keys with parameters that are not bf16.
@@ -136,7 +150,12 @@ def update_params(
         view = old.in_place(r) if can_be_in_place else None
         new = old.read(r, every, new) if view is None else view
         is_zero = not isinstance(scale, Tensor) and scale == 0
-        update = None if is_zero else towards.read(r, every, scratch).mul_(scale)
+        update = None if is_zero and moment is None else towards.read(r, every, scratch)
+        if moment is not None and update is not None:
+            moment.write_and_divide_(r, update, inverses, skip)
+        if factors is not None and update is not None:
+            update.mul_(_of_rows(factors, r, rows))
+        update = None if is_zero or update is None else update.mul_(scale)
         if cautious and update is not None:
             _decay_cautiously_(new, update, decay, *more)
         else:

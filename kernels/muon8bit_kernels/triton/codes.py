@@ -13,7 +13,7 @@ _LINEAR_MAX = tl.constexpr(float(LINEAR_MAX))
 _SCALE_FLOOR = tl.constexpr(float(SCALE_FLOOR))
 _ZERO_CODE = tl.constexpr(zero_code("dynamic"))
 # Adding 1.5 * 2**23 to |x| < 2**22 rounds it to the nearest integer, ties to even, and leaves that in the low bits.
-_ROUNDER = tl.constexpr(12582912.0)
+ROUNDER = tl.constexpr(12582912.0)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -78,7 +78,7 @@ def encode(values, scale, midpoints, CODEBOOK: tl.constexpr, ALONG: tl.constexpr
     """
     ratio = over_scale(values, scale, ALONG)
     if CODEBOOK == "linear":
-        codes = (ratio * _LINEAR_MAX + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+        codes = (ratio * _LINEAR_MAX + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         # Magnitudes number 1..127 from zero: decade d holds 2**d of them, evenly spaced over 10**(d - 6) * (0.1, 1).
         # Number against magnitude is thus a straight line in each decade; the lines get flatter and meet where the
@@ -110,3 +110,13 @@ def scale_of(largest):
     """Return the scale of a block from the maximum of its `magnitude_bits`: below the smallest normal fp32 it is 0."""
     absmax = largest.to(tl.float32, bitcast=True)
     return tl.where(absmax < _SCALE_FLOOR, 0.0, absmax)
+
+
+@triton.jit
+def widened(values):
+    """Return values of any float dtype in fp32."""
+    if values.dtype == tl.bfloat16:
+        wide = (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = values.to(tl.float32)
+    return wide

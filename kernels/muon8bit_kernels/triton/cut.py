@@ -109,6 +109,7 @@ def momentum_apply_cut(
     codebook: Codebook | None,
     block_size: int,
     skip: Tensor | None = None,
+    signs: bool = False,
 ) -> None:
     """Write codes, scales and the Newton-Schulz input: the second phase of the step; bitwise `reference.cut`.
 
@@ -119,6 +120,7 @@ def momentum_apply_cut(
         norms: fp32 [matrices], contiguous: the positive divisors of u.
         out: [matrices, rows, width], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
         skip: fp32 on the device, 0-d or [matrices]; unless it is zero, nothing is written, `out` neither.
+        signs: `out` receives the sign of u, -1, 0 or 1, instead; it may be int8.
 
     Raises:
         ValueError: as `momentum_stats_cut`, or if `new_scales`, `norms`, `out` or `skip` has another shape.
@@ -148,6 +150,7 @@ def momentum_apply_cut(
         out.stride(0),
         *out_strides,
         ALONG=not across,
+        SIGNS=signs,
         BLOCKS=triton.next_power_of_2(batch.num_blocks),
         EACH=has_flag_each(skip, batch.count),
     )

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .codes import encode, inverse_of, magnitude_bits, scale_of
-from .momentum_kernels import momentum
+from .momentum_kernels import momentum, ns_input
 from .tiles import address, flag_of
 
 
@@ -124,6 +124,7 @@ def apply_cut_kernel(
     ALIGNMENT: tl.constexpr,
     EVEN: tl.constexpr,
     NESTEROV: tl.constexpr,
+    SIGNS: tl.constexpr,
     CODEBOOK: tl.constexpr,
     ALONG: tl.constexpr,
     ROWS: tl.constexpr,
@@ -171,7 +172,7 @@ def apply_cut_kernel(
         tl.debug_barrier()
         mask = writes & (col < end)
         tl.store(codes + col, new, mask)
-        tl.store(out + col.to(tl.int64) * out_col_stride, u * inverse, mask)
+        tl.store(out + col.to(tl.int64) * out_col_stride, ns_input(u, inverse, SIGNS), mask)
     if CODEBOOK is not None:
         tl.store(scales + place, new_scale, writes)
         if block == 0:  # the blocks that nobody here reads

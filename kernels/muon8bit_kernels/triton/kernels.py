@@ -14,17 +14,20 @@ from .cut import momentum_apply_cut, momentum_stats_cut
 from .gemm import symmetric_product
 from .momentum import momentum_apply, momentum_stats
 from .quantize import dequantize, quantize
+from .second_moment import direction_squares, second_moment_stats
 from .tiny import step_tiny
 from .update import round_stochastic, update_params
 
 __all__ = [
     "dequantize",
+    "direction_squares",
     "momentum_apply",
     "momentum_apply_cut",
     "momentum_stats",
     "momentum_stats_cut",
     "quantize",
     "round_stochastic",
+    "second_moment_stats",
     "step_tiny",
     "symmetric_product",
     "update_params",

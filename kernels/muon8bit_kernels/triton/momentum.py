@@ -136,6 +136,7 @@ def momentum_apply(
     codebook: Codebook | None,
     block_size: int,
     skip: Tensor | None = None,
+    signs: bool = False,
 ) -> None:
     """Write codes, scales and the Newton-Schulz input from the same momentum, recomputed: the second phase of the step.
 
@@ -147,6 +148,7 @@ def momentum_apply(
         norms: fp32 [matrices], contiguous: the positive divisors of u (its Frobenius norms, bounded below).
         out: [matrices, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
         skip: fp32 on the device, 0-d or [matrices]; unless it is zero, nothing is written, `out` neither.
+        signs: `out` receives the sign of u, -1, 0 or 1, instead; it may be int8.
 
     Raises:
         ValueError: as `momentum_stats`, or if `norms`, `out` or `skip` has another shape.
@@ -174,5 +176,6 @@ def momentum_apply(
             out.stride(0),
             *out_strides,
             EACH=each,
+            SIGNS=signs,
             **constants,
         )

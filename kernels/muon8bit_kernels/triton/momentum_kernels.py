@@ -39,6 +39,12 @@ def momentum(
     return m, u
 
 
+@triton.jit
+def ns_input(u, inverse, SIGNS: tl.constexpr):
+    """Return what Newton-Schulz gets of u [ROWS, COLS], fp32: u * inverse, or the signs."""
+    return (u > 0.0).to(tl.float32) - (u < 0.0).to(tl.float32) if SIGNS else u * inverse
+
+
 @triton.jit(do_not_specialize=GRID)
 def stats_kernel(
     table,
@@ -121,13 +127,14 @@ def apply_kernel(
     GRAD_ALIGNMENT: tl.constexpr,
     EIGHTS: tl.constexpr,
     NESTEROV: tl.constexpr,
+    SIGNS: tl.constexpr,
     CODEBOOK: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the new codes and scales, and u * (1 / norm) to `out`."""
+    """Write the new codes and scales, and u * (1 / norm), or the sign of u, to `out`."""
     if EIGHTS:
         cols = cols // 8 * 8
     place, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
@@ -176,7 +183,7 @@ def apply_kernel(
             COLS == BLOCK,
         )
         mask = writes & (col < cols)
-        tl.store(out + col * out_col_stride, u * inverse, mask)  # first, so that u leaves its registers
+        tl.store(out + col * out_col_stride, ns_input(u, inverse, SIGNS), mask)  # first, so that u leaves its registers
         if CODEBOOK is not None and COLS == BLOCK:
             new_scale = scale_of(tl.max(magnitude_bits(m), axis=1, keep_dims=True))
         # Every warp has its own copy of the scale, and a small tile's codes are held more than once: without the

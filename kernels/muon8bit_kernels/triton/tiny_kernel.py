@@ -13,10 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import encode, inverse_of, magnitude_bits, scale_of
+from .codes import encode, inverse_of, magnitude_bits, scale_of, widened
 from .momentum_kernels import momentum
 from .tiles import address, flag_of
-from .update import moved, to_bf16, widened
+from .update import moved, to_bf16
 
 _CHUNK = tl.constexpr(16)
 

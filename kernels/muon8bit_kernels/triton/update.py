@@ -7,14 +7,18 @@ zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..element_moment import ElementMoment
 from ..random_bits import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2
 from ..reference.update import check_rounding
+from .codes import ROUNDER, widened
+from .second_moment import averaged, code_stride, moment_constants
 from .tiles import (
     GRID,
     address,
@@ -63,16 +67,6 @@ def _random_bits(indices, key):
 
 
 @triton.jit
-def widened(values):
-    """Return values of any float dtype in fp32."""
-    if values.dtype == tl.bfloat16:
-        wide = (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        wide = values.to(tl.float32)
-    return wide
-
-
-@triton.jit
 def to_bf16(values, indices, key, ROUNDING: tl.constexpr):
     """Round fp32 to bf16: add a half or random bits to the 16 bits that will be cut off; NaN stays NaN."""
     bits = values.to(tl.uint32, bitcast=True)
@@ -93,7 +87,7 @@ def moved(old, direction, decay, scale, CAUTIOUS: tl.constexpr):
     return tl.where(is_zero, decayed, kept - update)
 
 
-@triton.jit(do_not_specialize=["pitch", *GRID])
+@triton.jit(do_not_specialize=["pitch", "factor_stride", "first_col", "moment_blocks", *GRID])
 def _update_kernel(
     table,
     decay,
@@ -104,6 +98,16 @@ def _update_kernel(
     param_col_stride,
     direction_row_stride,
     direction_col_stride,
+    factors,
+    factor_stride,
+    steps,
+    inverses,
+    beta2,
+    one_minus_beta2,
+    eps,
+    code_row_stride,
+    first_col,
+    moment_blocks,
     rows,
     cols,
     num_blocks,
@@ -118,25 +122,43 @@ def _update_kernel(
     CAUTIOUS: tl.constexpr,
     EACH: tl.constexpr,
     ROUNDING: tl.constexpr,
+    FACTORS: tl.constexpr,
+    CODE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    MOMENT_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Update a tile; FACTORS names what has one, CODE is the dtype of an element's second moment, None without."""
     if EIGHTS:
         cols = cols // 8 * 8
     place, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
-    WIDTH: tl.constexpr = 5 if ROUNDING == "stochastic" else 3
+    WIDTH: tl.constexpr = (5 if ROUNDING == "stochastic" else 3) + (0 if CODE is None else 1)
     param = address(table, place, 0, WIDTH, PARAM, ALIGNMENT) + in_row(row, param_row_stride, EIGHTS)
     direction = address(table, place, 1, WIDTH, DIRECTION, ALIGNMENT) + in_row(row, direction_row_stride, EIGHTS)
     decay_value = tl.load(decay) if IN_MEMORY else tl.cast(decay, tl.float32)  # torch.compile passes scalars as fp64
     scale_value = tl.load(scale) if IN_MEMORY else tl.cast(scale, tl.float32)
     # Only the stores depend on the flag: the loads need not wait for its value.
-    matrix = tl.load(table + (place * WIDTH + WIDTH - 1)) if EACH else 0
+    is_numbered: tl.constexpr = EACH or CODE is not None or FACTORS is not None
+    matrix = tl.load(table + (place * WIDTH + WIDTH - 1)) if is_numbered else 0
     writes = row_mask if skip is None else row < tl.where(flag_of(skip, matrix, EACH) == 0.0, rows, 0)
     col = block * BLOCK + tl.arange(0, COLS)[None, :]
     mask = row_mask & (col < cols)
     old = widened(tl.load(param + col * param_col_stride, mask, other=0.0))
     step = widened(tl.load(direction + col * direction_col_stride, mask, other=0.0))
+    if CODE is not None:
+        codes = tl.load(table + (place * WIDTH + WIDTH - 2)).to(tl.pointer_type(CODE)) + row * code_row_stride + col
+        of_block = (matrix * rows + row) * moment_blocks + (first_col + col) // MOMENT_BLOCK
+        code_step = tl.load(steps + of_block, mask, other=0.0) if QUANTIZED else 0.0
+        moment, step = averaged(codes, code_step, step, mask, beta2, one_minus_beta2, eps, QUANTIZED, CLAMPED)
+    if FACTORS == "row":
+        step = step * tl.load(factors + (matrix * factor_stride + row), row_mask, other=0.0)
+    elif FACTORS == "column":
+        step = step * tl.load(factors + (matrix * factor_stride + col), col < cols, other=0.0)
+    elif FACTORS == "matrix":
+        step = step * tl.load(factors + matrix * factor_stride)
     new = moved(old, step, decay_value, scale_value, CAUTIOUS)
     if ROUNDING == "stochastic":
         key = tl.load(table + (place * WIDTH + 2)).to(tl.int32)
@@ -147,6 +169,12 @@ def _update_kernel(
     # A small tile's elements are held more than once: no warp may write what another has yet to load.
     tl.debug_barrier()
     tl.store(param + col * param_col_stride, new, writes & (col < cols))
+    if CODE is not None:
+        if QUANTIZED:
+            inverse = tl.load(inverses + of_block, mask, other=0.0)
+            code = (tl.sqrt_rn(moment) * inverse + ROUNDER) - ROUNDER  # to the nearest integer
+            moment = tl.maximum(code, (moment > 0.0).to(tl.float32))
+        tl.store(codes, moment, writes & (col < cols))
 
 
 @triton.jit(do_not_specialize=["key", "first", *GRID])
@@ -183,6 +211,9 @@ def update_params(
     pitch: int | None = None,
     cautious: bool = False,
     skip: Tensor | None = None,
+    factors: Tensor | None = None,
+    moment: ElementMoment | None = None,
+    inverses: Tensor | None = None,
 ) -> None:
     """Update param <- param * decay - direction * scale in place, in fp32, rounded once to the parameters' dtype.
 
@@ -199,6 +230,10 @@ def update_params(
         pitch: the difference of the global indices of elements [1, 0] and [0, 0]; None means cols.
         cautious: as in `reference.update_params`.
         skip: fp32 on the device, 0-d or [matrices]; unless it is zero, nothing is written.
+        factors: fp32 [matrices, rows, 1], [matrices, 1, cols] or [matrices, 1, 1], which the directions are multiplied
+            by first.
+        moment: of each element, which is averaged, divides its direction, and is written.
+        inverses: with quantized moments, fp32 [matrices, rows, blocks]: 255 over their new scales, 0 where these are 0.
 
     Raises:
         ValueError: for keys with parameters that are not bf16, for stacks that are not alike, or if `directions`,
@@ -215,6 +250,17 @@ def update_params(
         raise ValueError(f"{num_directions} directions for {count} matrices {tuple(shape)}")
     if keys is not None:
         columns += [list(keys), [0] * count if firsts is None else list(firsts)]
+    constants: dict[str, Any] = {"CODE": None, "QUANTIZED": False, "CLAMPED": False}
+    numbers: tuple[float, ...] = (0.0, 0.0, 0.0, 0, 0, 0)
+    if moment is not None:
+        columns.append(addresses(moment.codes))
+        constants, blocks = moment_constants(moment), 0 if moment.steps is None else moment.steps.shape[2]
+        numbers = float(moment.beta2), 1.0 - moment.beta2, float(moment.eps)
+        numbers = *numbers, code_stride(moment), moment.first_col, blocks
+    factor = None
+    if factors is not None:
+        factors = factors.contiguous()
+        factor = "row" if factors.shape[1] > 1 else "column" if factors.shape[2] > 1 else "matrix"
     in_memory = isinstance(decay, Tensor) or isinstance(scale, Tensor)
     if in_memory:
         decay, scale = (torch.as_tensor(f, dtype=torch.float32, device=first.device) for f in (decay, scale))
@@ -234,6 +280,14 @@ def update_params(
             shape[1] if pitch is None else pitch,
             *param_strides,
             *direction_strides,
+            factors,
+            0 if factors is None else factors.stride(0),
+            None if moment is None else moment.steps,
+            inverses,
+            *numbers,
+            FACTORS=factor,
+            MOMENT_BLOCK=1 if moment is None else moment.block_size,
+            **constants,
             PARAM=tl_dtype(first),
             DIRECTION=tl_dtype(stacks[0]),
             ALIGNMENT=16 if aligned else 1,

@@ -1,0 +1,96 @@
+"""Second moment of each element of a batch of directions O, and its arithmetic of record in torch.
+
+    V      =  (code * step)^2,  step = scale / 255
+    V      =  beta2 * V + (1 - beta2) * O^2
+    O'     =  O / (sqrt(V) + eps)   or   O / sqrt(max(V, eps)),   0 where that divisor is 0
+    code'  =  max(rint(sqrt(V) * (255 / scale')), 1 where V > 0),   scale' = max sqrt(V) of the block
+
+Codes are unsigned, and linear in the square root: the second moment of orthogonalized directions spans few powers of
+two. The code 0, by which a direction would be divided, stands for 0 alone. Every operation is rounded to fp32, none is
+fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batches import StackedRows
+
+SQRT_MAX = 255.0
+
+
+class ElementMoment(NamedTuple):
+    """Second moments of a batch, stored as codes of their square roots, or in fp32.
+
+    Attributes:
+        codes: stacks [count, rows, cols], uint8, or the fp32 second moments; any strides.
+        steps: fp32 [batch, rows, blocks], the square root that a code of 1 stands for; None where it is fp32.
+        beta2: the factor of the exponential moving average, in [0, 1).
+        eps: what is added to the square root, or, with `is_clamped`, bounds the second moment from below.
+        is_clamped: the form of eps.
+        block_size: the number of elements of a row that share a scale.
+        first_col: the column of whole rows that is the first one here.
+    """
+
+    codes: Sequence[Tensor]
+    steps: Tensor | None
+    beta2: float
+    eps: float
+    is_clamped: bool
+    block_size: int
+    first_col: int = 0
+
+    def averaged(self, rows: slice, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new second moment of some rows, and the divisor of their directions, fp32 [rows, cols].
+
+        Args:
+            rows: of all matrices, numbered through.
+            directions: O, fp32 [rows, cols].
+        """
+        V = StackedRows(self.codes).read(rows, slice(0, directions.shape[1]), torch.empty_like(directions))
+        if self.steps is not None:
+            V.mul_(self._by_column(self.steps, rows, V.shape[1])).square_()
+        V.mul_(self.beta2).add_(directions.square().mul_(1.0 - self.beta2))
+        return V, root(V.clamp(min=self.eps)) if self.is_clamped else root(V).add_(self.eps)
+
+    def write_and_divide_(self, rows: slice, directions: Tensor, inverses: Tensor | None, skip: Tensor | None) -> None:
+        """Write the new second moments of some rows, and divide their directions, fp32 [rows, cols], in place.
+
+        Args:
+            rows: of all matrices, numbered through.
+            directions: O, then O'.
+            inverses: fp32 [batch, rows, blocks], 255 over the new scales, 0 where these are 0; None where it is fp32.
+            skip: 0-d fp32; where it is not 0, nothing is written.
+        """
+        V, divisor = self.averaged(rows, directions)
+        divide_(directions, divisor)
+        if inverses is not None:
+            is_there = V > 0
+            V = root(V).mul_(self._by_column(inverses, rows, V.shape[1])).round_().maximum(is_there)
+        StackedRows(self.codes).write(rows, slice(0, V.shape[1]), V, skip)
+
+    def _by_column(self, blocks: Tensor, rows: slice, cols: int) -> Tensor:
+        """Return numbers of blocks [batch, rows, blocks] for the columns of some rows, [rows, cols or 1]."""
+        of_rows = blocks.flatten(0, 1)[rows]
+        if of_rows.shape[1] == 1:
+            return of_rows
+        columns = torch.arange(self.first_col, self.first_col + cols, device=blocks.device)
+        return of_rows[:, columns // self.block_size]
+
+
+def divide_(directions: Tensor, divisor: Tensor) -> Tensor:
+    """Divide fp32 directions in place, where the divisor, which is lost, is not 0; else they become 0."""
+    return directions.div_(divisor.masked_fill_(divisor == 0, torch.inf))
+
+
+def root(values: Tensor) -> Tensor:
+    """Return the square roots of fp32 values, correctly rounded.
+
+    On CPUs torch takes those of a vector library, a fifth of which are neighbours. Rounded from fp64 they are right:
+    no root of an fp32 number lies that close to the middle of two.
+    """
+    return values.double().sqrt_().float() if values.device.type == "cpu" else values.sqrt()
