@@ -25,6 +25,7 @@ from .._text import gib
 from ..orthogonalize import device_kind
 from . import classes, models
 from .activations import Pass, trace
+from .exchange import is_shared, shared_step_bytes
 from .host import bus_bytes, host_bytes, is_on_host, staging_bytes
 from .optimizers import OPTIMIZERS, state_bytes, step_bytes
 from .setup import Setup
@@ -43,6 +44,8 @@ class Peak:
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one optimizer on one GPU; `plain` without activation checkpointing, `checkpointed` with it.
+
+    `workspace_bytes` are what a step allocates at once, with what it sends and receives where GPUs share matrices.
 
     `state_bytes` is the size of the state, wherever it is. With it on the host `host_state_bytes` is the pinned memory
     that it takes there, more than the state, `staging_bytes` what a step stages of it on the GPU, and `bus_bytes` what
@@ -257,10 +260,13 @@ def _memory(name: str, sizes: Sizes, setup: Setup, plain: Pass, checkpointed: Pa
     taken = [p if p.is_muon and "muon" in name else q for p, q in zip(sizes.whole, sizes.trained, strict=True)]
     on_host, staging, gradients = is_on_host(name, setup), 0, sizes.gradients_bytes
     together = [[param] for param in taken] if setup.release else [taken]
-    workspace = max(
-        (step_bytes(name, params, kind, is_staged=on_host, is_cautious=setup.cautious) for params in together),
-        default=0,
-    )
+    if is_shared(name, setup):
+        workspace = shared_step_bytes(name, sizes.whole, sizes.trained, setup, kind)
+    else:
+        workspace = max(
+            (step_bytes(name, params, kind, is_staged=on_host, is_cautious=setup.cautious) for params in together),
+            default=0,
+        )
     if setup.release:
         gradients = sum(sorted(param.num_bytes for param in sizes.trained)[-2:])
     if on_host:

@@ -9,13 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.allocator import peak_bytes
+from helpers.memory_models import TINY, config_of
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
 
-from muon8bit import Muon8bit
+from muon8bit import Muon8bit, param_groups
 from muon8bit.distributed.collectives import PendingExchange, PendingGather, Transport
-from muon8bit.distributed.exchange_bytes import exchange_bytes
+from muon8bit.estimate import Estimator, Setup
+from muon8bit.estimate.exchange import _is_exchanged, planned_exchange
+from muon8bit.estimate.exchange_bytes import exchange_bytes
+from muon8bit.estimate.sizes import measure
 from muon8bit.orthogonalize import device_kind
 
 CPU = torch.device("cpu")
@@ -75,3 +81,35 @@ def test_a_step_allocates_what_is_counted_from_its_plan(group, mode, num_ranks, 
     # Sums of squares by row, of which norms are made, come on top.
     sums = 4 * (num_ranks + 1) * sum(rows for rows, _ in SHAPES)
     assert -TOLERANCE * peak <= peak - counted <= TOLERANCE * peak + sums, (peak, counted, counted / peak)
+
+
+@pytest.mark.parametrize(("shard", "kind"), [("ddp", "llama"), ("fsdp2", "llama"), ("fsdp2", "mixtral")])
+def test_the_estimate_counts_by_the_plan_of_the_optimizer(group, shard, kind):
+    """The bytes of a small model's step on two ranks, against the optimizer's own plan and the allocator."""
+    group(2)
+    config = config_of({**TINY[kind], "hidden_size": 256, "intermediate_size": 512})
+    estimator, setup = Estimator(config), Setup(1, 16, "fp32", num_gpus=2, shard=shard, device="cpu")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(estimator.config, dtype=torch.float32)
+    if shard == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    options = {"process_group": dist.group.WORLD} if shard == "ddp" else {}
+    optimizer = Muon8bit(param_groups(model, lr=1e-3), **options)
+    for is_measured in (False, True):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        if not is_measured:
+            optimizer.step()
+    (found,) = optimizer._rank_group._assignments.values()
+    device = device_kind(CPU)
+    sizes = measure(estimator._sizes(setup)[0], setup)
+    shared = tuple(param for param in sizes.whole if _is_exchanged(param, 2, setup.num_shards))
+    assert planned_exchange(shared, 2, setup.num_shards, device) == found
+    counted = estimator.estimate(setup).optimizers["muon8bit"].workspace_bytes
+    most = max(exchange_bytes(found, rank, optimizer.workspace_bytes, device) for rank in range(2))
+    gathered = optimizer._rank_group._gathering
+    sums = gathered._gathered.nbytes + gathered._sent.nbytes
+    if kind == "llama":  # else experts that lie on one rank are stepped in between
+        peak, _ = peak_bytes(optimizer.step)
+        assert most <= counted <= most + sums
+        assert abs(counted - peak) <= TOLERANCE * peak, counted / peak

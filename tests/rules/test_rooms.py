@@ -34,7 +34,7 @@ ALLOWED = {
     "tune": {"kernels", "orthogonalize"},
     "muon8bit": {"base", "convert", "distributed", "orthogonalize", "report", "routing", "step"},
     "convert": {"base", "kernels", "orthogonalize", "step"},
-    "estimate": {"base", "orthogonalize", "report", "routing", "step"},
+    "estimate": {"base", "distributed", "orthogonalize", "report", "routing", "step"},
     "routing": {"base", "report"},
     "report": {"base"},
     "step": {"base", "distributed", "kernels", "orthogonalize"},

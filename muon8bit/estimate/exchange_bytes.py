@@ -12,11 +12,11 @@ from itertools import groupby
 from math import prod
 
 from ..config import MIN_QUANTIZED_COLUMNS
+from ..distributed.assignment import Assignment
+from ..distributed.exchange import NUM_KEPT_SHARES, NUM_SHARES
+from ..distributed.planned_transfers import PlannedTransfer
+from ..distributed.rounds import PlannedRound
 from ..orthogonalize import batch_size, workspace_bytes as iteration_bytes
-from .assignment import Assignment
-from .exchange import NUM_KEPT_SHARES, NUM_SHARES
-from .planned_transfers import PlannedTransfer
-from .rounds import PlannedRound
 
 # On a CPU: the elements that a pass takes at once, and the bytes of temporaries of each, by what it goes over.
 _PASS_ELEMENTS, _MOMENTUM_BYTES, _PARAM_BYTES = 2**19, 16, 8
