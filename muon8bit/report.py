@@ -20,6 +20,7 @@ from .config import (
     LINEAR_CODES_KEY,
     MIN_ADAMW8_ELEMENTS,
     MIN_QUANTIZED_COLUMNS,
+    SCALES_KEY,
 )
 from .step.dense import is_fake
 
@@ -55,6 +56,15 @@ class ParamNote:
 
 
 @dataclass(frozen=True)
+class UntouchedMatrices:
+    """A stack of matrices, some of which never had a gradient: its name, how many of them, and how many it holds."""
+
+    name: str
+    num_untouched: int
+    num_matrices: int
+
+
+@dataclass(frozen=True)
 class StateReport:
     """Bytes of an optimizer's state, and of what others would take.
 
@@ -65,6 +75,8 @@ class StateReport:
         adamw_kept_32bit: AdamW's tensors too small for `adamw_bits=8`.
         without_state: parameters that no step has reached.
         is_sharded: some tensor is a DTensor, and every figure is of this rank's part.
+        untouched: stacks in which the momentum of some matrices, as of experts without tokens, is zero. Stacks whose
+            state lies on another device than they do are left out: it may be on its way there.
     """
 
     algorithms: tuple[AlgorithmBytes, ...]
@@ -73,6 +85,7 @@ class StateReport:
     adamw_kept_32bit: tuple[ParamNote, ...]
     without_state: tuple[ParamNote, ...]
     is_sharded: bool
+    untouched: tuple[UntouchedMatrices, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -90,7 +103,7 @@ class StateReport:
         Keys: `total_bytes`, `num_parameters` (elements), `bytes_per_parameter`, `is_sharded`,
         `algorithms` ({"muon" | "adamw" | "other": {num_tensors, num_parameters, state_bytes,
         bytes_per_parameter}}), `baselines` ({name: bytes}), `kept_32bit`, `adamw_kept_32bit` and `without_state` (lists
-        of {name, shape, state_bytes}), `note` (str).
+        of {name, shape, state_bytes}), `untouched` (list of {name, num_untouched, num_matrices}), `note` (str).
         """
         total = AlgorithmBytes("", 0, self.num_parameters, self.total_bytes)
         algorithms = {}
@@ -108,6 +121,7 @@ class StateReport:
                 key: [asdict(note) | {"shape": list(note.shape)} for note in getattr(self, key)]
                 for key in ("kept_32bit", "adamw_kept_32bit", "without_state")
             },
+            "untouched": [asdict(stack) for stack in self.untouched],
             "note": self.note,
         }
 
@@ -139,11 +153,16 @@ class StateReport:
             lines.append(f"{title}: {_listed(self.adamw_kept_32bit)}")
         if self.without_state and self.total_bytes:
             lines.append(f"no state yet: {_listed(self.without_state)}")
+        if self.untouched:
+            stacks = [f"{s.num_untouched} of {s.num_matrices} in {s.name}" for s in self.untouched]
+            lines.append(f"matrices of stacks without a gradient so far: {', '.join(stacks)}")
         return "\n".join(lines)
 
 
 def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     """Measure the state of any torch optimizer, at any time; reads `state` and `param_groups` only.
+
+    No values are read, but of stacks of matrices: the scales of their momentum, or the momentum in 32 bits.
 
     Bytes are `untyped_storage().nbytes()`, each storage counted once: a padded or viewed storage counts
     whole, and what several parameters share goes to the first. Of a DTensor the local tensor counts.
@@ -170,7 +189,7 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     seen: set[tuple[torch.device, int]] = set()
     counts: dict[str, list[int]] = {}
     baselines = {"muon_fp32": 0, "muon_bf16": 0, "adamw_fp32": 0, "adamw_8bit": 0}
-    kept, adamw_kept, missing, has_maps = [], [], [], False
+    kept, adamw_kept, missing, untouched, has_maps = [], [], [], list[UntouchedMatrices](), False
     for (name, param, group), state in zip(entries, states, strict=True):
         local, algorithm = _local(param), _algorithm(group, state, optimizer)
         num_bytes, num_elements = _storage_bytes(state, seen), local.numel()
@@ -185,6 +204,8 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
         baselines["adamw_8bit"] += bnb_bytes(num_elements)
         has_maps |= num_elements >= MIN_ADAMW8_ELEMENTS
         note = ParamNote(name, tuple(local.shape), num_bytes)
+        if is_muon and local.ndim > 2 and not group.get("flatten"):
+            untouched += _untouched(name, local, state)
         if not any(True for _ in _tensors(state)):
             missing.append(note)
         elif is_muon and BUFFER_KEY in state and group.get("bits", 8 if has_codes else 32) == 8:
@@ -201,7 +222,18 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     is_sharded = any(hasattr(param, "to_local") for _, param, _ in entries)
     order = [algorithm for algorithm in ("muon", "adamw", "other") if algorithm in counts]
     algorithms = tuple(AlgorithmBytes(algorithm, *counts[algorithm]) for algorithm in order)
-    return StateReport(algorithms, baselines, tuple(kept), tuple(adamw_kept), tuple(missing), is_sharded)
+    notes = tuple(kept), tuple(adamw_kept), tuple(missing)
+    return StateReport(algorithms, baselines, *notes, is_sharded, tuple(untouched))
+
+
+def _untouched(name: str, param: Tensor, state: Mapping[str, Any]) -> list[UntouchedMatrices]:
+    """Return how many matrices of a stack have a zero momentum, if any has."""
+    momentum = _local(state.get(SCALES_KEY, state.get(BUFFER_KEY, param)))
+    if momentum is param or momentum.device != param.device or is_fake(momentum) or not momentum.numel():
+        return []
+    are_touched = momentum.flatten(-2).any(-1)
+    num_untouched = int((~are_touched).sum())
+    return [UntouchedMatrices(name, num_untouched, are_touched.numel())] if num_untouched else []
 
 
 def _params(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:

@@ -128,18 +128,17 @@ def _elementwise() -> list[Case]:
             Case(f"{phase}-linear-eights", partial(momentum, phase, "linear", shape=EIGHTS), ONE)
             for phase in ("stats", "apply")
         ],
-        Case("apply-linear-narrow", partial(momentum, "apply", "linear", shape=NARROW), ONE),
+        Case("apply-linear-narrow-flags", partial(momentum, "apply", "linear", shape=NARROW, each=True), ONE),
         Case("apply-dynamic-across", partial(momentum, "apply", "dynamic", across=True), ONE),
         Case("stats-linear-across", partial(momentum, "stats", "linear", across=True), ONE),
-        *[Case(f"{phase}-cut-linear", partial(cut, phase, "linear"), NVIDIA) for phase in ("stats", "apply")],
-        Case("apply-linear-flags", partial(momentum, "apply", "linear", each=True), NVIDIA),
+        Case("stats-cut-linear", partial(cut, "stats", "linear"), NVIDIA),
+        Case("apply-cut-linear", partial(cut, "apply", "linear"), ("sm_80", "sm_100")),
         Case("apply-cut-linear-flags", partial(cut, "apply", "linear", each=True), ONE),
         Case("update-fp32", partial(update, torch.float32)),
         Case("update-bf16", partial(update, torch.bfloat16)),
         Case("update-bf16-stochastic", stochastic),
         Case("update-bf16-cautious", partial(update, torch.bfloat16, cautious=True), NVIDIA),
-        Case("update-bf16-flags", partial(update, torch.bfloat16, each=True), NVIDIA),
-        Case("update-bf16-across", partial(update, torch.bfloat16, across=True), ONE),
+        Case("update-bf16-across-flags", partial(update, torch.bfloat16, across=True, each=True), ONE),
         *[Case(f"quantize-{codebook}", partial(quantize, codebook), ONE) for codebook in codebooks],
         *[Case(f"dequantize-{codebook}", partial(dequantize, codebook), ONE) for codebook in codebooks],
         Case("round-stochastic", partial(kernels.round_stochastic, empty(*WIDE), key=-5), ONE),
@@ -241,9 +240,8 @@ def _tiny() -> list[Case]:
         Case("tiny-wide-16-dynamic-stochastic", partial(tiny, 16, 2048, **stochastic), ONE),
         Case("tiny-tall-64-dynamic-stochastic", partial(tiny, 2048, 64, **stochastic), ONE),
         Case("tiny-wide-64-cautious", partial(tiny, 64, 2048, cautious=True), ONE),
-        Case("tiny-wide-64-flags", partial(tiny, 64, 2048, each=True), ONE),
         Case("tiny-wide-64-None-fp32", partial(tiny, 64, 2048, None, dtype=torch.float32), ONE),
-        Case("tiny-wide-16-block-64", partial(tiny, 16, 2048, block=64), ONE),
+        Case("tiny-wide-16-block-64-flags", partial(tiny, 16, 2048, block=64, each=True), ONE),
     ]
 
 

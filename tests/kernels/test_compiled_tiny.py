@@ -23,9 +23,8 @@ SIZES = {
     ("tiny-wide-16-dynamic-stochastic", "sm_90"): (16, 4096),
     ("tiny-tall-64-dynamic-stochastic", "sm_90"): (64, 4096),
     ("tiny-wide-64-cautious", "sm_90"): (64, 4096),
-    ("tiny-wide-64-flags", "sm_90"): (64, 4096),
     ("tiny-wide-64-None-fp32", "sm_90"): (64, 4096),
-    ("tiny-wide-16-block-64", "sm_90"): (16, 1024),
+    ("tiny-wide-16-block-64-flags", "sm_90"): (16, 1024),
 }
 CASES = {case: sizes for case, sizes in SIZES.items() if case[1] in COMPILED_FOR}
 

@@ -49,6 +49,26 @@ def linear8_state(param: Tensor, block_size: int = 2048) -> dict[str, Tensor]:
     return {LINEAR_CODES_KEY: torch.zeros(rows, columns, dtype=torch.int8), SCALES_KEY: scales}
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_matrices_of_a_stack_that_never_had_a_gradient_are_counted(bits: int) -> None:
+    stack, matrix, conv = params((2, 3, 12, 16), (12, 16), (4, 3, 3, 3))
+    groups = [{"params": [("experts", stack), ("dense", matrix)]}, {"params": [("conv", conv)], "flatten": True}]
+    optimizer = stepped(Muon8bit(groups, bits=bits))  # zero gradients: all of them
+    assert state_report(optimizer).to_dict()["untouched"] == [
+        {"name": "experts", "num_untouched": 6, "num_matrices": 6}
+    ]
+    for gradient in (1.0, 0.0):  # once is enough
+        stack.grad[0, 1], stack.grad[1, 2, 3, 4] = gradient, gradient
+        optimizer.step()
+        report = state_report(optimizer)
+        assert [(of.name, of.num_untouched, of.num_matrices) for of in report.untouched] == [("experts", 4, 6)]
+    assert "matrices of stacks without a gradient so far: 4 of 6 in experts" in str(report)
+    stack.grad.fill_(1.0)
+    optimizer.step()
+    assert state_report(optimizer).untouched == ()
+    assert state_report(Muon8bit(groups, bits=bits)).untouched == ()  # without state
+
+
 def test_adamw_bytes_equal_two_moments_and_a_step_counter() -> None:
     report = state_report(stepped(torch.optim.AdamW(params(*SHAPES))))
     num_elements = 64 * 96 + 80 * 64 + 64 + 1
