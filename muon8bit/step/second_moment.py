@@ -186,7 +186,8 @@ def normalize(
     if axis == "element":
         stats = kernels.second_moment_stats(directions, element_moment(moments, options))
         squares, plain = stats[:2].flatten(2).sum(2, dtype=torch.float64)
-        new, factors = None if moments[0].scales is None else stats[2], directions.new_ones((), dtype=torch.float32)
+        new = None if moments[0].scales is None else stats[2]
+        factors = directions.new_ones(len(directions), 1, 1, dtype=torch.float32)
     else:
         sums = kernels.direction_squares(directions, columns=axis == "column")
         count = cols if axis == "row" else rows
@@ -200,7 +201,7 @@ def normalize(
     if options.rescale is not None:
         target = plain.sqrt() if options.rescale == "keep" else 0.2 * sqrt(rows * cols)
         factors = factors * torch.where(squares > 0, target / squares.sqrt(), 0).float().view(-1, 1, 1)
-    return Normalization(factors.expand(len(directions), -1, -1) if factors.ndim else factors.view(1, 1, 1), new)
+    return Normalization(factors, new)
 
 
 def element_moment(moments: Sequence[SecondMoment], options: SecondMomentOptions, first_col: int = 0) -> ElementMoment:
