@@ -91,6 +91,7 @@ BUFFER_KEY = "momentum_buffer"  # fp32, the parameter's shape; bits=32, or too f
 SECOND_MOMENT_KEY = "second_moment"
 SECOND_CODES_KEY = "second_moment_sqrt8"  # uint8, the parameter's shape: linear codes of the square root
 SECOND_SCALES_KEY = "second_moment_scales"  # fp32, [..., rows, blocks]
+SECOND_KEYS = (SECOND_MOMENT_KEY, SECOND_CODES_KEY, SECOND_SCALES_KEY)
 EXP_AVG_KEY = "exp_avg"  # fp32, the parameter's shape; adamw_bits=32, or too few elements
 EXP_AVG_SQ_KEY = "exp_avg_sq"
 EXP_AVG_CODES_KEY = "exp_avg_dynamic8"  # uint8, the parameter's shape; adamw_bits=8: codes of the signed dynamic map
@@ -103,7 +104,7 @@ STATE_KEYS = frozenset(
     {
         *(LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, SCALES_KEY, BUFFER_KEY, STEP_KEY, EXP_AVG_KEY, EXP_AVG_SQ_KEY),
         *(EXP_AVG_CODES_KEY, EXP_AVG_SQ_CODES_KEY, EXP_AVG_SCALES_KEY, EXP_AVG_SQ_SCALES_KEY),
-        *(SECOND_MOMENT_KEY, SECOND_CODES_KEY, SECOND_SCALES_KEY),
+        *SECOND_KEYS,
     }
 )
 

@@ -214,7 +214,7 @@ def _tensors(
         _check_values(value, key, what, num_steps)
         num_steps = value.item() if key == STEP_KEY else num_steps  # it is the first key
         if where is not None:
-            value = where.local_part(value, what)
+            value = where.local_part(value, key, what)
         elif hasattr(value, "full_tensor"):
             raise ValueError(f"{what} is sharded, the parameter is not: load value.full_tensor()")
         copies[key] = value.detach().to(

@@ -70,7 +70,7 @@ def plan(matrices: Sequence[Matrix], num_ranks: int, workspace_bytes: int) -> As
     transfers = list(map(PlannedTransfer, range(len(matrices)), matrices, owners, strategies, costs))
 
     def kind(transfer: PlannedTransfer) -> tuple[bool, float, int, int, str, bool]:
-        rows, cols, _, method = transfer.matrix
+        rows, cols, _, method, _ = transfer.matrix
         return not transfer.is_moved, -method.cost, rows, cols, str(method), not transfer.is_gram
 
     in_order, turns = sorted(transfers, key=kind), Counter[int]()
@@ -94,11 +94,12 @@ def choose_strategy(matrix: Matrix) -> Strategy:
     """Return "reduce_gram" where that is possible and moves fewer bytes, whoever the owner is; else "gather".
 
     It is possible for the Gram form without restart, of a matrix cut along its long side alone, whose parts are needed
-    where they are held. Replicas would keep their parts of all owners' matrices at once, so there are none.
+    where they are held, and whose owner needs no O for a second moment. Replicas would keep their parts of all owners'
+    matrices at once, so there are none.
     """
-    rows, cols, sharding, method = matrix
+    rows, cols, sharding, method, stage = matrix
     across = 1 if rows > cols else 0
-    if rows == cols or method.form != "gram" or len(method.segments) != 1:
+    if stage is not None or rows == cols or method.form != "gram" or len(method.segments) != 1:
         return "gather"
     if any(region[across] != (0, matrix[across]) or len(ranks) > 1 for region, ranks in sharding.holders.items()):
         return "gather"
@@ -123,7 +124,7 @@ def _assign(matrices: Sequence[Matrix], costs: Sequence[float], num_ranks: int) 
     order = sorted(range(len(matrices)), key=lambda i: (len(candidates[i]) != 1, -costs[i], i))
     num_bytes, slack = [0] * num_ranks, _SLACK * sum(costs) / num_ranks
     for index in order:
-        rows, cols, _, method = matrices[index]
+        rows, cols, _, method, _ = matrices[index]
         ranks: Sequence[int] = candidates[index] or range(num_ranks)
         limit = min(load[rank] for rank in ranks) + slack
         owner = min((r for r in ranks if load[r] <= limit), key=lambda rank: (num_bytes[rank], load[rank], rank))

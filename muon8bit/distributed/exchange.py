@@ -18,7 +18,7 @@ from dataclasses import replace
 from itertools import chain, groupby
 from math import prod
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from muon8bit_kernels import kernels_for
@@ -26,11 +26,23 @@ from torch import Tensor
 
 from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, orthogonalize, partial_gram
 from ..step.group_options import Options
-from ..step.matrix_batches import MatrixBatch, as_matrices, copy_back
-from ..step.muon import average_, lr_ratio, update_params_
+from ..step.matrix_batches import MatrixBatch
+from ..step.muon import average_, normalize_signs_
+from ..step.second_moment import Normalization, normalize
 from .assignment import Assignment
 from .collectives import Kept, PendingExchange, PendingGather, Transport
-from .matrix_sharding import Span
+from .normalizing import (
+    MomentParts,
+    PartialUpdate,
+    ReceivedNormalization,
+    moment_bytes,
+    moment_padding,
+    padding,
+    results_for,
+    sent_moment,
+    update_members,
+    write_vectors,
+)
 from .planned_transfers import PlannedTransfer
 from .rounds import PlannedPart, PlannedRound, PlannedUpdate
 from .sharded_batch import ShardedBatch, ShardedMatrix
@@ -97,11 +109,18 @@ class ExchangeRound:
         ]
         self._owned = [transfer for transfer in transfers if transfer.plan.owner == transport.rank]
         self._own_X: dict[int, Tensor] = {}  # by matrix, this rank's part of X with the strategy "reduce_gram"
+        self._normalized: list[tuple[PlannedTransfer, Normalization, int]] = []  # with their numbers in a batch
+        self._received: dict[int, ReceivedNormalization] = {}  # by the matrix's place
         self._results: list[Tensor] = []  # O, or the factors, of the matrices that this rank owns, until they are sent
 
     def prepare_inputs(self) -> None:
         """Write the new momenta, and make the parts of X, or their Gram matrices, ready to be sent to the owners."""
         rank, outgoing = self._transport.rank, self._by_rank()
+        for plan, batch, number in self._transfers:
+            outgoing[plan.owner] += sent_moment(plan, batch.members[number].second, rank)
+        if self._planned.sends_inputs:
+            for tensors in outgoing:
+                tensors += padding(tensors, self._device)
         for (plan, *_), X in self._applied():
             if plan.is_gram:
                 self._own_X[plan.index] = X
@@ -113,8 +132,9 @@ class ExchangeRound:
         if not self._planned.sends_inputs:
             self._pending = Kept(outgoing[rank])
             return
-        incoming = [0] * len(outgoing)
-        for plan, *_ in self._owned:
+        owned = [transfer.plan for transfer in self._owned]
+        incoming = [moment_bytes(owned, source) for source in range(len(outgoing))]
+        for plan in owned:
             for source, region in plan.sources.items():
                 incoming[source] += plan.sent_bytes(region)
         self._pending = PendingExchange(self._transport, outgoing, incoming, self._device)
@@ -127,24 +147,48 @@ class ExchangeRound:
         """Orthogonalize what this rank owns, or make the factors."""
 
         def size(transfer: Transfer) -> int:
-            rows, cols, _, method = transfer.batch.matrix
+            rows, cols, _, method, _ = transfer.batch.matrix
             return batch_size(method, rows, cols, device_kind(self._device), self._share)
 
         def key(transfer: Transfer) -> object:
-            rows, cols, _, method = transfer.batch.matrix
+            rows, cols, _, method, _ = transfer.batch.matrix
             return rows, cols, method, transfer.batch.options.coefficients, transfer.plan.is_gram
 
         self._pending.wait()
+        moments = self._received_moments()
         for chunk in _chunks(self._owned, key, size):
             plan, batch, _ = chunk[0]
+            method, options = plan.matrix.method, batch.options
             solve = gram_factor if plan.is_gram else orthogonalize
             whole = self._assembled([transfer.plan for transfer in chunk])
-            self._results.extend(solve(whole, batch.options.coefficients, plan.matrix.method, self._options.backend))
+            if options.sign_momentum:
+                whole = whole.to(method.dtype)
+                normalize_signs_(whole, options)
+            whole = solve(whole, options.coefficients, method, self._options.backend)
+            self._results.extend(whole)
+            if options.second_moment is not None and batch.second is not None:
+                old = [moments.popleft().assembled(batch.second) for _ in chunk]
+                found = normalize(whole, old, options.second_moment, self._options.backend)
+                self._normalized += [(transfer.plan, found, number) for number, transfer in enumerate(chunk)]
+
+    def _received_moments(self) -> deque[MomentParts]:
+        """Return the second moments of the matrices that this rank owns, which stand in front of X."""
+        owned = [plan for plan, *_ in self._owned]
+        moments = deque(MomentParts.read(plan, self._pending) for plan in owned if plan.moment_sources)
+        if self._planned.sends_inputs:
+            for rank in range(self._transport.num_ranks):
+                self._pending.read(rank, (moment_padding(owned, rank),), torch.uint8)
+        return moments
 
     def send_updates(self, number: int = 0) -> None:
         """Send what this rank owns of a part of the round to who wants it, O or the factor."""
         part = self._planned.part(self._transport.rank, number)
         outgoing = self._by_rank()
+        if number == 0:
+            for plan, found, place in self._normalized:
+                for rank in range(self._transport.num_ranks)[: 1 if self._planned.is_gathered else None]:
+                    outgoing[rank] += results_for(plan, found, place, rank)
+            self._normalized.clear()
         for result, cuts in zip(self._results, part.outgoing, strict=True):
             for rank, index in cuts:
                 outgoing[rank].append(result[index])
@@ -164,12 +208,26 @@ class ExchangeRound:
         for number in range(self._planned.num_parts):
             received = self._pending
             received.wait()
+            if number == 0:
+                self._take_normalizations(received)
             if number + 1 < self._planned.num_parts:
                 self.send_updates(number + 1)
             self._update(self._planned.part(self._transport.rank, number), received)
             del received
         del self._pending
         self._own_X.clear()
+        self._received.clear()
+
+    def _take_normalizations(self, received: PendingExchange | Kept) -> None:
+        """Read the results of the owners, and write the second moments of rows and columns that this rank keeps."""
+        by_batch: dict[int, list[int]] = {}
+        for place, (plan, batch, _) in enumerate(self._transfers):
+            if batch.second is not None:
+                self._received[place] = ReceivedNormalization.read(plan, self._transport.rank, received)
+                by_batch.setdefault(id(batch), []).append(place)
+        for places in by_batch.values():
+            numbers = [self._transfers[place].number for place in places]
+            write_vectors(self._transfers[places[0]].batch, numbers, [self._received[place] for place in places])
 
     def _by_rank(self) -> list[list[Tensor]]:
         return [[] for _ in range(self._transport.num_ranks)]
@@ -212,7 +270,8 @@ class ExchangeRound:
         else:
             norms = torch.stack([batch.norms[number] for number in numbers])
         shape = stacks[0].momentum.codes.shape[1:]
-        X = torch.empty(len(stacks), *shape, dtype=batch.matrix.method.dtype, device=self._device)
+        dtype = torch.int8 if batch.options.sign_momentum else batch.matrix.method.dtype
+        X = torch.empty(len(stacks), *shape, dtype=dtype, device=self._device)
         matrices = MatrixBatch(stacks, batch.options, skip=batch.skip_of(numbers))
         if self.is_first:
             matrices = matrices.with_tensors([tensor.clone() for tensor in matrices.momentum_tensors])
@@ -223,7 +282,8 @@ class ExchangeRound:
             kernels, skip = kernels_for(self._device, batch.options.backend), matrices.skip
             if batch.idle is not None:
                 X.zero_()  # of which nothing is written where a matrix is skipped
-            kernels.momentum_apply_cut(*tensors, first_col=region.cols[0], **matrices.averaging, skip=skip)
+            how = {"first_col": region.cols[0], "signs": batch.options.sign_momentum, **matrices.averaging}
+            kernels.momentum_apply_cut(*tensors, **how, skip=skip)
         else:
             average_(matrices, norms, X)
         return X
@@ -257,8 +317,11 @@ class ExchangeRound:
             if plan.is_gram:
                 X = torch.stack([self._own_X[self._transfers[place].plan.index] for place in places])
                 directions = [apply_factor(torch.cat(directions), X, plan.is_tall)]
-            skip = batch.skip_of([self._transfers[place].number for place in places])
-            _update_params([self._members[place] for place in places], directions, batch, rows, skip)
+            numbers, partial = [self._transfers[place].number for place in places], None
+            if batch.second is not None:
+                found = [self._received[place] for place in places]
+                partial = PartialUpdate.of(batch, numbers, found, rows, plan.targets[self._transport.rank])
+            update_members([self._members[place] for place in places], directions, batch, rows, numbers, partial)
 
 
 class FirstRound(ExchangeRound):
@@ -314,27 +377,3 @@ def _chunks(
         step = len(alike) if size is None else size(alike[0])
         for start in range(0, len(alike), step):
             yield alike[start : start + step]
-
-
-def _update_params(
-    members: list[ShardedMatrix], directions: list[Tensor], batch: ShardedBatch, rows: Span, skip: Tensor | None
-) -> None:
-    """Update these rows of the parts of these parameters, scaled by the whole shape.
-
-    Args:
-        members: the matrices.
-        directions: stacks [count, rows, cols] of as many matrices.
-        batch: theirs.
-        rows: counted in the part.
-        skip: as `update_params_` takes it.
-    """
-    matrix, random_bits = batch.matrix, dict[str, Any]()
-    if members[0].key is not None:
-        keys, firsts = [member.key for member in members], [m.first + rows[0] * matrix.cols for m in members]
-        random_bits = {"keys": keys, "firsts": firsts, "pitch": matrix.cols}
-    ratio = lr_ratio(matrix.rows, matrix.cols, batch.options.adjust_lr_fn)
-    views = [member.param[:, slice(*rows)] for member in members if member.param is not None]
-    params = as_matrices(views)
-    update_params_(params, directions, ratio, batch.options, skip, **random_bits)
-    if params is not views:
-        copy_back(views, params)

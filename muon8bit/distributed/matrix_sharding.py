@@ -34,10 +34,12 @@ class MatrixSharding:
         momentum_parts: of the momentum, and so of the Newton-Schulz input. Different parts are disjoint and cover the
             matrix; replicas repeat them, in the same order of ranks.
         param_parts: of the parameter, and so of the update that the rank needs.
+        vector_parts: where a second moment has a number a row or column, the rows or columns whose numbers it has.
     """
 
     momentum_parts: tuple[Region | None, ...]
     param_parts: tuple[Region | None, ...]
+    vector_parts: tuple[Span | None, ...] = ()
 
     @cached_property
     def holders(self) -> dict[Region, list[int]]:

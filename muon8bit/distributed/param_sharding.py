@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ..config import ADAMW8_BLOCK_SIZE
+from ..config import ADAMW8_BLOCK_SIZE, SECOND_KEYS, SECOND_MOMENT_KEY, SECOND_SCALES_KEY
 from ..step import adamw8bit
-from .matrix_sharding import MatrixSharding, Region, Span
+from .matrix_sharding import Span
 
 Spans: TypeAlias = tuple[Span, ...]  # of a tensor, one a dimension
 
@@ -114,13 +114,15 @@ class ParamSharding:
 
     def local_shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of this rank's parts of state tensors, of the shapes of the whole ones."""
-        return {key: tuple(stop - start for start, stop in self.part(shape)) for key, shape in shapes.items()}
+        return {key: tuple(stop - start for start, stop in self.part(key, shape)) for key, shape in shapes.items()}
 
-    def part(self, shape: Sequence[int]) -> Spans:
+    def part(self, key: str, shape: Sequence[int]) -> Spans:
         """Return this rank's part of a state tensor: of the parameter's shape, or of scales [..., rows, blocks].
 
         Of Muon's scales a rank has whole rows even where it has but some columns of the codes.
         """
+        if key in SECOND_KEYS:
+            return self.second_parts(key, tuple(shape))[self.rank]
         held = self.state_parts[self.rank]
         if tuple(shape) == self.scales_shape:
             return self.scales_part
@@ -128,15 +130,36 @@ class ParamSharding:
             return held[: len(shape)]
         return (*held[: len(shape) - 1], (0, shape[-1]))
 
-    def local_part(self, value: Tensor, name: str) -> Tensor:
+    def second_parts(self, key: str, shape: tuple[int, ...]) -> tuple[Spans, ...]:
+        """Return the part that each rank has of a tensor of a second moment, which lies like the parameter.
+
+        One with a number a row or column is cut as its own shape is by the parameter's placements. Scales have whole
+        rows.
+        """
+        if not self.ranks:  # of replicas, even where their momenta are sharded
+            return (_whole(shape),) * len(self.param_parts)
+        if key == SECOND_SCALES_KEY:
+            return tuple((*spans[: len(shape) - 1], (0, shape[-1])) for spans in self.param_parts)
+        if shape == self.shape or self.mesh is None:
+            return self.param_parts
+        sharding = _sharded(shape, self.mesh, self.placements, self.ranks, self.rank)
+        assert sharding is not None  # the parameter lies on the same ranks
+        return sharding.param_parts
+
+    def local_part(self, value: Tensor, key: str, name: str) -> Tensor:
         """Return this rank's part of a state tensor that was saved: whole, or a DTensor that lies like the state here.
+
+        Args:
+            value: what was saved.
+            key: of the state.
+            name: how errors call it.
 
         Raises:
             ValueError: by this name, for a DTensor that lies otherwise.
         """
         if not isinstance(value, DTensor):
-            return value[tuple(slice(*span) for span in self.part(value.shape))]
-        placements = self._placements(tuple(value.shape))
+            return value[tuple(slice(*span) for span in self.part(key, value.shape))]
+        placements = self._placements(key, tuple(value.shape))
         if value.device_mesh != self.mesh or list(value.placements) != placements:
             raise ValueError(
                 f"{name} lies on {value.device_mesh} as {tuple(value.placements)}, here it would be on {self.mesh} as "
@@ -151,78 +174,26 @@ class ParamSharding:
     def to_dtensors(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Return what `optimizer.state` holds, of this rank's parts of the state tensors and the shapes of the whole.
 
-        These are DTensors where the state is sharded, but AdamW's step.
+        These are DTensors where the state is sharded, but AdamW's step, and second moments of replicas.
         """
         if self.mesh is None:
             return dict(tensors)
         wrapped: dict[str, Tensor] = {}
         for key, local in tensors.items():
             shape = torch.Size(shapes[key])
-            stride, placements = torch.empty(shape, device="meta").stride(), self._placements(shape)
-            dtensor = DTensor.from_local(local, self.mesh, placements, shape=shape, stride=stride) if shape else local
-            wrapped[key] = dtensor
+            if not shape or (key in SECOND_KEYS and not self.ranks):
+                wrapped[key] = local
+                continue
+            stride, placements = torch.empty(shape, device="meta").stride(), self._placements(key, shape)
+            wrapped[key] = DTensor.from_local(local, self.mesh, placements, shape=shape, stride=stride)
         return wrapped
 
-    def _placements(self, shape: tuple[int, ...]) -> list[Placement]:
+    def _placements(self, key: str, shape: tuple[int, ...]) -> list[Placement]:
         """Return a state tensor's placements: the parameter's, but Muon's scales are replicated if columns are cut."""
+        if key == SECOND_MOMENT_KEY:
+            return list(self.placements)
         is_like_param, last = shape in (self.shape, self.scales_shape), len(shape) - 1
         return [p if is_like_param or _dim(p) != last else Replicate() for p in self.placements]
-
-
-@dataclass(frozen=True)
-class MatrixSlot:
-    """One matrix in a parameter.
-
-    Attributes:
-        lead: its index in the leading dimensions (none in a 2-D or flattened parameter).
-        rows: the rows there that it consists of.
-        cols: how many it has.
-        sharding: where it lies.
-    """
-
-    lead: tuple[int, ...]
-    rows: Span
-    cols: int
-    sharding: MatrixSharding
-
-
-@cache
-def matrix_slots(param: ParamSharding, flatten: bool, splits: tuple[int, ...] | None) -> tuple[MatrixSlot, ...]:
-    """Return the matrices of a parameter that are orthogonalized one by one, in its order.
-
-    Args:
-        param: where the parameter lies.
-        flatten: whether its first dimension is the rows of one matrix.
-        splits: sizes of pieces of rows, None for one.
-    """
-    shape = param.shape
-    lead_shape, num_rows = ((), shape[0]) if flatten else (shape[:-2], shape[-2])
-    cols = prod(shape[1:]) if flatten else shape[-1]
-    slots, shardings = list[MatrixSlot](), dict[MatrixSharding, MatrixSharding]()
-    for lead in product(*map(range, lead_shape)):
-        start = 0
-        for size in splits or (num_rows,):
-            rows = start, start + size
-            start += size
-            parts = (
-                tuple(_region(spans, lead, rows, cols, flatten) for spans in by_rank)
-                for by_rank in (param.state_parts, param.param_parts)
-            )
-            sharding = MatrixSharding(*parts)
-            # The same object for matrices that lie alike, which are then known by it.
-            slots.append(MatrixSlot(lead, rows, cols, shardings.setdefault(sharding, sharding)))
-    return tuple(slots)
-
-
-def _region(spans: Spans, lead: tuple[int, ...], rows: Span, cols: int, flatten: bool) -> Region | None:
-    """Return the part of one matrix, in its own coordinates, that lies in these spans of the parameter."""
-    if not all(start <= index < stop for index, (start, stop) in zip(lead, spans, strict=False)):
-        return None
-    row_span, col_span = (spans[0], (0, cols)) if flatten else spans[-2:]
-    start, stop = max(row_span[0], rows[0]) - rows[0], min(row_span[1], rows[1]) - rows[0]
-    if start >= stop or col_span[0] >= col_span[1]:
-        return None
-    return Region((start, stop), col_span)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

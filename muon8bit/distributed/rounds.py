@@ -79,7 +79,7 @@ class PlannedRound:
     @property
     def sends_inputs(self) -> bool:
         """Return whether any owner lacks a part of its matrices."""
-        return any(rank != transfer.owner for transfer in self.transfers for rank in transfer.sources)
+        return any(rank != t.owner for t in self.transfers for rank in (*t.sources, *t.moment_sources))
 
     def part(self, rank: int, number: int) -> PlannedPart:
         """Return a part as a rank sees it, made once."""
@@ -100,6 +100,8 @@ class PlannedRound:
                     shape = rows[1] - rows[0], transfer.sent_shape(region)[1]
                     rows = (0, region.shape[0]) if transfer.is_gram else rows
                     updates.append(PlannedUpdate(place, transfer.owner, rows, shape))
+            if number == 0:
+                incoming[transfer.owner] += transfer.result_bytes(rank)
             if transfer.owner == rank:
                 outgoing.append(tuple(self._cuts(transfer, number)))
         runs = tuple(tuple(run) for _, run in groupby(updates, key=attrgetter("rows", "shape")))
@@ -188,7 +190,7 @@ def _round(members: Sequence[PlannedTransfer], num_ranks: int, workspace_bytes: 
     sent, received, largest, most_rows = Counter[int](), Counter[int](), workspace_bytes, 1
     for transfer in members:
         for rank, region in transfer.targets.items():
-            num_bytes = transfer.returned_bytes(region)
+            num_bytes = transfer.returned_bytes(region) + transfer.result_bytes(rank)
             largest, most_rows = max(largest, num_bytes), max(most_rows, region.shape[0])
             received[rank] += num_bytes
             sent[transfer.owner] += num_bytes

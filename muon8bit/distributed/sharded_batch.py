@@ -15,16 +15,18 @@ import torch
 from muon8bit_kernels import kernels_for
 from torch import Tensor
 
-from ..config import SMALL_WORKSPACE_BYTES
+from ..config import SECOND_MOMENT_KEY, SMALL_WORKSPACE_BYTES
 from ..orthogonalize import NSMethod, choose_method, device_kind
 from ..step.clipping import Clip, with_factor
 from ..step.group_options import MuonOptions
 from ..step.matrix_batches import MatrixBatch, ParamMatrices, are_zero, either
 from ..step.momentum import Momentum, MomentumFormat
 from ..step.muon import frobenius_norm, squares, stats_parts
+from ..step.second_moment import SecondMoment, SecondMomentFormat
 from .matrix_sharding import Region, Span
-from .param_sharding import MatrixSlot, ParamSharding, Spans, matrix_slots
-from .planned_transfers import Matrix
+from .matrix_slots import MatrixSlot, matrix_slots
+from .param_sharding import ParamSharding, Spans
+from .planned_transfers import Matrix, MatrixStage
 
 
 class ShardedMatrix(NamedTuple):
@@ -37,6 +39,7 @@ class ShardedMatrix(NamedTuple):
         first: index in the whole parameter of the first element of `param`.
         is_zero: of a matrix of a stack that is skipped where its gradient is zero: whether what this rank has of that
             is, of all of its pieces; 0-d bool. None for any other.
+        second: this rank's part of its second moment, as a stack of one; None without one.
     """
 
     param_index: int
@@ -45,6 +48,7 @@ class ShardedMatrix(NamedTuple):
     param: Tensor | None
     first: int
     is_zero: Tensor | None
+    second: SecondMoment | None
 
 
 @dataclass
@@ -52,6 +56,7 @@ class ShardedBatch:
     """Matrices of one shape, sharding and format.
 
     Attributes:
+        second: the format of second moments.
         sumsq, norms: squared norms of the whole matrices, and what divides them; of `Gathering`, fp32 [members].
         scales: of `Gathering`, where columns are cut the new scales of this rank's rows, fp32 [members, rows, blocks].
         idle: of `Gathering`, 1 for a matrix that no rank steps, else 0, fp32 [members]; None where all are stepped.
@@ -60,6 +65,7 @@ class ShardedBatch:
     options: MuonOptions
     matrix: Matrix
     format: MomentumFormat
+    second: SecondMomentFormat | None = None
     members: list[ShardedMatrix] = field(default_factory=list)
     clips: list[Clip] = field(default_factory=list)
     sumsq: Tensor = field(init=False)
@@ -111,6 +117,8 @@ class _LocalParam(Protocol):
     def grad(self) -> Tensor: ...
     @property
     def momentum(self) -> Momentum | None: ...
+    @property
+    def second(self) -> SecondMoment | None: ...
 
 
 def group_into_batches(params: Sequence[_LocalParam], options: MuonOptions) -> list[ShardedBatch]:
@@ -120,21 +128,32 @@ def group_into_batches(params: Sequence[_LocalParam], options: MuonOptions) -> l
         assert param.layout is not None
         assert param.momentum is not None
         format, device = param.momentum.format, device_kind(param.local.device)
+        second = None if param.second is None else param.second.format
         zeros = _zero_matrices(param, param.layout) if options.skips_zero_slices and param.grad.ndim > 2 else None
-        for slot in matrix_slots(param.layout, options.flatten, options.row_splits):
+        for slot in matrix_slots(param.layout, options.flatten, options.row_splits, second):
             rows = slot.rows[1] - slot.rows[0]
             if rows * slot.cols == 0:
                 continue
             key = rows, slot.cols, id(slot.sharding), format
             if key not in batches:
-                matrix = Matrix(rows, slot.cols, slot.sharding, _method(rows, slot.cols, device, options))
-                batches[key] = ShardedBatch(options, matrix, format)
+                method = _method(rows, slot.cols, device, options)
+                matrix = Matrix(rows, slot.cols, slot.sharding, method, _stage(slot.cols, second, options))
+                batches[key] = ShardedBatch(options, matrix, format, second)
             member, clip = _sharded_matrix(param, param.layout, param.momentum, slot, options)
             if zeros is not None:
                 member = member._replace(is_zero=zeros[slot.lead])
             batches[key].members.append(member)
             batches[key].clips += [] if clip is None else [clip]
     return list(batches.values())
+
+
+def _stage(cols: int, second: SecondMomentFormat | None, options: MuonOptions) -> MatrixStage | None:
+    """Return what is sent of a matrix for its second moment, and as signs; None for neither."""
+    if second is None:
+        return MatrixStage(None, 0, 0, is_sign=True) if options.sign_momentum else None
+    size = second.block_size
+    blocks = 0 if size is None else -(-cols // size)
+    return MatrixStage(second.axis, 4 if size is None else 1, blocks, is_sign=options.sign_momentum)
 
 
 def _method(rows: int, cols: int, device: str, options: MuonOptions) -> NSMethod:
@@ -174,7 +193,8 @@ def _sharded_matrix(
             whole = _cut(param.grad, spans, slot, param_part or momentum_part, flatten)
             clipped, clip = with_factor(stack._replace(grad=whole), options)
             stack = stack._replace(factor=clipped.factor)
-    return ShardedMatrix(param.index, param.key, stack, local, first, None), clip
+    second = None if param.second is None else _second_moment(param.second, sharding, slot, param_part)
+    return ShardedMatrix(param.index, param.key, stack, local, first, None, second), clip
 
 
 def _zero_matrices(param: _LocalParam, sharding: ParamSharding) -> dict[tuple[int, ...], Tensor]:
@@ -217,6 +237,31 @@ def _momentum(momentum: Momentum, spans: Spans, slot: MatrixSlot, rows: Span, fl
     lead, local_rows = _local_rows(spans, slot, rows, flatten)
     index = _flat_index(lead, [stop - start for start, stop in spans])
     return momentum.as_matrices().rows(slice(index, index + 1), local_rows)
+
+
+def _second_moment(
+    second: SecondMoment, sharding: ParamSharding, slot: MatrixSlot, part: Region | None
+) -> SecondMoment | None:
+    """Return what this rank has of the second moment of a matrix, as a stack of one."""
+    rank, axis, flatten = sharding.rank, second.format.axis, second.format.flatten
+    if axis == "element":
+        if part is None:
+            return None
+        spans, rows = sharding.param_parts[rank], part.rows
+    else:
+        span = slot.sharding.vector_parts[rank]
+        if span is None:
+            return None
+        shape, _ = second.format.layout(torch.Size(sharding.shape))[SECOND_MOMENT_KEY]
+        spans = sharding.second_parts(SECOND_MOMENT_KEY, shape)[rank]
+        if axis == "column":
+            index = _flat_index(_local_rows(spans, slot, (0, 0), flatten)[0], [b - a for a, b in spans])
+            piece = slot.piece - spans[-2][0]
+            return second.as_matrices().rows(slice(index, index + 1), slice(0, 0), piece)
+        rows = span
+    lead, local_rows = _local_rows(spans, slot, rows, flatten)
+    index = _flat_index(lead, [stop - start for start, stop in spans])
+    return second.as_matrices().rows(slice(index, index + 1), local_rows, 0)
 
 
 def _flat_index(index: Sequence[int], shape: Sequence[int]) -> int:

@@ -9,7 +9,8 @@ from math import ceil
 from ..config import DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES
 from ..distributed.assignment import Assignment, plan
 from ..distributed.exchange import NUM_SHARES
-from ..distributed.param_sharding import ParamSharding, Spans, matrix_slots
+from ..distributed.matrix_slots import matrix_slots
+from ..distributed.param_sharding import ParamSharding, Spans
 from ..distributed.planned_transfers import Matrix
 from ..orthogonalize import choose_method, resolve_coefficients
 from ..orthogonalize.coefficients import JORDAN

@@ -15,6 +15,8 @@ from torch import Tensor
 from ..config import Backend, Codebook, Rescale, SecondMomentKind
 from ..orthogonalize import Coefficients, Rates, RatesTable
 
+# `MuonOptions.adjust_lr_fn` where `rescale="rms"` has given the direction its size.
+RESCALED = "rescaled"
 AnyOptions = TypeVar("AnyOptions", bound="Options")
 
 

@@ -127,10 +127,6 @@ def _local_param(
     if rank_group is not None:
         name = describe(group, group_index, index)
         layout = rank_group.sharding_of(param, group, name)
-    if layout is not None and isinstance(options, MuonOptions) and (options.second_moment or options.sign_momentum):
-        raise NotImplementedError(
-            f"{name} is shared by several ranks: second_moment and sign_momentum are for one process"
-        )
     if layout is not None:
         local, grad, first = layout.local(param, grad, name, is_rounded=key is not None and not is_muon)
         is_shared = is_muon and not layout.is_local(group["flatten"])

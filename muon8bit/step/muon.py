@@ -29,7 +29,7 @@ from torch import Tensor
 from ..config import SMALL_WORKSPACE_BYTES
 from ..orthogonalize import device_kind, orthogonalize, partition
 from .commit import Commit
-from .group_options import MuonOptions
+from .group_options import RESCALED, MuonOptions
 from .matrix_batches import MatrixBatch, as_matrices, copy_back
 from .second_moment import normalize, update_arguments, write_
 
@@ -39,12 +39,13 @@ _LEAST_NORM = 2.0**-60  # of a Newton-Schulz input that counts as one: see `frob
 def lr_ratio(rows: int, cols: int, adjust_lr_fn: str | None) -> float:
     """Return the factor of lr for a shape.
 
-    `"spectral"` gives sqrt(rows / cols), with which the update's effect on activations is the same at every width.
+    `RESCALED` gives 1: a second moment has given the direction its size. `"spectral"` gives sqrt(rows / cols), with
+    which the update's effect on activations is the same at every width.
     None and `"original"` give sqrt(max(1, rows / cols)). `"match_rms_adamw"` gives 0.2 sqrt(max(rows, cols)), with
     which the update has the RMS of AdamW's (0.2), so that AdamW's lr and weight decay carry over.
     """
-    if adjust_lr_fn == "spectral":
-        return sqrt(rows / cols)
+    if adjust_lr_fn in ("spectral", RESCALED):
+        return sqrt(rows / cols) if adjust_lr_fn == "spectral" else 1.0
     return 0.2 * sqrt(max(rows, cols)) if adjust_lr_fn == "match_rms_adamw" else sqrt(max(1.0, rows / cols))
 
 
@@ -258,12 +259,11 @@ def update_(batch: MatrixBatch, directions: Tensor, columns: slice | None = None
         first_column, pieces = columns.start, [param[..., columns] for param in params]
         moments = [moment.columns(piece) for moment in moments]
     _, rows, cols = directions.shape
-    ratio, how = lr_ratio(rows, cols, options.adjust_lr_fn), batch.random_bits(first_column)
+    how = batch.random_bits(first_column)
     if options.second_moment is not None:
         found = normalize(directions, moments, options.second_moment, options.backend)
-        ratio = 1.0 if options.second_moment.rescale == "rms" else ratio
         how |= update_arguments(found, moments, options.second_moment)
-    update_params_(pieces, directions, ratio, options, batch.skip, **how)
+    update_params_(pieces, directions, lr_ratio(rows, cols, options.adjust_lr_fn), options, batch.skip, **how)
     if found is not None:
         write_(moments, found.new, batch.skip)
     if params is not views:

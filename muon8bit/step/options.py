@@ -31,6 +31,7 @@ from ..config import (
 from ..orthogonalize import choose_method, diverges, resolve_coefficients
 from ..orthogonalize.rates_table import check_key, parse_key
 from .group_options import (
+    RESCALED,
     AdamWOptions,
     GroupOptions,
     MuonOptions,
@@ -185,7 +186,7 @@ def _resolved(
         beta1 = beta1 if group.get("momentum") is None else group["momentum"]
         return AdamWOptions(betas=(beta1, beta2), adamw_bits=group["adamw_bits"], **shared)
     check_schedule(group, ns_dtype, where)
-    own = ("momentum", "nesterov", "adjust_lr_fn", "flatten", "clip_matrix_norm", "decay_lr_power", "sign_momentum")
+    own = ("momentum", "nesterov", "flatten", "clip_matrix_norm", "decay_lr_power", "sign_momentum")
     second_moment = None
     if group["second_moment"] is not None:
         is_clamped, eps = group["second_moment_eps_form"] == "clamp", float(group["second_moment_eps"])
@@ -200,6 +201,7 @@ def _resolved(
         skips_zero_slices=group["zero_slices"] == "skip" and not group["flatten"],
         second_moment=second_moment,
         table=None if group.get(RATES_KEY) is None else parse_key(group[RATES_KEY]),
+        adjust_lr_fn=RESCALED if group["rescale"] == "rms" else group["adjust_lr_fn"],
         **{key: group[key] for key in own},
         **shared,
     )

@@ -99,7 +99,7 @@ def counted_bytes(planned: Assignment) -> tuple[list[int], list[int]]:
     num_ranks = len(planned.load)
     sent, received = [0] * num_ranks, [0] * num_ranks
     for transfer in planned.transfers:
-        (rows, cols, sharding, how), owner = transfer.matrix, transfer.owner
+        (rows, cols, sharding, how, _), owner = transfer.matrix, transfer.owner
         itemsize, side = how.dtype.itemsize, min(rows, cols)
         for rank, region in transfer.sources.items():
             missing = painted(region, rows, cols) * (1 - painted(sharding.momentum_parts[owner], rows, cols))
@@ -327,7 +327,7 @@ def test_rounds_respect_the_budget_of_every_owner(seed, budget):
             mine = [index for index in members if owners(planned)[index] == owner]
             by_owner.append([])
             for index in mine:
-                rows, cols, sharding, how = matrices[index]
+                rows, cols, sharding, how, _ = matrices[index]
                 if strategies(planned)[index] == "reduce_gram":
                     num_parts = len({region for region in sharding.momentum_parts if region})
                     by_owner[-1].append(min(rows, cols) ** 2 * (4 * num_parts + how.dtype.itemsize))

@@ -32,6 +32,8 @@ FORMATS = {
     "fp32 dynamic": (torch.float32, {"codebook": "dynamic"}),
     "bf16 linear": (torch.bfloat16, {"codebook": "linear", "param_rounding": "stochastic", "rounding_seed": 7}),
     "bf16 dynamic": (torch.bfloat16, {"codebook": "dynamic"}),
+    "normuon": (torch.float32, {"second_moment": "shape", "rescale": "keep"}),
+    "adamuon": (torch.bfloat16, {"second_moment": "element", "rescale": "rms", "sign_momentum": True}),
 }
 
 
