@@ -70,13 +70,14 @@ def normuon_dion(s, w, g, lr, decay):
     return (1 - lr * decay) * w - lr * (rows / cols) ** 0.5 * u
 
 
-def normuon_modded(s, w, g, lr, decay):
+def normuon_modded(s, w, g, lr, decay, by_rows=None):
     """Take a step of modded-nanogpt: a number a row or column by shape, a floor under v, cautious decay by lr twice."""
     s.m = 0.95 * getattr(s, "m", 0.0) + 0.05 * g
     u = 0.05 * g + 0.95 * s.m
     o = iterated(u / (1.02 * norm(u) + 1e-6), POLAR_EXPRESS)
     rows, cols = w.shape
-    mean = (o**2).mean(axis=1 if rows >= cols else 0, keepdims=True)
+    by_rows = rows >= cols if by_rows is None else by_rows
+    mean = (o**2).mean(axis=1 if by_rows else 0, keepdims=True)
     s.v = 0.9 * getattr(s, "v", 0.0) + 0.1 * mean
     scale = np.maximum(s.v, 1e-10) ** -0.5
     scale = scale * np.sqrt((o**2).sum() / (o**2 * scale**2).sum())

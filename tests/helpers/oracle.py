@@ -42,6 +42,25 @@ class Muon64:
         self.weight = self.weight - self.decay * decays * self.weight - self.lr * self.ratio * direction
 
 
+def encode_sqrt(moment: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return linear codes of the roots of fp32 [rows, cols], 1 to 255 but for 0, and an fp32 scale a block."""
+    root, starts = np.sqrt(moment), range(0, moment.shape[1], block_size)
+    scales = np.stack([root[:, start : start + block_size].max(axis=1) for start in starts], axis=1)
+    inverse = np.divide(np.float32(255), scales, out=np.zeros_like(scales), where=scales > 0)
+    codes = np.rint(root * _by_column(inverse, block_size, moment.shape[1]))
+    return np.maximum(codes, moment > 0).astype(np.uint8), scales
+
+
+def decode_sqrt(codes: np.ndarray, scales: np.ndarray, block_size: int) -> np.ndarray:
+    """Return the fp32 second moment of uint8 codes and fp32 scales."""
+    step = _by_column(scales / np.float32(255), block_size, codes.shape[1])
+    return (codes.astype(np.float32) * step) ** 2
+
+
+def _by_column(blocks: np.ndarray, block_size: int, cols: int) -> np.ndarray:
+    return np.repeat(blocks, block_size, axis=1)[:, :cols]
+
+
 def murmur3(data: bytes, seed: int = 0) -> int:
     """Return MurmurHash3_x86_32 of whole 32-bit words, after the author's description."""
     h, mask = seed, 0xFFFFFFFF
