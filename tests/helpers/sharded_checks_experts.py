@@ -52,15 +52,19 @@ def stays(run, step):
     assert same == [number not in moved for number in [*range(5), *range(4)]], (step, same)
 
 
-def idle_as_in_one_process(placed, more, pieces):
+def idle_as_in_one_process(placed, more, pieces, **family):
     """The corner lies in the last piece: the whole expert is active, also where its other pieces lie elsewhere."""
     ways = (torch.clone, {}), (placed, more)
-    runs = [ExpertRun(SHAPES, torch.float32, place, group={"split_sizes": pieces}, **how) for place, how in ways]
+    group = {"split_sizes": pieces, **family}
+    runs = [ExpertRun(SHAPES, torch.float32, place, group=group, **how) for place, how in ways]
     single, shared = (run.train([4]) for run in runs)
     for step in range(4):
         single.train([step])
         stays(shared, step)
-    assert_same(shared.state_whole(), single.state_whole())
+    states = shared.state_whole(), single.state_whole()  # second moments are of directions, as parameters are
+    assert_same(*({key: of[key] for key in of if "momentum" in key[1]} for of in states))
+    if family:
+        return
     # Norms are added up otherwise where a block is cut, and products of another number of matrices rounded otherwise.
     assert_close(shared.params_whole(), single.params_whole(), rtol=1e-5, atol=1e-6)
 
@@ -84,6 +88,17 @@ for _name, (_ranks, _arm) in WAYS.items():
         @check(f"idle experts {_name}, pieces {_pieces}, are those of one process", ranks=_ranks)
         def _(world, arm=_arm, pieces=_pieces):
             idle_as_in_one_process(*arm(world), pieces)
+
+
+for _name, _kind in (
+    *(("by expert", "element"), ("by rows", "element"), ("by rows", "row")),
+    *(("by columns", "element"), ("by columns", "row"), ("sharded state", "shape")),
+):
+    _ranks, _arm = WAYS[_name]
+
+    @check(f"idle experts {_name} keep their second moment, {_kind}", ranks=_ranks)
+    def _(world, arm=_arm, kind=_kind):
+        idle_as_in_one_process(*arm(world), None, second_moment=kind, rescale="rms", sign_momentum=kind == "element")
 
 
 def tokens_of_one_rank(world, way):
