@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from finetune.config.errors import InputError
-from finetune.config.options import Training, flag, option_fields
+from finetune.config.options import FAMILY, PRESETS, Training, flag, option_fields
 
 MAX_STEP_TIMEOUT = 10**6  # s; as in muon8bit.config
 
@@ -73,6 +73,7 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
     if recipe.step_timeout >= MAX_STEP_TIMEOUT:
         raise InputError("--step-timeout", f"{recipe.step_timeout} must be below {MAX_STEP_TIMEOUT} s")
     _check_muon8bit_only(recipe)
+    _check_preset(recipe)
     if recipe.cautious_weight_decay and recipe.weight_decay == 0:
         raise InputError(
             "--cautious-weight-decay", "nothing decays: give --weight-decay above 0, or --no-cautious-weight-decay"
@@ -94,9 +95,10 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
 
 def _check_muon8bit_only(recipe: Training) -> None:
     """Refuse what the other optimizers cannot do."""
-    if recipe.optimizer == "muon8bit":
+    if recipe.optimizer in FAMILY:
         return
     asked = {
+        "--bits": (recipe.bits != 8, "give 8"),
         "--param-rounding": (recipe.param_rounding == "stochastic", "give nearest"),
         "--cautious-weight-decay": (recipe.cautious_weight_decay, "give --no-cautious-weight-decay"),
         "--clip-matrix-norm": (recipe.clip_matrix_norm > 0, "give 0"),
@@ -110,6 +112,30 @@ def _check_muon8bit_only(recipe: Training) -> None:
     for name, (is_asked, way_out) in asked.items():
         if is_asked:
             raise InputError(name, f"{recipe.optimizer} cannot do it; {way_out}, or --optimizer muon8bit")
+
+
+def has_own_scale(recipe: Training) -> bool:
+    """Check whether the lr of the preset is not AdamW's, as that of updates whose RMS is 0.2 lr is."""
+    return recipe.optimizer == "normuon8bit" and recipe.preset not in (None, "paper")
+
+
+def _check_preset(recipe: Training) -> None:
+    """Refuse a preset of another optimizer, and what contradicts the preset or is missing with it."""
+    names = PRESETS.get(recipe.optimizer, ())
+    if recipe.preset is not None and recipe.preset not in names:
+        known = "; ".join(f"{optimizer} has {', '.join(of)}" for optimizer, of in PRESETS.items())
+        raise InputError("--preset", f"{recipe.optimizer} has no preset {recipe.preset}: {known}")
+    if names and recipe.cautious_weight_decay and recipe.preset != "modded":
+        raise InputError(
+            "--cautious-weight-decay",
+            f"the preset {recipe.preset or 'paper'} of {recipe.optimizer} decays every weight; give "
+            "--no-cautious-weight-decay, or --preset modded of normuon8bit",
+        )
+    if has_own_scale(recipe) and recipe.adamw_lr is None:
+        raise InputError(
+            "--adamw-lr",
+            f"the preset {recipe.preset} of normuon8bit has --lr on a scale of its own, which is not AdamW's; give it",
+        )
 
 
 def _check_release(recipe: Training) -> None:

@@ -10,6 +10,9 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvc
 ROUTINGS = ("0.1", "0.2")  # those of muon8bit.config, which imports torch, as are the next two
 SPLIT_HEADS = ("none", "head", "head_kv")  # none: None
 ROUTERS = ("adamw", "muon")
+# Presets of the optimizers that have some: those of muon8bit.family.
+PRESETS = {"normuon8bit": ("paper", "official", "dion", "modded"), "adamuon8bit": ("paper", "official")}
+FAMILY = ("muon8bit", *PRESETS)  # Muon8bit and what is built on it
 # Options that a resumed run may change; every other one is part of what makes the run bitwise the same.
 # `dataset` may move to another place: its content is compared by hash.
 RESUME_MAY_CHANGE = (
@@ -57,8 +60,16 @@ class Training:
     optimizer: str = option(
         "muon8bit",
         "which optimizer trains the model",
-        *("muon8bit", "muon", "adamw", "adamw8bit"),
+        *(*FAMILY, "muon", "adamw", "adamw8bit"),
         section="optimizer",
+    )
+    preset: str | None = option(
+        None,
+        "version of normuon8bit or adamuon8bit; official (of normuon8bit), dion and modded have lr on scales of their "
+        "own",
+        *dict.fromkeys(name for names in PRESETS.values() for name in names),
+        section="optimizer",
+        unset="paper for these two",
     )
     lr: float = option(
         1e-3,
@@ -88,7 +99,19 @@ class Training:
         "decay only where the update moves a weight towards 0, or not at all: muon8bit's matrices and its AdamW part",
         section="optimizer",
     )
-    codebook: str = option("linear", "8-bit codebook of muon8bit", "linear", "dynamic", section="optimizer")
+    bits: int = option(
+        8,
+        "bits of the momentum of muon8bit, normuon8bit and adamuon8bit, and of the last one's second moment",
+        *(8, 32),
+        section="optimizer",
+    )
+    codebook: str | None = option(
+        None,
+        "codebook of the momentum in 8 bits",
+        *("linear", "dynamic"),
+        section="optimizer",
+        unset="dynamic for adamuon8bit, else linear",
+    )
     block_size: int = option(
         2048,
         "elements per scale of muon8bit, a power of two from 64 to 4096",

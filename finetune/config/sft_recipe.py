@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.config.checks import check_ranges
+from finetune.config.checks import check_ranges, has_own_scale
 from finetune.config.errors import InputError
 from finetune.config.options import Training, flag, option
 from finetune.config.reading import SFT_RECIPES, build, read_values
@@ -167,6 +167,8 @@ def sft_recipe_from(values: Mapping[str, Any], origin: str) -> SftRecipe:
     named = {"name": f"{Path(str(values['model'])).name}-{values.get('mode', 'lora')}", **values}
     recipe = build(SftRecipe, named, origin)
     check_ranges(recipe, "lora_rank", "lora_alpha", "loraplus_ratio", "limit", "seq_len", "epochs", "answer_tokens")
+    if values.get("lr") is None and has_own_scale(recipe):
+        raise InputError("--lr", f"the preset {recipe.preset} of normuon8bit has lr on a scale of its own; give it")
     parse_columns(recipe.columns)
     if recipe.dataset == "stdlib" and recipe.limit is not None:
         raise InputError("--limit", "the standard library is taken whole; leave it out")
@@ -199,7 +201,7 @@ def resolve(recipe: SftRecipe, num_rows: int, num_processes: int) -> tuple[SftRe
     """
     unset = {name for name in ("lora_alpha", "lr", "max_steps", "warmup_steps") if getattr(recipe, name) is None}
     notes = []
-    family = "muon" if recipe.optimizer.startswith("muon") else "adamw"
+    family = "muon" if "muon" in recipe.optimizer else "adamw"
     chosen: dict[str, Any] = {}
     if "lora_alpha" in unset:
         chosen["lora_alpha"] = 2.0 * recipe.lora_rank

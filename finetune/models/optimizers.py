@@ -1,4 +1,4 @@
-"""The four arms of a comparison. Muon's and AdamW's parameters are the same in every arm that has both."""
+"""The arms of a comparison. Muon's and AdamW's parameters are the same in every arm that has both."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from finetune.config.errors import InputError
-from finetune.config.options import Training
-from muon8bit import Muon8bit, param_groups, state_report
+from finetune.config.options import FAMILY, Training
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, param_groups, state_report
 
 # Of AdamW in every arm: the defaults of `param_groups`.
 BETAS = (0.9, 0.95)
+_CLASSES: dict[str, type[Muon8bit]] = {"muon8bit": Muon8bit, "normuon8bit": NorMuon8bit, "adamuon8bit": AdaMuon8bit}
 
 
 def build_optimizers(
@@ -26,9 +27,11 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Build the optimizers that together train every parameter of the model that requires a gradient.
 
-    `muon8bit` is one optimizer for the whole model; `muon` is torch.optim.Muon (fp32 momentum) for the 2-D weights
-    that `param_groups` routes to Muon, fused ones as one matrix, and torch.optim.AdamW for the rest; `adamw` and
-    `adamw8bit` (bitsandbytes) take everything. Norms and biases are not decayed in any of them.
+    `muon8bit` is one optimizer for the whole model, and so are `normuon8bit` and `adamuon8bit`, of which all that is
+    said of it is true too, but that their presets say how lr depends on a matrix's shape; `muon` is torch.optim.Muon
+    (fp32 momentum) for the 2-D weights that `param_groups` routes to Muon, fused ones as one matrix, and
+    torch.optim.AdamW for the rest; `adamw` and `adamw8bit` (bitsandbytes) take everything. Norms and biases are not
+    decayed in any of them.
     lr and decay as in `Training`; `muon8bit` rounds bf16 weights stochastically unless it says "nearest", the others
     to nearest. With gradient release `muon8bit` skips and counts gradients that are not finite; else it raises.
 
@@ -58,7 +61,7 @@ def build_optimizers(
         named = {"loraplus_ratio=": "--loraplus-ratio", "split_heads=": "--split-heads", "routers=": "--routers"}
         option = next((option for text, option in named.items() if str(error).startswith(text)), "--optimizer")
         raise InputError(option, str(error)) from None
-    if recipe.optimizer == "muon8bit":
+    if recipe.optimizer in FAMILY:
         return [_muon8bit(groups, recipe, process_group)]
     adamw_lr = recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr
     for group in groups:
@@ -99,8 +102,7 @@ def _muon8bit(groups: list[dict[str, Any]], recipe: Training, process_group: Pro
     options: Any = {
         "lr": recipe.lr,
         "weight_decay": recipe.weight_decay,
-        "cautious_weight_decay": recipe.cautious_weight_decay,
-        "codebook": recipe.codebook,
+        "bits": recipe.bits,
         "block_size": recipe.block_size,
         "clip_matrix_norm": recipe.clip_matrix_norm or None,
         "param_rounding": recipe.param_rounding or ("stochastic" if has_bf16 else "nearest"),
@@ -108,8 +110,15 @@ def _muon8bit(groups: list[dict[str, Any]], recipe: Training, process_group: Pro
         "step_timeout": recipe.step_timeout,
         "on_nonfinite": "skip" if recipe.release_gradients else "raise",
     }
+    options |= {} if recipe.codebook is None else {"codebook": recipe.codebook}
+    if recipe.optimizer == "muon8bit":
+        options["cautious_weight_decay"] = recipe.cautious_weight_decay
+    else:
+        options["preset"] = recipe.preset or "paper"
+        for group in groups:
+            group.pop("adjust_lr_fn", None)  # the preset's
     try:
-        return Muon8bit(groups, **options, process_group=process_group)
+        return _CLASSES[recipe.optimizer](groups, **options, process_group=process_group)
     except ImportError as error:  # of bitsandbytes, which adamw_bits=8 needs
         raise InputError("--adamw-bits", str(error)) from None
 

@@ -14,12 +14,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from finetune.config.errors import InputError
-from finetune.config.options import Training
+from finetune.config.options import FAMILY, Training
 from finetune.parallel.launcher import processes_asked
 
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU", "MULTI_MLU", "MULTI_MUSA")
 # `muon` is two optimizers, of which Accelerate's FSDP saves one; bitsandbytes does not take DTensors.
-SHARDABLE = ("muon8bit", "adamw")
+SHARDABLE = (*FAMILY, "adamw")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

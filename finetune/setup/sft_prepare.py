@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from finetune.config.errors import InputError
+from finetune.config.options import FAMILY
 from finetune.config.sft_recipe import SftRecipe, resolve
 from finetune.data.packing import check_isolation
 from finetune.models.adapters import add_adapter, checkpoint_trainable_only
@@ -139,13 +140,13 @@ def _warnings(recipe: SftRecipe, given: str, base: str, config: Any) -> list[str
     """Return warnings about this combination of base, mode and optimizer that a practitioner should know."""
     notes = []
     was = pretrained_with(given, config)
-    if recipe.mode == "full" and recipe.optimizer.startswith("muon") and was is not None and was.startswith("adam"):
+    if recipe.mode == "full" and "muon" in recipe.optimizer and was is not None and was.startswith("adam"):
         notes.append(
             "note: most bases were pretrained with Adam; tuning all weights of such a model, Muon usually trails AdamW "
             "(arXiv 2605.10468, 2502.16982): keep a run with --optimizer adamw beside it"
         )
     if recipe.mode == "full" and weight_dtype(recipe) == torch.bfloat16:
-        is_stochastic = recipe.optimizer == "muon8bit" and recipe.param_rounding != "nearest"
+        is_stochastic = recipe.optimizer in FAMILY and recipe.param_rounding != "nearest"
         how = "stochastically" if is_stochastic else "to nearest, which loses small updates"
         notes.append(f"note: bf16 weights are trained; {recipe.optimizer} rounds them {how}")
     if base != given and recipe.has_adapter:

@@ -68,7 +68,7 @@ def memory_afterwards(run: Run) -> list[str]:
         saved = estimate.gib(adamw - report.total_bytes)
         of_rank = ", on this rank" if report.is_sharded else ""
         lines.append(
-            f"bytes saved: the state of muon8bit takes {estimate.gib(report.total_bytes)}, AdamW's would take "
-            f"{estimate.gib(adamw)}, {saved} more{of_rank}"
+            f"bytes saved: the state of {run.recipe.optimizer} takes {estimate.gib(report.total_bytes)}, AdamW's would "
+            f"take {estimate.gib(adamw)}, {saved} more{of_rank}"
         )
     return lines

@@ -9,9 +9,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config.errors import InputError
+from finetune.config.options import PRESETS
 from finetune.config.recipe import Recipe, recipe_from
 from finetune.models.optimizers import build_optimizers
+from muon8bit import AdaMuon8bit, NorMuon8bit
 from muon8bit.config import DEFAULT_STEP_TIMEOUT, MAX_STEP_TIMEOUT
+from muon8bit.family import ADAMUON_PRESETS, NORMUON_PRESETS
 from muon8bit.step import adamw8bit
 
 SIZES = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_local_experts": 2}
@@ -76,6 +79,42 @@ def test_cautious_weight_decay_reaches_every_group(asked):
     (optimizer,) = build_optimizers(mixtral(), recipe)
     assert {group["algorithm"] for group in optimizer.param_groups} == {"muon", "adamw"}
     assert all(group["cautious_weight_decay"] is asked for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "preset", "keys"),
+    [
+        ("normuon8bit", None, ("row", "rms", None, 1e-8, False)),
+        ("normuon8bit", "official", ("row", "keep", "original", 1e-10, False)),
+        ("normuon8bit", "dion", ("row", "keep", "spectral", 1e-8, False)),
+        ("normuon8bit", "modded", ("shape", "keep", "original", 1e-10, True)),
+        ("adamuon8bit", None, ("element", "rms", None, 1e-8, False)),
+        ("adamuon8bit", "official", ("element", "rms", None, 1e-8, False)),
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_preset_and_bits_reach_every_group_of_matrices(optimizer, preset, keys, bits):
+    values = {"name": "moe", "model": SIZES, "optimizer": optimizer, "preset": preset, "bits": bits, "adamw_lr": 1e-3}
+    (made,) = build_optimizers(mixtral(), recipe_from(values, "the test"))
+    assert type(made) is {"normuon8bit": NorMuon8bit, "adamuon8bit": AdaMuon8bit}[optimizer]
+    assert made.preset == (preset or "paper")
+    names = ("second_moment", "rescale", "adjust_lr_fn", "second_moment_eps", "cautious_weight_decay")
+    groups = [group for group in made.param_groups if group["algorithm"] == "muon"]
+    assert len(groups) > 1
+    codebook = "dynamic" if optimizer == "adamuon8bit" else "linear"
+    for group in groups:
+        assert tuple(group[name] for name in names) == keys
+        assert (group["bits"], group["codebook"]) == (bits, codebook)
+    (linear,) = build_optimizers(mixtral(), recipe_from({**values, "codebook": "linear"}, "the test"))
+    assert {group["codebook"] for group in linear.param_groups if group["algorithm"] == "muon"} == {"linear"}
+
+
+def test_muon8bit_has_bits_too_and_the_scripts_know_all_presets():
+    (made,) = build_optimizers(mixtral(), recipe_from({"name": "moe", "model": SIZES, "bits": 32}, "the test"))
+    assert {group["bits"] for group in made.param_groups if group["algorithm"] == "muon"} == {32}
+    assert {"normuon8bit": tuple(NORMUON_PRESETS), "adamuon8bit": tuple(ADAMUON_PRESETS)} == PRESETS
+    for presets in (NORMUON_PRESETS, ADAMUON_PRESETS):  # by which --cautious-weight-decay is refused
+        assert [name for name, keys in presets.items() if keys["cautious_weight_decay"]] in (["modded"], [])
 
 
 def test_how_long_a_rank_waits_reaches_the_optimizer_and_is_bounded_as_there():

@@ -69,6 +69,8 @@ def weights(folder):
         ["muon8bit", "--release-gradients", "--clip", "0", "--clip-matrix-norm", "0.01", "--loss-chunk", "24"],
         ["muon8bit", "--adamw-bits", "8"],
         ["muon8bit", "--state-device", "cpu"],
+        ["normuon8bit", "--preset", "modded", "--adamw-lr", "3e-3"],
+        ["adamuon8bit"],
         ["muon"],
         ["adamw"],
     ],
