@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -12,28 +13,42 @@ import torch
 from muon8bit.distributed import ShardedBatch
 from muon8bit.distributed.assignment import Assignment
 from muon8bit.distributed.collectives import PendingExchange, Transport
+from muon8bit.distributed.normalizing import moment_padding
 from muon8bit.distributed.norms import GatheredSums
 from muon8bit.distributed.planned_transfers import PlannedTransfer
 
 
 def sent(transfer: PlannedTransfer) -> Iterator[tuple[int, int, int]]:
-    """Yield (from rank, to rank, bytes) of every message of a matrix: to the owner, and back."""
-    for rank, region in transfer.sources.items():
+    """Yield (from rank, to rank, bytes) of all that is sent of a matrix: to the owner, and back."""
+    for rank in transfer.sources | transfer.moment_sources:
         if rank != transfer.owner:
-            yield rank, transfer.owner, transfer.sent_bytes(region)
-    for rank, region in transfer.targets.items():
+            part = transfer.sources.get(rank)
+            num_bytes = 0 if part is None else transfer.sent_bytes(part)
+            yield rank, transfer.owner, num_bytes + transfer.moment_bytes_of(rank)
+    for rank in transfer.targets | transfer.vector_holders:
         if rank != transfer.owner:
-            yield transfer.owner, rank, transfer.returned_bytes(region)
+            part = transfer.targets.get(rank)
+            num_bytes = 0 if part is None else transfer.returned_bytes(part)
+            yield transfer.owner, rank, num_bytes + transfer.result_bytes(rank)
 
 
 def transfers(assignment: Assignment) -> Iterator[tuple[int, int, int]]:
-    """Yield (from rank, to rank, bytes) of every message: to the owner, and back."""
+    """Yield (from rank, to rank, bytes) of all that is sent: to the owner, and back.
+
+    What fills up a rank's second moments of a round, behind which X stands, is on its own.
+    """
     for transfer in assignment.transfers:
         yield from sent(transfer)
+    ranks = range(len(assignment.load))
+    for a_round in assignment.rounds:
+        for rank, owner in permutations(ranks if a_round.sends_inputs else (), 2):
+            owned = [transfer for transfer in a_round.transfers if transfer.owner == owner]
+            if num_bytes := moment_padding(owned, rank):
+                yield rank, owner, num_bytes
 
 
 def bytes_sent(assignment: Assignment) -> tuple[int, ...]:
-    """Return the bytes that each rank sends in one step, without padding."""
+    """Return the bytes that each rank sends in one step, without the padding of all-gathers."""
     totals = [0] * len(assignment.load)
     for source, _, num_bytes in transfers(assignment):
         totals[source] += num_bytes
@@ -41,7 +56,7 @@ def bytes_sent(assignment: Assignment) -> tuple[int, ...]:
 
 
 def bytes_received(assignment: Assignment) -> tuple[int, ...]:
-    """Return the bytes that each rank receives in one step, without padding."""
+    """Return the bytes that each rank receives in one step, without the padding of all-gathers."""
     totals = [0] * len(assignment.load)
     for _, target, num_bytes in transfers(assignment):
         totals[target] += num_bytes

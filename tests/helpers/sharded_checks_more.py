@@ -71,8 +71,9 @@ def _(world):
     assert owned == 4 * 5 * 6 * 16 * 4  # steps, experts, elements, fp32
 
 
-def equal_bytes(world, mode, ranks):
+def equal_bytes(world, mode, ranks, **options):
     placed, more = arm(world, mode, ranks)
+    more = {**more, **options}
     run = Run({**MATRICES, **EXPERTS, "tall": (48, 3)}, torch.bfloat16, placed, **more, ns_dtype=torch.bfloat16)
     batches = []
     rank_group = run.train([1]).optimizer._rank_group
@@ -92,10 +93,19 @@ def shared_names(batches, run):
     return {names[member.param_index] for batch in batches for member in batch.members}
 
 
+OF_THE_FAMILY = {
+    "": {},
+    ", second moments of rows": {"second_moment": "row"},
+    ", by shape and of signs": {"second_moment": "shape", "sign_momentum": True},
+    ", of elements and of signs": {"second_moment": "element", "sign_momentum": True},
+    ", of elements in 32 bits": {"second_moment": "element", "bits": 32},
+    ", signs": {"sign_momentum": True},
+}
 for _mode, _ranks in {"fsdp": 3, "hsdp": 4, "ddp": 3, "sharded state": 2, "columns": 3, "rows and columns": 4}.items():
-    check(f"{_mode} on {_ranks}: bytes counted are those predicted", ranks=_ranks)(
-        partial(equal_bytes, mode=_mode, ranks=_ranks)
-    )
+    for _name, _options in OF_THE_FAMILY.items():
+        check(f"{_mode} on {_ranks}: bytes counted are those predicted{_name}", ranks=_ranks)(
+            partial(equal_bytes, mode=_mode, ranks=_ranks, **_options)
+        )
 
 
 def is_as_accurate(placed, shapes):
