@@ -13,6 +13,7 @@ fused.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class ElementMoment(NamedTuple):
         beta2: the factor of the exponential moving average, in [0, 1).
         eps: what is added to the square root, or, with `is_clamped`, bounds the second moment from below.
         is_clamped: the form of eps.
-        block_size: the number of elements of a row that share a scale, and, also of fp32, a sum.
+        block_size: the number of elements of a row that share a scale.
         first_col: the column of whole rows that is the first one here.
     """
 
@@ -44,34 +45,50 @@ class ElementMoment(NamedTuple):
     block_size: int
     first_col: int = 0
 
-    def averaged(self, rows: slice, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the new second moment of some rows, and the divisor of their directions, fp32 [rows, cols].
+    def averaged(self, rows: slice, directions: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new second moment of some rows and its root, fp32 [rows, cols].
 
         Args:
             rows: of all matrices, numbered through.
             directions: O, fp32 [rows, cols].
+            scratch: fp32 [2, rows or more, cols]: room for what is returned.
         """
-        V = StackedRows(self.codes).read(rows, slice(0, directions.shape[1]), torch.empty_like(directions))
+        V, squares = scratch[:, : len(directions)]
+        V = StackedRows(self.codes).read(rows, slice(0, directions.shape[1]), V)
         if self.steps is not None:
             V.mul_(self._by_column(self.steps, rows, V.shape[1])).square_()
-        V.mul_(self.beta2).add_(directions.square().mul_(1.0 - self.beta2))
-        return V, root(V.clamp(min=self.eps)) if self.is_clamped else root(V).add_(self.eps)
+        V.mul_(self.beta2).add_(torch.mul(directions, directions, out=squares).mul_(1.0 - self.beta2))
+        return V, root(V, squares)
 
-    def write_and_divide_(self, rows: slice, directions: Tensor, inverses: Tensor | None, skip: Tensor | None) -> None:
+    def divide_(self, directions: Tensor, roots: Tensor) -> Tensor:
+        """Divide directions in place by the roots of their second moments, which are lost; by 0 they become 0.
+
+        The root of a bounded number is the bounded root, since roots are correctly rounded.
+        """
+        if self.is_clamped:
+            roots.clamp_(min=sqrt(torch.tensor(self.eps, dtype=torch.float32).item()))
+        else:
+            roots.add_(self.eps)
+        return directions.div_(roots.masked_fill_(roots == 0, torch.inf))
+
+    def write_and_divide_(
+        self, rows: slice, directions: Tensor, inverses: Tensor | None, skip: Tensor | None, scratch: Tensor
+    ) -> None:
         """Write the new second moments of some rows, and divide their directions, fp32 [rows, cols], in place.
 
         Args:
             rows: of all matrices, numbered through.
             directions: O, then O'.
             inverses: fp32 [batch, rows, blocks], 255 over the new scales, 0 where these are 0; None where it is fp32.
-            skip: 0-d fp32; where it is not 0, nothing is written.
+            skip: 0-d fp32, or [rows of all matrices, 1]; where it is not 0, nothing is written.
+            scratch: as in `averaged`.
         """
-        V, divisor = self.averaged(rows, directions)
-        divide_(directions, divisor)
+        V, roots = self.averaged(rows, directions, scratch)
         if inverses is not None:
-            is_there = V > 0
-            V = root(V).mul_(self._by_column(inverses, rows, V.shape[1])).round_().maximum(is_there)
+            codes = torch.mul(roots, self._by_column(inverses, rows, V.shape[1]), out=V).round_()
+            V = codes.maximum(roots > 0)
         StackedRows(self.codes).write(rows, slice(0, V.shape[1]), V, skip)
+        self.divide_(directions, roots)
 
     def _by_column(self, blocks: Tensor, rows: slice, cols: int) -> Tensor:
         """Return numbers of blocks [batch, rows, blocks] for the columns of some rows, [rows, cols or 1]."""
@@ -82,15 +99,11 @@ class ElementMoment(NamedTuple):
         return of_rows[:, columns // self.block_size]
 
 
-def divide_(directions: Tensor, divisor: Tensor) -> Tensor:
-    """Divide fp32 directions in place, where the divisor, which is lost, is not 0; else they become 0."""
-    return directions.div_(divisor.masked_fill_(divisor == 0, torch.inf))
-
-
-def root(values: Tensor) -> Tensor:
-    """Return the square roots of fp32 values, correctly rounded.
+def root(values: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the square roots of fp32 values, correctly rounded, in `out` if it is given.
 
     On CPUs torch takes those of a vector library, a fifth of which are neighbours. Rounded from fp64 they are right:
     no root of an fp32 number lies that close to the middle of two.
     """
-    return values.double().sqrt_().float() if values.device.type == "cpu" else values.sqrt()
+    out = torch.empty_like(values) if out is None else out
+    return out.copy_(values.double().sqrt_()) if values.device.type == "cpu" else torch.sqrt(values, out=out)

@@ -34,8 +34,6 @@ from ..config import (
 )
 from .group_options import SecondMomentOptions
 
-_SUMMED_COLUMNS = 2048  # of a row, for whose fp32 second moments a sum is found
-
 Axis: TypeAlias = Literal["row", "column", "element"]
 
 
@@ -217,9 +215,7 @@ def element_moment(moments: Sequence[SecondMoment], options: SecondMomentOptions
     scales, size = [m.scales for m in moments if m.scales is not None], moments[0].format.block_size
     steps = torch.cat(scales) / torch.tensor(255.0, device=scales[0].device) if scales else None
     codes = [moment.values for moment in moments]
-    return ElementMoment(
-        codes, steps, options.beta2, options.eps, options.is_clamped, size or _SUMMED_COLUMNS, first_col
-    )
+    return ElementMoment(codes, steps, options.beta2, options.eps, options.is_clamped, size or 1, first_col)
 
 
 def update_arguments(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..batches import StackedRows, elements_at_once
-from ..element_moment import ElementMoment, divide_, root
+from ..element_moment import ElementMoment
 
 
 def direction_squares(directions: Tensor, *, columns: bool) -> Tensor:
@@ -48,15 +48,15 @@ def second_moment_stats(directions: Tensor, moment: ElementMoment) -> Tensor:
     batch, rows, cols = directions.shape
     num_blocks, device, every = -(-cols // moment.block_size), directions.device, slice(0, cols)
     found = torch.empty(3, batch * rows, num_blocks, dtype=torch.float32, device=device)
-    num_rows, towards = max(1, elements_at_once(device) // max(1, cols)), StackedRows([directions])
+    num_rows, towards = min(batch * rows, max(1, elements_at_once(device) // max(1, cols))), StackedRows([directions])
+    buffers = torch.empty(3, num_rows, cols, dtype=torch.float32, device=device)
     for start in range(0, batch * rows, num_rows):
         r = slice(start, min(start + num_rows, batch * rows))
-        O = towards.read(r, every, torch.empty(r.stop - start, cols, dtype=torch.float32, device=device))  # noqa: E741
-        V, divisor = moment.averaged(r, O)
-        found[2, r] = _by_block(V, moment.block_size, torch.amax)
+        O = towards.read(r, every, buffers[0, : r.stop - start])  # noqa: E741
+        V, roots = moment.averaged(r, O, buffers[1:])
+        found[2, r] = _by_block(roots, moment.block_size, torch.amax)
         found[1, r] = _by_block(torch.mul(O, O, out=V), moment.block_size, torch.sum)
-        found[0, r] = _by_block(divide_(O, divisor).square_(), moment.block_size, torch.sum)
-    found[2] = root(found[2])
+        found[0, r] = _by_block(moment.divide_(O, roots).square_(), moment.block_size, torch.sum)
     return found.view(3, batch, rows, num_blocks)
 
 
