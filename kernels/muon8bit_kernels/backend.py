@@ -40,8 +40,8 @@ class Kernels(Protocol):
         codes: Sequence[Tensor],
         scales: Sequence[Tensor] | None,
         grads: Sequence[Tensor],
-        norms: Tensor,
-        out: Tensor,
+        norms: Tensor | None,
+        out: Tensor | None,
         *,
         beta: float,
         nesterov: bool,
@@ -50,7 +50,7 @@ class Kernels(Protocol):
         skip: Tensor | None = None,
         signs: bool = False,
     ) -> None:
-        """Write codes, scales and the Newton-Schulz input."""
+        """Write codes, scales and, unless `norms` and `out` are None, the Newton-Schulz input."""
 
     def momentum_stats_cut(
         self,

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, groupby
+from itertools import chain, filterfalse, groupby
 from math import prod
 from operator import attrgetter
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..orthogonalize import apply_factor, batch_size, device_kind, gram_factor, orthogonalize, partial_gram
 from ..step.group_options import Options
-from ..step.matrix_batches import MatrixBatch
+from ..step.matrix_batches import MatrixBatch, ParamMatrices
 from ..step.muon import average_, normalize_signs_
 from ..step.second_moment import Normalization, normalize
 from .assignment import Assignment
@@ -51,8 +51,6 @@ from .sharded_batch import ShardedBatch, ShardedMatrix
 # the iteration's own memory, and O; of the next one what is sent, made contiguous, and received; of the last one O,
 # what is sent and what is received. Besides, passes over the momentum take up to 10 MiB on a CPU.
 NUM_SHARES = 12
-# Of these, what is sent, made contiguous, and received of X, which takes none where nobody lacks a part of it.
-NUM_KEPT_SHARES = 3
 by_owner = attrgetter("owner")
 
 
@@ -121,13 +119,15 @@ class ExchangeRound:
         if self._planned.sends_inputs:
             for tensors in outgoing:
                 tensors += padding(tensors, self._device)
-        for (plan, *_), X in self._applied():
-            if plan.is_gram:
-                self._own_X[plan.index] = X
-            if rank in plan.sources:
-                part = partial_gram(X, plan.is_tall) if plan.is_gram else X
-                # Not a view of what came out beside it, which nobody needs.
-                outgoing[plan.owner].append(part if self._planned.sends_inputs else part.clone())
+        here = [transfer for transfer in self._transfers if transfer.matrix.stack is not None]
+        for chunk in self._together(filter(self._needs_input, here), with_input=True):
+            for (plan, *_), X in zip(chunk, self._apply(chunk), strict=True):
+                if plan.is_gram:
+                    self._own_X[plan.index] = X
+                if rank in plan.sources:
+                    outgoing[plan.owner].append(partial_gram(X, plan.is_tall) if plan.is_gram else X)
+        if not self.is_first:
+            self._write_momenta(filterfalse(self._needs_input, here))
         self._pending: PendingExchange | Kept
         if not self._planned.sends_inputs:
             self._pending = Kept(outgoing[rank])
@@ -232,39 +232,48 @@ class ExchangeRound:
     def _by_rank(self) -> list[list[Tensor]]:
         return [[] for _ in range(self._transport.num_ranks)]
 
-    def _applied(self) -> Iterator[tuple[Transfer, Tensor]]:
-        """Write the momenta that this rank holds, and yield their parts of X: first those that are sent, in order."""
+    def _needs_input(self, transfer: Transfer) -> bool:
+        """Return whether X of this rank's part is needed, by the owner or here for "reduce_gram"; replicas' is not."""
+        return transfer.plan.is_gram or self._transport.rank in transfer.plan.sources
+
+    def _together(self, transfers: Iterable[Transfer], *, with_input: bool) -> Iterator[list[Transfer]]:
+        """Yield those of which this rank has a part, as many at a time as one launch takes, with X or without."""
 
         def size(transfer: Transfer) -> int:
             assert transfer.matrix.stack is not None
             stack, itemsize = transfer.matrix.stack, transfer.batch.matrix.method.dtype.itemsize
             # X, and copies of gradients that have factors; in the first round of momenta too
-            num_bytes = itemsize + (8 if stack.factor is not None else 0)
+            num_bytes = itemsize if with_input or self._is_cut(transfer.batch) else 0
+            num_bytes += 8 if stack.factor is not None else 0
             num_bytes += 2 * stack.momentum.codes.itemsize if self.is_first else 0
-            # X that nobody needs goes at once, and what lies nowhere else takes no share to be sent and received.
-            is_freed = not (self._planned.sends_inputs or self._is_sent(transfer))
-            shares = NUM_KEPT_SHARES if is_freed else 1
-            return max(1, shares * self._share // (num_bytes * prod(stack.momentum.codes.shape[1:])))
+            return max(1, self._share // max(1, num_bytes * prod(stack.momentum.codes.shape[1:])))
 
         def key(transfer: Transfer) -> object:
             stack = transfer.matrix.stack
-            return id(transfer.batch), self._is_sent(transfer), stack and stack.layout
+            return id(transfer.batch), stack and stack.layout
 
-        held: list[Transfer] = []
-        for _, of_batch in groupby(self._transfers, key=lambda transfer: id(transfer.batch)):
-            there = [transfer for transfer in of_batch if transfer.matrix.stack is not None]
-            held += sorted(there, key=lambda transfer: not self._is_sent(transfer))
-        for chunk in _chunks(held, key, size):
-            yield from zip(chunk, self._apply(chunk), strict=True)
+        return _chunks(transfers, key, size)
 
-    def _is_sent(self, transfer: Transfer) -> bool:
-        """Return whether the owner gets X from this rank."""
-        return self._transport.rank in transfer.plan.sources
+    def _is_cut(self, batch: ShardedBatch) -> bool:
+        """Return whether this rank has but some of the columns of the momenta."""
+        region = batch.matrix.sharding.momentum_parts[self._transport.rank]
+        return region is not None and batch.is_cut(region)
+
+    def _write_momenta(self, transfers: Iterable[Transfer]) -> None:
+        """Write the new momenta of this rank's parts of these, of which X is not needed.
+
+        Where columns are cut it comes out beside them.
+        """
+        for chunk in self._together(transfers, with_input=False):
+            if self._is_cut(chunk[0].batch):
+                self._apply(chunk)
+            else:
+                batch, numbers = chunk[0].batch, [transfer.number for transfer in chunk]
+                average_(MatrixBatch(_stacks(chunk), batch.options, skip=batch.skip_of(numbers)), None, None)
 
     def _apply(self, transfers: list[Transfer]) -> Tensor:
         """Write the new momenta of these into codes and scales; return their parts of X, [transfers, rows, cols]."""
-        batch, numbers = transfers[0].batch, [transfer.number for transfer in transfers]
-        stacks = [stack for transfer in transfers if (stack := transfer.matrix.stack) is not None]
+        batch, numbers, stacks = transfers[0].batch, [transfer.number for transfer in transfers], _stacks(transfers)
         if numbers[-1] - numbers[0] == len(numbers) - 1:
             norms = batch.norms[numbers[0] : numbers[-1] + 1]
         else:
@@ -350,7 +359,7 @@ class FirstRound(ExchangeRound):
     def write(self) -> None:
         """Write the first round's momenta, and step all matrices."""
         self.is_first = False
-        deque(self._applied(), maxlen=0)  # X, which comes out beside the momenta, has been used by now; none is kept
+        self._write_momenta(transfer for transfer in self._transfers if transfer.matrix.stack is not None)
         self.send_updates()
         returning: ExchangeRound | None = self
         sending: ExchangeRound | None = None
@@ -377,3 +386,8 @@ def _chunks(
         step = len(alike) if size is None else size(alike[0])
         for start in range(0, len(alike), step):
             yield alike[start : start + step]
+
+
+def _stacks(transfers: Iterable[Transfer]) -> list[ParamMatrices]:
+    """Return this rank's parts of the momenta of these, with their gradients, where it has one."""
+    return [stack for transfer in transfers if (stack := transfer.matrix.stack) is not None]

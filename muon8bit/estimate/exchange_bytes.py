@@ -6,26 +6,27 @@ orthogonalizes, with the iteration's own memory; and of the one before that O an
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import filterfalse, groupby
 from math import prod
 
 from ..config import MIN_QUANTIZED_COLUMNS
 from ..distributed.assignment import Assignment
-from ..distributed.exchange import NUM_KEPT_SHARES, NUM_SHARES
+from ..distributed.exchange import NUM_SHARES
 from ..distributed.planned_transfers import PlannedTransfer
 from ..distributed.rounds import PlannedRound
 from ..orthogonalize import batch_size, workspace_bytes as iteration_bytes
 
-# On a CPU: the elements that a pass takes at once, and the bytes of temporaries of each, by what it goes over.
-_PASS_ELEMENTS, _MOMENTUM_BYTES, _PARAM_BYTES = 2**19, 16, 8
+# On a CPU: the elements that a pass takes at once, and the bytes of temporaries of each, by what it goes over: momenta
+# with X and without, parameters.
+_PASS_ELEMENTS, _INPUT_BYTES, _MOMENTUM_BYTES, _PARAM_BYTES = 2**19, 16, 12, 8
 
 
 def exchange_bytes(assignment: Assignment, rank: int, workspace_bytes: int, kind: str, *, between: int = 0) -> int:
     """Return the most bytes that a step allocates at once on a rank for matrices that lie on several ranks.
 
-    Gradients are taken to have no factors.
+    Gradients are taken to have no factors, and momenta whole rows.
 
     Args:
         assignment: the plan of all matrices, made with `workspace_bytes // NUM_SHARES`.
@@ -77,13 +78,17 @@ class _Round:
     def __init__(self, planned: PlannedRound, rank: int, share: int, kind: str, memory: _Memory) -> None:
         self._planned, self._rank, self._share, self._kind, self._memory = planned, rank, share, kind, memory
         self._owned = [transfer for transfer in planned.transfers if transfer.owner == rank]
+        self._held = [t for t in planned.transfers if t.matrix.sharding.momentum_parts[rank] is not None]
         self._sent = self._received = self._results = self._own_inputs = 0
+        self._input_batches = deque[tuple[int, int]]()  # matrices and bytes of X, in the order in which they are read
 
     def prepare_inputs(self, *, is_first: bool = False) -> None:
-        sources = [t for t in self._planned.transfers if self._rank in t.sources]
-        given = [t.sent_bytes(t.sources[self._rank]) for t in sources]
-        self._own_inputs = sum(self._input_bytes(t) for t in sources if t.is_gram)
-        left = self._pass_over_momenta(is_first=is_first, is_kept=True)
+        needed = list(filter(self._needs_input, self._held))
+        given = [t.sent_bytes(t.sources[self._rank]) for t in needed if self._rank in t.sources]
+        self._own_inputs = sum(self._input_bytes(t) for t in needed if t.is_gram)
+        left = self._write_inputs(needed, is_first=is_first)
+        if not is_first:
+            self._write_momenta(filterfalse(self._needs_input, self._held))
         if self._planned.sends_inputs:
             self._sent = sum(given)
             self._received = sum(t.sent_bytes(region) for t in self._owned for region in t.sources.values())
@@ -95,39 +100,35 @@ class _Round:
             left -= self._received
         self._memory.add(self._own_inputs - left)
 
-    def _pass_over_momenta(self, *, is_first: bool, is_kept: bool) -> int:
-        """Count X by batches; return the bytes of X, copies and Gram matrices that are there in the end."""
-        kept = last = 0
-        for batch, is_sent in self._batches(is_first):
+    def _needs_input(self, transfer: PlannedTransfer) -> bool:
+        return transfer.is_gram or self._rank in transfer.sources
+
+    def _write_inputs(self, transfers: Iterable[PlannedTransfer], *, is_first: bool) -> int:
+        """Count X by batches; return the bytes of X and Gram matrices that are there in the end."""
+        left = 0
+
+        def size(transfer: PlannedTransfer) -> int:
+            num_bytes = self._input_bytes(transfer) + (2 * self._state_bytes(transfer) if is_first else 0)
+            return max(1, self._share // num_bytes)
+
+        for batch in _batches(transfers, size):
             X = sum(map(self._input_bytes, batch))
             passing = sum(map(self._state_bytes, batch)) if is_first else 0
+            grams = [t.sent_bytes(t.sources[self._rank]) for t in batch if t.is_gram and self._rank in t.sources]
             self._memory.add(X)
-            self._memory.pass_through(passing + self._pass_bytes(sum(map(self._num_elements, batch)), _MOMENTUM_BYTES))
-            # The batch before goes when a matrix of this one is looked at.
-            self._memory.add(-last)
-            is_copied = not self._planned.sends_inputs or batch[0].is_gram
-            copied = sum(t.sent_bytes(t.sources[self._rank]) for t in batch) if is_kept and is_sent and is_copied else 0
-            self._memory.add(copied)
-            stays = is_kept and is_sent and self._planned.sends_inputs
-            kept, last = kept + copied + (X if stays else 0), 0 if stays else X
-        return kept + last
+            self._memory.pass_through(passing + self._pass_bytes(sum(map(self._num_elements, batch)), _INPUT_BYTES))
+            self._memory.add(sum(grams))
+            self._input_batches.append((len(batch), X))
+            left += X + sum(grams)
+        return left
 
-    def _batches(self, is_first: bool) -> Iterator[tuple[Sequence[PlannedTransfer], bool]]:
-        """Yield the matrices that go together, and whether this rank gives its part of them to their owners."""
-        for _, run in groupby(self._planned.transfers, key=lambda t: (t.matrix[:2], id(t.matrix.sharding))):
-            held = [t for t in run if t.matrix.sharding.momentum_parts[self._rank] is not None]
-            for is_sent in (True, False):
-                alike = [t for t in held if (self._rank in t.sources) == is_sent]
-                if not alike:
-                    continue
-                num_bytes = self._input_bytes(alike[0]) + (2 * self._state_bytes(alike[0]) if is_first else 0)
-                shares = 1 if self._planned.sends_inputs or is_sent else NUM_KEPT_SHARES
-                size = max(1, shares * self._share // num_bytes)
-                yield from ((alike[start : start + size], is_sent) for start in range(0, len(alike), size))
+    def _write_momenta(self, transfers: Iterable[PlannedTransfer]) -> None:
+        for batch in _batches(transfers, lambda _: self._share):
+            self._memory.pass_through(self._pass_bytes(sum(map(self._num_elements, batch)), _MOMENTUM_BYTES))
 
     def orthogonalize(self) -> None:
         self._memory.add(-self._sent)
-        self._sent = 0
+        self._sent = num_copied = 0
         for (rows, cols, method, is_gram), run in groupby(
             self._owned, key=lambda t: (t.matrix.rows, t.matrix.cols, t.matrix.method, t.is_gram)
         ):
@@ -138,16 +139,20 @@ class _Round:
             taken = (4 + 4 * itemsize) * side * side if is_gram else iteration_bytes(method, rows, cols, self._kind)
             for start in range(0, alike, size):
                 count = min(size, alike - start)
-                if not self._planned.sends_inputs:  # X that lies here is let go when it has been copied
+                if not self._planned.sends_inputs:  # X that lies here is let go when all that came with it is copied
                     self._memory.pass_through(count * one)
-                    self._received -= count * one
-                    self._memory.add(-count * one)
+                    num_copied += count
+                    while self._input_batches and self._input_batches[0][0] <= num_copied:
+                        num_matrices, num_bytes = self._input_batches.popleft()
+                        num_copied -= num_matrices
+                        self._received -= num_bytes
+                        self._memory.add(-num_bytes)
                 self._memory.pass_through(count * taken)
                 self._memory.add(count * one)
                 self._results += count * one
 
     def write_momenta(self) -> None:
-        self._memory.add(-self._pass_over_momenta(is_first=False, is_kept=False))
+        self._write_momenta(self._held)
 
     def send_updates(self, number: int = 0) -> None:
         planned, inputs = self._planned, self._received if number == 0 else 0
@@ -213,3 +218,13 @@ class _Round:
 
     def _state_bytes(self, transfer: PlannedTransfer) -> int:
         return self._num_elements(transfer) * (1 if transfer.matrix.cols >= MIN_QUANTIZED_COLUMNS else 4)
+
+
+def _batches(
+    transfers: Iterable[PlannedTransfer], size: Callable[[PlannedTransfer], int]
+) -> Iterator[list[PlannedTransfer]]:
+    """Yield the matrices that go together."""
+    for _, run in groupby(transfers, key=lambda t: (t.matrix[:2], id(t.matrix.sharding))):
+        alike = list(run)
+        step = size(alike[0])
+        yield from (alike[start : start + step] for start in range(0, len(alike), step))

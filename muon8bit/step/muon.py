@@ -219,16 +219,17 @@ def _fused_step(batch: MatrixBatch, norms: Tensor) -> None:
         copy_back(views, params)
 
 
-def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
+def average_(batch: MatrixBatch, norms: Tensor | None, out: Tensor | None) -> None:
     """Write the new momenta into codes and scales, and u / norm, or its signs, into `out`.
 
     Args:
         batch: the matrices.
-        norms: fp32 [num_matrices].
-        out: [num_matrices, rows, cols], any float dtype; of matrices that are skipped it is 0.
+        norms: fp32 [num_matrices]; None without `out`.
+        out: [num_matrices, rows, cols], any float dtype; of matrices that are skipped it is 0. None where nobody needs
+            u.
     """
     apply_kernel = kernels_for(batch.device, batch.options.backend).momentum_apply
-    if batch.skip is not None and batch.skip.ndim == 1:
+    if out is not None and batch.skip is not None and batch.skip.ndim == 1:
         out.zero_()
     if not batch.has_factors:
         tensors = batch.codes, batch.scales or None, batch.grads(), norms, out
@@ -237,7 +238,9 @@ def average_(batch: MatrixBatch, norms: Tensor, out: Tensor) -> None:
     # Gradients with factors are copied, a part of the batch at a time.
     parts = batch.split(max(1, batch.num_matrices // 16))
     sizes = [part.num_matrices for part in parts]
-    for part, part_norms, part_out in zip(parts, norms.split(sizes), out.split(sizes), strict=True):
+    none = [None] * len(parts)
+    split = [none if tensor is None else tensor.split(sizes) for tensor in (norms, out)]
+    for part, part_norms, part_out in zip(parts, *split, strict=True):
         tensors = part.codes, part.scales or None, part.grads(), part_norms, part_out
         apply_kernel(*tensors, skip=part.skip, signs=part.options.sign_momentum, **part.averaging)
 

@@ -184,6 +184,26 @@ def test_flags_keep_the_matrices_that_they_are_of_from_being_written(triton_kern
         both.check_apply(grads, torch.ones(4), skip=torch.zeros(3))
 
 
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_codes_and_scales_alone_are_those_that_come_beside_an_output(triton_kernels, device, codebook, layout):
+    """Both without an output against the reference with one; gradients that are eighths of columns are hinted at."""
+    options = {"codebook": codebook, "block_size": 128, "nesterov": True, "beta": 0.95}
+    both = Both(triton_kernels, device, random_stacks([1, 2], 6, 200), **options)
+    grads = random_stacks([1, 2], 6, 200, torch.bfloat16, layout, seed=1)
+    copies = [[stack.clone() for stack in stacks] for stacks in (both.codes, both.scales or [])]
+    reference.momentum_apply(copies[0], copies[1] or None, grads, None, None, **options)
+    our_grads = [on(device, grad) for grad in grads]
+    triton_kernels.momentum_apply(both.our_codes, both.our_scales, our_grads, None, None, **options)
+    reference.momentum_apply(both.codes, both.scales, grads, torch.ones(3), torch.empty(3, 6, 200), **options)
+    expected = [*both.codes, *(both.scales or [])]
+    for ours, ours_here, theirs in zip(
+        [*copies[0], *copies[1]], [*both.our_codes, *(both.our_scales or [])], expected, strict=True
+    ):
+        assert_bitwise(ours, theirs)
+        assert_bitwise(ours_here, theirs)
+
+
 @pytest.mark.parametrize("codebook", ["linear", "dynamic"])
 @pytest.mark.parametrize(
     ("shape", "group"),
@@ -241,6 +261,10 @@ def test_stacks_that_one_launch_cannot_take_raise(triton_kernels, device):
     ):
         with pytest.raises(ValueError, match=message):
             triton_kernels.momentum_apply(**{**good, **options, name: value})
+    for kernels in (triton_kernels, reference):
+        for name in ("norms", "out"):
+            with pytest.raises(ValueError, match="norms and out go together"):
+                kernels.momentum_apply(**{**good, **options, name: None})
 
 
 @pytest.mark.gpu

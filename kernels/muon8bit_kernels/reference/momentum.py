@@ -192,8 +192,8 @@ def momentum_apply(
     codes: Sequence[Tensor],
     scales: Sequence[Tensor] | None,
     grads: Sequence[Tensor],
-    norms: Tensor,
-    out: Tensor,
+    norms: Tensor | None,
+    out: Tensor | None,
     *,
     beta: float,
     nesterov: bool,
@@ -207,11 +207,17 @@ def momentum_apply(
     Args:
         codes, scales, grads, beta, nesterov, codebook, block_size: as in `momentum_stats`. Codes and scales are
             overwritten with the new state.
-        norms: fp32 [batch], the positive divisors of u (Frobenius norms, bounded below).
-        out: [batch, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
+        norms: fp32 [batch], the positive divisors of u (Frobenius norms, bounded below); None without `out`.
+        out: [batch, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once. With None
+            codes and scales alone are written.
         skip: fp32, 0-d or [batch], one a matrix; where it is not 0, nothing is written, `out` neither.
         signs: `out` receives the sign of u, -1, 0 or 1, instead; it may be int8.
+
+    Raises:
+        ValueError: if `norms` or `out` alone is None.
     """
+    if (norms is None) != (out is None):
+        raise ValueError("norms and out go together: give both, or None for both")
     batch, rows, cols = batch_shape(codes)
     is_over, skip = known_flag(skip, rows)
     if is_over:
@@ -219,18 +225,20 @@ def momentum_apply(
     state = _State(
         StackedRows(codes), None if scales is None else StackedRows(scales), StackedRows(grads), beta, codebook
     )
-    inverses = norms.reciprocal().clamp_(max=torch.finfo(torch.float32).max)  # a zero momentum stays zero
-    row_inverses, target = inverses.repeat_interleave(rows).view(-1, 1, 1), StackedRows([out])
-    buffers = _buffers(3, batch * rows, cols, out.device)
-    for piece in _pieces(batch * rows, cols, block_size, out.device):
+    buffers = _buffers(2 if out is None else 3, batch * rows, cols, codes[0].device)
+    if norms is not None and out is not None:
+        inverses = norms.reciprocal().clamp_(max=torch.finfo(torch.float32).max)  # a zero momentum stays zero
+        row_inverses, target = inverses.repeat_interleave(rows).view(-1, 1, 1), StackedRows([out])
+    for piece in _pieces(batch * rows, cols, block_size, codes[0].device):
         m, scaled_grad = state.momentum(piece, *buffers[:2])
-        u = piece.of(buffers[2]).view(m.shape)
-        blended = torch.mul(m, beta, out=u).add_(scaled_grad) if nesterov else m
-        if signs:
-            torch.sign(blended, out=u)
-        else:
-            torch.mul(blended, row_inverses[piece.rows], out=u)
-        target.write(piece.rows, piece.cols, u.flatten(1), skip)
+        if out is not None:
+            u = piece.of(buffers[2]).view(m.shape)
+            blended = torch.mul(m, beta, out=u).add_(scaled_grad) if nesterov else m
+            if signs:
+                torch.sign(blended, out=u)
+            else:
+                torch.mul(blended, row_inverses[piece.rows], out=u)
+            target.write(piece.rows, piece.cols, u.flatten(1), skip)
         if state.scales is not None and codebook is not None:
             scale = _block_scales(m)
             state.scales.write(piece.rows, piece.blocks, scale, skip)

@@ -128,8 +128,8 @@ def momentum_apply(
     codes: Sequence[Tensor],
     scales: Sequence[Tensor] | None,
     grads: Sequence[Tensor],
-    norms: Tensor,
-    out: Tensor,
+    norms: Tensor | None,
+    out: Tensor | None,
     *,
     beta: float,
     nesterov: bool,
@@ -145,27 +145,36 @@ def momentum_apply(
     Args:
         codes, scales, grads, beta, nesterov, codebook, block_size: as in `momentum_stats`. Codes and scales are
             overwritten with the new state.
-        norms: fp32 [matrices], contiguous: the positive divisors of u (its Frobenius norms, bounded below).
-        out: [matrices, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once.
+        norms: fp32 [matrices], contiguous: the positive divisors of u (its Frobenius norms, bounded below); None
+            without `out`.
+        out: [matrices, rows, cols], any float dtype and strides; receives u * (1 / norm), in fp32, rounded once. With
+            None codes and scales alone are written.
         skip: fp32 on the device, 0-d or [matrices]; unless it is zero, nothing is written, `out` neither.
         signs: `out` receives the sign of u, -1, 0 or 1, instead; it may be int8.
 
     Raises:
-        ValueError: as `momentum_stats`, or if `norms`, `out` or `skip` has another shape.
+        ValueError: as `momentum_stats`, or if `norms`, `out` or `skip` has another shape, or if one of `norms` and
+            `out` alone is None.
     """
     batch = MomentumBatch(codes, scales, grads, nesterov, codebook, num_blocks(codes[0].shape[2], block_size))
-    if norms.shape != (batch.count,) or out.shape != (batch.count, *batch.shape):
+    out_strides = 0, 0, 1
+    if norms is None or out is None:
+        if norms is not out:
+            raise ValueError("norms and out go together: give both, or None for both")
+    elif norms.shape != (batch.count,) or out.shape != (batch.count, *batch.shape):
         raise ValueError(f"norms {tuple(norms.shape)} and out {tuple(out.shape)} must be of {batch.count} matrices")
-    out_strides, each = common_strides("out", [out], batch.shape), has_flag_each(skip, batch.count)
-    tiles = tiling(batch.shape, block_size, across=lies_across(batch.grad_strides) or lies_across(out_strides))
-    for table, constants in batch.launches(out_strides[0], out.stride(0)):
+    else:
+        out_strides = out.stride(0), *common_strides("out", [out], batch.shape)
+    each = has_flag_each(skip, batch.count)
+    tiles = tiling(batch.shape, block_size, across=lies_across(batch.grad_strides) or lies_across(out_strides[1:]))
+    for table, constants in batch.launches(*out_strides[:2]):
         launch(
             apply_kernel,
             batch.first,
             len(table),
             tiles,
             table,
-            norms.contiguous(),
+            norms if norms is None else norms.contiguous(),
             out,
             skip,
             batch.map_values,
@@ -173,9 +182,8 @@ def momentum_apply(
             float(beta),
             1.0 - beta,
             *batch.grad_strides,
-            out.stride(0),
             *out_strides,
             EACH=each,
-            SIGNS=signs,
+            SIGNS=signs and out is not None,
             **constants,
         )

@@ -134,7 +134,7 @@ def apply_kernel(
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the new codes and scales, and u * (1 / norm), or the sign of u, to `out`."""
+    """Write the new codes and scales, and u * (1 / norm), or the sign of u, to `out` unless it and `norms` are None."""
     if EIGHTS:
         cols = cols // 8 * 8
     place, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
@@ -142,14 +142,13 @@ def apply_kernel(
     scales = address(table, place, 1, 4, tl.float32, 1) + (row * num_blocks + block)
     grad = address(table, place, 2, 4, GRAD, GRAD_ALIGNMENT) + in_row(row, grad_row_stride, EIGHTS)
     matrix = tl.load(table + (place * 4 + 3))
-    out += matrix * out_stride + in_row(row, out_row_stride, EIGHTS)
+    out = None if out is None else out + (matrix * out_stride + in_row(row, out_row_stride, EIGHTS))
     scale = 0.0 if CODEBOOK is None else tl.load(scales, row_mask, other=0.0)
-    inverse = inverse_of(tl.load(norms + matrix))
+    inverse = 0.0 if out is None else inverse_of(tl.load(norms + matrix))
     # Only the stores depend on the flag: the loads need not wait for its value.
     writes = row_mask if skip is None else row < tl.where(flag_of(skip, matrix, EACH) == 0.0, rows, 0)
-    first = block * BLOCK
+    first, new_scale = block * BLOCK, scale
     end = BLOCK if COLS == BLOCK else tl.minimum(BLOCK, cols - first)
-    new_scale = scale
     if CODEBOOK is not None and COLS < BLOCK:
         largest = tl.zeros([ROWS, 1], tl.int32)
         for start in range(0, end, COLS):
@@ -183,7 +182,8 @@ def apply_kernel(
             COLS == BLOCK,
         )
         mask = writes & (col < cols)
-        tl.store(out + col * out_col_stride, ns_input(u, inverse, SIGNS), mask)  # first, so that u leaves its registers
+        if out is not None:
+            tl.store(out + col * out_col_stride, ns_input(u, inverse, SIGNS), mask)  # so that u leaves its registers
         if CODEBOOK is not None and COLS == BLOCK:
             new_scale = scale_of(tl.max(magnitude_bits(m), axis=1, keep_dims=True))
         # Every warp has its own copy of the scale, and a small tile's codes are held more than once: without the
