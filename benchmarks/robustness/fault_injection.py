@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon8bit import Muon8bit
-from muon8bit.distributed import exchange, norms, rank_group, rounds, sharded_batch
+from muon8bit.distributed import exchange, normalizing, norms, rank_group, rounds, sharded_batch
 
 RECORD = Path(__file__).parents[1] / "results" / "fault_injection.json"
 SHAPES = {"a": (24, 40), "b": (30, 16), "c": (9, 50), **{f"d{i}": (12 + i, 30) for i in range(6)}, "bias": (21,)}
@@ -43,7 +43,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "gathering": (norms.Gathering, "run", 1),
     "first NS": (exchange, "orthogonalize", 1),
     "later NS": (exchange, "orthogonalize", 2),
-    "writing": (exchange, "update_params_", 1),
+    "writing": (normalizing, "update_params_", 1),
     "saving": (rank_group.RankGroup, "gather_state", 1),
 }
 FAILURES = ("exception", "memory", "dtype", "missing gradient", "killed", "stopped")
