@@ -60,7 +60,9 @@ def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:
 
 def normalize_signs_(signs: Tensor, options: MuonOptions) -> None:
     """Divide signs [batch, rows, cols], any float dtype, by their Frobenius norms, in place."""
-    counts = torch.count_nonzero(signs, (1, 2)).float()
+    # Exact: each row's is an integer. torch.count_nonzero takes 9 bytes an element.
+    of_rows = kernels_for(signs.device, options.backend).direction_squares(signs, columns=False)
+    counts = of_rows.sum(1, dtype=torch.float64).float()
     norms = frobenius_norm(counts, eps=options.eps, factor=options.coefficients.norm_factor)
     signs.mul_(norms.reciprocal().to(signs.dtype).view(-1, 1, 1))
 
@@ -147,20 +149,20 @@ def apply(batch: MatrixBatch, commit: Commit) -> None:
     """
     options = batch.options
     assert batch.partition is not None
-    averaged = batch
     method = batch.partition.pieces[0].method
-    if not (commit.is_done or batch.is_staged or method.tiny):
-        averaged = batch.with_tensors([tensor.clone() for tensor in batch.momentum_tensors])
     if options.column_splits is not None:
-        _apply_by_columns(batch, averaged, commit)
+        _apply_by_columns(batch, commit)
         return
     norms = batch.norms
     assert norms is not None
     if method.tiny:
         commit.confirm()
-        _fused_step(batch, norms)
+        directions = _fused_step(batch, norms)
         commit()  # only now: what fails in one launch has not been launched
+        if directions is not None:
+            update_(batch, directions)
         return
+    averaged = _copied(batch, commit)
     X = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=method.dtype, device=batch.device)
     average_(averaged, norms, X)
     if options.sign_momentum:
@@ -169,12 +171,20 @@ def apply(batch: MatrixBatch, commit: Commit) -> None:
     commit()
     if averaged is not batch:
         torch._foreach_copy_(batch.momentum_tensors, averaged.momentum_tensors)
+        del averaged  # second moments need memory too
     update_(batch, X)
 
 
-def _apply_by_columns(batch: MatrixBatch, averaged: MatrixBatch, commit: Commit) -> None:
+def _copied(batch: MatrixBatch, commit: Commit) -> MatrixBatch:
+    """Return the batch that `average_` may write now: before the step's first write, one with copies of its momenta."""
+    if commit.is_done or batch.is_staged:
+        return batch
+    return batch.with_tensors([tensor.clone() for tensor in batch.momentum_tensors])
+
+
+def _apply_by_columns(batch: MatrixBatch, commit: Commit) -> None:
     """Average the momenta whole into fp32, cut them, and normalize each piece by its own norm."""
-    options = batch.options
+    options, averaged = batch.options, _copied(batch, commit)
     assert batch.partition is not None
     coefficients, pieces = options.coefficients, batch.partition.pieces
     U = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=torch.float32, device=batch.device)
@@ -195,8 +205,8 @@ def _apply_by_columns(batch: MatrixBatch, averaged: MatrixBatch, commit: Commit)
             del X  # before the next one is made
 
 
-def _fused_step(batch: MatrixBatch, norms: Tensor) -> None:
-    """Do all of the second phase in one launch, in fp32; with a second moment all up to the directions."""
+def _fused_step(batch: MatrixBatch, norms: Tensor) -> Tensor | None:
+    """Do all of the second phase in one launch, in fp32; with a second moment all up to the directions, returned."""
     options = batch.options
     views = [member.param for member in batch.members]
     params = as_matrices(views)
@@ -214,9 +224,10 @@ def _fused_step(batch: MatrixBatch, norms: Tensor) -> None:
     tensors = batch.codes, batch.scales or None, batch.grads(), params, norms
     step_tiny(*tensors, steps=options.coefficients.steps, **how)
     if options.second_moment is not None:
-        update_(batch, params[0])
-    elif params is not views:
+        return params[0]
+    if params is not views:
         copy_back(views, params)
+    return None
 
 
 def average_(batch: MatrixBatch, norms: Tensor | None, out: Tensor | None) -> None:

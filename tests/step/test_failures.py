@@ -10,6 +10,7 @@ import torch
 from helpers.bitwise import assert_nested_equal
 
 from muon8bit import Muon8bit, release_gradients
+from muon8bit.orthogonalize import NSMethod
 from muon8bit.step import adamw, clipping, muon, phases
 
 SHAPES = {"a": (160, 256), "b": (160, 256), "c": (8, 24), "d": (2, 12, 40), "embed": (30, 16), "norm": (16,)}
@@ -19,6 +20,7 @@ FORMATS = {
     "fp32": {"bits": 32},
     "clipped": {"clip_matrix_norm": 0.5},
     "columns": {"split_sizes": (8, 16), "split_dim": -1},
+    "adamuon": {"second_moment": "element", "rescale": "rms", "sign_momentum": True},
 }
 CAUSES = {
     "exception": RuntimeError("planted"),
@@ -159,6 +161,26 @@ def test_what_fails_later_marks_the_optimizer_until_a_state_is_loaded(where, cau
         set_grads(twins, seed)
         twin.step()
     assert_nested_equal(everything(model, optimizer), everything(twins, twin))
+
+
+def test_a_second_moment_that_fails_after_the_launch_of_all_else_marks_the_optimizer(monkeypatch):
+    """The launch has written the momentum."""
+    param = torch.nn.Parameter(torch.ones(8, 24))
+    optimizer = Muon8bit([param], second_moment="row")
+    param.grad = torch.eye(24)[:8]
+    partition, tiny = muon.partition, NSMethod("gram", torch.float32, "vendor", (5,), tiny=True)
+
+    def in_one_launch(*args, **how):
+        found = partition(*args, **how)
+        return found._replace(pieces=(found.pieces[0]._replace(method=tiny),))
+
+    monkeypatch.setattr(muon, "partition", in_one_launch)
+    with monkeypatch.context() as patch:
+        plant(patch, (muon, "normalize", 1), torch.OutOfMemoryError("planted"))
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    with pytest.raises(RuntimeError, match=r"begun to write .*planted"):
+        optimizer.step()
 
 
 def loss_of(model):

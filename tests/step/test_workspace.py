@@ -34,6 +34,22 @@ CASES = {
     "adamw": ([(4096, 4096)], torch.bfloat16, {"algorithm": "adamw", "lr": 1e-3}),
 }
 
+ADAMUON = {"second_moment": "element", "rescale": "rms", "sign_momentum": True}
+FAMILY_CASES = {
+    "signs": ([(64, 4096)] * 64, torch.float32, {"sign_momentum": True}),
+    "adamuon": ([(24, 64, 4096)], torch.bfloat16, {**ADAMUON, "cautious_weight_decay": True}),
+    "adamuon in fp32, rows": ([(2048, 1, 4096)], torch.float32, {**ADAMUON, "bits": 32}),
+    "adamuon, pieces": ([(16, 64, 8192)], torch.float32, {**ADAMUON, "split_sizes": (4096, 4096), "split_dim": -1}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY_CASES)
+def test_second_moments_and_signs_keep_to_the_budget(name):
+    shapes, dtype, group = FAMILY_CASES[name]
+    peak, left = peak_bytes(optimizer_of(shapes, dtype, 32 * MIB, **group).step)
+    assert 8 * MIB < peak <= 32 * MIB
+    assert left == 0
+
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("budget", [32 * MIB, 48 * MIB])
