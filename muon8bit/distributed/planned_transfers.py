@@ -184,7 +184,11 @@ class PlannedTransfer:
 
     @property
     def owner_bytes(self) -> int:
-        """Return the bytes that the owner has of it at once: X, or every Gram matrix and the factor."""
+        """Return the bytes that the owner has of it at once: X, or every Gram matrix and the factor.
+
+        At least as many as X has: signs become as much, and ranks keep their parts of X until they get the factor.
+        """
         num_bytes = sum(map(self.sent_bytes, self.sources.values()))
+        num_bytes = max(num_bytes, self.matrix.rows * self.matrix.cols * self.matrix.method.dtype.itemsize)
         num_bytes += sum(map(self.moment_bytes_of, self.moment_sources))
         return num_bytes + self.returned_bytes(next(iter(self.sources.values()))) if self.is_gram else num_bytes

@@ -270,20 +270,22 @@ def _(world):
     assert_same(shared.params_whole(), single.params_whole())
 
 
-def keeps_to_workspace(world, mode, ranks):
-    """64 matrices of 2 MiB in fp32, four times what a step may have at once."""
+def keeps_to_workspace(world, mode, ranks, options):
+    """64 matrices of 1 MiB in fp32, twice what a step may have at once; of some the updates come in several parts."""
     placed, more = arm(world, mode, ranks)
     shapes = {f"{i}": (64, 4096) for i in range(64)}
-    more = {**more, "workspace_bytes": 32 * 2**20, "block_size": 2048}
+    more = {**more, "workspace_bytes": 32 * 2**20, "block_size": 2048, **options}
     run = Run(shapes, torch.bfloat16, placed, vectors={}, **more).train([1])
     run.set_grads(2)
     peak, _ = peak_bytes(run.optimizer.step)  # gloo's thread may drop its last buffer a moment later
     assert 2**22 < peak <= 32 * 2**20, peak
 
 
-for _mode, _ranks in {"fsdp": 2, "ddp": 2}.items():
-    check(f"{_mode} on {_ranks}: a step keeps to its workspace", ranks=_ranks)(
-        partial(keeps_to_workspace, mode=_mode, ranks=_ranks)
+_SIGN = {"sign_momentum": True}
+_ADAMUON = {**_SIGN, "second_moment": "element", "rescale": "rms"}
+for _mode, _options in [("fsdp", {}), ("ddp", {}), ("columns", {}), ("ddp", _SIGN), ("sharded state", _ADAMUON)]:
+    check(f"{_mode} on 2 {[*_options]}: a step keeps to its workspace", ranks=2)(
+        partial(keeps_to_workspace, mode=_mode, ranks=2, options=_options)
     )
 
 
