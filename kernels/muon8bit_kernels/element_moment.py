@@ -33,7 +33,7 @@ class ElementMoment(NamedTuple):
         beta2: the factor of the exponential moving average, in [0, 1).
         eps: what is added to the square root, or, with `is_clamped`, bounds the second moment from below.
         is_clamped: the form of eps.
-        block_size: the number of elements of a row that share a scale.
+        block_size: the number of elements of a row that share a scale, and, also of fp32, a sum.
         first_col: the column of whole rows that is the first one here.
     """
 

@@ -25,6 +25,7 @@ from muon8bit_kernels.element_moment import root
 from torch import Tensor
 
 from ..config import (
+    DEFAULT_BLOCK_SIZE,
     MIN_QUANTIZED_COLUMNS,
     SECOND_CODES_KEY,
     SECOND_MOMENT_KEY,
@@ -212,10 +213,12 @@ def element_moment(moments: Sequence[SecondMoment], options: SecondMomentOptions
         options: the group's.
         first_col: the column of whole rows that is the first one here.
     """
-    scales, size = [m.scales for m in moments if m.scales is not None], moments[0].format.block_size
+    # A block size in fp32 too: the sums of `second_moment_stats` are by block.
+    size = moments[0].format.block_size or DEFAULT_BLOCK_SIZE
+    scales = [moment.scales for moment in moments if moment.scales is not None]
     steps = torch.cat(scales) / torch.tensor(255.0, device=scales[0].device) if scales else None
     codes = [moment.values for moment in moments]
-    return ElementMoment(codes, steps, options.beta2, options.eps, options.is_clamped, size or 1, first_col)
+    return ElementMoment(codes, steps, options.beta2, options.eps, options.is_clamped, size, first_col)
 
 
 def update_arguments(
