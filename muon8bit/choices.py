@@ -42,6 +42,12 @@ ROUTERS: tuple[str, ...] = get_args(Routers)
 # Block sizes in elements: those that bitsandbytes' CUDA kernels accept.
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
+# Presets of the optimizers that have some, by the scripts' names of these; what each has: muon8bit.family.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "normuon8bit": ("paper", "official", "dion", "modded"),
+    "adamuon8bit": ("paper", "official"),
+}
+
 # Who saved a checkpoint that is converted, and whose formats can be written.
 Dialect: TypeAlias = Literal["muon8bit", "torch", "jordan", "heavy-ball", "adamw"]
 DIALECTS: tuple[str, ...] = get_args(Dialect)

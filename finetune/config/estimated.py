@@ -20,7 +20,7 @@ __all__ = ["InputError", "memory_options", "read_any_recipe"]
 _SHARED = (
     *("optimizer", "adamw_bits", "block_size", "batch_size", "seq_len", "gradient_accumulation", "state_device"),
     *("activation_checkpointing", "loss_chunk", "release_gradients", "cautious_weight_decay", "clip"),
-    *("split_heads", "routers"),
+    *("split_heads", "routers", "bits", "preset"),
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..choices import PRESETS
 from .errors import UsageError
 from .parser import Progress
 from .scripts import import_script
@@ -30,6 +31,8 @@ DEFAULTS: dict[str, Any] = {
     "dora": False,
     "optimizer": "muon8bit",
     "adamw_bits": 32,
+    "bits": 8,
+    "preset": None,
     "block_size": 2048,
     "dtype": "bf16",
     "mixed_precision": "auto",
@@ -102,9 +105,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--lora", type=int, default=_UNSET, metavar="N", help=argparse.SUPPRESS)
     model.add_argument("--qlora", action="store_true", default=_UNSET, help=argparse.SUPPRESS)
-    optimizer = "whose commands are given; the table has all (default: muon8bit)"
-    names = ("muon8bit", "muon", "adamw", "adamw8bit")
+    optimizer = "whose commands are given; the table has all, normuon8bit and adamuon8bit if asked (default: muon8bit)"
+    names = ("muon8bit", "normuon8bit", "adamuon8bit", "muon", "adamw", "adamw8bit")
     model.add_argument("--optimizer", choices=names, default=_UNSET, help=optimizer)
+    preset = "version of normuon8bit or adamuon8bit (default: paper)"
+    model.add_argument("--preset", choices=PRESETS["normuon8bit"], default=_UNSET, help=preset)
+    own_bits = "bits of muon8bit's momentum, its kin's too, and of adamuon8bit's second moment (default: 8)"
+    model.add_argument("--bits", type=int, choices=(8, 32), default=_UNSET, help=own_bits)
     bits = "bits of the moments of muon8bit's AdamW part, likewise (default: 32)"
     model.add_argument("--adamw-bits", type=int, choices=(8, 32), default=_UNSET, help=bits)
     model.add_argument(
@@ -209,7 +216,7 @@ def _run(args: argparse.Namespace, progress: Progress) -> int:
     # It warns on some CPUs that a 4-bit product will be slow, and none is taken here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     estimator = est.Estimator(config, progress.tell)
-    estimate = estimator.estimate(setup)
+    estimate = estimator.estimate(setup, column)
     advice = est.Advice([], None) if budget is None else est.advise(estimator, setup, column, budget)
     progress.clear()
     recipe = None if args.recipe is None else est.Script(script, ("--recipe", args.recipe), own)

@@ -10,12 +10,13 @@ from .classes import longest
 from .command import Script, column_of, command, script_for, script_options, setup_of
 from .configs import is_hub_reachable, load_config
 from .estimator import Estimate, Estimator, Memory, Peak
-from .optimizers import LABELS, OPTIMIZERS
+from .optimizers import FAMILY, LABELS, OPTIMIZERS
 from .presets import NAMES as PRESETS, hub_name
 from .setup import Setup, parse_budget, parse_bytes
 from .table import describe, plot, print_offers, print_report, print_table
 
 __all__ = [
+    "FAMILY",
     "LABELS",
     "OPTIMIZERS",
     "PRESETS",

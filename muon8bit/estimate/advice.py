@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from .estimator import Estimate, Estimator
-from .optimizers import OPTIMIZERS
+from .optimizers import OURS
 from .setup import Setup
 
 # Tokens whose logits take about as much as a layer's activations.
 LOSS_CHUNK = 512
-# An optimizer, one of `OPTIMIZERS`, and how it trains.
+# An optimizer, of `OPTIMIZERS` or `FAMILY`, and how it trains.
 Choice: TypeAlias = tuple[str, Setup]
 
 
@@ -33,7 +33,7 @@ class Offer:
     """A setup and what it takes.
 
     Attributes:
-        optimizer: of `OPTIMIZERS`.
+        optimizer: of `OPTIMIZERS` or `FAMILY`.
         setup: how it trains.
         peak_bytes: of a GPU.
         host_bytes: of host memory, beside it, for state that is kept there.
@@ -60,7 +60,7 @@ class Advice:
 
 def check_budget(estimate: Estimate, budget: int) -> dict[str, BudgetCheck]:
     """Check every optimizer's peak against a budget in bytes."""
-    return {name: BudgetCheck(budget - estimate.peak_bytes(name)) for name in OPTIMIZERS}
+    return {name: BudgetCheck(budget - estimate.peak_bytes(name)) for name in estimate.optimizers}
 
 
 def offers(estimator: Estimator, setup: Setup, optimizer: str, budget: int) -> list[Offer]:
@@ -76,7 +76,7 @@ def advise(estimator: Estimator, setup: Setup, optimizer: str, budget: int) -> A
     Args:
         estimator: of the model.
         setup: as asked.
-        optimizer: of `OPTIMIZERS`.
+        optimizer: of `OPTIMIZERS` or `FAMILY`.
         budget: bytes.
     """
     search = _Search(estimator, budget)
@@ -158,7 +158,7 @@ def _made(start: Choice, made: Sequence[_Change]) -> Choice:
 def _sharded(choice: Choice, num_gpus: int) -> Choice:
     """Return a choice sharded by FSDP2, with Muon8bit in place of an optimizer that does not run so."""
     optimizer, setup = choice
-    can = optimizer == "adamw" or optimizer.startswith("muon8bit")
+    can = optimizer == "adamw" or optimizer in OURS
     return optimizer if can else "muon8bit", replace(setup, num_gpus=num_gpus, shard="fsdp2")
 
 
@@ -171,7 +171,7 @@ def _with_adapter(choice: Choice, mode: str) -> Choice:
 
 
 def _muon8bit(choice: Choice) -> Choice | None:
-    return None if choice[0].startswith("muon8bit") else ("muon8bit", choice[1])
+    return None if choice[0] in OURS else ("muon8bit", choice[1])
 
 
 def _checkpointing(choice: Choice) -> Choice | None:
@@ -185,7 +185,9 @@ def _loss_chunk(choice: Choice) -> Choice | None:
 
 
 def _adamw8(choice: Choice) -> Choice | None:
-    return ("muon8bit+adamw8bit", choice[1]) if choice[0] == "muon8bit" else None
+    optimizer, setup = choice
+    can = optimizer in OURS and not optimizer.endswith("+adamw8bit")
+    return (f"{optimizer}+adamw8bit", setup) if can else None
 
 
 def _batch(choice: Choice) -> Choice | None:
@@ -200,7 +202,7 @@ def _accumulation(choice: Choice) -> Choice | None:
 
 def _release(choice: Choice) -> Choice | None:
     optimizer, setup = choice
-    can = optimizer.startswith("muon8bit") and setup.shard == "none" and setup.accumulation == 1 and not setup.release
+    can = optimizer in OURS and setup.shard == "none" and setup.accumulation == 1 and not setup.release
     return (optimizer, replace(setup, release=True)) if can else None
 
 
@@ -213,7 +215,7 @@ def _dtype(choice: Choice) -> Choice | None:
 
 def _state_device(choice: Choice) -> Choice | None:
     optimizer, setup = choice
-    can = optimizer.startswith("muon8bit") and setup.device == "cuda" and setup.num_shards == 1
+    can = optimizer in OURS and setup.device == "cuda" and setup.num_shards == 1
     return (optimizer, replace(setup, state_device="cpu")) if can and setup.state_device == "device" else None
 
 

@@ -39,7 +39,7 @@ class Report:
 
     Attributes:
         path: as it was given.
-        optimizer: one of `OPTIMIZERS`.
+        optimizer: of `OPTIMIZERS` or `FAMILY`.
         state: parts by algorithm.
         weights: None where the checkpoint has no file of them.
         others: bytes of state that each of `OPTIMIZERS` would take for the same parameters; the Muons only where the

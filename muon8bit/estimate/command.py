@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..choices import PRESETS
 from .advice import Offer
 from .classes import model_class
+from .optimizers import FAMILY, OURS
 from .presets import hub_name
 from .setup import Setup
 
@@ -18,6 +20,8 @@ from .setup import Setup
 SCRIPT_DEFAULTS: dict[str, Any] = {
     "optimizer": "muon8bit",
     "adamw_bits": 32,
+    "bits": 8,
+    "preset": None,
     "mode": "lora",
     "lora_rank": 16,
     "lora_targets": "all-linear",
@@ -57,12 +61,14 @@ def script_options(optimizer: str, setup: Setup) -> dict[str, Any]:
     """Return the options of the scripts that make a setup, by their names with underscores; "mode" is `sft`'s alone.
 
     Args:
-        optimizer: of `OPTIMIZERS`.
+        optimizer: of `OPTIMIZERS` or `FAMILY`.
         setup: on any number of GPUs, which are the launcher's.
     """
     options = {
         "optimizer": "muon" if optimizer == "muon_bf16" else optimizer.removesuffix("+adamw8bit"),
         "adamw_bits": 8 if optimizer.endswith("+adamw8bit") else 32,
+        "bits": setup.bits if optimizer in OURS else 8,
+        "preset": setup.preset if optimizer in FAMILY else None,
         "mode": setup.mode,
         "lora_rank": setup.rank,
         "lora_targets": setup.targets,
@@ -78,8 +84,8 @@ def script_options(optimizer: str, setup: Setup) -> dict[str, Any]:
         "release_gradients": setup.release,
         "state_device": setup.state_device,
         "cautious_weight_decay": setup.cautious,
-        "split_heads": setup.split_heads if optimizer.startswith("muon8bit") else "none",
-        "routers": setup.routers if optimizer.startswith("muon") else "adamw",
+        "split_heads": setup.split_heads if optimizer in OURS else "none",
+        "routers": setup.routers if "muon" in optimizer else "adamw",
     }
     if setup.release:
         options["clip"] = 0  # the global norm needs all gradients at once
@@ -139,15 +145,26 @@ def setup_of(options: Mapping[str, Any], *, device: str, num_gpus: int = 1, shar
         cautious=options["cautious_weight_decay"],
         split_heads=options["split_heads"],
         routers=options["routers"],
+        bits=options["bits"],
+        preset=options["preset"],
         **more,
     )
 
 
 def column_of(optimizer: str, adamw_bits: int, setup: Setup) -> str:
-    """Return which of `OPTIMIZERS` the scripts' `--optimizer` and `--adamw-bits` are."""
+    """Return which of `OPTIMIZERS` or `FAMILY` the scripts' `--optimizer` and `--adamw-bits` are.
+
+    Raises:
+        ValueError: the setup has a preset of another optimizer, or bits that it has no choice of.
+    """
+    if setup.preset is not None and setup.preset not in PRESETS.get(optimizer, ()):
+        known = "; ".join(f"{name} has {', '.join(presets)}" for name, presets in PRESETS.items())
+        raise ValueError(f"--preset {setup.preset}: {optimizer} has none of that name; {known}")
+    if setup.bits != 8 and optimizer not in OURS:
+        raise ValueError(f"--bits {setup.bits}: {optimizer} has no choice of it; give 8, or --optimizer muon8bit")
     if optimizer == "muon" and setup.rank is None and setup.dtype == "bf16":
         return "muon_bf16"  # torch.optim.Muon keeps its momentum in the dtype of the weights
-    return f"{optimizer}+adamw8bit" if (optimizer, adamw_bits) == ("muon8bit", 8) else optimizer
+    return f"{optimizer}+adamw8bit" if optimizer in OURS and adamw_bits == 8 else optimizer
 
 
 def script_for(model: str, config: Any, setup: Setup) -> Script:

@@ -27,7 +27,7 @@ from . import classes, models
 from .activations import Pass, trace
 from .exchange import is_shared, shared_step_bytes
 from .host import bus_bytes, host_bytes, is_on_host, staging_bytes
-from .optimizers import OPTIMIZERS, state_bytes, step_bytes
+from .optimizers import FAMILY, OPTIMIZERS, state_bytes, step_bytes
 from .setup import Setup
 from .sizes import Sizes, measure
 
@@ -83,7 +83,7 @@ class Estimate:
         setup: as asked.
         num_parameters: elements of all parameters.
         num_trained: elements of the trained ones.
-        optimizers: memory by the names of `OPTIMIZERS`.
+        optimizers: memory by the names of `OPTIMIZERS`, and of the one of `FAMILY` that was asked for.
         notes: sentences on parts of the model that are not counted, or that may run otherwise than they are counted.
     """
 
@@ -144,8 +144,12 @@ class Estimator:
         self._models: dict[tuple[Any, ...], nn.Module] = {}
         self._passes: dict[tuple[Any, ...], Pass] = {}
 
-    def estimate(self, setup: Setup) -> Estimate:
+    def estimate(self, setup: Setup, optimizer: str = "muon8bit") -> Estimate:
         """Estimate every optimizer's memory.
+
+        Args:
+            setup: how it trains.
+            optimizer: one of `FAMILY` is estimated beside all `OPTIMIZERS`.
 
         Raises:
             ValueError: a sequence longer than the model takes, or a model that cannot be estimated.
@@ -155,7 +159,8 @@ class Estimator:
         plain = self._pass(model, setup, False)
         can_checkpoint = getattr(model, "supports_gradient_checkpointing", True)
         checkpointed = self._pass(model, setup, True) if can_checkpoint else None
-        optimizers = {name: _memory(name, sizes, setup, plain, checkpointed) for name in OPTIMIZERS}
+        names = (*OPTIMIZERS, optimizer) if optimizer in FAMILY else OPTIMIZERS
+        optimizers = {name: _memory(name, sizes, setup, plain, checkpointed) for name in names}
         notes = classes.notes(self.config) + _notes(plain, sizes)
         return Estimate(setup, sizes.num_parameters, sum(p.num_elements for p in sizes.whole), optimizers, notes)
 
@@ -163,7 +168,7 @@ class Estimator:
         """Return one optimizer's peak as set up; unlike `estimate`, count only the pass that is asked for.
 
         Args:
-            optimizer: of `OPTIMIZERS`.
+            optimizer: of `OPTIMIZERS` or `FAMILY`.
             setup: with or without activation checkpointing.
 
         Raises:
@@ -176,7 +181,7 @@ class Estimator:
         """Return the bytes of host memory that one optimizer's state takes, 0 where it is not kept there.
 
         Args:
-            optimizer: of `OPTIMIZERS`.
+            optimizer: of `OPTIMIZERS` or `FAMILY`.
             setup: as for `estimate`, with its errors.
         """
         return host_bytes(optimizer, self._sizes(setup)[1].trained) if is_on_host(optimizer, setup) else 0

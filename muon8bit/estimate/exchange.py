@@ -16,10 +16,10 @@ from ..orthogonalize import choose_method, resolve_coefficients
 from ..orthogonalize.coefficients import JORDAN
 from ..step.group_options import matrix_counts
 from .exchange_bytes import exchange_bytes
-from .optimizers import Param, step_bytes
+from .optimizers import OURS, Param, step_bytes
 from .setup import Setup
 
-SHARING = ("muon8bit", "muon8bit+adamw8bit")
+SHARING = OURS
 
 
 def is_shared(optimizer: str, setup: Setup) -> bool:

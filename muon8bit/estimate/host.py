@@ -1,26 +1,27 @@
 """State on the host (`state_device="cpu"`): what it takes there, and what a step stages on the GPU, from shapes alone.
 
-Of the six only `muon8bit` and `muon8bit+adamw8bit` can, and on CUDA alone: a run on a CPU has its state there already.
+Only Muon8bit and what is built on it can, and on CUDA alone: a run on a CPU has its state there already.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from ..config import DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES
 from ..orthogonalize import partition, resolve_coefficients
 from ..orthogonalize.coefficients import JORDAN
 from ..step.adamw_chunks import ALIGNMENT
 from ..step.offload import NUM_BUFFERS, aligned_bytes, buffer_bytes
-from .optimizers import Param, adamw_bits, matrix_shapes, moments_sizes, momentum_sizes
+from .optimizers import OURS, Param, adamw_bits, matrix_shapes, moments_sizes, muon_sizes
 from .setup import Setup
 
-STAGED = ("muon8bit", "muon8bit+adamw8bit")
+STAGED = OURS
 
 
 def is_on_host(optimizer: str, setup: Setup) -> bool:
-    """Check whether the state of one of `OPTIMIZERS` lies in host memory, away from the GPU."""
+    """Check whether the state of an optimizer lies in host memory, away from the GPU."""
     return optimizer in STAGED and setup.state_device == "cpu" and setup.device == "cuda"
 
 
@@ -32,9 +33,10 @@ def host_bytes(optimizer: str, params: Sequence[Param]) -> int:
 def bus_bytes(optimizer: str, params: Sequence[Param]) -> int:
     """Return the bytes moved between host and GPU in a step.
 
-    Muon's state comes to the GPU twice and goes back once; AdamW's comes and goes once.
+    Muon's momentum comes to the GPU twice and goes back once; all else comes and goes once.
     """
-    return sum((3 if p.is_muon else 2) * sum(_tensors(optimizer, p)) for p in params)
+    num_bytes = sum(2 * sum(_tensors(optimizer, p)) for p in params)
+    return num_bytes + sum(sum(muon_sizes("muon8bit", p)) for p in params if p.is_muon)
 
 
 def staging_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget: int = DEFAULT_WORKSPACE_BYTES) -> int:
@@ -45,16 +47,22 @@ def staging_bytes(optimizer: str, params: Sequence[Param], kind: str, *, budget:
         kind: device kind of `orthogonalize.device_kind`.
         budget: `workspace_bytes`, which decides what is stepped together.
     """
-    matrices = _matrices(p for p in params if p.is_muon)
+    own = [p for p in params if p.is_muon]
+    matrices = _matrices(own)
     read: list[int] = []
     written: list[int] = []
+
+    def matrix_bytes(of: str, rows: int, cols: int) -> int:
+        matrix = replace(own[0], shape=(rows, cols), split=None, flatten=False, whole_elements=None, num_shards=1)
+        return sum(map(aligned_bytes, muon_sizes(of, matrix)))
+
     for (rows, cols, row_sizes, col_sizes), count in matrices.items():
-        one = _matrix_bytes(rows, cols)
+        one = matrix_bytes(optimizer, rows, cols)
         for size in set(row_sizes or (rows,)):
             num = count * (row_sizes or (rows,)).count(size)
-            read += _cut(_matrix_bytes(size, cols), num, budget // (4 * size * cols))
+            read += _cut(matrix_bytes("muon8bit", size, cols), num, budget // (4 * size * cols))
             if col_sizes is None:
-                written += _cut(_matrix_bytes(size, cols), num, _together(size, cols, num, kind, budget))
+                written += _cut(matrix_bytes(optimizer, size, cols), num, _together(size, cols, num, kind, budget))
         if col_sizes is not None:
             written += _cut(one, count, _together(rows, cols, count, kind, budget, col_sizes))
     written += _adamw_jobs(optimizer, [p for p in params if not p.is_muon], budget // 2 // NUM_BUFFERS)
@@ -86,11 +94,6 @@ def _matrices(
     return counts
 
 
-def _matrix_bytes(rows: int, cols: int) -> int:
-    """Return the bytes of one matrix's codes and scales in a buffer."""
-    return sum(map(aligned_bytes, momentum_sizes((rows, cols))))
-
-
 def _adamw_jobs(optimizer: str, params: Iterable[Param], buffer: int) -> list[int]:
     """Return the bytes of each job; a job holds several small parameters, or a piece of a large one."""
     jobs: list[int] = []
@@ -116,5 +119,5 @@ def _pieces(optimizer: str, param: Param, buffer: int) -> Iterator[int]:
 def _tensors(optimizer: str, param: Param) -> list[int]:
     """Return the bytes of each tensor of a parameter's state."""
     if param.is_muon:
-        return momentum_sizes(param.shape, block_size=param.block_size, flatten=param.flatten)
+        return muon_sizes(optimizer, param)
     return moments_sizes(param.shape, adamw_bits(optimizer))

@@ -1,4 +1,4 @@
-"""The six optimizers: bytes of their state, and of what a step allocates beyond it, from shapes alone.
+"""The optimizers: bytes of their state, and of what a step allocates beyond it, from shapes alone.
 
 `state_bytes` of one tensor of n elements:
 
@@ -7,8 +7,11 @@
     Muon           4 n, 2 n                         fp32 and bf16 momentum
     Muon8bit       n + 4 rows ceil(cols / block)    codes and scales, fp32 under 8 columns; as `Format.layout` says
 
+    NorMuon8bit    Muon8bit's + 4 rows, or 4 cols   by its preset; of each piece of a matrix that is cut
+    AdaMuon8bit    twice Muon8bit's, + 4 rows ...   where columns are cut, each piece has blocks of its own
+
 Every Muon here has AdamW for what is no hidden matrix: fp32 moments, or with `muon8bit+adamw8bit` 8-bit ones, each with
-a step counter and without the maps, which are no state there.
+a step counter and without the maps, which are no state there. `--bits 32` of Muon8bit and its kin: fp32 for the codes.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from ..config import (
     DEFAULT_WORKSPACE_BYTES,
     MIN_ADAMW8_ELEMENTS,
     SMALL_WORKSPACE_BYTES,
-    Codebook,
+    Bits,
+    SecondMomentKind,
 )
 from ..orthogonalize import partition, resolve_coefficients, workspace_bytes
 from ..orthogonalize.coefficients import JORDAN
@@ -34,9 +38,13 @@ from ..report import ADAMW_BYTES, BNB_MAPS_BYTES, STEP_BYTES, bnb_bytes
 from ..step.adamw8bit import chunk_size, is_8bit, layout
 from ..step.adamw_cautious import piece_size
 from ..step.adamw_small import SMALL, TOGETHER
-from ..step.momentum import MomentumFormat
+from ..step.local_params import muon_layout
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon", "muon_bf16", "muon8bit", "muon8bit+adamw8bit")
+# Counted where they are asked for.
+FAMILY = ("normuon8bit", "normuon8bit+adamw8bit", "adamuon8bit", "adamuon8bit+adamw8bit")
+# Muon8bit and what is built on it.
+OURS = ("muon8bit", "muon8bit+adamw8bit", *FAMILY)
 LABELS = {
     "adamw": "AdamW",
     "adamw8bit": "8-bit AdamW",
@@ -44,9 +52,15 @@ LABELS = {
     "muon_bf16": "Muon, bf16 state",
     "muon8bit": "Muon8bit",
     "muon8bit+adamw8bit": "Muon8bit + 8-bit AdamW",
+    "normuon8bit": "NorMuon8bit",
+    "normuon8bit+adamw8bit": "NorMuon8bit + 8-bit AdamW",
+    "adamuon8bit": "AdaMuon8bit",
+    "adamuon8bit+adamw8bit": "AdaMuon8bit + 8-bit AdamW",
 }
 # Pieces of the passes over the momentum on a CPU.
 _CPU_PIECE_BYTES = 10 * 2**20
+# Of a direction, and of what the second moment of an element takes on a CPU, measured.
+_ELEMENT_MOMENT_BYTES = 4 + 12
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,9 @@ class Param:
         flatten: it is one matrix, its first dimension by all others.
         whole_elements: for a part, the elements of the whole parameter; else None.
         block_size: elements that share a scale of its momentum.
+        bits: of its momentum in `OURS`, and of AdaMuon8bit's second moment.
+        normuon_moment: the statistic that NorMuon8bit has of it, "row" or "shape".
+        num_shards: for a part, the number of parts.
     """
 
     name: str
@@ -72,6 +89,16 @@ class Param:
     flatten: bool = False
     whole_elements: int | None = None
     block_size: int = DEFAULT_BLOCK_SIZE
+    bits: Bits = 8
+    normuon_moment: SecondMomentKind = "row"
+    num_shards: int = 1
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter, of which this may be a part by dimension 0."""
+        if self.whole_elements is None:
+            return self.shape
+        return (self.whole_elements // math.prod(self.shape[1:]), *self.shape[1:])
 
     @property
     def num_elements(self) -> int:
@@ -84,17 +111,24 @@ class Param:
         return self.num_elements * self.dtype.itemsize
 
 
-def momentum_sizes(
-    shape: Sequence[int],
-    *,
-    bits: int = 8,
-    codebook: Codebook = "linear",
-    block_size: int = DEFAULT_BLOCK_SIZE,
-    flatten: bool = False,
-) -> list[int]:
-    """Return the bytes of each tensor of Muon8bit's momentum of a parameter of `shape`."""
-    size = torch.Size(shape)
-    return _sizes(MomentumFormat.of(size, bits, codebook, block_size, flatten).layout(size))
+def muon_sizes(optimizer: str, param: Param) -> list[int]:
+    """Return the bytes of each tensor of a matrix's state in one of `OURS`; of a part, those of the first, the largest.
+
+    The layout is the optimizer's own.
+    """
+    moment: SecondMomentKind | None = "element" if optimizer.startswith("adamuon8bit") else None
+    if optimizer.startswith("normuon8bit"):
+        moment = param.normuon_moment
+    sizes, dim = param.split or (None, -2)
+    splits = (sizes, None) if dim == -2 else (None, sizes)
+    format = (param.bits, "linear", param.block_size, param.flatten, *splits, moment)
+    layout = muon_layout(torch.Size(param.whole_shape), *format)
+    return layout_bytes({key: (cut(shape, param.num_shards), dtype) for key, (shape, dtype) in layout.items()})
+
+
+def cut(shape: tuple[int, ...], num_shards: int) -> tuple[int, ...]:
+    """Return the shape of the largest part of a tensor whose dimension 0 is cut into equal parts, rounded up."""
+    return (math.ceil(shape[0] / num_shards), *shape[1:]) if shape else shape
 
 
 def moments_sizes(shape: Sequence[int], bits: int, whole_elements: int | None = None) -> list[int]:
@@ -106,21 +140,27 @@ def moments_sizes(shape: Sequence[int], bits: int, whole_elements: int | None = 
         whole_elements: for a part, the elements of the whole parameter.
     """
     if is_8bit(shape if whole_elements is None else (whole_elements,), bits):
-        return [STEP_BYTES, *_sizes(layout(shape))]
+        return [STEP_BYTES, *layout_bytes(layout(shape))]
     return [STEP_BYTES, *[ADAMW_BYTES // 2 * math.prod(shape)] * 2]
 
 
 def adamw_bits(optimizer: str) -> int:
     """Return the `adamw_bits` of a Muon among `OPTIMIZERS`."""
-    return 8 if optimizer == "muon8bit+adamw8bit" else 32
+    return 8 if optimizer.endswith("+adamw8bit") else 32
 
 
-def _sizes(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> list[int]:
+def layout_bytes(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> list[int]:
+    """Return the bytes of each tensor of a layout."""
     return [math.prod(shape) * dtype.itemsize for shape, dtype in layout.values()]
 
 
 def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
-    """Return the true bytes of one of `OPTIMIZERS`' state after its first step, as `state_report` measures them."""
+    """Return the true bytes of an optimizer's state after its first step, as `state_report` measures them.
+
+    Args:
+        optimizer: of `OPTIMIZERS` or `FAMILY`.
+        params: the trained ones, or parts of them.
+    """
     if optimizer == "adamw":
         return sum(ADAMW_BYTES * p.num_elements + STEP_BYTES for p in params)
     if optimizer == "adamw8bit":
@@ -133,7 +173,7 @@ def state_bytes(optimizer: str, params: Sequence[Param]) -> int:
         elif optimizer in ("muon", "muon_bf16"):
             num_bytes += (4 if optimizer == "muon" else 2) * p.num_elements
         else:
-            num_bytes += sum(momentum_sizes(p.shape, block_size=p.block_size, flatten=p.flatten))
+            num_bytes += sum(muon_sizes(optimizer, p))
     return num_bytes
 
 
@@ -153,13 +193,14 @@ def step_bytes(
         Muon8bit's AdamW        fp32: nothing; else two fp32 copies; `muon_bf16` has this AdamW on bf16 weights too
         torch.optim.Muon        matrix by matrix: update, two bf16 iterates and two small matrices
         Muon8bit                batches within `budget`, its `workspace_bytes`
+        AdaMuon8bit             CPU: a batch of directions, and 12 bytes an element of the second moment
         bitsandbytes' AdamW     nothing; what its CPU kernel allocates inside is not counted
         Muon8bit's 8-bit AdamW  copies of pieces: on a CPU of tensors that are not fp32, on CUDA always, since the step
                                 does not wait for the check of the gradients
         Muon8bit's, cautious    pieces of fp32 updates, of gradients that are not fp32, and what applying them takes
 
     Args:
-        optimizer: of `OPTIMIZERS`.
+        optimizer: of `OPTIMIZERS` or `FAMILY`.
         params: the trained ones.
         kind: device kind of `orthogonalize.device_kind`.
         budget: in bytes.
@@ -182,11 +223,11 @@ def step_bytes(
     if optimizer == "muon_bf16":
         in_fp32 = [p for p in rest if p.dtype == torch.float32]
         return max(copies, _torch_adamw_bytes(in_fp32, kind), _torch_muon_bytes(matrices))
-    if optimizer == "muon8bit+adamw8bit":
+    if adamw_bits(optimizer) == 8:
         copies = max((_adamw8_bytes(p, kind, adamw_budget) for p in rest), default=0)
     if is_cautious:
         copies = _cautious_bytes(rest, kind, adamw_bits(optimizer), adamw_budget)
-    return max(copies, _muon8bit_bytes(matrices, kind, budget))
+    return max(copies, _muon8bit_bytes(matrices, kind, budget, is_adamuon=optimizer.startswith("adamuon8bit")))
 
 
 def _adamw8_bytes(param: Param, kind: str, budget: int) -> int:
@@ -243,7 +284,7 @@ def _torch_muon_bytes(params: Sequence[Param]) -> int:
     return most
 
 
-def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
+def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int, *, is_adamuon: bool) -> int:
     coefficients = resolve_coefficients(JORDAN, DEFAULT_NS_STEPS)
     whole: Counter[tuple[int, int]] = Counter()
     cut: Counter[tuple[int, int, tuple[int, ...]]] = Counter()
@@ -255,11 +296,13 @@ def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int) -> int:
     most = 0
     budget -= SMALL_WORKSPACE_BYTES
     for (rows, cols), count in whole.items():
-        how = partition(rows, cols, coefficients, kind, budget, count=count)
+        how = partition(rows, cols, coefficients, kind, budget, count=count, tiny=not is_adamuon)
+        if is_adamuon and kind.startswith("cpu"):
+            most = max(most, min(count, how.size) * _ELEMENT_MOMENT_BYTES * rows * cols)
         if how.bytes_per_matrix:
             most = max(most, min(count, how.size) * how.bytes_per_matrix, _piece_bytes(rows * cols, kind))
     for (rows, cols, widths), count in cut.items():
-        how = partition(rows, cols, coefficients, kind, budget, count=count, widths=widths)
+        how = partition(rows, cols, coefficients, kind, budget, count=count, widths=widths, tiny=not is_adamuon)
         momenta = min(count, how.size)
         for width, (_, method, size) in zip(widths, how.pieces, strict=True):
             iterated = min(momenta, size) * workspace_bytes(method, rows, width, kind)

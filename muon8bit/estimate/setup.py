@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from .._text import gib
-from ..config import DEFAULT_BLOCK_SIZE, Routers
+from ..config import DEFAULT_BLOCK_SIZE, Bits, Routers, SecondMomentKind
 
 Dtype: TypeAlias = Literal["fp32", "bf16", "mixed"]
 Shard: TypeAlias = Literal["none", "ddp", "fsdp2", "hsdp"]
@@ -59,6 +59,8 @@ class Setup:
             option and stay as they are.
         block_size: elements that share a scale of Muon8bit's momentum.
         cautious: Muon8bit's `cautious_weight_decay`.
+        bits: of the momentum of Muon8bit and its kin, and of AdaMuon8bit's second moment.
+        preset: of NorMuon8bit or AdaMuon8bit, which both take theirs by this name; None: "paper".
         split_heads, routers: of `param_groups`, in the scripts' words: "none" cuts no latent attention by head.
     """
 
@@ -82,6 +84,8 @@ class Setup:
     cautious: bool = False
     split_heads: Literal["none", "head", "head_kv"] = "none"
     routers: Routers = "adamw"
+    bits: Bits = 8
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype == "mixed":
@@ -117,6 +121,11 @@ class Setup:
     def weight_dtype(self) -> torch.dtype:
         """Dtype of the weights; with an adapter that of the frozen base."""
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    @property
+    def normuon_moment(self) -> SecondMomentKind:
+        """The `second_moment` of the preset in NorMuon8bit."""
+        return "shape" if self.preset == "modded" else "row"
 
     @property
     def mode(self) -> str:

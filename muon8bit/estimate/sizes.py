@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..routing.groups import param_groups
 from .models import quantized_names
-from .optimizers import Param
+from .optimizers import Param, cut
 from .setup import Setup
 
 
@@ -57,8 +58,9 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
     split_heads = None if setup.split_heads == "none" else setup.split_heads
     routes = param_groups(model, lr=1e-3, split_heads=split_heads, routers=setup.routers).routes
     named = dict(model.named_parameters())
+    stored: Any = {"block_size": setup.block_size, "bits": setup.bits, "normuon_moment": setup.normuon_moment}
     whole = tuple(
-        Param(r.name, r.shape, named[r.name].dtype, r.algorithm == "muon", r.split, r.flatten, None, setup.block_size)
+        Param(r.name, r.shape, named[r.name].dtype, r.algorithm == "muon", r.split, r.flatten, **stored)
         for r in routes
         if r.algorithm is not None
     )
@@ -67,7 +69,7 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
     num_shards = setup.num_shards
     weights = unquantized = experts = 0
     for name, tensor in _tensors(model):
-        shape = _part(tuple(tensor.shape), num_shards) if name in named else tuple(tensor.shape)
+        shape = cut(tuple(tensor.shape), num_shards) if name in named else tuple(tensor.shape)
         if name in nf4:
             weights += nf4_bytes(math.prod(shape))
         else:
@@ -77,7 +79,8 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
                 unquantized += math.prod(shape) * itemsize
                 experts += math.prod(shape) * itemsize if tensor.ndim == 3 and ".experts" in name else 0
     trained = tuple(
-        replace(param, shape=_part(param.shape, num_shards), whole_elements=param.num_elements) for param in whole
+        replace(param, shape=cut(param.shape, num_shards), whole_elements=param.num_elements, num_shards=num_shards)
+        for param in whole
     )
     communication = 0
     if setup.shard == "ddp":  # its buckets are copies of the gradients
@@ -96,10 +99,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield parameters and buffers, tied ones once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def _part(shape: tuple[int, ...], num_shards: int) -> tuple[int, ...]:
-    return (math.ceil(shape[0] / num_shards), *shape[1:]) if shape else shape
 
 
 def nf4_bytes(num_elements: int) -> int:

@@ -23,11 +23,13 @@ from ..config import (
     EXP_AVG_SQ_KEY,
     LINEAR_CODES_KEY,
     MIN_ADAMW8_ELEMENTS,
+    SECOND_MOMENTS,
 )
 from ..report import STEP_BYTES, bnb_bytes
-from ..step.options import FORMAT_KEYS, MATRIX_DEFAULTS
+from ..step.local_params import muon_layout
+from ..step.options import FORMAT_KEYS, MATRIX_DEFAULTS, SECOND_MOMENT_DEFAULTS, state_format
 from . import saved
-from .optimizers import Param, moments_sizes, momentum_sizes
+from .optimizers import OURS, Param, layout_bytes, moments_sizes
 
 _BNB_KEY = "__bnb_optimizer_quant_state__"
 _ADAMW_STATE = {"step", EXP_AVG_KEY, EXP_AVG_SQ_KEY}
@@ -173,23 +175,32 @@ def _entry(
     elif key == "state1":
         name, predicted = "adamw8bit", bnb_bytes(num_elements)
     elif is_ours:
-        bits, codebook, block_size, flatten = ({**MATRIX_DEFAULTS, **group}[key] for key in FORMAT_KEYS)
-        if bits not in BITS or codebook not in CODEBOOKS or block_size not in BLOCK_SIZES:
-            values = f"bits={bits}, codebook={codebook!r} and block_size={block_size}"
+        full = {**MATRIX_DEFAULTS, **SECOND_MOMENT_DEFAULTS, **group}
+        bits, codebook, block_size, _ = (full[key] for key in FORMAT_KEYS)
+        moment = full["second_moment"]
+        is_known = bits in BITS and codebook in CODEBOOKS and block_size in BLOCK_SIZES
+        if not is_known or moment not in (None, *SECOND_MOMENTS):
+            values = f"bits={bits}, codebook={codebook!r}, block_size={block_size} and second_moment={moment!r}"
             raise ValueError(
                 f"{where}: its group has {values}, which are none known here; the file is damaged or newer"
             )
         name = "muon8bit" if bits == 8 else "muon"
-        predicted = sum(momentum_sizes(shape, bits=bits, codebook=codebook, block_size=block_size, flatten=flatten))
+        if moment is not None:
+            name = "adamuon8bit" if moment == "element" else "normuon8bit"
+        predicted = sum(layout_bytes(muon_layout(torch.Size(shape), *state_format(full))))
     else:
         name, predicted = ("muon" if first.dtype == torch.float32 else "muon_bf16"), num_elements * first.dtype.itemsize
-    param = Param(where, shape, torch.float32, name.startswith("muon"), flatten=bool(group.get("flatten")))
+    param = Param(where, shape, torch.float32, "muon" in name, flatten=bool(group.get("flatten")))
     return StateEntry(saved_name, param, name, tensors, predicted, has_weight)
 
 
 def optimizer_of(formats: set[str]) -> str:
-    """Return which of `OPTIMIZERS` has states of all these formats."""
-    muon = next((name for name in ("muon8bit", "muon_bf16", "muon") if name in formats), None)
-    if muon == "muon8bit" and "adamw8bit" in formats:
-        return "muon8bit+adamw8bit"
+    """Return which of `OPTIMIZERS` or `FAMILY` has states of all these formats.
+
+    A second moment of elements is called AdaMuon8bit's, any other NorMuon8bit's, with 32 bits too.
+    """
+    kinds = ("adamuon8bit", "normuon8bit", "muon8bit", "muon_bf16", "muon")
+    muon = next((name for name in kinds if name in formats), None)
+    if muon in OURS and "adamw8bit" in formats:
+        return f"{muon}+adamw8bit"
     return muon or ("adamw8bit" if "adamw8bit" in formats else "adamw")

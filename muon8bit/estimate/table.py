@@ -88,7 +88,7 @@ def print_offers(
     Args:
         advice: of `advice.advise`.
         commands: one for each offer.
-        optimizer: that was asked for, one of `OPTIMIZERS`.
+        optimizer: that was asked for, of `OPTIMIZERS` or `FAMILY`.
         budget: bytes.
         note: what the budget was taken for, of `setup.parse_budget`.
         file: where to.
@@ -170,6 +170,8 @@ def describe(setup: Setup) -> str:
         words.append("Muon8bit's state on the host")
     if setup.cautious:
         words.append("cautious weight decay")
+    if setup.bits == 32:
+        words.append("Muon8bit's state in 32 bits")
     if setup.num_gpus > 1:
         words.append(f"{setup.num_gpus} GPUs, {setup.shard}: each GPU's own")
     return ", ".join(words)

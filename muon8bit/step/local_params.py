@@ -134,7 +134,7 @@ def _local_param(
     if own and layout is not None:
         own = layout.to_local(own)
     if isinstance(options, MuonOptions):
-        tensors = _local_layout(_muon_layout, layout, param.shape, *options.state_format)
+        tensors = _local_layout(muon_layout, layout, param.shape, *options.state_format)
     else:
         tensors = _local_layout(_adamw_layout, layout, param.shape, options.adamw_bits)
     device = local.device if offload.state_device is None else offload.home(local.device)
@@ -245,7 +245,8 @@ def _adamw_layout(shape: torch.Size, adamw_bits: int) -> StateLayout:
 
 
 @cache
-def _muon_layout(shape: torch.Size, *format: Any) -> StateLayout:
+def muon_layout(shape: torch.Size, *format: Any) -> StateLayout:
+    """Return state key -> shape and dtype of its tensor, for a whole matrix, by what `options.state_format` gives."""
     *of_momentum, _, _, second_moment = format
     layout = MomentumFormat.of(shape, *of_momentum).layout(shape)
     if second_moment is None:
@@ -257,7 +258,7 @@ def layout_of(param: Tensor, group: Mapping[str, Any]) -> StateLayout:
     """Return state key -> shape and dtype of its tensor, for a whole parameter of a group."""
     if group["algorithm"] == "adamw":
         return _adamw_layout(param.shape, group["adamw_bits"])
-    return _muon_layout(param.shape, *state_format(group))
+    return muon_layout(param.shape, *state_format(group))
 
 
 def make_state(

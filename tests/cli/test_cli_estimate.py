@@ -130,6 +130,42 @@ def test_ladder_from_a_config_file_has_the_bytes_of_a_hand_count(
         assert entry["with_checkpointing"]["activations_bytes"] <= entry["without_checkpointing"]["activations_bytes"]
 
 
+def test_the_asked_member_of_the_family_has_a_row_and_a_command(capfd: pytest.CaptureFixture[str], llama: Path) -> None:
+    """By hand: a number a row, or a longer column, and in 32 bits 4 bytes an element where 8 bits have codes."""
+    plain = record(capfd, llama)
+    assert not {"normuon8bit", "adamuon8bit"} & plain["optimizers"].keys()
+    d, f, kv, layers = 64, 96, 32, 2
+    shapes = [(d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f)] * layers
+    muon8bit = plain["optimizers"]["muon8bit"]["state_bytes"]
+    momentum = sum(rows * cols + 4 * rows for rows, cols in shapes)
+    in_32_bits = sum(4 * rows * cols for rows, cols in shapes)
+    for optimizer, more, extra in (
+        ("normuon8bit", (), sum(4 * rows for rows, _ in shapes)),
+        ("normuon8bit", ("--preset", "modded"), sum(4 * max(shape) for shape in shapes)),
+        ("normuon8bit", ("--bits", 32), sum(4 * rows for rows, _ in shapes) + in_32_bits - momentum),
+        ("adamuon8bit", (), momentum),
+        ("adamuon8bit", ("--bits", 32), 2 * in_32_bits - momentum),
+    ):
+        found = record(capfd, llama, "--optimizer", optimizer, *more, "--budget", "24GB")
+        assert found["optimizers"][optimizer]["state_bytes"] == muon8bit + extra, (optimizer, more)
+        assert found["optimizer"] == optimizer
+        (offer,) = found["offers"]
+        for word in ("--optimizer", optimizer, *map(str, more)):
+            assert word in offer["command"].split()
+    named = record(capfd, llama, "--optimizer", "adamuon8bit", "--adamw-bits", 8)
+    assert named["optimizer"] == "adamuon8bit+adamw8bit"
+
+
+def test_presets_and_bits_of_others_are_refused(capfd: pytest.CaptureFixture[str], llama: Path) -> None:
+    for words, said in (
+        (("--preset", "dion"), "normuon8bit has paper, official, dion, modded; adamuon8bit has paper, official"),
+        (("--optimizer", "adamuon8bit", "--preset", "modded"), "adamuon8bit has none of that name"),
+        (("--optimizer", "muon", "--bits", "32"), "--bits 32: muon has no choice of it"),
+    ):
+        assert main(["estimate", str(llama), *words]) == 2
+        assert said in capfd.readouterr().err
+
+
 def test_folder_and_file_give_the_same_estimate(capfd: pytest.CaptureFixture[str], llama: Path) -> None:
     of_file, of_folder = record(capfd, llama), record(capfd, llama.parent)
     assert of_file.pop("model") != of_folder.pop("model")

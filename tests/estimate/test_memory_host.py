@@ -95,6 +95,19 @@ def test_host_and_bus_bytes_by_hand():
     assert host_bytes("muon8bit+adamw8bit", params) == 2**22 + 2**13 + (4 + 2 * 2**14) + 4 + 2 * (2**19 + 2**13)
 
 
+def test_a_second_moment_comes_and_goes_once_by_hand():
+    """A momentum of 1000 x 3000 comes twice; a number a row, or codes and two scales a row, once."""
+    params, momentum = [Param("up", (1000, 3000), torch.bfloat16, True)], 3_000_000 + 8000
+    assert bus_bytes("normuon8bit", params) == 3 * momentum + 2 * 4 * 1000
+    assert bus_bytes("adamuon8bit", params) == 5 * momentum
+    assert host_bytes("normuon8bit", params) == 2**22 + 2**13 + 2**12
+    assert host_bytes("adamuon8bit", params) == 2 * (2**22 + 2**13)
+    # One matrix: codes, scales and numbers begin at multiples of 512 bytes.
+    staged = staging_bytes("normuon8bit", params, "cpu")
+    assert staged == 3_000_320 + 8192 + 4096
+    assert staging_bytes("adamuon8bit", params, "cpu") == 2 * (3_000_320 + 8192)
+
+
 @pytest.fixture(scope="module")
 def estimator():
     return Estimator(config_of(LLAMA))

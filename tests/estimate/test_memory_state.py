@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ from helpers.memory_models import LADDER, TINY, config_of, ladder_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from muon8bit import Muon8bit, param_groups, state_report
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, param_groups, state_report
+from muon8bit.estimate import report
 from muon8bit.estimate.models import build
-from muon8bit.estimate.optimizers import OPTIMIZERS, state_bytes
+from muon8bit.estimate.optimizers import OPTIMIZERS, Param, state_bytes
 from muon8bit.estimate.setup import Setup
 from muon8bit.estimate.sizes import measure, nf4_bytes
 
@@ -128,6 +132,65 @@ def test_routers_on_muon_and_heads_are_counted_as_a_step_and_a_report_have_them(
     assert state_bytes("muon8bit", plain.trained) - found == (8 * 8 * 64 + 4) - 8 * (64 + 4)
     assert {p.split for p in asked.whole if "kv_b_proj" in p.name} == {((16, 24) * 4, -2)}
     assert state_bytes("adamw", plain.trained) == state_bytes("adamw", asked.trained)
+
+
+# Keys of a group of one parameter; by hand, with blocks of 64, the bytes of its momentum in 8 bits, and of its second
+# moment by row, by the longer dimension, and by element in 8 bits. In 32 bits an element takes 4 bytes.
+MOMENTS: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
+    "wide": ({"shape": (24, 100)}, 2400 + 4 * 24 * 2, 4 * 24, 4 * 100, 2400 + 4 * 24 * 2),
+    "tall": ({"shape": (100, 24)}, 2400 + 4 * 100, 4 * 100, 4 * 100, 2400 + 4 * 100),
+    "rows cut": (
+        {"shape": (48, 100), "split_sizes": (16, 32)},
+        *(4800 + 4 * 48 * 2, 4 * 48, 4 * 2 * 100, 4800 + 4 * 48 * 2),
+    ),
+    "columns cut": (  # into blocks of 64, 6 and 30
+        {"shape": (24, 100), "split_sizes": (70, 30), "split_dim": -1},
+        *(2400 + 4 * 24 * 2, 4 * 24 * 2, 4 * 100, 2400 + 4 * 24 * 3),
+    ),
+    "stack": ({"shape": (3, 24, 100)}, 3 * (2400 + 4 * 24 * 2), 3 * 4 * 24, 3 * 4 * 100, 3 * (2400 + 4 * 24 * 2)),
+    "convolution": (
+        {"shape": (24, 25, 2, 2), "flatten": True},
+        *(2400 + 4 * 24 * 2, 4 * 24, 4 * 100, 2400 + 4 * 24 * 2),
+    ),
+    "narrow": ({"shape": (40, 4)}, 4 * 160, 4 * 40, 4 * 40, 4 * 160),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize(("kind", "preset"), [("row", "official"), ("shape", "modded"), ("element", "paper")])
+def test_bytes_of_second_moments_are_those_counted_by_hand(
+    bits: Literal[8, 32], kind: Literal["row", "shape", "element"], preset: str, tmp_path: Path
+) -> None:
+    """Of a step, of its report, of the report of its file, and of the prediction from shapes."""
+    name = "adamuon8bit" if kind == "element" else "normuon8bit"
+    expected, groups, params = {}, [], []
+    for which, (keys, momentum, *moments) in MOMENTS.items():
+        keys, moment = dict(keys), moments[("row", "shape", "element").index(kind)]
+        shape = keys.pop("shape")
+        in_32_bits = 4 * math.prod(shape)
+        own = momentum if bits == 8 else in_32_bits
+        expected[which] = own + (in_32_bits if kind == "element" and bits == 32 else moment)
+        groups.append({"params": [(which, nn.Parameter(torch.randn(shape)))], **keys})
+        split = (keys["split_sizes"], keys.get("split_dim", -2)) if "split_sizes" in keys else None
+        more: Any = {"block_size": 64, "bits": bits, "normuon_moment": "row" if kind == "element" else kind}
+        params.append(Param(which, shape, torch.float32, True, split, "flatten" in keys, **more))
+    optimizer = (AdaMuon8bit if kind == "element" else NorMuon8bit)(groups, preset=preset, bits=bits, block_size=64)
+    assert stepped(optimizer) == sum(expected.values())
+    assert {p.name: state_bytes(name, [p]) for p in params} == expected
+    kept = {note.name for note in state_report(optimizer).kept_32bit}
+    assert kept == ({"narrow"} if bits == 8 else set())
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    found = report(tmp_path / "optimizer.pt")
+    assert (found.optimizer, found.total.difference_bytes) == (name, 0)
+    assert found.total.measured_bytes == sum(expected.values())
+
+
+def test_the_first_part_of_a_matrix_has_the_moment_of_all_columns() -> None:
+    """By hand: 8 of 24 rows have 800 codes and two scales a row; one row of 100 columns is not divided by three."""
+    part = Param("up", (8, 100), torch.float32, True, None, False, 2400, 64, 8, "shape", 3)
+    assert state_bytes("normuon8bit", [part]) == 800 + 4 * 8 * 2 + 4 * 100
+    assert state_bytes("normuon8bit", [replace(part, normuon_moment="row")]) == 800 + 4 * 8 * 2 + 4 * 8
+    assert state_bytes("adamuon8bit", [part]) == 2 * (800 + 4 * 8 * 2)
 
 
 def test_state_bytes_of_a_shard_equal_those_of_the_largest_part() -> None:

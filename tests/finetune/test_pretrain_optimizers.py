@@ -12,8 +12,9 @@ from finetune.config.errors import InputError
 from finetune.config.options import PRESETS
 from finetune.config.recipe import Recipe, recipe_from
 from finetune.models.optimizers import build_optimizers
-from muon8bit import AdaMuon8bit, NorMuon8bit
+from muon8bit import AdaMuon8bit, NorMuon8bit, choices
 from muon8bit.config import DEFAULT_STEP_TIMEOUT, MAX_STEP_TIMEOUT
+from muon8bit.estimate import Setup
 from muon8bit.family import ADAMUON_PRESETS, NORMUON_PRESETS
 from muon8bit.step import adamw8bit
 
@@ -112,7 +113,9 @@ def test_a_preset_and_bits_reach_every_group_of_matrices(optimizer, preset, keys
 def test_muon8bit_has_bits_too_and_the_scripts_know_all_presets():
     (made,) = build_optimizers(mixtral(), recipe_from({"name": "moe", "model": SIZES, "bits": 32}, "the test"))
     assert {group["bits"] for group in made.param_groups if group["algorithm"] == "muon"} == {32}
-    assert {"normuon8bit": tuple(NORMUON_PRESETS), "adamuon8bit": tuple(ADAMUON_PRESETS)} == PRESETS
+    assert {"normuon8bit": tuple(NORMUON_PRESETS), "adamuon8bit": tuple(ADAMUON_PRESETS)} == PRESETS == choices.PRESETS
+    for name, keys in NORMUON_PRESETS.items():
+        assert Setup(preset=name).normuon_moment == keys["second_moment"]
     for presets in (NORMUON_PRESETS, ADAMUON_PRESETS):  # by which --cautious-weight-decay is refused
         assert [name for name, keys in presets.items() if keys["cautious_weight_decay"]] in (["modded"], [])
 
