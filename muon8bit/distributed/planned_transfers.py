@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 
 from ..orthogonalize import NSMethod
-from ..step.second_moment import Axis
+from ..step.second_moment import Axis, SecondMomentFormat
 from .matrix_sharding import MatrixSharding, Region, Span
 
 Strategy: TypeAlias = Literal["gather", "reduce_gram"]
@@ -30,6 +30,14 @@ class MatrixStage(NamedTuple):
     itemsize: int
     blocks: int
     is_sign: bool
+
+    @classmethod
+    def of(cls, cols: int, second: SecondMomentFormat | None, *, is_sign: bool) -> MatrixStage | None:
+        """Return that of a matrix of `cols` columns, by the format of its second moment; None for neither."""
+        if second is None:
+            return cls(None, 0, 0, is_sign) if is_sign else None
+        size = second.block_size
+        return cls(second.axis, 4 if size is None else 1, 0 if size is None else -(-cols // size), is_sign)
 
 
 class Matrix(NamedTuple):

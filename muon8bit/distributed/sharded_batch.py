@@ -137,7 +137,8 @@ def group_into_batches(params: Sequence[_LocalParam], options: MuonOptions) -> l
             key = rows, slot.cols, id(slot.sharding), format
             if key not in batches:
                 method = _method(rows, slot.cols, device, options)
-                matrix = Matrix(rows, slot.cols, slot.sharding, method, _stage(slot.cols, second, options))
+                stage = MatrixStage.of(slot.cols, second, is_sign=options.sign_momentum)
+                matrix = Matrix(rows, slot.cols, slot.sharding, method, stage)
                 batches[key] = ShardedBatch(options, matrix, format, second)
             member, clip = _sharded_matrix(param, param.layout, param.momentum, slot, options)
             if zeros is not None:
@@ -145,15 +146,6 @@ def group_into_batches(params: Sequence[_LocalParam], options: MuonOptions) -> l
             batches[key].members.append(member)
             batches[key].clips += [] if clip is None else [clip]
     return list(batches.values())
-
-
-def _stage(cols: int, second: SecondMomentFormat | None, options: MuonOptions) -> MatrixStage | None:
-    """Return what is sent of a matrix for its second moment, and as signs; None for neither."""
-    if second is None:
-        return MatrixStage(None, 0, 0, is_sign=True) if options.sign_momentum else None
-    size = second.block_size
-    blocks = 0 if size is None else -(-cols // size)
-    return MatrixStage(second.axis, 4 if size is None else 1, blocks, is_sign=options.sign_momentum)
 
 
 def _method(rows: int, cols: int, device: str, options: MuonOptions) -> NSMethod:

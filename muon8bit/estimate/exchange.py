@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
 
-from ..config import DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES
+import torch
+
+from ..config import DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES, Bits, SecondMomentKind
 from ..distributed.assignment import Assignment, plan
 from ..distributed.exchange import NUM_SHARES
 from ..distributed.matrix_slots import matrix_slots
 from ..distributed.param_sharding import ParamSharding, Spans
-from ..distributed.planned_transfers import Matrix
+from ..distributed.planned_transfers import Matrix, MatrixStage
 from ..orthogonalize import choose_method, resolve_coefficients
 from ..orthogonalize.coefficients import JORDAN
 from ..step.group_options import matrix_counts
+from ..step.second_moment import SecondMomentFormat
 from .exchange_bytes import exchange_bytes
 from .optimizers import OURS, Param, step_bytes
 from .setup import Setup
@@ -63,7 +66,15 @@ def shared_step_bytes(
 
 @lru_cache(maxsize=16)
 def planned_exchange(
-    params: tuple[Param, ...], num_ranks: int, num_shards: int, kind: str, budget: int = DEFAULT_WORKSPACE_BYTES
+    params: tuple[Param, ...],
+    num_ranks: int,
+    num_shards: int,
+    kind: str,
+    budget: int = DEFAULT_WORKSPACE_BYTES,
+    *,
+    second_moment: SecondMomentKind | None = None,
+    is_sign: bool = False,
+    bits: Bits = 8,
 ) -> Assignment:
     """Return who orthogonalizes what, as the optimizer plans it for these parameters in the groups of `param_groups`.
 
@@ -73,6 +84,7 @@ def planned_exchange(
         num_shards: GPUs of a replica, each with some rows; 1: every GPU has all.
         kind: device kind of `orthogonalize.device_kind`.
         budget: `workspace_bytes`.
+        second_moment, is_sign, bits: the groups' `second_moment`, `sign_momentum` and `bits`.
     """
     coefficients = resolve_coefficients(JORDAN, DEFAULT_NS_STEPS)
     shardings: dict[tuple[int, ...], ParamSharding] = {}
@@ -83,17 +95,23 @@ def planned_exchange(
     for (_, flatten), members in groups.items():
         splits = _row_splits(members[0])
         counts = matrix_counts(tuple(p.shape for p in members), flatten, splits)
-        batches: dict[tuple[int, int, int], list[Matrix]] = {}
+        batches: dict[tuple[int, int, int, SecondMomentFormat | None], list[Matrix]] = {}
         for param in members:
             if param.shape not in shardings:
                 shardings[param.shape] = _sharding(param.shape, num_ranks, num_shards)
-            for slot in matrix_slots(shardings[param.shape], flatten, splits):
+            second = None
+            if second_moment is not None:
+                format = torch.Size(param.shape), bits, "", param.block_size, flatten, splits, None
+                second = SecondMomentFormat.of(*format, second_moment)
+            for slot in matrix_slots(shardings[param.shape], flatten, splits, second):
                 rows, cols = slot.rows[1] - slot.rows[0], slot.cols
-                key = rows, cols, id(slot.sharding)
+                key = rows, cols, id(slot.sharding), second
                 if key not in batches:
                     count, room = counts[rows, cols], budget - SMALL_WORKSPACE_BYTES
                     method = choose_method(rows, cols, coefficients, kind, tiny=False, count=count, budget_bytes=room)
-                    batches[key] = [Matrix(rows, cols, slot.sharding, method)]
+                    batches[key] = [
+                        Matrix(rows, cols, slot.sharding, method, MatrixStage.of(cols, second, is_sign=is_sign))
+                    ]
                 else:
                     batches[key].append(batches[key][0])
         matrices += [matrix for batch in batches.values() for matrix in batch]
@@ -117,7 +135,7 @@ def _sharding(shape: tuple[int, ...], num_ranks: int, num_shards: int) -> ParamS
     rest: Spans = tuple((0, length) for length in shape[1:])
     bounds = [(min(shard * size, shape[0]), min((shard + 1) * size, shape[0])) for shard in range(num_shards)]
     parts = tuple((bound, *rest) for bound in bounds) * (num_ranks // num_shards)
-    return ParamSharding(shape, parts, parts, 0)
+    return ParamSharding(shape, parts, parts, 0, ranks=tuple(range(num_ranks)) if num_shards > 1 else ())
 
 
 def _sums_bytes(planned: Assignment, block_size: int) -> int:

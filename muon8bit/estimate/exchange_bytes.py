@@ -2,6 +2,7 @@
 
 At its peak a rank has the inputs of one round, packed and received; of the round before the matrices that it
 orthogonalizes, with the iteration's own memory; and of the one before that O and its updates, packed and received.
+Second moments stand in front of the inputs, the results of normalization in front of the updates.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from math import prod
 from ..config import MIN_QUANTIZED_COLUMNS
 from ..distributed.assignment import Assignment
 from ..distributed.exchange import NUM_SHARES
-from ..distributed.planned_transfers import PlannedTransfer
+from ..distributed.normalizing import moment_bytes, moment_padding
+from ..distributed.planned_transfers import MatrixStage, PlannedTransfer
 from ..distributed.rounds import PlannedRound
-from ..orthogonalize import batch_size, workspace_bytes as iteration_bytes
+from ..orthogonalize import NSMethod, batch_size, workspace_bytes as iteration_bytes
 
 # On a CPU: the elements that a pass takes at once, and the bytes of temporaries of each, by what it goes over: momenta
-# with X and without, parameters.
-_PASS_ELEMENTS, _INPUT_BYTES, _MOMENTUM_BYTES, _PARAM_BYTES = 2**19, 16, 12, 8
+# with X and without, O with the second moments of rows or columns and of elements, parameters and with these.
+_PASS_ELEMENTS, _INPUT_BYTES, _MOMENTUM_BYTES = 2**19, 16, 12
+_SQUARES_BYTES, _STATS_BYTES, _PARAM_BYTES, _DIVIDED_PARAM_BYTES = 4, 20, 8, 24
 
 
 def exchange_bytes(assignment: Assignment, rank: int, workspace_bytes: int, kind: str, *, between: int = 0) -> int:
@@ -85,20 +88,33 @@ class _Round:
     def prepare_inputs(self, *, is_first: bool = False) -> None:
         needed = list(filter(self._needs_input, self._held))
         given = [t.sent_bytes(t.sources[self._rank]) for t in needed if self._rank in t.sources]
+        moments = self._given_moments() if self._planned.sends_inputs else []
         self._own_inputs = sum(self._input_bytes(t) for t in needed if t.is_gram)
         left = self._write_inputs(needed, is_first=is_first)
         if not is_first:
             self._write_momenta(filterfalse(self._needs_input, self._held))
         if self._planned.sends_inputs:
-            self._sent = sum(given)
+            self._sent = sum(given) + sum(moments)
             self._received = sum(t.sent_bytes(region) for t in self._owned for region in t.sources.values())
+            self._received += sum(moment_bytes(self._owned, rank) for rank in range(self._num_ranks))
             # A single tensor is sent from where it lies.
-            self._memory.add(self._received + (self._sent if len(given) > 1 else 0))
-            left += 0 if len(given) > 1 else -self._sent
+            is_packed = len(given) + len(moments) > 1
+            self._memory.add(self._received + (self._sent if is_packed else 0))
+            left += 0 if is_packed else -self._sent
         else:
             self._received = sum(given)
             left -= self._received
         self._memory.add(self._own_inputs - left)
+
+    def _given_moments(self) -> list[int]:
+        """Return the bytes of the tensors of second moments that this rank sends, and of what is behind them."""
+        found = list[int]()
+        for owner in range(self._num_ranks):
+            owned = [t for t in self._planned.transfers if t.owner == owner]
+            held = (t.moment_shapes(t.moment_sources[self._rank]) for t in owned if self._rank in t.moment_sources)
+            found += [prod(shape) * dtype.itemsize for shapes in held for shape, dtype in shapes]
+            found.append(moment_padding(owned, self._rank))
+        return [num_bytes for num_bytes in found if num_bytes]
 
     def _needs_input(self, transfer: PlannedTransfer) -> bool:
         return transfer.is_gram or self._rank in transfer.sources
@@ -108,7 +124,8 @@ class _Round:
         left = 0
 
         def size(transfer: PlannedTransfer) -> int:
-            num_bytes = self._input_bytes(transfer) + (2 * self._state_bytes(transfer) if is_first else 0)
+            num_bytes = self._num_elements(transfer) * transfer.matrix.method.dtype.itemsize
+            num_bytes += 2 * self._state_bytes(transfer) if is_first else 0
             return max(1, self._share // num_bytes)
 
         for batch in _batches(transfers, size):
@@ -128,28 +145,47 @@ class _Round:
 
     def orthogonalize(self) -> None:
         self._memory.add(-self._sent)
-        self._sent = num_copied = 0
-        for (rows, cols, method, is_gram), run in groupby(
-            self._owned, key=lambda t: (t.matrix.rows, t.matrix.cols, t.matrix.method, t.is_gram)
-        ):
-            alike, side, itemsize = len(list(run)), min(rows, cols), method.dtype.itemsize
+        self._sent = num_copied = assembled = 0
+        for (rows, cols, method, stage, is_gram), run in groupby(self._owned, key=lambda t: (*_kind_of(t), t.is_gram)):
+            of_kind = list(run)
+            alike, side, itemsize = len(of_kind), min(rows, cols), method.dtype.itemsize
             size = batch_size(method, rows, cols, self._kind, self._share)
             one = itemsize * (side * side if is_gram else rows * cols)
+            signs = rows * cols if stage is not None and stage.is_sign else 0
             # Of Gram matrices their sum in fp32, and what the iteration has.
             taken = (4 + 4 * itemsize) * side * side if is_gram else iteration_bytes(method, rows, cols, self._kind)
             for start in range(0, alike, size):
                 count = min(size, alike - start)
                 if not self._planned.sends_inputs:  # X that lies here is let go when all that came with it is copied
-                    self._memory.pass_through(count * one)
+                    self._memory.pass_through(count * (signs or one))
                     num_copied += count
                     while self._input_batches and self._input_batches[0][0] <= num_copied:
                         num_matrices, num_bytes = self._input_batches.popleft()
                         num_copied -= num_matrices
                         self._received -= num_bytes
                         self._memory.add(-num_bytes)
-                self._memory.pass_through(count * taken)
+                self._memory.pass_through(count * max(taken, signs + one if signs else 0))
                 self._memory.add(count * one)
                 self._results += count * one
+                assembled = self._normalize(of_kind[start : start + count], assembled)
+        self._memory.add(-assembled)
+
+    def _normalize(self, chunk: list[PlannedTransfer], before: int) -> int:
+        """Count the second moments of some matrices, assembled, once those of the ones before go; return their bytes.
+
+        One that comes from a single rank is read where it lies.
+        """
+        (rows, cols, _, stage), assembled = _kind_of(chunk[0]), 0
+        if stage is None or stage.axis is None:
+            return 0
+        for transfer in chunk:
+            parts = transfer.moment_sources if len(transfer.moment_sources) > 1 else ()
+            assembled += sum(map(transfer.moment_bytes_of, parts))
+        self._memory.add(assembled)
+        self._memory.add(-before)
+        of_each = _STATS_BYTES if stage.axis == "element" else _SQUARES_BYTES
+        self._memory.pass_through(self._pass_bytes(len(chunk) * rows * cols, of_each))
+        return assembled
 
     def write_momenta(self) -> None:
         self._write_momenta(self._held)
@@ -165,7 +201,7 @@ class _Round:
         packed = sum(given)
         self._received = self._incoming(number)
         if planned.is_gathered:
-            padded = self._received // len(planned.transfers[0].matrix.sharding.param_parts)
+            padded = self._received // self._num_ranks
             given += [padded - packed] if padded > packed else []
             packed = padded
         is_view = len(given) == 1
@@ -177,6 +213,9 @@ class _Round:
     def _given(self, number: int) -> Iterator[int]:
         """Yield the bytes of each tensor that this rank sends in a part."""
         for transfer in self._owned:
+            if number == 0:
+                for rank in range(1 if self._planned.is_gathered else self._num_ranks):
+                    yield from (4 * prod(shape) for shape in transfer.result_shapes(rank))
             regions = list(transfer.targets.values())[: 1 if self._planned.is_gathered else None]
             sizes = (transfer.returned_bytes(region, number, self._planned.num_parts) for region in regions)
             yield from filter(None, sizes)
@@ -188,12 +227,18 @@ class _Round:
             if self._rank in transfer.targets:
                 region = transfer.targets[self._rank]
                 by_owner[transfer.owner] += transfer.returned_bytes(region, number, self._planned.num_parts)
-        num_ranks = len(self._planned.transfers[0].matrix.sharding.param_parts)
-        return num_ranks * max(by_owner.values()) if self._planned.is_gathered else by_owner.total()
+            by_owner[transfer.owner] += transfer.result_bytes(self._rank) if number == 0 else 0
+        return self._num_ranks * max(by_owner.values()) if self._planned.is_gathered else by_owner.total()
 
     def apply_updates(self) -> None:
         here = [t for t in self._planned.transfers if self._rank in t.targets]
-        elements = sum(prod(t.targets[self._rank].shape) for t in here)
+        elements = Counter[tuple[object, int]]()  # of matrices that go together, with what a pass takes of each
+        for transfer in here:
+            elements[_kind_of(transfer), _param_bytes(transfer)] += prod(transfer.targets[self._rank].shape)
+        passes = (self._pass_bytes(-(-n // self._planned.num_parts), size) for (_, size), n in elements.items())
+        most = max(passes, default=0)
+        results = sum(t.result_bytes(self._rank) for t in self._planned.transfers)  # copied
+        self._memory.add(results)
         for number in range(self._planned.num_parts):
             self._memory.add(-self._sent)
             self._sent, received = 0, self._received
@@ -201,9 +246,13 @@ class _Round:
                 self.send_updates(number + 1)
             # Of Gram matrices the factors, X and O, stacked.
             stacked = 2 * self._own_inputs + received if self._own_inputs else 0
-            self._memory.pass_through(stacked + self._pass_bytes(elements // self._planned.num_parts, _PARAM_BYTES))
+            self._memory.pass_through(stacked + most)
             self._memory.add(-received)
-        self._memory.add(-self._own_inputs)
+        self._memory.add(-self._own_inputs - results)
+
+    @property
+    def _num_ranks(self) -> int:
+        return len(self._planned.transfers[0].matrix.sharding.param_parts)
 
     def _pass_bytes(self, num_elements: int, of_each: int) -> int:
         return of_each * min(num_elements, _PASS_ELEMENTS) if self._kind.startswith("cpu") else 0
@@ -214,7 +263,9 @@ class _Round:
         return 0 if region is None else prod(region.shape)
 
     def _input_bytes(self, transfer: PlannedTransfer) -> int:
-        return self._num_elements(transfer) * transfer.matrix.method.dtype.itemsize
+        stage = transfer.matrix.stage
+        is_sign = stage is not None and stage.is_sign
+        return self._num_elements(transfer) * (1 if is_sign else transfer.matrix.method.dtype.itemsize)
 
     def _state_bytes(self, transfer: PlannedTransfer) -> int:
         return self._num_elements(transfer) * (1 if transfer.matrix.cols >= MIN_QUANTIZED_COLUMNS else 4)
@@ -228,3 +279,15 @@ def _batches(
         alike = list(run)
         step = size(alike[0])
         yield from (alike[start : start + step] for start in range(0, len(alike), step))
+
+
+def _kind_of(transfer: PlannedTransfer) -> tuple[int, int, NSMethod, MatrixStage | None]:
+    """Return what matrices have in common that are orthogonalized together."""
+    rows, cols, _, method, stage = transfer.matrix
+    return rows, cols, method, stage
+
+
+def _param_bytes(transfer: PlannedTransfer) -> int:
+    """Return the bytes that a pass over parameters takes of each element."""
+    stage = transfer.matrix.stage
+    return _PARAM_BYTES if stage is None or stage.axis != "element" else _DIVIDED_PARAM_BYTES
