@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import triton
-from muon8bit_kernels import CODE_DTYPES
+from muon8bit_kernels import CODE_DTYPES, ElementMoment
 from muon8bit_kernels.codebooks import Codebook
 from muon8bit_kernels.triton import gemm, kernels
 from muon8bit_kernels.triton.gemm_tilings import FP32_TILING, TILINGS, UNALIGNED_TILING, GemmTiling
@@ -55,6 +55,7 @@ def momentum(
     across: bool = False,
     *,
     each: bool = False,
+    signs: bool = False,
 ) -> None:
     """Call a phase on bf16 gradients and output, the flag of the step given."""
     codes = empty(COUNT, *shape, dtype=torch.float32 if codebook is None else CODE_DTYPES[codebook])
@@ -65,7 +66,7 @@ def momentum(
         kernels.momentum_stats([codes], scales, grads, **options)
     else:
         out, norms = empty(COUNT, *shape, dtype=torch.bfloat16), empty(1, COUNT).view(COUNT)
-        kernels.momentum_apply([codes], scales, grads, norms, out, **options, skip=flags(each=each))
+        kernels.momentum_apply([codes], scales, grads, norms, out, **options, skip=flags(each=each), signs=signs)
 
 
 def cut(phase: str, codebook: Codebook, *, each: bool = False) -> None:
@@ -93,10 +94,42 @@ def update(
     *,
     cautious: bool = False,
     each: bool = False,
+    factors: tuple[int, int] | None = None,
+    moment: ElementMoment | None = None,
 ) -> None:
+    """Call an update of parameters by directions of their dtype, the flag of the step given.
+
+    Args:
+        dtype: of parameters and directions.
+        keys: of stochastic rounding.
+        across: the directions lie column by column.
+        cautious: decay where signs agree.
+        each: every matrix has its own flag.
+        factors: the last two dimensions of the factors by which directions are multiplied; None means none.
+        moment: second moments of the elements.
+    """
     params, directions = [empty(COUNT, *WIDE, dtype=dtype)], empty(COUNT, *WIDE, dtype=dtype, across=across)
-    factors: dict[str, Any] = {"decay": 0.9, "scale": 0.1, "cautious": cautious}
-    kernels.update_params(params, directions, **factors, keys=keys, skip=flags(each=each))
+    options: dict[str, Any] = {"decay": 0.9, "scale": 0.1, "cautious": cautious, "keys": keys, "skip": flags(each=each)}
+    options["factors"] = None if factors is None else empty(COUNT, *factors)
+    inverses = None if moment is None or moment.steps is None else empty(*moment.steps.shape)
+    kernels.update_params(params, directions, **options, moment=moment, inverses=inverses)
+
+
+def elements(block: int | None, *, is_clamped: bool = False) -> ElementMoment:
+    """Return second moments of elements in blocks, or with None in fp32."""
+    codes = empty(COUNT, *WIDE, dtype=torch.float32 if block is None else torch.uint8)
+    steps = None if block is None else empty(COUNT, WIDE[0], triton.cdiv(WIDE[1], block))
+    return ElementMoment([codes], steps, 0.95, 1e-8, is_clamped, block or 2048)
+
+
+def moment_stats(block: int | None, across: bool = False) -> None:
+    """Call the reading pass of second moments of elements on fp16 directions."""
+    kernels.second_moment_stats(empty(COUNT, *WIDE, dtype=torch.float16, across=across), elements(block))
+
+
+def squares(columns: bool, across: bool = False) -> None:
+    """Call the sums of squares of fp16 directions."""
+    kernels.direction_squares(empty(COUNT, *WIDE, dtype=torch.float16, across=across), columns=columns)
 
 
 def quantize(codebook: Codebook) -> None:
@@ -141,7 +174,30 @@ def _elementwise() -> list[Case]:
         Case("update-bf16-across-flags", partial(update, torch.bfloat16, across=True, each=True), ONE),
         *[Case(f"quantize-{codebook}", partial(quantize, codebook), ONE) for codebook in codebooks],
         *[Case(f"dequantize-{codebook}", partial(dequantize, codebook), ONE) for codebook in codebooks],
+        *_second_moments(),
         Case("round-stochastic", partial(kernels.round_stochastic, empty(*WIDE), key=-5), ONE),
+    ]
+
+
+def _second_moments() -> list[Case]:
+    """Return the cases of NorMuon and AdaMuon: what a step of theirs launches beside Muon's, or in its place."""
+    of_elements = partial(update, torch.bfloat16, factors=(1, 1))
+    return [
+        Case("apply-dynamic-signs", partial(momentum, "apply", "dynamic", signs=True), ONE),
+        Case("squares-rows", partial(squares, columns=False), NVIDIA),
+        Case("squares-columns", partial(squares, columns=True), ONE),
+        Case("squares-columns-across", partial(squares, columns=True, across=True), ONE),
+        Case("update-bf16-rows", partial(update, torch.bfloat16, factors=(WIDE[0], 1)), NVIDIA),
+        Case("update-bf16-columns", partial(update, torch.bfloat16, factors=(1, WIDE[1])), ONE),
+        Case("moment-stats-2048", partial(moment_stats, 2048), NVIDIA),
+        Case("moment-stats-256", partial(moment_stats, 256), ONE),
+        Case("moment-stats-None", partial(moment_stats, None), ONE),
+        Case("moment-stats-2048-across", partial(moment_stats, 2048, across=True), ONE),
+        Case("moment-update-2048", partial(of_elements, moment=elements(2048)), NVIDIA),
+        Case("moment-update-64", partial(of_elements, moment=elements(64)), ONE),
+        Case("moment-update-2048-clamped", partial(of_elements, moment=elements(2048, is_clamped=True)), ONE),
+        Case("moment-update-None", partial(of_elements, moment=elements(None)), ONE),
+        Case("moment-update-2048-across", partial(of_elements, across=True, moment=elements(2048)), ONE),
     ]
 
 

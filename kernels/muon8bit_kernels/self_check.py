@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import Kernels
+from .element_moment import SQRT_MAX, ElementMoment
 
 # More than one tile each way, and a ragged end of rows and columns.
 _ROWS, _COLS, _BLOCK = 10, 2048 + 72, 2048
@@ -22,7 +23,7 @@ _N, _K = 136, 192
 
 
 def self_check(kernels: Kernels, device: torch.device) -> None:
-    """Compare quantization, both phases of the momentum, updates and one symmetric product with the reference's bits.
+    """Compare quantization, momentum, updates, second moments and one symmetric product with the reference's bits.
 
     Args:
         kernels: the backend that is checked.
@@ -48,6 +49,12 @@ def self_check(kernels: Kernels, device: torch.device) -> None:
             _update(kernels, params.to(device), values.to(device), keys),
             device,
         )
+    moment = torch.randint(0, 256, grad.shape, generator=generator, device="cpu").to(torch.uint8)
+    moment[0, 1] = 0  # and so are its directions: both stay 0
+    second = grad * values[:, :1].clamp(max=1.0), moment, values.abs()[:, :2].unsqueeze(0) / SQRT_MAX
+    inverses = reference.second_moment_stats(second[0], _moment_of(*second[1:]))[2].reciprocal().nan_to_num(posinf=0.0)
+    ours = _second_moment(kernels, *(tensor.to(device, copy=True) for tensor in (*second, inverses)))
+    _compare(_second_moment(reference, *second, inverses), ours, device)
     # Sums of few ones and minus ones: fp16 holds them exactly, in whatever order they are added.
     A = torch.randint(-1, 2, (1, _N, _K), generator=generator, device="cpu").half()
     ours = {"symmetric_product": kernels.symmetric_product(A.to(device), A.to(device))}
@@ -78,11 +85,28 @@ def _update(kernels: Kernels, params: Tensor, directions: Tensor, keys: list[int
     return {name.replace("torch.", ""): params}
 
 
+def _moment_of(codes: Tensor, steps: Tensor) -> ElementMoment:
+    return ElementMoment([codes], steps, beta2=0.95, eps=1e-8, is_clamped=False, block_size=_BLOCK)
+
+
+def _second_moment(
+    kernels: Kernels, directions: Tensor, codes: Tensor, steps: Tensor, inverses: Tensor
+) -> dict[str, Tensor]:
+    """Update parameters by directions over their second moments, in 8 bits, and times a factor for each row."""
+    moment, params = _moment_of(codes, steps), directions.float() + 1.0
+    sums, plain, largest = kernels.second_moment_stats(directions, moment)
+    made = {"second_moment_stats": torch.stack([sums, plain]), "second_moment_stats (largest)": largest}
+    factors = steps[:, :, :1].clamp(max=1.0) + 0.5
+    how = {"decay": 0.9, "scale": 0.1, "factors": factors, "moment": moment, "inverses": inverses * SQRT_MAX}
+    kernels.update_params([params], directions, **how)  # type: ignore[arg-type]
+    return {**made, "update_params (second moment)": params, "update_params (second moment's codes)": codes}
+
+
 def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], device: torch.device) -> None:
     """Raise RuntimeError where a kernel's result is not the expected one, bit for bit; a sum has a bound."""
     for kernel, wanted in expected.items():
         ours = found[kernel].cpu()
-        if kernel == "momentum_stats":  # a sum: its order is the backend's, a bound says that nothing else differs
+        if kernel.endswith("_stats"):  # sums: their order is the backend's, a bound says that nothing else differs
             is_right = torch.allclose(ours, wanted, rtol=1e-4, atol=0.0)
         else:
             is_right = torch.equal(ours, wanted)

@@ -18,7 +18,7 @@ def interpreted(_folder: Path) -> tuple[list[object], dict[str, str]]:
     """The tests that have a `device`."""
     suites = [
         Path(__file__).with_name(f"test_triton_{name}.py")
-        for name in ("exact", "quantize", "momentum", "cut", "update", "tiles", "tiny", "gemm")
+        for name in ("exact", "quantize", "momentum", "cut", "update", "second_moment", "tiles", "tiny", "gemm")
     ]
     command = [sys.executable, "-m", "pytest", *suites, "-m", "not gpu", "-p", "no:cacheprovider"]
     return command, {**os.environ, "TRITON_INTERPRET": "1"}

@@ -41,10 +41,30 @@ def _apply(place):
 
 
 def _update(dtype, *, stochastic):
-    def update_params(params, directions, *, keys, **how):
+    def update_params(params, directions, *, keys=None, moment=None, **how):
+        if moment is not None:
+            reference.update_params(params, directions, moment=moment, **how)
+            return
         reference.update_params(params, directions, keys=keys, **how)
         if params[0].dtype == dtype and (keys is not None) == stochastic:
             _first_bit(params[0])
+
+    return {"update_params": update_params}
+
+
+def _stats(of_sums, of_largest):
+    def second_moment_stats(directions, moment):
+        found = reference.second_moment_stats(directions, moment)
+        return torch.cat([found[:2] * of_sums, found[2:] * of_largest])
+
+    return {"second_moment_stats": second_moment_stats}
+
+
+def _moment_update(place):
+    def update_params(params, directions, *, moment=None, **how):
+        reference.update_params(params, directions, moment=moment, **how)
+        if moment is not None:
+            _first_bit((params[0], moment.codes[0])[place])
 
     return {"update_params": update_params}
 
@@ -60,6 +80,10 @@ WRONG = {
     r"update_params \(float32\)": _update(torch.float32, stochastic=False),
     r"update_params \(bfloat16\)": _update(torch.bfloat16, stochastic=False),
     r"update_params \(bfloat16, stochastic\)": _update(torch.bfloat16, stochastic=True),
+    "second_moment_stats": _stats(1.001, 1.0),
+    r"second_moment_stats \(largest\)": _stats(1.0, 1.0 + 2.0**-23),
+    r"update_params \(second moment\)": _moment_update(0),
+    r"update_params \(second moment's codes\)": _moment_update(1),
     "symmetric_product": {"symmetric_product": lambda A, B: _first_bit(reference.symmetric_product(A, B))},
 }
 

@@ -27,21 +27,45 @@ def directions(batch, rows, cols, dtype, across, device):
     return values.mT.contiguous().mT if across else values
 
 
+def stored(codes, offsets, width):
+    """Codes [1, rows, cols] each as columns of wider rows, from its own offset on, and these rows."""
+    wide = [torch.full((1, code.shape[1], width), 7, dtype=code.dtype, device=code.device) for code in codes]
+    views = [w[..., at : at + code.shape[2]] for w, code, at in zip(wide, codes, offsets, strict=True)]
+    for view, code in zip(views, codes, strict=True):
+        view.copy_(code)
+    return views, wide
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     shape=st.sampled_from(SHAPES),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    param_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     across=st.booleans(),
     quantized=st.booleans(),
     clamped=st.booleans(),
     factors=st.sampled_from([None, "row", "column", "matrix"]),
-    skip=st.sampled_from([None, 0.0, 1.0]),
-    first_col=st.sampled_from([0, 37]),
+    skip=st.sampled_from([None, 0.0, 1.0, [0.0, 1.0, torch.nan], [1.0, 0.0, 0.0]]),
+    first_col=st.sampled_from([0, 37, 128]),
+    extra=st.sampled_from([0, 3, 24]),
     cautious=st.booleans(),
 )
 def test_second_moments_and_updates(
-    device, triton_kernels, shape, dtype, across, quantized, clamped, factors, skip, first_col, cautious
+    device,
+    triton_kernels,
+    shape,
+    dtype,
+    param_dtype,
+    across,
+    quantized,
+    clamped,
+    factors,
+    skip,
+    first_col,
+    extra,
+    cautious,
 ):
+    """Also where the codes are some columns of wider rows, of which one matrix is aligned and the next is not."""
     batch, rows, cols, size = shape
     O = directions(batch, rows, cols, dtype, across, device)  # noqa: E741
     generator = torch.Generator().manual_seed(1)
@@ -56,29 +80,27 @@ def test_second_moments_and_updates(
     inverses = torch.rand(batch, rows, blocks, generator=generator).to(device) * 300 if quantized else None
     factor = {"row": (batch, rows, 1), "column": (batch, 1, cols), "matrix": (batch, 1, 1), None: None}[factors]
     factor = None if factor is None else torch.rand(factor, generator=generator).to(device)
-    params = torch.randn(batch, rows, cols, generator=generator).to(device, dtype)
-    made = []
+    params = torch.randn(batch, rows, cols, generator=generator).to(device, param_dtype)
+    flags = None if skip is None else torch.tensor(skip[:batch] if isinstance(skip, list) else skip, device=device)
+    found = []
     for kernels in (reference, triton_kernels):
-        stored, updated = [code.to(device, copy=True) for code in codes], params.clone()
-        moment = ElementMoment(stored, steps, 0.95, 1e-8, clamped, size, first_col)
+        offsets = [min(extra, 3) * (matrix % 2) for matrix in range(batch)]
+        views, wide = stored([code.to(device) for code in codes], offsets, cols + extra)
+        updated, stats = params.clone(), None
+        moment = ElementMoment(views, steps, 0.95, 1e-8, clamped, size, first_col)
         if first_col == 0:
-            made.append(kernels.second_moment_stats(O, moment))
-        how = {
-            "decay": 0.9,
-            "scale": 0.1,
-            "cautious": cautious,
-            "skip": None if skip is None else torch.tensor(skip, device=device),
-        }
-        kernels.update_params([updated], O, moment=moment, factors=factor, inverses=inverses, **how)
-        made.append(torch.cat([updated, *stored]) if not quantized else updated)
-        made += stored
-    half = len(made) // 2
-    if first_col == 0:
-        torch.testing.assert_close(made[0], made[half], rtol=1e-5, atol=0.0)
-    for ours, wanted in zip(made[half + (first_col == 0) :], made[first_col == 0 : half], strict=True):
-        assert_bitwise(ours, wanted)
-    if skip == 1.0:
-        assert all(torch.equal(left.cpu(), right) for left, right in zip(made[-batch:], codes, strict=True))
+            stats = kernels.second_moment_stats(O, moment)
+        how = {"decay": 0.9, "scale": 0.1, "cautious": cautious, "skip": flags, "factors": factor, "inverses": inverses}
+        kernels.update_params([updated], O, moment=moment, **how)
+        found.append((updated, views, wide, stats))
+    (wanted, _, wanted_wide, wanted_stats), (updated, views, wide, stats) = found
+    if stats is not None:
+        torch.testing.assert_close(stats, wanted_stats, rtol=1e-5, atol=0.0)
+    for ours, theirs in zip([updated, *wide], [wanted, *wanted_wide], strict=True):
+        assert_bitwise(ours, theirs)
+    each = [0.0] * batch if flags is None else flags.expand(batch).tolist()
+    for flag, view, code, new, param in zip(each, views, codes, updated, params, strict=True):
+        assert torch.equal(view.cpu(), code) == torch.equal(new, param) == (flag != 0), flag
 
 
 @pytest.mark.parametrize("across", [False, True])

@@ -13,15 +13,18 @@ from ..element_moment import ElementMoment
 from .codes import widened
 from .tiles import (
     GRID,
+    address,
     addresses,
     common_strides,
     divided,
+    in_row,
     launch,
     lies_across,
-    table_of,
+    tables_of,
     tile_rows,
     tiling,
     tl_dtype,
+    whole_eighths,
 )
 
 _TILE_COLUMNS = 256
@@ -60,18 +63,28 @@ def _squares_kernel(
 
 
 @triton.jit
-def averaged(codes, step, direction, mask, beta2, one_minus_beta2, eps, QUANTIZED: tl.constexpr, CLAMPED: tl.constexpr):
-    """Return the new second moment of directions [ROWS, COLS], and these over its root, fp32; `codes` are pointers."""
+def averaged(codes, step, direction, mask, beta2, one_minus_beta2, QUANTIZED: tl.constexpr):
+    """Return the new second moment of fp32 directions [ROWS, COLS]; `codes` are pointers to the old one."""
     if QUANTIZED:
         root = tl.load(codes, mask, other=0).to(tl.float32) * step
         old = root * root
     else:
         old = tl.load(codes, mask, other=0.0)
     weight = tl.cast(one_minus_beta2, tl.float32)  # torch.compile passes scalars as fp64
-    moment = old * tl.cast(beta2, tl.float32) + direction * direction * weight
+    return old * tl.cast(beta2, tl.float32) + direction * direction * weight
+
+
+@triton.jit
+def over_root(direction, root, eps, CLAMPED: tl.constexpr, EXACT: tl.constexpr):
+    """Return directions over the roots of their second moments; 0 where these and eps are 0.
+
+    The root of the larger of V and eps is the larger of their roots: one root an element will do. With EXACT the
+    quotient is correctly rounded.
+    """
     bound = tl.cast(eps, tl.float32)
-    divisor = tl.sqrt_rn(tl.maximum(moment, bound)) if CLAMPED else tl.sqrt_rn(moment) + bound
-    return moment, tl.div_rn(direction, tl.where(divisor == 0.0, float("inf"), divisor))
+    divisor = tl.maximum(root, tl.sqrt_rn(bound)) if CLAMPED else root + bound
+    divisor = tl.where(divisor == 0.0, float("inf"), divisor)
+    return tl.div_rn(direction, divisor) if EXACT else direction / divisor
 
 
 @triton.jit(do_not_specialize=GRID)
@@ -97,14 +110,19 @@ def _stats_kernel(
     CODE: tl.constexpr,
     QUANTIZED: tl.constexpr,
     CLAMPED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    EIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store of each row's block the sums of squares of O' and of O, and the largest second moment."""
-    matrix, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
-    codes = tl.load(table + matrix).to(tl.pointer_type(CODE)) + row * code_row_stride
-    directions += matrix * stride + row * row_stride
+    """Store of each row's block the sums of squares of O' and of O, and the largest root of a second moment."""
+    if EIGHTS:
+        cols = cols // 8 * 8
+    listed, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
+    codes = address(table, listed, 0, 2, CODE, ALIGNMENT) + in_row(row, code_row_stride, EIGHTS)
+    matrix = tl.load(table + (listed * 2 + 1))
+    directions += in_row(matrix, stride, EIGHTS) + in_row(row, row_stride, EIGHTS)
     place = (matrix * rows + row) * num_blocks + block
     step = tl.load(steps + place, row_mask, other=0.0) if QUANTIZED else 0.0
     first = block * BLOCK
@@ -114,7 +132,9 @@ def _stats_kernel(
         col = first + start + tl.arange(0, COLS)[None, :]
         mask = row_mask & (col < cols)
         direction = widened(tl.load(directions + col * col_stride, mask, other=0.0))
-        moment, normal = averaged(codes + col, step, direction, mask, beta2, one_minus_beta2, eps, QUANTIZED, CLAMPED)
+        moment = averaged(codes + col, step, direction, mask, beta2, one_minus_beta2, QUANTIZED)
+        # Only added up: exact roots and quotients take twice the instructions. A subnormal V may count as 0.
+        normal = over_root(direction, tl.sqrt(moment), eps, CLAMPED, EXACT=False)
         squares += tl.sum(normal * normal, axis=1, keep_dims=True)
         plain += tl.sum(direction * direction, axis=1, keep_dims=True)
         largest = tl.maximum(largest, tl.max(moment, axis=1, keep_dims=True))
@@ -139,7 +159,7 @@ def direction_squares(directions: Tensor, *, columns: bool) -> Tensor:
     return sums.sum(1 if columns else 2)
 
 
-def moment_constants(moment: ElementMoment) -> dict[str, Any]:
+def _moment_constants(moment: ElementMoment) -> dict[str, Any]:
     """Return the constants by which kernels take a second moment."""
     return {
         "CODE": tl_dtype(moment.codes[0]),
@@ -160,6 +180,35 @@ def code_stride(moment: ElementMoment) -> int:
     return row_stride
 
 
+def factor_arguments(factors: Tensor | None) -> dict[str, Any]:
+    """Return what the update kernel takes for factors of directions."""
+    if factors is None:
+        return {"factors": None, "factor_stride": 0, "FACTORS": None}
+    factors = factors.contiguous()
+    kind = "row" if factors.shape[1] > 1 else "column" if factors.shape[2] > 1 else "matrix"
+    return {"factors": factors, "factor_stride": factors.stride(0), "FACTORS": kind}
+
+
+def moment_arguments(moment: ElementMoment | None, inverses: Tensor | None) -> dict[str, Any]:
+    """Return what the update kernel takes for second moments of elements."""
+    if moment is None:
+        names = "beta2", "one_minus_beta2", "eps", "code_row_stride", "first_col", "moment_blocks"
+        constants: dict[str, Any] = {"CODE": None, "QUANTIZED": False, "CLAMPED": False, "MOMENT_BLOCK": 1}
+        return {"steps": None, "inverses": None, **dict.fromkeys(names, 0), **constants}
+    return {
+        "steps": moment.steps,
+        "inverses": inverses,
+        "beta2": float(moment.beta2),
+        "one_minus_beta2": 1.0 - moment.beta2,
+        "eps": float(moment.eps),
+        "code_row_stride": code_stride(moment),
+        "first_col": moment.first_col,
+        "moment_blocks": 0 if moment.steps is None else moment.steps.shape[2],
+        "MOMENT_BLOCK": moment.block_size,
+        **_moment_constants(moment),
+    }
+
+
 def second_moment_stats(directions: Tensor, moment: ElementMoment) -> Tensor:
     """Return what must be known of whole matrices before their second moments are written; nothing is.
 
@@ -174,23 +223,28 @@ def second_moment_stats(directions: Tensor, moment: ElementMoment) -> Tensor:
     strides = common_strides("directions", [directions], directions.shape[1:])
     shape = 3, batch, rows, -(-cols // moment.block_size)
     found = torch.empty(shape, dtype=torch.float32, device=directions.device)
-    table = table_of([[place] for place in addresses(moment.codes)], directions.device)
-    launch(
-        _stats_kernel,
-        directions,
-        batch,
-        tiling((rows, cols), moment.block_size, across=lies_across(strides)),
-        table,
-        directions,
-        moment.steps,
-        found,
-        found.stride(0),
-        float(moment.beta2),
-        1.0 - moment.beta2,
-        float(moment.eps),
-        directions.stride(0),
-        *strides,
-        code_stride(moment),
-        **moment_constants(moment),
-    )
+    across, row_stride = lies_across(strides), code_stride(moment)
+    eights = not across and whole_eighths(cols, strides[0], directions.stride(0), row_stride)
+    alignments = {0: 16} if across or cols % 8 == 0 else {}
+    for table, aligned in tables_of([addresses(moment.codes)], alignments, directions.device):
+        launch(
+            _stats_kernel,
+            directions,
+            len(table),
+            tiling((rows, cols), moment.block_size, across=across),
+            table,
+            directions,
+            moment.steps,
+            found,
+            found.stride(0),
+            float(moment.beta2),
+            1.0 - moment.beta2,
+            float(moment.eps),
+            directions.stride(0),
+            *strides,
+            row_stride,
+            **_moment_constants(moment),
+            ALIGNMENT=16 if aligned else 1,
+            EIGHTS=eights,
+        )
     return found

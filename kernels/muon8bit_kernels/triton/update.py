@@ -7,7 +7,6 @@ zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,7 @@ from ..element_moment import ElementMoment
 from ..random_bits import ADDED, FINAL_1, FINAL_2, NUM_BYTES, WORD_1, WORD_2
 from ..reference.update import check_rounding
 from .codes import ROUNDER, widened
-from .second_moment import averaged, code_stride, moment_constants
+from .second_moment import averaged, code_stride, factor_arguments, moment_arguments, over_root
 from .tiles import (
     GRID,
     address,
@@ -98,6 +97,12 @@ def _update_kernel(
     param_col_stride,
     direction_row_stride,
     direction_col_stride,
+    rows,
+    cols,
+    num_blocks,
+    num_tiles,
+    over_blocks,
+    over_tiles,
     factors,
     factor_stride,
     steps,
@@ -108,12 +113,6 @@ def _update_kernel(
     code_row_stride,
     first_col,
     moment_blocks,
-    rows,
-    cols,
-    num_blocks,
-    num_tiles,
-    over_blocks,
-    over_tiles,
     PARAM: tl.constexpr,
     DIRECTION: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -127,11 +126,16 @@ def _update_kernel(
     QUANTIZED: tl.constexpr,
     CLAMPED: tl.constexpr,
     MOMENT_BLOCK: tl.constexpr,
+    IN_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Update a tile; FACTORS names what has one, CODE is the dtype of an element's second moment, None without."""
+    """Update a tile.
+
+    FACTORS names what has one, CODE is the dtype of an element's second moment, None without. With IN_BLOCK a row of
+    the tile lies in one block of that: its two numbers are loaded once.
+    """
     if EIGHTS:
         cols = cols // 8 * 8
     place, block, row, row_mask = tile_rows(rows, num_blocks, num_tiles, over_blocks, over_tiles, ROWS)
@@ -149,10 +153,14 @@ def _update_kernel(
     old = widened(tl.load(param + col * param_col_stride, mask, other=0.0))
     step = widened(tl.load(direction + col * direction_col_stride, mask, other=0.0))
     if CODE is not None:
-        codes = tl.load(table + (place * WIDTH + WIDTH - 2)).to(tl.pointer_type(CODE)) + row * code_row_stride + col
-        of_block = (matrix * rows + row) * moment_blocks + (first_col + col) // MOMENT_BLOCK
-        code_step = tl.load(steps + of_block, mask, other=0.0) if QUANTIZED else 0.0
-        moment, step = averaged(codes, code_step, step, mask, beta2, one_minus_beta2, eps, QUANTIZED, CLAMPED)
+        codes = address(table, place, WIDTH - 2, WIDTH, CODE, ALIGNMENT) + in_row(row, code_row_stride, EIGHTS) + col
+        of_row = (matrix * rows + row) * moment_blocks
+        of_block = of_row + (first_col + (block * BLOCK if IN_BLOCK else col)) // MOMENT_BLOCK
+        block_mask = row_mask if IN_BLOCK else mask
+        code_step = tl.load(steps + of_block, block_mask, other=0.0) if QUANTIZED else 0.0
+        moment = averaged(codes, code_step, step, mask, beta2, one_minus_beta2, QUANTIZED)
+        root = tl.sqrt_rn(moment)
+        step = over_root(step, root, eps, CLAMPED, EXACT=True)
     if FACTORS == "row":
         step = step * tl.load(factors + (matrix * factor_stride + row), row_mask, other=0.0)
     elif FACTORS == "column":
@@ -166,14 +174,15 @@ def _update_kernel(
         new = to_bf16(new, index, key, ROUNDING)
     elif ROUNDING == "nearest":
         new = to_bf16(new, 0, 0, ROUNDING)
+    if QUANTIZED:
+        inverse = tl.load(inverses + of_block, block_mask, other=0.0)
     # A small tile's elements are held more than once: no warp may write what another has yet to load.
     tl.debug_barrier()
     tl.store(param + col * param_col_stride, new, writes & (col < cols))
     if CODE is not None:
         if QUANTIZED:
-            inverse = tl.load(inverses + of_block, mask, other=0.0)
-            code = (tl.sqrt_rn(moment) * inverse + ROUNDER) - ROUNDER  # to the nearest integer
-            moment = tl.maximum(code, (moment > 0.0).to(tl.float32))
+            code = (root * inverse + ROUNDER).to(tl.int32, bitcast=True) & 0xFF  # the nearest integer, at most 255
+            moment = tl.maximum(code, (root > 0.0).to(tl.int32)).to(tl.uint8)
         tl.store(codes, moment, writes & (col < cols))
 
 
@@ -250,29 +259,25 @@ def update_params(
         raise ValueError(f"{num_directions} directions for {count} matrices {tuple(shape)}")
     if keys is not None:
         columns += [list(keys), [0] * count if firsts is None else list(firsts)]
-    constants: dict[str, Any] = {"CODE": None, "QUANTIZED": False, "CLAMPED": False}
-    numbers: tuple[float, ...] = (0.0, 0.0, 0.0, 0, 0, 0)
+    across = lies_across(param_strides) or lies_across(direction_strides)
+    width, row_strides = _PIECE_COLUMNS if across else _TILE_COLUMNS, [param_strides[0], direction_strides[0]]
+    alignments = {0: 16, 1: 16}
     if moment is not None:
+        alignments[len(columns)] = 16
         columns.append(addresses(moment.codes))
-        constants, blocks = moment_constants(moment), 0 if moment.steps is None else moment.steps.shape[2]
-        numbers = float(moment.beta2), 1.0 - moment.beta2, float(moment.eps)
-        numbers = *numbers, code_stride(moment), moment.first_col, blocks
-    factor = None
-    if factors is not None:
-        factors = factors.contiguous()
-        factor = "row" if factors.shape[1] > 1 else "column" if factors.shape[2] > 1 else "matrix"
+        row_strides.append(code_stride(moment))
+        width = min(width, moment.block_size)
+    how = factor_arguments(factors) | moment_arguments(moment, inverses)
     in_memory = isinstance(decay, Tensor) or isinstance(scale, Tensor)
     if in_memory:
         decay, scale = (torch.as_tensor(f, dtype=torch.float32, device=first.device) for f in (decay, scale))
-    across = lies_across(param_strides) or lies_across(direction_strides)
-    eights = whole_eighths(shape[1], param_strides[0], direction_strides[0])
-    alignments = {0: 16, 1: 16} if across or shape[1] % 8 == 0 else {}
-    for table, aligned in tables_of(columns, alignments, first.device):
+    tiles, eights = tiling(shape, width), whole_eighths(shape[1], *row_strides)
+    for table, aligned in tables_of(columns, alignments if across or shape[1] % 8 == 0 else {}, first.device):
         launch(
             _update_kernel,
             first,
             len(table),
-            tiling(shape, _PIECE_COLUMNS if across else _TILE_COLUMNS),
+            tiles,
             table,
             decay,
             scale,
@@ -280,14 +285,8 @@ def update_params(
             shape[1] if pitch is None else pitch,
             *param_strides,
             *direction_strides,
-            factors,
-            0 if factors is None else factors.stride(0),
-            None if moment is None else moment.steps,
-            inverses,
-            *numbers,
-            FACTORS=factor,
-            MOMENT_BLOCK=1 if moment is None else moment.block_size,
-            **constants,
+            **how,
+            IN_BLOCK=moment is not None and moment.block_size % tiles.BLOCK == moment.first_col % tiles.BLOCK == 0,
             PARAM=tl_dtype(first),
             DIRECTION=tl_dtype(stacks[0]),
             ALIGNMENT=16 if aligned else 1,
