@@ -42,7 +42,7 @@ from muon8bit_kernels.triton import gemm, kernels
 
 from benchmarks.compile.compiling import TARGETS, StandInDriver
 from benchmarks.gpu.first_cases import CASES
-from benchmarks.gpu.first_steps import MODELS, step_on_meta
+from benchmarks.gpu.first_steps import FAMILY, MODELS, square_layers, step_on_meta
 
 TARGET, ARCHITECTURE = "sm_90", 90
 PROCESSES = 2
@@ -107,7 +107,8 @@ def calls(device: torch.device = _META) -> dict[str, Callable[[], Any]]:
 
     of_cases = {case.name: (lambda case=case: case.run(kernels, device, False)) for case in CASES}
     of_steps = {f"a step of {name}": (lambda name=name: step_on_meta(MODELS[name]())) for name in MODELS}
-    return {"self check": check, **of_cases, **of_steps}
+    of_family = {f"a step of {name}": (lambda of=of: step_on_meta(square_layers(), of)) for name, of in FAMILY.items()}
+    return {"self check": check, **of_cases, **of_steps, **of_family}
 
 
 def listed() -> dict[str, list[Compilation]]:

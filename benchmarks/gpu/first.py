@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ import torch
 from muon8bit_kernels import kernels_for, reference
 
 from benchmarks.gpu.first_cases import CASES, Found, compare
-from benchmarks.gpu.first_steps import pretrained, stepped
+from benchmarks.gpu.first_steps import FAMILY, pretrained, stepped
 from benchmarks.gpu.gpu_tests import side_by_side
 from benchmarks.gpu.record import Record
+from muon8bit import Muon8bit
 from muon8bit.tune.timing import FAILED, poisoned
 
 SECTION = "first"
@@ -41,8 +43,8 @@ def _self_check(device: torch.device, dry: bool) -> None:  # noqa: ARG001
     kernels_for(device)
 
 
-def _step(device: torch.device, dry: bool) -> None:
-    compare(stepped(device, dry), stepped(_CPU, dry))
+def _step(device: torch.device, dry: bool, of: type[Muon8bit] = Muon8bit) -> None:
+    compare(stepped(device, dry, of), stepped(_CPU, dry, of))
 
 
 def _pretrain(_: torch.device, dry: bool) -> None:
@@ -62,7 +64,9 @@ def _bits(run: Callable[[Any, torch.device, bool], Found], device: torch.device,
 
 def checks() -> dict[str, Callable[[torch.device, bool], None]]:
     """Return the checks by name, the longest first."""
+    whole: dict[str, Callable[[torch.device, bool], None]]
     whole = {"pretraining in bf16": _pretrain, "two steps against the reference": _step, "self check": _self_check}
+    whole |= {f"two steps of {name}": partial(_step, of=of) for name, of in FAMILY.items()}
     return whole | {case.name: (lambda device, dry, case=case: _bits(case.run, device, dry)) for case in CASES}
 
 

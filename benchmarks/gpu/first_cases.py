@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from muon8bit_kernels import Kernels, reference
+from muon8bit_kernels import ElementMoment, Kernels, reference
 from muon8bit_kernels.codebooks import Codebook
 from torch import Tensor
 
@@ -93,17 +93,18 @@ def momentum(
     shape: tuple[int, int] = (40, 4096),
     grad_dtype: torch.dtype = torch.bfloat16,
     across: bool = False,
+    signs: bool = False,
 ) -> Found:
     """Do both phases of a step of three matrices, with the flag of the step given."""
     rows, cols = (3, shape[1] // 64 + 3) if small else shape
     codes, scales = _state(_random(3, rows, cols, seed=1), codebook, block, device)
     grads = _across(_random(3, rows, cols, seed=2, dtype=grad_dtype), across).to(device)
     stacks = [grads[:1], grads[1:]]
-    options: dict[str, Any] = {"beta": BETA, "nesterov": True, "codebook": codebook, "block_size": block}
+    options: dict[str, Any] = {"beta": BETA, "nesterov": not signs, "codebook": codebook, "block_size": block}
     sums = kernels.momentum_stats(codes, scales, stacks, **options)
     out = torch.empty(3, rows, cols, dtype=torch.float16, device=device)
     norms, skip = torch.tensor([2.0, 0.5, 300.0], device="cpu").to(device), torch.zeros((), device=device)
-    kernels.momentum_apply(codes, scales, stacks, norms, out, **options, skip=skip)
+    kernels.momentum_apply(codes, scales, stacks, norms, out, **options, skip=skip, signs=signs)
     named = {"codes": torch.cat(codes), "out": out} | ({} if scales is None else {"scales": torch.cat(scales)})
     return Found(named, {"sums of squares": (sums, SUMS)})
 
@@ -141,21 +142,50 @@ def update(
     stochastic: bool = False,
     across: bool = False,
     lr_on_device: bool = False,
+    factors: bool = False,
 ) -> Found:
     """Update three matrices by bf16 or fp16 directions, with the flag of the step given."""
-    rows, cols = (3, 70) if small else (40, 4096)
+    rows, cols = (3, 70) if small else (64 if factors else 40, 4096)
     params = [_random(n, rows, cols, seed=6, dtype=dtype).to(device, copy=True) for n in (1, 2)]
     directions = _across(_random(3, rows, cols, seed=7, dtype=torch.float16), across).to(device)
-    factors: dict[str, Any] = {"decay": 0.999, "scale": 0.02}
+    how: dict[str, Any] = {"decay": 0.999, "scale": 0.02}
     if lr_on_device:
-        factors = {name: torch.tensor(value, device="cpu").to(device) for name, value in factors.items()}
-    factors |= {"keys": KEYS, "firsts": [0, 2**33, 11]} if stochastic else {}
-    kernels.update_params(params, directions, **factors, skip=torch.zeros((), device=device))
+        how = {name: torch.tensor(value, device="cpu").to(device) for name, value in how.items()}
+    how |= {"keys": KEYS, "firsts": [0, 2**33, 11]} if stochastic else {}
+    how |= {"factors": _random(3, rows, 1, seed=12).to(device)} if factors else {}
+    kernels.update_params(params, directions, **how, skip=torch.zeros((), device=device))
     found = Found({"parameters": torch.cat(params)})
     if stochastic:
         rounded = kernels.round_stochastic(_random(rows, cols, seed=8).to(device), key=-5, first=2**33)
         found.exact["rounded"] = rounded
     return found
+
+
+def second_moment(kernels: Kernels, device: torch.device, small: bool) -> Found:
+    """Find what second moments of elements need, and update three matrices by it; the second one has a zero row."""
+    rows, cols = (3, 70) if small else (64, 4096)
+    directions = _random(3, rows, cols, seed=13, dtype=torch.float16).to(device)
+    params = [_random(n, rows, cols, seed=14, dtype=torch.bfloat16).to(device, copy=True) for n in (1, 2)]
+    roots = _random(3, rows, cols, seed=15).abs()
+    scales = roots.amax(2, keepdim=True).expand(-1, -1, -(-cols // BLOCK)).contiguous()
+    roots = (roots / scales[:, :, :1].clamp(min=1e-30) * 255).round().to(torch.uint8)
+    steps = (scales / torch.tensor(255.0, device="cpu")).to(device)
+    codes = [roots[:1].to(device, copy=True), roots[1:].to(device, copy=True)]
+    moment = ElementMoment(codes, steps, 0.95, 1e-8, is_clamped=False, block_size=BLOCK)
+    stats = kernels.second_moment_stats(directions, moment)
+    inverses = torch.where(stats[2] > 0, torch.full_like(stats[2], 255.0) / stats[2], 0)
+    how: dict[str, Any] = {"decay": 0.999, "scale": 0.02, "factors": _random(3, 1, 1, seed=16).abs().add(1).to(device)}
+    how |= {"skip": torch.zeros((), device=device), "moment": moment, "inverses": inverses}
+    kernels.update_params(params, directions, **how)
+    named = {"largest roots": stats[2], "codes": torch.cat(codes), "parameters": torch.cat(params)}
+    return Found(named, {"sums of squares": (stats[:2], SUMS)})
+
+
+def squares(kernels: Kernels, device: torch.device, small: bool) -> Found:
+    """Add up squares of rows."""
+    rows, cols = (3, 70) if small else (64, 4096)
+    directions = _random(3, rows, cols, seed=17, dtype=torch.float16).to(device)
+    return Found({}, {"sums of squares": (kernels.direction_squares(directions, columns=False), SUMS)})
 
 
 def product(
@@ -231,6 +261,10 @@ def _cases() -> dict[str, Any]:
         "update bf16, stochastic": partial(update, bf16, stochastic=True),
         "update bf16, across": partial(update, bf16, across=True),
         "update bf16, lr on the device": partial(update, bf16, lr_on_device=True),
+        "momentum dynamic, signs": partial(momentum, "dynamic", shape=(64, 4096), signs=True),
+        "update bf16, factors of rows": partial(update, bf16, factors=True),
+        "second moments of rows": squares,
+        "second moments of elements": second_moment,
         "product fp16, 256": partial(product, fp16, 1, 256, 512),
         "product fp16, 1024": partial(product, fp16, 4, 1024, 1024),
         "product fp16, 4096": partial(product, fp16, 1, 4096, 512),

@@ -24,8 +24,8 @@ from torch import nn
 
 from benchmarks.gpu.first_cases import Found
 from benchmarks.gpu.record import missing_package
-from muon8bit import Muon8bit, param_groups
-from muon8bit.config import LINEAR_CODES_KEY, SCALES_KEY
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, param_groups
+from muon8bit.config import DYNAMIC_CODES_KEY, LINEAR_CODES_KEY, SCALES_KEY, SECOND_MOMENT_KEY
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "finetune/recipes/llama_4m.yaml"
@@ -52,6 +52,12 @@ def bf16_layers(small: bool = False) -> nn.Module:
     return Layers(n, shapes).to(torch.bfloat16)
 
 
+def square_layers(small: bool = False) -> nn.Module:
+    """Return a model of two squares, in bf16, whose steps launch little that was not compiled before."""
+    n = 64 if small else 2048
+    return Layers(n, [(n, n)] * 2).to(torch.bfloat16)
+
+
 def _recipe_model() -> dict[str, Any]:
     import yaml  # optional, as transformers is
 
@@ -69,21 +75,30 @@ def pretrained_model(small: bool = False) -> nn.Module:  # noqa: ARG001
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"bf16 layers": bf16_layers, "the default recipe": pretrained_model}
+FAMILY: dict[str, type[Muon8bit]] = {"NorMuon8bit": NorMuon8bit, "AdaMuon8bit": AdaMuon8bit}
 
 
-def optimizer_of(model: nn.Module, ns_dtype: torch.dtype | None = None) -> Muon8bit:
+def optimizer_of(model: nn.Module, ns_dtype: torch.dtype | None = None, of: type[Muon8bit] = Muon8bit) -> Muon8bit:
     """Return the optimizer that a user would make, with steps that bf16 shows."""
-    return Muon8bit(param_groups(model, lr=0.05), ns_dtype=ns_dtype)
+    groups = param_groups(model, lr=0.05)
+    if of is not Muon8bit:
+        for group in groups:
+            group.pop("adjust_lr_fn", None)  # the preset has its own
+    return of(groups, ns_dtype=ns_dtype)
 
 
-def stepped(device: torch.device, small: bool) -> Found:
-    """Take two steps of the first model with given gradients; the reference does it on the CPU."""
+def stepped(device: torch.device, small: bool, of: type[Muon8bit] = Muon8bit) -> Found:
+    """Take two steps of a model with given gradients, of the first one by Muon8bit; the reference does it on the CPU.
+
+    Second moments are those of an O that differs by rounding: their rows are compared with a bound, the momentum's
+    codes bit for bit.
+    """
     torch.manual_seed(0)
-    model = bf16_layers(small)
+    model = bf16_layers(small) if of is Muon8bit else square_layers(small)
     start = {name: param.detach().clone() for name, param in model.named_parameters()}
     model.to(device)
     # A CPU with instructions for bf16 would take it, which is less exact than the GPU's fp16.
-    optimizer = optimizer_of(model, torch.float32 if device.type == "cpu" else None)
+    optimizer = optimizer_of(model, torch.float32 if device.type == "cpu" else None, of)
     generator = torch.Generator("cpu").manual_seed(1)
     for _ in range(NUM_STEPS):
         for param in model.parameters():
@@ -92,12 +107,15 @@ def stepped(device: torch.device, small: bool) -> Found:
     found = Found()
     for name, param in model.named_parameters():
         state = optimizer.state[param]
-        found.exact |= {f"{key} of {name}": state[key] for key in (LINEAR_CODES_KEY, SCALES_KEY) if key in state}
+        exact = LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, SCALES_KEY
+        found.exact |= {f"{key} of {name}": state[key] for key in exact if key in state}
+        if SECOND_MOMENT_KEY in state:
+            found.close[f"second moment of {name}"] = state[SECOND_MOMENT_KEY], STEP_BOUND
         found.close[name] = (param.detach().cpu().float() - start[name].float(), STEP_BOUND)
     return found
 
 
-def step_on_meta(model: nn.Module) -> None:
+def step_on_meta(model: nn.Module, of: type[Muon8bit] = Muon8bit) -> None:
     """Call the kernels of one step of a model without values; the meta device stands for an H100.
 
     What the package's modules have imported is replaced for good: to be called in a process for it.
@@ -125,7 +143,7 @@ def step_on_meta(model: nn.Module) -> None:
     # Neither torch's autocast nor its fused AdamW knows the meta device.
     no_autocast, no_adamw = (mock.patch(name, return_value=nullcontext()) for name in _UNKNOWN_TO_META)
     with no_autocast, no_adamw:
-        optimizer_of(model).step()
+        optimizer_of(model, of=of).step()
 
 
 def pretrain(folder: Path, small: bool) -> None:
