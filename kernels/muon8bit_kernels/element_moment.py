@@ -24,6 +24,13 @@ from .batches import StackedRows
 SQRT_MAX = 255.0
 
 
+class Room(NamedTuple):
+    """Memory of one pass, since fresh memory costs more than arithmetic: fp32 [3, rows, cols] and fp64 [rows, cols]."""
+
+    narrow: Tensor
+    wide: Tensor
+
+
 class ElementMoment(NamedTuple):
     """Second moments of a batch, stored as codes of their square roots, or in fp32.
 
@@ -45,20 +52,26 @@ class ElementMoment(NamedTuple):
     block_size: int
     first_col: int = 0
 
-    def averaged(self, rows: slice, directions: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    def room(self, num_rows: int, cols: int) -> Room:
+        """Return the memory that the methods below use for so many rows at once."""
+        device = self.codes[0].device
+        narrow = torch.empty(3, num_rows, cols, dtype=torch.float32, device=device)
+        return Room(narrow, torch.empty(num_rows, cols, dtype=torch.float64, device=device))
+
+    def averaged(self, rows: slice, directions: Tensor, room: Room) -> tuple[Tensor, Tensor]:
         """Return the new second moment of some rows and its root, fp32 [rows, cols].
 
         Args:
             rows: of all matrices, numbered through.
             directions: O, fp32 [rows, cols].
-            scratch: fp32 [2, rows or more, cols]: room for what is returned.
+            room: from `room`, for so many rows or more.
         """
-        V, squares = scratch[:, : len(directions)]
+        V, squares, _ = (buffer[: len(directions)] for buffer in room.narrow)
         V = StackedRows(self.codes).read(rows, slice(0, directions.shape[1]), V)
         if self.steps is not None:
             V.mul_(self._by_column(self.steps, rows, V.shape[1])).square_()
         V.mul_(self.beta2).add_(torch.mul(directions, directions, out=squares).mul_(1.0 - self.beta2))
-        return V, root(V, squares)
+        return V, root(V, squares, room.wide[: len(directions)])
 
     def divide_(self, directions: Tensor, roots: Tensor) -> Tensor:
         """Divide directions in place by the roots of their second moments, which are lost; by 0 they become 0.
@@ -69,10 +82,10 @@ class ElementMoment(NamedTuple):
             roots.clamp_(min=sqrt(torch.tensor(self.eps, dtype=torch.float32).item()))
         else:
             roots.add_(self.eps)
-        return directions.div_(roots.masked_fill_(roots == 0, torch.inf))
+        return directions.div_(roots if self.eps > 0 else roots.masked_fill_(roots == 0, torch.inf))
 
     def write_and_divide_(
-        self, rows: slice, directions: Tensor, inverses: Tensor | None, skip: Tensor | None, scratch: Tensor
+        self, rows: slice, directions: Tensor, inverses: Tensor | None, skip: Tensor | None, room: Room
     ) -> None:
         """Write the new second moments of some rows, and divide their directions, fp32 [rows, cols], in place.
 
@@ -81,12 +94,12 @@ class ElementMoment(NamedTuple):
             directions: O, then O'.
             inverses: fp32 [batch, rows, blocks], 255 over the new scales, 0 where these are 0; None where it is fp32.
             skip: 0-d fp32, or [rows of all matrices, 1]; where it is not 0, nothing is written.
-            scratch: as in `averaged`.
+            room: as in `averaged`.
         """
-        V, roots = self.averaged(rows, directions, scratch)
+        V, roots = self.averaged(rows, directions, room)
         if inverses is not None:
             codes = torch.mul(roots, self._by_column(inverses, rows, V.shape[1]), out=V).round_()
-            V = codes.maximum(roots > 0)
+            V = torch.maximum(codes, torch.sign(roots, out=room.narrow[2, : len(roots)]), out=V)
         StackedRows(self.codes).write(rows, slice(0, V.shape[1]), V, skip)
         self.divide_(directions, roots)
 
@@ -99,11 +112,14 @@ class ElementMoment(NamedTuple):
         return of_rows[:, columns // self.block_size]
 
 
-def root(values: Tensor, out: Tensor | None = None) -> Tensor:
+def root(values: Tensor, out: Tensor | None = None, wide: Tensor | None = None) -> Tensor:
     """Return the square roots of fp32 values, correctly rounded, in `out` if it is given.
 
     On CPUs torch takes those of a vector library, a fifth of which are neighbours. Rounded from fp64 they are right:
-    no root of an fp32 number lies that close to the middle of two.
+    no root of an fp32 number lies that close to the middle of two. `wide` is room for these.
     """
     out = torch.empty_like(values) if out is None else out
-    return out.copy_(values.double().sqrt_()) if values.device.type == "cpu" else torch.sqrt(values, out=out)
+    if values.device.type != "cpu":
+        return torch.sqrt(values, out=out)
+    wide = values.double() if wide is None else wide.copy_(values)
+    return out.copy_(wide.sqrt_())

@@ -49,11 +49,11 @@ def second_moment_stats(directions: Tensor, moment: ElementMoment) -> Tensor:
     num_blocks, device, every = -(-cols // moment.block_size), directions.device, slice(0, cols)
     found = torch.empty(3, batch * rows, num_blocks, dtype=torch.float32, device=device)
     num_rows, towards = min(batch * rows, max(1, elements_at_once(device) // max(1, cols))), StackedRows([directions])
-    buffers = torch.empty(3, num_rows, cols, dtype=torch.float32, device=device)
+    buffer, room = torch.empty(num_rows, cols, dtype=torch.float32, device=device), moment.room(num_rows, cols)
     for start in range(0, batch * rows, num_rows):
         r = slice(start, min(start + num_rows, batch * rows))
-        O = towards.read(r, every, buffers[0, : r.stop - start])  # noqa: E741
-        V, roots = moment.averaged(r, O, buffers[1:])
+        O = towards.read(r, every, buffer[: r.stop - start])  # noqa: E741
+        V, roots = moment.averaged(r, O, room)
         found[2, r] = _by_block(roots, moment.block_size, torch.amax)
         found[1, r] = _by_block(torch.mul(O, O, out=V), moment.block_size, torch.sum)
         found[0, r] = _by_block(moment.divide_(O, roots).square_(), moment.block_size, torch.sum)

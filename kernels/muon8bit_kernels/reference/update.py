@@ -143,8 +143,8 @@ def update_params(
     can_be_in_place = params[0].dtype == torch.float32 and not isinstance(scale, Tensor) and skip is None
     num_rows = min(batch * rows, max(1, elements_at_once(device) // max(1, cols)))
     # Fresh memory costs more than arithmetic.
-    num_buffers = 2 + 2 * cautious + 2 * (moment is not None)  # those of the moment last
-    buffers = torch.empty(num_buffers, num_rows, cols, device=device, dtype=torch.float32)
+    buffers = torch.empty(4 if cautious else 2, num_rows, cols, device=device, dtype=torch.float32)
+    room = None if moment is None else moment.room(num_rows, cols)
     for start in range(0, batch * rows, num_rows):
         r = slice(start, min(start + num_rows, batch * rows))
         new, scratch, *more = (buffer[: r.stop - start] for buffer in buffers)
@@ -152,13 +152,13 @@ def update_params(
         new = old.read(r, every, new) if view is None else view
         is_zero = not isinstance(scale, Tensor) and scale == 0
         update = None if is_zero and moment is None else towards.read(r, every, scratch)
-        if moment is not None and update is not None:
-            moment.write_and_divide_(r, update, inverses, skip, buffers[-2:])
+        if moment is not None and room is not None and update is not None:
+            moment.write_and_divide_(r, update, inverses, skip, room)
         if factors is not None and update is not None:
             update.mul_(_of_rows(factors, r, rows))
         update = None if is_zero or update is None else update.mul_(scale)
         if cautious and update is not None:
-            _decay_cautiously_(new, update, decay, *more[:2])
+            _decay_cautiously_(new, update, decay, *more)
         else:
             new.mul_(decay)
         if update is not None and isinstance(scale, Tensor):
