@@ -7,7 +7,7 @@ Equations: `muon8bit/step/second_moment.py`; one matrix in plain torch: `muon8bi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -91,10 +91,23 @@ class _PresetOptimizer(Muon8bit):
             self._check_preset(param_group, f"parameter group {len(self.param_groups)}: ")
         super().add_param_group(param_group)
 
+    def _check_loaded(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for saved keys that are not the preset's, but a momentum, which schedules write."""
+        for index, group in enumerate(groups):
+            preset = {key: value for key, value in self.presets[self.preset].items() if key != "momentum"}
+            other = [key for key in preset if group["algorithm"] == "muon" and group[key] != preset[key]]
+            if other:
+                fitting = [n for n, keys in self.presets.items() if all(group[k] == keys[k] for k in preset)]
+                way_out = f"make it with preset={fitting[0]!r}" if fitting else "take Muon8bit with the keys as saved"
+                raise ValueError(
+                    f"group {index}: saved with {other[0]}={shown(group[other[0]])}, preset={self.preset!r} of "
+                    f"{type(self).__name__} has {preset[other[0]]!r}: {way_out}"
+                )
+
     def _check_preset(self, options: Mapping[str, Any], where: str) -> None:
         """Raise ValueError for a value that is not the preset's."""
         for key, value in self.presets[self.preset].items():
-            if key in options and options[key] != value:
+            if key in options and (isinstance(options[key], Tensor) or options[key] != value):
                 raise ValueError(
                     f"{where}{key}={shown(options[key])} contradicts preset={self.preset!r} of {type(self).__name__}, "
                     f"which has {value!r}: leave it out, or take Muon8bit with the keys of "

@@ -542,6 +542,7 @@ class Muon8bit(ShardedOptimizer):
             self._pending.undo_counters()  # what is loaded may be the running state itself
         with torch.inference_mode(mode=False):  # state made in it could not be changed outside
             groups, state = checked(state_dict, self.param_groups, self._find_rank_group(), self._offload)
+        self._check_loaded(groups)
 
         def load() -> None:
             self._pending = self._unreported = self._consolidated = self._failure = None
@@ -550,6 +551,9 @@ class Muon8bit(ShardedOptimizer):
                 post_hook(self)
 
         return load
+
+    def _check_loaded(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for loaded groups that a class over this one cannot take."""
 
     def empty_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Return parameter -> its entry of `state` after a step, with values that mean nothing.

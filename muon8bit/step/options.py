@@ -76,7 +76,7 @@ AS_SAVED = f"use the same model and {SAME_GROUPS}"
 RATES_KEY = "rates"
 # Key of a copy of a group that has one of its parameters: all of them, which decide how each is orthogonalized.
 MEMBERS = "members"
-RUNNING_KEYS = (*FORMAT_KEYS, "split_sizes", "split_dim", "second_moment", "adamw_bits")
+RUNNING_KEYS = ("second_moment", *FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")
 MUON_ONLY_KEYS = (
     *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn", "clip_matrix_norm", "decay_lr_power"),
     *FORMAT_KEYS,

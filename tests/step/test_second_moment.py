@@ -133,8 +133,26 @@ def test_presets_fill_groups_and_what_contradicts_them_is_refused(of):
                 of([param], preset=preset, **options)
             with pytest.raises(ValueError, match=rf"group 0: {next(iter(options))}=.*contradicts"):
                 of([{"params": [param], **options}], preset=preset)
+    with pytest.raises(ValueError, match=r"beta2=.*contradicts"):
+        of([parameter((8, 8))], beta2=torch.tensor([0.9, 0.9]))
     with pytest.raises(ValueError, match="preset must be one of paper"):
         of([parameter((8, 8))], preset="papre")
+
+
+@pytest.mark.parametrize("of", [NorMuon8bit, AdaMuon8bit])
+def test_a_checkpoint_of_another_preset_is_refused_and_a_scheduled_momentum_is_loaded(of):
+    saved, running = (of([parameter((16, 32))], preset=preset) for preset in ("official", "paper"))
+    before = dict(running.param_groups[0])
+    with pytest.raises(ValueError, match=r"group 0: saved with .*True, preset='paper' .*preset='official'"):
+        running.load_state_dict(saved.state_dict())
+    assert running.param_groups[0] == before
+    second = NorMuon8bit if of is AdaMuon8bit else AdaMuon8bit
+    with pytest.raises(ValueError, match="group 0: saved with second_moment="):
+        second([parameter((16, 32))]).load_state_dict(saved.state_dict())
+    other = of([parameter((16, 32))], preset="official")
+    saved.param_groups[0]["momentum"] = 0.85
+    other.load_state_dict(saved.state_dict())
+    assert other.param_groups[0]["momentum"] == 0.85
 
 
 @pytest.mark.parametrize("kind", KINDS)
