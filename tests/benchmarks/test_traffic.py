@@ -1,11 +1,12 @@
 """A sharded layer of Llama-3.2-1B: what its plan moves, and that the script counts just that."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.scaling import launches, traffic
+from benchmarks.scaling import family_bytes, launches, traffic
 from benchmarks.scaling.model import matrices_of
 from benchmarks.scaling.transfers import bytes_received, gathered_bytes
 from muon8bit.distributed.assignment import plan
@@ -47,3 +48,11 @@ def test_columns_of_a_rank_take_a_table_and_a_kernel_a_phase():
         x.view(16).add_(1).mul(2)
     assert counter.total == 2
     assert {launches.launches(in_triton, 14336, rank, count) for rank in (0, 5) for count in (1, 3)} == {4}
+
+
+def test_bytes_of_the_family_are_those_of_what_is_sent():
+    """X and O in bf16, or signs in a byte, codes or fp32: 7 of 8 parts of each move, and rows' numbers."""
+    every = family_bytes.rows("Llama-3.1-8B", 8, "cuda_sm90")
+    for (name, _, each), itemsizes in zip(every, (2 + 2, 2 + 2, 2 + 2, 1 + 1 + 2, 1 + 4 + 2), strict=True):
+        assert itemsizes * 7 / 8 <= each <= itemsizes * 7 / 8 + 0.006, name
+    assert family_bytes.table(every) in (Path(__file__).parents[2] / "docs/guide/several-gpus.md").read_text()
