@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _FORMAT = ("bits", "codebook", "block_size", "adamw_bits")
+_ASKED = (*_FORMAT, "momentum", "target", "drop_moved", "new_second_moment")
 _DESCRIPTION = """Write the checkpoint of an optimizer in another format. IN is a file of torch.save, such as
 Accelerate's optimizer.bin, or a folder of torch.distributed.checkpoint, and is not changed; OUT, of the same kind,
 must not exist, and appears when it is complete. Of a file that holds more, such as {"model": ..., "optimizer": ...},
@@ -74,6 +75,12 @@ def add_parser(subparsers: _Subparsers) -> None:
         action="store_true",
         help="leave out the state of parameters that --like has with the other algorithm, so that they start at zero",
     )
+    parser.add_argument(
+        "--new-second-moment",
+        action="store_true",
+        help="let second moments start at zero where --like has some and IN none that fit, as from Muon8bit to "
+        "NorMuon8bit",
+    )
     parser.set_defaults(run=run)
 
 
@@ -119,7 +126,7 @@ def _convert(args: argparse.Namespace) -> None:
             what = "is a folder, and --to torch writes two state dicts"
             raise ValueError(f"{args.source} {what}: give a file of torch.save")
         names = None if args.names is None else _names(args.names)
-        options: dict[str, Any] = {key: getattr(args, key) for key in (*_FORMAT, "momentum", "target", "drop_moved")}
+        options: dict[str, Any] = {key: getattr(args, key) for key in _ASKED}
         options |= {"source": args.dialect, "like": like, "names": names}
         saved = saved if adamw is None else {"muon": saved, "adamw": adamw}
         try:

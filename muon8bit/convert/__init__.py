@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +35,7 @@ def convert_state_dict(
     names: Sequence[str] | None = None,
     keep: Keep | None = None,
     drop_moved: bool = False,
+    new_second_moment: bool = False,
 ) -> dict[str, Any]:
     """Convert a saved optimizer to another format, with a warning that names both.
 
@@ -44,7 +46,8 @@ def convert_state_dict(
     From 8 to 32 bits the values are decoded exactly: the next step is bitwise that of the 8-bit optimizer. To 8 bits
     they are rounded as a step rounds them, by at most half a step of the codebook times the block's scale. Linear to 32
     bits and back keeps every code, and every scale to a unit in its last place. AdamW's moments in 8 bits are decoded
-    exactly, and encoded to the nearest codes, of the second moment never 0. What need not change is shared, not copied.
+    exactly, and encoded to the nearest codes, of the second moment never 0. So are AdaMuon8bit's second moments, whose
+    codes are those of their roots. What need not change is shared, not copied.
     Nothing given is changed.
 
     Args:
@@ -70,6 +73,9 @@ def convert_state_dict(
             in its place.
         drop_moved: leave out, with a warning, the state of parameters that `like` has in a group of the other
             algorithm, so that they start at zero; False: an error that names the first.
+        new_second_moment: let a second moment start at zero where `like` has one, and the saved state has none, or one
+            of other rows or columns, as a Muon8bit's that goes on as NorMuon8bit; False: an error that names the first.
+            A group whose `second_moment` is not the saved one has all options of `like`, with a warning.
 
     Raises:
         ValueError: names the argument, group, parameter or key that is missing, foreign, damaged or cannot be
@@ -87,6 +93,8 @@ def convert_state_dict(
         raise ValueError("momentum is only needed with source='heavy-ball': leave it out")
     if drop_moved and like is None:
         raise ValueError("drop_moved is about the groups of `like` (--like): give it, or leave drop_moved out")
+    if new_second_moment and like is None:
+        raise ValueError("new_second_moment is about the groups of `like` (--like): give it, or leave it out")
     if source == "adamw" and like is None:
         raise ValueError(
             "source='adamw' needs like (--like), a new optimizer or its state dict: its groups say what Muon takes"
@@ -95,7 +103,7 @@ def convert_state_dict(
     if like is not None:
         groups = arrange(groups, targets(like, target), drop_moved=drop_moved, is_named_by_hand=names is not None)
     groups = [stored(group, format_options, i) for i, group in enumerate(groups)]
-    write = own if target == "muon8bit" else torchs
+    write = partial(own, new_second_moment=new_second_moment) if target == "muon8bit" else torchs
     result, changes = write(groups, keep or _same)
     if source == "adamw":
         warnings.warn(_started(groups), stacklevel=2)

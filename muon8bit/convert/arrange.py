@@ -172,7 +172,17 @@ def _options(group: Group, entries: Sequence[Entry], index: int) -> dict[str, An
     """
     own = {key: group.options[key] for key in RUNNING_KEYS if key in group.options}
     wanted = {key: value for key, value in group.options.items() if key not in _ROUNDING}
-    continued = [entry for entry in entries if "lr" in entry.options and entry.dialect != "adamw"]
+    moment = group.options.get("second_moment")
+    others_of = [e for e in entries if "lr" in e.options and e.options.get("second_moment") != moment]
+    if others_of and group.algorithm == "muon" and not any(e.dialect == "adamw" for e in others_of):
+        was = others_of[0].options.get("second_moment")
+        warnings.warn(
+            f"group {index} has all options of `like`, lr too, since it has second_moment={moment!r} and "
+            f"{others_of[0].where} was saved with {was!r}",
+            stacklevel=4,
+        )
+    is_other = {id(entry) for entry in others_of}
+    continued = [e for e in entries if "lr" in e.options and e.dialect != "adamw" and id(e) not in is_other]
     if not continued:
         rounding = {key: entry.options[key] for entry in entries for key in _ROUNDING if key in entry.options}
         return {**wanted, **rounding, **own}

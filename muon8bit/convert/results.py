@@ -17,6 +17,7 @@ from ..config import (
     DEFAULT_NS_STEPS,
     DYNAMIC_CODES_KEY,
     LINEAR_CODES_KEY,
+    SECOND_KEYS,
     why_damaged,
 )
 from ..orthogonalize import resolve_coefficients
@@ -33,6 +34,7 @@ from ..step.options import (
 from .adamw import first_momentum
 from .entries import Change, Entry, Group, dense, is_finite
 from .moments import checked_moments, moments
+from .second_moments import second_moment
 
 Keep = Callable[[Tensor], Any]
 
@@ -85,8 +87,11 @@ def stored(group: Group, format_options: Mapping[str, Any], index: int) -> Group
     return Group(group.algorithm, options, group.entries, group.part)
 
 
-def own(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[Change]]:
-    """Return Muon8bit's state dict, and which formats became which."""
+def own(groups: Sequence[Group], keep: Keep, *, new_second_moment: bool = False) -> tuple[dict[str, Any], set[Change]]:
+    """Return Muon8bit's state dict, and which formats became which.
+
+    With `new_second_moment` a second moment that is not saved starts at zero.
+    """
     result: dict[str, Any] = {"state": {}, "param_groups": []}
     changes: set[Change] = set()
     keys = _keys(groups)
@@ -94,7 +99,7 @@ def own(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[Change
         ids = [next(keys) for _ in group.entries]
         for key, entry in zip(ids, group.entries, strict=True):
             if entry.tensors:
-                result["state"][key] = _kept(_state(entry, group.options, changes), keep)
+                result["state"][key] = _kept(_state(entry, group.options, changes, new_second_moment), keep)
         result["param_groups"].append({**_named(group), "algorithm": group.algorithm, "params": ids})
     return result, changes
 
@@ -111,15 +116,16 @@ def torchs(groups: Sequence[Group], keep: Keep) -> tuple[dict[str, Any], set[Cha
         members = [group for group in groups if group.algorithm == part]
         if not members:
             continue
+        named = [_torch_options(_named(group)) for group in members]
         result[part] = {"state": {}, "param_groups": []}
         keys = _keys(members)
-        for group in members:
+        for group, own_options in zip(members, named, strict=True):
             ids = [next(keys) for _ in group.entries]
             for key, entry in zip(ids, group.entries, strict=True):
                 if entry.tensors:
                     state = _torch_state(entry, group.options, changes)
                     result[part]["state"][key] = _kept(state, keep)
-            options = {**optimizer.defaults, **_torch_options(_named(group))}
+            options = {**optimizer.defaults, **own_options}
             result[part]["param_groups"].append({**options, "params": ids})
     return result, changes
 
@@ -166,6 +172,14 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("torch.optim.Muon has no maximize: set it to False in the groups first, and negate the loss")
     if options.get("cautious_weight_decay"):
         raise ValueError("torch's optimizers have no cautious_weight_decay: set it to False in the groups first")
+    if options.get("second_moment") is not None or options.get("sign_momentum"):
+        what = "sign_momentum" if options.get("second_moment") is None else "second_moment"
+        raise ValueError(
+            f"torch.optim.Muon has no {what}, which these groups have: convert to a plain Muon8bit first, by like "
+            "(--like) its state dict, which leaves second moments out"
+        )
+    if options.get("adjust_lr_fn") == "spectral":
+        raise ValueError("torch.optim.Muon has no adjust_lr_fn='spectral': set another in the groups first, and its lr")
     if options.get("decay_lr_power") not in (None, 1):
         raise ValueError(
             "torch.optim.Muon decays by lr, not by its square: set decay_lr_power to 1 in the groups first, and "
@@ -183,7 +197,9 @@ def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _state(entry: Entry, options: Mapping[str, Any], changes: set[Change]) -> dict[str, Tensor]:
+def _state(
+    entry: Entry, options: Mapping[str, Any], changes: set[Change], new_second_moment: bool
+) -> dict[str, Tensor]:
     """Return one parameter's state in the format of `options`."""
     if entry.algorithm == "adamw":
         return moments(entry, options["adamw_bits"], changes)
@@ -191,10 +207,11 @@ def _state(entry: Entry, options: Mapping[str, Any], changes: set[Change]) -> di
     shape = momentum.codes.shape
     format = MomentumFormat.of(shape, *(options[key] for key in FORMAT_KEYS))
     # Block sizes are powers of two: where the layouts are equal, so are the blocks.
+    second = second_moment(entry, shape, options, changes, is_new=new_second_moment)
     if entry.dialect == "muon8bit" and format.layout(shape) == momentum.format.layout(shape):
-        return momentum.to_state()
+        return {**momentum.to_state(), **second}
     changes.add(("the momentum was", source, format.options))
-    return Momentum.encode(_values(entry, momentum), format).to_state()
+    return {**Momentum.encode(_values(entry, momentum), format).to_state(), **second}
 
 
 def _values(entry: Entry, momentum: Momentum) -> Tensor:
@@ -225,7 +242,7 @@ def _momentum(entry: Entry) -> tuple[Momentum, str]:
         if codes.ndim != 2:
             raise ValueError(f"{entry.where} has {codes.ndim} dimensions: only matrices come from torch.optim.Muon")
     layout = format.layout(codes.shape)
-    if entry.tensors.keys() != layout.keys():
+    if entry.tensors.keys() - set(SECOND_KEYS) != layout.keys():
         listed = ", ".join(map(str, entry.tensors))
         raise ValueError(
             f"state of {entry.where} has {listed}; by its group ({words}) {', '.join(layout)} are expected"

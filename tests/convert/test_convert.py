@@ -13,7 +13,7 @@ from helpers.other_optimizers import MATRICES, OTHERS, both, ours_for, quietly, 
 from helpers.state_dicts import SHAPES, make, train
 from muon8bit_kernels import dynamic_map
 
-from muon8bit import Muon8bit, convert_state_dict
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, convert_state_dict
 
 
 def saved_by_ours(steps=3, **options):
@@ -736,3 +736,121 @@ def test_loading_an_adamws_state_dict_says_start_fresh_or_how_to_start_from_it()
     adamw, _ = whole_models_adamw(params, "AdamW", steps=1)
     with pytest.raises(ValueError, match=r"saved by an AdamW.*start fresh, or take AdamW's exp_avg.*source='adamw'"):
         ours_for(params).load_state_dict(adamw.state_dict())
+
+
+SIZES = {"wide": (12, 90), "tall": (90, 12), "stack": (2, 9, 70), "narrow": (20, 4)}
+
+
+def family(kind=AdaMuon8bit, seed=0, **options):
+    """Matrices, one of them cut by columns, and an optimizer; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    params = {name: torch.nn.Parameter(torch.randn(size, generator=generator)) for name, size in SIZES.items()}
+    cut = torch.nn.Parameter(torch.randn(8, 100, generator=generator))
+    groups = [{"params": list(params.items())}, {"params": [("cut", cut)], "split_sizes": (70, 30), "split_dim": -1}]
+    return [*params.values(), cut], kind(groups, lr=1e-2, block_size=64, **options)
+
+
+def run(params, optimizer, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+
+
+def second_moments_by_hand(state):
+    """In float64 with each operation rounded: codes times (scale / 255), squared; blocks of 64 begin at piece ends."""
+    if "second_moment" in state:
+        return state["second_moment"].numpy()
+    codes, scales = state["second_moment_sqrt8"].numpy(), state["second_moment_scales"].numpy()
+    steps = (scales.astype(np.float64) / 255).astype(np.float32)
+    columns = [0] * 64 + [1] * 6 + [2] * 30 if codes.shape[-1] == 100 else [i // 64 for i in range(codes.shape[-1])]
+    roots = (codes.astype(np.float64) * steps[..., columns]).astype(np.float32)
+    return (roots.astype(np.float64) ** 2).astype(np.float32)
+
+
+@pytest.mark.parametrize("codebook", ["linear", "dynamic"])
+def test_second_moments_of_elements_go_to_32_bits_and_back(codebook):
+    """Decoded by hand; the next step is the 8-bit one to the bit; back again no code has changed."""
+    params, optimizer = family(codebook=codebook)
+    run(params, optimizer, 4, seed=1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    others, other = family(bits=32, codebook=codebook)
+    with torch.no_grad():
+        for theirs, ours in zip(others, params, strict=True):
+            theirs.copy_(ours)
+    with pytest.warns(UserWarning, match="second_moment='element' in 8 bits, block_size=64 to second_moment='element'"):
+        converted = convert_state_dict(saved, bits=32)
+    for key, state in saved["state"].items():
+        assert converted["state"][key].keys() == {"momentum_buffer", "second_moment"}
+        assert np.array_equal(converted["state"][key]["second_moment"].numpy(), second_moments_by_hand(state)), key
+    other.load_state_dict(converted)
+    for pair in ((params, optimizer), (others, other)):
+        run(*pair, 1, seed=2)
+    for ours, theirs in zip(params, others, strict=True):
+        assert torch.equal(ours, theirs)
+    back = quietly(converted, bits=8, codebook=codebook)
+    for key, state in saved["state"].items():
+        assert back["state"][key].keys() == state.keys()
+        for name in ("second_moment_sqrt8", "second_moment"):
+            assert name not in state or torch.equal(back["state"][key][name], state[name])
+
+
+def test_second_moments_of_rows_stay_as_the_momentum_changes():
+    params, optimizer = family(NorMuon8bit)
+    run(params, optimizer, 2, seed=1)
+    saved = optimizer.state_dict()
+    converted = quietly(saved, codebook="dynamic", block_size=128)
+    _, other = family(NorMuon8bit, codebook="dynamic")
+    for key, state in saved["state"].items():
+        assert torch.equal(converted["state"][key]["second_moment"], state["second_moment"])
+    assert {tuple(s["second_moment"].shape) for s in saved["state"].values()} >= {(12, 1), (2, 9, 1), (8, 2)}
+    again = quietly(converted, like=family(NorMuon8bit, codebook="dynamic")[1])
+    other.load_state_dict(again)
+
+
+@pytest.mark.parametrize("kind", [NorMuon8bit, AdaMuon8bit])
+def test_a_muon8bit_goes_on_as_another_member_by_an_explicit_choice(kind):
+    """Without it an error says how; then the options are the new optimizer's, and the momentum the saved one."""
+    params, optimizer = family(Muon8bit, adjust_lr_fn="match_rms_adamw")
+    run(params, optimizer, 3, seed=1)
+    saved = optimizer.state_dict()
+    _, other = family(kind, codebook="linear")
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"second_moment=None.*convert_state_dict"):
+        other.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"state of wide .*new_second_moment=True \(--new-second-moment\)"):
+        quietly(saved, like=other)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        converted = convert_state_dict(saved, like=other, new_second_moment=True)
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "starting at zero" in said
+    assert "all options of `like`, lr too" in said
+    other.load_state_dict(converted)
+    for now, then in zip(other.state_dict()["param_groups"], before["param_groups"], strict=True):
+        assert now == then
+    for key, state in other.state_dict()["state"].items():
+        for name, value in saved["state"][key].items():
+            assert torch.equal(state[name], value)
+        assert all(not value.any() for name, value in state.items() if name.startswith("second_moment"))
+    with pytest.warns(UserWarning, match="to nothing, as Muon8bit has none"):
+        back = convert_state_dict(converted, like=optimizer)
+    assert all(state.keys() == saved["state"][key].keys() for key, state in back["state"].items())
+
+
+def test_torch_has_no_second_moments_and_damaged_ones_are_named():
+    params, optimizer = family(NorMuon8bit)
+    run(params, optimizer, 1, seed=1)
+    saved = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"no second_moment, .*plain Muon8bit first"):
+        quietly(saved, target="torch")
+    with pytest.raises(ValueError, match="new_second_moment is about the groups of `like`"):
+        convert_state_dict(saved, bits=32, new_second_moment=True)
+    damaged = copy.deepcopy(saved)
+    damaged["state"][0]["second_moment"][3] = -1
+    with pytest.raises(ValueError, match=r"state of wide: second_moment holds the negative number -1: .*damaged"):
+        quietly(damaged, bits=32)
+    del damaged["state"][0]["second_moment"]
+    with pytest.raises(ValueError, match=r"state of wide has .*its group asks for second_moment"):
+        quietly(damaged, bits=32)
