@@ -25,6 +25,7 @@ from finetune.sweep.command import EXIT_CODES as SWEEP_CODES, build_parser as sw
 from finetune.sweep.records import FIELDS, METRICS  # noqa: E402
 from finetune.sweep.spec import ARM_KEYS, KEYS  # noqa: E402
 from muon8bit.cli import build_parser  # noqa: E402
+from muon8bit.family import ADAMUON_PRESETS, NORMUON_PRESETS  # noqa: E402
 
 MADE = "<!-- Made by docs/generate.py from the code: change it there. -->"
 
@@ -228,7 +229,30 @@ def sweep_page() -> str:
     )
 
 
+def presets_page() -> str:
+    """Return Markdown: the group keys of every preset, a column each."""
+    kinds = {"NorMuon8bit": NORMUON_PRESETS, "AdaMuon8bit": ADAMUON_PRESETS}
+    columns = {f"{kind} `{name}`": keys for kind, presets in kinds.items() for name, keys in presets.items()}
+    names = dict.fromkeys(key for keys in columns.values() for key in keys)
+    return "\n".join(
+        [
+            "# Presets of NorMuon8bit and AdaMuon8bit",
+            "",
+            MADE,
+            "",
+            "Group keys that `preset` sets; all others are the caller's. `muon8bit.family.NORMUON_PRESETS` and "
+            "`ADAMUON_PRESETS` have them. [Which to take](../guide/family.md).",
+            "",
+            f"| key | {' | '.join(columns)} |",
+            f"| --- |{' --- |' * len(columns)}",
+            *(f"| `{key}` | {' | '.join(f'`{keys[key]!r}`' for keys in columns.values())} |" for key in names),
+            "",
+        ]
+    )
+
+
 PAGES = {
+    "reference/presets.md": presets_page,
     "training/sweep-reference.md": sweep_page,
     "training/options.md": options_page,
     "training/recipes.md": recipes_page,
