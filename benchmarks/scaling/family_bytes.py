@@ -9,31 +9,33 @@ all-gather of the sums that norms are made of.
 from __future__ import annotations
 
 import argparse
+from math import prod
 from typing import Any
 
 import torch
 
 from benchmarks.scaling.simulation import MODELS
 from benchmarks.scaling.transfers import bytes_sent
+from muon8bit.config import Bits
 from muon8bit.estimate.exchange import planned_exchange
 from muon8bit.estimate.optimizers import Param
 
-ADAMUON = {"second_moment": "element", "is_sign": True}
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "Muon8bit": {},
-    "NorMuon8bit": {"second_moment": "row"},
-    'NorMuon8bit, `preset="modded"`': {"second_moment": "shape"},
-    "AdaMuon8bit": {**ADAMUON, "bits": 8},
-    "AdaMuon8bit, `bits=32`": {**ADAMUON, "bits": 32},
+ADAMUON = {"moment": "element", "is_sign": True}
+OPTIMIZERS: dict[str, tuple[Bits, dict[str, Any]]] = {
+    "Muon8bit": (8, {}),
+    "NorMuon8bit": (8, {"moment": "row"}),
+    'NorMuon8bit, `preset="modded"`': (8, {"moment": "shape"}),
+    "AdaMuon8bit": (8, ADAMUON),
+    "AdaMuon8bit, `bits=32`": (32, ADAMUON),
 }
 
 
 def rows(model: str, num_gpus: int, kind: str) -> list[tuple[str, int, float]]:
     """Return name, bytes that a GPU sends in a step, and of each parameter, those of all GPUs together."""
     layers = [shape for _ in range(MODELS[model].layers) for shape in MODELS[model].linears()]
-    params = tuple(Param(str(index), shape, torch.bfloat16, is_muon=True) for index, shape in enumerate(layers))
-    num_elements, found = sum(param.num_elements for param in params), list[tuple[str, int, float]]()
-    for name, options in OPTIMIZERS.items():
+    num_elements, found = sum(prod(shape) for shape in layers), list[tuple[str, int, float]]()
+    for name, (bits, options) in OPTIMIZERS.items():
+        params = tuple(Param(f"{i}", s, torch.bfloat16, is_muon=True, bits=bits) for i, s in enumerate(layers))
         sent = sum(bytes_sent(planned_exchange(params, num_gpus, num_gpus, kind, **options)))
         found.append((name, sent // num_gpus, sent / num_elements))
     return found

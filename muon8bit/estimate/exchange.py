@@ -8,7 +8,7 @@ from math import ceil
 
 import torch
 
-from ..config import DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES, Bits, SecondMomentKind
+from ..config import DEFAULT_NS_STEPS, DEFAULT_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES, SecondMomentKind
 from ..distributed.assignment import Assignment, plan
 from ..distributed.exchange import NUM_SHARES
 from ..distributed.matrix_slots import matrix_slots
@@ -19,7 +19,7 @@ from ..orthogonalize.coefficients import JORDAN
 from ..step.group_options import matrix_counts
 from ..step.second_moment import SecondMomentFormat
 from .exchange_bytes import exchange_bytes
-from .optimizers import OURS, Param, step_bytes
+from .optimizers import OURS, Param, second_moment, step_bytes
 from .setup import Setup
 
 SHARING = OURS
@@ -57,7 +57,9 @@ def shared_step_bytes(
     alone = step_bytes(optimizer, own, kind, budget=budget, is_cautious=setup.cautious)
     if not shared:
         return alone
-    planned = planned_exchange(tuple(shared), num_ranks, num_shards, kind, budget)
+    moment, is_sign = second_moment(optimizer, shared[0]), optimizer.startswith("adamuon8bit")
+    args = tuple(shared), num_ranks, num_shards, kind, budget
+    planned = planned_exchange(*args, moment=moment, is_sign=is_sign)
     # The first rank has the largest parts, the most loaded one the most matrices.
     busiest = planned.load.index(max(planned.load))
     most = max(exchange_bytes(planned, rank, budget, kind, between=alone) for rank in {0, busiest})
@@ -72,9 +74,8 @@ def planned_exchange(
     kind: str,
     budget: int = DEFAULT_WORKSPACE_BYTES,
     *,
-    second_moment: SecondMomentKind | None = None,
+    moment: SecondMomentKind | None = None,
     is_sign: bool = False,
-    bits: Bits = 8,
 ) -> Assignment:
     """Return who orthogonalizes what, as the optimizer plans it for these parameters in the groups of `param_groups`.
 
@@ -84,7 +85,7 @@ def planned_exchange(
         num_shards: GPUs of a replica, each with some rows; 1: every GPU has all.
         kind: device kind of `orthogonalize.device_kind`.
         budget: `workspace_bytes`.
-        second_moment, is_sign, bits: the groups' `second_moment`, `sign_momentum` and `bits`.
+        moment, is_sign: the groups' `second_moment` and `sign_momentum`.
     """
     coefficients = resolve_coefficients(JORDAN, DEFAULT_NS_STEPS)
     shardings: dict[tuple[int, ...], ParamSharding] = {}
@@ -100,9 +101,9 @@ def planned_exchange(
             if param.shape not in shardings:
                 shardings[param.shape] = _sharding(param.shape, num_ranks, num_shards)
             second = None
-            if second_moment is not None:
-                format = torch.Size(param.shape), bits, "", param.block_size, flatten, splits, None
-                second = SecondMomentFormat.of(*format, second_moment)
+            if moment is not None:
+                format = torch.Size(param.shape), param.bits, "", param.block_size, flatten, splits, None
+                second = SecondMomentFormat.of(*format, moment)
             for slot in matrix_slots(shardings[param.shape], flatten, splits, second):
                 rows, cols = slot.rows[1] - slot.rows[0], slot.cols
                 key = rows, cols, id(slot.sharding), second

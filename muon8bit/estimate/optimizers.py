@@ -116,14 +116,18 @@ def muon_sizes(optimizer: str, param: Param) -> list[int]:
 
     The layout is the optimizer's own.
     """
-    moment: SecondMomentKind | None = "element" if optimizer.startswith("adamuon8bit") else None
-    if optimizer.startswith("normuon8bit"):
-        moment = param.normuon_moment
     sizes, dim = param.split or (None, -2)
     splits = (sizes, None) if dim == -2 else (None, sizes)
-    format = (param.bits, "linear", param.block_size, param.flatten, *splits, moment)
+    format = (param.bits, "linear", param.block_size, param.flatten, *splits, second_moment(optimizer, param))
     layout = muon_layout(torch.Size(param.whole_shape), *format)
     return layout_bytes({key: (cut(shape, param.num_shards), dtype) for key, (shape, dtype) in layout.items()})
+
+
+def second_moment(optimizer: str, param: Param) -> SecondMomentKind | None:
+    """Return the `second_moment` of a matrix's group in one of `OURS`."""
+    if optimizer.startswith("normuon8bit"):
+        return param.normuon_moment
+    return "element" if optimizer.startswith("adamuon8bit") else None
 
 
 def cut(shape: tuple[int, ...], num_shards: int) -> tuple[int, ...]:

@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from muon8bit import Muon8bit, param_groups
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, param_groups
 from muon8bit.distributed.collectives import PendingExchange, PendingGather, Transport
 from muon8bit.estimate import Estimator, Setup
 from muon8bit.estimate.exchange import _is_exchanged, planned_exchange
 from muon8bit.estimate.exchange_bytes import exchange_bytes
-from muon8bit.estimate.optimizers import Param
+from muon8bit.estimate.optimizers import Param, second_moment
 from muon8bit.estimate.sizes import measure
 from muon8bit.orthogonalize import device_kind
 
@@ -107,14 +107,25 @@ def test_the_estimate_has_the_plan_of_the_optimizer(group, shard, family):
         param.grad = make(tuple(param.shape))
     optimizer.step()
     (found,) = optimizer._rank_group._assignments.values()
-    asked = tuple(Param(name, tuple(param.shape), param.dtype, is_muon=True) for name, param in params)
-    kind, is_sign, bits = family.get("second_moment"), family.get("sign_momentum", False), family.get("bits", 8)
+    asked = tuple(
+        Param(name, tuple(param.shape), param.dtype, is_muon=True, bits=family.get("bits", 8)) for name, param in params
+    )
+    kind, is_sign = family.get("second_moment"), family.get("sign_momentum", False)
     num_shards, device = 2 if shard == "fsdp2" else 1, device_kind(CPU)
-    assert found == planned_exchange(asked, 2, num_shards, device, second_moment=kind, is_sign=is_sign, bits=bits)
+    assert found == planned_exchange(asked, 2, num_shards, device, moment=kind, is_sign=is_sign)
 
 
-@pytest.mark.parametrize(("shard", "kind"), [("ddp", "llama"), ("fsdp2", "llama"), ("fsdp2", "mixtral")])
-def test_the_estimate_counts_by_the_plan_of_the_optimizer(group, shard, kind):
+@pytest.mark.parametrize(
+    ("shard", "kind", "of"),
+    [
+        ("ddp", "llama", Muon8bit),
+        ("fsdp2", "llama", Muon8bit),
+        ("fsdp2", "mixtral", Muon8bit),
+        ("fsdp2", "llama", NorMuon8bit),
+        ("fsdp2", "llama", AdaMuon8bit),
+    ],
+)
+def test_the_estimate_counts_by_the_plan_of_the_optimizer(group, shard, kind, of):
     """The bytes of a small model's step on two ranks, against the optimizer's own plan and the allocator."""
     group(2)
     config = config_of({**TINY[kind], "hidden_size": 256, "intermediate_size": 512})
@@ -124,7 +135,10 @@ def test_the_estimate_counts_by_the_plan_of_the_optimizer(group, shard, kind):
     if shard == "fsdp2":
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     options = {"process_group": dist.group.WORLD} if shard == "ddp" else {}
-    optimizer = Muon8bit(param_groups(model, lr=1e-3), **options)
+    groups, name = param_groups(model, lr=1e-3), of.__name__.lower()
+    for each in groups if of is not Muon8bit else ():
+        each.pop("adjust_lr_fn", None)  # the preset's
+    optimizer = of(groups, **options)
     for is_measured in (False, True):
         for param in model.parameters():
             param.grad = torch.ones_like(param)
@@ -134,8 +148,9 @@ def test_the_estimate_counts_by_the_plan_of_the_optimizer(group, shard, kind):
     device = device_kind(CPU)
     sizes = measure(estimator._sizes(setup)[0], setup)
     shared = tuple(param for param in sizes.whole if _is_exchanged(param, 2, setup.num_shards))
-    assert planned_exchange(shared, 2, setup.num_shards, device) == found
-    counted = estimator.estimate(setup).optimizers["muon8bit"].workspace_bytes
+    of_family = {"moment": second_moment(name, shared[0]), "is_sign": of is AdaMuon8bit}
+    assert planned_exchange(shared, 2, setup.num_shards, device, **of_family) == found
+    counted = estimator.estimate(setup, name).optimizers[name].workspace_bytes
     most = max(exchange_bytes(found, rank, optimizer.workspace_bytes, device) for rank in range(2))
     gathered = optimizer._rank_group._gathering
     sums = gathered._gathered.nbytes + gathered._sent.nbytes
