@@ -245,7 +245,10 @@ def presets_page() -> str:
             "",
             f"| key | {' | '.join(columns)} |",
             f"| --- |{' --- |' * len(columns)}",
-            *(f"| `{key}` | {' | '.join(f'`{keys[key]!r}`' for keys in columns.values())} |" for key in names),
+            *(
+                f"| `{key}` | {' | '.join(f'`{keys[key]!r}`' if key in keys else '' for keys in columns.values())} |"
+                for key in names
+            ),
             "",
         ]
     )

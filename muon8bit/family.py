@@ -1,7 +1,8 @@
 """NorMuon and AdaMuon in 8 bits: `Muon8bit` with a second moment of the orthogonalized direction, and their presets.
 
 Both have several published versions, which differ in momentum, coefficients, the statistic, eps, and the update's size.
-A preset has the group keys of one of them. It leaves lr, weight_decay and the storage of the state to the caller.
+A preset has the group keys of one of them. It leaves lr, weight_decay and the storage of the state to the caller, and
+`adjust_lr_fn` where `rescale="rms"` makes that meaningless.
 Equations: `muon8bit/step/second_moment.py`; one matrix in plain torch: `muon8bit/functional.py`.
 """
 
@@ -22,7 +23,6 @@ _NORMUON = {
     "nesterov": False,
     "ns_coefficients": "jordan",
     "ns_steps": 5,
-    "adjust_lr_fn": None,
     "second_moment": "row",
     "beta2": 0.95,
     "second_moment_eps": 1e-8,
@@ -97,7 +97,7 @@ class _PresetOptimizer(Muon8bit):
             preset = {key: value for key, value in self.presets[self.preset].items() if key != "momentum"}
             other = [key for key in preset if group["algorithm"] == "muon" and group[key] != preset[key]]
             if other:
-                fitting = [n for n, keys in self.presets.items() if all(group[k] == keys[k] for k in preset)]
+                fitting = [n for n, keys in self.presets.items() if all(group[k] == v for k, v in keys.items())]
                 way_out = f"make it with preset={fitting[0]!r}" if fitting else "take Muon8bit with the keys as saved"
                 raise ValueError(
                     f"group {index}: saved with {other[0]}={shown(group[other[0]])}, preset={self.preset!r} of "
@@ -108,10 +108,14 @@ class _PresetOptimizer(Muon8bit):
         """Raise ValueError for a value that is not the preset's."""
         for key, value in self.presets[self.preset].items():
             if key in options and (isinstance(options[key], Tensor) or options[key] != value):
+                way_out = (
+                    f"leave it out, or take Muon8bit with the keys of {type(self).__name__}.presets[{self.preset!r}]"
+                )
+                if key == "adjust_lr_fn":
+                    way_out = f"build the groups by param_groups(..., adjust_lr_fn={value!r}, adamw_lr=...)"
                 raise ValueError(
                     f"{where}{key}={shown(options[key])} contradicts preset={self.preset!r} of {type(self).__name__}, "
-                    f"which has {value!r}: leave it out, or take Muon8bit with the keys of "
-                    f"{type(self).__name__}.presets[{self.preset!r}]"
+                    f"which has {value!r}: {way_out}"
                 )
 
     def __getstate__(self) -> dict[str, Any]:

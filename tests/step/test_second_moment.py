@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, param_groups
 
 ROW = {"second_moment": "row", "rescale": "rms"}
 ELEMENT = {"second_moment": "element", "rescale": "rms", "sign_momentum": True, "nesterov": False}
@@ -188,3 +188,15 @@ def test_state_on_the_host_takes_the_same_steps(kind):
         steps(optimizer, params)
         runs.append(params)
     assert all(torch.equal(left, right) for left, right in zip(*runs, strict=True))
+
+
+def test_presets_take_the_groups_of_a_model():
+    """A preset with a size of its own whatever `adjust_lr_fn` they say; another tells how to build them."""
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32, bias=False), torch.nn.Linear(32, 16, bias=False))
+    groups = param_groups(model, lr=1e-3, weight_decay=0.1)
+    for of in (NorMuon8bit, AdaMuon8bit):
+        steps(of(param_groups(model, lr=1e-3, weight_decay=0.1)), list(model.parameters()), 1)
+    with pytest.raises(ValueError, match=r"param_groups\(\.\.\., adjust_lr_fn='spectral', adamw_lr=\.\.\.\)"):
+        NorMuon8bit(groups, preset="dion")
+    spectral = param_groups(model, lr=1e-2, weight_decay=0.1, adjust_lr_fn="spectral", adamw_lr=1e-3)
+    steps(NorMuon8bit(spectral, preset="dion"), list(model.parameters()), 1)
