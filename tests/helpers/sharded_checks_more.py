@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from benchmarks.scaling.transfers import bytes_received, bytes_sent, counted_bytes, gathered_bytes, num_gathered
 from helpers.allocator import peak_bytes
 from helpers.oracle import JORDAN, newton_schulz
-from helpers.sharded_checks import arm, check, last_dim
+from helpers.sharded_checks import FORMATS, arm, check, last_dim
 from helpers.sharded_runs import EXPERTS, MATRICES, Run, assert_same, on_mesh, raises, values
 from muon8bit import Muon8bit, NonFiniteGradientError, param_groups
 from muon8bit.step import nonfinite
@@ -287,6 +287,25 @@ for _mode, _options in [("fsdp", {}), ("ddp", {}), ("columns", {}), ("ddp", _SIG
     check(f"{_mode} on 2 {[*_options]}: a step keeps to its workspace", ranks=2)(
         partial(keeps_to_workspace, mode=_mode, ranks=2, options=_options)
     )
+
+
+def comes_in_parts(world, mode, format):
+    """Second moments come with the first part of a round's updates, and are used in all."""
+    dtype, options = FORMATS[format]
+    placed, more = arm(world, mode, 3)
+    single, shared = Run(MATRICES, dtype, torch.clone, **options), Run(MATRICES, dtype, placed, **options, **more)
+    for run in (single, shared):
+        run.optimizer.workspace_bytes = 12 * 512  # the constructor refuses so little
+        run.train([1, 2, 3])
+    assert_same(shared.state_whole(), single.state_whole())
+    assert_same(shared.params_whole(), single.params_whole())
+    (assignment,) = shared.optimizer._rank_group._assignments.values()
+    assert max(planned.num_parts for planned in assignment.rounds) > 1
+
+
+for _mode in ("fsdp", "ddp", "sharded state"):
+    for _format in ("normuon", "normuon by shape", "adamuon", "adamuon, bits=32"):
+        check(f"{_mode} on 3: {_format} in several parts", ranks=3)(partial(comes_in_parts, mode=_mode, format=_format))
 
 
 def scaled(world, mode):

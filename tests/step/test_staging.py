@@ -27,6 +27,8 @@ OPTIONS = {
     "bf16": {"dtype": torch.bfloat16},
     "stochastic": {"dtype": torch.bfloat16, "param_rounding": "stochastic", "rounding_seed": 7},
     "cautious": {"dtype": torch.bfloat16, "param_rounding": "stochastic", "cautious_weight_decay": True},
+    "normuon": {"second_moment": "shape", "rescale": "keep"},
+    "adamuon": {"second_moment": "element", "rescale": "rms", "sign_momentum": True, "dtype": torch.bfloat16},
 }
 
 
