@@ -14,6 +14,7 @@ from helpers.state_dicts import SHAPES, make, train
 from muon8bit_kernels import dynamic_map
 
 from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, convert_state_dict
+from muon8bit.cli import main
 
 
 def saved_by_ours(steps=3, **options):
@@ -854,3 +855,17 @@ def test_torch_has_no_second_moments_and_damaged_ones_are_named():
     del damaged["state"][0]["second_moment"]
     with pytest.raises(ValueError, match=r"state of wide has .*its group asks for second_moment"):
         quietly(damaged, bits=32)
+
+
+def test_the_command_takes_the_explicit_choice(tmp_path, capsys):
+    params, optimizer = family(Muon8bit)
+    run(params, optimizer, 1, seed=1)
+    for name, state_dict in (("saved", optimizer.state_dict()), ("fresh", family(NorMuon8bit)[1].state_dict())):
+        torch.save(state_dict, tmp_path / f"{name}.pt")
+    words = ["convert", str(tmp_path / "saved.pt"), str(tmp_path / "out.pt"), "--like", str(tmp_path / "fresh.pt")]
+    assert main(words) == 2
+    assert "--new-second-moment" in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
+    assert main([*words, "--new-second-moment"]) == 0
+    _, other = family(NorMuon8bit)
+    other.load_state_dict(torch.load(tmp_path / "out.pt"))
