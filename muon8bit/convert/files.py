@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import errno
 import io
 import os
 import pickle
@@ -57,9 +58,9 @@ def read(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
             damaged = archive.testzip()
-    except OSError:
-        raise
-    except Exception as error:  # whatever zipfile meets in a damaged file
+    except Exception as error:  # whatever zipfile meets in a damaged file, a place before its beginning too
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
     if damaged is not None:
         raise ValueError(f"{path} is damaged: the checksum of its record {damaged} is wrong; use another checkpoint")
