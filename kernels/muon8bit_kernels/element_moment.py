@@ -25,7 +25,7 @@ SQRT_MAX = 255.0
 
 
 class Room(NamedTuple):
-    """Memory of one pass, since fresh memory costs more than arithmetic: fp32 [3, rows, cols] and fp64 [rows, cols]."""
+    """Memory of one pass, since fresh memory costs more than arithmetic: fp32 [2, rows, cols] and fp64 [rows, cols]."""
 
     narrow: Tensor
     wide: Tensor
@@ -55,7 +55,7 @@ class ElementMoment(NamedTuple):
     def room(self, num_rows: int, cols: int) -> Room:
         """Return the memory that the methods below use for so many rows at once."""
         device = self.codes[0].device
-        narrow = torch.empty(3, num_rows, cols, dtype=torch.float32, device=device)
+        narrow = torch.empty(2, num_rows, cols, dtype=torch.float32, device=device)
         return Room(narrow, torch.empty(num_rows, cols, dtype=torch.float64, device=device))
 
     def averaged(self, rows: slice, directions: Tensor, room: Room) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class ElementMoment(NamedTuple):
             directions: O, fp32 [rows, cols].
             room: from `room`, for so many rows or more.
         """
-        V, squares, _ = (buffer[: len(directions)] for buffer in room.narrow)
+        V, squares = (buffer[: len(directions)] for buffer in room.narrow)
         V = StackedRows(self.codes).read(rows, slice(0, directions.shape[1]), V)
         if self.steps is not None:
             V.mul_(self._by_column(self.steps, rows, V.shape[1])).square_()
@@ -99,7 +99,8 @@ class ElementMoment(NamedTuple):
         V, roots = self.averaged(rows, directions, room)
         if inverses is not None:
             codes = torch.mul(roots, self._by_column(inverses, rows, V.shape[1]), out=V).round_()
-            V = torch.maximum(codes, torch.sign(roots, out=room.narrow[2, : len(roots)]), out=V)
+            signs = room.wide.view(-1).view(torch.float32)[: roots.numel()].view(roots.shape)
+            V = torch.maximum(codes, torch.sign(roots, out=signs), out=V)
         StackedRows(self.codes).write(rows, slice(0, V.shape[1]), V, skip)
         self.divide_(directions, roots)
 

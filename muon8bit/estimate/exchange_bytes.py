@@ -23,7 +23,7 @@ from ..orthogonalize import NSMethod, batch_size, workspace_bytes as iteration_b
 # On a CPU: the elements that a pass takes at once, and the bytes of temporaries of each, by what it goes over: momenta
 # with X and without, O with the second moments of rows or columns and of elements, parameters and with these.
 _PASS_ELEMENTS, _INPUT_BYTES, _MOMENTUM_BYTES = 2**19, 16, 12
-_SQUARES_BYTES, _STATS_BYTES, _PARAM_BYTES, _DIVIDED_PARAM_BYTES = 4, 24, 8, 28
+_SQUARES_BYTES, _STATS_BYTES, _PARAM_BYTES, _DIVIDED_PARAM_BYTES = 4, 20, 8, 24
 
 
 def exchange_bytes(assignment: Assignment, rank: int, workspace_bytes: int, kind: str, *, between: int = 0) -> int:

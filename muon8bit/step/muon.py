@@ -162,7 +162,9 @@ def apply(batch: MatrixBatch, commit: Commit) -> None:
         if directions is not None:
             update_(batch, directions)
         return
-    averaged = _copied(batch, commit)
+    averaged = batch
+    if not (commit.is_done or batch.is_staged):
+        averaged = batch.with_tensors([tensor.clone() for tensor in batch.momentum_tensors])
     X = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=method.dtype, device=batch.device)
     average_(averaged, norms, X)
     if options.sign_momentum:
@@ -175,16 +177,11 @@ def apply(batch: MatrixBatch, commit: Commit) -> None:
     update_(batch, X)
 
 
-def _copied(batch: MatrixBatch, commit: Commit) -> MatrixBatch:
-    """Return the batch that `average_` may write now: before the step's first write, one with copies of its momenta."""
-    if commit.is_done or batch.is_staged:
-        return batch
-    return batch.with_tensors([tensor.clone() for tensor in batch.momentum_tensors])
-
-
 def _apply_by_columns(batch: MatrixBatch, commit: Commit) -> None:
     """Average the momenta whole into fp32, cut them, and normalize each piece by its own norm."""
-    options, averaged = batch.options, _copied(batch, commit)
+    options, averaged = batch.options, batch
+    if not (commit.is_done or batch.is_staged):
+        averaged = batch.with_tensors([tensor.clone() for tensor in batch.momentum_tensors])
     assert batch.partition is not None
     coefficients, pieces = options.coefficients, batch.partition.pieces
     U = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=torch.float32, device=batch.device)
