@@ -19,11 +19,11 @@ import torch
 
 from benchmarks.gpu.step_time import write_record
 from benchmarks.robustness.against_commit import ROOT, commit_of
+from benchmarks.training.cpu_step_time import BLOCK
 from benchmarks.training.step_arms import VOCABULARY, StepArms, seconds
 from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit
 
 SIZES = ("512x8", "1024x4")
-BLOCK = 5  # rounds
 FORMAT: dict[str, Any] = {"codebook": "dynamic", "block_size": 2048}
 ARMS: dict[str, Any] = {
     "muon": Muon8bit,

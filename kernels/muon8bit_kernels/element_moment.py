@@ -113,6 +113,17 @@ class ElementMoment(NamedTuple):
         return of_rows[:, columns // self.block_size]
 
 
+def steps_of(scales: Tensor) -> Tensor:
+    """Return the square roots that codes of 1 stand for, of fp32 scales."""
+    # By a tensor: on CUDA torch multiplies by the reciprocal of a number.
+    return scales / torch.tensor(SQRT_MAX, device=scales.device)
+
+
+def inverses_of(scales: Tensor) -> Tensor:
+    """Return 255 over fp32 scales, by which roots become codes; 0 where these are 0."""
+    return torch.where(scales > 0, SQRT_MAX / scales, 0)
+
+
 def root(values: Tensor, out: Tensor | None = None, wide: Tensor | None = None) -> Tensor:
     """Return the square roots of fp32 values, correctly rounded, in `out` if it is given.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from muon8bit_kernels import num_blocks
-from muon8bit_kernels.element_moment import SQRT_MAX, root
+from muon8bit_kernels.element_moment import inverses_of, root, steps_of
 from torch import Tensor
 
 from ..config import SECOND_CODES_KEY, SECOND_KEYS, SECOND_MOMENT_KEY, SECOND_SCALES_KEY, why_damaged
@@ -99,7 +99,7 @@ def _decode(saved: SecondMoment, shape: torch.Size) -> Tensor:
     for piece in range(len(saved.format.cols)):
         part = matrices.columns(piece)
         assert part.scales is not None
-        steps = (part.scales / torch.tensor(SQRT_MAX)).repeat_interleave(saved.format.block_size, -1)
+        steps = steps_of(part.scales).repeat_interleave(saved.format.block_size, -1)
         pieces.append((part.values.float() * steps[..., : part.values.shape[-1]]).square_())
     return torch.cat(pieces, -1).reshape(shape)
 
@@ -116,7 +116,7 @@ def _encode(values: Tensor, format: SecondMomentFormat) -> dict[str, Tensor]:
         piece = roots[:, start : start + width]
         padded = torch.nn.functional.pad(piece, (0, num_blocks(width, size) * size - width))
         largest = padded.unflatten(1, (-1, size)).amax(2)
-        inverses = torch.where(largest > 0, SQRT_MAX / largest, 0).repeat_interleave(size, 1)[:, :width]
+        inverses = inverses_of(largest).repeat_interleave(size, 1)[:, :width]
         rows[:, start : start + width] = (piece * inverses).round_().maximum((piece > 0).float()).to(torch.uint8)
         scales.append(largest)
         start += width

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, filterfalse, groupby
+from itertools import filterfalse, groupby
 from math import prod
 from operator import attrgetter
 from typing import NamedTuple
@@ -44,7 +44,7 @@ from .normalizing import (
     write_vectors,
 )
 from .planned_transfers import PlannedTransfer
-from .rounds import PlannedPart, PlannedRound, PlannedUpdate
+from .rounds import PlannedPart, PlannedRound, PlannedUpdate, run_behind
 from .sharded_batch import ShardedBatch, ShardedMatrix
 
 # Of the workspace, the part that each of these may take: of the round that is orthogonalized the bytes received, X with
@@ -283,7 +283,7 @@ class ExchangeRound:
         X = torch.empty(len(stacks), *shape, dtype=dtype, device=self._device)
         matrices = MatrixBatch(stacks, batch.options, skip=batch.skip_of(numbers))
         if self.is_first:
-            matrices = matrices.with_tensors([tensor.clone() for tensor in matrices.momentum_tensors])
+            matrices = matrices.with_tensors()
         region = batch.matrix.sharding.momentum_parts[self._transport.rank]
         if region is not None and batch.is_cut(region):
             scales = None if batch.scales is None else torch.stack([batch.scales[number] for number in numbers])
@@ -361,20 +361,8 @@ class FirstRound(ExchangeRound):
         self.is_first = False
         self._write_momenta(transfer for transfer in self._transfers if transfer.matrix.stack is not None)
         self.send_updates()
-        returning: ExchangeRound | None = self
-        sending: ExchangeRound | None = None
         common = self._transport, self._options, self._device
-        later = (ExchangeRound(planned, transfers, *common) for planned, transfers in self._later)
-        for upcoming in chain(later, (None, None)):
-            if upcoming is not None:
-                upcoming.prepare_inputs()
-                upcoming.send_inputs()
-            if sending is not None:
-                sending.orthogonalize()
-                sending.send_updates()
-            if returning is not None:
-                returning.apply_updates()
-            returning, sending = sending, upcoming
+        run_behind(self, (ExchangeRound(planned, transfers, *common) for planned, transfers in self._later))
 
 
 def _chunks(

@@ -130,9 +130,7 @@ class PlannedTransfer:
     def moment_shapes(self, region: Region) -> list[tuple[tuple[int, int], torch.dtype]]:
         """Return shape and dtype of what is sent to the owner of a part of the second moment."""
         stage = self.matrix.stage
-        if stage is None or stage.axis != "element":
-            return [(region.shape, torch.float32)]
-        if not stage.blocks:
+        if stage is None or not stage.blocks:
             return [(region.shape, torch.float32)]
         return [((region.shape[0], stage.blocks), torch.float32), (region.shape, torch.uint8)]
 

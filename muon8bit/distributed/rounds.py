@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import chain, groupby
 from math import inf
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .matrix_sharding import Span
 from .planned_transfers import PlannedTransfer
@@ -119,6 +119,44 @@ class PlannedRound:
                 yield rank, (slice(first + start, first + stop), cols)
             if self.is_gathered:
                 return
+
+
+class RunningRound(Protocol):
+    """Halves of a round, in the order in which they are called."""
+
+    def prepare_inputs(self) -> None:
+        """Make what the owners get ready."""
+
+    def send_inputs(self) -> None:
+        """Send it."""
+
+    def orthogonalize(self) -> None:
+        """Orthogonalize what this rank owns."""
+
+    def send_updates(self) -> None:
+        """Send the updates, or the first part of them."""
+
+    def apply_updates(self) -> None:
+        """Update this rank's parts of the parameters."""
+
+
+def run_behind(first: RunningRound, later: Iterable[RunningRound]) -> None:
+    """Run rounds behind the first, which has sent its updates, three at a time.
+
+    While one is orthogonalized, the next one's inputs are on their way, and the last one's updates.
+    """
+    returning: RunningRound | None = first
+    sending: RunningRound | None = None
+    for upcoming in chain(later, (None, None)):
+        if upcoming is not None:
+            upcoming.prepare_inputs()
+            upcoming.send_inputs()
+        if sending is not None:
+            sending.orthogonalize()
+            sending.send_updates()
+        if returning is not None:
+            returning.apply_updates()
+        returning, sending = sending, upcoming
 
 
 def make_rounds(

@@ -17,7 +17,7 @@ from ..distributed.assignment import Assignment
 from ..distributed.exchange import NUM_SHARES
 from ..distributed.normalizing import moment_bytes, moment_padding
 from ..distributed.planned_transfers import MatrixStage, PlannedTransfer
-from ..distributed.rounds import PlannedRound
+from ..distributed.rounds import PlannedRound, run_behind
 from ..orthogonalize import NSMethod, batch_size, workspace_bytes as iteration_bytes
 
 # On a CPU: the elements that a pass takes at once, and the bytes of temporaries of each, by what it goes over: momenta
@@ -45,17 +45,7 @@ def exchange_bytes(assignment: Assignment, rank: int, workspace_bytes: int, kind
     memory.pass_through(between)
     first.write_momenta()
     first.send_updates()
-    returning: _Round | None = first
-    sending: _Round | None = None
-    for upcoming in (*later, None, None):  # the order of `FirstRound.write`
-        if upcoming is not None:
-            upcoming.prepare_inputs()
-        if sending is not None:
-            sending.orthogonalize()
-            sending.send_updates()
-        if returning is not None:
-            returning.apply_updates()
-        returning, sending = sending, upcoming
+    run_behind(first, later)
     return memory.most
 
 
@@ -142,6 +132,9 @@ class _Round:
     def _write_momenta(self, transfers: Iterable[PlannedTransfer]) -> None:
         for batch in _batches(transfers, lambda _: self._share):
             self._memory.pass_through(self._pass_bytes(sum(map(self._num_elements, batch)), _MOMENTUM_BYTES))
+
+    def send_inputs(self) -> None:
+        """Allocate nothing."""
 
     def orthogonalize(self) -> None:
         self._memory.add(-self._sent)

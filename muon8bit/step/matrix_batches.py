@@ -124,8 +124,13 @@ class MatrixBatch:
         """Return the tensors of the momenta and of the second moments, as `with_tensors` takes them."""
         return [*self.momentum_tensors, *(tensor for moment in self.second_moments for tensor in moment.tensors)]
 
-    def with_tensors(self, tensors: Sequence[Tensor], *, is_staged: bool = False) -> MatrixBatch:
-        """Return the same batch with its momenta, or all of its state, in other tensors of the same shapes."""
+    def with_tensors(self, tensors: Sequence[Tensor] | None = None, *, is_staged: bool = False) -> MatrixBatch:
+        """Return the same batch with its momenta, or all of its state, in other tensors of the same shapes.
+
+        With None these are copies of its momenta.
+        """
+        if tensors is None:
+            tensors = [tensor.clone() for tensor in self.momentum_tensors]
         num_codes, num_tensors = len(self.codes), len(self.momentum_tensors)
         pairs = zip_longest(tensors[:num_codes], tensors[num_codes:num_tensors])
         momenta = [Momentum(codes, scales, self.format) for codes, scales in pairs]

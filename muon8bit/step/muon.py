@@ -162,9 +162,7 @@ def apply(batch: MatrixBatch, commit: Commit) -> None:
         if directions is not None:
             update_(batch, directions)
         return
-    averaged = batch
-    if not (commit.is_done or batch.is_staged):
-        averaged = batch.with_tensors([tensor.clone() for tensor in batch.momentum_tensors])
+    averaged = batch if commit.is_done or batch.is_staged else batch.with_tensors()
     X = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=method.dtype, device=batch.device)
     average_(averaged, norms, X)
     if options.sign_momentum:
@@ -179,9 +177,7 @@ def apply(batch: MatrixBatch, commit: Commit) -> None:
 
 def _apply_by_columns(batch: MatrixBatch, commit: Commit) -> None:
     """Average the momenta whole into fp32, cut them, and normalize each piece by its own norm."""
-    options, averaged = batch.options, batch
-    if not (commit.is_done or batch.is_staged):
-        averaged = batch.with_tensors([tensor.clone() for tensor in batch.momentum_tensors])
+    options, averaged = batch.options, batch if commit.is_done or batch.is_staged else batch.with_tensors()
     assert batch.partition is not None
     coefficients, pieces = options.coefficients, batch.partition.pieces
     U = torch.empty(batch.num_matrices, batch.rows, batch.cols, dtype=torch.float32, device=batch.device)

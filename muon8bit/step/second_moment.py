@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from muon8bit_kernels import ElementMoment, kernels_for, num_blocks
 from muon8bit_kernels.batches import known_flag
-from muon8bit_kernels.element_moment import root
+from muon8bit_kernels.element_moment import inverses_of, root, steps_of
 from torch import Tensor
 
 from ..config import (
@@ -216,7 +216,7 @@ def element_moment(moments: Sequence[SecondMoment], options: SecondMomentOptions
     # A block size in fp32 too: the sums of `second_moment_stats` are by block.
     size = moments[0].format.block_size or DEFAULT_BLOCK_SIZE
     scales = [moment.scales for moment in moments if moment.scales is not None]
-    steps = torch.cat(scales) / torch.tensor(255.0, device=scales[0].device) if scales else None
+    steps = steps_of(torch.cat(scales)) if scales else None
     codes = [moment.values for moment in moments]
     return ElementMoment(codes, steps, options.beta2, options.eps, options.is_clamped, size, first_col)
 
@@ -230,13 +230,10 @@ def update_arguments(
     """
     if moments[0].format.axis != "element":
         return {"factors": found.factors}
-    inverses = None
-    if found.new is not None:
-        inverses = torch.where(found.new > 0, 255.0 / found.new, 0)
     return {
         "factors": found.factors,
         "moment": element_moment(moments, options, first_col),
-        "inverses": inverses,
+        "inverses": None if found.new is None else inverses_of(found.new),
     }
 
 
