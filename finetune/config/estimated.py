@@ -73,7 +73,7 @@ def memory_options(recipe: Training, is_cuda: bool, has_bf16: bool) -> dict[str,
     else:
         assert isinstance(recipe, Recipe)
         dtype = recipe.dtype
-        options |= {"model": recipe.init_from or recipe.model, "mode": "full", "usual_seq_len": SEQ_LEN}
+        options |= {"model": recipe.init_from or recipe.sized_model, "mode": "full", "usual_seq_len": SEQ_LEN}
     return options | {"dtype": dtype, "mixed_precision": automatic if precision == "auto" else precision}
 
 

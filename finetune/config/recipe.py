@@ -11,6 +11,7 @@ from finetune.config.checks import check_ranges
 from finetune.config.errors import InputError
 from finetune.config.options import Training, option
 from finetune.config.reading import RECIPES, build, read_values
+from finetune.config.width import model_of_width
 from finetune.data.texts import read_text
 
 DEFAULT_RECIPE = "llama_4m"
@@ -21,7 +22,7 @@ SEQ_LEN = 256  # tokens, where neither the recipe nor the command line says
 class Recipe(Training):
     """One pretraining run. Every field but `name` and `model` is also a command-line option.
 
-    `model` is the content of a transformers `config.json`, `model_type` included.
+    `model` is the content of a transformers `config.json`, `model_type` included; `sized_model` is that of `width`.
     """
 
     model: dict[str, Any]
@@ -30,6 +31,12 @@ class Recipe(Training):
         "folder or name of a pretrained model to continue from",
         section="model",
         unset="none, random weights",
+    )
+    width: int | None = option(
+        None,
+        "hidden size of the model: heads and intermediate sizes change in proportion, the size of a head does not",
+        section="model",
+        unset="as the recipe's model is written",
     )
     tokenizer: str | None = option(
         None, "folder or name of a tokenizer", section="model", unset="train a byte-level BPE on the text"
@@ -56,6 +63,11 @@ class Recipe(Training):
         None, "tokens of a sequence", section="memory", unset=f"{SEQ_LEN}, or all that the model takes"
     )
 
+    @property
+    def sized_model(self) -> dict[str, Any]:
+        """The model at the width that is asked for."""
+        return self.model if self.width is None else model_of_width(self.model, self.width)
+
 
 def read_recipe(name_or_path: str) -> Recipe:
     """Read and validate a recipe: a name in `finetune/recipes/`, or the path of a YAML file.
@@ -70,7 +82,8 @@ def recipe_from(values: dict[str, Any], origin: str) -> Recipe:
     """Build a recipe from a mapping and check every value.
 
     Raises:
-        InputError: an unknown or missing key, or a value of the wrong type or out of range.
+        InputError: an unknown or missing key, a value of the wrong type or out of range, or a width that the model
+            cannot have.
     """
     if not isinstance(values.get("model"), dict) or "model_type" not in values["model"]:
         raise InputError("--recipe", f"{origin} needs a mapping `model` with the keys of a config.json")
@@ -78,6 +91,10 @@ def recipe_from(values: dict[str, Any], origin: str) -> Recipe:
     check_ranges(recipe, "seq_len")
     if not 0 < recipe.validation_fraction < 1:
         raise InputError("--validation-fraction", f"{recipe.validation_fraction} is not between 0 and 1")
+    if recipe.width is not None:
+        if recipe.init_from is not None:
+            raise InputError("--width", "--init-from brings a model of its own width; leave one of them out")
+        model_of_width(recipe.model, recipe.width)
     longest = recipe.model.get("max_position_embeddings")
     if recipe.init_from is None and isinstance(longest, int) and 0 < longest < (recipe.seq_len or 0):
         raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")

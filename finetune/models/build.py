@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from finetune.config.errors import InputError
 from finetune.config.recipe import Recipe
+from finetune.config.width import SCALED
 from finetune.data.readers import reach_hub
 from finetune.models.weights import first_line, freeze_beside_text, load_whole, longest_of, model_class, text_config
 from finetune.parallel.launch import plain_parameters, whole
@@ -32,8 +33,10 @@ def model_config(recipe: Recipe) -> Any:
         if recipe.init_from:
             config = AutoConfig.from_pretrained(recipe.init_from)
         else:
-            config = AutoConfig.for_model(**recipe.model)
+            config = AutoConfig.for_model(**recipe.sized_model)
             _check_keys(recipe.model, type(config)().to_dict())
+            if recipe.width is not None:
+                _check_sizes(recipe.model, type(config)())
             config = text_config(config)
     except InputError:
         raise
@@ -54,6 +57,15 @@ def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         close = [] if key in known else get_close_matches(key, known, n=1, cutoff=0.8)
         if close and close[0] not in given:
             raise InputError("--model-config", f"the model has no key {key!r}; did you mean {close[0]!r}?")
+
+
+def _check_sizes(given: Mapping[str, Any], default: PretrainedConfig) -> None:
+    """Check that a model that is made wider or narrower states every size that changes: a default would not."""
+    alias = default.attribute_map
+    for key in SCALED:
+        is_stated = key in given or alias.get(key) in given or any(alias.get(name) == key for name in given)
+        if not is_stated and type(getattr(default, key, None)) is int:
+            raise InputError("--width", f"the model states no {key}, which is scaled; write it into the model")
 
 
 def config_hash(config: PretrainedConfig) -> str:

@@ -95,6 +95,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     """Add what is trained, with the options of `finetune.sft`; without a default: what is not typed is not there."""
     model = parser.add_argument_group("model", "The options of the scripts, with their names.")
     model.add_argument("--recipe", metavar="NAME", help="of the scripts, or a YAML file, in a checkout (default: none)")
+    width = "hidden size of the recipe's model, heads and intermediate sizes in proportion (default: as it is written)"
+    model.add_argument("--width", type=int, default=_UNSET, metavar="N", help=width)
     model.add_argument("--mode", choices=("full", "lora", "qlora"), default=_UNSET, help="(default: full)")
     rank = "rank of the adapter (default: 16); --lora N is --mode lora --lora-rank N"
     model.add_argument("--lora-rank", type=int, default=_UNSET, metavar="N", help=rank)
@@ -184,18 +186,26 @@ def _list_presets() -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse a model that is not said or said twice, and what does not go with it."""
+    if (args.model is None) == (args.recipe is None):
+        raise ValueError("give a MODEL, such as Llama-3.1-8B, or a --recipe, and not both")
+    if args.recipe is None and hasattr(args, "width"):
+        raise ValueError("--width is of a recipe's model: give --recipe, or a config.json of that width")
+    if args.plot is not None and args.plot.suffix != ".png":
+        raise ValueError(f"--plot {args.plot}: give a file that ends in .png")
+
+
 def _run(args: argparse.Namespace, progress: Progress) -> int:
     if args.list:
         return _list_presets()
-    if (args.model is None) == (args.recipe is None):
-        raise ValueError("give a MODEL, such as Llama-3.1-8B, or a --recipe, and not both")
-    if args.plot is not None and args.plot.suffix != ".png":
-        raise ValueError(f"--plot {args.plot}: give a file that ends in .png")
+    _check(args)
     own: dict[str, Any] = {}
     options, name, script = DEFAULTS | typed_options(args), args.model, ""
     if args.recipe is not None:
         script, own = _of_recipe(args, {})
-        script, options = _of_recipe(args, typed_options(args))
+        width = {"width": args.width} if hasattr(args, "width") else {}
+        script, options = _of_recipe(args, {**typed_options(args), **width})
         name = args.recipe
     elif options["dtype"] == "auto":
         options["dtype"] = "bf16"
@@ -219,7 +229,8 @@ def _run(args: argparse.Namespace, progress: Progress) -> int:
     estimate = estimator.estimate(setup, column)
     advice = est.Advice([], None) if budget is None else est.advise(estimator, setup, column, budget)
     progress.clear()
-    recipe = None if args.recipe is None else est.Script(script, ("--recipe", args.recipe), own)
+    words = ("--recipe", args.recipe, *(("--width", str(args.width)) if hasattr(args, "width") else ()))
+    recipe = None if args.recipe is None else est.Script(script, words, own)
     scripts = [recipe or est.script_for(source, config, offer.setup) for offer in advice.offers]
     commands = [est.command(script, offer) for script, offer in zip(scripts, advice.offers, strict=True)]
     remarks = [script.remark for script in scripts]

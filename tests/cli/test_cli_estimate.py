@@ -315,6 +315,10 @@ def test_a_recipe_is_estimated_with_its_options_and_those_that_are_typed(capfd: 
     assert (typed["setup"]["batch"], typed["optimizer"]) == (2, "muon8bit+adamw8bit")
     (offer,) = typed["offers"]
     assert offer["command"] == "python -m finetune.pretrain --recipe llama_4m --adamw-bits 8 --batch-size 2"
+    wide = record(capfd, "--recipe", "llama_4m", "--width", 640, "--budget", "1GB")
+    assert wide["offers"][0]["command"] == "python -m finetune.pretrain --recipe llama_4m --width 640"
+    embedding, layer = 1024 * 320, 4 * 320**2 + 3 * 320 * 864
+    assert wide["num_parameters"] == 2 * embedding + 3 * 2**2 * layer + 7 * 2 * 320
 
 
 def test_heads_and_routers_stand_in_the_commands_that_take_them(
@@ -546,6 +550,8 @@ def test_sizes_have_the_bytes_of_their_unit(text: str, num_bytes: int) -> None:
         (("--recipe", "llama_4n"), ("llama_4n", "did you mean llama_4m?")),
         (("--recipe", "llama_3b_lorra"), ("did you mean llama_3b_lora? It must be one of", "llama_4m", "smollm2_135m")),
         (("--recipe", "llama_4m", "--mode", "lora"), ("--mode", "llama_4m")),
+        (("--recipe", "llama_4m", "--width", "100"), ("--width", "the nearest that work: 64 and 128")),
+        (("CONFIG", "--width", "64"), ("--width", "give --recipe")),
         (("CONFIG", "--split-heads", "head"), ("split_heads='head'", "no MLA projections")),
         (("CONFIG", "--routers", "muon"), ("routers='muon'", "no trainable MoE router")),
         (("CONFIG", "--gpus", "0"), ("--gpus", "0")),

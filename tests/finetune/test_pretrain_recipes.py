@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune.config.errors import InputError
 from finetune.config.reading import RECIPES
-from finetune.config.recipe import DEFAULT_RECIPE, read_recipe
+from finetune.config.recipe import DEFAULT_RECIPE, read_recipe, recipe_from
+from finetune.config.width import model_of_width
 from finetune.models.build import model_config
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -23,6 +25,68 @@ def test_recipe_is_valid_and_builds_a_model_of_its_size(name):
     size = name.split("_")[1]
     named = float(size[:-1]) * (1000 if size.endswith("b") else 1)
     assert millions == pytest.approx(named, rel=0.16)
+
+
+# Sizes beside the width of a small model of each kind, and those that it has at three times the width.
+AT_THREE_TIMES = {
+    "llama": (
+        {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 88},
+        {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 264},
+    ),
+    "qwen3": (
+        {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 7, "head_dim": 64},
+        {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 21},
+    ),
+    "mixtral": (
+        {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 40},
+        {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 120},
+    ),
+    "deepseek_v3": (
+        {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}
+        | {"moe_intermediate_size": 16, "q_lora_rank": 24, "kv_lora_rank": 8, "n_routed_experts": 4},
+        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 6, "intermediate_size": 144}
+        | {"moe_intermediate_size": 48},
+    ),
+    "gpt2": ({"n_embd": 32, "n_head": 4}, {"n_embd": 96, "n_head": 12}),
+}
+
+
+@pytest.mark.parametrize("kind", AT_THREE_TIMES)
+def test_a_width_scales_heads_and_intermediate_sizes_and_nothing_else(kind):
+    given, wider = AT_THREE_TIMES[kind]
+    values = {"name": "x", "model": {"model_type": kind, "vocab_size": 99, **given}}
+    (own, same, wide) = (
+        model_config(recipe_from({**values, "width": width}, "a test")).to_dict() for width in (None, 32, 96)
+    )
+    assert same == own
+    assert {key: value for key, value in wide.items() if value != own[key]} == wider
+    assert wide["hidden_size" if kind != "gpt2" else "n_embd"] == 96
+
+
+@pytest.mark.parametrize(
+    ("change", "width", "words"),
+    [
+        ({}, 100, "16 heads and 4 KV heads at width 256, .* at 100; the nearest that work: 64 and 128"),
+        ({}, 32, "the nearest that work: 64$"),  # two heads, and neither half a KV head nor four of them
+        ({"num_key_value_heads": 1}, 24, "the nearest that work: 16 and 32"),
+        ({"hidden_size": None}, 64, "states no hidden_size"),
+        ({"intermediate_size": 0}, 64, "states no intermediate_size"),
+        ({"num_key_value_heads": 0}, 64, "states no num_key_value_heads"),  # 8 by default, and 4 heads
+    ],
+)
+def test_a_width_that_the_model_cannot_have_is_refused(change, width, words):
+    sizes = {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 512}
+    model = {key: value for key, value in (sizes | change).items() if value != 0}
+    with pytest.raises(InputError, match=f"--width: .*{words}"):
+        model_config(recipe_from({"name": "x", "model": {"model_type": "mixtral", **model}, "width": width}, "a test"))
+
+
+def test_kv_heads_stay_where_they_cannot_scale_but_divide_the_heads():
+    model = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 2}
+    wide = model_of_width({**model, "intermediate_size": 64}, 80)
+    assert (wide["num_attention_heads"], wide["num_key_value_heads"]) == (20, 5)
+    narrow = model_of_width({**model, "num_key_value_heads": 1, "intermediate_size": 64}, 48)
+    assert (narrow["num_attention_heads"], narrow["num_key_value_heads"], narrow["intermediate_size"]) == (12, 1, 96)
 
 
 def test_sizes_reach_from_the_default_to_over_a_billion():
