@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--bath-size", "1"], ["--bath-size", "did you mean --batch-size?"]),
         (["--max-seq-length", "8"], ["--max-seq-length", "did you mean --seq-len?"]),
         (["--recipe", "lama_4m"], ["lama_4m", "did you mean llama_4m?"]),
-        (["--recipe", "llama_3b_lora"], ["did you mean llama_3b_lora, a recipe of sft? It must be one of llama_1b"]),
+        (["--recipe", "llama_3b_lora"], ["did you mean llama_3b_lora, a recipe of sft? It must be one of gqa_100m"]),
         (["--lr", "fast"], ["--lr", "fast"]),
         (["--lr", "-1"], ["--lr", "above 0"]),
         (["--lr", "nan"], ["--lr", "finite"]),

@@ -13,18 +13,30 @@ from finetune.config.width import model_of_width
 from finetune.models.build import model_config
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+ARCHITECTURES = ("gqa", "mla", "qwen3_moe", "mla_moe")
+SIZES = ("4m", "30m", "100m", "200m")
+
+
+def active_parameters(name):
+    """Count by hand what a token passes through: of the routed experts top_k, everything else whole."""
+    config = model_config(read_recipe(name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    active = 0
+    for key, param in model.named_parameters():
+        routed = ".experts." in key
+        assert not routed or param.shape[0] == config.num_local_experts
+        active += param.numel() * config.num_experts_per_tok // param.shape[0] if routed else param.numel()
+    return active
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_is_valid_and_builds_a_model_of_its_size(name):
     recipe = read_recipe(name)
     assert recipe.name == name
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(recipe))
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    size = name.split("_")[1]
+    size = name.split("_")[-1]
     named = float(size[:-1]) * (1000 if size.endswith("b") else 1)
-    assert millions == pytest.approx(named, rel=0.16)
+    assert active_parameters(name) / 1e6 == pytest.approx(named, rel=0.16)
 
 
 # Sizes beside the width of a small model of each kind, and those that it has at three times the width.
@@ -93,3 +105,15 @@ def test_sizes_reach_from_the_default_to_over_a_billion():
     assert DEFAULT_RECIPE in NAMES
     assert any(name.endswith("b") for name in NAMES)
     assert read_recipe(DEFAULT_RECIPE).dataset == "stdlib"  # no download
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_architectures_of_one_size_have_equal_active_parameters_and_training(size):
+    names = [f"{kind}_{size}" for kind in (*ARCHITECTURES, *(("mixtral",) if size == "4m" else ()))]
+    counts = {name: active_parameters(name) for name in names}
+    assert max(counts.values()) < 1.02 * min(counts.values()), counts
+    if size == "4m":
+        assert counts["gqa_4m"] == pytest.approx(active_parameters(DEFAULT_RECIPE), rel=0.02)
+        names.append(DEFAULT_RECIPE)
+    options = [{k: v for k, v in vars(read_recipe(name)).items() if k not in ("name", "model")} for name in names]
+    assert all(one == options[0] for one in options)
