@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .optimizer import Muon8bit
     from .report import StateReport, state_report
     from .routing import ParamGroups, param_groups
+    from .stack_activity import StackActivity
     from .step.nonfinite import NonFiniteGradientError
 
 __version__ = "0.2.0.dev0"
@@ -20,6 +21,7 @@ __all__ = [
     "NonFiniteGradientError",
     "NorMuon8bit",
     "ParamGroups",
+    "StackActivity",
     "StateReport",
     "convert_state_dict",
     "param_groups",
@@ -34,6 +36,7 @@ _MODULES = {
     "NorMuon8bit": "family",
     "NonFiniteGradientError": "step.nonfinite",
     "ParamGroups": "routing",
+    "StackActivity": "stack_activity",
     "StateReport": "report",
     "convert_state_dict": "convert",
     "param_groups": "routing",

@@ -402,6 +402,8 @@ class Muon8bit(ShardedOptimizer):
             return check, False
         pending = check if check.is_pending else None
         phases.write(work, self.state, running, pending, rank_group, self._offload, commit)
+        if self.stack_activity is not None:
+            self.stack_activity.record(work, pending, number)
         return check, True
 
     def _wait_for_ranks(self, rank_group: RankGroup) -> None:

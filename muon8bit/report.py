@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,14 @@ class UntouchedMatrices:
 
 
 @dataclass(frozen=True)
+class ActiveMatrices:
+    """When the matrices of a stack were last stepped: its name, and the last step of each in order; 0: none seen."""
+
+    name: str
+    last_steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class StateReport:
     """Bytes of an optimizer's state, and of what others would take.
 
@@ -77,6 +85,8 @@ class StateReport:
         is_sharded: some tensor is a DTensor, and every figure is of this rank's part.
         untouched: stacks in which the momentum of some matrices, as of experts without tokens, is zero. Stacks whose
             state lies on another device than they do are left out: it may be on its way there.
+        step: the number of the last call of `step()`, and
+        activity: what this rank knows of every stack; of an optimizer with a `StackActivity`, else 0 and nothing.
     """
 
     algorithms: tuple[AlgorithmBytes, ...]
@@ -86,6 +96,8 @@ class StateReport:
     without_state: tuple[ParamNote, ...]
     is_sharded: bool
     untouched: tuple[UntouchedMatrices, ...] = ()
+    step: int = 0
+    activity: tuple[ActiveMatrices, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -103,7 +115,8 @@ class StateReport:
         Keys: `total_bytes`, `num_parameters` (elements), `bytes_per_parameter`, `is_sharded`,
         `algorithms` ({"muon" | "adamw" | "other": {num_tensors, num_parameters, state_bytes,
         bytes_per_parameter}}), `baselines` ({name: bytes}), `kept_32bit`, `adamw_kept_32bit` and `without_state` (lists
-        of {name, shape, state_bytes}), `untouched` (list of {name, num_untouched, num_matrices}), `note` (str).
+        of {name, shape, state_bytes}), `untouched` (list of {name, num_untouched, num_matrices}), `step` (int),
+        `activity` (list of {name, last_steps}), `note` (str).
         """
         total = AlgorithmBytes("", 0, self.num_parameters, self.total_bytes)
         algorithms = {}
@@ -122,6 +135,8 @@ class StateReport:
                 for key in ("kept_32bit", "adamw_kept_32bit", "without_state")
             },
             "untouched": [asdict(stack) for stack in self.untouched],
+            "step": self.step,
+            "activity": [{"name": stack.name, "last_steps": list(stack.last_steps)} for stack in self.activity],
             "note": self.note,
         }
 
@@ -156,6 +171,14 @@ class StateReport:
         if self.untouched:
             stacks = [f"{s.num_untouched} of {s.num_matrices} in {s.name}" for s in self.untouched]
             lines.append(f"matrices of stacks without a gradient so far: {', '.join(stacks)}")
+        for stack in self.activity if self.step else ():
+            steps = stack.last_steps
+            line = f"step {self.step} moved {steps.count(self.step)} of {len(steps)} matrices in {stack.name}"
+            least = min(steps, default=self.step)
+            if least < self.step:
+                last = f"last moved in step {least}" if least else "not seen to move"
+                line += f"; longest idle: number {steps.index(least)}, {last}"
+            lines.append(line)
         return "\n".join(lines)
 
 
@@ -183,7 +206,7 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
         kind = type(optimizer).__name__
         raise TypeError(f"state_report takes an optimizer after its first step, not a {kind}: give the optimizer")
-    entries = list(_params(optimizer))
+    entries = list(named_params(optimizer))
     states = [optimizer.state.get(param, {}) for _, param, _ in entries]
     has_codes = any(key in state for state in states for key in (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY))
     seen: set[tuple[torch.device, int]] = set()
@@ -223,7 +246,11 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     order = [algorithm for algorithm in ("muon", "adamw", "other") if algorithm in counts]
     algorithms = tuple(AlgorithmBytes(algorithm, *counts[algorithm]) for algorithm in order)
     notes = tuple(kept), tuple(adamw_kept), tuple(missing)
-    return StateReport(algorithms, baselines, *notes, is_sharded, tuple(untouched))
+    report = StateReport(algorithms, baselines, *notes, is_sharded, tuple(untouched))
+    if (activity := getattr(optimizer, "stack_activity", None)) is None:
+        return report
+    stacks = tuple(ActiveMatrices(name, tuple(steps.flatten().tolist())) for name, steps in activity.local().items())
+    return replace(report, step=activity.step, activity=stacks)
 
 
 def _untouched(name: str, param: Tensor, state: Mapping[str, Any]) -> list[UntouchedMatrices]:
@@ -236,7 +263,7 @@ def _untouched(name: str, param: Tensor, state: Mapping[str, Any]) -> list[Untou
     return [UntouchedMatrices(name, num_untouched, are_touched.numel())] if num_untouched else []
 
 
-def _params(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
+def named_params(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
     """Yield name, tensor and group of every parameter in the groups."""
     unwrapped = unwrapper(name for group in optimizer.param_groups for name in group.get("param_names") or ())
     for i, group in enumerate(optimizer.param_groups):

@@ -27,6 +27,8 @@ class ShardedOptimizer(Optimizer):
     """An optimizer whose parameters may lie on several ranks."""
 
     step_timeout: float
+    stack_activity: Any = None  # a `StackActivity` that was made for it
+    _num_calls: int
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class ShardedMatrix(NamedTuple):
 
     Attributes:
         param_index, key: as in `ParamMatrices`.
+        number: its place among the matrices of the parameter.
         stack: this rank's part of its momentum, with the gradient there, as a stack of one; None without one.
         param: this rank's part of the parameter, [1, rows, cols], with `flatten` [1, rows, ...]; None without one.
         first: index in the whole parameter of the first element of `param`.
@@ -44,6 +45,7 @@ class ShardedMatrix(NamedTuple):
 
     param_index: int
     key: int | None
+    number: int
     stack: ParamMatrices | None
     param: Tensor | None
     first: int
@@ -186,7 +188,8 @@ def _sharded_matrix(
             clipped, clip = with_factor(stack._replace(grad=whole), options)
             stack = stack._replace(factor=clipped.factor)
     second = None if param.second is None else _second_moment(param.second, sharding, slot, param_part)
-    return ShardedMatrix(param.index, param.key, stack, local, first, None, second), clip
+    number = _flat_index(slot.lead, sharding.shape)
+    return ShardedMatrix(param.index, param.key, number, stack, local, first, None, second), clip
 
 
 def _zero_matrices(param: _LocalParam, sharding: ParamSharding) -> dict[tuple[int, ...], Tensor]:

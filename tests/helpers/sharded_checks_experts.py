@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from helpers.sharded_checks import arm, check
 from helpers.sharded_runs import Run, assert_same, on_mesh, values, whole
-from muon8bit import Muon8bit
+from muon8bit import Muon8bit, StackActivity
 
 SHAPES = {"experts": (5, 12, 24), "nested": (2, 2, 12, 16), "dense": (12, 24)}
 STACKS = ("experts", "nested")
@@ -58,9 +58,16 @@ def idle_as_in_one_process(placed, more, pieces, **family):
     group = {"split_sizes": pieces, **family}
     runs = [ExpertRun(SHAPES, torch.float32, place, group=group, **how) for place, how in ways]
     single, shared = (run.train([4]) for run in runs)
+    activities = [StackActivity(run.optimizer) for run in runs]
     for step in range(4):
         single.train([step])
         stays(shared, step)
+        if step == 1:  # as it would be resumed, on however many ranks
+            activities[1] = StackActivity(shared.optimizer)
+            activities[1].load_state_dict(activities[0].state_dict())
+    steps, expected = (activity.last_steps() for activity in activities)
+    assert {name: of.tolist() for name, of in steps.items()} == {name: of.tolist() for name, of in expected.items()}
+    assert expected["experts"].tolist() == [3, 5, 3, 3, 5]
     states = shared.state_whole(), single.state_whole()  # second moments are of directions, as parameters are
     assert_same(*({key: of[key] for key in of if "momentum" in key[1]} for of in states))
     if family:

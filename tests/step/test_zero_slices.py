@@ -10,7 +10,7 @@ from helpers.bitwise import assert_bitwise
 from muon8bit_kernels import reference
 from torch import nn
 
-from muon8bit import Muon8bit, NonFiniteGradientError, release_gradients
+from muon8bit import Muon8bit, NonFiniteGradientError, StackActivity, release_gradients, state_report
 from muon8bit.orthogonalize import NSMethod
 from muon8bit.step import muon, nonfinite
 from muon8bit.step.matrix_batches import are_zero
@@ -83,7 +83,7 @@ def test_idle_matrices_keep_every_bit_and_the_others_are_stepped_as_without_a_st
     start = torch.randn(4, *shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     stack, alone = [nn.Parameter(start.clone())], [nn.Parameter(matrix.clone()) for matrix in start]
     stacked, unstacked = optimizer_of(stack, **options), optimizer_of(alone, **options)
-    before = None
+    activity, before = StackActivity(stacked), None
     for step, active in enumerate(ACTIVE):
         grads = grads_of(step, shape, dtype) * scale
         stack[0].grad = grads.clone()
@@ -98,6 +98,8 @@ def test_idle_matrices_keep_every_bit_and_the_others_are_stepped_as_without_a_st
             if unstacked.state[param]:
                 for found, expected in zip(ours, *matrices(unstacked, [param]), strict=True):
                     assert_bitwise(found, expected)
+        last_steps = [max(s + 1 for s in range(-1, step + 1) if s < 0 or n in ACTIVE[s]) for n in range(4)]
+        assert activity.local()["parameter 0 of group 0"].tolist() == last_steps
         before = after
     assert not torch.equal(before[0][0], start[0])
 
@@ -194,7 +196,7 @@ def test_gradients_released_in_backward_and_accumulated_to_zero():
     """A sum that is zero to the bit is a zero gradient, whatever its terms."""
     params = [nn.Parameter(torch.ones(3, 20, 16))]
     optimizer = optimizer_of(params, on_nonfinite="skip")
-    handle = release_gradients(nn.ParameterList(params), optimizer)
+    handle, activity = release_gradients(nn.ParameterList(params), optimizer), StackActivity(optimizer)
     (params[0] * grads_of(3, (20, 16), torch.float32, 3)).sum().backward()
     optimizer.step()
     before = matrices(optimizer, params)
@@ -209,6 +211,56 @@ def test_gradients_released_in_backward_and_accumulated_to_zero():
     optimizer.step()
     pairs = zip(after, matrices(optimizer, params), strict=True)
     assert [all(map(torch.equal, *pair)) for pair in pairs] == [True, False, True]
+    assert activity.local()["parameter 0 of group 0"].tolist() == [2, 3, 2]
+
+
+@pytest.mark.parametrize("is_asynchronous", [True, False])
+def test_the_last_active_step_of_each_matrix_is_reported_and_resumed(is_asynchronous, monkeypatch):
+    """Steps that changed nothing count, and are of no matrix."""
+    monkeypatch.setattr(nonfinite.GradientCheck, "is_asynchronous", is_asynchronous)
+
+    def made():
+        stack, conv, other = (nn.Parameter(torch.ones(shape)) for shape in ((2, 2, 12, 16), (12, 2, 8), (2, 12, 8)))
+        groups = [{"params": [("experts", stack)]}, {"params": [("conv", conv)], "flatten": True}]
+        groups += [{"params": [("other", other)], "zero_slices": "step"}]
+        optimizer = Muon8bit(groups, on_nonfinite="skip")
+        return stack, optimizer
+
+    def step(stack, optimizer, number, bad=False):
+        stack.grad = grads_of(number, (12, 16), torch.float32).view(2, 2, 12, 16)
+        for group in optimizer.param_groups[1:]:
+            group["params"][0].grad = torch.ones_like(group["params"][0])
+        if bad:
+            stack.grad[0, 0, 3, 3] = torch.nan
+        optimizer.step()
+
+    stack, optimizer = made()
+    assert state_report(optimizer).activity == ()
+    assert "moved" not in str(state_report(optimizer))
+    step(stack, optimizer, 0)  # before it looks
+    activity = StackActivity(optimizer)
+    for number in (1, 0, 4):
+        step(stack, optimizer, number, bad=number == 0)
+    assert activity.local()["experts"].tolist() == [[2, 0], [2, 4]]
+    saved = copy.deepcopy(activity.state_dict())
+    resumed, later = made()
+    again = StackActivity(later)
+    later.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.load_state_dict(saved)
+    step(resumed, later, 2)  # none
+    report = state_report(later)
+    assert report.to_dict()["step"] == 5
+    assert report.to_dict()["activity"] == [{"name": "experts", "last_steps": [2, 0, 2, 4]}]
+    assert "step 5 moved 0 of 4 matrices in experts; longest idle: number 1, not seen to move" in str(report)
+    step(resumed, later, 3)
+    assert again.last_steps()["experts"].tolist() == [[6, 6], [6, 6]]
+    assert str(state_report(later)).endswith("step 6 moved 4 of 4 matrices in experts")
+    for name, wrong in (("experts", torch.zeros(4)), ("others", torch.zeros(2))):
+        with pytest.raises(ValueError, match=f"the activity saved of {name} has matrices"):
+            again.load_state_dict({"step": 9, "last_steps": {**saved["last_steps"], name: wrong}})
+    assert again.step == 6
+    with pytest.raises(TypeError, match="takes a Muon8bit, not a SGD"):
+        StackActivity(torch.optim.SGD([stack]))
 
 
 def test_a_group_saved_without_the_key_goes_on_with_step():
