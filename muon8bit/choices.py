@@ -49,6 +49,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 # Who saved a checkpoint that is converted, and whose formats can be written.
-Dialect: TypeAlias = Literal["muon8bit", "torch", "jordan", "heavy-ball", "adamw"]
+Dialect: TypeAlias = Literal["muon8bit", "torch", "jordan", "heavy-ball", "normuon", "adamuon", "dion", "adamw"]
 DIALECTS: tuple[str, ...] = get_args(Dialect)
 EXPORTS = ("muon8bit", "torch")

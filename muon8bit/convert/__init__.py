@@ -1,6 +1,7 @@
 """Conversion of checkpoints: between 8 and 32 bits, codebooks and block sizes, and from and to other Muons.
 
-The others are torch.optim.Muon beside an AdamW, K. Jordan's and heavy-ball Muon; the first is a target too.
+The others are torch.optim.Muon beside an AdamW, K. Jordan's and heavy-ball Muon, NorMuon's, AdaMuon's and Dion's own;
+the first is a target too.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def convert_state_dict(
             AdamW's where these are two.
         source: who saved it: `"muon8bit"`; `"torch"`: Muon with an EMA momentum, as torch.optim.Muon;
             `"jordan"`: K. Jordan's Muon since February 2025, an average with AdamW in the same or in own groups.
-            `"heavy-ball"`: b <- beta b + g, whose values are larger by 1 / (1 - beta).
+            `"heavy-ball"`: b <- beta b + g, whose values are larger by 1 / (1 - beta). `"normuon"`, `"adamuon"`: their
+            authors' code, with its second moments; `"dion"`: Dion's NorMuon or Muon, with its AdamW.
             `"adamw"`: an AdamW over the whole model, torch's or bitsandbytes', which is not continued: its exp_avg, an
             average too, becomes the first momentum as it is; AdamW's parameters of `like` keep their whole state; all
             options are those of `like`, which it needs.

@@ -62,6 +62,9 @@ _WORDS = {
     "torch": "torch.optim.Muon's",
     "jordan": "Jordan's Muon's",
     "heavy-ball": "heavy-ball Muon's",
+    "normuon": "NorMuon's",
+    "adamuon": "AdaMuon's",
+    "dion": "Dion's heavy-ball",
     "adamw": "AdamW's exp_avg",
 }
 _CODES_KEYS = (LINEAR_CODES_KEY, DYNAMIC_CODES_KEY, BUFFER_KEY)
@@ -217,7 +220,7 @@ def _state(
 def _values(entry: Entry, momentum: Momentum) -> Tensor:
     """Return the exponential moving average, fp32."""
     values = momentum.decode()
-    if entry.dialect == "heavy-ball":
+    if entry.dialect in ("heavy-ball", "dion"):
         values = values * (1 - entry.options["momentum"])
     if not is_finite(values):
         raise ValueError(f"state of {entry.where}: its momentum holds NaN or Inf: the checkpoint is damaged")
@@ -239,8 +242,10 @@ def _momentum(entry: Entry) -> tuple[Momentum, str]:
         words = format.options
     else:
         codes, format, words = codes.float(), MomentumFormat(None, DEFAULT_BLOCK_SIZE), _WORDS[entry.dialect]
-        if codes.ndim != 2:
-            raise ValueError(f"{entry.where} has {codes.ndim} dimensions: only matrices come from torch.optim.Muon")
+        if codes.ndim != 2 and not (codes.ndim == 3 and entry.dialect in ("normuon", "dion")):
+            raise ValueError(
+                f"{entry.where} has {codes.ndim} dimensions: only matrices come from {_WORDS[entry.dialect]}"
+            )
     layout = format.layout(codes.shape)
     if entry.tensors.keys() - set(SECOND_KEYS) != layout.keys():
         listed = ", ".join(map(str, entry.tensors))

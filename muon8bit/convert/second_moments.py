@@ -15,10 +15,20 @@ from muon8bit_kernels import num_blocks
 from muon8bit_kernels.element_moment import inverses_of, root, steps_of
 from torch import Tensor
 
-from ..config import SECOND_CODES_KEY, SECOND_KEYS, SECOND_MOMENT_KEY, SECOND_SCALES_KEY, why_damaged
-from ..step.options import state_format
+from ..config import (
+    DEFAULT_BLOCK_SIZE,
+    SECOND_CODES_KEY,
+    SECOND_KEYS,
+    SECOND_MOMENT_KEY,
+    SECOND_SCALES_KEY,
+    why_damaged,
+)
+from ..step.options import MATRIX_DEFAULTS, state_format
 from ..step.second_moment import SecondMoment, SecondMomentFormat
 from .entries import Change, Entry, dense
+
+# How others store them.
+_UNQUANTIZED = {"bits": 32, "codebook": "linear", "block_size": DEFAULT_BLOCK_SIZE, **MATRIX_DEFAULTS}
 
 
 def second_moment(
@@ -71,9 +81,12 @@ def _numbers(format: SecondMomentFormat) -> tuple[Any, ...]:
 
 def _checked(entry: Entry, shape: torch.Size) -> SecondMoment | None:
     """Return the saved second moment; None where the saved group has none."""
-    found = {key for key in entry.tensors if key in SECOND_KEYS}
-    kind = entry.options.get("second_moment") if entry.dialect == "muon8bit" else None
-    format = None if kind is None else SecondMomentFormat.of(shape, *state_format(entry.options))
+    found, options = {key for key in entry.tensors if key in SECOND_KEYS}, entry.options
+    is_ours = entry.dialect == "muon8bit"
+    if not is_ours:  # theirs are floats, and may be missing
+        options = {**_UNQUANTIZED, **options, "second_moment": options.get("second_moment") if found else None}
+    kind = options.get("second_moment")
+    format = None if kind is None else SecondMomentFormat.of(shape, *state_format(options))
     layout = {} if format is None else format.layout(shape)
     if found != layout.keys():
         listed = ", ".join(map(str, entry.tensors))
@@ -81,7 +94,10 @@ def _checked(entry: Entry, shape: torch.Size) -> SecondMoment | None:
         raise ValueError(f"state of {entry.where} has {listed}; of a second moment its group asks for {expected}")
     tensors = {}
     for key, (size, dtype) in layout.items():
-        value = tensors[key] = dense(entry, key)
+        value = dense(entry, key)
+        if not is_ours and value.is_floating_point() and value.numel() == torch.Size(size).numel():
+            value = value.float().reshape(size)
+        tensors[key] = value
         if tuple(value.shape) != size or value.dtype != dtype:
             raise ValueError(
                 f"state of {entry.where}: {key} is {value.dtype} {tuple(value.shape)}, expected {dtype} {size}"

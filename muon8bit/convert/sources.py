@@ -20,6 +20,7 @@ from ..orthogonalize.coefficients import JORDAN
 from ..step.options import MATRIX_DEFAULTS, OWN_DEFAULTS, RUNNING_KEYS, check_options, group_keys
 from .adamw import adamw_group
 from .entries import Entry, Group, saved_names, saved_state
+from .family import FAMILY, in_our_words, in_torchs_words, is_dions
 
 # What other optimizers' groups need not say; `results` settles it.
 _UNSAID = {"muon": {"nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}, "adamw": {"eps"}}
@@ -103,7 +104,9 @@ def _own_group(group: Mapping[str, Any], states: Mapping[Any, Any], where: str, 
                 f"{where} was saved by an AdamW, whose run Muon8bit does not continue: start fresh, or take its "
                 "exp_avg as the first momentum, by source (--from) adamw; beside a Muon's it is read by source torch"
             )
-        raise ValueError(f"{where} was not saved by Muon8bit: give source (--from) torch, jordan or heavy-ball")
+        raise ValueError(
+            f"{where} was not saved by Muon8bit: give source (--from) torch, jordan, heavy-ball, normuon or adamuon"
+        )
     algorithm = group["algorithm"]
     if algorithm not in ALGORITHMS:
         raise ValueError(f"{where}: algorithm {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
@@ -130,6 +133,9 @@ def _foreign_groups(
     momentum: float | None,
 ) -> list[Group]:
     """Return a group saved by another optimizer, as one group of Muon or AdamW or as one of each."""
+    if dialect in FAMILY and part != "adamw":
+        states_of = [saved_state(states, key, where) for key in group["params"]]
+        group = in_torchs_words(group, states_of, dialect, where)
     _check_author(group, where, dialect)
     members: dict[str, list[tuple[int | str, str, Mapping[str, Any]]]] = {"muon": [], "adamw": []}
     for key, name in zip(group["params"], saved_names(group, where, given), strict=True):
@@ -140,6 +146,7 @@ def _foreign_groups(
         state = saved_state(states, key, name)
         algorithm = part or _algorithm(group, state, name)
         state = {_MOONLIGHT_STATE.get(k, k): value for k, value in state.items() if k != "use_muon"}
+        state = in_our_words(state, algorithm, dialect)
         if algorithm == "adamw" and state and "step" in group:  # as pytorch_optimizer counts
             state = {"step": group["step"], **state}
         members[algorithm].append((key, name, state))
@@ -154,9 +161,11 @@ def _foreign_groups(
 
 def _check_not_dions(group: Mapping[str, Any], where: str) -> None:
     """Raise ValueError for a group of Dion's, which calls its algorithm by a key of that name as Muon8bit does."""
+    if is_dions(group):
+        raise ValueError(f"{where} was saved by Dion's NorMuon or Muon: give source (--from) dion")
     if found := [key for key in _DION if key in group]:
         raise ValueError(
-            f"{where} has {', '.join(found)}, as Dion's optimizers and their Muon have: their state is not read, start "
+            f"{where} has {', '.join(found)}, as Dion's optimizers have: their state is not read, start "
             "with a fresh optimizer"
         )
 
@@ -166,6 +175,8 @@ def _check_author(group: Mapping[str, Any], where: str, dialect: Dialect) -> Non
     _check_not_dions(group, where)
     if "algorithm" in group:
         raise ValueError(f"{where} was saved by Muon8bit: give source (--from) muon8bit")
+    if "beta2" in group and dialect not in FAMILY:
+        raise ValueError(f"{where} has beta2, as NorMuon has: give source (--from) normuon")
     if "dampening" in group:
         raise ValueError(f"{where} was saved by torch.optim.SGD, which is no Muon: start with a fresh optimizer")
     is_jordans = "use_muon" in group or ("adamw_lr_ratio" in group and "weight_decay" in group)

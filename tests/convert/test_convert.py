@@ -597,8 +597,16 @@ def test_a_step_counted_in_the_group_is_taken(source):
             "jordan",
             "group 0 has sharpness, which no release",
         ),
-        (lambda: jordans({"mu": 0.95, "algorithm": "muon"})[0], "torch", "group 0 has mu, as Dion's .*not read"),
-        (lambda: jordans({"mu": 0.95, "algorithm": "muon"})[0], "muon8bit", "group 0 has mu, as Dion's .*not read"),
+        (
+            lambda: jordans({"mu": 0.95, "rank_fraction": 0.5})[0],
+            "torch",
+            "group 0 has mu, rank_fraction, as Dion's .*not read",
+        ),
+        (
+            lambda: jordans({"mu": 0.95, "rank_fraction": 0.5})[0],
+            "muon8bit",
+            "group 0 has mu, rank_fraction, as Dion's .*not read",
+        ),
     ],
 )
 def test_who_saved_a_muon_is_told_by_its_group(saved, source, message):
