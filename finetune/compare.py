@@ -73,7 +73,7 @@ def find_runs(given: Sequence[str]) -> list[Path]:
         if not runs:
             raise InputError("RUN", f"{path} holds no metrics.jsonl, nor does a folder in it; give the folder of a run")
         if runs == inside:
-            runs = [run for run in inside if _steps(run)]
+            runs = [run for run in inside if read_steps(run)]
             empty = [str(run.resolve()) for run in inside if run not in runs]
             if not runs:
                 raise InputError("RUN", f"no run in {path} has a step yet; give other runs")
@@ -93,11 +93,11 @@ def read_run(path: Path, name: str) -> RunSummary:
     Raises:
         InputError: it has no step yet.
     """
-    metrics = _steps(path)
+    metrics = read_steps(path)
     if not metrics:
         raise InputError("RUN", f"{path} has no step in its metrics.jsonl yet; leave it out")
-    result, report = _record(path / "result.json"), _record(path / "state_report.json")
-    facts = {**metrics[-1], **_recipe(path), **result, **_record(path / "run.json")}
+    result, report = read_record(path / "result.json"), read_record(path / "state_report.json")
+    facts = {**metrics[-1], **_optimizer(path), **result, **read_record(path / "run.json")}
     losses = [(m["step"], m["val_loss"]) for m in metrics if m.get("val_loss") is not None]
     values = {
         "run": name,
@@ -112,14 +112,29 @@ def read_run(path: Path, name: str) -> RunSummary:
     return RunSummary(path, LossCurve(name, metrics, facts.get("val_loss_before")), values, facts.get("corpus"))
 
 
-def _steps(path: Path) -> list[dict[str, Any]]:
-    return [record for record in RunFolder(path).metrics() if record.get("loss") is not None]
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Read the records of a run that have a loss.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not the record of a step.
+    """
+    folder = RunFolder(path)
+    try:
+        records = [record for record in folder.metrics() if record.get("loss") is not None]
+        for record in records:
+            _ = [float(record[key]) for key in ("step", "loss", "tokens", "seconds")]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = str(error) if isinstance(error, OSError) else "a line is not the record of a step"
+        raise InputError("RUN", f"cannot read {folder.metrics_file}: {reason}; leave that run out") from None
+    return records
 
 
-def _record(file: Path) -> dict[str, Any]:
+def read_record(file: Path) -> dict[str, Any]:
     """Return a JSON file of a run; {} where it has not been written."""
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("it holds no JSON object")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -127,13 +142,19 @@ def _record(file: Path) -> dict[str, Any]:
     return record
 
 
-def _recipe(path: Path) -> dict[str, Any]:
-    """Return what the recipe of a run tells where the run has left nothing else yet: its optimizer."""
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the options of a run; {} where it has left no recipe.
+
+    Raises:
+        InputError: the recipe cannot be read.
+    """
     file = RunFolder(path).recipe_file
-    if not file.is_file():
-        return {}
-    values, _ = read_values(str(file), path, Training)
-    return {"optimizer": values.get("optimizer")}
+    return read_values(str(file), path, Training)[0] if file.is_file() else {}
+
+
+def _optimizer(path: Path) -> dict[str, Any]:
+    """Return what the recipe of a run tells where the run has left nothing else yet: its optimizer."""
+    return {"optimizer": read_recipe(path).get("optimizer")}
 
 
 def _speed(metrics: Sequence[dict[str, Any]]) -> float | None:
@@ -163,7 +184,7 @@ def align(rows: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join(lines)
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def folder_names(paths: Sequence[Path]) -> list[str]:
     """Return the names of folders, with that of the folder above where two are equal."""
     names = [path.name for path in paths]
     both = zip(paths, names, strict=True)
@@ -182,14 +203,14 @@ def _parser() -> argparse.ArgumentParser:
 def _work(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     paths = find_runs(options.runs)
-    runs = [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    runs = [read_run(path, name) for path, name in zip(paths, folder_names(paths), strict=True)]
     print(json.dumps([run.values for run in runs], indent=1) if options.json else table(runs))
     if len({run.corpus for run in runs}) > 1:
         print("note: these runs are not all on the same data: their losses do not compare", file=sys.stderr)
     if not options.no_plot:
         output = Path(options.output).expanduser()
         try:
-            plot_losses([run.curve for run in runs], output, ", ".join(_names([run.path for run in runs]))[:80])
+            plot_losses([run.curve for run in runs], output, ", ".join(folder_names([run.path for run in runs]))[:80])
         except (OSError, ValueError) as error:
             raise InputError("--output", f"cannot write {output}: {error}") from None
         print(f"picture: {output}", file=sys.stderr)

@@ -1,0 +1,280 @@
+"""Figures of a page as SVG: curves with bands over seeds, losses by rate, and bars. No torch in here.
+
+Lines differ in style as well as in colour, so that a page can be read in black and white.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from finetune.page.runs import Line, PageRun
+
+# Okabe and Ito's colours without the palest, and dashes: 6 x 5 lines that differ.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#000000")
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.2, 1.4)), (0, (7, 2, 1.2, 2)), (0, (3, 1.2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MOST_LINES = len(COLORS) * len(DASHES)
+MARKED_POINTS, MOST_POINTS = 20, 1000  # of a curve: so few are marked, and more cannot be told apart
+
+_SETTINGS: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+}
+
+
+@dataclass(frozen=True)
+class CurveFigure:
+    """A figure of values over steps, which a page has if a run has them.
+
+    Args:
+        title: of the figure.
+        keys: names of values in metrics.jsonl; of two, the lower and the upper edge of a band.
+        label: of the vertical axis, with its unit.
+        caption: one sentence on what is shown.
+        is_log: whether the axis is logarithmic.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    label: str
+    caption: str = ""
+    is_log: bool = False
+
+
+@dataclass(frozen=True)
+class DrawnFigure:
+    """A figure that is drawn.
+
+    Args:
+        title: its heading.
+        svg: the element, which has its alternative text.
+        caption: what a reader must know of it; may be empty.
+    """
+
+    title: str
+    svg: str
+    caption: str
+
+
+CURVES = (
+    CurveFigure("Validation loss", ("val_loss",), "validation loss (nats per {unit})"),
+    CurveFigure("Training loss", ("loss",), "training loss (nats per {unit})", "Averaged over steps."),
+    CurveFigure("Learning rate", ("lr",), "learning rate", "Of the optimizer's first group."),
+    CurveFigure(
+        "Gradient norm", ("grad_norm",), "norm of the gradient", "Before clipping; averaged over steps.", is_log=True
+    ),
+    CurveFigure(
+        "Expert load", ("expert_load_cv",), "variation of the experts' load", "Deviation over mean; 0 is an even load."
+    ),
+    CurveFigure(
+        "Shares of experts",
+        ("expert_share_min", "expert_share_max"),
+        "share of a layer's tokens",
+        "From the least loaded expert of any layer to the most loaded one.",
+    ),
+    CurveFigure("Dead experts", ("dead_experts",), "experts without a token", "Since the evaluation before."),
+    CurveFigure("Balance loss", ("aux_loss",), "balance loss of the routers"),
+    CurveFigure("z-loss", ("z_loss",), "z-loss of the routers"),
+)
+
+
+def draw_figures(lines: Sequence[Line]) -> list[DrawnFigure]:
+    """Draw all figures for which a run has values, curves first.
+
+    Args:
+        lines: at most `MOST_LINES` that are drawn.
+    """
+    drawn = [(line, number) for number, line in enumerate(line for line in lines if line.is_drawn)]
+    unit = "token" if {run.versions.get("script") for line in lines for run in line.runs} <= {"pretrain"} else "target"
+    figures = [_draw_curves(figure, drawn, unit) for figure in CURVES]
+    figures.insert(2, _draw_rates(lines, unit))
+    figures += [
+        _draw_bars("Optimizer state", "state (MiB)", drawn, lambda run: _mib(run.values.get("state_bytes"))),
+        _draw_bars("Peak of memory", "peak (MiB)", drawn, lambda run: _mib(run.values.get("peak_bytes"))),
+        _draw_bars(
+            *("Step time", "step time (ms)", drawn, _median_ms),
+            caption="Median over steps without the first; thin lines: from the 10th to the 90th percentile.",
+            spread=_spread_ms,
+        ),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def band(runs: Sequence[PageRun], key: str) -> list[tuple[int, float, float, float]]:
+    """Return step, mean, lowest and highest value over runs, at the steps that all runs with this value have.
+
+    A value that is not finite in one run is NaN here.
+    """
+    curves = [dict(zip(*run.curves[key], strict=True)) for run in runs if key in run.curves]
+    points = []
+    for step in sorted(set.intersection(*map(set, curves))) if curves else ():
+        values = [curve[step] for curve in curves]
+        if not all(map(math.isfinite, values)):
+            values = [math.nan]
+        points.append((step, statistics.fmean(values), min(values), max(values)))
+    every = max(1, math.ceil(len(points) / MOST_POINTS))
+    return points[::every] + ([] if (len(points) - 1) % every == 0 else points[-1:])
+
+
+def _new_axes(num_lines: int, height: float = 3.3) -> Any:
+    """Return the axes of a new figure, with room for a legend of so many lines; `height` in inches."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(6.4, height + 0.21 * math.ceil(num_lines / 2)), layout="constrained")
+        FigureCanvasSVG(figure)
+        return figure.add_subplot()
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLORS[number % len(COLORS)], "ls": DASHES[number % len(DASHES)], "lw": 1.5}
+
+
+def _draw_curves(figure: CurveFigure, drawn: Sequence[tuple[Line, int]], unit: str) -> DrawnFigure | None:
+    found = [(line, number, [band(line.runs, key) for key in figure.keys]) for line, number in drawn]
+    found = [entry for entry in found if all(entry[2])]
+    if not found:
+        return None
+    axes = _new_axes(len(found) if len(drawn) > 1 else 0)
+    label, told, has_bands = figure.label.format(unit=unit), [], False
+    are_few = max(len(bands[0]) for _, _, bands in found) <= MARKED_POINTS
+    for line, number, bands in found:
+        steps = [point[0] for point in bands[0]]
+        lower, upper = ([point[2] for point in bands[0]], [point[3] for point in bands[-1]])
+        style = _style(number)
+        if lower != upper:
+            axes.fill_between(steps, lower, upper, color=style["color"], alpha=0.2, lw=0)
+        if len(bands) == 1:
+            means = [point[1] for point in bands[0]]
+            few = {"marker": MARKERS[number % len(MARKERS)], "ms": 4} if are_few else {}
+            axes.plot(steps, means, label=_named(line), **style, **few)
+            told.append(f"{line.name}: {means[0]:.4g} at step {steps[0]}, {means[-1]:.4g} at step {steps[-1]}")
+            has_bands |= lower != upper
+        else:
+            axes.plot(steps, lower, **style)
+            axes.plot(steps, upper, label=_named(line), **style)
+            told.append(f"{line.name}: {lower[-1]:.4g} to {upper[-1]:.4g} at step {steps[-1]}")
+    axes.set(xlabel="step", ylabel=label)
+    if figure.is_log and all(point[2] > 0 for _, _, bands in found for points in bands for point in points):
+        axes.set_yscale("log")
+        for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_formatter("{x:g}")
+    caption = " ".join(filter(None, [figure.caption, "Bands: lowest to highest over seeds." if has_bands else ""]))
+    return _finish(axes, figure.title, f"{label} over steps. {'; '.join(told)}.", caption, len(drawn) > 1)
+
+
+def _draw_rates(lines: Sequence[Line], unit: str) -> DrawnFigure | None:
+    """Draw final validation losses over learning rates, of arms that have several rates."""
+    arms: dict[str, dict[float, list[float]]] = {}
+    for line in lines:
+        losses = [run.values["val_loss"] for run in line.runs if run.values["val_loss"] is not None]
+        if line.runs[0].rate and losses and all(map(math.isfinite, losses)):
+            arms.setdefault(line.arm, {}).setdefault(line.runs[0].rate, []).extend(losses)
+    arms = {arm: dict(sorted(rates.items())) for arm, rates in arms.items()}
+    if all(len(rates) < 2 for rates in arms.values()):
+        return None
+    axes, told = _new_axes(len(arms)), []
+    for number, (arm, rates) in enumerate(arms.items()):
+        means = [statistics.fmean(losses) for losses in rates.values()]
+        ranges = [[m - min(v) for m, v in zip(means, rates.values(), strict=True)]]
+        ranges.append([max(v) - m for m, v in zip(means, rates.values(), strict=True)])
+        marker = MARKERS[number % len(MARKERS)]
+        axes.errorbar(list(rates), means, ranges, label=arm, marker=marker, ms=5, capsize=3, **_style(number))
+        best = min(range(len(means)), key=means.__getitem__)
+        told.append(f"{arm}: lowest {means[best]:.4g} at {list(rates)[best]:g}")
+    axes.set_xscale("log")
+    rates_shown = sorted({rate for rates in arms.values() for rate in rates})
+    axes.set_xticks(rates_shown, [f"{rate:g}" for rate in rates_shown], rotation=30)
+    axes.minorticks_off()
+    label = f"validation loss (nats per {unit})"
+    axes.set(xlabel="peak learning rate", ylabel=label)
+    caption = "After the last step; means over seeds, bars from the lowest to the highest."
+    return _finish(axes, "Loss by learning rate", f"{label} by learning rate. {'; '.join(told)}.", caption, True)
+
+
+def _mib(num_bytes: float | None) -> float | None:
+    return None if num_bytes is None else num_bytes / 2**20
+
+
+def _median_ms(run: PageRun) -> float | None:
+    return statistics.median(run.step_ms) if run.step_ms else None
+
+
+def _spread_ms(run: PageRun) -> tuple[float, float]:
+    deciles = statistics.quantiles(run.step_ms, n=10, method="inclusive") if len(run.step_ms) > 1 else run.step_ms
+    return deciles[0], deciles[-1]
+
+
+def _draw_bars(
+    title: str,
+    label: str,
+    drawn: Sequence[tuple[Line, int]],
+    value_of: Callable[[PageRun], float | None],
+    caption: str = "",
+    spread: Callable[[PageRun], tuple[float, float]] | None = None,
+) -> DrawnFigure | None:
+    """Draw a bar for each line: the mean over its runs that have the value."""
+    found = []
+    for line, _ in drawn:
+        runs = [run for run in line.runs if value_of(run) is not None]
+        if runs:
+            spreads = [spread(run) for run in runs] if spread else []
+            found.append((line.name, statistics.fmean(map(value_of, runs)), spreads))  # type: ignore[arg-type]
+    if not found:
+        return None
+    axes = _new_axes(0, 0.9 + 0.32 * len(found))
+    names, values, all_spreads = zip(*found, strict=True)
+    places = range(len(found))
+    axes.barh(places, values, height=0.62, color="#b8cfe0", edgecolor="black", lw=0.7)
+    for place, spreads in zip(places, all_spreads, strict=True):
+        if spreads:
+            axes.plot([min(low for low, _ in spreads), max(high for _, high in spreads)], [place] * 2, "k-", lw=1)
+    texts = [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values]
+    ends = [max([value, *(high for _, high in s)]) for value, s in zip(values, all_spreads, strict=True)]
+    for place, end, text in zip(places, ends, texts, strict=True):
+        axes.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center")
+    axes.set_xlim(0, max(ends) * 1.18 or 1)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    told = "; ".join(f"{name}: {text}" for name, text in zip(names, texts, strict=True))
+    return _finish(axes, title, f"{label}. {told}.", caption, False)
+
+
+def _named(line: Line) -> str:
+    return line.name if len(line.runs) == 1 else f"{line.name} ({len(line.runs)} seeds)"
+
+
+def _finish(axes: Any, title: str, alt: str, caption: str, has_legend: bool) -> DrawnFigure:
+    axes.grid(visible=True, color="#dddddd", lw=0.6)
+    axes.set_axisbelow(True)
+    if has_legend:
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=3.6, fontsize=9)
+    return DrawnFigure(title, _svg(axes.figure, title, alt), caption)
+
+
+def _svg(figure: Any, title: str, alt: str) -> str:
+    """Return a figure as an SVG element, the same bytes for the same figure."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({**_SETTINGS, "svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    head = re.sub(r' (width|height)="[^"]*"', "", text[: text.index(">")])
+    return f'{head} role="img" aria-label="{escape(alt)}"{text[text.index(">") :]}'.strip()
