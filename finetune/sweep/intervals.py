@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
     return MeanInterval(count, mean, deviation, t_quantile(0.975, count - 1) * deviation / math.sqrt(count))
 
 
+@functools.cache
 def t_quantile(probability: float, degrees: int) -> float:
     """Return a quantile of Student's t with a whole number of degrees of freedom, for probabilities from 0.5 to 1.
 

@@ -43,6 +43,19 @@ def read_sweep(path: str) -> Sweep:
         values = tomllib.loads(read_text(file, "FILE.toml"))
     except tomllib.TOMLDecodeError as error:
         raise InputError(str(file), f"is not TOML: {error}") from None
+    return sweep_of(values, file)
+
+
+def sweep_of(values: Mapping[str, Any], file: Path) -> Sweep:
+    """Return the sweep of a file's values, checked.
+
+    Args:
+        values: content of a sweep file.
+        file: its path, by which errors and the sweep are named; recipes and records are beside it.
+
+    Raises:
+        InputError: names the file and the key.
+    """
     _check_keys(str(file), values, KEYS)
     tables = _value(values, "arms", dict, {}, str(file))
     if not tables or not all(isinstance(table, dict) for table in tables.values()):

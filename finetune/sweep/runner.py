@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.config.errors import InputError
 from finetune.sweep.costs import PROBE_STEPS, probe_options
 from finetune.sweep.plan import Results, choose_rate, list_runs, results_of
 from finetune.sweep.records import (
@@ -26,7 +27,7 @@ from finetune.sweep.records import (
 )
 from finetune.sweep.spec import Sweep, SweepRun, command_words
 from finetune.sweep.worker import SweepJob
-from finetune.sweep.workers import Workers
+from finetune.sweep.workers import Places, Workers
 
 # Signals by which people and systems end a process that did nothing wrong.
 _CUT_OFF = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -45,6 +46,17 @@ class SweepFolder:
     def probes(self) -> Path:
         """Path of the probes' records."""
         return self.path / PROBES
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            InputError: it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError("--output-dir", f"cannot write to {self.path}: {error.strerror}") from None
 
     def results(self, sweep: Sweep) -> Results:
         """Read the last record of each run.
@@ -90,7 +102,7 @@ class SweepFolder:
         )
 
 
-def run_probes(sweep: Sweep, folder: SweepFolder, names: list[str], processes: int) -> dict[str, Mapping[str, Any]]:
+def run_probes(sweep: Sweep, folder: SweepFolder, names: list[str], places: Places) -> dict[str, Mapping[str, Any]]:
     """Measure a few steps of each of these arms, unless that was done; return arm -> the record of its probe."""
 
     def known() -> dict[str, Mapping[str, Any]]:
@@ -106,21 +118,21 @@ def run_probes(sweep: Sweep, folder: SweepFolder, names: list[str], processes: i
     if missing:
         print(f"timing {PROBE_STEPS} steps of {', '.join(missing)}", file=sys.stderr, flush=True)
     jobs = [folder.probe(sweep, name) for name in missing]
-    _run_all(lambda: jobs, lambda job: job.facts["arm"] not in known(), processes, 0.0)
+    _run_all(lambda: jobs, lambda job: job.facts["arm"] not in known(), places, 0.0)
     for job in jobs:
         shutil.rmtree(job.run_folder, ignore_errors=True)
     last = {record["arm"]: record for record in read_records(folder.probes)}
     return known() | {name: last[name] for name in missing if name in last and name not in known()}
 
 
-def run_sweep(sweep: Sweep, folder: SweepFolder, only: list[str], processes: int, minutes: float) -> int:
+def run_sweep(sweep: Sweep, folder: SweepFolder, only: list[str], places: Places, minutes: float) -> int:
     """Run what is not done yet; return the exit code.
 
     Args:
         sweep: the sweep.
         folder: of its runs.
         only: of `list_runs`.
-        processes: side by side.
+        places: for runs side by side.
         minutes: after which runs save and stop; 0 is no limit.
 
     Returns:
@@ -135,7 +147,7 @@ def run_sweep(sweep: Sweep, folder: SweepFolder, only: list[str], processes: int
     def still_open(job: SweepJob) -> bool:
         return _is_open(folder.results(sweep).get(_run_of(job)))
 
-    is_late = _run_all(open_jobs, still_open, processes, minutes)
+    is_late = _run_all(open_jobs, still_open, places, minutes)
     return _close(sweep, folder, only, is_late)
 
 
@@ -145,18 +157,21 @@ def _is_open(record: Mapping[str, Any] | None) -> bool:
 
 
 def _run_all(
-    open_jobs: Callable[[], list[SweepJob]], still_open: Callable[[SweepJob], bool], processes: int, minutes: float
+    open_jobs: Callable[[], list[SweepJob]],
+    still_open: Callable[[SweepJob], bool],
+    places: Places,
+    minutes: float,
 ) -> bool:
     """Run jobs side by side, each once, until there is none; return whether time was up before.
 
     Args:
         open_jobs: lists the jobs in their order, anew whenever one has ended.
         still_open: asked once a job is taken, since another sweep may have just done it.
-        processes: side by side.
+        places: for jobs side by side.
         minutes: of `run_sweep`.
     """
     deadline = time.monotonic() + 60 * minutes
-    workers, is_late = Workers(processes), False
+    workers, is_late = Workers(places), False
     started: set[str] = set()
 
     def start_one(left: float) -> bool:
@@ -172,7 +187,7 @@ def _run_all(
 
     with workers.ended_together():
         while True:
-            while len(workers.running) < processes and not is_late:
+            while len(workers.running) < places.limit and not is_late:
                 left = (deadline - time.monotonic()) / 60 if minutes else 0.0
                 is_late = bool(minutes) and left <= 0
                 if is_late or not start_one(left):

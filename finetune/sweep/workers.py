@@ -7,7 +7,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,22 +21,39 @@ ONE_THREAD = {
 }
 
 
+@dataclass(frozen=True)
+class Places:
+    """Room for processes side by side.
+
+    Args:
+        limit: how many.
+        gpus: one for each, as `CUDA_VISIBLE_DEVICES` names them; () where each process sees all that this one sees.
+    """
+
+    limit: int
+    gpus: Sequence[str] = ()
+
+
 @dataclass
 class Workers:
     """Processes that run side by side.
 
     Args:
-        limit: how many.
+        places: for them.
         running: name of a job -> its process.
     """
 
-    limit: int
+    places: Places
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _ended: queue.Queue[SweepJob] = field(default_factory=queue.Queue)
+    _gpu_of: dict[str, str] = field(default_factory=dict)
 
     def start(self, job: SweepJob, lock: int) -> None:
         """Start the worker of a job; it holds the job's lock until it ends, also where this process is killed."""
         environment = {**os.environ, **ONE_THREAD}
+        if self.places.gpus:
+            self._gpu_of[job.name] = next(gpu for gpu in self.places.gpus if gpu not in self._gpu_of.values())
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpu_of[job.name]
         paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, sys.path)]
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
         try:
@@ -62,6 +79,7 @@ class Workers:
     def next_end(self) -> tuple[SweepJob, int]:
         """Wait until a process ends; return its job and exit code, below 0 for a signal."""
         job = self._ended.get()
+        self._gpu_of.pop(job.name, None)
         return job, self.running.pop(job.name).wait()
 
     @contextmanager
