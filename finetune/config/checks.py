@@ -66,8 +66,8 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         if value is not None and value <= 0:
             raise InputError(flag(name), f"{value} must be above 0")
     not_negative = ("weight_decay", "clip", "clip_matrix_norm", "loss_chunk", "warmup_steps", "decay_steps", "seed")
-    for name in (*not_negative, "max_minutes"):
-        value = getattr(recipe, name)
+    for name in (*not_negative, "max_minutes", "router_aux_loss", "router_z_loss", "router_bias_rate"):
+        value = getattr(recipe, name, None)
         if value is not None and value < 0:
             raise InputError(flag(name), f"{value} must not be negative")
     if recipe.step_timeout >= MAX_STEP_TIMEOUT:

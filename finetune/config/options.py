@@ -141,6 +141,16 @@ class Training:
     routers: str = option(
         "adamw", "what trains the matrices of MoE routers, of muon8bit and muon", *ROUTERS, section="optimizer"
     )
+    router_aux_loss: float = option(
+        0.0,
+        "weight of the balance loss of mixtures of experts, of each sequence as in DeepSeek-V3; 0 is none",
+        section="optimizer",
+    )
+    router_z_loss: float = option(
+        0.0,
+        "weight of the z-loss of mixtures of experts, which keeps the logits of routers small; 0 is none",
+        section="optimizer",
+    )
     step_timeout: float = option(
         60.0,
         "seconds that a rank waits inside a step of muon8bit for one that was killed, stopped or failed",

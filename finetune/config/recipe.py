@@ -47,6 +47,12 @@ class Recipe(Training):
         *("fp32", "bf16"),
         section="memory",
     )
+    router_bias_rate: float = option(
+        0.0,
+        "step of the bias by which experts are chosen against their load (e_score_correction_bias of DeepSeek-V3), "
+        "after each optimizer step; 0 leaves it",
+        section="optimizer",
+    )
     dataset: str = option(
         "stdlib",
         "'stdlib' (source text of this Python's standard library), a .txt, .jsonl or .parquet file, a folder of "

@@ -105,6 +105,7 @@ class Rows(Sequences):
         self.rows = pack(lengths, max_length) if packing else [[i] for i in range(len(encoded))]
         # The first token of a conversation is predicted by none.
         self._targets = [sum(int(encoded[i].targets[1:].sum()) for i in row) for row in self.rows]
+        self._tokens = [sum(lengths[i] for i in row) for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -117,6 +118,10 @@ class Rows(Sequences):
     def count_targets(self, index: int) -> int:
         """Return the number of targets of a row, 0 for index -1."""
         return self._targets[index] if index >= 0 else 0
+
+    def count_tokens(self, index: int) -> int:
+        """Return the number of tokens of a row's conversations, prompts included, 0 for index -1."""
+        return self._tokens[index] if index >= 0 else 0
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """Return rows as `collate` makes them; index -1 gives a row without targets."""

@@ -15,6 +15,7 @@ from finetune.config.recipe import SEQ_LEN, Recipe
 from finetune.data.bigram import bigram_loss
 from finetune.data.corpus import open_corpus
 from finetune.models.build import build_model, check_vocabulary, config_hash, model_config
+from finetune.models.routers import Router, find_routers, keep_biases_in_fp32
 from finetune.models.tokens import TokenCache, check_size, load_tokenizer, token_cache, train_tokenizer
 from finetune.models.weights import longest_of
 from finetune.parallel.launch import load_device
@@ -22,6 +23,7 @@ from finetune.parallel.ranks import first_on_node, on_main
 from finetune.parallel.sharding import build_once
 from finetune.storage.resuming import check_same_run
 from finetune.storage.run_dir import RunFolder
+from finetune.training.balancing import Balancing
 from finetune.training.loss import check_head
 from finetune.training.peak import estimated_peak
 from finetune.training.run import Run, make_accelerator, prepare_training, versions
@@ -73,13 +75,17 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
     tokenizer, cache, facts = first_on_node(accelerator, lambda: _prepare_data(recipe, config, accelerator))
     check_same_run(folder, facts, SAME_RUN)
 
-    def build() -> tuple[Any, None]:
+    def build() -> tuple[Any, tuple[list[Router], str]]:
         model = build_model(recipe, config, tokenizer, load_device(accelerator))
         if recipe.loss_chunk:
             check_head(model)
-        return model, None
+        routers, note = find_routers(model, recipe)
+        if recipe.router_bias_rate:
+            keep_biases_in_fp32(model, routers)
+        return model, (routers, note)
 
-    model, _, weights = build_once(accelerator, recipe, build)
+    model, (routers, note), weights = build_once(accelerator, recipe, build)
+    balancing = Balancing(model, routers, recipe) if routers else None
     num_parameters = sum(p.numel() for p in model.parameters())
     prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model, weights)
     run = PretrainRun(
@@ -94,6 +100,7 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
         train=Blocks(cache.train, recipe.seq_len, recipe.seed),
         validation=Blocks(cache.validation, recipe.seq_len),
         cache=cache,
+        balancing=balancing,
     )
 
     def begin() -> None:
@@ -101,7 +108,7 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
         run.bigram, weight = bigram_loss(cache.train, cache.validation, len(tokenizer))
         facts.update(bigram_val_loss=run.bigram, bigram_weight=weight)
         _introduce(run, num_parameters)
-        for line in (estimated_peak(run), *notes):
+        for line in filter(None, (estimated_peak(run), *notes, note)):
             run.say(line)
 
     on_main(accelerator, begin)

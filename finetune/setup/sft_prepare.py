@@ -27,6 +27,7 @@ from finetune.models.pretrained import (
     resized_base,
     weight_dtype,
 )
+from finetune.models.routers import Router, find_routers
 from finetune.models.tokens import load_tokenizer
 from finetune.models.weights import beside_text
 from finetune.parallel.launch import is_sharded, load_device
@@ -35,6 +36,7 @@ from finetune.parallel.sharding import build_once
 from finetune.setup.sft_data import SftData, fit_to_model, prepare_data, rows_of, tokenizer_hash
 from finetune.storage.resuming import check_same_run
 from finetune.storage.run_dir import RunFolder
+from finetune.training.balancing import Balancing
 from finetune.training.loss import check_head
 from finetune.training.peak import estimated_peak
 from finetune.training.run import make_accelerator, prepare_training, versions
@@ -74,15 +76,17 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     recipe, notes = resolve(recipe, len(train), accelerator.num_processes)
     notes = seq_notes + notes
 
-    def build() -> tuple[Any, str]:
+    def build() -> tuple[Any, tuple[str, list[Router], str]]:
         model = load_base(base, recipe, load_device(accelerator))
         if recipe.packing:
             check_isolation(model, num_rows=recipe.batch_size)
         if recipe.loss_chunk:
             check_head(model)
-        return model, fingerprint(model)
+        return model, (fingerprint(model), *find_routers(model, recipe))
 
-    model, digest, weights = build_once(accelerator, recipe, build)
+    model, (digest, routers, note), weights = build_once(accelerator, recipe, build)
+    balancing = Balancing(model, routers, recipe) if routers else None
+    notes += filter(None, [note])
     facts = {
         "model": hashlib.sha256((config_hash(config) + digest).encode()).hexdigest(),
         "corpus": data.parts.hash,
@@ -120,6 +124,7 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
         validation=validation,
         base=base,
         samples=samples_of(data.parts.validation[:num_answers], data.encoding),
+        balancing=balancing,
     )
     on_main(accelerator, lambda: folder.create(recipe))
     _introduce(run, data, notes)

@@ -17,6 +17,7 @@ from finetune.parallel.launch import plain_model, whole_state
 from finetune.parallel.ranks import gather
 from finetune.setup.prepare import PretrainRun
 from finetune.storage.run_dir import folder_beside, write_beside
+from finetune.training.expert_load import LOAD_KEYS
 from finetune.training.memory import peak_bytes
 from finetune.training.progress import plot_run
 from finetune.training.run import Run
@@ -58,10 +59,12 @@ def write_results(run: Run, more: Mapping[str, Any]) -> None:
     record, table = report_state(optimizers)
     write_beside(path / "state_report.json", json.dumps(record | run.facts, indent=1))
     plot_run(run)
+    last = run.folder.metrics()[-1]
     result = {
         "optimizer": run.recipe.optimizer,
         "step": run.step,
-        "val_loss": run.folder.metrics()[-1]["val_loss"],
+        "val_loss": last["val_loss"],
+        **{key: last[key] for key in LOAD_KEYS if key in last},
         "tokens": run.tokens,
         "seconds": run.seconds,
         "evaluation_seconds": statistics.mean(run.evaluation_seconds) if run.evaluation_seconds else None,

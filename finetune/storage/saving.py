@@ -59,6 +59,7 @@ def _write_files(run: Run, partial: Path) -> None:
             "optimizer": run.recipe.optimizer,
             "schedulers": [scheduler.state_dict() for scheduler in run.schedulers],
             "facts": run.facts,
+            **({"expert_load": run.balancing.load.state()} if run.balancing else {}),
         }
         (partial / PROGRESS_FILE).write_text(json.dumps(record, indent=1))
 
@@ -84,6 +85,8 @@ def restore(run: Run) -> None:
     run.step, run.position = record["step"], record["position"]
     run.tokens, run.seconds = record["tokens"], record["seconds"]
     run.skipped = record.get("skipped", [])  # older checkpoints are of runs that skip nothing
+    if run.balancing:
+        run.balancing.load.restore(record.get("expert_load"), run.step)
     if "val_loss_before" in record["facts"]:  # which pretraining of release 0.1 did not look at
         run.facts["val_loss_before"] = record["facts"]["val_loss_before"]
     run.say(f"resumed from {run.folder.checkpoint} at step {run.step}")

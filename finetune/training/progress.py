@@ -10,6 +10,7 @@ from typing import Any
 from finetune.parallel.stopping import StopSignal
 from finetune.storage.plots import LossCurve, plot_losses
 from finetune.storage.run_dir import write_beside
+from finetune.training.expert_load import LOAD_KEYS
 from finetune.training.memory import peak_bytes
 from finetune.training.run import Run
 
@@ -70,6 +71,8 @@ class ProgressLog:
             self.stop.error = f"cannot write metrics.jsonl: {error}"
         speed = record["tokens"] / run.seconds
         shown = {"loss": f"{record['loss']:.3f}", "lr": f"{record['lr']:.2e}", "tok_s": f"{speed:.0f}"}
+        if "expert_load_cv" in record:
+            shown["load_cv"] = f"{record['expert_load_cv']:.2f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         self._track(record)
@@ -90,8 +93,8 @@ class ProgressLog:
     def _track(self, record: dict[str, Any]) -> None:
         """Give the tracker the record, the speed of this step alone in `unit` per second, and the peak in bytes."""
         run = self.run
-        keys = ("loss", "lr", "grad_norm", "num_skipped_steps", "val_loss")
-        scalars = {key: record[key] for key in keys if record.get(key) is not None}
+        keys = ("loss", "lr", "grad_norm", "num_skipped_steps", "val_loss", *LOAD_KEYS)
+        scalars = {key: record[key] for key in keys if isinstance(record.get(key), int | float)}
         tokens, seconds = record["tokens"] - self._tokens, run.seconds - self._seconds
         self._tokens, self._seconds = record["tokens"], run.seconds
         if run.recipe.tracker:

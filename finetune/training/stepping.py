@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from finetune.training.run import Run
-from finetune.training.train_step import Norms, accumulate_gradients, clip_gradients, step_batches, step_targets
+from finetune.training.train_step import (
+    Norms,
+    accumulate_gradients,
+    begin_balancing,
+    clip_gradients,
+    step_batches,
+    step_targets,
+)
 from muon8bit import NonFiniteGradientError
 
 
@@ -25,6 +32,8 @@ class Step:
         nats: summed over them, on the device.
         norms: of the gradients; None where they were released.
         num_skipped: steps that the optimizer had skipped before.
+        counts: of `Balancing`; None for a model without experts.
+        losses: of `Balancing`; None where no loss is added.
     """
 
     step: int
@@ -34,6 +43,8 @@ class Step:
     nats: Tensor
     norms: Norms | None
     num_skipped: int
+    counts: Tensor | None = None
+    losses: Tensor | None = None
 
 
 def reads_later(run: Run) -> bool:
@@ -56,7 +67,10 @@ def one_step(run: Run) -> Step:
     targets = step_targets(run.train, accelerator, run.position, recipe.batch_size, num)
     batches = list(step_batches(run.train, accelerator, run.position, recipe.batch_size, num))
     lr, num_skipped = run.optimizers[0].param_groups[0]["lr"], _num_skipped(run)
-    nats = accumulate_gradients(accelerator, run.model, batches, targets, recipe.loss_chunk)
+    balancing = run.balancing
+    if balancing:
+        begin_balancing(balancing, run.train, accelerator, run.position, recipe.batch_size, num)
+    nats = accumulate_gradients(accelerator, run.model, batches, targets, recipe.loss_chunk, balancing)
     norms = None if recipe.release_gradients else clip_gradients(run.model, recipe.clip)
     if norms is not None and not reads_later(run):
         norms.check(accelerator)
@@ -69,11 +83,15 @@ def one_step(run: Run) -> Step:
         if norms is not None:
             norms.check(accelerator)
         raise
+    if balancing:
+        balancing.move_biases()
     run.step += 1
     run.position += num * recipe.batch_size * accelerator.num_processes
     run.tokens += targets
     run.seconds += time.perf_counter() - started
-    return Step(run.step, float(lr), run.tokens, targets, nats, norms, num_skipped)
+    counts, losses = (balancing.counts, balancing.losses) if balancing else (None, None)
+    losses = losses if balancing and balancing.has_losses else None
+    return Step(run.step, float(lr), run.tokens, targets, nats, norms, num_skipped, counts, losses)
 
 
 def read_step(run: Run, step: Step) -> dict[str, Any]:
@@ -93,6 +111,7 @@ def read_step(run: Run, step: Step) -> dict[str, Any]:
     if _num_skipped(run) > step.num_skipped:
         _note_skipped(run, loss)
     run.step = taken
+    load = _read_load(run, step)
     run.seconds += time.perf_counter() - started
     return {
         "step": step.step,
@@ -100,10 +119,19 @@ def read_step(run: Run, step: Step) -> dict[str, Any]:
         "lr": step.lr,
         "grad_norm": norm[0] if norm else None,
         **run.release_facts,
+        **load,
         "val_loss": None,
         "tokens": step.tokens,
         "seconds": round(run.seconds, 3),
     }
+
+
+def _read_load(run: Run, step: Step) -> dict[str, float]:
+    """Return how a step that is done spread over experts, and its losses of routers; nothing without experts."""
+    if run.balancing is None or step.counts is None:
+        return {}
+    load = run.balancing.load.add(step.counts.tolist())
+    return load | ({} if step.losses is None else dict(zip(("aux_loss", "z_loss"), step.losses.tolist(), strict=True)))
 
 
 def _num_skipped(run: Run) -> int:

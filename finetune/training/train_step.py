@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from finetune.models.tokens import Tokens
 from finetune.parallel.launch import is_sharded, plain_parameters, whole
 from finetune.parallel.ranks import gather
+from finetune.training.balancing import Balancing
 from finetune.training.loss import IGNORED, Batch, summed_nats
 
 
@@ -42,6 +43,10 @@ class Sequences(ABC):
     @abstractmethod
     def count_targets(self, index: int) -> int:
         """Return how many targets a sequence has, without a device; 0 for index -1."""
+
+    @abstractmethod
+    def count_tokens(self, index: int) -> int:
+        """Return how many tokens a sequence has without padding, at its start, targets or not; 0 for index -1."""
 
     @abstractmethod
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
@@ -75,6 +80,10 @@ class Blocks(Sequences):
         """Return the number of targets of a block, 0 for index -1."""
         return self.seq_len if index >= 0 else 0
 
+    def count_tokens(self, index: int) -> int:
+        """Return the number of tokens of a block, 0 for index -1."""
+        return self.count_targets(index)
+
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """Return blocks as {input_ids, targets}, each [len(indices), seq_len] int64; index -1 gives ignored targets."""
         starts = [max(i, 0) * self.seq_len for i in indices]
@@ -85,17 +94,24 @@ class Blocks(Sequences):
         return {"input_ids": blocks[:, :-1].to(device), "targets": targets.to(device)}
 
 
-def step_batches(
+def step_rows(
     sequences: Sequences, accelerator: Accelerator, position: int, batch_size: int, num_batches: int
-) -> Iterator[Batch]:
-    """Yield this rank's micro-batches of one optimizer step.
+) -> Iterator[list[int]]:
+    """Yield the indices of the sequences in each of this rank's micro-batches of one optimizer step.
 
     All ranks together take positions [position, position + num_batches * ranks * batch_size) of the shuffled order.
     """
     for i in range(num_batches):
         first = position + (i * accelerator.num_processes + accelerator.process_index) * batch_size
-        indices = [sequences.shuffled(first + j) for j in range(batch_size)]
-        yield sequences.batch(indices, accelerator.device)
+        yield [sequences.shuffled(first + j) for j in range(batch_size)]
+
+
+def step_batches(
+    sequences: Sequences, accelerator: Accelerator, position: int, batch_size: int, num_batches: int
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches of one optimizer step, of `step_rows`."""
+    for rows in step_rows(sequences, accelerator, position, batch_size, num_batches):
+        yield sequences.batch(rows, accelerator.device)
 
 
 def step_targets(
@@ -106,13 +122,33 @@ def step_targets(
     return sum(sequences.count_targets(sequences.shuffled(position + i)) for i in range(num))
 
 
+def begin_balancing(
+    balancing: Balancing,
+    sequences: Sequences,
+    accelerator: Accelerator,
+    position: int,
+    batch_size: int,
+    num_batches: int,
+) -> None:
+    """Tell of one optimizer step which tokens count, those of all ranks. No rank asks another."""
+    rows = step_rows(sequences, accelerator, position, batch_size, num_batches)
+    num = num_batches * accelerator.num_processes * batch_size
+    num_tokens = sum(sequences.count_tokens(sequences.shuffled(position + i)) for i in range(num))
+    balancing.begin_step([[sequences.count_tokens(i) for i in row] for row in rows], num_tokens, accelerator)
+
+
 def num_targets(batch: Batch) -> Tensor:
     """Count the targets of a batch that are not ignored: int64 scalar."""
     return (batch["targets"] != IGNORED).sum()
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch], targets: int, loss_chunk: int = 0
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: int,
+    loss_chunk: int = 0,
+    balancing: Balancing | None = None,
 ) -> Tensor:
     """Add the gradient of one optimizer step's loss to `.grad` and return that loss times `targets`.
 
@@ -126,6 +162,7 @@ def accumulate_gradients(
         batches: this rank's micro-batches; all ranks have equally many.
         targets: those that count, in the micro-batches of all ranks.
         loss_chunk: of `summed_nats`.
+        balancing: that has begun the step; the losses of its routers are not in what is returned.
 
     Returns:
         Summed nats of all ranks, fp32 scalar on the device, equal on all ranks.
@@ -133,10 +170,13 @@ def accumulate_gradients(
     total = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
         with _reduced(accelerator, model, is_last=i == len(batches) - 1):
-            nats = summed_nats(model, batch, loss_chunk)
+            with balancing.forward(i, batch) if balancing else nullcontext():
+                nats = summed_nats(model, batch, loss_chunk)
             # Data parallelism averages gradients over ranks: undo its division.
             accelerator.backward(nats * (accelerator.num_processes / max(targets, 1)))
         total += nats.detach()
+    if balancing:
+        balancing.reduce(accelerator)
     return _sum(accelerator, total)
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -22,6 +22,7 @@ from finetune.parallel.stopping import StopSignal
 from finetune.storage.checkpoints import named_checkpoints
 from finetune.storage.run_dir import write_beside
 from finetune.storage.saving import restore, resume_command, save
+from finetune.training.expert_load import describe_dead
 from finetune.training.peak import memory_afterwards
 from finetune.training.progress import ProgressLog, write_run_record
 from finetune.training.run import Run
@@ -160,6 +161,7 @@ def _train(run: Run) -> int:
                 record, queued = read_step(run, queued), None
                 if evaluated:
                     record["val_loss"] = _evaluate(run)
+                    record |= _tell_dead_experts(run)
                 progress.log(record)
             if saved:
                 stop.agreed(accelerator)  # a checkpoint must not say that metrics are there which the disk did not take
@@ -175,6 +177,17 @@ def _measure(run: Run) -> float:
     val_loss = evaluate(run.accelerator, run.model, run.validation, recipe.batch_size, recipe.loss_chunk)
     run.evaluation_seconds.append(time.perf_counter() - started)
     return val_loss
+
+
+def _tell_dead_experts(run: Run) -> dict[str, Any]:
+    """Say which experts got no token since the last evaluation; return it for the record, nothing without experts."""
+    if run.balancing is None:
+        return {}
+    load, since = run.balancing.load, run.balancing.load.since
+    dead = load.take_dead(run.step)
+    if dead:
+        run.say(f"step {run.step}: {describe_dead(dead, since)}")
+    return {"dead_experts": dead}
 
 
 def _evaluate(run: Run) -> float:
