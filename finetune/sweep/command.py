@@ -20,12 +20,14 @@ from finetune.command_line import run_script
 from finetune.config.errors import InputError
 from finetune.storage.run_dir import RUNS
 from finetune.sweep.costs import finished_seconds, plan_table
+from finetune.sweep.pictures import plot_series
 from finetune.sweep.plan import list_runs
 from finetune.sweep.reading import read_sweep
 from finetune.sweep.report import report
 from finetune.sweep.runner import SweepFolder, run_probes, run_sweep
 from finetune.sweep.spec import Sweep
 from finetune.sweep.telescope_command import add_options, check_not_given, listed, tune
+from finetune.sweep.transfer import list_series, slopes_text
 from finetune.sweep.workers import Places
 
 EXIT_CODES = (
@@ -53,6 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="print the runs, done and open, with core-hours; of an arm without a finished run it times a few steps",
     )
     what.add_argument("--report", action="store_true", help="print tables of the results")
+    what.add_argument(
+        "--slopes",
+        action="store_true",
+        help="print the slope of the best rate over the width, of a full grid for arms that have `width`; draw it",
+    )
     parser.add_argument("--processes", metavar="N", type=int, help="runs side by side (default: 2)")
     parser.add_argument(
         "--gpus",
@@ -107,6 +114,12 @@ def _sweep(options: argparse.Namespace, places: Places) -> int:
         print(report(sweep, results))
         return 0
     folder.create()
+    if options.slopes:
+        series = list_series(sweep, results)
+        print(slopes_text(series))
+        plot_series(series, path / "slopes.png")
+        print(f"picture: {path / 'slopes.png'}")
+        return 0
     if options.plan:
         print(_plan(sweep, folder, options.only, places))
         return 0

@@ -78,8 +78,9 @@ def check_not_given(options: argparse.Namespace) -> None:
 
 def tune(options: argparse.Namespace, places: Places) -> int:
     """Plan, report or run a telescoping sweep; return the exit code."""
-    if options.only:
-        raise InputError("--only", "is of the arms of a sweep's file; leave it out with --tune")
+    for name in ("only", "slopes"):
+        if getattr(options, name):
+            raise InputError(flag(name), "is of the arms of a sweep's file; leave it out with --tune")
     telescope = _telescope(options)
     name = Path(telescope.recipe).stem
     path = (Path(options.output_dir).expanduser() if options.output_dir else RUNS / f"tune-{name}").resolve()

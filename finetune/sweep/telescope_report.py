@@ -15,6 +15,7 @@ from finetune.config.recipe import Recipe
 from finetune.storage.run_dir import write_beside
 from finetune.sweep.costs import HOUR, predict
 from finetune.sweep.fits import mean_losses
+from finetune.sweep.pictures import draw_losses, new_figure, save_figure
 from finetune.sweep.plan import Results
 from finetune.sweep.records import latest
 from finetune.sweep.stages import Stage, grid_losses
@@ -123,11 +124,7 @@ def plot_rates(telescope: Telescope, stages: Sequence[Stage], records: Sequence[
     Raises:
         OSError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5))
-    FigureCanvasAgg(figure)
+    figure = new_figure(7)
     axes = figure.add_axes((0.1, 0.12, 0.87, 0.8))
     results = latest(records)
     for number, stage in enumerate(stages):
@@ -136,17 +133,9 @@ def plot_rates(telescope: Telescope, stages: Sequence[Stage], records: Sequence[
             continue
         means = mean_losses(losses)
         rest = min({point[1:] for point in means}, key=lambda other: math.dist(other, optimum.point[1:]))  # type: ignore[index]
-        curve = [(2 ** point[0], mean) for point, mean in means.items() if point[1:] == rest and math.isfinite(mean)]
-        axes.plot(*zip(*curve, strict=True), "o-", color=f"C{number % 10}", lw=1.2, ms=4, label=f"width {stage.width}")
-        x, half = optimum.point[0], optimum.half_widths[0] if optimum.half_widths else 0.0
-        spread = [[2**x - 2 ** (x - half)], [2 ** (x + half) - 2**x]]
-        assert optimum.height is not None
-        axes.errorbar([2**x], [optimum.height], xerr=spread, fmt="*", color=f"C{number % 10}", ms=11, capsize=3)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        curve = {point[0]: mean for point, mean in means.items() if point[1:] == rest}
+        draw_losses(axes, number, f"width {stage.width}", curve, optimum)
     title = f"{Path(telescope.recipe).stem}, scaling {telescope.scaling}; stars: fitted minima"
     axes.set(xlabel="learning rate (of the recipe's own width)", ylabel="validation loss, nats per token", title=title)
     axes.legend()
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(path)
+    save_figure(figure, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 
 import numpy as np
@@ -16,10 +17,12 @@ from finetune.config.recipe import read_recipe
 from finetune.sweep import telescope as telescope_module
 from finetune.sweep.command import main
 from finetune.sweep.fits import GridLoss, find_optimum, slope_over_width
-from finetune.sweep.records import read_records
+from finetune.sweep.reading import read_sweep
+from finetune.sweep.records import FIELDS, read_records
 from finetune.sweep.stages import list_stages
 from finetune.sweep.telescope import Telescope
 from finetune.sweep.telescope_report import costs_text, optima_text
+from finetune.sweep.transfer import widths_of
 
 
 @pytest.fixture(autouse=True)
@@ -247,3 +250,57 @@ def test_the_command_tunes_on_several_gpus_writes_the_recipe_and_repeats_nothing
     check_refused(command(main, "tiny.yaml", "--tune", *words), "--recipe", "tune-tiny", "as it was", "--output-dir")
     (folder / "telescope.json").unlink()  # as of a sweep's file
     check_refused(tune(*words), "--output-dir", "tune-tiny", "another sweep")
+
+
+SLOPES = """
+recipe = "{recipe}"
+rates = [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2]
+seeds = [0, 1, 2]
+[common]
+max_steps = 4
+[arms.base]
+[arms.free_64]
+width = 64
+[arms.free_128]
+width = 128
+[arms.decayed_64]
+width = 64
+weight_decay = 0.2
+[arms.decayed_128]
+width = 128
+weight_decay = 0.2
+"""
+
+
+def test_slopes_of_a_sweep_share_the_recipes_own_width_and_need_optima_inside(command, recipe_file, tmp_path):
+    """Arms that differ in more than width are other series; here by weight decay, in the place of a rule."""
+    (tmp_path / "it.toml").write_text(SLOPES.replace("{recipe}", str(recipe_file)))
+    it = read_sweep("it.toml")
+    records = []
+    for arm in it.arms.values():
+        for rate, seed in itertools.product(arm.rates, arm.seeds):
+            width, own = widths_of(arm)
+            assert own == 32
+            best = 0.01 * (32 / width) ** (0.5 if "free" in arm.name else 3.0)  # of `decayed` at the lower end at 128
+            value = 2 + 0.1 * math.log2(rate / best) ** 2 + seed
+            run = {**dict.fromkeys(FIELDS), "arm": arm.name, "rate": rate, "seed": seed, "status": "finished"}
+            metrics = {"val_loss": value, "core_seconds": 1.0}
+            records.append({**run, "recipe_hash": arm.recipe_hash, "metrics": metrics})
+    folder = tmp_path / "runs" / "sweep-it"
+    folder.mkdir(parents=True)
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    told = command(main, "it.toml", "--slopes")
+    assert told.code == 0, told.err
+    rows = [line.split() for line in told.out.splitlines()]
+    assert ["none", "32", "5", "3", "3.0000", "0.01", "0.01", "to", "0.01", "yes"] in rows
+    assert ["none", "-0.500", "-0.500", "to", "-0.500", "-0.500", "to", "-0.500"] in rows
+    assert ["none,", "weight_decay=0.2", "-", "-", "-"] in rows
+    assert "width 128: the best rate is at the lower end of its grid, which is no result; add lower `rates`" in told.out
+    assert (folder / "slopes.png").stat().st_size > 0
+    (tmp_path / "it.toml").write_text(SLOPES.replace("{recipe}", str(recipe_file)) + "\n[arms.other]\nseeds = [0]\n")
+    (folder / "records.jsonl").unlink()
+    assert "runs are open or failed" in command(main, "it.toml", "--slopes").out
+    text = SLOPES.replace("{recipe}", str(recipe_file)).replace("[common]", "rates_on_seed = 0\n[common]")
+    (tmp_path / "it.toml").write_text(text)
+    check_refused(command(main, "it.toml", "--slopes"), "it.toml", "--slopes", "rates_on_seed")
+    check_refused(command(main, recipe_file, "--tune", "lr", "--slopes"), "--slopes", "--tune")
