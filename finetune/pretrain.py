@@ -26,36 +26,51 @@ from finetune.config.defaults import fit_schedule
 from finetune.config.errors import InputError
 from finetune.config.options import flag
 from finetune.config.reading import RECIPES, read_values, saved_values
-from finetune.config.recipe import DEFAULT_RECIPE, Recipe, read_model_config, read_recipe, recipe_from
+from finetune.config.recipe import DEFAULT_RECIPE, R, Recipe, read_model_config, read_recipe, recipe_from
 from finetune.data.corpus import check_exists
 from finetune.storage.run_dir import RunFolder, check_script, choose_folder, find_run
 
 PATHS = ("dataset", "tokenizer", "init_from")
 
 
-def build_parser() -> Parser:
-    """Return the parser of the script's options."""
+def build_parser(prog: str = "pretrain", text: str = __doc__ or "", kind: type[Recipe] = Recipe) -> Parser:
+    """Return the parser of the script's options, or of another one that takes further ones.
+
+    Args:
+        prog: name of the script.
+        text: its docstring, whose last paragraph is left out.
+        kind: has its options.
+    """
     more = {
         "--recipe": f"the options override it (default: {DEFAULT_RECIPE})",
         "--model-config": "a transformers config.json, or its folder (default: the recipe's model)",
     }
     recipes = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    return Parser("pretrain", (__doc__ or "").rpartition("\n\n")[0], Recipe, recipes, more)
+    return Parser(prog, text.rpartition("\n\n")[0], kind, recipes, more)
 
 
 def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) -> tuple[Recipe, RunFolder]:
+    """Read the options of this script, see `parse_as`."""
+    return parse_as(build_parser(), Recipe, argv, tell)
+
+
+def parse_as(
+    parser: Parser, kind: type[R], argv: Sequence[str], tell: Callable[[list[str]], None] | None = None
+) -> tuple[R, RunFolder]:
     """Read the options: return the recipe to run and the folder to run it in. Imports nothing heavy, writes nothing.
 
     A resumed run takes its recipe from its own folder; options may change only what keeps it the same run.
 
     Args:
+        parser: of `build_parser`, for this kind.
+        kind: of the recipe.
         argv: the command line.
         tell: takes lines that say what of the recipe was adapted to the options.
 
     Raises:
         InputError: any option that cannot be obeyed.
     """
-    given = vars(build_parser().parse_args(argv))
+    given = vars(parser.parse_args(argv))
     recipe_name, config = given.pop("recipe"), given.pop("model_config")
     output_dir, resume = given.pop("output_dir"), given.pop("resume")
     overrides: dict[str, Any] = {
@@ -66,9 +81,9 @@ def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) 
             raise InputError("--model-config", "--init-from brings its own model; leave one of them out")
         overrides["model"] = read_model_config(config)
     if resume is None:
-        recipe = read_recipe(recipe_name or DEFAULT_RECIPE)
+        recipe = read_recipe(recipe_name or DEFAULT_RECIPE, kind)
         fitted, lines = fit_schedule(dataclasses.asdict(recipe), overrides)
-        recipe = recipe_from({**dataclasses.asdict(recipe), **overrides, **fitted}, "the options")
+        recipe = recipe_from({**dataclasses.asdict(recipe), **overrides, **fitted}, "the options", kind)
         if tell is not None:
             tell(lines)
         paths = {key: absolute(getattr(recipe, key), flag(key)) for key in PATHS}
@@ -81,13 +96,13 @@ def parse(argv: Sequence[str], tell: Callable[[list[str]], None] | None = None) 
         option = "--recipe" if recipe_name else "--output-dir"
         raise InputError(option, "a resumed run keeps its own; leave it out, or start anew without --resume")
     folder = find_run(resume)
-    values, origin = read_values(str(folder.recipe_file), RECIPES, Recipe)
+    values, origin = read_values(str(folder.recipe_file), RECIPES, kind)
     check_script(folder, values, "pretrain")
-    saved = recipe_from(saved_values(values), origin)
+    saved = recipe_from(saved_values(values), origin, kind)
     if overrides.get("model", saved.model) != saved.model:
         raise InputError("--model-config", f"{folder.path} holds checkpoints of another model; leave it out")
     check_resumable(folder, saved, overrides)
-    recipe = recipe_from({**dataclasses.asdict(saved), **overrides}, "the options")
+    recipe = recipe_from({**dataclasses.asdict(saved), **overrides}, "the options", kind)
     return recipe, folder
 
 

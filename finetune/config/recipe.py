@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.config.checks import check_ranges
 from finetune.config.errors import InputError
@@ -75,17 +75,20 @@ class Recipe(Training):
         return self.model if self.width is None else model_of_width(self.model, self.width)
 
 
-def read_recipe(name_or_path: str) -> Recipe:
-    """Read and validate a recipe: a name in `finetune/recipes/`, or the path of a YAML file.
+R = TypeVar("R", bound=Recipe)
+
+
+def read_recipe(name_or_path: str, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
+    """Read and validate a recipe of this kind: a name in `finetune/recipes/`, or the path of a YAML file.
 
     Raises:
         InputError: no such recipe, not YAML, an unknown key, a value of the wrong type or out of range.
     """
-    return recipe_from(*read_values(name_or_path, RECIPES, Recipe))
+    return recipe_from(*read_values(name_or_path, RECIPES, kind), kind)
 
 
-def recipe_from(values: dict[str, Any], origin: str) -> Recipe:
-    """Build a recipe from a mapping and check every value.
+def recipe_from(values: dict[str, Any], origin: str, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
+    """Build a recipe of this kind from a mapping and check every value.
 
     Raises:
         InputError: an unknown or missing key, a value of the wrong type or out of range, or a width that the model
@@ -93,7 +96,7 @@ def recipe_from(values: dict[str, Any], origin: str) -> Recipe:
     """
     if not isinstance(values.get("model"), dict) or "model_type" not in values["model"]:
         raise InputError("--recipe", f"{origin} needs a mapping `model` with the keys of a config.json")
-    recipe = build(Recipe, values, origin)
+    recipe = build(kind, values, origin)
     check_ranges(recipe, "seq_len")
     if not 0 < recipe.validation_fraction < 1:
         raise InputError("--validation-fraction", f"{recipe.validation_fraction} is not between 0 and 1")

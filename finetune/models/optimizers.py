@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def build_optimizers(
     *,
     loraplus_ratio: float | None = None,
     process_group: ProcessGroup | None = None,
+    patterns: Sequence[tuple[str, Any]] = (),
 ) -> list[Optimizer]:
     """Build the optimizers that together train every parameter of the model that requires a gradient.
 
@@ -40,6 +42,7 @@ def build_optimizers(
         recipe: resolved.
         loraplus_ratio: lr of LoRA factors B over that of A, in every arm; None for equal ones.
         process_group: ranks with equal parameters, among which `muon8bit` divides the orthogonalization; None for none.
+        patterns: of `param_groups`, in every arm.
 
     Raises:
         InputError: nothing for Muon in the model, no factor B, no bf16 weight to round stochastically, nothing for
@@ -56,7 +59,7 @@ def build_optimizers(
         "routers": recipe.routers,
     }
     try:
-        groups = param_groups(model, **options, **more, loraplus_ratio=loraplus_ratio)
+        groups = param_groups(model, **options, **more, loraplus_ratio=loraplus_ratio, patterns=patterns)
     except ValueError as error:
         named = {"loraplus_ratio=": "--loraplus-ratio", "split_heads=": "--split-heads", "routers=": "--routers"}
         option = next((option for text, option in named.items() if str(error).startswith(text)), "--optimizer")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.optim import Optimizer
 
 from finetune.config.defaults import fit_seq_len
 from finetune.config.recipe import SEQ_LEN, Recipe
 from finetune.data.bigram import bigram_loss
 from finetune.data.corpus import open_corpus
 from finetune.models.build import build_model, check_vocabulary, config_hash, model_config
+from finetune.models.optimizers import build_optimizers
 from finetune.models.routers import Router, find_routers, keep_biases_in_fp32
 from finetune.models.tokens import TokenCache, check_size, load_tokenizer, token_cache, train_tokenizer
 from finetune.models.weights import longest_of
@@ -57,12 +60,15 @@ class PretrainRun(Run):
         return f"{val_loss:.4f} nats per token, {self.bits_per_byte(val_loss):.4f} bits per byte"
 
 
-def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
+def set_up(
+    recipe: Recipe, folder: RunFolder, make_optimizers: Callable[..., list[Optimizer]] = build_optimizers
+) -> PretrainRun:
     """Prepare data, model, optimizers and folder of a run; the main process prints what they are.
 
     Args:
         recipe: checked options.
         folder: where to write; the main process's is taken on all ranks.
+        make_optimizers: builds them, with the arguments of `build_optimizers`.
 
     Raises:
         InputError: bad input, on all ranks alike; nothing was written but the cache.
@@ -87,7 +93,9 @@ def set_up(recipe: Recipe, folder: RunFolder) -> PretrainRun:
     model, (routers, note), weights = build_once(accelerator, recipe, build)
     balancing = Balancing(model, routers, recipe) if routers else None
     num_parameters = sum(p.numel() for p in model.parameters())
-    prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model, weights)
+    prepared, optimizers, schedulers = prepare_training(
+        accelerator, recipe, model, weights, make_optimizers=make_optimizers
+    )
     run = PretrainRun(
         accelerator=accelerator,
         recipe=recipe,

@@ -23,8 +23,13 @@ from finetune.training.progress import plot_run
 from finetune.training.run import Run
 
 
-def finish(run: PretrainRun) -> None:
-    """Save model/, state_report.json, loss.png and result.json, and print the table and the verdict."""
+def finish(run: PretrainRun, further: Mapping[str, Any] | None = None) -> None:
+    """Save model/, state_report.json, loss.png and result.json, and print the table and the verdict.
+
+    Args:
+        run: after its last step.
+        further: more for result.json.
+    """
     accelerator = run.accelerator
     state = whole_state(accelerator, run.model)
     hashes = gather(accelerator, parameter_hash(run.model))
@@ -33,7 +38,7 @@ def finish(run: PretrainRun) -> None:
     save_model(run.folder.path / "model", plain_model(run.model), state, run.tokenizer)
     val_loss = run.folder.metrics()[-1]["val_loss"]
     bits = run.bits_per_byte(val_loss)
-    more = {"bits_per_byte": bits, "parameter_hashes": hashes}
+    more = {"bits_per_byte": bits, "parameter_hashes": hashes, **(further or {})}
     write_results(run, more)
     below = "below" if val_loss < run.bigram else "NOT below"
     run.say(f"{summary(run, val_loss)}; {below} the interpolated bigram's {run.bigram:.4f}")

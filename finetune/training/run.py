@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -66,6 +66,10 @@ class Run(ABC):
     @abstractmethod
     def describe(self, val_loss: float) -> str:
         """Describe a validation loss in words, with whatever compares it."""
+
+    def measure_more(self) -> dict[str, Any]:
+        """Return what a validation measures beside the loss, for its line of metrics.jsonl."""
+        return {}
 
     @property
     def reference(self) -> tuple[str, float] | None:
@@ -151,6 +155,7 @@ def prepare_training(
     model: nn.Module,
     weights: Weights | None,
     loraplus_ratio: float | None = None,
+    make_optimizers: Callable[..., list[Optimizer]] = build_optimizers,
 ) -> tuple[nn.Module, list[Optimizer], list[LRScheduler]]:
     """Prepare a model as Accelerate and the recipe want it, with its optimizers and their schedules.
 
@@ -160,6 +165,7 @@ def prepare_training(
         model: of `build_once`, with its adapter.
         weights: likewise.
         loraplus_ratio: of `build_optimizers`.
+        make_optimizers: builds them, with the arguments of `build_optimizers`.
 
     Raises:
         InputError: the model, or what is installed, does not allow what the recipe asks for.
@@ -169,9 +175,8 @@ def prepare_training(
         raise InputError(
             "--dtype", "FSDP2 with mixed precision would make bf16 weights fp32; give --mixed-precision no, or fp32"
         )
-    optimizers = build_optimizers(
-        model, recipe, loraplus_ratio=loraplus_ratio, process_group=replicas(accelerator, model)
-    )
+    group = replicas(accelerator, model)
+    optimizers = make_optimizers(model, recipe, loraplus_ratio=loraplus_ratio, process_group=group)
     schedulers = [make_scheduler(recipe, optimizer) for optimizer in optimizers]
     reduce_in_fp32(accelerator)
     prepared, *wrapped = accelerator.prepare(model, *optimizers)

@@ -160,7 +160,7 @@ def _train(run: Run) -> int:
             if evaluated or saved or not reads_later(run):
                 record, queued = read_step(run, queued), None
                 if evaluated:
-                    record["val_loss"] = _evaluate(run)
+                    record |= {"val_loss": _evaluate(run), **run.measure_more()}
                     record |= _tell_dead_experts(run)
                 progress.log(record)
             if saved:

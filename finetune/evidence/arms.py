@@ -1,0 +1,73 @@
+"""Runs of the records by arm and seed, and what is computed of pairs of them. No torch in here."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.sweep.intervals import MeanInterval, mean_interval
+from finetune.sweep.records import latest, loss_of, read_records
+
+Record = Mapping[str, Any]
+# Arm -> seed -> record, at the arm's one rate.
+Arms = Mapping[str, Mapping[int, Record]]
+
+
+def read_arms(file: Path) -> Arms:
+    """Read the runs of a sweep that finished or diverged, of each arm at the rate that it was given to all seeds.
+
+    That is the rate with most seeds, which the sweep chose as the best one; of equally many that of the lower loss.
+
+    Raises:
+        InputError: a line of the file is no record.
+    """
+    by_rate: dict[str, dict[float, dict[int, Record]]] = {}
+    for run, record in latest(read_records(file)).items():
+        if record["status"] != "failed" and run.rate is not None:
+            by_rate.setdefault(run.arm, {}).setdefault(run.rate, {})[run.seed] = record
+    return {arm: dict(sorted(max(rates.values(), key=_rank).items())) for arm, rates in by_rate.items()}
+
+
+def _rank(runs: Mapping[int, Record]) -> tuple[int, float]:
+    return len(runs), -statistics.fmean(loss_of(record) or math.inf for record in runs.values())
+
+
+def differences(
+    arms: Arms, arm: str, reference: str, value: Callable[[Record], float | None] = loss_of
+) -> dict[int, float]:
+    """Return arm minus reference by seed, over the seeds of both; not finite where one diverged.
+
+    Args:
+        arms: of `read_arms`.
+        arm, reference: names; of one without records there are no differences.
+        value: of a record; seeds where it is None are left out.
+    """
+    mine, theirs = arms.get(arm, {}), arms.get(reference, {})
+    pairs = {seed: (value(mine[seed]), value(theirs[seed])) for seed in mine if seed in theirs}
+    return {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
+
+
+def interval_of(values: Mapping[int, float]) -> MeanInterval | None:
+    """Return the t-interval of values by seed; None where there is none, or one is not finite."""
+    usable = bool(values) and all(math.isfinite(value) for value in values.values())
+    return mean_interval(list(values.values())) if usable else None
+
+
+def shown_interval(interval: MeanInterval | None, digits: int = 4) -> tuple[str, str, str]:
+    """Return mean, standard deviation and 95% interval as text, "-" where there is none."""
+    if interval is None:
+        return "-", "-", "-"
+    mean = f"{interval.mean:+.{digits}f}"
+    if interval.deviation is None or interval.ends is None:
+        return mean, "-", "-"
+    low, high = interval.ends
+    return mean, f"{interval.deviation:.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,126 @@
+"""Figures of the evidence, out of the records and nothing else. Lines differ in style too, not in colour alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.evidence.arms import Arms, differences, interval_of
+from finetune.evidence.rare_tables import accuracy, comparison_step, middle_group, num_groups, steps_of
+from finetune.evidence.tables import MUON32, PLACEBO, decile_differences, horizon_curve
+from finetune.sweep.records import loss_of
+
+FONT_SIZE = 10  # points, of everything in a figure
+# One for each line of an axes; they repeat after so many.
+STYLES: Sequence[Any] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
+MARKERS = "osD^v<>P"
+
+
+def new_axes(xlabel: str, ylabel: str, title: str, panels: int = 1) -> tuple[Any, list[Any]]:
+    """Return a figure without a window, and its axes beside each other with one scale of y, each fully labelled."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": FONT_SIZE, "axes.titlesize": FONT_SIZE, "legend.fontsize": FONT_SIZE}):
+        figure = Figure(figsize=(2.2 + 4.3 * panels, 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+        for one in axes:
+            one.set(xlabel=xlabel, ylabel=ylabel)
+        figure.suptitle(title, fontsize=FONT_SIZE)
+    return figure, axes
+
+
+def line(axes: Any, number: int, xs: Sequence[float], ys: Sequence[float], label: str) -> None:
+    """Draw the line of one arm, in the colour and style of its number."""
+    axes.plot(xs, ys, color=f"C{number % 10}", ls=STYLES[number % len(STYLES)], lw=1.5, label=label)
+
+
+def rare_figure(arms: Arms) -> Any:
+    """Draw first-token accuracy over steps of the middle, the second rarest and the rarest group."""
+    groups = num_groups(arms)
+    shown = sorted({middle_group(groups), groups - 2, groups - 1})
+    figure, panels = new_axes("optimizer step", "first-token accuracy", "Biographies by frequency", len(shown))
+    step = comparison_step(arms)
+    for axes, group in zip(panels, shown, strict=True):
+        axes.set_title(f"group {group} of 0 to {groups - 1}, {2 ** (groups - 1 - group)} selections a pass")
+        for number, arm in enumerate(arms):
+            points = [(s, a) for s in steps_of(arms) if (a := accuracy(arms, arm, s, group)) is not None]
+            line(axes, number, [s for s, _ in points], [a for _, a in points], arm)
+        if step is not None:
+            axes.axvline(step, color="gray", lw=0.8)
+    panels[0].legend(fontsize=FONT_SIZE)
+    return figure
+
+
+def parity_figure(arms: Arms, title: str) -> Any:
+    """Draw each seed's difference to muon32, and its mean with the 95% interval, by arm."""
+    names = [arm for arm in sorted(arms, key=lambda arm: arm == PLACEBO) if arm != MUON32]
+    figure, (axes,) = new_axes("arm minus muon32", "difference of validation loss, nats per token", title)
+    for number, arm in enumerate(names):
+        values = differences(arms, arm, MUON32)
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot([number - 0.15] * len(values), list(values.values()), marker, color=f"C{number}", ms=4, label=arm)
+        if (interval := interval_of(values)) is not None and interval.half_width is not None:
+            axes.errorbar([number + 0.15], [interval.mean], [interval.half_width], fmt=marker, color="black", capsize=4)
+    axes.axhline(0, color="gray", ls=":")
+    axes.set_xticks(range(len(names)), names, fontsize=FONT_SIZE)
+    return figure
+
+
+def horizons_figure(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) -> Any:
+    """Draw the final loss over the steps of a run, the mean over seeds, and AdamW's."""
+    figure, (axes,) = new_axes("steps of the run", "validation loss, nats per token", "Runs tuned to their length")
+    for number, family in enumerate(families):
+        seeds = {seed for arm, runs in arms.items() if arm.rpartition("_")[0] == family for seed in runs}
+        curves = [horizon_curve(arms, family, seed) for seed in sorted(seeds)]
+        by_steps: dict[float, list[float]] = {}
+        for steps, value in (point for curve in curves for point in curve):
+            by_steps.setdefault(steps, []).append(value)
+        xs = sorted(by_steps)
+        line(axes, number, xs, [sum(by_steps[x]) / len(by_steps[x]) for x in xs], family)
+    adamw = [loss for arm in arms if arm.startswith("adamw_") for r in arms[arm].values() if (loss := loss_of(r))]
+    if adamw:
+        axes.axhline(sum(adamw) / len(adamw), color="gray", ls=":", label="AdamW, at its end")
+    axes.legend(fontsize=FONT_SIZE)
+    return figure
+
+
+def deciles_figure(arms: Arms, title: str, number: int = 10) -> Any:
+    """Draw the mean difference to muon32 by decile of a token's frequency."""
+    figure, (axes,) = new_axes(
+        "decile of a token's frequency, 1 the most frequent", "difference of loss, nats per token", title
+    )
+    for i, arm in enumerate(arm for arm in arms if arm != MUON32):
+        intervals = [interval_of(decile_differences(arms, arm, decile)) for decile in range(number)]
+        points = [(d + 1, found.mean) for d, found in enumerate(intervals) if found is not None]
+        line(axes, i, [x for x, _ in points], [y for _, y in points], arm)
+    axes.axhline(0, color="gray", ls=":")
+    axes.legend(fontsize=FONT_SIZE)
+    return figure
+
+
+def memory_figure(record: dict[str, Any]) -> Any:
+    """Draw the gap between the best and the worst known fact over the loss, by kind of embedding."""
+    title = "One step on a linear associative memory"
+    figure, panels = new_axes("population loss, nats", "largest gap of probabilities", title, len(record["curves"]))
+    for axes, (kind, curves) in zip(panels, record["curves"].items(), strict=True):
+        for number, (rule, curve) in enumerate(curves.items()):
+            line(axes, number, [loss for loss, _ in curve], [gap for _, gap in curve], rule)
+        axes.set(xscale="log", title=f"{kind} embeddings")
+        axes.invert_xaxis()
+    panels[0].legend(fontsize=FONT_SIZE)
+    return figure
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure as .png; a reader sees the old one or the new one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=120, format="png", metadata={"Software": None})
+    beside.replace(path)

@@ -1,0 +1,146 @@
+"""Make tables and figures of the evidence out of the committed records, and put them into the page of the docs.
+
+    python -m finetune.evidence                                            # every table that has records
+    python -m finetune.evidence benchmarks/results/parity.jsonl            # those of one file
+    python -m finetune.evidence --page docs/results/evidence.md            # rewrite the page's tables
+    python -m finetune.evidence --figures docs/results/figures             # a picture of each
+
+What has no record yet is said to be not measured, with the command that measures it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.command_line import run_script
+from finetune.config.errors import InputError
+from finetune.data.texts import read_text
+from finetune.evidence import figures
+from finetune.evidence.arms import read_arms
+from finetune.evidence.rare_tables import rare_tables
+from finetune.evidence.tables import (
+    ablations_table,
+    controls_table,
+    deciles_table,
+    horizons_table,
+    memory_table,
+    parity_table,
+)
+from finetune.storage.run_dir import write_beside
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SWEEP = "python -m finetune.sweep benchmarks/sweeps/{}.toml"
+
+
+@dataclass(frozen=True)
+class EvidenceTable:
+    """One table of the page.
+
+    Args:
+        file: name of its records.
+        command: measures them.
+        make: returns the table of what `read` returns.
+        draw: returns its figure; None for none.
+        read: reads the file.
+    """
+
+    file: str
+    command: str
+    make: Callable[[Any], str]
+    draw: Callable[[Any], Any] | None = None
+    read: Callable[[Path], Any] = read_arms
+
+
+def _of_sweep(name: str, make: Callable[[Any], str], draw: Callable[[Any], Any] | None = None) -> EvidenceTable:
+    return EvidenceTable(f"{name}.jsonl", SWEEP.format(name), make, draw)
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+MEMORY_COMMAND = "python -m finetune.evidence.associative_memory --record benchmarks/results/associative_memory.json"
+# Name on the page, and of the figure -> the table.
+TABLES = {
+    "parity_2m": _of_sweep("parity_2m", parity_table, lambda arms: figures.parity_figure(arms, "2M parameters")),
+    "parity": _of_sweep("parity", parity_table, lambda arms: figures.parity_figure(arms, "4M parameters")),
+    "parity_8m": _of_sweep("parity_8m", parity_table, lambda arms: figures.parity_figure(arms, "8M parameters")),
+    "deciles": _of_sweep("parity", deciles_table, lambda arms: figures.deciles_figure(arms, "4M parameters")),
+    "horizons": _of_sweep("horizons", horizons_table, figures.horizons_figure),
+    "ablations": _of_sweep("horizons", ablations_table),
+    "controls": _of_sweep("controls", controls_table),
+    "rare": _of_sweep("rare", rare_tables, figures.rare_figure),
+    "associative_memory": EvidenceTable(
+        "associative_memory.json", MEMORY_COMMAND, memory_table, figures.memory_figure, _read_json
+    ),
+}
+
+
+def table_text(name: str, folder: Path = RESULTS) -> str:
+    """Return a table in Markdown, or that it is not measured yet and by which command it is.
+
+    Raises:
+        InputError: a line of the records is none.
+    """
+    table = TABLES[name]
+    file = folder / table.file
+    if not file.exists():
+        return f"Not measured yet: `{table.command}`."
+    return table.make(table.read(file))
+
+
+def filled(page: str, folder: Path = RESULTS) -> str:
+    """Return a page with each table between its marks, `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Raises:
+        InputError: marks of a table that there is not.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in TABLES:
+            raise InputError("--page", f"has marks of the table {name!r}; the tables are {', '.join(TABLES)}")
+        return f"<!-- begin {name} -->\n\n{table_text(name, folder)}\n\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, page, flags=re.DOTALL)
+
+
+def _work(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="records (default: all committed ones)")
+    parser.add_argument("--page", metavar="FILE", type=Path, help="rewrite the tables of this page")
+    parser.add_argument("--figures", metavar="FOLDER", type=Path, help="write a .png of each table that has a figure")
+    options = parser.parse_args(argv)
+    files = {file.name: file for file in options.files or [RESULTS / table.file for table in TABLES.values()]}
+    for name, file in files.items():
+        if options.files and not file.is_file():
+            raise InputError("FILE", f"there is no file {file}")
+        if name not in {table.file for table in TABLES.values()}:
+            known = ", ".join(dict.fromkeys(table.file for table in TABLES.values()))
+            raise InputError("FILE", f"no table is made of {name}; those that have tables are {known}")
+    if options.page is not None:
+        write_beside(options.page, filled(read_text(options.page, "--page")))
+    for name, table in TABLES.items():
+        if table.file not in files or not files[table.file].exists():
+            continue
+        if options.figures is not None and table.draw is not None:
+            options.figures.mkdir(parents=True, exist_ok=True)
+            figures.write_figure(table.draw(table.read(files[table.file])), options.figures / f"{name}.png")
+        if options.page is None:
+            print(f"{name}\n\n{table_text(name, files[table.file].parent)}\n")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0 done, 2 bad input."""
+    return run_script(lambda: _work(sys.argv[1:] if argv is None else argv))

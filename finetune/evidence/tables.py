@@ -1,0 +1,195 @@
+"""Tables of losses: parity, controls, horizons, deciles of frequency. Out of the records and nothing else. No torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from finetune.evidence.arms import Arms, Record, differences, interval_of, markdown, shown_interval
+from finetune.sweep.intervals import mean_interval
+from finetune.sweep.records import loss_of
+
+WITHIN = 0.01  # nats per token: how close 8 bits must come
+PLACEBO, MUON32 = "placebo", "muon32"
+# Arm -> the arm that it is compared with; others with muon32.
+CONTROL_REFERENCES = {
+    "adamw_dynamic8": "adamw32",
+    "adamw_linear8": "adamw32",
+    "cooldown_adamw8": "cooldown_adamw32",
+}
+MEMORY_LOSSES = (4.0, 2.0, 1.0, 0.5)  # nats, at which the gaps of probabilities are compared
+ABLATIONS = ("no_decay", "no_rms_scale")
+
+
+def parity_table(arms: Arms) -> str:
+    """Return the differences to muon32 by seed, with the spread of the placebo's beside."""
+    placebo = interval_of(differences(arms, PLACEBO, MUON32))
+    rows = []
+    for arm in arms:
+        if arm == MUON32:
+            continue
+        interval = interval_of(differences(arms, arm, MUON32))
+        ends = None if interval is None else interval.ends
+        inside = "-" if ends is None else "yes" if max(map(abs, ends)) <= WITHIN else "no"
+        spread = "-"
+        if interval and placebo and interval.deviation is not None and placebo.deviation:
+            spread = f"{interval.deviation / placebo.deviation:.2f}"
+        count = str(len(differences(arms, arm, MUON32)))
+        rows.append([arm, count, *shown_interval(interval), inside, spread])
+    head = ["arm minus muon32", "seeds", "mean, nats per token", "SD", "95% interval", f"within {WITHIN:g}"]
+    return markdown([*head, "SD over that of the placebo"], rows)
+
+
+def controls_table(arms: Arms) -> str:
+    """Return each control's differences to its optimizer with the state in fp32, and how many of its runs diverged."""
+    rows = []
+    for arm, runs in arms.items():
+        reference = CONTROL_REFERENCES.get(arm, MUON32)
+        values = differences(arms, arm, reference)
+        if arm == reference or arm in CONTROL_REFERENCES.values():
+            continue
+        finite = {seed: value for seed, value in values.items() if math.isfinite(value)}
+        diverged = sum(record["status"] == "diverged" for record in runs.values())
+        rows.append([arm, reference, str(len(values)), *shown_interval(interval_of(finite)), str(diverged)])
+    head = ["control", "minus", "seeds", "mean, nats per token", "SD", "95% interval", "diverged"]
+    return markdown(head, rows)
+
+
+def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Return at how many steps a falling curve reaches a loss, between two points on a line over log steps.
+
+    Args:
+        curve: pairs of steps and loss, steps ascending.
+        loss: nats per token.
+
+    Returns:
+        None where the curve does not reach it, or is below it from its first point on.
+    """
+    for (before, above), (behind, below) in pairwise(curve):
+        if above > loss >= below:
+            share = (above - loss) / (above - below)
+            return math.exp(math.log(before) + share * math.log(behind / before))
+    return None
+
+
+def horizon_curve(arms: Arms, family: str, seed: int) -> list[tuple[float, float]]:
+    """Return pairs of steps and final loss of the arms `FAMILY_STEPS` on a seed, the shortest run first."""
+    points = []
+    for arm, runs in arms.items():
+        loss = loss_of(runs.get(seed))
+        if arm.rpartition("_")[0] == family and loss is not None:
+            points.append((float(runs[seed]["metrics"]["steps"]), loss))
+    return sorted(points)
+
+
+def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) -> str:
+    """Return steps, tokens and FLOPs to AdamW's final loss, and their shares of AdamW's, by seed with an interval."""
+    adamw = next((runs for arm, runs in arms.items() if arm.startswith("adamw_")), {})
+    rows = []
+    for family in families:
+        shares: dict[str, list[float]] = {"steps": [], "FLOPs": []}
+        steps, tokens = [], []
+        for seed, record in adamw.items():
+            target = loss_of(record)
+            reached = None if target is None else steps_to(horizon_curve(arms, family, seed), target)
+            mine = next(
+                (runs[seed] for arm, runs in arms.items() if arm.startswith(f"{family}_") and seed in runs), None
+            )
+            if reached is None or mine is None:
+                continue
+            steps.append(reached)
+            tokens.append(reached * _tokens_per_step(mine))
+            shares["steps"].append(reached / record["metrics"]["steps"])
+            shares["FLOPs"].append(
+                reached * _flops_per_step(mine) / (record["metrics"]["steps"] * _flops_per_step(record))
+            )
+        if not steps:
+            rows.append([family, f"0 of {len(adamw)}", *["-"] * 4])
+            continue
+        shown = [_share(shares[key]) for key in ("steps", "FLOPs")]
+        means = [f"{statistics.fmean(steps):.0f}", f"{statistics.fmean(tokens):,.0f}"]
+        rows.append([family, f"{len(steps)} of {len(adamw)}", *means, *shown])
+    head = [
+        "arm",
+        "seeds that reach it",
+        "steps",
+        "tokens",
+        "share of AdamW's steps and tokens",
+        "share of AdamW's FLOPs",
+    ]
+    return markdown(head, rows)
+
+
+def _tokens_per_step(record: Record) -> float:
+    return float(record["metrics"]["tokens"]) / float(record["metrics"]["steps"])
+
+
+def _flops_per_step(record: Record) -> float:
+    metrics = record["metrics"]
+    return float(metrics["flops_per_token"]) * _tokens_per_step(record) + float(metrics["optimizer_flops_per_step"])
+
+
+def _share(values: Sequence[float]) -> str:
+    interval = mean_interval(values)
+    width = "" if interval.half_width is None else f" +- {interval.half_width:.0%}"
+    return f"{interval.mean:.0%}{width}"
+
+
+def ablations_table(arms: Arms) -> str:
+    """Return what is lost without weight decay, and without the scale by RMS, each at its own best rate."""
+    rows = []
+    for arm in ABLATIONS:
+        values = differences(arms, arm, "muon32_320")
+        rows.append([arm, str(len(values)), *shown_interval(interval_of(values))])
+    return markdown(["arm minus muon32_320", "seeds", "mean, nats per token", "SD", "95% interval"], rows)
+
+
+def decile_differences(arms: Arms, arm: str, decile: int, reference: str = MUON32) -> dict[int, float]:
+    """Return the differences of the loss in a decile by seed."""
+
+    def loss(record: Record) -> float | None:
+        by_decile: Sequence[float | None] | None = record["metrics"].get("loss_by_decile")
+        return None if by_decile is None else by_decile[decile]
+
+    return differences(arms, arm, reference, loss)
+
+
+def deciles_table(arms: Arms, number: int = 10) -> str:
+    """Return the differences to muon32 by decile of a token's frequency, the most frequent first."""
+    names = [arm for arm in arms if arm != MUON32]
+    rows = []
+    for decile in range(number):
+        cells = []
+        for arm in names:
+            interval = interval_of(decile_differences(arms, arm, decile))
+            width = "" if interval is None or interval.half_width is None else f" +- {interval.half_width:.4f}"
+            cells.append("-" if interval is None else f"{interval.mean:+.4f}{width}")
+        rows.append([str(decile + 1), _ids(arms, decile), *cells])
+    return markdown(["decile", "ids of the vocabulary", *names], rows)
+
+
+def _ids(arms: Arms, decile: int) -> str:
+    records: list[Mapping[str, object]] = [r["metrics"] for runs in arms.values() for r in runs.values()]
+    found = next((r["ids_by_decile"] for r in records if "ids_by_decile" in r), None)
+    return "-" if not isinstance(found, list) else str(found[decile])
+
+
+def gap_at(curve: Sequence[Sequence[float]], loss: float) -> float | None:
+    """Return the gap where a curve first reaches a loss, between two of its points; None where it does not."""
+    for (above, before), (below, behind) in pairwise(curve):
+        if above > loss >= below:
+            return before + (behind - before) * (above - loss) / (above - below)
+    return None
+
+
+def memory_table(record: Mapping[str, Any]) -> str:
+    """Return the gaps at `MEMORY_LOSSES` by rule and kind of embedding."""
+    rows = []
+    for kind, by_rule in record["curves"].items():
+        for rule, curve in by_rule.items():
+            gaps = [gap_at(curve, loss) for loss in MEMORY_LOSSES]
+            rows.append([kind, rule, *("-" if gap is None else f"{gap:.3f}" for gap in gaps)])
+    return markdown(["embeddings", "rule", *(f"gap at {loss:g} nats" for loss in MEMORY_LOSSES)], rows)

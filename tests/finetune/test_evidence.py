@@ -1,0 +1,367 @@
+"""Evidence: controls against oracles, biographies, tables of records whose answers are known, figures, tiny runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.refusals import check_refused
+from torch import nn
+
+from finetune.evidence import figures, page
+from finetune.evidence.arms import differences, interval_of, read_arms
+from finetune.evidence.associative_memory import embeddings, gap_curve, gradient, loss_and_gap, rotation
+from finetune.evidence.biographies import QUESTIONS, make_biographies
+from finetune.evidence.controls import keep_rounded, round_by_block, round_by_row, round_by_tensor
+from finetune.evidence.measures import deciles_of
+from finetune.evidence.pretrain import main as pretrain_main
+from finetune.evidence.rare import main as rare_main
+from finetune.evidence.rare_tables import bootstrap, compare, comparison_step, rare_tables
+from finetune.evidence.tables import controls_table, deciles_table, gap_at, horizons_table, parity_table, steps_to
+from finetune.sweep.records import make_record
+from muon8bit import Muon8bit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def made(arm, seed, loss, rate=5e-3, **metrics):
+    """A record; an infinite loss is one that diverged."""
+    status = "finished" if math.isfinite(loss) else "diverged"
+    known = {"arm": arm, "rate": rate, "seed": seed, "status": status}
+    return make_record(known, {"val_loss": loss if status == "finished" else None, **metrics})
+
+
+@pytest.fixture
+def arms_of(tmp_path):
+    def read(records):
+        file = tmp_path / "records.jsonl"
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return read_arms(file)
+
+    return read
+
+
+def rows_of(table):
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {cells[0]: cells[1:] for cells in lines[2:]}
+
+
+def test_a_momentum_rounded_behind_each_step_is_the_8_bit_optimizer_to_the_bit():
+    """The claim that all controls stand on, held against the shipped class."""
+    start = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for bits in (8, 32):
+        param = nn.Parameter(start.clone())
+        optimizer = Muon8bit([param], lr=0.02, bits=bits, block_size=2048)
+        if bits == 32:
+            keep_rounded(optimizer, "momentum_buffer", functools.partial(round_by_row, levels=127))
+        for step in range(6):
+            param.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(step + 1))
+            optimizer.step()
+        ends.append(param.detach())
+    assert torch.equal(*ends)
+
+
+def test_roundings_have_the_codes_of_a_hand_computation():
+    values = torch.tensor([[0.0, 0.0], [7.0, -3.4], [0.1, 0.07]])
+    assert round_by_row(values, 7).tolist() == [[0, 0], [7, -3], [pytest.approx(0.1), pytest.approx(0.1 * 5 / 7)]]
+    by_tensor = round_by_tensor(values, 7)
+    assert by_tensor.tolist() == [[0, 0], [7, -3], [0, 0]]
+    moments = torch.tensor([[255.0, 0.4, 3.0], [0.6, 1.0, 0.0]])
+    assert round_by_block(moments, 255, 4).tolist() == [[255.0, 0.0, 3.0], [1.0, 1.0, 0.0]]
+    assert not round_by_row(torch.zeros(2, 3), 7).any()
+
+
+def test_biographies_are_as_frequent_as_the_paper_says():
+    data = make_biographies(9)
+    assert np.bincount(data.groups).tolist() == [1, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+    samples = np.bincount(data.samples, minlength=len(data.rows)).reshape(512, 6)
+    assert samples.sum() == 16_896
+    assert [int(samples[data.groups == g].sum()) for g in range(10)] == [3072, *[1536] * 9]
+    assert (samples == data.selections[:, None]).all()
+    assert data.hash == make_biographies(9).hash != make_biographies(9, seed=1).hash
+    assert [len(classes) for classes in data.measured_classes(64)] == [1, 1, 2, 4, 8, 16, 32, 64, 64, 64]
+
+
+def test_the_first_token_of_an_answer_is_a_single_one_and_its_question_s_own():
+    data = make_biographies(9)
+    words = np.array(data.vocabulary)
+    assert len(set(data.vocabulary)) == len(data.vocabulary)
+    asked = {tuple(row[:at]) for row, at in zip(data.rows.tolist(), data.answer_at.tolist(), strict=True)}
+    assert len(asked) == len(data.rows)  # every question has one answer
+    sets = [set(data.first_tokens[:, i].tolist()) for i in range(6)]
+    assert all(sets[i].isdisjoint(sets[j]) for i in range(6) for j in range(i))
+    assert (words[data.rows[np.arange(len(data.rows)), data.answer_at - 1]] == "Answer:").all()
+    for i, (name, level) in enumerate(data.chance().items()):
+        weighted = [data.selections[data.first_tokens[:, i] == token].sum() for token in sorted(sets[i])]
+        favourite = sorted(sets[i])[int(np.argmax(weighted))]
+        rare = data.first_tokens[data.groups == 9, i].tolist()
+        assert level == {
+            "uniform": pytest.approx(1 / QUESTIONS[name][2], abs=1e-5),
+            "most_frequent": pytest.approx(rare.count(favourite) / 256, abs=1e-5),
+        }
+        assert len(sets[i]) <= QUESTIONS[name][2]
+
+
+def test_each_decile_holds_a_tenth_of_the_tokens():
+    assert deciles_of([10] * 10).tolist() == list(range(10))
+    counts = np.array(
+        [0, 1, 1, 98]
+    )  # one id has nearly all: it is in the middle, nothing is on either side but the rest
+    assert deciles_of(counts).tolist() == [9, 9, 9, 4]
+
+
+def test_parity_is_told_with_its_interval_and_the_placebo_s_spread(arms_of):
+    changes = {"muon32": [0, 0, 0], "muon8": [0.001, 0.002, 0.003], "placebo": [0.002, 0, -0.002], "other": [0.02] * 3}
+    losses = [3.0, 3.1, 2.9]
+    arms = arms_of([made(a, s, losses[s] + change) for a, all_of in changes.items() for s, change in enumerate(all_of)])
+    rows = rows_of(parity_table(arms))
+    half = 4.302653 * 0.001 / math.sqrt(3)
+    assert rows["muon8"] == ["3", "+0.0020", "0.0010", f"{0.002 - half:+.4f} to {0.002 + half:+.4f}", "yes", "0.50"]
+    assert rows["other"][4] == "no"
+    assert "muon32" not in rows
+
+
+def test_the_rate_of_an_arm_is_the_one_with_most_seeds(arms_of):
+    records = [made("a", 0, 2.0, rate=1.0), made("a", 0, 3.0, rate=2.0), made("a", 1, 3.0, rate=2.0)]
+    assert {seed: record["rate"] for seed, record in arms_of(records)["a"].items()} == {0: 2.0, 1: 2.0}
+    assert arms_of(records[:2])["a"][0]["rate"] == 1.0
+
+
+def test_controls_that_diverge_are_counted_and_not_averaged(arms_of):
+    records = [made("muon32", s, 3.0) for s in range(3)] + [made("adamw32", s, 4.0) for s in range(3)]
+    records += [made("muon_linear4_row", s, loss) for s, loss in enumerate((3.25, math.inf, 3.25))]
+    records += [made("adamw_linear8", s, 4.5) for s in range(3)]
+    arms = arms_of(records)
+    rows = rows_of(controls_table(arms))
+    assert rows["muon_linear4_row"][:3] == ["muon32", "3", "+0.2500"]
+    assert rows["muon_linear4_row"][-1] == "1"
+    assert rows["adamw_linear8"][:3] == ["adamw32", "3", "+0.5000"]
+    assert set(rows) == {"muon_linear4_row", "adamw_linear8"}
+    assert interval_of(differences(arms, "muon_linear4_row", "muon32")) is None
+
+
+def test_steps_to_a_loss_lie_on_a_line_over_log_steps():
+    curve = [(64.0, 4.0), (256.0, 3.0), (320.0, 2.9)]
+    assert steps_to(curve, 3.5) == pytest.approx(128)
+    assert steps_to(curve, 3.0) == pytest.approx(256)
+    assert steps_to(curve, 4.1) is None
+    assert steps_to(curve, 2.0) is None
+
+
+def test_horizons_are_shares_of_adamw_s_steps_and_flops(arms_of):
+    def run(arm, seed, loss, steps, per_step):
+        tokens = {"steps": steps, "tokens": 100 * steps, "flops_per_token": 10, "optimizer_flops_per_step": per_step}
+        return made(arm, seed, loss, **tokens)
+
+    records = [run("adamw_320", s, 3.5, 320, 0) for s in (0, 1)]
+    records += [run(f"muon32_{n}", s, loss, n, 250) for s in (0, 1) for n, loss in ((256, 3.0), (64, 4.0))]
+    rows = rows_of(horizons_table(arms_of(records)))
+    assert rows["muon32"] == ["2 of 2", "128", "12,800", "40% +- 0%", "50% +- 0%"]
+    assert rows["muon8"][0] == "0 of 2"
+
+
+def test_losses_by_decile_are_paired(arms_of):
+    by = {"muon32": [1.0, None], "muon8": [1.5, None]}
+    records = [made(arm, s, 3.0, loss_by_decile=v, ids_by_decile=[7, 9]) for arm, v in by.items() for s in (0, 1)]
+    assert rows_of(deciles_table(arms_of(records), number=2)) == {"1": ["7", "+0.5000 +- 0.0000"], "2": ["9", "-"]}
+
+
+def rare_records():
+    """Three groups of 1, 2 and 4 measured classes at two steps; muon32 knows half of the rarest, muon8 a third."""
+    right = {"adamw": ("4", "00", "0000"), "muon32": ("6", "33", "3333"), "muon8": ("6", "33", "2222")}
+    chance = {"date": {"uniform": 0.1, "most_frequent": 0.2}}
+    for arm, digits in right.items():
+        for seed in range(2):
+            later = ["6", "63", digits[2]]
+            curve = [[50, list(digits)], [100, later]]
+            yield made(arm, seed, 1.0, first_token_correct=curve, chance=chance)
+
+
+def test_rare_groups_are_compared_where_adamw_passes_one_half(arms_of):
+    arms = arms_of(rare_records())
+    assert comparison_step(arms) == 100  # of group 1 of 0 to 2, with (1 + 1/2) / 2 right
+    mean, low, high = compare(arms, "muon8", "muon32", 100, -1)
+    assert (mean, low, high) == (pytest.approx(-1 / 6), pytest.approx(-1 / 6), pytest.approx(-1 / 6))
+    text = rare_tables(arms)
+    assert "| muon32 | 0.005 | 2 | 1.000 | 0.750 | 0.500 (0.500 to 0.500) |" in text
+    assert "| muon8 | -0.167 | -0.167 to -0.167 | yes |" in text
+    assert "| date | 0.100 | 0.200 |" in text
+
+
+def test_the_bootstrap_draws_classes_and_seeds():
+    """Against the normal interval of a mean whose parts vary by class alone, and by seed alone."""
+    rng = np.random.default_rng(0)
+    by_class = np.tile(rng.normal(size=400), (5, 1))
+    low, high = bootstrap(by_class)
+    half = 1.96 * by_class[0].std() / 20
+    assert low == pytest.approx(by_class.mean() - half, abs=0.15 * half)
+    assert high == pytest.approx(by_class.mean() + half, abs=0.15 * half)
+    assert bootstrap(np.repeat([[0.0], [1.0]], 400, axis=1)) == (0.0, 1.0)  # a quarter of the draws has one seed twice
+
+
+def test_rotations_and_signs_of_the_memory_are_the_paper_s():
+    """Theorem 5.3's matrix: signs of the update's diagonal blocks, with overlapping supports."""
+    keys, values = embeddings(300, coupled=True)
+    assert torch.allclose(keys.T @ keys, torch.eye(300, dtype=torch.float64), atol=1e-12)
+    grad = gradient(keys, values, torch.full((300,), 1 / 300, dtype=torch.float64))
+    assert (-grad.sign())[:3, :3].tolist() == [[1, -1, -1], [1, -1, 1], [-1, -1, -1]]
+    product = rotation(3.638, 2.949, 5.218).T @ (-grad.sign())[:3, :3] @ rotation(1.715, 0.876, 3.098)
+    assert float(product[0, 0]) == pytest.approx(1.46552253, abs=1e-6)
+    assert float(product[2, 2]) == pytest.approx(1.54147329, abs=1e-6)
+
+
+def test_the_gradient_of_the_memory_is_autograd_s_and_its_gap_that_of_the_theorem():
+    keys, values = embeddings(30, coupled=False)
+    p = torch.tensor([0.1] * 6 + [0.4 / 24] * 24, dtype=torch.float64)
+    W = torch.zeros(30, 30, dtype=torch.float64, requires_grad=True)
+    loss = -(p * (values.T @ W @ keys).log_softmax(0).diagonal()).sum()
+    loss.backward()
+    grad = gradient(keys, values, p)
+    assert torch.allclose(W.grad, grad, atol=1e-15)
+    at, gap = loss_and_gap(-grad, 40.0, keys, values, p)
+    right = [math.exp(40 * q) / (math.exp(40 * q) + 29) for q in (0.1, 0.4 / 24)]
+    assert gap == pytest.approx(right[0] - right[1])
+    assert at == pytest.approx(
+        -sum(0.5 * math.log(x) if i else 0.6 * math.log(x) for i, x in enumerate(right)), rel=0.2
+    )
+    curve = gap_curve(torch.eye(30, dtype=torch.float64), keys, values, p)
+    assert max(gap for _, gap in curve) == 0
+    assert gap_at([[3.0, 0.0], [1.0, 0.5]], 2.0) == pytest.approx(0.25)
+
+
+FIGURES = {
+    "parity": lambda arms: figures.parity_figure(arms, "4M parameters"),
+    "rare": figures.rare_figure,
+    "horizons": figures.horizons_figure,
+    "deciles": lambda arms: figures.deciles_figure(arms, "4M parameters", number=2),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_axes_have_labels_and_lines_differ_in_style(arms_of, name):
+    records = list(rare_records())
+    for arm in ("muon32_64", "muon32_320", "muon8_64", "muon8_320", "adamw_320", "muon32", "muon8", "placebo", "more"):
+        own = [] if name == "rare" else [0, 1]
+        tokens = {"steps": int(arm.rpartition("_")[2]) if "_" in arm else 7}
+        records += [made(arm, s, 3.0 + s, rate=1.0, loss_by_decile=[1.0, 2.0 + s], **tokens) for s in own]
+    records = [r for r in records if name == "rare" or r["rate"] == 1.0]
+    figure = FIGURES[name](arms_of(records))
+    for axes in figure.axes:
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+        assert {t.get_fontsize() for t in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels())} == {10}
+        curves = [one for one in axes.lines if not one.get_label().startswith("_")]
+        looks = [(one.get_linestyle(), str(one._unscaled_dash_pattern), one.get_marker()) for one in curves]
+        assert len(set(looks)) == len(looks) >= 2
+        if "loss" in axes.get_ylabel():
+            assert "nats per token" in axes.get_ylabel()
+
+
+def test_the_page_is_what_its_records_make(tmp_path):
+    """All tables of the docs' page, out of the committed records; what has none is said to be not measured."""
+    text = (ROOT / "docs" / "results" / "evidence.md").read_text()
+    assert page.filled(text) == text
+    assert all(f"<!-- begin {name} -->" in text for name in page.TABLES)
+    assert (
+        page.table_text("rare", tmp_path) == "Not measured yet: `python -m finetune.sweep benchmarks/sweeps/rare.toml`."
+    )
+
+
+def test_the_command_refuses_what_has_no_table(command, tmp_path):
+    (tmp_path / "odd.jsonl").touch()
+    check_refused(command(page.main, tmp_path / "odd.jsonl"), "FILE", "odd.jsonl", "parity.jsonl")
+    check_refused(command(page.main, tmp_path / "none.jsonl"), "FILE", "there is no file")
+    (tmp_path / "page.md").write_text("<!-- begin nothing --> <!-- end nothing -->")
+    check_refused(command(page.main, "--page", tmp_path / "page.md"), "--page", "'nothing'", "parity")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--control", "placebo"), ("--control", "--optimizer muon8bit --bits 32")),
+        (("--control", "adamw-linear8"), ("--control", "--optimizer adamw")),
+        (("--optimizer", "adamw", "--no-nesterov"), ("--no-nesterov", "adamw")),
+        (("--adjust-lr-fn", "original"), ("--adamw-lr", "original")),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(command, recipe_file, options, words):
+    check_refused(command(pretrain_main, "--recipe", recipe_file, *options), *words)
+
+
+def test_biographies_take_no_text(command, recipe_file):
+    check_refused(command(rare_main, "--recipe", recipe_file), "--dataset", "leave it out")
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_placebo_moves_a_run_a_little_and_resuming_perturbs_nothing_again(command, recipe_file, tmp_path):
+    def run(name, *options):
+        base = ("--recipe", recipe_file, "--bits", 32, "--output-dir", tmp_path / name, *options)
+        return command(pretrain_main, *base)
+
+    assert run("plain").code == 0
+    assert run("placebo", "--control", "placebo").code == 0
+    apart = [
+        (a - b).abs().max()
+        for a, b in zip(*(weights(tmp_path / n).values() for n in ("plain", "placebo")), strict=True)
+    ]
+    assert 0 < max(apart) < 1e-3
+    assert run("half", "--control", "placebo", "--max-steps", 6).code == 0
+    for gone in ("result.json", "checkpoints/step-0000006"):
+        path = tmp_path / "half" / gone
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert command(pretrain_main, "--resume", tmp_path / "half").code == 0
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(weights(tmp_path / n).values() for n in ("half", "placebo")), strict=True)
+    )
+    result = json.loads((tmp_path / "plain" / "result.json").read_text())
+    per_token = zip(result["loss_by_decile"], result["targets_by_decile"], strict=True)
+    total = sum(loss * n for loss, n in per_token if n)
+    assert total / sum(result["targets_by_decile"]) == pytest.approx(result["val_loss"], rel=1e-4)
+    assert sum(result["ids_by_decile"]) == 288
+    square, wide = 4 * (20 * 32**3 + 10 * 32**3), 3 * (20 * 32**2 * 64 + 10 * 32**3)
+    assert result["optimizer_flops_per_step"] == 2 * (square + wide)
+
+
+@pytest.mark.parametrize("muon_on", ["all", "vo-ffn", "qk"])
+def test_muon_trains_the_matrices_that_it_is_told_to(recipe_file, muon_on):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune.config.recipe import read_recipe
+    from finetune.evidence.controls import build_control
+    from finetune.evidence.options import EvidenceRecipe
+
+    recipe = read_recipe(str(recipe_file), EvidenceRecipe)
+    recipe = dataclasses.replace(recipe, muon_on=muon_on, nesterov=False)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.model))
+    (optimizer,) = build_control(model, recipe)
+    groups = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
+    trained = {id(param) for group in groups for param in group["params"]}
+    names = {name.split(".")[-2] for name, param in model.named_parameters() if id(param) in trained}
+    mlp, vo, qk = {"gate_proj", "up_proj", "down_proj"}, {"v_proj", "o_proj"}, {"q_proj", "k_proj"}
+    assert names == {"all": mlp | vo | qk, "vo-ffn": mlp | vo, "qk": qk}[muon_on]
+    assert not any(group["nesterov"] for group in groups)
+
+
+def test_a_run_on_biographies_counts_right_first_tokens(command, tmp_path):
+    config = ROOT / "benchmarks" / "sweeps" / "rare.yaml"
+    small = ("--groups", 2, "--max-steps", 40, "--eval-every", 20, "--save-every", 40, "--lr", 1e-2, "--batch-size", 24)
+    assert command(rare_main, "--recipe", config, *small, "--output-dir", tmp_path / "run").code == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    curve = dict(result["first_token_correct"])
+    assert sorted(curve) == [20, 40]
+    assert [len(digits) for digits in curve[40]] == [1, 1, 2]
+    assert curve[40][0] == "6"  # it is asked for four times a pass
+    assert set(result["chance"]) == set(QUESTIONS)
