@@ -32,7 +32,6 @@ NUM_SCALES = 60
 
 def rotation(a: float, b: float, c: float) -> Tensor:
     """Return the rotation by Euler angles z-y-z, in radians: float64 [3, 3]."""
-
     cos_a, sin_a, cos_b, sin_b, cos_c, sin_c = (f(x) for x in (a, b, c) for f in (math.cos, math.sin))
     about = [
         [[cos_a, -sin_a, 0.0], [sin_a, cos_a, 0.0], [0.0, 0.0, 1.0]],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.evidence.arms import Arms, differences, interval_of
 from finetune.evidence.rare_tables import accuracy, comparison_step, middle_group, num_groups, steps_of
-from finetune.evidence.tables import MUON32, PLACEBO, decile_differences, horizon_curve
+from finetune.evidence.tables import ADAMW32, MUON32, PARITY, decile_differences, horizon_curve
 from finetune.sweep.records import loss_of
 
 FONT_SIZE = 10  # points, of everything in a figure
@@ -39,9 +40,9 @@ def line(axes: Any, number: int, xs: Sequence[float], ys: Sequence[float], label
 
 
 def rare_figure(arms: Arms) -> Any:
-    """Draw first-token accuracy over steps of the middle, the second rarest and the rarest group."""
+    """Draw first-token accuracy over steps of the rarest group, of that two before, and of that four before."""
     groups = num_groups(arms)
-    shown = sorted({middle_group(groups), groups - 2, groups - 1})
+    shown = [group for group in (groups - 5, middle_group(groups), groups - 1) if group >= 0]
     figure, panels = new_axes("optimizer step", "first-token accuracy", "Biographies by frequency", len(shown))
     step = comparison_step(arms)
     for axes, group in zip(panels, shown, strict=True):
@@ -57,7 +58,7 @@ def rare_figure(arms: Arms) -> Any:
 
 def parity_figure(arms: Arms, title: str) -> Any:
     """Draw each seed's difference to muon32, and its mean with the 95% interval, by arm."""
-    names = [arm for arm in sorted(arms, key=lambda arm: arm == PLACEBO) if arm != MUON32]
+    names = [arm for arm in PARITY if arm in arms]
     figure, (axes,) = new_axes("arm minus muon32", "difference of validation loss, nats per token", title)
     for number, arm in enumerate(names):
         values = differences(arms, arm, MUON32)
@@ -74,14 +75,14 @@ def horizons_figure(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) -
     """Draw the final loss over the steps of a run, the mean over seeds, and AdamW's."""
     figure, (axes,) = new_axes("steps of the run", "validation loss, nats per token", "Runs tuned to their length")
     for number, family in enumerate(families):
-        seeds = {seed for arm, runs in arms.items() if arm.rpartition("_")[0] == family for seed in runs}
+        seeds = {seed for arm, runs in arms.items() if re.fullmatch(f"{family}_[0-9]+", arm) for seed in runs}
         curves = [horizon_curve(arms, family, seed) for seed in sorted(seeds)]
         by_steps: dict[float, list[float]] = {}
         for steps, value in (point for curve in curves for point in curve):
             by_steps.setdefault(steps, []).append(value)
         xs = sorted(by_steps)
         line(axes, number, xs, [sum(by_steps[x]) / len(by_steps[x]) for x in xs], family)
-    adamw = [loss for arm in arms if arm.startswith("adamw_") for r in arms[arm].values() if (loss := loss_of(r))]
+    adamw = [loss for r in arms.get(ADAMW32, {}).values() if (loss := loss_of(r))]
     if adamw:
         axes.axhline(sum(adamw) / len(adamw), color="gray", ls=":", label="AdamW, at its end")
     axes.legend(fontsize=FONT_SIZE)
@@ -93,7 +94,7 @@ def deciles_figure(arms: Arms, title: str, number: int = 10) -> Any:
     figure, (axes,) = new_axes(
         "decile of a token's frequency, 1 the most frequent", "difference of loss, nats per token", title
     )
-    for i, arm in enumerate(arm for arm in arms if arm != MUON32):
+    for i, arm in enumerate(arm for arm in PARITY if arm in arms):
         intervals = [interval_of(decile_differences(arms, arm, decile)) for decile in range(number)]
         points = [(d + 1, found.mean) for d, found in enumerate(intervals) if found is not None]
         line(axes, i, [x for x, _ in points], [y for _, y in points], arm)

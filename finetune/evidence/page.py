@@ -1,7 +1,7 @@
 """Make tables and figures of the evidence out of the committed records, and put them into the page of the docs.
 
     python -m finetune.evidence                                            # every table that has records
-    python -m finetune.evidence benchmarks/results/parity.jsonl            # those of one file
+    python -m finetune.evidence benchmarks/results/rare.jsonl              # those of one file
     python -m finetune.evidence --page docs/results/evidence.md            # rewrite the page's tables
     python -m finetune.evidence --figures docs/results/figures             # a picture of each
 
@@ -59,8 +59,10 @@ class EvidenceTable:
     read: Callable[[Path], Any] = read_arms
 
 
-def _of_sweep(name: str, make: Callable[[Any], str], draw: Callable[[Any], Any] | None = None) -> EvidenceTable:
-    return EvidenceTable(f"{name}.jsonl", SWEEP.format(name), make, draw)
+def _of_sweep(
+    name: str, records: str, make: Callable[[Any], str], draw: Callable[[Any], Any] | None = None
+) -> EvidenceTable:
+    return EvidenceTable(f"{records}.jsonl", SWEEP.format(name), make, draw)
 
 
 def _read_json(file: Path) -> Any:
@@ -70,14 +72,22 @@ def _read_json(file: Path) -> Any:
 MEMORY_COMMAND = "python -m finetune.evidence.associative_memory --record benchmarks/results/associative_memory.json"
 # Name on the page, and of the figure -> the table.
 TABLES = {
-    "parity_2m": _of_sweep("parity_2m", parity_table, lambda arms: figures.parity_figure(arms, "2M parameters")),
-    "parity": _of_sweep("parity", parity_table, lambda arms: figures.parity_figure(arms, "4M parameters")),
-    "parity_8m": _of_sweep("parity_8m", parity_table, lambda arms: figures.parity_figure(arms, "8M parameters")),
-    "deciles": _of_sweep("parity", deciles_table, lambda arms: figures.deciles_figure(arms, "4M parameters")),
-    "horizons": _of_sweep("horizons", horizons_table, figures.horizons_figure),
-    "ablations": _of_sweep("horizons", ablations_table),
-    "controls": _of_sweep("controls", controls_table),
-    "rare": _of_sweep("rare", rare_tables, figures.rare_figure),
+    "parity_2m": _of_sweep(
+        "parity_2m", "parity_2m", parity_table, lambda arms: figures.parity_figure(arms, "2M parameters")
+    ),
+    "parity": _of_sweep(
+        "parity", "evidence_4m", parity_table, lambda arms: figures.parity_figure(arms, "4M parameters")
+    ),
+    "parity_8m": _of_sweep(
+        "parity_8m", "parity_8m", parity_table, lambda arms: figures.parity_figure(arms, "8M parameters")
+    ),
+    "deciles": _of_sweep(
+        "parity", "evidence_4m", deciles_table, lambda arms: figures.deciles_figure(arms, "4M parameters")
+    ),
+    "horizons": _of_sweep("horizons", "evidence_4m", horizons_table, figures.horizons_figure),
+    "ablations": _of_sweep("horizons", "evidence_4m", ablations_table),
+    "controls": _of_sweep("controls", "evidence_4m", controls_table),
+    "rare": _of_sweep("rare", "rare", rare_tables, figures.rare_figure),
     "associative_memory": EvidenceTable(
         "associative_memory.json", MEMORY_COMMAND, memory_table, figures.memory_figure, _read_json
     ),
@@ -92,9 +102,8 @@ def table_text(name: str, folder: Path = RESULTS) -> str:
     """
     table = TABLES[name]
     file = folder / table.file
-    if not file.exists():
-        return f"Not measured yet: `{table.command}`."
-    return table.make(table.read(file))
+    text = table.make(table.read(file)) if file.exists() else ""
+    return text or f"Not measured yet: `{table.command}`."
 
 
 def filled(page: str, folder: Path = RESULTS) -> str:
@@ -133,7 +142,8 @@ def _work(argv: Sequence[str]) -> int:
     for name, table in TABLES.items():
         if table.file not in files or not files[table.file].exists():
             continue
-        if options.figures is not None and table.draw is not None:
+        is_measured = not table_text(name, files[table.file].parent).startswith("Not measured")
+        if options.figures is not None and table.draw is not None and is_measured:
             options.figures.mkdir(parents=True, exist_ok=True)
             figures.write_figure(table.draw(table.read(files[table.file])), options.figures / f"{name}.png")
         if options.page is None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from finetune.evidence.arms import Arms, Record, differences, interval_of, markdown, shown_interval
-from finetune.sweep.intervals import mean_interval
+from finetune.sweep.intervals import mean_interval, t_quantile
 from finetune.sweep.records import loss_of
 
 WITHIN = 0.01  # nats per token: how close 8 bits must come
-PLACEBO, MUON32 = "placebo", "muon32"
-# Arm -> the arm that it is compared with; others with muon32.
-CONTROL_REFERENCES = {
-    "adamw_dynamic8": "adamw32",
-    "adamw_linear8": "adamw32",
+PILOT_SEEDS, HALF_WIDTH = 6, 0.005  # seeds whose spread says how many it takes for an interval of +- so many nats
+PLACEBO, MUON32, ADAMW32 = "placebo", "muon32", "adamw32"
+PARITY = ("muon8_linear", "muon8_dynamic", PLACEBO)
+# Control -> its optimizer with the state in fp32.
+CONTROLS = {
+    "muon_int8_tensor": MUON32,
+    "muon_linear4_row": MUON32,
+    "adamw_dynamic8": ADAMW32,
+    "adamw_linear8": ADAMW32,
     "cooldown_adamw8": "cooldown_adamw32",
 }
 MEMORY_LOSSES = (4.0, 2.0, 1.0, 0.5)  # nats, at which the gaps of probabilities are compared
@@ -28,31 +33,39 @@ def parity_table(arms: Arms) -> str:
     """Return the differences to muon32 by seed, with the spread of the placebo's beside."""
     placebo = interval_of(differences(arms, PLACEBO, MUON32))
     rows = []
-    for arm in arms:
-        if arm == MUON32:
-            continue
-        interval = interval_of(differences(arms, arm, MUON32))
+    for arm in (arm for arm in PARITY if arm in arms):
+        values = differences(arms, arm, MUON32)
+        interval = interval_of(values)
         ends = None if interval is None else interval.ends
         inside = "-" if ends is None else "yes" if max(map(abs, ends)) <= WITHIN else "no"
         spread = "-"
         if interval and placebo and interval.deviation is not None and placebo.deviation:
             spread = f"{interval.deviation / placebo.deviation:.2f}"
-        count = str(len(differences(arms, arm, MUON32)))
-        rows.append([arm, count, *shown_interval(interval), inside, spread])
+        rows.append([arm, str(len(values)), *shown_interval(interval), inside, spread, seeds_needed(values)])
     head = ["arm minus muon32", "seeds", "mean, nats per token", "SD", "95% interval", f"within {WITHIN:g}"]
-    return markdown([*head, "SD over that of the placebo"], rows)
+    return markdown([*head, "SD over that of the placebo", f"seeds for +-{HALF_WIDTH:g}"], rows)
+
+
+def seeds_needed(values: Mapping[int, float]) -> str:
+    """Return how many seeds give an interval of `HALF_WIDTH`, by the spread of the first `PILOT_SEEDS`; "-" below."""
+    pilot = interval_of({seed: values[seed] for seed in sorted(values)[:PILOT_SEEDS]})
+    if len(values) < PILOT_SEEDS or pilot is None or pilot.deviation is None:
+        return "-"
+    count = 2
+    while t_quantile(0.975, count - 1) * pilot.deviation / math.sqrt(count) > HALF_WIDTH:
+        count += 1
+    return str(count)
 
 
 def controls_table(arms: Arms) -> str:
     """Return each control's differences to its optimizer with the state in fp32, and how many of its runs diverged."""
     rows = []
-    for arm, runs in arms.items():
-        reference = CONTROL_REFERENCES.get(arm, MUON32)
-        values = differences(arms, arm, reference)
-        if arm == reference or arm in CONTROL_REFERENCES.values():
+    for arm, reference in CONTROLS.items():
+        if arm not in arms:
             continue
+        values = differences(arms, arm, reference)
         finite = {seed: value for seed, value in values.items() if math.isfinite(value)}
-        diverged = sum(record["status"] == "diverged" for record in runs.values())
+        diverged = sum(record["status"] == "diverged" for record in arms[arm].values())
         rows.append([arm, reference, str(len(values)), *shown_interval(interval_of(finite)), str(diverged)])
     head = ["control", "minus", "seeds", "mean, nats per token", "SD", "95% interval", "diverged"]
     return markdown(head, rows)
@@ -76,28 +89,29 @@ def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
 
 
 def horizon_curve(arms: Arms, family: str, seed: int) -> list[tuple[float, float]]:
-    """Return pairs of steps and final loss of the arms `FAMILY_STEPS` on a seed, the shortest run first."""
+    """Return pairs of steps and final loss of the arms FAMILY_STEPS on a seed, the shortest run first."""
     points = []
     for arm, runs in arms.items():
         loss = loss_of(runs.get(seed))
-        if arm.rpartition("_")[0] == family and loss is not None:
+        if re.fullmatch(f"{family}_[0-9]+", arm) and loss is not None:
             points.append((float(runs[seed]["metrics"]["steps"]), loss))
     return sorted(points)
 
 
 def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) -> str:
     """Return steps, tokens and FLOPs to AdamW's final loss, and their shares of AdamW's, by seed with an interval."""
-    adamw = next((runs for arm, runs in arms.items() if arm.startswith("adamw_")), {})
+    adamw = arms.get(ADAMW32, {})
     rows = []
     for family in families:
+        family_arms = {arm: runs for arm, runs in arms.items() if re.fullmatch(f"{family}_[0-9]+", arm)}
+        if not family_arms:
+            continue
         shares: dict[str, list[float]] = {"steps": [], "FLOPs": []}
         steps, tokens = [], []
         for seed, record in adamw.items():
             target = loss_of(record)
             reached = None if target is None else steps_to(horizon_curve(arms, family, seed), target)
-            mine = next(
-                (runs[seed] for arm, runs in arms.items() if arm.startswith(f"{family}_") and seed in runs), None
-            )
+            mine = next((runs[seed] for arm, runs in family_arms.items() if seed in runs), None)
             if reached is None or mine is None:
                 continue
             steps.append(reached)
@@ -141,10 +155,10 @@ def _share(values: Sequence[float]) -> str:
 def ablations_table(arms: Arms) -> str:
     """Return what is lost without weight decay, and without the scale by RMS, each at its own best rate."""
     rows = []
-    for arm in ABLATIONS:
-        values = differences(arms, arm, "muon32_320")
+    for arm in (arm for arm in ABLATIONS if arm in arms):
+        values = differences(arms, arm, MUON32)
         rows.append([arm, str(len(values)), *shown_interval(interval_of(values))])
-    return markdown(["arm minus muon32_320", "seeds", "mean, nats per token", "SD", "95% interval"], rows)
+    return markdown(["arm minus muon32", "seeds", "mean, nats per token", "SD", "95% interval"], rows)
 
 
 def decile_differences(arms: Arms, arm: str, decile: int, reference: str = MUON32) -> dict[int, float]:
@@ -159,9 +173,9 @@ def decile_differences(arms: Arms, arm: str, decile: int, reference: str = MUON3
 
 def deciles_table(arms: Arms, number: int = 10) -> str:
     """Return the differences to muon32 by decile of a token's frequency, the most frequent first."""
-    names = [arm for arm in arms if arm != MUON32]
+    names = [arm for arm in PARITY if arm in arms]
     rows = []
-    for decile in range(number):
+    for decile in range(number if names else 0):
         cells = []
         for arm in names:
             interval = interval_of(decile_differences(arms, arm, decile))

@@ -24,7 +24,15 @@ from finetune.evidence.measures import deciles_of
 from finetune.evidence.pretrain import main as pretrain_main
 from finetune.evidence.rare import main as rare_main
 from finetune.evidence.rare_tables import bootstrap, compare, comparison_step, rare_tables
-from finetune.evidence.tables import controls_table, deciles_table, gap_at, horizons_table, parity_table, steps_to
+from finetune.evidence.tables import (
+    controls_table,
+    deciles_table,
+    gap_at,
+    horizons_table,
+    parity_table,
+    seeds_needed,
+    steps_to,
+)
 from finetune.sweep.records import make_record
 from muon8bit import Muon8bit
 
@@ -119,14 +127,23 @@ def test_each_decile_holds_a_tenth_of_the_tokens():
 
 
 def test_parity_is_told_with_its_interval_and_the_placebo_s_spread(arms_of):
-    changes = {"muon32": [0, 0, 0], "muon8": [0.001, 0.002, 0.003], "placebo": [0.002, 0, -0.002], "other": [0.02] * 3}
+    changes = {"muon32": [0, 0, 0], "muon8_linear": [0.001, 0.002, 0.003], "placebo": [0.002, 0, -0.002]}
+    changes["muon8_dynamic"] = [0.02] * 3
     losses = [3.0, 3.1, 2.9]
     arms = arms_of([made(a, s, losses[s] + change) for a, all_of in changes.items() for s, change in enumerate(all_of)])
     rows = rows_of(parity_table(arms))
     half = 4.302653 * 0.001 / math.sqrt(3)
-    assert rows["muon8"] == ["3", "+0.0020", "0.0010", f"{0.002 - half:+.4f} to {0.002 + half:+.4f}", "yes", "0.50"]
-    assert rows["other"][4] == "no"
-    assert "muon32" not in rows
+    ends = f"{0.002 - half:+.4f} to {0.002 + half:+.4f}"
+    assert rows["muon8_linear"] == ["3", "+0.0020", "0.0010", ends, "yes", "0.50", "-"]
+    assert rows["muon8_dynamic"][4] == "no"
+    assert len(rows) == 3
+
+
+def test_the_spread_of_six_seeds_says_how_many_it_takes():
+    """For a spread of .01: 2.110 * .01 / sqrt(18) = .00497, and 2.120 * .01 / sqrt(17) = .00514."""
+    pilot = [0.01 * math.sqrt(5 / 6) * sign for sign in (1, -1) * 3]
+    assert seeds_needed(dict(enumerate([*pilot, 0.0, 5.0]))) == "18"
+    assert seeds_needed(dict(enumerate(pilot[:5]))) == "-"
 
 
 def test_the_rate_of_an_arm_is_the_one_with_most_seeds(arms_of):
@@ -161,37 +178,38 @@ def test_horizons_are_shares_of_adamw_s_steps_and_flops(arms_of):
         tokens = {"steps": steps, "tokens": 100 * steps, "flops_per_token": 10, "optimizer_flops_per_step": per_step}
         return made(arm, seed, loss, **tokens)
 
-    records = [run("adamw_320", s, 3.5, 320, 0) for s in (0, 1)]
+    records = [run("adamw32", s, 3.5, 320, 0) for s in (0, 1)]
     records += [run(f"muon32_{n}", s, loss, n, 250) for s in (0, 1) for n, loss in ((256, 3.0), (64, 4.0))]
     rows = rows_of(horizons_table(arms_of(records)))
     assert rows["muon32"] == ["2 of 2", "128", "12,800", "40% +- 0%", "50% +- 0%"]
-    assert rows["muon8"][0] == "0 of 2"
+    assert set(rows) == {"muon32"}
+    assert horizons_table(arms_of(records[:2])) == ""
 
 
 def test_losses_by_decile_are_paired(arms_of):
-    by = {"muon32": [1.0, None], "muon8": [1.5, None]}
+    by = {"muon32": [1.0, None], "muon8_linear": [1.5, None]}
     records = [made(arm, s, 3.0, loss_by_decile=v, ids_by_decile=[7, 9]) for arm, v in by.items() for s in (0, 1)]
     assert rows_of(deciles_table(arms_of(records), number=2)) == {"1": ["7", "+0.5000 +- 0.0000"], "2": ["9", "-"]}
 
 
 def rare_records():
-    """Three groups of 1, 2 and 4 measured classes at two steps; muon32 knows half of the rarest, muon8 a third."""
-    right = {"adamw": ("4", "00", "0000"), "muon32": ("6", "33", "3333"), "muon8": ("6", "33", "2222")}
+    """Four groups of 1, 1, 2 and 4 measured classes at two steps; muon32 knows half of the rarest, muon8 a third."""
+    right = {"adamw": ("2", "00", "0000"), "muon32": ("6", "33", "3333"), "muon8": ("6", "33", "2222")}
     chance = {"date": {"uniform": 0.1, "most_frequent": 0.2}}
     for arm, digits in right.items():
         for seed in range(2):
-            later = ["6", "63", digits[2]]
-            curve = [[50, list(digits)], [100, later]]
+            later = ["6", "4", "63", digits[2]]
+            curve = [[50, ["6", *digits]], [100, later]]
             yield made(arm, seed, 1.0, first_token_correct=curve, chance=chance)
 
 
 def test_rare_groups_are_compared_where_adamw_passes_one_half(arms_of):
     arms = arms_of(rare_records())
-    assert comparison_step(arms) == 100  # of group 1 of 0 to 2, with (1 + 1/2) / 2 right
+    assert comparison_step(arms) == 100  # of group 1 of 0 to 3: 2 of 6 right, and then 4
     mean, low, high = compare(arms, "muon8", "muon32", 100, -1)
     assert (mean, low, high) == (pytest.approx(-1 / 6), pytest.approx(-1 / 6), pytest.approx(-1 / 6))
     text = rare_tables(arms)
-    assert "| muon32 | 0.005 | 2 | 1.000 | 0.750 | 0.500 (0.500 to 0.500) |" in text
+    assert "| muon32 | 0.005 | 2 | 1.000 | 0.667 | 0.750 | 0.500 (0.500 to 0.500) |" in text
     assert "| muon8 | -0.167 | -0.167 to -0.167 | yes |" in text
     assert "| date | 0.100 | 0.200 |" in text
 
@@ -248,9 +266,9 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_axes_have_labels_and_lines_differ_in_style(arms_of, name):
     records = list(rare_records())
-    for arm in ("muon32_64", "muon32_320", "muon8_64", "muon8_320", "adamw_320", "muon32", "muon8", "placebo", "more"):
+    for arm in ("muon32_64", "muon32_96", "muon8_64", "muon8_96", "adamw32", "muon32", "muon8_linear", "placebo"):
         own = [] if name == "rare" else [0, 1]
-        tokens = {"steps": int(arm.rpartition("_")[2]) if "_" in arm else 7}
+        tokens = {"steps": int(arm[-2:]) if arm[-2:].isdigit() else 7}
         records += [made(arm, s, 3.0 + s, rate=1.0, loss_by_decile=[1.0, 2.0 + s], **tokens) for s in own]
     records = [r for r in records if name == "rare" or r["rate"] == 1.0]
     figure = FIGURES[name](arms_of(records))
@@ -277,7 +295,7 @@ def test_the_page_is_what_its_records_make(tmp_path):
 
 def test_the_command_refuses_what_has_no_table(command, tmp_path):
     (tmp_path / "odd.jsonl").touch()
-    check_refused(command(page.main, tmp_path / "odd.jsonl"), "FILE", "odd.jsonl", "parity.jsonl")
+    check_refused(command(page.main, tmp_path / "odd.jsonl"), "FILE", "odd.jsonl", "parity_2m.jsonl")
     check_refused(command(page.main, tmp_path / "none.jsonl"), "FILE", "there is no file")
     (tmp_path / "page.md").write_text("<!-- begin nothing --> <!-- end nothing -->")
     check_refused(command(page.main, "--page", tmp_path / "page.md"), "--page", "'nothing'", "parity")
