@@ -38,7 +38,8 @@ def rotation(a: float, b: float, c: float) -> Tensor:
         [[cos_b, 0.0, sin_b], [0.0, 1.0, 0.0], [-sin_b, 0.0, cos_b]],
         [[cos_c, -sin_c, 0.0], [sin_c, cos_c, 0.0], [0.0, 0.0, 1.0]],
     ]
-    return torch.linalg.multi_dot([torch.tensor(rows, dtype=torch.float64) for rows in about])
+    first, second, third = (torch.tensor(rows, dtype=torch.float64) for rows in about)
+    return first @ second @ third
 
 
 def embeddings(num_facts: int, coupled: bool) -> tuple[Tensor, Tensor]:
@@ -92,11 +93,13 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def loss_and_gap(
-    update: Tensor, scale: float, keys: Tensor, values: Tensor, probabilities: Tensor
-) -> tuple[float, float]:
-    """Return the population's loss in nats, and the gap of the best and the worst known fact, after a scaled step."""
-    logits = scale * (values.T @ update @ keys)
+def loss_and_gap(logits: Tensor, probabilities: Tensor) -> tuple[float, float]:
+    """Return the population's loss in nats, and the gap between the best and the worst known fact.
+
+    Args:
+        logits: float64 [values, keys]; those of the diagonal are right.
+        probabilities: of the facts, float64 [keys].
+    """
     right = logits.log_softmax(0).diagonal()
     return float(-(probabilities * right).sum()), float(right.exp().max() - right.exp().min())
 
@@ -106,7 +109,7 @@ def gap_curve(update: Tensor, keys: Tensor, values: Tensor, probabilities: Tenso
     logits = values.T @ update @ keys
     largest = float((logits.diagonal() - logits.mean(0)).max())
     scales = torch.logspace(-0.7, 2.3, NUM_SCALES, dtype=torch.float64) / largest
-    points = [loss_and_gap(update, float(scale), keys, values, probabilities) for scale in scales]
+    points = [loss_and_gap(scale * logits, probabilities) for scale in scales]
     return [[round(loss, 5), round(gap, 6)] for loss, gap in points]
 
 

@@ -244,7 +244,7 @@ def test_the_gradient_of_the_memory_is_autograd_s_and_its_gap_that_of_the_theore
     loss.backward()
     grad = gradient(keys, values, p)
     assert torch.allclose(W.grad, grad, atol=1e-15)
-    at, gap = loss_and_gap(-grad, 40.0, keys, values, p)
+    at, gap = loss_and_gap(-40 * grad, p)
     right = [math.exp(40 * q) / (math.exp(40 * q) + 29) for q in (0.1, 0.4 / 24)]
     assert gap == pytest.approx(right[0] - right[1])
     assert at == pytest.approx(
