@@ -110,8 +110,7 @@ def memory_figure(record: dict[str, Any]) -> Any:
     for axes, (kind, curves) in zip(panels, record["curves"].items(), strict=True):
         for number, (rule, curve) in enumerate(curves.items()):
             line(axes, number, [loss for loss, _ in curve], [gap for _, gap in curve], rule)
-        axes.set(xscale="log", title=f"{kind} embeddings")
-        axes.invert_xaxis()
+        axes.set(xscale="log", title=f"{kind} embeddings", xlim=(8, 0.01))
     panels[0].legend(fontsize=FONT_SIZE)
     return figure
 

@@ -54,6 +54,10 @@ class BiographySamples(Sequences):
         """Return the tokens of an answer, 0 for index -1."""
         return int(self._num_targets[self.picks[index]]) if index >= 0 else 0
 
+    def count_tokens(self, index: int) -> int:
+        """Return the tokens of a question and its answer, 0 for index -1."""
+        return int((self.rows[self.picks[index]] != 0).sum()) if index >= 0 else 0
+
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """Return samples as {input_ids, targets}, each [len(indices), length - 1] int64."""
         rows = torch.from_numpy(self.picks[np.maximum(indices, 0)])
