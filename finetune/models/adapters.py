@@ -70,6 +70,31 @@ def add_adapter(model: Any, recipe: SftRecipe, base: str) -> Any:
         raise InputError("--lora-targets", f"peft refuses {recipe.lora_targets!r}: {first_line(error)}") from None
 
 
+def linears_left_out(model: Any, recipe: SftRecipe) -> list[str]:
+    """Name the linear layers that `lora_targets` asks for and that have no adapter; the head is never asked for.
+
+    In a model whose class has stacked experts, peft 0.21 takes `gate_proj`, `up_proj` and `down_proj` for the names of
+    the experts' weights, and leaves dense layers of these names and shared experts without an adapter.
+
+    Args:
+        model: of `add_adapter`.
+        recipe: with which that was called.
+    """
+    plain = model.get_base_model()
+    head, aside = plain.get_output_embeddings(), tuple(f"{name}." for name in beside_text(plain))
+    targets = [f".{name.strip()}" for name in recipe.lora_targets.split(",")]
+    return [
+        name
+        for name, module in plain.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and "lora_" not in name
+        and not name.endswith(".base_layer")
+        and not f"{name}.".startswith(aside)
+        and (recipe.lora_targets == "all-linear" or f".{name}".endswith(tuple(targets)))
+    ]
+
+
 def _all_of(modules: Sequence[str]) -> str | None:
     """Return a pattern for peft that matches these modules and all that is in them; None for no modules."""
     return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else None
@@ -178,7 +203,9 @@ def base_fingerprint(model: nn.Module) -> str:
         if "lora_" not in name and param.is_floating_point():
             flat = param.detach().flatten()
             some = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].to(torch.bfloat16).contiguous().cpu()
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            name = name.removeprefix("base_model.model.")
+            while ".base_layer." in name:  # one for each adapted parameter of stacked experts
+                name = name.replace(".base_layer.", ".")
             parts.append((name, some.view(torch.uint8).numpy().tobytes()))
     digest = hashlib.sha256()
     for name, content in sorted(parts):

@@ -168,16 +168,17 @@ def merge_adapter(source: AdapterSource, output: Path, dtype: str | None, say: C
 
 
 def _fold(adapted: Any, dtype: torch.dtype, source: AdapterSource) -> Any:
-    def change(base: Any, to: torch.dtype) -> None:
-        base.weight.data = base.weight.data.to(to)
+    def change(param: Any, to: torch.dtype) -> None:
+        param.data = param.data.to(to)
 
     try:
         for module in adapted.modules():
             if isinstance(module, BaseTunerLayer):
-                base: Any = module.get_base_layer()
-                change(base, torch.float32)
+                layer: Any = module.get_base_layer()
+                name = getattr(module, "parameter_name", "weight")  # peft's ParamWrapper: of stacked experts
+                change(getattr(layer, name), torch.float32)
                 module.merge(safe_merge=True)
-                change(base, dtype)
+                change(getattr(layer, name), dtype)
     except ValueError as error:  # NaN or Inf
         raise InputError("RUN", f"cannot merge {source.folder}: {first_line(error)}") from None
     with warnings.catch_warnings():

@@ -14,7 +14,7 @@ from finetune.config.errors import InputError
 from finetune.config.options import FAMILY
 from finetune.config.sft_recipe import SftRecipe, resolve
 from finetune.data.packing import check_isolation
-from finetune.models.adapters import add_adapter, checkpoint_trainable_only
+from finetune.models.adapters import add_adapter, checkpoint_trainable_only, linears_left_out
 from finetune.models.build import check_vocabulary, config_hash
 from finetune.models.pretrained import (
     base_config,
@@ -108,6 +108,7 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
         num_answers = 0
     if recipe.has_adapter:
         model = add_adapter(model, recipe, base)
+        notes += _left_out(linears_left_out(model, recipe))
         checkpoint_trainable_only(accelerator)
     ratio = None if recipe.loraplus_ratio == 1 else recipe.loraplus_ratio
     prepared, optimizers, schedulers = prepare_training(accelerator, recipe, model, weights, ratio)
@@ -164,6 +165,16 @@ def _warnings(recipe: SftRecipe, given: str, base: str, config: Any) -> list[str
     if recipe.mode == "qlora" and recipe.merge:
         notes.append("note: --merge folds the adapter into the NF4 weights that it learns on, dequantized")
     return notes
+
+
+def _left_out(names: Sequence[str]) -> list[str]:
+    """Return what is told of the linear layers that were to have an adapter and have none."""
+    if not names:
+        return []
+    return [
+        f"note: {len(names)} linear layers have no adapter and stay as they are, such as {names[0]}: in this model's "
+        "class peft takes their names for those of stacked experts; give --mode full to train them"
+    ]
 
 
 def _introduce(run: SftRun, data: SftData, notes: Sequence[str]) -> None:

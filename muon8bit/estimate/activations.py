@@ -53,6 +53,13 @@ class Pass:
     no_fused: str = ""
 
 
+def run_op(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
+    """Run an operation on fake tensors, also where these know fewer dtypes of it than are computed."""
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:  # of experts
+        return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).to(args[0].dtype)
+    return func(*args, **(kwargs or {}))
+
+
 class _Live(TorchDispatchMode):
     """Counts the storages that operations make until they die."""
 
@@ -69,11 +76,7 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            # Of experts. For fake tensors it knows bf16 alone, though it computes others.
-            out = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).to(args[0].dtype)
-        else:
-            out = func(*args, **(kwargs or {}))
+        out = run_op(func, args, kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor)
@@ -144,15 +147,15 @@ def trace(
     try:
         if not has_fused:  # as transformers would run it
             return replace(_passed(meta_model, "eager", **how), no_fused=_NOT_WRITTEN)
-        return _passed(meta_model, _fused_attention(), **how)
+        return _passed(meta_model, fused_attention(), **how)
     except RefusedError:
         raise
     except Exception as error:  # whatever a model's own code meets
-        first, no_fused = error, _reason(error)
+        first, no_fused = error, reason(error)
     try:
         return replace(_passed(meta_model, "eager", is_masked=True, **how), no_fused=no_fused)
     except Exception as error:
-        eager = _reason(error)
+        eager = reason(error)
     reasons = f"with fused attention {no_fused}; with eager attention and a mask {eager}"
     reasons = no_fused if eager == no_fused else reasons
     way_out = (
@@ -163,7 +166,8 @@ def trace(
     ) from first
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return why a pass on fake tensors failed, in words without a full stop."""
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         return f"{_NO_VALUES} ({error.func})"
     text = " ".join(str(error).split())[:200].rstrip(".")
@@ -171,7 +175,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _unlogged() -> Iterator[None]:
+def unlogged() -> Iterator[None]:
     """Keep torch from logging the traceback of an operation that fails; here the error is one sentence."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
@@ -203,7 +207,7 @@ def _passed(
         as_nf4(model)
     if is_checkpointed:
         checkpoint(model)
-    with FakeTensorMode(), _unlogged():
+    with FakeTensorMode(), unlogged():
         model.config._attn_implementation = attention
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         model.tie_weights()  # which moving them one by one has undone
@@ -221,7 +225,7 @@ def _passed(
     return live.result()
 
 
-def _fused_attention() -> str:
+def fused_attention() -> str:
     """Register causal attention by torch's fused kernel, without a mask, and return its name in transformers.
 
     With fake tensors transformers' own path makes a mask and repeats keys and values, which a real run does not.

@@ -30,6 +30,7 @@ from .host import bus_bytes, host_bytes, is_on_host, staging_bytes
 from .optimizers import FAMILY, OPTIMIZERS, state_bytes, step_bytes
 from .setup import Setup
 from .sizes import Sizes, measure
+from .token_costs import TokenCosts, token_costs
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Estimate:
         num_parameters: elements of all parameters.
         num_trained: elements of the trained ones.
         optimizers: memory by the names of `OPTIMIZERS`, and of the one of `FAMILY` that was asked for.
+        costs: what a token takes.
         notes: sentences on parts of the model that are not counted, or that may run otherwise than they are counted.
     """
 
@@ -91,6 +93,7 @@ class Estimate:
     num_parameters: int
     num_trained: int
     optimizers: dict[str, Memory]
+    costs: TokenCosts
     notes: tuple[str, ...] = ()
 
     def peak_bytes(self, optimizer: str) -> int:
@@ -100,8 +103,9 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able record.
 
-        Its keys are `num_parameters`, `num_trained_parameters`, `setup`, `notes`, and `optimizers`, by the names of
-        `OPTIMIZERS`. Each optimizer has state_bytes, weights_bytes, gradients_bytes, workspace_bytes,
+        Its keys are `num_parameters`, `num_active_parameters` (None where unknown), `num_trained_parameters`,
+        `kv_cache_bytes_per_token` (None where there is no cache, or unknown), `setup`, `notes`, and `optimizers`, by
+        the names of `OPTIMIZERS`. Each optimizer has state_bytes, weights_bytes, gradients_bytes, workspace_bytes,
         communication_bytes, host_state_bytes, staging_bytes, bus_bytes, checkpoint_bytes, activations_bytes,
         peak_bytes and peak_phase as set up. Under `without_checkpointing` and `with_checkpointing` it has
         {activations_bytes, peak_bytes, peak_phase}; the latter is None where the model does not support checkpointing.
@@ -120,7 +124,9 @@ class Estimate:
             }
         return {
             "num_parameters": self.num_parameters,
+            "num_active_parameters": self.costs.active_parameters,
             "num_trained_parameters": self.num_trained,
+            "kv_cache_bytes_per_token": self.costs.cache_bytes,
             "setup": dict(vars(self.setup)),
             "notes": list(self.notes),
             "optimizers": optimizers,
@@ -161,8 +167,10 @@ class Estimator:
         checkpointed = self._pass(model, setup, True) if can_checkpoint else None
         names = (*OPTIMIZERS, optimizer) if optimizer in FAMILY else OPTIMIZERS
         optimizers = {name: _memory(name, sizes, setup, plain, checkpointed) for name in names}
-        notes = classes.notes(self.config) + _notes(plain, sizes)
-        return Estimate(setup, sizes.num_parameters, sum(p.num_elements for p in sizes.whole), optimizers, notes)
+        costs = token_costs(model, self.config)
+        notes = classes.notes(self.config) + _notes(plain, sizes) + costs.notes
+        num_trained = sum(param.num_elements for param in sizes.whole)
+        return Estimate(setup, sizes.num_parameters, num_trained, optimizers, costs, notes)
 
     def memory(self, optimizer: str, setup: Setup) -> Peak:
         """Return one optimizer's peak as set up; unlike `estimate`, count only the pass that is asked for.

@@ -29,7 +29,10 @@ def print_table(
     first = next(iter(estimate.optimizers.values()))
     _paragraph(title, file)
     trained = "all" if estimate.num_trained == estimate.num_parameters else f"{estimate.num_trained:,}"
-    _paragraph(f"{estimate.num_parameters:,} parameters, {trained} of them trained. With every optimizer:", file)
+    active = estimate.costs.active_parameters
+    partly = "" if active in (None, estimate.num_parameters) else f", {active:,} of them active for a token"
+    counted = f"{estimate.num_parameters:,} parameters{partly}, {trained} of them trained"
+    _paragraph(f"{counted}. With every optimizer:", file)
     for name, num_bytes in _shared(first, setup).items():
         print(f"  {name:42} {gib(num_bytes):>12}", file=file)
     print(file=file)
@@ -184,6 +187,7 @@ def _basis(estimate: Estimate) -> list[str]:
         "Not counted: the CUDA context (about 0.5 GiB), fragmentation, libraries' own buffers.",
         f"A checkpoint of the scripts takes {gib(estimate.optimizers['muon8bit'].checkpoint_bytes)} on disk with "
         f"Muon8bit: the {'weights' if estimate.setup.rank is None else 'adapter'} and the state.",
+        *_generating(estimate),
         *estimate.notes,
     ]
     if estimate.setup.device == "cuda":
@@ -214,6 +218,14 @@ def _basis(estimate: Estimate) -> list[str]:
                 "of whole gradients between them."
             )
     return lines
+
+
+def _generating(estimate: Estimate) -> list[str]:
+    cached = estimate.costs.cache_bytes
+    if cached is None:
+        return []
+    dtype = "bf16" if estimate.setup.dtype == "bf16" else "fp32"
+    return [f"While it generates text, a token takes {cached:,} bytes of KV cache in {dtype}."]
 
 
 def plot(path: Path, title: str, estimate: Estimate, budget: int | None) -> None:

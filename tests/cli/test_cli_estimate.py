@@ -41,6 +41,7 @@ from muon8bit.estimate.classes import longest
 from muon8bit.estimate.models import build
 from muon8bit.estimate.presets import NAMES
 from muon8bit.estimate.sizes import measure
+from muon8bit.estimate.token_costs import active_parameters, token_costs
 
 # As published with the weights; a buffer of DeepSeek's router (58 layers of 256) counts as parameters there.
 PUBLISHED = {
@@ -74,6 +75,30 @@ PUBLISHED = {
     "TinyLlama-1.1B": 1_100_048_384,
     "DeepSeek-V3": 671_026_419_200 - 58 * 256,
 }
+# By hand, of the models with experts: ends, then for each layer attention with its norms, router and experts.
+ACTIVE = {
+    "Qwen3-30B-A3B": (2 * 151936 + 1) * 2048
+    + 48 * 2048 * (2 * 32 * 128 + 2 * 4 * 128 + 2 + 128 + 8 * 3 * 768)
+    + 48 * 2 * 128,
+    "Qwen3-235B-A22B": (2 * 151936 + 1) * 4096
+    + 94 * 4096 * (2 * 64 * 128 + 2 * 4 * 128 + 2 + 128 + 8 * 3 * 1536)
+    + 94 * 2 * 128,
+    "Mixtral-8x7B": (2 * 32000 + 1) * 4096 + 32 * 4096 * (2 * 4096 + 2 * 1024 + 2 + 8 + 2 * 3 * 14336),
+    "DeepSeek-V3": (2 * 129280 + 1) * 7168
+    + 61 * (7168 * (1536 + 512 + 64 + 128 * 128 + 2) + 1536 * 128 * 192 + 512 * 128 * 256 + 1536 + 512)
+    + 3 * 3 * 7168 * 18432
+    + 58 * 7168 * (256 + (8 + 1) * 3 * 2048),
+}
+# Published: 3.3, 22, 12.9 and 37.
+BILLIONS_ACTIVE = {"Qwen3-30B-A3B": 3.35, "Qwen3-235B-A22B": 22.19, "Mixtral-8x7B": 12.88, "DeepSeek-V3": 37.55}
+# Layers, numbers that a token leaves in each, and bytes in bf16: of keys and values by their heads, or of the latent
+# and the rotated key that all heads share.
+CACHED = {
+    "Llama-3.1-8B": 32 * 2 * 8 * 128 * 2,
+    "Qwen3-30B-A3B": 48 * 2 * 4 * 128 * 2,
+    "Mixtral-8x7B": 32 * 2 * 8 * 128 * 2,
+    "DeepSeek-V3": 61 * (512 + 64) * 2,
+}
 
 
 @pytest.fixture
@@ -103,9 +128,35 @@ def record(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
 
 def test_every_preset_has_the_published_number_of_parameters() -> None:
     assert set(PUBLISHED) == set(NAMES)
+    assert {name: round(number / 1e9, 2) for name, number in ACTIVE.items()} == BILLIONS_ACTIVE
     for name, num_parameters in PUBLISHED.items():
-        model = build(load_config(name.lower()), torch.bfloat16)
+        config = load_config(name.lower())
+        model = build(config, torch.bfloat16)
         assert sum(param.numel() for param in model.parameters()) == num_parameters, name
+        assert active_parameters(model, config) == ACTIVE.get(name, num_parameters), name
+        if name in CACHED:
+            assert token_costs(model, config).cache_bytes == CACHED[name], name
+
+
+def test_what_a_token_takes_is_in_table_and_json(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of 4 experts two are taken; a window ends what a layer keeps; a model that only encodes keeps nothing."""
+    path, expert = tmp_path / "config.json", 3 * 64 * 96
+    path.write_text(json.dumps({**TINY["mixtral"], "sliding_window": 32}))
+    found = record(capfd, path, "--seq", 8, "--dtype", "fp32")
+    assert found["num_parameters"] - found["num_active_parameters"] == 2 * 2 * expert
+    assert found["kv_cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, head_dim, bytes
+    assert any("2 of 2 layers attend to a window: of a longer text they keep 31 tokens." in n for n in found["notes"])
+    _, out, _ = run(capfd, "estimate", path, "--seq", 8)
+    words = " ".join(out.split())
+    assert f"{found['num_active_parameters']:,} of them active for a token" in words
+    assert "a token takes 256 bytes of KV cache in bf16" in words
+    adapted = record(capfd, path, "--seq", 8, "--lora", 4)
+    factors = 8 * (64 + 2 * 96) + 4 * (96 + 64)  # of an expert: twice the rank for two matrices in one
+    assert adapted["num_parameters"] - adapted["num_active_parameters"] == 2 * 2 * (expert + factors)
+    encoder = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "vocab_size": 512}
+    encoder |= {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    path.write_text(json.dumps(encoder))
+    assert record(capfd, path, "--seq", 8)["kv_cache_bytes_per_token"] is None
 
 
 def test_ladder_from_a_config_file_has_the_bytes_of_a_hand_count(
