@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .gradient_release import release_gradients
     from .optimizer import Muon8bit
     from .report import StateReport, state_report
-    from .routing import ParamGroups, param_groups
+    from .routing import ParamGroups, Scaling, param_groups
     from .stack_activity import StackActivity
     from .step.nonfinite import NonFiniteGradientError
 
@@ -21,6 +21,7 @@ __all__ = [
     "NonFiniteGradientError",
     "NorMuon8bit",
     "ParamGroups",
+    "Scaling",
     "StackActivity",
     "StateReport",
     "convert_state_dict",
@@ -36,6 +37,7 @@ _MODULES = {
     "NorMuon8bit": "family",
     "NonFiniteGradientError": "step.nonfinite",
     "ParamGroups": "routing",
+    "Scaling": "routing",
     "StackActivity": "stack_activity",
     "StateReport": "report",
     "convert_state_dict": "convert",

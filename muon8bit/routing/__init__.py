@@ -2,6 +2,7 @@
 
 from .groups import param_groups
 from .rules import Route
+from .scaling import Scaling
 from .table import ParamGroups
 
-__all__ = ["ParamGroups", "Route", "param_groups"]
+__all__ = ["ParamGroups", "Route", "Scaling", "param_groups"]

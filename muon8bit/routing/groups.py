@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from .._text import unwrapper
+from .._values import shown
 from ..config import (
     ADJUST_LR,
     DEFAULT_ADAMW_BETAS,
@@ -28,14 +27,14 @@ from ..config import (
     SplitHeads,
 )
 from ..report import ADAMW_BYTES, bnb_bytes
-from ..step.dense import is_fake
 from .checks import check_any_matrix, check_arguments, check_ratio
-from .ends import find_ends
-from .heads_and_routers import by_head, check_heads, check_routers, to_muon
-from .outputs import add_outputs
-from .patterns import Target, overridden, read_patterns, warn_of_shadowed
-from .rules import Route, check_whole, default_route
+from .heads_and_routers import check_heads, check_routers
+from .patterns import Target
+from .routes import route_all
+from .rules import Route
+from .scaling import Scaling
 from .table import ParamGroups
+from .width_rules import ScaleFactors
 
 
 def param_groups(
@@ -54,6 +53,7 @@ def param_groups(
     routing: Routing = DEFAULT_ROUTING,
     split_heads: SplitHeads | None = None,
     routers: Routers = "adamw",
+    scaling: Scaling | None = None,
 ) -> ParamGroups:
     """Return groups for `Muon8bit`, of a model whose parameters are routed by rules.
 
@@ -105,6 +105,8 @@ def param_groups(
             that it raised the loss there. A pattern with split_sizes comes first.
         routers: `"muon"` sends the matrices of MoE routers [experts, cols], and LoRA over them, to Muon; `"adamw"`,
             the default, keeps them. A gate of one row and `e_score_correction_bias` stay where they are.
+        scaling: carries lr, adamw_lr and weight_decay, then those of its base's width, to the model's by the role of
+            each parameter; the table shows factors. An lr of a pattern stays. None: they are the model's.
 
     Returns:
         ParamGroups: dicts in the order muon before adamw, without before with splits or flatten (each kind by first
@@ -113,11 +115,12 @@ def param_groups(
         once, under its first name.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `scaling` no Scaling.
         ValueError: a value that an argument cannot have; adamw_lr missing with `original`; a pattern that matches
             nothing, sends a tensor of fewer than two dimensions to Muon, or gives keys that do not fit a parameter; a
             flattened or uninitialized weight; no matrix for Muon; loraplus_ratio without a factor B; split_heads
-            without MLA, or with sizes that do not fill its rows; routers="muon" without a router.
+            without MLA, or with sizes that do not fill its rows; routers="muon" without a router; a scaling with the
+            base of another model, a parameter whose role it does not know, an adapter, or a tied head without a norm.
 
     Source: which parameters are hidden: K. Jordan's Muon notes (2024) and Moonlight (arXiv 2502.16982); LoRA+:
     arXiv 2402.12354.
@@ -143,11 +146,15 @@ def param_groups(
         )
     if routing not in ROUTINGS:
         raise ValueError(f"routing is {routing!r}; it must be one of {ROUTINGS}, the releases whose rules are known")
-    routes, params = _route_all(model, patterns, no_decay, routing, split_heads, routers)
+    routes, params = route_all(model, patterns, no_decay, routing, split_heads, routers)
     check_any_matrix(routes)
     check_heads(split_heads, routes)
     check_routers(routers, routes)
     check_ratio(loraplus_ratio, routes)
+    if scaling is not None:
+        if not isinstance(scaling, Scaling):
+            raise TypeError(f"scaling must be None or a muon8bit.Scaling, not {shown(scaling)}")
+        routes = scaling.scaled(model, routes, adjust_lr_fn)
     muon = {"algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn}
     adamw = {"algorithm": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "weight_decay": weight_decay}
     adamw |= {"betas": adamw_betas, "eps": adamw_eps, "adamw_bits": adamw_bits}
@@ -163,8 +170,9 @@ def param_groups(
                 route = replace(route, reason=f"{route.reason}, lr x {loraplus_ratio:g} (LoRA+)")
             if not route.decays:
                 group["weight_decay"] = 0.0
+            factors = _scale(group, route.scale, has_lr="lr" in options)
             kind = (route.algorithm == "adamw", bool(keys), is_raised, bool(options), not route.decays)  # as documented
-            group = groups.setdefault((*kind, *keys.items(), *options.items()), group)
+            group = groups.setdefault((*kind, *keys.items(), *options.items(), factors), group)
             group["params"].append((route.name, param))
             state = _predicted_bytes(route, adamw_bits)
             route = replace(route, lr=group["lr"], weight_decay=group["weight_decay"], state_bytes=state)
@@ -172,56 +180,21 @@ def param_groups(
     return ParamGroups([groups[key] for key in sorted(groups, key=lambda key: key[:5])], done)
 
 
-def _route_all(
-    model: nn.Module,
-    patterns: Sequence[tuple[str, Target]],
-    no_decay: Sequence[str],
-    routing: Routing,
-    split_heads: SplitHeads | None,
-    routers: Routers,
-) -> tuple[list[Route], list[nn.Parameter]]:
-    """Return one route per distinct parameter with the patterns applied, and the parameters in the same order."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    unwrapped = unwrapper(name for name, _ in named)
-    names: dict[nn.Parameter, list[str]] = {}
-    wrapped: dict[nn.Parameter, list[str]] = {}  # a pattern may name a parameter either way
-    for name, param in named:
-        names.setdefault(param, []).append(unwrapped(name))
-        wrapped.setdefault(param, []).append(name)
-    all_names = [*(unwrapped(name) for name, _ in named), *(name for name, _ in named)]
-    asked, used = read_patterns(patterns, no_decay, all_names), set[str]()
-    modules = {unwrapped(path): module for path, module in model.named_modules(remove_duplicate=False)}  # inner last
-    ends, routes = find_ends(model, routing), []
-    if routing != "0.1":
-        add_outputs(model, ends)
-    owners: dict[tuple[Any, ...], str] = {}  # of memory: peft ties adapters by parameters that are views of each other
-    for param, (name, *aliases) in names.items():
-        check_whole(name, param, modules[name.rpartition(".")[0]])
-        route = default_route(name, param, modules, ends)
-        of_param = (name, *aliases, *wrapped[param])
-        pattern, keys = next(
-            (pair for pair in asked if any(fnmatchcase(alias, pair[0]) for alias in of_param)), ("", {})
-        )
-        if param.requires_grad:
-            route = to_muon(route, modules) if routers == "muon" else route
-            route = route if "split_sizes" in keys else by_head(route, modules, split_heads)
-        if pattern:
-            route = overridden(route, pattern, keys)
-            used.add(pattern)
-        if route.decays and any(fnmatchcase(alias, pattern) for alias in of_param for pattern in no_decay):
-            route = replace(route, decays=False, reason=f"{route.reason}, no decay as asked")
-        if not param.requires_grad:
-            route = replace(route, algorithm=None, reason="frozen", flag="")
-        elif param.numel() and not is_fake(param) and param.data_ptr():
-            owner = owners.setdefault((param.device, param.data_ptr()), name)
-            if owner != name:
-                twice = f"shares its memory with {owner}: both are updated"
-                route = replace(route, flag="; ".join(filter(None, (route.flag, twice))))
-        if aliases:
-            route = replace(route, aliases=tuple(aliases), reason=f"{route.reason}, shared with {', '.join(aliases)}")
-        routes.append(route)
-    warn_of_shadowed((pattern for pattern, _ in asked), used)
-    return routes, list(names)
+def _scale(group: dict[str, Any], scale: ScaleFactors | None, *, has_lr: bool) -> tuple[float, float]:
+    """Multiply lr and weight decay of a new group by the factors of a scaling, and return these.
+
+    An lr that a pattern gave stays; the decay by lr times weight decay is the rule's all the same.
+    """
+    if scale is None:
+        return 1.0, 1.0
+    rate, decay = (1.0, scale.lr * scale.weight_decay) if has_lr else (scale.lr, scale.weight_decay)
+    if not group["weight_decay"]:
+        decay = 1.0  # so that groups do not part by it
+    if rate != 1:
+        group["lr"] = group["lr"] * rate  # not in place: a tensor is that of all groups
+    if decay != 1:
+        group["weight_decay"] = group["weight_decay"] * decay
+    return rate, decay
 
 
 def _predicted_bytes(route: Route, adamw_bits: int) -> int:

@@ -18,6 +18,7 @@ from .fused import Split, holds_twice, looks_fused
 from .lora import Part, adapter_part, factor_split, looks_fused_factor
 from .newer_rules import ROUTER, Role, newer_role
 from .projections import split_of
+from .width_rules import ScaleFactors
 
 # Stacked experts [experts, rows, cols] as transformers 5 keeps them, in Mixtral, Qwen-MoE, DeepSeek, gpt-oss, Llama 4.
 _EXPERTS = re.compile(r"(^|\.)experts\.")
@@ -37,7 +38,8 @@ class Route:
     their dimension) and `flatten` say which matrices Muon takes it for; without them it is one, or a stack.
     `is_lora_b`: the factor of LoRA that starts at zero, whose lr LoRA+ raises.
     `is_adapter`: part of an adapter other than LoRA. `is_by_head`: cut by heads of attention. `is_router`: a MoE router
-    that Muon trains. `options` are further keys of its group that a pattern gave.
+    that Muon trains. `options` are further keys of its group that a pattern gave. `role` is by the rules, for a
+    scaling, and `scale` what that makes of it; None without one.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Route:
     is_by_head: bool = False
     is_router: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    role: str = ""
+    scale: ScaleFactors | None = None
 
     @property
     def matrix_keys(self) -> dict[str, Any]:

@@ -18,6 +18,9 @@ _THIRDS = re.compile(r"qkv|query_key_value|c_attn|W_pack|att_proj", re.IGNORECAS
 _HALVES = re.compile(r"gate_up|up_gate|gate_and_up|w1[23]|kv_proj|key_value", re.IGNORECASE)
 
 
+_HEADER = ("parameter", "shape", "goes to", "lr", "decay", "state bytes", "why")
+
+
 class ParamGroups(list[dict[str, Any]]):
     """Group dicts for `Muon8bit(groups, lr=...)`.
 
@@ -39,11 +42,13 @@ class ParamGroups(list[dict[str, Any]]):
         rows: dict[Route, list[Route]] = {}
         for route in self.routes:
             rows.setdefault(replace(route, name=template(route.name), aliases=()), []).append(route)
-        table = render(
-            ("parameter", "shape", "goes to", "lr", "decay", "state bytes", "why"),
-            [_row(routes) for routes in rows.values()],
-            "<<<>>><",
-        )
+        header, cells, align = [*_HEADER], [[*_row(routes)] for routes in rows.values()], "<<<>>><"
+        if any(route.scale for route in self.routes):
+            header[5:5] = ["role: init, lr, decay x"]
+            align = "<<<>><><"
+            for row, route in zip(cells, rows, strict=True):
+                row[5:5] = [_scale(route)]
+        table = render(header, cells, align)
         totals = [line for kind in ("muon", "adamw", None) if (line := _total(self.routes, kind))]
         state = sum(route.state_bytes for route in self.routes)
         totals.append(f"state in all: {format_bytes(state)}, predicted for {self._assumed}")
@@ -57,6 +62,15 @@ class ParamGroups(list[dict[str, Any]]):
             totals.append(f"flagged with '!': {_number(num_flagged)}; `patterns` can reroute what is flagged")
             totals += [hint for routes in rows.values() if (hint := _hint(routes))]
         return "\n".join((table, "", *totals))
+
+
+def _scale(route: Route) -> str:
+    """Return a role and its factors of initialization, lr and weight decay: `hidden: 0.7071, 0.7071, 0.7071`."""
+    scale = route.scale
+    if scale is None:
+        return "-"
+    decay = scale.weight_decay if route.weight_decay else 1
+    return f"{route.role}: {scale.init:.4g}, {scale.lr:.4g}, {decay:.4g}"
 
 
 def _number(count: int) -> str:
