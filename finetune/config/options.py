@@ -10,6 +10,7 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvc
 ROUTINGS = ("0.1", "0.2")  # those of muon8bit.config, which imports torch, as are the next two
 SPLIT_HEADS = ("none", "head", "head_kv")  # none: None
 ROUTERS = ("adamw", "muon")
+SCALINGS = ("none", "spectral", "essential")  # none: None
 # Presets of the optimizers that have some: those of muon8bit.family.
 PRESETS = {"normuon8bit": ("paper", "official", "dion", "modded"), "adamuon8bit": ("paper", "official")}
 FAMILY = ("muon8bit", *PRESETS)  # Muon8bit and what is built on it

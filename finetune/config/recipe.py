@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from finetune.config.checks import check_ranges
 from finetune.config.errors import InputError
-from finetune.config.options import Training, option
+from finetune.config.options import SCALINGS, Training, option
 from finetune.config.reading import RECIPES, build, read_values
 from finetune.config.width import model_of_width
 from finetune.data.texts import read_text
@@ -37,6 +37,13 @@ class Recipe(Training):
         "hidden size of the model: heads and intermediate sizes change in proportion, the size of a head does not",
         section="model",
         unset="as the recipe's model is written",
+    )
+    scaling: str = option(
+        "none",
+        "rule by which --lr, --adamw-lr, --weight-decay and the initial weights, as given for the width at which the "
+        "recipe's model is written, are carried to --width",
+        *SCALINGS,
+        section="optimizer",
     )
     tokenizer: str | None = option(
         None, "folder or name of a tokenizer", section="model", unset="train a byte-level BPE on the text"
@@ -104,10 +111,24 @@ def recipe_from(values: dict[str, Any], origin: str, kind: type[R] = Recipe) -> 
         if recipe.init_from is not None:
             raise InputError("--width", "--init-from brings a model of its own width; leave one of them out")
         model_of_width(recipe.model, recipe.width)
+    if recipe.scaling != "none":
+        _check_scaling(recipe)
     longest = recipe.model.get("max_position_embeddings")
     if recipe.init_from is None and isinstance(longest, int) and 0 < longest < (recipe.seq_len or 0):
         raise InputError("--seq-len", f"{recipe.seq_len} exceeds the model's max_position_embeddings {longest}")
     return recipe
+
+
+def _check_scaling(recipe: Recipe) -> None:
+    """Refuse a rule of width for what has none."""
+    if recipe.init_from is not None:
+        raise InputError("--scaling", "it is for fresh weights, and --init-from brings some; give --scaling none")
+    if recipe.preset == "modded":
+        raise InputError(
+            "--scaling",
+            "the preset modded of normuon8bit decays by the square of lr, for which there is no rule; give another "
+            "--preset, or --scaling none",
+        )
 
 
 def read_model_config(path: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -18,6 +19,7 @@ from finetune.config.width import SCALED
 from finetune.data.readers import reach_hub
 from finetune.models.weights import first_line, freeze_beside_text, load_whole, longest_of, model_class, text_config
 from finetune.parallel.launch import plain_parameters, whole
+from muon8bit import Scaling
 
 
 def model_config(recipe: Recipe) -> Any:
@@ -74,6 +76,15 @@ def config_hash(config: PretrainedConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def make_scaling(recipe: Recipe) -> Scaling | None:
+    """Return the rule that carries a recipe's rates from the width of its model as written; None for no rule."""
+    if recipe.scaling == "none":
+        return None
+    rule: Any = recipe.scaling
+    name = {"muon": "muon8bit", "adamw8bit": "adamw"}.get(recipe.optimizer, recipe.optimizer)
+    return Scaling(rule, base=model_config(replace(recipe, width=None)), optimizer=name)
+
+
 def check_vocabulary(config: Any, tokenizer: Any, option: str) -> None:
     """Check that every token id has an embedding; `option` is the one that gave the tokenizer.
 
@@ -95,7 +106,8 @@ def build_model(recipe: Recipe, config: Any, tokenizer: Any, device: torch.devic
     """Build the model in the recipe's dtype: random from torch's seed, on the CPU, or pretrained, on the device.
 
     Raises:
-        InputError: weights are missing or cannot be loaded, or the architecture is no causal language model.
+        InputError: weights are missing or cannot be loaded, the architecture is no causal language model, or
+            --scaling has no rule for it.
     """
     model: Any
     causal: Any = AutoModelForCausalLM
@@ -112,6 +124,11 @@ def build_model(recipe: Recipe, config: Any, tokenizer: Any, device: torch.devic
         except Exception as error:
             reason = f"transformers cannot build the model: {first_line(error)}"
             raise InputError("--model-config", reason) from None
+        try:
+            if scaling := make_scaling(recipe):
+                scaling.initialize(model)
+        except ValueError as error:
+            raise InputError("--scaling", str(error)) from None
     if recipe.activation_checkpointing:
         checkpoint_activations(model)
     model.train()

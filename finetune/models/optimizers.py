@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from finetune.config.errors import InputError
 from finetune.config.options import FAMILY, Training
-from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, param_groups, state_report
+from finetune.config.recipe import Recipe
+from finetune.models.build import make_scaling
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, Scaling, param_groups, state_report
 
 # Of AdamW in every arm: the defaults of `param_groups`.
 BETAS = (0.9, 0.95)
@@ -46,7 +48,7 @@ def build_optimizers(
 
     Raises:
         InputError: nothing for Muon in the model, no factor B, no bf16 weight to round stochastically, nothing for
-            AdamW in 8 bits, or bitsandbytes is missing.
+            AdamW in 8 bits, bitsandbytes is missing, or --scaling has no rule for the model or the optimizer.
     """
     ratio = loraplus_ratio
     options: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
@@ -59,21 +61,31 @@ def build_optimizers(
         "routers": recipe.routers,
     }
     try:
+        scaling = make_scaling(recipe) if isinstance(recipe, Recipe) else None
+        if scaling is not None:
+            more |= _scaled(recipe, scaling)
         groups = param_groups(model, **options, **more, loraplus_ratio=loraplus_ratio, patterns=patterns)
+    except InputError:
+        raise
     except ValueError as error:
         named = {"loraplus_ratio=": "--loraplus-ratio", "split_heads=": "--split-heads", "routers=": "--routers"}
+        named |= dict.fromkeys(("scaling:", "base:"), "--scaling")
         option = next((option for text, option in named.items() if str(error).startswith(text)), "--optimizer")
         raise InputError(option, str(error)) from None
     if recipe.optimizer in FAMILY:
         return [_muon8bit(groups, recipe, process_group)]
     adamw_lr = recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr
     for group in groups:
-        group["raise"] = ratio if group["lr"] != (recipe.lr if group["algorithm"] == "muon" else adamw_lr) else 1.0
+        given = recipe.lr if group["algorithm"] == "muon" else more["adamw_lr"] or recipe.lr
+        group["raise"] = 1.0 if group["lr"] == given else group["lr"] / given if scaling else ratio
     if recipe.optimizer == "muon":
         matrices = [group for group in groups if group["algorithm"] == "muon"]
         rest = [group for group in groups if group["algorithm"] == "adamw"]
-        flat = [{"params": [(n, p) for n, p in g["params"] if p.ndim == 2], "lr": g["lr"]} for g in matrices]
+        flat = [{**_rates(g), "params": [(n, p) for n, p in g["params"] if p.ndim == 2]} for g in matrices]
         rest += [{**g, "params": [(n, p) for n, p in g["params"] if p.ndim > 2]} for g in matrices]  # stacked experts
+        if scaling is not None and (stacks := [n for g in matrices for n, p in g["params"] if p.ndim > 2]):
+            why = f"muon trains stacked experts as {stacks[0]} by AdamW, at Muon's rate; give --optimizer muon8bit"
+            raise InputError("--scaling", why)
         options["adjust_lr_fn"] = "match_rms_adamw"
         optimizers: list[Optimizer] = [torch.optim.Muon([group for group in flat if group["params"]], **options)]
         if others := _plain([group for group in rest if group["params"]], adamw_lr):
@@ -126,11 +138,25 @@ def _muon8bit(groups: list[dict[str, Any]], recipe: Training, process_group: Pro
         raise InputError("--adamw-bits", str(error)) from None
 
 
+def _rates(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("lr", "weight_decay")}
+
+
+def _scaled(recipe: Training, scaling: Scaling) -> dict[str, Any]:
+    """Return the arguments of `param_groups` that a rule of width needs of an optimizer."""
+    more: dict[str, Any] = {"scaling": scaling}
+    if recipe.optimizer == "normuon8bit":
+        more["adjust_lr_fn"] = NorMuon8bit.presets[recipe.preset or "paper"].get("adjust_lr_fn", "match_rms_adamw")
+    if recipe.optimizer in ("adamw", "adamw8bit"):
+        more["adamw_lr"] = None  # they have one rate
+    return more
+
+
 def _plain(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
-    """Return groups for torch.optim.AdamW: with weight decay before without, and LoRA factors B with their own lr."""
-    plain: dict[tuple[bool, float], dict[str, Any]] = {}
+    """Return groups for torch.optim.AdamW: with weight decay before without, raised or scaled lr by themselves."""
+    plain: dict[tuple[bool, float, float], dict[str, Any]] = {}
     for group in groups:
-        key = (group["weight_decay"] == 0, group["raise"])
+        key = (group["weight_decay"] == 0, group["raise"], group["weight_decay"])
         new = {"params": [], "lr": lr * group["raise"], "weight_decay": group["weight_decay"]}
         plain.setdefault(key, new)["params"] += group["params"]
     return [plain[key] for key in sorted(plain)]

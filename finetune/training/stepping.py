@@ -66,7 +66,7 @@ def one_step(run: Run) -> Step:
     num = recipe.gradient_accumulation
     targets = step_targets(run.train, accelerator, run.position, recipe.batch_size, num)
     batches = list(step_batches(run.train, accelerator, run.position, recipe.batch_size, num))
-    lr, num_skipped = run.optimizers[0].param_groups[0]["lr"], _num_skipped(run)
+    lr, num_skipped = _given_rate(run), _num_skipped(run)
     balancing = run.balancing
     if balancing:
         begin_balancing(balancing, run.train, accelerator, run.position, recipe.batch_size, num)
@@ -92,6 +92,14 @@ def one_step(run: Run) -> Step:
     counts, losses = (balancing.counts, balancing.losses) if balancing else (None, None)
     losses = losses if balancing and balancing.has_losses else None
     return Step(run.step, float(lr), run.tokens, targets, nats, norms, num_skipped, counts, losses)
+
+
+def _given_rate(run: Run) -> float:
+    """Return the rate of this step, as given for the base width where --scaling makes others of it."""
+    group = run.optimizers[0].param_groups[0]
+    if getattr(run.recipe, "scaling", "none") == "none":
+        return float(group["lr"])
+    return float(group["lr"] / group["initial_lr"] * run.recipe.lr)
 
 
 def read_step(run: Run, step: Step) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The baselines train a model with stacked experts too, and options reach the optimizer."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.config.errors import InputError
 from finetune.config.options import PRESETS
 from finetune.config.recipe import Recipe, recipe_from
+from finetune.models.build import build_model, model_config
 from finetune.models.optimizers import build_optimizers
 from muon8bit import AdaMuon8bit, NorMuon8bit, choices
 from muon8bit.config import DEFAULT_STEP_TIMEOUT, MAX_STEP_TIMEOUT
@@ -43,6 +45,70 @@ def test_every_parameter_of_a_mixture_of_experts_is_trained_once(kind):
     is_muon = [type(optimizer).__name__ == "Muon" for optimizer in optimizers]
     stacked = {i for i, o in enumerate(optimizers) for g in o.param_groups for p in g["params"] if p.ndim == 3}
     assert not any(is_muon[i] for i in stacked)
+
+
+LLAMA = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+# Of a matrix, the head, the embedding and a norm at four times the width: lr and decay, of 1 and .5; without a rule.
+UNSCALED = ((1, 0.5), (1, 0.5), (1, 0.5), (1, 0))
+SCALED = {
+    "muon8bit": ((1 / 2, 1 / 4), (1 / 4, 1 / 2), (1, 1 / 8), (1, 0)),
+    "muon": ((1 / 2, 1 / 4), (1 / 4, 1 / 2), (1, 1 / 8), (1, 0)),
+    "adamw": ((1 / 4, 1 / 2), (1 / 4, 1 / 2), (1, 1 / 8), (1, 0)),
+    "adamw8bit": ((1 / 4, 1 / 2), (1 / 4, 1 / 2), (1, 1 / 8), (1, 0)),
+    "normuon8bit": ((1 / 2, 1 / 4), (1 / 4, 1 / 2), (1, 1 / 8), (1, 0)),
+    "normuon8bit dion": ((1, 1 / 8), (1 / 4, 1 / 2), (1, 1 / 8), (1, 0)),
+    "adamuon8bit": ((1 / 4, 1 / 2), (1 / 4, 1 / 2), (1, 1 / 8), (1, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize("width", [32, 128])
+def test_every_optimizer_gets_the_rates_of_the_width(kind, width):
+    name, _, preset = kind.partition(" ")
+    values = {"name": "wide", "model": LLAMA, "optimizer": name, "preset": preset or None, "lr": 1.0}
+    values |= {"weight_decay": 0.5, "width": width, "adamw_lr": 1.0}
+    made = {}
+    for scaling in ("none", "spectral"):
+        recipe = recipe_from({**values, "scaling": scaling}, "a test")
+        torch.manual_seed(0)
+        model = build_model(recipe, model_config(recipe), SimpleNamespace(eos_token_id=0, pad_token_id=0), "cpu")
+        rates = {
+            p: (g["lr"], g["weight_decay"])
+            for o in build_optimizers(model, recipe)
+            for g in o.param_groups
+            for p in g["params"]
+        }
+        layer, sds = model.model.layers[0], [p.std().item() for p in (model.lm_head.weight, model.model.norm.weight)]
+        parts = (layer.mlp.up_proj, model.lm_head, model.model.embed_tokens, layer.input_layernorm)
+        made[scaling] = tuple(rates[part.weight] for part in parts), sds
+    assert made["none"][0] == UNSCALED
+    if width == 32:
+        assert made["spectral"] == made["none"]
+    else:
+        for found, expected in zip(made["spectral"][0], SCALED[kind], strict=True):
+            assert found == pytest.approx(expected, rel=1e-9)
+        assert made["spectral"][1][0] == pytest.approx(made["none"][1][0] / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"optimizer": "muon", "model": SIZES | {"intermediate_size": 32}},
+            "muon trains stacked experts as model.layers",
+        ),
+        ({"optimizer": "normuon8bit", "preset": "modded", "adamw_lr": 1e-3}, "preset modded of normuon8bit decays"),
+        ({"init_from": "gpt2"}, "fresh weights, and --init-from brings some"),
+    ],
+)
+def test_a_rule_of_width_is_refused_by_name_where_there_is_none(change, words):
+    def use():
+        recipe = recipe_from({"name": "x", "model": LLAMA, "scaling": "spectral", **change}, "a test")
+        build_optimizers(AutoModelForCausalLM.from_config(model_config(recipe)), recipe)
+
+    with pytest.raises(InputError, match=f"--scaling: .*{words}"):
+        use()
 
 
 @pytest.mark.parametrize(("rounding", "moved"), [(None, True), ("stochastic", True), ("nearest", False)])
