@@ -100,12 +100,21 @@ def rows_of_others(text: str) -> str:
     return "".join(line for line in rows if line.split(" | ")[1] != triton.__version__)
 
 
-def table(records: dict[tuple[str, str], Compiled], others: str = "") -> str:
-    """Return the table in Markdown, in the order of the cases; `others` are rows of another Triton."""
+def rows_are_of(before: str) -> str:
+    """Return the line that says by what the first rows are: this Triton, or a newer one of which the table has rows."""
+    said = re.search(r"^Rows of Triton (\S+), .*\n", before, re.MULTILINE)
+    if said is not None and f"| {said[1]} |" in before and said[1] > triton.__version__:
+        return said[0]
+    return f"Rows of Triton {triton.__version__}, torch {torch.__version__}, {date.today().isoformat()}, by\n"
+
+
+def table(records: dict[tuple[str, str], Compiled], before: str = "") -> str:
+    """Return the table in Markdown, in the order of the cases; rows of another Triton stay as they are in `before`."""
+    others = rows_of_others(before)
     head = (
         "# Compiled kernels\n\n"
         "Every shipped kernel as its wrapper launches it, compiled for GPUs that were not there: nothing was run.\n"
-        f"Rows of Triton {triton.__version__}, torch {torch.__version__}, {date.today().isoformat()}, by\n"
+        f"{rows_are_of(before)}"
         "`python -m benchmarks.compile.table --out benchmarks/results/compiled.md`; those of 3.6, for sm_90\n"
         "alone, by the same with that Triton first on PYTHONPATH.\n\n"
         "Registers of a thread (AMD: vector registers), shared memory of a program, spilled: stack and local bytes of\n"
@@ -127,8 +136,8 @@ def main() -> None:
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("nothing can be compiled under TRITON_INTERPRET=1")
-    others = rows_of_others(args.out.read_text()) if args.out and args.out.exists() else ""
-    text = table(load(compiled_folder(args.cache)), others)
+    before = args.out.read_text() if args.out and args.out.exists() else ""
+    text = table(load(compiled_folder(args.cache)), before)
     if args.out:
         args.out.write_text(text)
     else:

@@ -342,3 +342,6 @@ def test_committed_table_is_what_the_command_writes(compiled):
 def test_rows_of_another_triton_stay_in_the_table():
     ours, theirs = f"| a-b | {triton.__version__} | sm_90 | 4 |\n", "| a-b | 3.0.0 | sm_90 | 4 |\n"
     assert table.rows_of_others(f"text | 3.0.0 |\n| kernel | Triton |\n| --- | --- |\n{ours}{theirs}") == theirs
+    for version, stays in (("99.0", True), ("3.0.0", False)):
+        said = f"Rows of Triton {version}, torch 2, 2026-01-01, by\n"
+        assert (table.rows_are_of(f"# Head\n{said}| a-b | {version} | sm_90 | 4 |\n") == said) == stays
