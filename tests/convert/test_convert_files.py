@@ -19,7 +19,7 @@ from helpers.refusals import check_refused
 from helpers.state_dicts import make, train
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from muon8bit import Muon8bit, param_groups
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, param_groups
 from muon8bit.cli import main
 
 Outcome = namedtuple("Outcome", "code out err")
@@ -426,11 +426,19 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, run, kind, limit):
 # --- folders of torch.distributed.checkpoint --------------------------------------------------------------------------
 
 
-def folder(path, **options):
+def family(kind, model, **options):
+    """An optimizer for the layers of a model whose groups leave `adjust_lr_fn` to the preset."""
+    groups = param_groups(model, lr=1e-2)
+    for group in groups if kind is not Muon8bit else ():
+        group.pop("adjust_lr_fn", None)
+    return kind(groups, **options)
+
+
+def folder(path, kind=Muon8bit, **options):
     """A model and its optimizer, saved by torch.distributed.checkpoint."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.Linear(16, 24))
-    optimizer = Muon8bit(param_groups(model, lr=1e-2), **options)
+    optimizer = family(kind, model, **options)
     model(torch.ones(2, 24)).square().sum().backward()
     optimizer.step()
     model.zero_grad()  # with gradients torch's get_optimizer_state_dict would not initialise another optimizer's state
@@ -456,6 +464,28 @@ def test_a_folder_of_distributed_checkpointing_is_converted_into_one(tmp_path, r
         dcp.load(template, checkpoint_id=tmp_path / "out", no_dist=True)
     set_optimizer_state_dict(model, other, template["optimizer"])
     assert_equal(other.state_dict(), quietly(optimizer.state_dict(), bits=32))
+
+
+@pytest.mark.parametrize("saved_bits", [8, 32])
+@pytest.mark.parametrize(
+    ("kind", "preset"), [(NorMuon8bit, "official"), (NorMuon8bit, "modded"), (AdaMuon8bit, "paper")]
+)
+def test_second_moments_go_through_folders(tmp_path, run, kind, preset, saved_bits):
+    """Of rows, of the longer dimension and of elements, to the other number of bits: as the function converts them."""
+    how = {"block_size": 64, "codebook": "dynamic", "preset": preset}
+    model, optimizer = folder(tmp_path / "in", kind, bits=saved_bits, **how)
+    bits = 40 - saved_bits
+    outcome = run(tmp_path / "in", tmp_path / "out", "--bits", bits)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.count("second moment was converted") == (kind is AdaMuon8bit)
+    other = family(kind, model, bits=bits, **how)
+    template = {"optimizer": get_optimizer_state_dict(model, other)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(template, checkpoint_id=tmp_path / "out", no_dist=True)
+    set_optimizer_state_dict(model, other, template["optimizer"])
+    assert_equal(other.state_dict(), quietly(optimizer.state_dict(), bits=bits))
+    assert any(key.startswith("second_moment") for state in other.state.values() for key in state)
 
 
 def test_a_flipped_bit_in_a_folder_is_named(tmp_path, run):
