@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks.gpu.optimizers import BITS32, DYNAMIC, LINEAR, MUON_BF16
+from benchmarks.gpu.optimizers import ADAMUON, BITS32, DYNAMIC, LINEAR, MUON_BF16, NORMUON
 from benchmarks.gpu.record import DRY, Measurement, Record, as_number
 from benchmarks.gpu.steps import FLOOR
 from benchmarks.gpu.workloads import LORA, MODELS, MOE, shape_classes
@@ -75,7 +75,7 @@ def verdicts(record: Record) -> list[TargetCheck]:
         result.append(_judge(f"{arm}, time over bits=32", _over_bits32(record, arm), max, 1.0, "x"))
     lora = record.find("steps", "ratio", case=LORA, arm=MUON_BF16)
     result.append(_judge("LoRA, over torch Muon", lora, min, 20.0, "x"))
-    arms = (LINEAR, DYNAMIC, BITS32)
+    arms = (LINEAR, DYNAMIC, BITS32, NORMUON, ADAMUON)
     extra = [row for arm in arms for name in ("steps", "memory") for row in record.find(name, "extra memory", arm=arm)]
     result.append(_judge("memory beside the state", extra, max, DEFAULT_WORKSPACE_BYTES / 2**20, " MiB"))
     for row in record.find("recipes", "at most"):

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from muon8bit import Muon8bit
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit
 from muon8bit.tune.timing import TimedJob, UnavailableError
 
 LINEAR, DYNAMIC, BITS32 = "this, linear", "this, dynamic", "this, bits=32"
+NORMUON, ADAMUON = "NorMuon8bit", "AdaMuon8bit"
 MUON_BF16, MUON_FP32 = "torch Muon, bf16 state", "torch Muon, fp32 state"
 DECODED = "decode + torch Muon"
 ADAMW, ADAMW8 = "torch AdamW, fused", "bitsandbytes AdamW8bit"
@@ -82,6 +83,8 @@ ARMS = {
     LINEAR: Arm(lambda ps: Muon8bit(ps, lr=MUON_LR), 1.01),
     DYNAMIC: Arm(lambda ps: Muon8bit(ps, lr=MUON_LR, codebook="dynamic"), 1.01),
     BITS32: Arm(lambda ps: Muon8bit(ps, lr=MUON_LR, bits=32), 4),
+    NORMUON: Arm(lambda ps: NorMuon8bit(ps, lr=MUON_LR), 1.01),
+    ADAMUON: Arm(lambda ps: AdaMuon8bit(ps, lr=MUON_LR), 2.02),
     MUON_BF16: Arm(lambda ps: torch.optim.Muon(ps, lr=MUON_LR), 2, matrices_only=True),
     MUON_FP32: Arm(lambda ps: torch.optim.Muon(ps, lr=MUON_LR), 4, fp32=True, matrices_only=True),
     DECODED: Arm(lambda ps: DecodeThenMuon(ps, lr=MUON_LR), 1.01 + 2, matrices_only=True),

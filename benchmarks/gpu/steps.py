@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks.gpu.optimizers import ARMS, BITS32, DYNAMIC, LINEAR, MUON_BF16, Tensors, make_job
+from benchmarks.gpu.optimizers import (
+    ADAMUON,
+    ARMS,
+    BITS32,
+    DYNAMIC,
+    LINEAR,
+    MUON_BF16,
+    NORMUON,
+    Tensors,
+    make_job,
+)
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.roofline import count
 from benchmarks.gpu.workloads import Workload, shape_classes, workloads
@@ -14,6 +24,7 @@ from muon8bit.tune.timing import Clock, Result
 FLOOR = "floor"
 # A step of torch.optim.Muon with more operations than this takes a good part of a second: fewer of them.
 _LONG_FLOPS = 1e14
+_WATCHED = (LINEAR, DYNAMIC, BITS32, NORMUON, ADAMUON, MUON_BF16)  # the memory of their steps
 
 
 def steps(clock: Clock, record: Record, rates: dict[str, float]) -> None:
@@ -62,7 +73,7 @@ def memory(clock: Clock, record: Record) -> None:
         if not record.begins("memory", workload.name):
             continue
         tensors = Tensors.random(workload.shapes, clock.device)
-        makers = {name: partial(make_job, ARMS[name], tensors) for name in (LINEAR, DYNAMIC, BITS32, MUON_BF16)}
+        makers = {name: partial(make_job, ARMS[name], tensors) for name in _WATCHED}
         for name, result in clock.turns(makers, rounds=1, repeats=1).items():
             extra = result.problem or result.extra_bytes / 2**20
             record.measured("memory", workload.name, name, "extra memory", extra, "MiB", "peak inside step()")
