@@ -15,11 +15,10 @@ from ..distributed.matrix_slots import matrix_slots
 from ..distributed.param_sharding import ParamSharding, Spans
 from ..distributed.planned_transfers import Matrix, MatrixStage
 from ..orthogonalize import choose_method, resolve_coefficients
-from ..orthogonalize.coefficients import JORDAN
 from ..step.group_options import matrix_counts
 from ..step.second_moment import SecondMomentFormat
 from .exchange_bytes import exchange_bytes
-from .optimizers import OURS, Param, second_moment, step_bytes
+from .optimizers import OURS, Param, ns_coefficients, second_moment, step_bytes
 from .setup import Setup
 
 SHARING = OURS
@@ -58,11 +57,12 @@ def shared_step_bytes(
     if not shared:
         return alone
     moment, is_sign = second_moment(optimizer, shared[0]), optimizer.startswith("adamuon8bit")
+    coefficients = ns_coefficients(optimizer, shared[0])
     args = tuple(shared), num_ranks, num_shards, kind, budget
-    planned = planned_exchange(*args, moment=moment, is_sign=is_sign)
+    planned = planned_exchange(*args, moment=moment, is_sign=is_sign, coefficients=coefficients)
     # The first rank has the largest parts, the most loaded one the most matrices.
     busiest = planned.load.index(max(planned.load))
-    most = max(exchange_bytes(planned, rank, budget, kind, between=alone) for rank in {0, busiest})
+    most = max(exchange_bytes(planned, rank, budget, kind, bits=shared[0].bits, between=alone) for rank in {0, busiest})
     return most + _sums_bytes(planned, shared[0].block_size)
 
 
@@ -76,6 +76,7 @@ def planned_exchange(
     *,
     moment: SecondMomentKind | None = None,
     is_sign: bool = False,
+    coefficients: str = "jordan",
 ) -> Assignment:
     """Return who orthogonalizes what, as the optimizer plans it for these parameters in the groups of `param_groups`.
 
@@ -85,9 +86,9 @@ def planned_exchange(
         num_shards: GPUs of a replica, each with some rows; 1: every GPU has all.
         kind: device kind of `orthogonalize.device_kind`.
         budget: `workspace_bytes`.
-        moment, is_sign: the groups' `second_moment` and `sign_momentum`.
+        moment, is_sign, coefficients: the groups' `second_moment`, `sign_momentum` and `ns_coefficients`.
     """
-    coefficients = resolve_coefficients(JORDAN, DEFAULT_NS_STEPS)
+    iteration = resolve_coefficients(coefficients, DEFAULT_NS_STEPS)
     shardings: dict[tuple[int, ...], ParamSharding] = {}
     groups: dict[tuple[object, bool], list[Param]] = {}
     for param in sorted(params, key=lambda p: p.split is not None or p.flatten):
@@ -109,7 +110,7 @@ def planned_exchange(
                 key = rows, cols, id(slot.sharding), second
                 if key not in batches:
                     count, room = counts[rows, cols], budget - SMALL_WORKSPACE_BYTES
-                    method = choose_method(rows, cols, coefficients, kind, tiny=False, count=count, budget_bytes=room)
+                    method = choose_method(rows, cols, iteration, kind, tiny=False, count=count, budget_bytes=room)
                     batches[key] = [
                         Matrix(rows, cols, slot.sharding, method, MatrixStage.of(cols, second, is_sign=is_sign))
                     ]

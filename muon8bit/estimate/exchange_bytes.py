@@ -21,12 +21,15 @@ from ..distributed.rounds import PlannedRound, run_behind
 from ..orthogonalize import NSMethod, batch_size, workspace_bytes as iteration_bytes
 
 # On a CPU: the elements that a pass takes at once, and the bytes of temporaries of each, by what it goes over: momenta
-# with X and without, O with the second moments of rows or columns and of elements, parameters and with these.
-_PASS_ELEMENTS, _INPUT_BYTES, _MOMENTUM_BYTES = 2**19, 16, 12
+# with X and without (decoding takes the last number of them), O with the second moments of rows or columns and of
+# elements, parameters and with these.
+_PASS_ELEMENTS, _INPUT_BYTES, _MOMENTUM_BYTES, _DECODED_BYTES = 2**19, 16, 12, 4
 _SQUARES_BYTES, _STATS_BYTES, _PARAM_BYTES, _DIVIDED_PARAM_BYTES = 4, 20, 8, 24
 
 
-def exchange_bytes(assignment: Assignment, rank: int, workspace_bytes: int, kind: str, *, between: int = 0) -> int:
+def exchange_bytes(
+    assignment: Assignment, rank: int, workspace_bytes: int, kind: str, *, bits: int = 8, between: int = 0
+) -> int:
     """Return the most bytes that a step allocates at once on a rank for matrices that lie on several ranks.
 
     Gradients are taken to have no factors, and momenta whole rows.
@@ -36,10 +39,11 @@ def exchange_bytes(assignment: Assignment, rank: int, workspace_bytes: int, kind
         rank: in the group.
         workspace_bytes: the optimizer's.
         kind: device kind of `orthogonalize.device_kind`.
+        bits: of the momenta.
         between: bytes that come and go when the first round has been orthogonalized: this rank's own matrices, AdamW.
     """
     memory, share = _Memory(), workspace_bytes // NUM_SHARES
-    first, *later = (_Round(planned, rank, share, kind, memory) for planned in assignment.rounds)
+    first, *later = (_Round(planned, rank, share, kind, bits, memory) for planned in assignment.rounds)
     first.prepare_inputs(is_first=True)
     first.orthogonalize()
     memory.pass_through(between)
@@ -68,8 +72,9 @@ class _Memory:
 class _Round:
     """The bytes of one rank in one round. The methods count what those of `ExchangeRound` allocate and free."""
 
-    def __init__(self, planned: PlannedRound, rank: int, share: int, kind: str, memory: _Memory) -> None:
+    def __init__(self, planned: PlannedRound, rank: int, share: int, kind: str, bits: int, memory: _Memory) -> None:
         self._planned, self._rank, self._share, self._kind, self._memory = planned, rank, share, kind, memory
+        self._bits = bits
         self._owned = [transfer for transfer in planned.transfers if transfer.owner == rank]
         self._held = [t for t in planned.transfers if t.matrix.sharding.momentum_parts[rank] is not None]
         self._sent = self._received = self._results = self._own_inputs = 0
@@ -123,7 +128,7 @@ class _Round:
             passing = sum(map(self._state_bytes, batch)) if is_first else 0
             grams = [t.sent_bytes(t.sources[self._rank]) for t in batch if t.is_gram and self._rank in t.sources]
             self._memory.add(X)
-            self._memory.pass_through(passing + self._pass_bytes(sum(map(self._num_elements, batch)), _INPUT_BYTES))
+            self._memory.pass_through(passing + self._momentum_pass_bytes(batch, _INPUT_BYTES))
             self._memory.add(sum(grams))
             self._input_batches.append((len(batch), X))
             left += X + sum(grams)
@@ -131,7 +136,7 @@ class _Round:
 
     def _write_momenta(self, transfers: Iterable[PlannedTransfer]) -> None:
         for batch in _batches(transfers, lambda _: self._share):
-            self._memory.pass_through(self._pass_bytes(sum(map(self._num_elements, batch)), _MOMENTUM_BYTES))
+            self._memory.pass_through(self._momentum_pass_bytes(batch, _MOMENTUM_BYTES))
 
     def send_inputs(self) -> None:
         """Allocate nothing."""
@@ -250,6 +255,11 @@ class _Round:
     def _pass_bytes(self, num_elements: int, of_each: int) -> int:
         return of_each * min(num_elements, _PASS_ELEMENTS) if self._kind.startswith("cpu") else 0
 
+    def _momentum_pass_bytes(self, batch: Iterable[PlannedTransfer], of_each: int) -> int:
+        """Return the bytes that a pass over the momenta of a batch takes, of which fp32 ones need not be decoded."""
+        of_each -= _DECODED_BYTES if self._bits == 32 else 0
+        return self._pass_bytes(sum(map(self._num_elements, batch)), of_each)
+
     def _num_elements(self, transfer: PlannedTransfer) -> int:
         """Count the elements of the momentum that this rank has."""
         region = transfer.matrix.sharding.momentum_parts[self._rank]
@@ -261,7 +271,8 @@ class _Round:
         return self._num_elements(transfer) * (1 if is_sign else transfer.matrix.method.dtype.itemsize)
 
     def _state_bytes(self, transfer: PlannedTransfer) -> int:
-        return self._num_elements(transfer) * (1 if transfer.matrix.cols >= MIN_QUANTIZED_COLUMNS else 4)
+        is_quantized = self._bits == 8 and transfer.matrix.cols >= MIN_QUANTIZED_COLUMNS
+        return self._num_elements(transfer) * (1 if is_quantized else 4)
 
 
 def _batches(

@@ -78,6 +78,7 @@ class Param:
         block_size: elements that share a scale of its momentum.
         bits: of its momentum in `OURS`, and of AdaMuon8bit's second moment.
         normuon_moment: the statistic that NorMuon8bit has of it, "row" or "shape".
+        normuon_coefficients: the `ns_coefficients` of NorMuon8bit.
         num_shards: for a part, the number of parts.
     """
 
@@ -91,6 +92,7 @@ class Param:
     block_size: int = DEFAULT_BLOCK_SIZE
     bits: Bits = 8
     normuon_moment: SecondMomentKind = "row"
+    normuon_coefficients: str = "jordan"
     num_shards: int = 1
 
     @property
@@ -128,6 +130,11 @@ def second_moment(optimizer: str, param: Param) -> SecondMomentKind | None:
     if optimizer.startswith("normuon8bit"):
         return param.normuon_moment
     return "element" if optimizer.startswith("adamuon8bit") else None
+
+
+def ns_coefficients(optimizer: str, param: Param) -> str:
+    """Return the `ns_coefficients` of a matrix's group in one of `OURS`."""
+    return param.normuon_coefficients if optimizer.startswith("normuon8bit") else "jordan"
 
 
 def cut(shape: tuple[int, ...], num_shards: int) -> tuple[int, ...]:
@@ -231,7 +238,7 @@ def step_bytes(
         copies = max((_adamw8_bytes(p, kind, adamw_budget) for p in rest), default=0)
     if is_cautious:
         copies = _cautious_bytes(rest, kind, adamw_bits(optimizer), adamw_budget)
-    return max(copies, _muon8bit_bytes(matrices, kind, budget, is_adamuon=optimizer.startswith("adamuon8bit")))
+    return max(copies, _muon8bit_bytes(matrices, kind, budget, optimizer))
 
 
 def _adamw8_bytes(param: Param, kind: str, budget: int) -> int:
@@ -288,8 +295,9 @@ def _torch_muon_bytes(params: Sequence[Param]) -> int:
     return most
 
 
-def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int, *, is_adamuon: bool) -> int:
-    coefficients = resolve_coefficients(JORDAN, DEFAULT_NS_STEPS)
+def _muon8bit_bytes(params: Sequence[Param], kind: str, budget: int, optimizer: str) -> int:
+    is_adamuon = optimizer.startswith("adamuon8bit")
+    coefficients = resolve_coefficients(ns_coefficients(optimizer, params[0]) if params else JORDAN, DEFAULT_NS_STEPS)
     whole: Counter[tuple[int, int]] = Counter()
     cut: Counter[tuple[int, int, tuple[int, ...]]] = Counter()
     for param in params:

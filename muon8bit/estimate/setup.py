@@ -128,6 +128,11 @@ class Setup:
         return "shape" if self.preset == "modded" else "row"
 
     @property
+    def normuon_coefficients(self) -> str:
+        """The `ns_coefficients` of the preset in NorMuon8bit."""
+        return "polar_express" if self.preset in ("dion", "modded") else "jordan"
+
+    @property
     def mode(self) -> str:
         """The scripts' `--mode`: "full", "lora" or "qlora"."""
         return "qlora" if self.qlora else "full" if self.lora is None else "lora"

@@ -59,6 +59,7 @@ def measure(model: nn.Module, setup: Setup) -> Sizes:
     routes = param_groups(model, lr=1e-3, split_heads=split_heads, routers=setup.routers).routes
     named = dict(model.named_parameters())
     stored: Any = {"block_size": setup.block_size, "bits": setup.bits, "normuon_moment": setup.normuon_moment}
+    stored["normuon_coefficients"] = setup.normuon_coefficients
     whole = tuple(
         Param(r.name, r.shape, named[r.name].dtype, r.algorithm == "muon", r.split, r.flatten, **stored)
         for r in routes

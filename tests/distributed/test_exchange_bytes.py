@@ -63,7 +63,7 @@ NORMUON, ADAMUON = {"second_moment": "row"}, {"second_moment": "element", "resca
 LAYOUTS = [("fsdp", 2), ("fsdp", 8), ("hsdp", 4), ("ddp", 2), ("ddp", 8), ("sharded state", 4)]
 CASES = [(*layout, {}) for layout in LAYOUTS]
 CASES += [(mode, 2, family) for mode in ("fsdp", "ddp") for family in (NORMUON, ADAMUON)]
-CASES += [("hsdp", 4, {**ADAMUON, "bits": 32})]
+CASES += [("hsdp", 4, {**ADAMUON, "bits": 32}), ("fsdp", 2, {"bits": 32})]
 
 
 @pytest.mark.parametrize("workspace_bytes", [2**25, 2**29], ids=["rounds", "one round"])
@@ -83,7 +83,7 @@ def test_a_step_allocates_what_is_counted_from_its_plan(group, mode, num_ranks, 
     peak, _ = peak_bytes(optimizer.step)
     (assignment,) = optimizer._rank_group._assignments.values()
     assert len(assignment.rounds) > 1 or workspace_bytes == 2**29
-    counted = exchange_bytes(assignment, 0, workspace_bytes, device_kind(CPU))
+    counted = exchange_bytes(assignment, 0, workspace_bytes, device_kind(CPU), bits=family.get("bits", 8))
     # Sums of squares by row, of which norms are made, come on top.
     sums = 4 * (num_ranks + 1) * sum(rows for rows, _ in SHAPES)
     assert -TOLERANCE * peak <= peak - counted <= TOLERANCE * peak + sums, (peak, counted, counted / peak)
@@ -91,7 +91,7 @@ def test_a_step_allocates_what_is_counted_from_its_plan(group, mode, num_ranks, 
 
 @pytest.mark.parametrize(
     "family",
-    [{}, NORMUON, {"second_moment": "shape"}, ADAMUON, {**ADAMUON, "bits": 32}],
+    [{}, NORMUON, {"second_moment": "shape", "ns_coefficients": "polar_express"}, ADAMUON, {**ADAMUON, "bits": 32}],
     ids=lambda f: "-".join(map(str, f.values())),
 )
 @pytest.mark.parametrize("shard", ["ddp", "fsdp2"])
@@ -111,8 +111,9 @@ def test_the_estimate_has_the_plan_of_the_optimizer(group, shard, family):
         Param(name, tuple(param.shape), param.dtype, is_muon=True, bits=family.get("bits", 8)) for name, param in params
     )
     kind, is_sign = family.get("second_moment"), family.get("sign_momentum", False)
+    of_family = {"moment": kind, "is_sign": is_sign, "coefficients": family.get("ns_coefficients", "jordan")}
     num_shards, device = 2 if shard == "fsdp2" else 1, device_kind(CPU)
-    assert found == planned_exchange(asked, 2, num_shards, device, moment=kind, is_sign=is_sign)
+    assert found == planned_exchange(asked, 2, num_shards, device, **of_family)
 
 
 @pytest.mark.parametrize(

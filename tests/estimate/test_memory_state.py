@@ -185,6 +185,12 @@ def test_bytes_of_second_moments_are_those_counted_by_hand(
     assert found.total.measured_bytes == sum(expected.values())
 
 
+@pytest.mark.parametrize("preset", NorMuon8bit.presets)
+def test_a_setup_has_the_keys_of_the_preset_that_bytes_depend_on(preset: str) -> None:
+    setup, keys = Setup(1, 16, preset=preset), NorMuon8bit.presets[preset]
+    assert (setup.normuon_moment, setup.normuon_coefficients) == (keys["second_moment"], keys["ns_coefficients"])
+
+
 def test_the_first_part_of_a_matrix_has_the_moment_of_all_columns() -> None:
     """By hand: 8 of 24 rows have 800 codes and two scales a row; one row of 100 columns is not divided by three."""
     part = Param("up", (8, 100), torch.float32, True, None, False, 2400, 64, 8, "shape", 3)
