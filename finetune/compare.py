@@ -99,6 +99,7 @@ def read_run(path: Path, name: str) -> RunSummary:
     result, report = read_record(path / "result.json"), read_record(path / "state_report.json")
     facts = {**metrics[-1], **_optimizer(path), **result, **read_record(path / "run.json")}
     losses = [(m["step"], m["val_loss"]) for m in metrics if m.get("val_loss") is not None]
+    curve = LossCurve(name, metrics, facts.get("val_loss_before"))
     values = {
         "run": name,
         "optimizer": facts.get("optimizer"),
@@ -108,8 +109,9 @@ def read_run(path: Path, name: str) -> RunSummary:
         "tokens_per_second": _speed(metrics),
         "state_bytes": report.get("total_bytes"),
         "peak_bytes": result.get("peak_bytes"),
+        **({"expert_load_cv": smooth(load)[-1]} if (load := curve.expert_load[1]) else {}),
     }
-    return RunSummary(path, LossCurve(name, metrics, facts.get("val_loss_before")), values, facts.get("corpus"))
+    return RunSummary(path, curve, values, facts.get("corpus"))
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

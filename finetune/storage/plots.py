@@ -38,6 +38,12 @@ class LossCurve:
         found += [(m["step"], m["val_loss"]) for m in self.metrics if m.get("val_loss") is not None]
         return [step for step, _ in found], [loss for _, loss in found]
 
+    @property
+    def expert_load(self) -> tuple[list[int], list[float]]:
+        """Return steps and coefficients of variation of the load of experts; nothing for a model without experts."""
+        found = [(m["step"], m["expert_load_cv"]) for m in self.metrics if "expert_load_cv" in m]
+        return [step for step, _ in found], [value for _, value in found]
+
 
 def smooth(values: Sequence[float]) -> list[float]:
     """Return the exponential moving averages of losses, each divided by the weight of what it has seen.
@@ -59,6 +65,8 @@ def plot_losses(
 ) -> None:
     """Draw smoothed training losses and validation losses over steps; of a single run also the losses as they are.
 
+    Where a model has experts, their load stands below.
+
     Args:
         curves: of the runs.
         path: the .png to write; a reader sees the old picture or the new one.
@@ -71,9 +79,12 @@ def plot_losses(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5))
+    has_load = any(curve.expert_load[0] for curve in curves)
+    figure = Figure(figsize=(7, 6) if has_load else (7, 4.5))
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.1, 0.11, 0.87, 0.81))
+    axes = figure.add_axes((0.1, 0.37, 0.87, 0.57) if has_load else (0.1, 0.11, 0.87, 0.81))
+    if has_load:
+        _plot_loads(figure.add_axes((0.1, 0.09, 0.87, 0.22), sharex=axes), curves)
     alone = len(curves) == 1
     for number, curve in enumerate(curves):
         color = f"C{number % 10}"
@@ -87,8 +98,19 @@ def plot_losses(
         axes.plot(*curve.validation, "o--", color="C1" if alone else color, ms=4, label=label)
     if reference is not None and math.isfinite(reference[1]):
         axes.axhline(reference[1], color="gray", ls=":", label=reference[0])
-    axes.set(xlabel="step", ylabel="nats per token", title=title)
+    axes.set(xlabel=None if has_load else "step", ylabel="nats per token", title=title)
     axes.legend()
     beside = path.with_name(f".{path.name}")
     figure.savefig(beside, dpi=120, format="png")
     beside.replace(path)
+
+
+def _plot_loads(axes: Any, curves: Sequence[LossCurve]) -> None:
+    """Draw smoothed coefficients of variation of the load of experts; of a single run also as they are."""
+    for number, curve in enumerate(curves):
+        steps, values = curve.expert_load
+        if len(curves) == 1:
+            axes.plot(steps, values, color="C0", lw=0.8, alpha=0.3)
+        axes.plot(steps, smooth(values), color=f"C{number % 10}", lw=1.2)
+    axes.set(xlabel="step", ylabel="load of experts, CV")
+    axes.set_ylim(bottom=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import struct
 
 import pytest
 from helpers.refusals import check_refused
@@ -59,6 +60,18 @@ def test_compare_names_its_runs_apart_and_gives_json(compare, tmp_path):
     assert second["tokens_per_second"] == 200
     assert second["state_bytes"] is None
     assert not (tmp_path / "compare.png").exists()
+
+
+def test_the_load_of_experts_stands_below_the_losses_where_a_run_has_one(compare, tmp_path):
+    """The picture is then 720 instead of 540 pixels high."""
+    write_run(tmp_path / "runs" / "dense", [2.0, 1.0])
+    assert compare("runs", "--output", "dense.png").code == 0
+    write_run(tmp_path / "runs" / "mixture", [2.0, 1.0], expert_load_cv=0.25)
+    outcome = compare("runs", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [run.get("expert_load_cv") for run in json.loads(outcome.out)] == [None, 0.25]
+    sizes = [struct.unpack(">II", (tmp_path / name).read_bytes()[16:24]) for name in ("dense.png", "compare.png")]
+    assert sizes == [(840, 540), (840, 720)]
 
 
 def test_compare_refuses_what_is_no_run(compare, tmp_path):

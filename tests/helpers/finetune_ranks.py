@@ -10,6 +10,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,13 +71,17 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def replicated(rank: int, folder: Path, recipe: str) -> None:
+BALANCED = ("--router-bias-rate", 0.002, "--router-aux-loss", 0.5, "--router-z-loss", 0.01)
+
+
+def replicated(rank: int, folder: Path, recipe: str, experts: str) -> None:
     """Run DDP with a stop, a full disk and a damaged file that one rank alone knows of."""
     import finetune.training.trainer as job
 
     script = Script(rank, folder)
     script("--recipe", recipe, "--output-dir", "whole")
     script("--recipe", recipe, "--output-dir", "chunked", "--loss-chunk", 24)
+    script("--recipe", experts, *BALANCED, "--output-dir", "experts")
     script("--recipe", recipe, "--output-dir", "refused", "--release-gradients", "--clip", 0)
     script("--recipe", recipe, "--output-dir", "refused", "--state-device", "cpu")
     started, one_step = job.STARTED, job.one_step
@@ -111,7 +116,7 @@ def replicated(rank: int, folder: Path, recipe: str) -> None:
     script("--resume", "run")
 
 
-def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
+def sharded(rank: int, folder: Path, recipe: str, optimizer: str, experts: str | None) -> None:
     """Run FSDP2 as Accelerate prepares, saves and loads it; on a CPU it has to be told that it may."""
     import finetune.training.run
     import finetune.training.stepping as stepping
@@ -129,6 +134,10 @@ def sharded(rank: int, folder: Path, recipe: str, optimizer: str) -> None:
     script("--recipe", recipe, "--clip-matrix-norm", 1, "--output-dir", "refused")
     script(*options, "--dtype", "bf16", "--mixed-precision", "bf16", "--output-dir", "refused")
     script(*options, "--output-dir", "chunked", "--loss-chunk", 24)
+    if experts:
+        script("--recipe", experts, *BALANCED, "--output-dir", "experts")
+        script.on_main(lambda: shutil.copytree("experts", "again"))
+        script("--resume", "again/checkpoints/step-0000002")
     accumulate = stepping.accumulate_gradients
 
     def poisoned(accelerator, model, *more):
