@@ -29,6 +29,7 @@ from finetune.evidence.tables import (
     ablations_table,
     controls_table,
     deciles_table,
+    family_table,
     horizons_table,
     memory_table,
     parity_table,
@@ -84,6 +85,7 @@ TABLES = {
     "deciles": _of_sweep(
         "parity", "evidence_4m", deciles_table, lambda arms: figures.deciles_figure(arms, "4M parameters")
     ),
+    "family": _of_sweep("family", "family", family_table),
     "horizons": _of_sweep("horizons", "evidence_4m", horizons_table, figures.horizons_figure),
     "ablations": _of_sweep("horizons", "evidence_4m", ablations_table),
     "controls": _of_sweep("controls", "evidence_4m", controls_table),

@@ -25,6 +25,13 @@ CONTROLS = {
     "adamw_linear8": ADAMW32,
     "cooldown_adamw8": "cooldown_adamw32",
 }
+# Member of the family in 8 bits -> in 32.
+FAMILY = {
+    "muon8": MUON32,
+    "normuon8": "normuon32",
+    "adamuon8_dynamic": "adamuon32",
+    "adamuon8_linear": "adamuon32",
+}
 MEMORY_LOSSES = (4.0, 2.0, 1.0, 0.5)  # nats, at which the gaps of probabilities are compared
 ABLATIONS = ("no_decay", "no_rms_scale")
 
@@ -55,6 +62,39 @@ def seeds_needed(values: Mapping[int, float]) -> str:
     while t_quantile(0.975, count - 1) * pilot.deviation / math.sqrt(count) > HALF_WIDTH:
         count += 1
     return str(count)
+
+
+def family_table(arms: Arms) -> str:
+    """Return losses, state and time of every arm of the family's sweep, and the differences of 8 to 32 bits by seed."""
+    rows = []
+    for arm, runs in arms.items():
+        finished = {seed: record for seed, record in runs.items() if record["status"] == "finished"}
+        interval = interval_of({seed: float(record["metrics"]["val_loss"]) for seed, record in finished.items()})
+        reference = FAMILY.get(arm, "-")
+        if interval is None:
+            continue
+        metrics = [record["metrics"] for record in finished.values()]
+        spread = "-" if interval.deviation is None else f"{interval.deviation:.4f}"
+        mean, _, ends = shown_interval(interval_of(differences(arms, arm, reference)))
+        megabytes = f"{metrics[0]['state_bytes'] / 1e6:.1f}"
+        seconds = f"{statistics.fmean(m['core_seconds'] for m in metrics):.0f}"
+        rate = f"{next(iter(finished.values()))['rate']:g}"
+        rows.append(
+            [arm, rate, str(len(finished)), f"{interval.mean:.4f}", spread, megabytes, seconds, reference, mean, ends]
+        )
+    head = [
+        "arm",
+        "lr",
+        "seeds",
+        "mean loss, nats per token",
+        "SD",
+        "state, MB",
+        "CPU s",
+        "minus",
+        "mean",
+        "95% interval",
+    ]
+    return markdown(head, rows)
 
 
 def controls_table(arms: Arms) -> str:

@@ -27,6 +27,7 @@ from finetune.evidence.rare_tables import bootstrap, compare, comparison_step, r
 from finetune.evidence.tables import (
     controls_table,
     deciles_table,
+    family_table,
     gap_at,
     horizons_table,
     parity_table,
@@ -137,6 +138,17 @@ def test_parity_is_told_with_its_interval_and_the_placebo_s_spread(arms_of):
     assert rows["muon8_linear"] == ["3", "+0.0020", "0.0010", ends, "yes", "0.50", "-"]
     assert rows["muon8_dynamic"][4] == "no"
     assert len(rows) == 3
+
+
+def test_the_family_is_told_with_its_pairs(arms_of):
+    metrics = {"state_bytes": 2_500_000, "core_seconds": 100.0}
+    records = [made("normuon32", s, 3.0 + s, **metrics) for s in (0, 1)]
+    records += [made("normuon8", s, 3.5 + s, **metrics) for s in (0, 1)] + [made("adamw", 0, 4.0, **metrics)]
+    rows = rows_of(family_table(arms_of(records)))
+    difference = ["normuon32", "+0.5000", "+0.5000 to +0.5000"]
+    assert rows["normuon8"] == ["0.005", "2", "4.0000", "0.7071", "2.5", "100", *difference]
+    assert rows["adamw"][:3] == ["0.005", "1", "4.0000"]
+    assert rows["adamw"][6:] == ["-", "-", "-"]
 
 
 def test_the_spread_of_six_seeds_says_how_many_it_takes():
