@@ -38,6 +38,7 @@ from finetune.storage.run_dir import write_beside
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+NOT_MEASURED = "Not measured yet"
 SWEEP = "python -m finetune.sweep benchmarks/sweeps/{}.toml"
 
 
@@ -105,11 +106,13 @@ def table_text(name: str, folder: Path = RESULTS) -> str:
     table = TABLES[name]
     file = folder / table.file
     text = table.make(table.read(file)) if file.exists() else ""
-    return text or f"Not measured yet: `{table.command}`."
+    return text or f"{NOT_MEASURED}: `{table.command}`."
 
 
 def filled(page: str, folder: Path = RESULTS) -> str:
-    """Return a page with each table between its marks, `<!-- begin NAME -->` and `<!-- end NAME -->`.
+    """Return a page with each table, and a link to its records, between its marks.
+
+    Those are `<!-- begin NAME -->` and `<!-- end NAME -->`.
 
     Raises:
         InputError: marks of a table that there is not.
@@ -119,7 +122,13 @@ def filled(page: str, folder: Path = RESULTS) -> str:
         name = match.group(1)
         if name not in TABLES:
             raise InputError("--page", f"has marks of the table {name!r}; the tables are {', '.join(TABLES)}")
-        return f"<!-- begin {name} -->\n\n{table_text(name, folder)}\n\n<!-- end {name} -->"
+        text, file = table_text(name, folder), TABLES[name].file
+        more = (
+            ""
+            if text.startswith(NOT_MEASURED)
+            else f"\n\n[Records](../records/{file}), made by `{TABLES[name].command}`."
+        )
+        return f"<!-- begin {name} -->\n\n{text}{more}\n\n<!-- end {name} -->"
 
     return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, page, flags=re.DOTALL)
 
@@ -144,7 +153,7 @@ def _work(argv: Sequence[str]) -> int:
     for name, table in TABLES.items():
         if table.file not in files or not files[table.file].exists():
             continue
-        is_measured = not table_text(name, files[table.file].parent).startswith("Not measured")
+        is_measured = not table_text(name, files[table.file].parent).startswith(NOT_MEASURED)
         if options.figures is not None and table.draw is not None and is_measured:
             options.figures.mkdir(parents=True, exist_ok=True)
             figures.write_figure(table.draw(table.read(files[table.file])), options.figures / f"{name}.png")

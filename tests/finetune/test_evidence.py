@@ -298,6 +298,12 @@ def test_the_page_is_what_its_records_make(tmp_path):
     text = (ROOT / "docs" / "results" / "evidence.md").read_text()
     assert page.filled(text) == text
     assert all(f"<!-- begin {name} -->" in text for name in page.TABLES)
+    (tmp_path / "rare.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rare_records()))
+    made_anew = page.filled("a\n<!-- begin rare -->old<!-- end rare -->\nb", tmp_path)
+    assert "| muon8 | -0.167 |" in made_anew
+    assert "(../records/rare.jsonl)" in made_anew
+    assert "old" not in made_anew
+    (tmp_path / "rare.jsonl").unlink()
     assert (
         page.table_text("rare", tmp_path) == "Not measured yet: `python -m finetune.sweep benchmarks/sweeps/rare.toml`."
     )
