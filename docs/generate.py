@@ -148,6 +148,16 @@ def recipes_page() -> str:
             "",
             f"## Pretraining: `finetune/recipes`, default `{DEFAULT_RECIPE}`",
             "",
+            "`llama_*` are plain Llamas: a first run (`4m`), and the sizes that GPUs are for. The others "
+            "compare architectures: those of one size have equal active parameters (embeddings included, "
+            "within 2%), depth, width, data and training, so that what differs is the architecture. `gqa_*`, "
+            "the control, shares keys and values among query heads. `mla_*` keeps a latent of half their size"
+            " instead: take it where the KV cache limits the text or the number of users. `qwen3_moe_*` and "
+            "`mixtral_4m` have experts, of which a token takes a few: more weights to learn with at the "
+            "arithmetic of the dense model, for who has the memory for all of them and for their state. "
+            "`mla_moe_*` has both, as DeepSeek-V3. Experts are balanced by `router_aux_loss`, and `mla_moe_*`"
+            " also by `router_bias_rate`. What each costs: [architectures](../results/architectures.md).",
+            "",
             *(line for path in pretrain for line in _recipe(path, Recipe)),
             f"## Fine-tuning: `finetune/recipes/sft`, `make finetune` runs `{NEWCOMER_RECIPE}`",
             "",

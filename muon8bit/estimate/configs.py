@@ -83,10 +83,19 @@ def _from_values(values: Mapping[str, Any], where: str, path: Path | None = None
         names = {size, aliases.get(size, size), *(alias for alias, name in aliases.items() if name == size)}
         usual = getattr(default, size, None)
         is_said = names & values.keys() or getattr(config, size, usual) != usual  # by a legacy name
-        is_needed = "experts" not in size or getattr(config, "is_moe", True)
-        if isinstance(usual, int) and is_needed and not (is_said or _is_usual(size, values, config)):
+        if isinstance(usual, int) and _is_needed(size, config) and not (is_said or _is_usual(size, values, config)):
             raise ValueError(f"{where}: {size!r} is missing, and a {config.model_type} model needs it; add it")
     return config
+
+
+def _is_needed(size: str, config: Any) -> bool:
+    """Check whether a layer has this size: in a model that can have both kinds, of dense layers or of experts."""
+    num_dense = getattr(config, "first_k_dense_replace", None)  # of DeepSeek and its kin
+    if num_dense is None and hasattr(config, "decoder_sparse_step"):  # of Qwen
+        num_dense = int(config.decoder_sparse_step != 1 or bool(getattr(config, "mlp_only_layers", None)))
+    if "experts" in size or size == "moe_intermediate_size":
+        return getattr(config, "is_moe", True) and (num_dense is None or num_dense < config.num_hidden_layers)
+    return size != "intermediate_size" or num_dense != 0 or not hasattr(config, "moe_intermediate_size")
 
 
 def _is_usual(size: str, values: Mapping[str, Any], config: Any) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.training import architectures
+
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs" / "records"
 
@@ -248,3 +250,29 @@ def test_adamuon_by_matrix_and_second_moment():
     for form in ("linear 256", "dynamic 256"):
         (flips,) = of_signs(form, "flips", model="wide", kind="MLP out", phase="end")
         assert f"{flips:.1%}" in text
+
+
+def test_the_tables_of_architectures_are_what_records_and_shapes_make(tmp_path):
+    """By hand, of the bytes: codes, a scale a row, and of the AdamW part two moments and a count in fp32."""
+    text = page("architectures")
+    assert architectures.filled(text) == text
+    d, heads, layers = 320, 10, 3
+    matrices = layers * [(320, d), (64, d), (64, d), (d, 320), (1040, d), (1040, d), (d, 1040)]
+    rest = [1024 * d, *(2 * layers + 1) * [d]]
+    costs = architectures.costs_of("dense")
+    adamw = sum(8 * size + 4 for size in rest)
+    assert costs["muon8"] == sum(rows * cols + 4 * rows for rows, cols in matrices) + adamw
+    assert costs["muon32"] == sum(4 * rows * cols for rows, cols in matrices) + adamw
+    assert costs["adamw"] == sum(8 * rows * cols + 4 for rows, cols in matrices) + adamw
+    assert costs["cache"] == layers * 2 * 2 * (d // heads) * 4
+    unmeasured = architectures.filled(text, tmp_path)
+    for command in (architectures.SWEEP, architectures.SPEED):
+        assert f"not measured yet: `{command}`" in unmeasured.replace("Not", "not")
+    arms = {"dense_muon32": (0, 2.0), "dense_adamw": (0, 2.5), "mla_moe_muon8": (0, 1.5)}
+    with (tmp_path / "architectures.jsonl").open("w") as file:
+        for arm, (seed, loss) in arms.items():
+            record = {"arm": arm, "rate": 1e-3, "seed": seed, "status": "finished", "metrics": {"val_loss": loss}}
+            file.write(json.dumps(record) + "\n")
+    losses = table(architectures.loss_table(tmp_path) + "\n\n", "architecture | AdamW")
+    assert losses["dense, GQA (the control)"] == ["2.5000", "2.0000", "-", "+0.5000", "-"]
+    assert losses["experts, MLA (DeepSeek-V3)"] == ["-", "-", "1.5000", "-", "-"]

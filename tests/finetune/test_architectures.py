@@ -15,6 +15,7 @@ from finetune.config.reading import RECIPES
 from finetune.config.recipe import read_recipe
 from finetune.models.build import model_config
 from muon8bit import param_groups
+from muon8bit.estimate import load_config
 from muon8bit.estimate.token_costs import TokenCosts, active_parameters, token_costs
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -50,6 +51,8 @@ def active_by_hand(c):
 def test_estimate_counts_what_a_token_takes_as_by_hand(name):
     """Keys and values of every KV head, or the latent and the rotated key that all heads share; in fp32."""
     model, config = meta_model(name)
+    given = load_config(read_recipe(name).model)  # of `muon8bit estimate --recipe`
+    assert {**given.to_dict(), "dtype": None} == {**config.to_dict(), "dtype": None}
     kept = 2 * config.num_key_value_heads * (getattr(config, "head_dim", None) or 0)
     if config.model_type == "deepseek_v3":
         kept = config.kv_lora_rank + config.qk_rope_head_dim

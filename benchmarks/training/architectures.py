@@ -1,0 +1,114 @@
+"""Tables of docs/results/architectures.md, out of the recipes' shapes and the committed records.
+
+python -m benchmarks.training.architectures          # rewrite the tables of the page
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.training.generation_speed import RECIPES
+from finetune.config.recipe import read_recipe
+from finetune.evidence.arms import Arms, differences, markdown, read_arms
+from finetune.sweep.records import loss_of
+from muon8bit.estimate import Setup, load_config
+from muon8bit.estimate.models import build
+from muon8bit.estimate.optimizers import state_bytes
+from muon8bit.estimate.sizes import measure
+from muon8bit.estimate.token_costs import token_costs
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results" / "architectures.md"
+NAMES = {
+    "dense": "dense, GQA (the control)",
+    "mha": "dense, full attention (`llama_4m`)",
+    "mla": "dense, MLA",
+    "moe": "experts, GQA (Qwen3-MoE)",
+    "mla_moe": "experts, MLA (DeepSeek-V3)",
+}
+OPTIMIZERS = {"adamw": "AdamW", "muon32": "Muon", "muon8": "Muon8bit"}
+SWEEP = "python -m finetune.sweep benchmarks/sweeps/architectures.toml"
+SPEED = "python -m benchmarks.training.generation_speed --out benchmarks/results/generation_speed.json"
+
+
+def costs_of(arm: str) -> dict[str, int]:
+    """Return parameters, those active for a token, and bytes: of a token's cache, and of the state by optimizer."""
+    config = load_config(read_recipe(RECIPES[arm]).model)
+    model = build(config, torch.float32)
+    token = token_costs(model, config)
+    found = {"total": sum(param.numel() for param in model.parameters())}
+    found |= {"active": token.active_parameters or 0, "cache": token.cache_bytes or 0}
+    for name in OPTIMIZERS:
+        setup = Setup(batch=1, seq=8, dtype="fp32", device="cpu", bits=32 if name == "muon32" else 8)
+        found[name] = state_bytes("adamw" if name == "adamw" else "muon8bit", measure(model, setup).trained)
+    return found
+
+
+def architecture_table(folder: Path) -> str:
+    """Return what the architecture alone decides: parameters, cache, and speed of generation where it is measured."""
+    file = folder / "generation_speed.json"
+    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"contexts": {}}
+    dense, rows = costs_of("dense"), []
+    for arm, name in NAMES.items():
+        costs = costs_of(arm)
+        row = [name, f"{costs['active'] / 1e6:.2f}M", f"{costs['total'] / 1e6:.2f}M", f"{costs['cache']:,}"]
+        row.append(f"{costs['cache'] / dense['cache']:.3f}")
+        for measured in record["contexts"].values():
+            one = measured[arm]
+            if one["cache_bytes"] != costs["cache"]:
+                raise ValueError(f"{file}: the cache of {arm} has {one['cache_bytes']} bytes a token; measure it anew")
+            row.append(f"{one['speed']:.2f} ({one['range'][0]:.2f} to {one['range'][1]:.2f})")
+        rows.append(row)
+    head = ["architecture", "active", "total", "KV bytes a token, fp32", "over dense"]
+    table = markdown([*head, *(f"speed at {context} tokens" for context in record["contexts"])], rows)
+    return table if record["contexts"] else f"{table}\n\nSpeed is not measured yet: `{SPEED}`."
+
+
+def optimizer_table(_folder: Path) -> str:
+    """Return what the optimizer alone decides: bytes of its state, for each architecture."""
+    rows = []
+    for arm in (arm for arm in NAMES if arm != "mha"):
+        costs = costs_of(arm)
+        shown = [f"{costs[name] / 1e6:.1f} MB" for name in OPTIMIZERS]
+        rows.append([NAMES[arm], *shown, *(f"{costs['muon8'] / costs[name]:.3f}" for name in ("adamw", "muon32"))])
+    return markdown(["architecture", *OPTIMIZERS.values(), "Muon8bit over AdamW", "over Muon"], rows)
+
+
+def loss_table(folder: Path) -> str:
+    """Return the losses by seed, each arm at its best rate."""
+    file = folder / "architectures.jsonl"
+    arms: Arms = read_arms(file) if file.exists() else {}
+    rows = []
+    for arm in (arm for arm in NAMES if arm != "mha"):
+        cells = [_losses(arms, f"{arm}_{name}") for name in OPTIMIZERS]
+        gaps = [differences(arms, f"{arm}_{name}", f"{arm}_muon32") for name in ("adamw", "muon8")]
+        rows.append([NAMES[arm], *cells, *(", ".join(f"{gap:+.4f}" for gap in each.values()) or "-" for each in gaps)])
+    head = ["architecture", *OPTIMIZERS.values(), "AdamW minus Muon", "Muon8bit minus Muon"]
+    return markdown(head, rows) if arms else f"Not measured yet: `{SWEEP}`."
+
+
+def _losses(arms: Arms, arm: str) -> str:
+    losses = [loss_of(record) for record in arms.get(arm, {}).values()]
+    return ", ".join(f"{loss:.4f}" for loss in losses if loss is not None) or "-"
+
+
+TABLES = {"architecture": architecture_table, "optimizer": optimizer_table, "losses": loss_table}
+
+
+def filled(page: str, folder: Path = RESULTS) -> str:
+    """Return a page with each of `TABLES` between its marks, `<!-- begin NAME -->` and `<!-- end NAME -->`."""
+    for name, make in TABLES.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        block = f"{begin}\n\n{make(folder)}\n\n{end}"
+        page = re.sub(f"{begin}.*?{end}", lambda _, block=block: block, page, flags=re.DOTALL)  # type: ignore[misc]
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))
