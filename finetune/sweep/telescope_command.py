@@ -42,7 +42,11 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     add("--tune", metavar="NAME,NAME", type=listed(str), help="what is tuned: lr, and further options that are numbers")
     add("--widths", metavar="N,N", type=listed(int), help="widths of the grids, ascending; the first has the full grid")
     add("--to", metavar="N", type=int, help="width that the values are for; nothing runs at it")
-    add("--scaling", metavar="RULE", help="rule of the script by which all widths are trained (default: none)")
+    add(
+        "--scaling",
+        metavar="RULE",
+        help="the rule by which all widths are trained, as the script has it (default: none)",
+    )
     add(
         "--rates",
         metavar="X,X",

@@ -218,6 +218,7 @@ def test_what_cannot_be_tuned_is_refused_by_name(tune, command, tmp_path):
     check_refused(tune("lr", "--widths", "32,40", "--to", "128"), "--width", "40", "32 and 48")
     check_refused(tune("lr", *widths, "--rates", "1e-3,1e-2"), "--rates", "3 values")
     check_refused(tune("lr", *widths, "--rates", "1e-3,0,1e-2"), "--rates", "0")
+    check_refused(tune("lr", *widths, "--scaling", "spectrl"), "--scaling", "spectrl")
     check_refused(tune("lr", *widths, "--only", "w32"), "--only", "--tune")
     check_refused(tune("lr", "--to", "128"), "--widths", "needed")
     check_refused(tune("lr", *widths, "--processes", "2", "--gpus", "0,1"), "--processes", "--gpus")
@@ -227,7 +228,8 @@ def test_what_cannot_be_tuned_is_refused_by_name(tune, command, tmp_path):
 
 
 def test_the_command_tunes_on_several_gpus_writes_the_recipe_and_repeats_nothing(tune, command, recipe_file, tmp_path):
-    words = "lr", "--widths", "64", "--to", "128", "--rates", "0.005,0.01,0.02", "--gpus", "3,GPU-b"
+    words = "lr", "--widths", "64", "--to", "128", "--rates", "0.005,0.01,0.02", "--scaling", "spectral"
+    words += "--gpus", "3,GPU-b"
     done = tune(*words)
     assert done.code == 0, done.err
     folder = tmp_path / "runs" / "tune-tiny"
@@ -237,14 +239,16 @@ def test_the_command_tunes_on_several_gpus_writes_the_recipe_and_repeats_nothing
     assert (folder / "rates.png").stat().st_size > 0
     result, before = read_recipe(str(folder / "tiny_w128.yaml")), read_recipe(str(recipe_file))
     assert result.lr == pytest.approx(0.01 / 2**0.1, rel=1e-3)
+    assert result.scaling == "spectral"
     assert (result.width, result.sized_model["hidden_size"], result.name) == (128, 128, "tiny_w128")
     assert (result.weight_decay, result.model, result.dataset) == (before.weight_decay, before.model, before.dataset)
     content = (folder / "records.jsonl").read_bytes()
     assert tune(*words).code == 0
     assert (folder / "records.jsonl").read_bytes() == content
     assert "0.00933 (-)" in tune(*words, "--report").out  # three losses of one seed leave no room for an interval
+    check_refused(tune(*words, "--scaling", "essential"), "--scaling", "spectral", "essential")
     check_refused(tune(*words, "--seeds", "0,1"), "--seeds", "tune-tiny", "0", "0,1", "--output-dir")
-    check_refused(tune(*words[:-4], "--rates", "0.01,0.02,0.04"), "--rates", "0.005,0.01,0.02")
+    check_refused(tune(*words, "--rates", "0.01,0.02,0.04"), "--rates", "0.005,0.01,0.02")
     changed = {**yaml.safe_load(recipe_file.read_text()), "batch_size": 2}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(changed))
     check_refused(command(main, "tiny.yaml", "--tune", *words), "--recipe", "tune-tiny", "as it was", "--output-dir")
@@ -263,6 +267,12 @@ max_steps = 4
 width = 64
 [arms.free_128]
 width = 128
+[arms.scaled_64]
+width = 64
+scaling = "spectral"
+[arms.scaled_128]
+width = 128
+scaling = "spectral"
 [arms.decayed_64]
 width = 64
 weight_decay = 0.2
@@ -273,7 +283,8 @@ weight_decay = 0.2
 
 
 def test_slopes_of_a_sweep_share_the_recipes_own_width_and_need_optima_inside(command, recipe_file, tmp_path):
-    """Arms that differ in more than width are other series; here by weight decay, in the place of a rule."""
+    """Rules are series that have the recipe's own width in common, other options are series without it."""
+    drift = {"base": 0.0, "free": 0.5, "scaled": -0.1, "decayed": 3.0}  # the last to the lower end at width 128
     (tmp_path / "it.toml").write_text(SLOPES.replace("{recipe}", str(recipe_file)))
     it = read_sweep("it.toml")
     records = []
@@ -281,7 +292,7 @@ def test_slopes_of_a_sweep_share_the_recipes_own_width_and_need_optima_inside(co
         for rate, seed in itertools.product(arm.rates, arm.seeds):
             width, own = widths_of(arm)
             assert own == 32
-            best = 0.01 * (32 / width) ** (0.5 if "free" in arm.name else 3.0)  # of `decayed` at the lower end at 128
+            best = 0.01 * (32 / width) ** drift[arm.name.split("_")[0]]
             value = 2 + 0.1 * math.log2(rate / best) ** 2 + seed
             run = {**dict.fromkeys(FIELDS), "arm": arm.name, "rate": rate, "seed": seed, "status": "finished"}
             metrics = {"val_loss": value, "core_seconds": 1.0}
@@ -294,6 +305,8 @@ def test_slopes_of_a_sweep_share_the_recipes_own_width_and_need_optima_inside(co
     rows = [line.split() for line in told.out.splitlines()]
     assert ["none", "32", "5", "3", "3.0000", "0.01", "0.01", "to", "0.01", "yes"] in rows
     assert ["none", "-0.500", "-0.500", "to", "-0.500", "-0.500", "to", "-0.500"] in rows
+    assert ["spectral", "32", "5", "3", "3.0000", "0.01", "0.01", "to", "0.01", "yes"] in rows
+    assert ["spectral", "+0.100", "+0.100", "to", "+0.100", "+0.100", "to", "+0.100"] in rows
     assert ["none,", "weight_decay=0.2", "-", "-", "-"] in rows
     assert "width 128: the best rate is at the lower end of its grid, which is no result; add lower `rates`" in told.out
     assert (folder / "slopes.png").stat().st_size > 0
