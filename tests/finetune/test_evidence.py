@@ -34,6 +34,7 @@ from finetune.evidence.tables import (
     seeds_needed,
     steps_to,
 )
+from finetune.sweep.reading import read_sweep
 from finetune.sweep.records import make_record
 from muon8bit import Muon8bit
 
@@ -117,6 +118,18 @@ def test_the_first_token_of_an_answer_is_a_single_one_and_its_question_s_own():
             "most_frequent": pytest.approx(rare.count(favourite) / 256, abs=1e-5),
         }
         assert len(sets[i]) <= QUESTIONS[name][2]
+
+
+def test_sweeps_that_share_records_share_runs():
+    """Arms of one name have one recipe, so that no run is refused or repeated."""
+    hashes = {}
+    for name in ("parity", "controls", "horizons"):
+        sweep = read_sweep(str(ROOT / "benchmarks" / "sweeps" / f"{name}.toml"))
+        assert sweep.records.name == "evidence_4m.jsonl"
+        for arm in sweep.arms.values():
+            hashes.setdefault(arm.name, []).append(arm.recipe_hash)
+    assert [len(of) for name, of in sorted(hashes.items()) if name in ("adamw32", "muon32")] == [2, 3]
+    assert all(len(set(of)) == 1 for of in hashes.values())
 
 
 def test_each_decile_holds_a_tenth_of_the_tokens():
@@ -367,6 +380,16 @@ def test_a_placebo_moves_a_run_a_little_and_resuming_perturbs_nothing_again(comm
     assert sum(result["ids_by_decile"]) == 288
     square, wide = 4 * (20 * 32**3 + 10 * 32**3), 3 * (20 * 32**2 * 64 + 10 * 32**3)
     assert result["optimizer_flops_per_step"] == 2 * (square + wide)
+
+
+def test_the_second_moment_of_a_run_is_kept_in_codes(command, recipe_file, tmp_path):
+    control = ("--optimizer", "adamw", "--control", "adamw-linear8", "--max-steps", 2, "--output-dir", tmp_path / "run")
+    assert command(pretrain_main, "--recipe", recipe_file, *control).code == 0
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step-0000002" / "optimizer.bin")["state"]
+    for moments in state.values():
+        for block in moments["exp_avg_sq"].flatten().split(256):
+            codes = block / block.max().clamp(min=1e-30) * 255
+            assert torch.allclose(codes, codes.round(), atol=1e-3)
 
 
 @pytest.mark.parametrize("muon_on", ["all", "vo-ffn", "qk"])
