@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ def model_config(recipe: Recipe) -> Any:
             config = AutoConfig.for_model(**recipe.sized_model)
             _check_keys(recipe.model, type(config)().to_dict())
             if recipe.width is not None:
-                _check_sizes(recipe.model, type(config)())
+                _check_sizes(recipe.model, config)
             config = text_config(config)
     except InputError:
         raise
@@ -61,13 +62,27 @@ def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
             raise InputError("--model-config", f"the model has no key {key!r}; did you mean {close[0]!r}?")
 
 
-def _check_sizes(given: Mapping[str, Any], default: PretrainedConfig) -> None:
-    """Check that a model that is made wider or narrower states every size that changes: a default would not."""
-    alias = default.attribute_map
+def _check_sizes(given: Mapping[str, Any], config: PretrainedConfig) -> None:
+    """Check that a model that is made wider or narrower states every size that changes: a default would not.
+
+    A default that no layer uses, as the experts' size in a dense model, may stay.
+    """
+    alias = config.attribute_map
     for key in SCALED:
         is_stated = key in given or alias.get(key) in given or any(alias.get(name) == key for name in given)
-        if not is_stated and type(getattr(default, key, None)) is int:
+        size = getattr(type(config)(), key, None)
+        if not is_stated and type(size) is int and _shapes(config) != _shapes(config, {key: 2 * size}):
             raise InputError("--width", f"the model states no {key}, which is scaled; write it into the model")
+
+
+def _shapes(config: PretrainedConfig, change: Mapping[str, int] | None = None) -> list[torch.Size]:
+    """Return the shapes of the parameters of a model, with a size of its configuration changed."""
+    causal: Any = AutoModelForCausalLM
+    changed = copy.deepcopy(config)
+    for key, size in (change or {}).items():
+        setattr(changed, key, size)
+    with torch.device("meta"):
+        return [param.shape for param in causal.from_config(changed).parameters()]
 
 
 def config_hash(config: PretrainedConfig) -> str:

@@ -14,7 +14,7 @@ from finetune.config.errors import InputError
 from finetune.config.options import FAMILY, Training
 from finetune.config.recipe import Recipe
 from finetune.models.build import make_scaling
-from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, Scaling, param_groups, state_report
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, ParamGroups, Scaling, param_groups, state_report
 
 # Of AdamW in every arm: the defaults of `param_groups`.
 BETAS = (0.9, 0.95)
@@ -52,38 +52,21 @@ def build_optimizers(
     """
     ratio = loraplus_ratio
     options: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    more: Any = {
-        "routing": recipe.routing,
-        "adamw_lr": recipe.adamw_lr,
-        "adamw_betas": BETAS,
-        "adamw_bits": recipe.adamw_bits,
-        "split_heads": None if recipe.split_heads == "none" else recipe.split_heads,
-        "routers": recipe.routers,
-    }
-    try:
-        scaling = make_scaling(recipe) if isinstance(recipe, Recipe) else None
-        if scaling is not None:
-            more |= _scaled(recipe, scaling)
-        groups = param_groups(model, **options, **more, loraplus_ratio=loraplus_ratio, patterns=patterns)
-    except InputError:
-        raise
-    except ValueError as error:
-        named = {"loraplus_ratio=": "--loraplus-ratio", "split_heads=": "--split-heads", "routers=": "--routers"}
-        named |= dict.fromkeys(("scaling:", "base:"), "--scaling")
-        option = next((option for text, option in named.items() if str(error).startswith(text)), "--optimizer")
-        raise InputError(option, str(error)) from None
+    groups = make_groups(model, recipe, loraplus_ratio=loraplus_ratio, patterns=patterns)
+    is_scaled = groups.routes[0].scale is not None
     if recipe.optimizer in FAMILY:
         return [_muon8bit(groups, recipe, process_group)]
     adamw_lr = recipe.lr if recipe.adamw_lr is None else recipe.adamw_lr
+    takes_one_rate = is_scaled and recipe.optimizer != "muon"
     for group in groups:
-        given = recipe.lr if group["algorithm"] == "muon" else more["adamw_lr"] or recipe.lr
-        group["raise"] = 1.0 if group["lr"] == given else group["lr"] / given if scaling else ratio
+        given = recipe.lr if group["algorithm"] == "muon" or takes_one_rate else adamw_lr
+        group["raise"] = 1.0 if group["lr"] == given else group["lr"] / given if is_scaled else ratio
     if recipe.optimizer == "muon":
         matrices = [group for group in groups if group["algorithm"] == "muon"]
         rest = [group for group in groups if group["algorithm"] == "adamw"]
         flat = [{**_rates(g), "params": [(n, p) for n, p in g["params"] if p.ndim == 2]} for g in matrices]
         rest += [{**g, "params": [(n, p) for n, p in g["params"] if p.ndim > 2]} for g in matrices]  # stacked experts
-        if scaling is not None and (stacks := [n for g in matrices for n, p in g["params"] if p.ndim > 2]):
+        if is_scaled and (stacks := [n for g in matrices for n, p in g["params"] if p.ndim > 2]):
             why = f"muon trains stacked experts as {stacks[0]} by AdamW, at Muon's rate; give --optimizer muon8bit"
             raise InputError("--scaling", why)
         options["adjust_lr_fn"] = "match_rms_adamw"
@@ -102,6 +85,46 @@ def build_optimizers(
         group["params"] = [param for _, param in group["params"]]
     adamw8bit: Any = vars(optim)["AdamW8bit"]
     return [adamw8bit(everything, lr=recipe.lr, betas=BETAS)]
+
+
+def make_groups(
+    model: nn.Module,
+    recipe: Training,
+    *,
+    loraplus_ratio: float | None = None,
+    patterns: Sequence[tuple[str, Any]] = (),
+) -> ParamGroups:
+    """Return the groups of `muon8bit.param_groups` for a recipe, with the rates of its width.
+
+    Args:
+        model: on any device.
+        recipe: resolved.
+        loraplus_ratio, patterns: as in `build_optimizers`.
+
+    Raises:
+        InputError: nothing for Muon in the model, no factor B, or --scaling has no rule for the model.
+    """
+    options: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    more: Any = {
+        "routing": recipe.routing,
+        "adamw_lr": recipe.adamw_lr,
+        "adamw_betas": BETAS,
+        "adamw_bits": recipe.adamw_bits,
+        "split_heads": None if recipe.split_heads == "none" else recipe.split_heads,
+        "routers": recipe.routers,
+    }
+    try:
+        scaling = make_scaling(recipe) if isinstance(recipe, Recipe) else None
+        if scaling is not None:
+            more |= _scaled(recipe, scaling)
+        return param_groups(model, **options, **more, loraplus_ratio=loraplus_ratio, patterns=patterns)
+    except InputError:
+        raise
+    except ValueError as error:
+        named = {"loraplus_ratio=": "--loraplus-ratio", "split_heads=": "--split-heads", "routers=": "--routers"}
+        named |= dict.fromkeys(("scaling:", "base:"), "--scaling")
+        option = next((option for text, option in named.items() if str(error).startswith(text)), "--optimizer")
+        raise InputError(option, str(error)) from None
 
 
 def _muon8bit(groups: list[dict[str, Any]], recipe: Training, process_group: ProcessGroup | None) -> Muon8bit:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import convert, doctor, estimate, report, scripts, tune
+from . import convert, doctor, estimate, report, scripts, transfer, tune
 from .errors import UsageError
 from .parser import CommandParser, nearest
 
@@ -15,12 +15,13 @@ __all__ = ["CommandParser", "UsageError", "build_parser", "main", "nearest"]
 
 # `add_parser(subparsers)` adds one parser and sets its default `run`, a function from the parsed arguments to an exit
 # code, which raises UsageError for bad input. None of these modules imports torch before it runs.
-_SUBCOMMANDS = (estimate, report, convert, tune, doctor, scripts)
+_SUBCOMMANDS = (estimate, report, convert, tune, transfer, doctor, scripts)
 _EXAMPLES = """examples:
   muon8bit estimate Llama-3.1-8B --budget 24GB       what fits, as commands
   muon8bit report runs/latest                        bytes of a checkpoint
   muon8bit convert optimizer.bin new.bin --bits 32   another format
   muon8bit tune                                      rates of this GPU
+  muon8bit transfer llama_4m --width 640             rates at another width
   muon8bit doctor Llama-3.2-1B                       a page for a report
   muon8bit merge runs/latest                         an adapter into its base
   muon8bit recipes                                   what can be started

@@ -100,7 +100,7 @@ class Scaling:
             for route, param in zip(scaled, params, strict=True):
                 assert route.scale is not None
                 init = route.scale.init
-                if route.scale.fan_in != 1 and _is_by_inputs(param):
+                if route.scale.fan_in != 1 and _is_by_inputs(param, _matrix(route, route.shape)[1]):
                     init *= route.scale.fan_in**0.5
                 if init != 1:
                     param.mul_(init)
@@ -211,10 +211,10 @@ def _pieces(route: Route, base: Shape) -> list[tuple[Matrix, Matrix]]:
     return pieces
 
 
-def _is_by_inputs(weight: torch.Tensor) -> bool:
+def _is_by_inputs(weight: torch.Tensor, inputs: float) -> bool:
     """Check whether a matrix was drawn as torch's nn.Linear draws it, uniformly within 1 / sqrt(inputs)."""
     if weight.ndim < 2:
         return False
-    inputs, sizes = prod(weight.shape[1:]), weight.detach().float()
+    sizes = weight.detach().float()
     rms, largest = sizes.square().mean().sqrt().item(), sizes.abs().amax().item()
     return largest <= float(1.005 * inputs**-0.5) and abs(rms * (3 * inputs) ** 0.5 - 1) < 0.1

@@ -11,6 +11,7 @@ from finetune.config.reading import RECIPES
 from finetune.config.recipe import DEFAULT_RECIPE, read_recipe, recipe_from
 from finetune.config.width import model_of_width
 from finetune.models.build import model_config
+from finetune.models.transfer import transferred
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 ARCHITECTURES = ("gqa", "mla", "qwen3_moe", "mla_moe")
@@ -91,6 +92,20 @@ def test_a_width_that_the_model_cannot_have_is_refused(change, width, words):
     model = {key: value for key, value in (sizes | change).items() if value != 0}
     with pytest.raises(InputError, match=f"--width: .*{words}"):
         model_config(recipe_from({"name": "x", "model": {"model_type": "mixtral", **model}, "width": width}, "a test"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_4m")])
+def test_every_small_recipe_has_other_widths_with_a_rule(name):
+    width = read_recipe(name).model["hidden_size"]
+    rows = transferred(name, {"width": 2 * width, "scaling": "spectral"})["parameters"]
+    hidden = [row for row in rows if row["role"] == "hidden"]
+    assert hidden
+    for row in hidden:  # what is lr on the raw O follows sqrt(outputs / inputs), with 0.2 sqrt(max) divided out
+        (rows_, cols), (base_rows, base_cols) = row["shape"][-2:], row["base_shape"][-2:]
+        asked = ((rows_ / base_rows) / (cols / base_cols)) ** 0.5 / (
+            max(rows_, cols) / max(base_rows, base_cols)
+        ) ** 0.5
+        assert row["lr"] / row["base_lr"] == pytest.approx(asked, rel=1e-9), row["parameter"]
 
 
 def test_kv_heads_stay_where_they_cannot_scale_but_divide_the_heads():
