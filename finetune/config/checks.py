@@ -66,7 +66,7 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         if value is not None and value <= 0:
             raise InputError(flag(name), f"{value} must be above 0")
     not_negative = ("weight_decay", "clip", "clip_matrix_norm", "loss_chunk", "warmup_steps", "decay_steps", "seed")
-    for name in (*not_negative, "max_minutes", "router_aux_loss", "router_z_loss", "router_bias_rate"):
+    for name in (*not_negative, "max_minutes", "router_aux_loss", "router_z_loss", "router_bias_rate", "health_every"):
         value = getattr(recipe, name, None)
         if value is not None and value < 0:
             raise InputError(flag(name), f"{value} must not be negative")
@@ -79,6 +79,7 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
             "--cautious-weight-decay", "nothing decays: give --weight-decay above 0, or --no-cautious-weight-decay"
         )
     _check_release(recipe)
+    _check_health(recipe)
     if recipe.tracker and find_spec(recipe.tracker) is None:
         raise InputError("--tracker", f"{recipe.tracker!r} is not installed; install it, or leave it out")
     if recipe.block_size not in (64, 128, 256, 512, 1024, 2048, 4096):
@@ -108,6 +109,7 @@ def _check_muon8bit_only(recipe: Training) -> None:
         "--split-heads": (recipe.split_heads != "none", "give none"),
         "--routers": (recipe.routers != "adamw" and recipe.optimizer != "muon", "give adamw"),
         "--step-timeout": (recipe.step_timeout != 60, "give 60"),
+        "--health-every": (recipe.health_every > 0, "give 0"),
     }
     for name, (is_asked, way_out) in asked.items():
         if is_asked:
@@ -152,4 +154,18 @@ def _check_release(recipe: Training) -> None:
             "--release-gradients",
             f"the global norm of --clip, here {recipe.clip:g}, needs all gradients at once; give --clip 0, and "
             "--clip-matrix-norm where a limit is wanted",
+        )
+
+
+def _check_health(recipe: Training) -> None:
+    """Refuse to measure a momentum in 8 bits where there is none, or without its gradients.
+
+    `check_launch` refuses sharded ones.
+    """
+    if recipe.health_every and recipe.bits != 8:
+        raise InputError("--health-every", f"--bits {recipe.bits} has no 8-bit momentum; give 0, or --bits 8")
+    if recipe.health_every and recipe.release_gradients:
+        raise InputError(
+            "--health-every",
+            "released gradients are gone before they could be averaged; give 0, or --no-release-gradients",
         )

@@ -18,6 +18,7 @@ FAMILY = ("muon8bit", *PRESETS)  # Muon8bit and what is built on it
 # `dataset` may move to another place: its content is compared by hash.
 RESUME_MAY_CHANGE = (
     *("dataset", "max_steps", "save_every", "eval_every", "keep_checkpoints", "max_minutes", "step_timeout", "tracker"),
+    "health_every",
     "merge",
 )
 
@@ -199,6 +200,12 @@ class Training:
     )
     save_every: int = option(
         100, "optimizer steps between checkpoints; the last step is always saved", section="results"
+    )
+    health_every: int = option(
+        0,
+        "optimizer steps between measurements of what 8 bits do to the updates of four matrices of muon8bit; 0 leaves "
+        "them out",
+        section="results",
     )
     keep_checkpoints: int = option(2, "how many checkpoints stay", section="results")
     tracker: str | None = option(None, "Accelerate tracker to log to", *TRACKERS, section="results", unset="none")

@@ -117,6 +117,12 @@ def check_launch(accelerator: Accelerator, recipe: Training) -> None:
         return
     if not accelerator.is_fsdp2:
         raise InputError("--config_file", "FSDP version 1 flattens parameters; set fsdp_version: 2, as in fsdp2.yaml")
+    if recipe.health_every:
+        raise InputError(
+            "--health-every",
+            "FSDP2 shards the matrices that it would watch; give 0, and watch a short run of the same recipe on one "
+            "process or with ddp.yaml",
+        )
     if recipe.clip_matrix_norm:
         raise InputError("--clip-matrix-norm", "FSDP2 shards the matrices whose norms it needs; give 0, and --clip")
     if recipe.optimizer not in SHARDABLE:

@@ -65,6 +65,7 @@ def write_results(run: Run, more: Mapping[str, Any]) -> None:
     write_beside(path / "state_report.json", json.dumps(record | run.facts, indent=1))
     plot_run(run)
     last = run.folder.metrics()[-1]
+    health = {} if run.health is None else {"health": run.health.report().to_dict()}
     result = {
         "optimizer": run.recipe.optimizer,
         "step": run.step,
@@ -76,11 +77,14 @@ def write_results(run: Run, more: Mapping[str, Any]) -> None:
         "state_bytes": record["total_bytes"],
         "peak_bytes": peak_bytes(run.accelerator.device),
         **run.release_facts,
+        **health,
         **more,
         **run.facts,
     }
     write_beside(path / "result.json", json.dumps(result, indent=1))
     run.say(f"\nstate of the optimizer\n{table}\n")
+    if run.health is not None:
+        run.say(f"what 8 bits did to the updates\n{run.health.report()}\n")
 
 
 def save_model(

@@ -35,6 +35,13 @@ def write_run_record(run: Run, script: str) -> None:
     write_beside(run.folder.path / "run.json", json.dumps(record, indent=1))
 
 
+def in_words(health: dict[str, dict[str, float]]) -> str:
+    """Return a line on the `health` of a step: the matrix that keeps least of the descent."""
+    name = min(health, key=lambda of: health[of]["descent"])
+    kept, cosine = health[name]["descent"], health[name]["update_cosine"]
+    return f"8-bit momenta keep {kept:.2%} of the descent and more, least in {name} (cosine {cosine:.3f})"
+
+
 def plot_run(run: Run) -> None:
     """Write loss.png: training loss, smoothed and as it is, and validation losses from step 0 on.
 
@@ -77,6 +84,8 @@ class ProgressLog:
         self.bar.update()
         self._track(record)
         self._plot(record)
+        if "health" in record:
+            run.say(f"step {record['step']}: {in_words(record['health'])}")
         if record["val_loss"] is not None:
             run.say(f"step {record['step']}: validation {run.describe(record['val_loss'])}")
 
@@ -91,10 +100,15 @@ class ProgressLog:
         self._plot_at = time.monotonic() + PLOT_EVERY_S
 
     def _track(self, record: dict[str, Any]) -> None:
-        """Give the tracker the record, the speed of this step alone in `unit` per second, and the peak in bytes."""
+        """Give the tracker the record, the speed of this step alone in `unit` per second, and the peak in bytes.
+
+        The measures of `--health-every` are `health/MEASURE/MATRIX`.
+        """
         run = self.run
         keys = ("loss", "lr", "grad_norm", "num_skipped_steps", "val_loss", *LOAD_KEYS)
         scalars = {key: record[key] for key in keys if isinstance(record.get(key), int | float)}
+        for name, measures in record.get("health", {}).items():
+            scalars |= {f"health/{measure}/{name}": value for measure, value in measures.items()}
         tokens, seconds = record["tokens"] - self._tokens, run.seconds - self._seconds
         self._tokens, self._seconds = record["tokens"], run.seconds
         if run.recipe.tracker:

@@ -31,7 +31,7 @@ from finetune.storage.resuming import choose_checkpoint
 from finetune.storage.run_dir import RunFolder
 from finetune.training.balancing import Balancing
 from finetune.training.train_step import Sequences
-from muon8bit import Muon8bit, release_gradients
+from muon8bit import Muon8bit, QuantizationHealth, release_gradients
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,8 @@ class Run(ABC):
     `facts` go into run.json, result.json and the checkpoints. `position` counts sequences of the shuffled order,
     `tokens` the targets that were trained on (`unit` is their name in the log), `seconds` the time of steps only.
     `skipped`: with gradient release, the steps in which a gradient was not finite. `evaluation_seconds`: of each
-    evaluation in this process. `balancing`: of a model with experts.
+    evaluation in this process. `balancing`: of a model with experts. `health`: on the main
+    process, where it was asked for.
     """
 
     unit: ClassVar[str] = "tokens"
@@ -62,6 +63,7 @@ class Run(ABC):
     skipped: list[int] = field(default_factory=list)
     evaluation_seconds: list[float] = field(default_factory=list)
     balancing: Balancing | None = None
+    health: QuantizationHealth | None = None
 
     @abstractmethod
     def describe(self, val_loss: float) -> str:

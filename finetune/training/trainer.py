@@ -26,7 +26,7 @@ from finetune.training.expert_load import describe_dead
 from finetune.training.peak import memory_afterwards
 from finetune.training.progress import ProgressLog, write_run_record
 from finetune.training.run import Run
-from finetune.training.stepping import Step, one_step, read_step, reads_later
+from finetune.training.stepping import Step, one_step, read_step, reads_later, watch
 from finetune.training.train_step import evaluate
 from muon8bit import NonFiniteGradientError
 
@@ -81,6 +81,7 @@ def run_job(run: R, finish: Callable[[R], None], script: str) -> int:
 
 def _begin(run: Run, script: str) -> None:
     """Continue from the checkpoint, or evaluate the weights before the first step; record the facts of the run."""
+    watch(run)
     if run.folder.checkpoint:
         restore(run)
     elif "val_loss_before" not in run.facts:  # fine-tuning has looked already

@@ -276,3 +276,20 @@ def test_the_tables_of_architectures_are_what_records_and_shapes_make(tmp_path):
     losses = table(architectures.loss_table(tmp_path) + "\n\n", "architecture | AdamW")
     assert losses["dense, GQA (the control)"] == ["2.5000", "2.0000", "-", "+0.5000", "-"]
     assert losses["experts, MLA (DeepSeek-V3)"] == ["-", "-", "1.5000", "-", "-"]
+
+
+HEALTH_GROUPS = {"q, k": "qk", "v, o": "vo", "gate, up": ("gate", "up"), "down": ("down",)}
+
+
+def test_health_of_the_default_recipe():
+    columns = ("descent", "update_cosine", "momentum_error", "sign_flips", "zero_codes")
+    expected = {}
+    for optimizer, run in record("health_llama_4m.json")["runs"].items():
+        assert list(run["steps"]) == ["20", "40", "60"]
+        for group, kinds in HEALTH_GROUPS.items():
+            wanted = {f"{kind}_proj" for kind in kinds}
+            found = [of for step in run["steps"].values() for name, of in step.items() if name.split(".")[-2] in wanted]
+            worst = [min(of[key] for of in found) for key in columns[:2]]
+            most = [max(of[key] for of in found) for key in columns[2:]]
+            expected[f"{optimizer}: {group}"] = [f"{v:.3f}" for v in worst] + [f"{v:.1%}" for v in most]
+    assert table(page("health"), "optimizer: matrices") == expected

@@ -334,6 +334,29 @@ def test_activation_checkpointing_and_bf16_change_the_arithmetic_little(pretrain
     assert [m[1] for m in half] == pytest.approx([m[1] for m in plain], rel=2e-2)
 
 
+def test_health_is_measured_and_a_resumed_run_says_that_it_restarts(pretrain, tmp_path, monkeypatch):
+    """The run is the one without it, to the bit."""
+    assert pretrain("--output-dir", "plain").code == 0
+    outcome = pretrain("--output-dir", "watched", "--health-every", 2, "--max-steps", 6)
+    assert outcome.code == 0, outcome.err
+    assert losses(tmp_path / "watched") == losses(tmp_path / "plain")
+    assert re.search(r"step 4: 8-bit momenta keep 9\d\.\d+% of the descent and more, least in model\.", outcome.out)
+    assert "what 8 bits did to the updates" in outcome.out
+    records = metrics(tmp_path / "watched")
+    assert [m["step"] for m in records if "health" in m] == [2, 4, 6]
+    assert len(records[1]["health"]) == 4
+    result = json.loads((tmp_path / "watched" / "result.json").read_text())["health"]
+    name, measures = next(iter(records[5]["health"].items()))
+    assert {key: result["last"][name][key] for key in measures} == measures
+    logged = []
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda _, values, **__: logged.append(values))
+    more = pretrain("--resume", "watched", "--max-steps", 8)
+    assert more.code == 0, more.err
+    assert "after step 0 a state was loaded" in more.out
+    assert [m["step"] for m in metrics(tmp_path / "watched") if "health" in m] == [2, 4, 6, 8]
+    assert logged[-1][f"health/descent/{name}"] == metrics(tmp_path / "watched")[7]["health"][name]["descent"]
+
+
 def test_init_from_continues_from_the_trained_weights(pretrain, finished, tmp_path):
     outcome = pretrain("--init-from", finished / "model", "--output-dir", "on", "--dataset", "mine")
     assert outcome.code == 0, outcome.err
