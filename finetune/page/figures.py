@@ -85,6 +85,25 @@ CURVES = (
         "From the least loaded expert of any layer to the most loaded one.",
     ),
     CurveFigure("Dead experts", ("dead_experts",), "experts without a token", "Since the evaluation before."),
+    CurveFigure(
+        *("Descent kept in 8 bits", ("health/descent",), "share of the descent that updates keep"),
+        "Of the watched matrix that keeps least; sound runs keep more than .98, AdaMuon .80.",
+    ),
+    CurveFigure(
+        *("Cosine of 8-bit updates", ("health/update_cosine",), "cosine with the update in 32 bits"),
+        "Least of the watched matrices.",
+    ),
+    CurveFigure(
+        *("Error of 8-bit momenta", ("health/momentum_error",), "relative error of the momentum"),
+        "Greatest of the watched matrices.",
+    ),
+    CurveFigure(
+        *("Flipped signs", ("health/sign_flips",), "share of elements with a flipped sign"),
+        "Greatest of the watched matrices.",
+    ),
+    CurveFigure(
+        *("Codes that are 0", ("health/zero_codes",), "share of zero codes"), "Greatest of the watched matrices."
+    ),
     CurveFigure("Balance loss", ("aux_loss",), "balance loss of the routers"),
     CurveFigure("z-loss", ("z_loss",), "z-loss of the routers"),
 )

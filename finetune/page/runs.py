@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,15 @@ RECORDS = "records.jsonl"
 OF_A_RUN = ("name", "seed", "save_every", "keep_checkpoints", "max_minutes", "step_timeout", "tracker")
 _VERSIONS = ("muon8bit", "torch", "transformers", "accelerate", "python")
 _FACTS = ("script", "device", "mixed_precision", "world_size", "parallelism", "trained_parameters")
+# Measures of --health-every, a number for each watched matrix: the worst of them is drawn.
+_WORST: Mapping[str, Callable[[list[float]], float]] = {
+    "descent": min,
+    "update_cosine": min,
+    "momentum_error": max,
+    "sign_flips": max,
+    "zero_codes": max,
+    "extreme_codes": max,
+}
 _SWEEP_NAME = re.compile(r"(?P<arm>.+)-lr(?P<rate>[0-9.e+-]+)-seed(?P<seed>\d+)")
 
 Curve = tuple[list[int], list[float]]  # steps and values
@@ -101,6 +110,7 @@ def _from_folder(path: Path, name: str) -> PageRun:
     summary, options = read_run(path, name), read_recipe(path)
     facts, metrics = read_record(path / "run.json"), summary.curve.metrics
     curves = {key: _curve(metrics, key) for key in dict.fromkeys(itertools.chain(["grad_norm"], *metrics))}
+    curves |= {f"health/{key}": _worst(metrics, key) for key in _WORST}
     for key in ("loss", "grad_norm"):
         curves[key] = curves[key][0], smooth(curves[key][1])
     curves["val_loss"] = summary.curve.validation
@@ -125,11 +135,23 @@ def _curve(metrics: Sequence[Mapping[str, Any]], key: str) -> Curve:
     steps, values = [], []
     for record in metrics:
         value = record.get(key)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping):  # layer -> its experts
             value = sum(len(entry) for entry in value.values() if isinstance(entry, list))
-        if isinstance(value, int | float) and key not in ("step", "tokens", "seconds"):
+        if isinstance(value, int | float) and key not in ("step", "tokens", "seconds", "health"):
             steps.append(record["step"])
             values.append(float(value))
+    return steps, values
+
+
+def _worst(metrics: Sequence[Mapping[str, Any]], measure: str) -> Curve:
+    """Return the worst value of a measure over the watched matrices, at the steps that were measured."""
+    steps, values = [], []
+    for record in metrics:
+        health = record.get("health")
+        found = [of[measure] for of in health.values() if measure in of] if isinstance(health, Mapping) else []
+        if found:
+            steps.append(record["step"])
+            values.append(_WORST[measure](found))
     return steps, values
 
 

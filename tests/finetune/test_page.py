@@ -142,12 +142,16 @@ def test_lines_differ_in_style_and_what_only_one_run_has_is_drawn_with_units(tmp
     for i in range(6):
         write_run(tmp_path / f"run{i}", [5.0, 4.0], complete=i == 0, weight_decay=i / 10)
     load = {"expert_load_cv": [0.5, 0.25], "expert_share_min": [0.0, 0.125], "expert_share_max": [0.5, 0.25]}
-    write_run(tmp_path / "moe", [5.0, 4.0], more={**load, "dead_experts": [None, {"0": [1, 2], "3": [4]}]})
+    health = {"a": {"descent": 0.99, "sign_flips": 0.01}, "b": {"descent": 0.97, "sign_flips": 0.02}}
+    load |= {"dead_experts": [None, {"0": [1, 2], "3": [4]}], "health": [None, health]}
+    write_run(tmp_path / "moe", [5.0, 4.0], more=load)
     figures = {figure.title: figure.svg for figure in draw_figures(read_lines([str(tmp_path)]))}
     assert "moe: 0.5 at step 1, 0.25 at step 2" in figures["Expert load"]
     assert "moe: 0.125 to 0.25 at step 2" in figures["Shares of experts"]
     assert "moe: 3 at step 2" in figures["Dead experts"]
-    assert "z-loss" not in figures
+    assert "moe: 0.97 at step 2" in figures["Descent kept in 8 bits"]
+    assert "moe: 0.02 at step 2" in figures["Flipped signs"]
+    assert not {"z-loss", "Codes that are 0"} & set(figures)
     paths = ET.fromstring(figures["Training loss"]).iter("{http://www.w3.org/2000/svg}path")
     curves = [style for path in paths if "stroke-width: 1.5" in (style := path.get("style", ""))]
     assert len({re.sub(r"stroke: #\w+;?", "", style) for style in curves}) == 5

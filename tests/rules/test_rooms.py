@@ -24,6 +24,7 @@ ALLOWED = {
         "muon8bit",
         "orthogonalize",
         "step",
+        "tests",  # the float64 rules of tests/helpers, of which there is one copy
         "tune",
     },
     "examples": {"integrations", "muon8bit"},
