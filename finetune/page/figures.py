@@ -86,7 +86,7 @@ CURVES = (
     ),
     CurveFigure("Dead experts", ("dead_experts",), "experts without a token", "Since the evaluation before."),
     CurveFigure(
-        *("Descent kept in 8 bits", ("health/descent",), "share of the descent that updates keep"),
+        *("Descent kept in 8 bits", ("health/descent",), "share of the descent kept"),
         "Of the watched matrix that keeps least; sound runs keep more than .98, AdaMuon .80.",
     ),
     CurveFigure(
