@@ -177,7 +177,7 @@ def check_bytes(subject: Subject) -> dict[str, Any]:
 
 
 def _walk(value: Any, storages: dict[int, int], seen: set[int]) -> None:
-    """Collect address -> bytes of storages in containers, tensor subclasses and objects with attributes."""
+    """Gather address -> bytes of storages in containers, tensor subclasses and objects with attributes."""
     if id(value) in seen:
         return
     seen.add(id(value))

@@ -72,7 +72,8 @@ def _run_ranks(subject: Subject, folder: Path) -> str:
         try:
             _, errors = rank.communicate(timeout=TIMEOUT_S)
             if rank.returncode and not failure:
-                failure = next((line for line in reversed(errors.splitlines()) if "Error" in line), "failed")[:200]
+                told = next((line for line in reversed(errors.splitlines()) if "Error" in line), "failed")
+                failure = told.removeprefix(f"[rank{ranks.index(rank)}]: ")[:200]
         except subprocess.TimeoutExpired:
             rank.kill()
             rank.communicate()

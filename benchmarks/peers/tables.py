@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
+LONGEST = 110  # characters of a cell; the record has errors in full
 
 
 def write_tables(records: Sequence[Record], not_run: Mapping[str, str]) -> str:
@@ -49,7 +50,11 @@ def _only_error(record: Record) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+    return f"| {' | '.join(_short(cell.replace('|', '/')) for cell in cells)} |"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def _name(record: Record) -> str:
@@ -97,7 +102,7 @@ def _resume(record: Record, check: str) -> str:
     result = _result(record, check)
     if not result or "error" in result:
         return _or_error(result, "")
-    told = "bitwise" if result["is_bitwise"] else f"next update: cosine {result['cosine']:.3f}"
+    told = "bitwise" if result["is_bitwise"] else f"next update: cosine {result['cosine']:.4f}"
     return "; ".join([told, *result["notes"]])
 
 

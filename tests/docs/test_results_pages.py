@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.peers.tables import write_tables
 from benchmarks.training import architectures
 
 ROOT = Path(__file__).parents[2]
@@ -293,3 +294,22 @@ def test_health_of_the_default_recipe():
             most = [max(of[key] for of in found) for key in columns[2:]]
             expected[f"{optimizer}: {group}"] = [f"{v:.3f}" for v in worst] + [f"{v:.1%}" for v in most]
     assert table(page("health"), "optimizer: matrices") == expected
+
+
+def test_other_optimizers_under_the_same_checks():
+    content, text = record("peers.json"), page("peers")
+    tables = write_tables(content["classes"], content["not_run"])
+    assert (RECORDS / "peers.md").read_text() == tables
+    assert text.endswith(tables.split("\n", 2)[2])
+    found = {entry["package"]: entry["results"] for entry in content["classes"]}
+    for entry in content["classes"]:
+        assert not entry["is_ours"] or all(result["passed"] for result in entry["results"].values()), entry["name"]
+    adv, gefen, sdnq = found["adv-optm"], found["gefen"], found["sdnq"]
+    assert {f"{adv[name]['cosine']:.2f}" for name in adv if name.startswith("resume")} == {"-0.32"}
+    assert f"(cosine {gefen['resume by names']['cosine']:.4f})" in text.replace("\n  ", " ")
+    assert f"{gefen['sharding']['cosine']:.2f}" == "0.92"
+    assert f"(cosine {sdnq['scale']['cosine']:.2f})" in text
+    assert sdnq["routing"]["kinds"]["embed_tokens"] == "orthogonalized"
+    assert f"{sdnq['bytes']['bytes_per_parameter']:.2f} bytes" in text
+    assert "weights_only" in found["bantamtrain"]["resume fp32"]["notes"][0]
+    assert all("error" in found[name]["rule"] for name in ("muonium", "dtensor-muon"))
