@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.peers.tables import write_tables
+from benchmarks.robustness import health_thresholds
 from benchmarks.training import architectures
 
 ROOT = Path(__file__).parents[2]
@@ -313,3 +314,8 @@ def test_other_optimizers_under_the_same_checks():
     assert f"{sdnq['bytes']['bytes_per_parameter']:.2f} bytes" in text
     assert "weights_only" in found["bantamtrain"]["resume fp32"]["notes"][0]
     assert all("error" in found[name]["rule"] for name in ("muonium", "dtensor-muon"))
+
+
+def test_health_of_right_and_wrong_codebooks():
+    lines = (RECORDS / "health_thresholds.jsonl").read_text().splitlines()
+    assert health_thresholds.table([json.loads(line) for line in lines]) in page("health")

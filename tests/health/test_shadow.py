@@ -7,7 +7,11 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.bitwise import assert_bitwise
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from muon8bit import AdaMuon8bit, Muon8bit, NonFiniteGradientError, QuantizationHealth
 
@@ -207,6 +211,29 @@ def test_dry_steps_are_left_out():
     param.grad = torch.zeros_like(param)
     optimizer.step()
     assert health.num_steps == 0
+
+
+def test_replicas_are_watched_and_shards_refused_by_name(tmp_path):
+    """By one rank of gloo, whose matrices go the way of several."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        param, optimizer = make(8, process_group=dist.group.WORLD)
+        health = QuantizationHealth(optimizer, every=2)
+        twin_param, twin = make(32)
+        train(param, optimizer, range(4))
+        train(twin_param, twin, range(4))
+        for found, expected in shadows(health, twin):
+            assert_bitwise(found, expected)
+        assert health.latest()[0].step == 4
+        shard = nn.Parameter(distribute_tensor(torch.randn(24, 72), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        with pytest.raises(NotImplementedError, match=r"layers.3.w is sharded, and QuantizationHealth needs whole"):
+            QuantizationHealth(Muon8bit([("layers.3.w", shard)]))
+        optimizer.param_groups[0]["params"] = [shard]  # as Accelerate puts it there
+        shard.grad = torch.zeros_like(shard)
+        with pytest.raises(NotImplementedError, match=r"layers.0.w is sharded"):
+            optimizer.step()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_no_warning_for_adamuon_with_its_own_codes():
