@@ -5,7 +5,6 @@ No torch in here, so that command lines can be parsed and explained without it.
 
 from __future__ import annotations
 
-from math import sqrt
 from typing import Literal, TypeAlias, get_args
 
 Codebook: TypeAlias = Literal["linear", "dynamic"]
@@ -57,19 +56,3 @@ PRESETS: dict[str, tuple[str, ...]] = {
 Dialect: TypeAlias = Literal["muon8bit", "torch", "jordan", "heavy-ball", "normuon", "adamuon", "dion", "adamw"]
 DIALECTS: tuple[str, ...] = get_args(Dialect)
 EXPORTS = ("muon8bit", "torch")
-
-# `adjust_lr_fn` of a step where `rescale="rms"` has given the direction its size.
-RESCALED = "rescaled"
-
-
-def lr_ratio(rows: float, cols: float, adjust_lr_fn: str | None) -> float:
-    """Return the factor of lr for a shape.
-
-    `RESCALED` gives 1: a second moment has given the direction its size. `"spectral"` gives sqrt(rows / cols), with
-    which the update's effect on activations is the same at every width.
-    None and `"original"` give sqrt(max(1, rows / cols)). `"match_rms_adamw"` gives 0.2 sqrt(max(rows, cols)), with
-    which the update has the RMS of AdamW's (0.2), so that AdamW's lr and weight decay carry over.
-    """
-    if adjust_lr_fn in ("spectral", RESCALED):
-        return sqrt(rows / cols) if adjust_lr_fn == "spectral" else 1.0
-    return 0.2 * sqrt(max(rows, cols)) if adjust_lr_fn == "match_rms_adamw" else sqrt(max(1.0, rows / cols))

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from math import log, sqrt
 from typing import TypeAlias
 
-from ..choices import ScalingRule, lr_ratio
+from ..choices import ScalingRule
+from ..step.muon import lr_ratio
 
 Matrix: TypeAlias = tuple[float, float]  # rows, columns
 

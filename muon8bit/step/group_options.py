@@ -12,10 +12,11 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ..choices import RESCALED as RESCALED
 from ..config import Backend, Codebook, Rescale, SecondMomentKind
 from ..orthogonalize import Coefficients, Rates, RatesTable
 
+# `MuonOptions.adjust_lr_fn` where `rescale="rms"` has given the direction its size.
+RESCALED = "rescaled"
 AnyOptions = TypeVar("AnyOptions", bound="Options")
 
 

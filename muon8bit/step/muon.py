@@ -19,21 +19,34 @@ between.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import Any
 
 import torch
 from muon8bit_kernels import kernels_for
 from torch import Tensor
 
-from ..choices import lr_ratio as lr_ratio
 from ..config import SMALL_WORKSPACE_BYTES
 from ..orthogonalize import device_kind, orthogonalize, partition
 from .commit import Commit
-from .group_options import MuonOptions
+from .group_options import RESCALED, MuonOptions
 from .matrix_batches import MatrixBatch, as_matrices, copy_back
 from .second_moment import normalize, update_arguments, write_
 
 _LEAST_NORM = 2.0**-60  # of a Newton-Schulz input that counts as one: see `frobenius_norm`
+
+
+def lr_ratio(rows: float, cols: float, adjust_lr_fn: str | None) -> float:
+    """Return the factor of lr for a shape.
+
+    `RESCALED` gives 1: a second moment has given the direction its size. `"spectral"` gives sqrt(rows / cols), with
+    which the update's effect on activations is the same at every width.
+    None and `"original"` give sqrt(max(1, rows / cols)). `"match_rms_adamw"` gives 0.2 sqrt(max(rows, cols)), with
+    which the update has the RMS of AdamW's (0.2), so that AdamW's lr and weight decay carry over.
+    """
+    if adjust_lr_fn in ("spectral", RESCALED):
+        return sqrt(rows / cols) if adjust_lr_fn == "spectral" else 1.0
+    return 0.2 * sqrt(max(rows, cols)) if adjust_lr_fn == "match_rms_adamw" else sqrt(max(1.0, rows / cols))
 
 
 def frobenius_norm(sumsq: Tensor, *, eps: float, factor: float) -> Tensor:

@@ -37,7 +37,7 @@ ALLOWED = {
     "muon8bit": {"base", "convert", "distributed", "health", "orthogonalize", "report", "routing", "step"},
     "convert": {"base", "kernels", "orthogonalize", "step"},
     "estimate": {"base", "distributed", "orthogonalize", "report", "routing", "step"},
-    "routing": {"base", "report"},
+    "routing": {"base", "report", "step"},  # of the step: how lr depends on a shape, which width rules divide out
     "report": {"base"},
     "step": {"base", "distributed", "kernels", "orthogonalize"},
     "distributed": {"base", "kernels", "orthogonalize", "step"},
