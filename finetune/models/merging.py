@@ -19,6 +19,7 @@ from finetune.data.texts import ENCODING
 from finetune.models.adapters import BASE_FILE, base_fingerprint, base_of_adapter, load_adapter, same_base
 from finetune.models.build import logits_of
 from finetune.models.pretrained import base_config, load_base
+from finetune.models.routers import BIAS
 from finetune.models.tokens import load_tokenizer
 from finetune.models.weights import first_line
 from finetune.storage.outputs import save_model
@@ -162,7 +163,7 @@ def merge_adapter(source: AdapterSource, output: Path, dtype: str | None, say: C
             f"merging {source.folder} changes logits by {change:.1e} of their norm, and on a base in {source.dtype} "
             f"{LARGEST_CHANGE[source.dtype]:.0e} may be; use the adapter as it is",
         )
-    save_model(output, merged.to(DTYPES[dtype]), None, tokenizer)
+    save_model(output, _cast(merged, DTYPES[dtype]), None, tokenizer)
     rounded = f", then rounded to {dtype}" if (source.dtype, dtype) == ("fp32", "bf16") else ""
     say(f"merged in fp32, logits are within {change:.1e} of their norm{rounded}; saved in {dtype}: {output}")
 
@@ -183,4 +184,13 @@ def _fold(adapted: Any, dtype: torch.dtype, source: AdapterSource) -> Any:
         raise InputError("RUN", f"cannot merge {source.folder}: {first_line(error)}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the layers are merged already
-        return adapted.merge_and_unload().to(dtype)
+        return _cast(adapted.merge_and_unload(), dtype)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """Convert a model to a dtype, but for the biases of the choice of experts, which stay in fp32."""
+    kept = [(module, module._buffers[BIAS]) for module in model.modules() if BIAS in module._buffers]
+    model.to(dtype)
+    for module, bias in kept:
+        setattr(module, BIAS, bias)
+    return model

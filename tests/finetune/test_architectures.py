@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 from helpers.architectures import TINY
+from helpers.bitwise import assert_nested_equal
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from finetune import merge
 from finetune.config.reading import RECIPES
 from finetune.config.recipe import read_recipe
 from finetune.models.build import model_config
@@ -89,7 +91,7 @@ LEFT_OUT = {"mla": "6 linear layers have no adapter", "mla_moe": "6 linear layer
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_tiny_architecture_pretrains_resumes_and_is_tuned_merged_and_generates(
-    name, recipe_file, pretrain, sft, tmp_path
+    name, recipe_file, pretrain, sft, command, tmp_path
 ):
     """To the bit where it is resumed; a bias of the router, which no gradient reaches, stays in what is saved."""
     (tmp_path / "tiny.yaml").write_text(
@@ -112,15 +114,20 @@ def test_a_tiny_architecture_pretrains_resumes_and_is_tuned_merged_and_generates
     weights = load_file(file)
     biases = [key for key in weights if "e_score_correction_bias" in key]
     assert len(biases) == (name == "mla_moe")
-    weights |= {key: torch.tensor([0.25, -0.5, 0.75, 0.0]) for key in biases}
+    weights |= {key: torch.tensor([0.2501, -0.5003, 0.7501, 0.0]) for key in biases}  # of more digits than bf16 has
     save_file(weights, file, {"format": "pt"})
-    merge = [] if TUNED[name] == "full" else ["--merge"]
-    told = twice(sft, "tuned", "--model", "run/model", "--mode", TUNED[name], "--chat-template", "tulu", *merge)
+    merging = [] if TUNED[name] == "full" else ["--merge"]
+    told = twice(sft, "tuned", "--model", "run/model", "--mode", TUNED[name], "--chat-template", "tulu", *merging)
     assert LEFT_OUT.get(name, "") in told
     assert ("no adapter" in told) == (name in LEFT_OUT)
     after = load_file(tmp_path / "tuned" / "model" / "model.safetensors")
     assert after.keys() == weights.keys()
-    assert all(torch.equal(after[key].float(), weights[key]) for key in biases)
+    assert_nested_equal([after[key] for key in biases], [weights[key] for key in biases])
+    if biases:
+        assert command(merge.main, "tuned", "--output", "half", "--dtype", "bf16").code == 0
+        half = load_file(tmp_path / "half" / "model.safetensors")
+        assert half["model.norm.weight"].dtype == torch.bfloat16
+        assert_nested_equal([half[key] for key in biases], [weights[key] for key in biases])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned" / "model", dtype=torch.float32)
     ids, how = torch.tensor([[5, 80, 33, 120]]), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(ids, use_cache=True, **how), model.generate(ids, use_cache=False, **how))
