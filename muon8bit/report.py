@@ -247,7 +247,8 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     algorithms = tuple(AlgorithmBytes(algorithm, *counts[algorithm]) for algorithm in order)
     notes = tuple(kept), tuple(adamw_kept), tuple(missing)
     report = StateReport(algorithms, baselines, *notes, is_sharded, tuple(untouched))
-    if (activity := getattr(optimizer, "stack_activity", None)) is None:
+    held = getattr(optimizer, "optimizer", optimizer)  # by Accelerate's wrapper
+    if (activity := getattr(held, "stack_activity", None)) is None:
         return report
     stacks = tuple(ActiveMatrices(name, tuple(steps.flatten().tolist())) for name, steps in activity.local().items())
     return replace(report, step=activity.step, activity=stacks)

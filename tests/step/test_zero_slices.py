@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +256,8 @@ def test_the_last_active_step_of_each_matrix_is_reported_and_resumed(is_asynchro
     step(resumed, later, 3)
     assert again.last_steps()["experts"].tolist() == [[6, 6], [6, 6]]
     assert str(state_report(later)).endswith("step 6 moved 4 of 4 matrices in experts")
+    wrapped = SimpleNamespace(optimizer=later, state=later.state, param_groups=later.param_groups)
+    assert state_report(wrapped) == state_report(later)
     for name, wrong in (("experts", torch.zeros(4)), ("others", torch.zeros(2))):
         with pytest.raises(ValueError, match=f"the activity saved of {name} has matrices"):
             again.load_state_dict({"step": 9, "last_steps": {**saved["last_steps"], name: wrong}})
