@@ -113,7 +113,7 @@ def main() -> None:
             if num_gpus % num_shards:
                 parser.error(f"--gpus {num_gpus} is no multiple of the {num_shards} of a replica of {name}")
             rows.append(simulate(name, MODELS[name], num_gpus, num_shards, args.kind, machine))
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.orig_argv[1:]])
     text = markdown(rows, machine, args.kind, command)
     if args.out:
         args.out.write_text(text)

@@ -190,7 +190,7 @@ def main() -> None:
         print(f"| {row['optimizer']} | {tokens} | {how} | {sizes} | {row['error']:+.1%} | {row['phase']} |", flush=True)
     if args.out is not None:
         about = {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
             "model": LLAMA_30M,
             "unit": "bytes of tensors alive at once; error: estimated over measured, less one",

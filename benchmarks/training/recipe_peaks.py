@@ -164,7 +164,7 @@ def main() -> int:
         print(json.dumps(rows[-1]), flush=True)
     if args.out is not None:
         about = {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "date": date.today().isoformat(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "unit": "GiB; measured: torch.cuda.max_memory_allocated over two steps",

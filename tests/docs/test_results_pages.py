@@ -138,6 +138,13 @@ def test_step_times_of_llamas_on_a_cpu():
         assert cells == [f"{ratio:.2f}" for ratio in sizes[name.replace(" ", "")]["whole"].values()]
 
 
+def test_step_time_of_the_family():
+    shown = table(page("speed"), "Llama, width x layers | NorMuon")
+    for size, arms in record("family_step_time.json")["sizes"].items():
+        assert shown[size.replace("x", " x ")] == [f"{arms[name]['ratio']:.2f}" for name in list(arms)[1:]]
+    assert len(shown) == 2
+
+
 def test_comparisons_with_another_commit():
     found = record("against_cc65b8b.json")
     text = (ROOT / "docs" / "stability.md").read_text().replace("\n", " ")
