@@ -193,7 +193,7 @@ def test_a_setup_has_the_keys_of_the_preset_that_bytes_depend_on(preset: str) ->
 
 def test_the_first_part_of_a_matrix_has_the_moment_of_all_columns() -> None:
     """By hand: 8 of 24 rows have 800 codes and two scales a row; one row of 100 columns is not divided by three."""
-    part = Param("up", (8, 100), torch.float32, True, None, False, 2400, 64, 8, "shape", 3)
+    part = Param("up", (8, 100), torch.float32, True, None, False, 2400, 64, 8, "shape", num_shards=3)
     assert state_bytes("normuon8bit", [part]) == 800 + 4 * 8 * 2 + 4 * 100
     assert state_bytes("normuon8bit", [replace(part, normuon_moment="row")]) == 800 + 4 * 8 * 2 + 4 * 8
     assert state_bytes("adamuon8bit", [part]) == 2 * (800 + 4 * 8 * 2)

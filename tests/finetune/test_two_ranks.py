@@ -11,11 +11,14 @@ import yaml
 from helpers import finetune_ranks
 from helpers.architectures import TINY
 from helpers.bitwise import assert_nested_equal
+from helpers.expert_models import expert_config
 from helpers.ranks import start_processes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune.models.build import parameter_hash
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 def call_ranks(work, folder, *args):
@@ -55,13 +58,39 @@ def check_equal_training(run, expected):
     assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-3)
 
 
-def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, recipe_file):
-    calls = call_ranks(finetune_ranks.replicated, tmp_path, str(recipe_file))
-    whole, chunked, refused, staged, timed_out, stopped, full, resumed = calls
+@pytest.fixture
+def mixture(tmp_path, recipe_file):
+    """A recipe of a mixture with biases, four steps long."""
+    values = yaml.safe_load(recipe_file.read_text()) | {"model": expert_config("deepseek_v3"), "max_steps": 4}
+    file = tmp_path / "experts.yaml"
+    file.write_text(yaml.safe_dump(values | {"save_every": 2, "warmup_steps": 1}))
+    return file
+
+
+def check_equal_balancing(run, expected):
+    """The tokens of all ranks, and the biases of one process; the losses of routers summed in another order."""
+    check_equal_training(run, expected)
+    one, two = metrics(expected), metrics(run)
+    for key in ("expert_load_cv", "expert_share_min", "expert_share_max"):
+        assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-12)
+    for key in ("aux_loss", "z_loss"):
+        assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-4)
+    found, oracle = (load_file(folder / "model" / "model.safetensors")[BIAS] for folder in (run, expected))
+    assert oracle.abs().max() > 0
+    assert torch.equal(found, oracle)
+
+
+def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, recipe_file, mixture, pretrain):
+    calls = call_ranks(finetune_ranks.replicated, tmp_path, str(recipe_file), str(mixture))
+    whole, chunked, experts, refused, staged, timed_out, stopped, full, resumed = calls
     assert codes(whole) == [0, 0]
     assert result(tmp_path / "whole")["world_size"] == 2
     assert codes(chunked) == [0, 0], chunked
     check_equal_training(tmp_path / "chunked", tmp_path / "whole")
+    assert codes(experts) == [0, 0], experts
+    options = map(str, finetune_ranks.BALANCED)
+    assert pretrain("--recipe", mixture, *options, "--output-dir", "one", "--gradient-accumulation", 2).code == 0
+    check_equal_balancing(tmp_path / "experts", tmp_path / "one")
     assert codes(refused) == [2, 2]
     assert "--release-gradients: here are 2 processes" in refused[0]["err"]
     assert codes(staged) == [2, 2]
@@ -90,21 +119,29 @@ def test_what_one_rank_alone_knows_stops_or_fails_or_skips_on_both(tmp_path, rec
 
 @pytest.mark.parametrize(("optimizer", "architecture"), [("adamw", None), ("muon8bit", "mla_moe")])
 def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(
-    tmp_path, recipe_file, pretrain, optimizer, architecture
+    tmp_path, recipe_file, mixture, pretrain, optimizer, architecture
 ):
     """The losses of one process with twice the micro-batches are the oracle; one of two saves, or resumes, compiled."""
-    recipe = recipe_file
+    recipe, is_balanced = recipe_file, architecture is not None
     if architecture:  # latent attention, a dense layer and one of stacked experts with a shared one
-        recipe = tmp_path / "experts.yaml"
+        recipe = tmp_path / "architecture.yaml"
         recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe_file.read_text()), "model": TINY[architecture]}))
-    args = (tmp_path, str(recipe), optimizer)
-    whole, first, resumed, refused, unclipped, widened, chunked, bad = call_ranks(finetune_ranks.sharded, *args)
+    args = (tmp_path, str(recipe), optimizer, str(mixture) if is_balanced else None)
+    *calls, bad = call_ranks(finetune_ranks.sharded, *args)
+    whole, first, resumed, refused, unclipped, widened, chunked, *balanced = calls
     assert codes(whole) == codes(first) == codes(resumed) == [0, 0], (whole, first, resumed)
     alone = ("--recipe", recipe, "--optimizer", optimizer, "--gradient-accumulation", 2)
     assert pretrain("--output-dir", "one", *alone).code == 0
     check_equal_training(tmp_path / "whole", tmp_path / "one")
     assert codes(chunked) == [0, 0], chunked
     check_equal_training(tmp_path / "chunked", tmp_path / "one")
+    if is_balanced:
+        assert [codes(call) for call in balanced] == [[0, 0]] * 2, balanced
+        options = (*finetune_ranks.BALANCED, "--gradient-accumulation", 2)
+        assert pretrain("--recipe", mixture, *options, "--output-dir", "one-experts").code == 0
+        check_equal_balancing(tmp_path / "experts", tmp_path / "one-experts")
+        again, run = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("again", "experts"))
+        assert_nested_equal(again, run)
     hashes = result(tmp_path / "whole")["parameter_hashes"]
     assert result(tmp_path / "whole")["parallelism"] == "FSDP"
     assert hashes[0] == hashes[1] == parameter_hash(AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model"))
