@@ -49,12 +49,16 @@ class RunSummary:
         curve: its losses.
         values: column -> value; None where the run does not tell it.
         corpus: hash of its data; None where it does not tell.
+        options: of its recipe; {} where it has left none.
+        facts: of run.json; {} where it has left none.
     """
 
     path: Path
     curve: LossCurve
     values: dict[str, Any]
     corpus: str | None
+    options: dict[str, Any]
+    facts: dict[str, Any]
 
 
 def find_runs(given: Sequence[str]) -> list[Path]:
@@ -73,7 +77,7 @@ def find_runs(given: Sequence[str]) -> list[Path]:
         if not runs:
             raise InputError("RUN", f"{path} holds no metrics.jsonl, nor does a folder in it; give the folder of a run")
         if runs == inside:
-            runs = [run for run in inside if read_steps(run)]
+            runs = [run for run in inside if _steps(run)]
             empty = [str(run.resolve()) for run in inside if run not in runs]
             if not runs:
                 raise InputError("RUN", f"no run in {path} has a step yet; give other runs")
@@ -93,11 +97,12 @@ def read_run(path: Path, name: str) -> RunSummary:
     Raises:
         InputError: it has no step yet.
     """
-    metrics = read_steps(path)
+    metrics = _steps(path)
     if not metrics:
         raise InputError("RUN", f"{path} has no step in its metrics.jsonl yet; leave it out")
-    result, report = read_record(path / "result.json"), read_record(path / "state_report.json")
-    facts = {**metrics[-1], **_optimizer(path), **result, **read_record(path / "run.json")}
+    result, report = _record(path / "result.json"), _record(path / "state_report.json")
+    options, record = _recipe(path), _record(path / "run.json")
+    facts = {**metrics[-1], "optimizer": options.get("optimizer"), **result, **record}
     losses = [(m["step"], m["val_loss"]) for m in metrics if m.get("val_loss") is not None]
     curve = LossCurve(name, metrics, facts.get("val_loss_before"))
     values = {
@@ -111,10 +116,10 @@ def read_run(path: Path, name: str) -> RunSummary:
         "peak_bytes": result.get("peak_bytes"),
         **({"expert_load_cv": smooth(load)[-1]} if (load := curve.expert_load[1]) else {}),
     }
-    return RunSummary(path, curve, values, facts.get("corpus"))
+    return RunSummary(path, curve, values, facts.get("corpus"), options, record)
 
 
-def read_steps(path: Path) -> list[dict[str, Any]]:
+def _steps(path: Path) -> list[dict[str, Any]]:
     """Read the records of a run that have a loss.
 
     Raises:
@@ -131,7 +136,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_record(file: Path) -> dict[str, Any]:
+def _record(file: Path) -> dict[str, Any]:
     """Return a JSON file of a run; {} where it has not been written."""
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -144,7 +149,7 @@ def read_record(file: Path) -> dict[str, Any]:
     return record
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def _recipe(path: Path) -> dict[str, Any]:
     """Return the options of a run; {} where it has left no recipe.
 
     Raises:
@@ -152,11 +157,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     file = RunFolder(path).recipe_file
     return read_values(str(file), path, Training)[0] if file.is_file() else {}
-
-
-def _optimizer(path: Path) -> dict[str, Any]:
-    """Return what the recipe of a run tells where the run has left nothing else yet: its optimizer."""
-    return {"optimizer": read_recipe(path).get("optimizer")}
 
 
 def _speed(metrics: Sequence[dict[str, Any]]) -> float | None:

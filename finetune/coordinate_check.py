@@ -25,6 +25,7 @@ from finetune.config.options import SCALINGS, flag
 from finetune.config.recipe import Recipe, read_recipe, recipe_from
 from finetune.coordinates.verdict import judge, plot_changes, table
 from finetune.pretrain import build_parser as script_parser
+from finetune.storage.run_dir import write_beside
 from muon8bit import cli
 
 _OWN = ("width", "seed", "scaling", "max_steps", "init_from")
@@ -142,9 +143,7 @@ def _work(argv: Sequence[str]) -> int:
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:
-    beside = file.with_name(f".{file.name}")
-    beside.write_text(json.dumps(record, indent=1) + "\n")
-    beside.replace(file)
+    write_beside(file, json.dumps(record, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

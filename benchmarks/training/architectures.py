@@ -6,7 +6,6 @@ python -m benchmarks.training.architectures          # rewrite the tables of the
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from benchmarks.training.generation_speed import RECIPES
 from finetune.config.recipe import read_recipe
-from finetune.evidence.arms import Arms, differences, markdown, read_arms
+from finetune.evidence.arms import Arms, differences, fill_marks, markdown, read_arms
 from finetune.sweep.records import loss_of
 from muon8bit.estimate import Setup, load_config
 from muon8bit.estimate.models import build
@@ -102,12 +101,8 @@ TABLES = {"architecture": architecture_table, "optimizer": optimizer_table, "los
 
 
 def filled(page: str, folder: Path = RESULTS) -> str:
-    """Return a page with each of `TABLES` between its marks, `<!-- begin NAME -->` and `<!-- end NAME -->`."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        block = f"{begin}\n\n{make(folder)}\n\n{end}"
-        page = re.sub(f"{begin}.*?{end}", lambda _, block=block: block, page, flags=re.DOTALL)  # type: ignore[misc]
-    return page
+    """Return a page with each of `TABLES` between its marks; see `fill_marks`."""
+    return fill_marks(page, lambda name: TABLES[name](folder))
 
 
 if __name__ == "__main__":

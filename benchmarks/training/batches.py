@@ -29,8 +29,7 @@ from benchmarks.training.tokens_to_loss import (
 from finetune.command_line import run_script
 from finetune.compare import align
 from finetune.config.errors import InputError
-from finetune.storage.run_dir import RUNS
-from finetune.sweep.pictures import new_figure, save_figure
+from finetune.storage.plots import new_figure, save_figure
 from finetune.sweep.plan import Results, choose_rate
 from finetune.sweep.reading import read_sweep
 from finetune.sweep.runner import SweepFolder
@@ -221,8 +220,7 @@ def _work(argv: Sequence[str]) -> int:
     parser.add_argument("--picture", metavar="FILE.png", help="default: none")
     options = parser.parse_args(argv)
     sweep = read_sweep(options.file)
-    path = (Path(options.output_dir) if options.output_dir else RUNS / f"sweep-{sweep.name}").resolve()
-    arms = read_arms(sweep, SweepFolder(path, (sweep.records or path / "records.jsonl").resolve()).results(sweep))
+    arms = read_arms(sweep, SweepFolder.of(sweep, options.output_dir).results(sweep))
     counted = [record for arm in arms if not arm.obstacle for record in arm.records.values()]
     if not counted:
         raise InputError(options.file, "has no arm with all seeds at its best rate yet; run the sweep")

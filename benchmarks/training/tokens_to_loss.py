@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.errors import InputError
+from finetune.storage.plots import moving_averages
 from finetune.sweep.intervals import MeanInterval, mean_interval
 
 BETA = 0.95  # of the average, a step
@@ -48,16 +49,6 @@ class TokenRatio:
         return self.ends is not None and (self.ends[1] - self.ends[0]) / 2 <= RESOLVED * self.value
 
 
-def smooth_losses(losses: Sequence[float]) -> list[float]:
-    """Return the exponential averages of a run's losses, each divided by the weight of the steps that it has seen."""
-    averages, total, weight = [], 0.0, 0.0
-    for loss in losses:
-        total = BETA * total + (1 - BETA) * loss
-        weight = BETA * weight + (1 - BETA)
-        averages.append(total / weight)
-    return averages
-
-
 def training_losses(record: Mapping[str, Any]) -> list[float]:
     """Return the training loss of each step of a record.
 
@@ -75,7 +66,7 @@ def find_crossing(record: Mapping[str, Any], level: float) -> Crossing | None:
 
     Between the last step above the loss and the first one below it the average counts as a line.
     """
-    metrics, averages = record["metrics"], smooth_losses(training_losses(record))
+    metrics, averages = record["metrics"], moving_averages(training_losses(record), BETA)
     number = next((i for i, loss in enumerate(averages) if loss <= level), None)
     if number is None:
         return None
@@ -89,7 +80,7 @@ def find_crossing(record: Mapping[str, Any], level: float) -> Crossing | None:
 
 def lowest_loss(record: Mapping[str, Any]) -> float:
     """Return the lowest average of a run: the least loss that it reaches."""
-    return min(smooth_losses(training_losses(record)))
+    return min(moving_averages(training_losses(record), BETA))
 
 
 def common_levels(records: Sequence[Mapping[str, Any]], count: int, spacing: float) -> list[float]:

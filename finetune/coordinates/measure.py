@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from finetune.config.errors import InputError
 from finetune.config.recipe import SEQ_LEN, Recipe
 from finetune.data.corpus import open_corpus
-from finetune.models.build import build_model, check_vocabulary, model_config
+from finetune.models.build import build_model, model_config
 from finetune.models.optimizers import build_optimizers
-from finetune.models.tokens import TokenCache, check_size, load_tokenizer, token_cache, train_tokenizer
+from finetune.models.tokens import TokenCache
+from finetune.setup.prepare import tokens_of
 from finetune.training.loss import summed_nats
 from finetune.training.train_step import Blocks
 
@@ -31,13 +32,8 @@ def prepare_tokens(recipe: Recipe) -> tuple[Any, TokenCache]:
     Raises:
         InputError: as there.
     """
-    config, corpus = model_config(recipe), open_corpus(recipe)
-    tokenizer = load_tokenizer(recipe.tokenizer or str(train_tokenizer(corpus, config.vocab_size)))
-    check_vocabulary(config, tokenizer, "--tokenizer")
-    sequences = recipe.max_steps * recipe.batch_size
-    cache = token_cache(corpus, tokenizer, sequences * (recipe.seq_len or SEQ_LEN) if corpus.endless else None)
-    check_size(cache, recipe.seq_len or SEQ_LEN)
-    return tokenizer, cache
+    sized = replace(recipe, seq_len=recipe.seq_len or SEQ_LEN)
+    return tokens_of(open_corpus(sized), sized, model_config(sized))
 
 
 def measure_changes(recipe: Recipe, initialization: str, tokenizer: Any, cache: TokenCache) -> dict[str, Any]:

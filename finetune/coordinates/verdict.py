@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.storage.plots import new_figure, save_figure
+
 # Largest ratios of the changes at the ends of the widths with which a model scales, of the median activation and of the
 # worst one; and the least change over the initial RMS with which that can be said.
 MEDIAN, WORST, LEAST = 1.2, 1.6, 0.3
@@ -87,11 +89,7 @@ def plot_changes(measured: Sequence[Mapping[str, Any]], path: Path, title: str) 
     Raises:
         OSError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5))
-    FigureCanvasAgg(figure)
+    figure = new_figure(7)
     axes = figure.add_axes((0.1, 0.11, 0.62, 0.81))
     for number, (name, by_width) in enumerate(means(measured, "change").items()):
         style = next((style for kind, style in _STYLES.items() if kind in name), "-")
@@ -101,6 +99,4 @@ def plot_changes(measured: Sequence[Mapping[str, Any]], path: Path, title: str) 
     axes.set_xticks(widths, list(map(str, widths)))
     axes.minorticks_off()
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(path)
+    save_figure(figure, path)

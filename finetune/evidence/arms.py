@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.sweep.intervals import MeanInterval, mean_interval
+from finetune.sweep.intervals import MeanInterval
 from finetune.sweep.records import latest, loss_of, read_records
 
 Record = Mapping[str, Any]
@@ -50,12 +51,6 @@ def differences(
     return {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
 
 
-def interval_of(values: Mapping[int, float]) -> MeanInterval | None:
-    """Return the t-interval of values by seed; None where there is none, or one is not finite."""
-    usable = bool(values) and all(math.isfinite(value) for value in values.values())
-    return mean_interval(list(values.values())) if usable else None
-
-
 def shown_interval(interval: MeanInterval | None, digits: int = 4) -> tuple[str, str, str]:
     """Return mean, standard deviation and 95% interval as text, "-" where there is none."""
     if interval is None:
@@ -65,6 +60,19 @@ def shown_interval(interval: MeanInterval | None, digits: int = 4) -> tuple[str,
         return mean, "-", "-"
     low, high = interval.ends
     return mean, f"{interval.deviation:.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def fill_marks(page: str, make: Callable[[str], str]) -> str:
+    """Return a page with what `make` gives for each NAME between its marks.
+
+    Those are `<!-- begin NAME -->` and `<!-- end NAME -->`.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- begin {name} -->\n\n{make(name)}\n\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, page, flags=re.DOTALL)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

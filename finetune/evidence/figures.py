@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from finetune.evidence.arms import Arms, differences, interval_of
+from finetune.evidence.arms import Arms, differences
 from finetune.evidence.rare_tables import accuracy, comparison_step, middle_group, num_groups, steps_of
 from finetune.evidence.tables import ADAMW32, MUON32, PARITY, decile_differences, horizon_curve
+from finetune.storage.plots import new_figure
+from finetune.sweep.intervals import interval_of
 from finetune.sweep.records import loss_of
 
 FONT_SIZE = 10  # points, of everything in a figure
@@ -21,12 +22,9 @@ MARKERS = "osD^v<>P"
 def new_axes(xlabel: str, ylabel: str, title: str, panels: int = 1) -> tuple[Any, list[Any]]:
     """Return a figure without a window, and its axes beside each other with one scale of y, each fully labelled."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     with rc_context({"font.size": FONT_SIZE, "axes.titlesize": FONT_SIZE, "legend.fontsize": FONT_SIZE}):
-        figure = Figure(figsize=(2.2 + 4.3 * panels, 4.6), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(2.2 + 4.3 * panels, 4.6, "constrained")
         axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
         for one in axes:
             one.set(xlabel=xlabel, ylabel=ylabel)
@@ -113,14 +111,3 @@ def memory_figure(record: dict[str, Any]) -> Any:
         axes.set(xscale="log", title=f"{kind} embeddings", xlim=(8, 0.01))
     panels[0].legend(fontsize=FONT_SIZE)
     return figure
-
-
-def write_figure(figure: Any, path: Path) -> None:
-    """Write a figure as .png; a reader sees the old one or the new one.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=120, format="png", metadata={"Software": None})
-    beside.replace(path)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from finetune.command_line import run_script
 from finetune.config.errors import InputError
 from finetune.data.texts import read_text
 from finetune.evidence import figures
-from finetune.evidence.arms import read_arms
+from finetune.evidence.arms import fill_marks, read_arms
 from finetune.evidence.rare_tables import rare_tables
 from finetune.evidence.tables import (
     ablations_table,
@@ -34,6 +33,7 @@ from finetune.evidence.tables import (
     memory_table,
     parity_table,
 )
+from finetune.storage.plots import save_figure
 from finetune.storage.run_dir import write_beside
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,27 +110,21 @@ def table_text(name: str, folder: Path = RESULTS) -> str:
 
 
 def filled(page: str, folder: Path = RESULTS) -> str:
-    """Return a page with each table, and a link to its records, between its marks.
-
-    Those are `<!-- begin NAME -->` and `<!-- end NAME -->`.
+    """Return a page with each table, and a link to its records, between its marks; see `fill_marks`.
 
     Raises:
         InputError: marks of a table that there is not.
     """
 
-    def block(match: re.Match[str]) -> str:
-        name = match.group(1)
+    def block(name: str) -> str:
         if name not in TABLES:
             raise InputError("--page", f"has marks of the table {name!r}; the tables are {', '.join(TABLES)}")
         text, file = table_text(name, folder), TABLES[name].file
-        more = (
-            ""
-            if text.startswith(NOT_MEASURED)
-            else f"\n\n[Records](../records/{file}), made by `{TABLES[name].command}`."
-        )
-        return f"<!-- begin {name} -->\n\n{text}{more}\n\n<!-- end {name} -->"
+        if text.startswith(NOT_MEASURED):
+            return text
+        return f"{text}\n\n[Records](../records/{file}), made by `{TABLES[name].command}`."
 
-    return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, page, flags=re.DOTALL)
+    return fill_marks(page, block)
 
 
 def _work(argv: Sequence[str]) -> int:
@@ -156,7 +150,8 @@ def _work(argv: Sequence[str]) -> int:
         is_measured = not table_text(name, files[table.file].parent).startswith(NOT_MEASURED)
         if options.figures is not None and table.draw is not None and is_measured:
             options.figures.mkdir(parents=True, exist_ok=True)
-            figures.write_figure(table.draw(table.read(files[table.file])), options.figures / f"{name}.png")
+            picture = options.figures / f"{name}.png"
+            save_figure(table.draw(table.read(files[table.file])), picture, {"Software": None})
         if options.page is None:
             print(f"{name}\n\n{table_text(name, files[table.file].parent)}\n")
     return 0

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from finetune.evidence.arms import Arms, Record, differences, interval_of, markdown, shown_interval
-from finetune.sweep.intervals import mean_interval, t_quantile
+from finetune.evidence.arms import Arms, Record, differences, markdown, shown_interval
+from finetune.sweep.intervals import interval_of, mean_interval, t_quantile
 from finetune.sweep.records import loss_of
 
 WITHIN = 0.01  # nats per token: how close 8 bits must come

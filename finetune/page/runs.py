@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.compare import find_runs, folder_names, read_recipe, read_record, read_run
+from finetune.compare import find_runs, folder_names, read_run
 from finetune.config.errors import InputError
 from finetune.storage.plots import smooth
 from finetune.sweep.records import latest, read_records
@@ -107,8 +107,8 @@ def read_lines(given: Sequence[str]) -> list[Line]:
 
 
 def _from_folder(path: Path, name: str) -> PageRun:
-    summary, options = read_run(path, name), read_recipe(path)
-    facts, metrics = read_record(path / "run.json"), summary.curve.metrics
+    summary = read_run(path, name)
+    options, facts, metrics = summary.options, summary.facts, summary.curve.metrics
     curves = {key: _curve(metrics, key) for key in dict.fromkeys(itertools.chain(["grad_norm"], *metrics))}
     curves |= {f"health/{key}": _worst(metrics, key) for key in _WORST}
     for key in ("loss", "grad_norm"):

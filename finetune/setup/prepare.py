@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from finetune.config.defaults import fit_seq_len
 from finetune.config.recipe import SEQ_LEN, Recipe
 from finetune.data.bigram import bigram_loss
-from finetune.data.corpus import open_corpus
+from finetune.data.corpus import Corpus, open_corpus
 from finetune.models.build import build_model, check_vocabulary, config_hash, model_config
 from finetune.models.optimizers import build_optimizers
 from finetune.models.routers import Router, find_routers, keep_biases_in_fp32
@@ -142,11 +142,21 @@ def _prepare_data(recipe: Recipe, config: Any, accelerator: Accelerator) -> tupl
     corpus = open_corpus(recipe)
     if accelerator.is_main_process:
         print(f"text: {corpus.label}, corpus {corpus.hash[:12]}; tokenizing what is not in the cache", flush=True)
+    tokenizer, cache = tokens_of(corpus, recipe, config, accelerator.num_processes)
+    facts = {"corpus": corpus.hash, "tokenizer": cache.meta["tokenizer"], "model_config": config_hash(config)}
+    return tokenizer, cache, facts | versions(accelerator)
+
+
+def tokens_of(corpus: Corpus, recipe: Recipe, config: Any, num_processes: int = 1) -> tuple[Any, TokenCache]:
+    """Return the tokenizer of a recipe, and the tokens of a corpus, of one without an end as many as the run takes.
+
+    Raises:
+        InputError: a tokenizer that the model is too small for, or too little text.
+    """
     name = recipe.tokenizer or recipe.init_from or str(train_tokenizer(corpus, config.vocab_size))
     tokenizer = load_tokenizer(name)
     check_vocabulary(config, tokenizer, "--tokenizer")
-    sequences = recipe.max_steps * recipe.batch_size * recipe.gradient_accumulation * accelerator.num_processes
+    sequences = recipe.max_steps * recipe.batch_size * recipe.gradient_accumulation * num_processes
     cache = token_cache(corpus, tokenizer, sequences * recipe.seq_len if corpus.endless else None)
     check_size(cache, recipe.seq_len)
-    facts = {"corpus": corpus.hash, "tokenizer": cache.meta["tokenizer"], "model_config": config_hash(config)}
-    return tokenizer, cache, facts | versions(accelerator)
+    return tokenizer, cache

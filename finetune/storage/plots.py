@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,38 @@ def smooth(values: Sequence[float]) -> list[float]:
     The first value is the first loss itself. The average spans `SMOOTHED_SHARE` of all values.
     """
     span = min(SMOOTHED_AT_MOST, max(1.0, SMOOTHED_SHARE * len(values)))
-    beta = 1 - 2 / (span + 1)
+    return moving_averages(values, 1 - 2 / (span + 1))
+
+
+def moving_averages(values: Sequence[float], beta: float) -> list[float]:
+    """Return the exponential moving averages of values, each divided by the weight of what it has seen."""
     averages, total, weight = [], 0.0, 0.0
     for value in values:
         total = beta * total + (1 - beta) * value
         weight = beta * weight + (1 - beta)
         averages.append(total / weight)
     return averages
+
+
+def new_figure(width: float, height: float = 4.5, layout: Any = None) -> Any:
+    """Return an empty figure without a window, of this size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a figure as .png; a reader sees the old picture or the new one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=120, format="png", metadata=metadata)
+    beside.replace(path)
 
 
 def plot_losses(
@@ -76,12 +101,8 @@ def plot_losses(
     Raises:
         OSError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     has_load = any(curve.expert_load[0] for curve in curves)
-    figure = Figure(figsize=(7, 6) if has_load else (7, 4.5))
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 6 if has_load else 4.5)
     axes = figure.add_axes((0.1, 0.37, 0.87, 0.57) if has_load else (0.1, 0.11, 0.87, 0.81))
     if has_load:
         _plot_loads(figure.add_axes((0.1, 0.09, 0.87, 0.22), sharex=axes), curves)
@@ -100,9 +121,7 @@ def plot_losses(
         axes.axhline(reference[1], color="gray", ls=":", label=reference[0])
     axes.set(xlabel=None if has_load else "step", ylabel="nats per token", title=title)
     axes.legend()
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(path)
+    save_figure(figure, path)
 
 
 def _plot_loads(axes: Any, curves: Sequence[LossCurve]) -> None:

@@ -13,23 +13,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from finetune.command_line import run_script
 from finetune.config.errors import InputError
-from finetune.storage.run_dir import RUNS
+from finetune.config.options import flag
 from finetune.sweep.costs import finished_seconds, plan_table
-from finetune.sweep.pictures import plot_series
 from finetune.sweep.plan import list_runs
 from finetune.sweep.reading import read_sweep
 from finetune.sweep.report import report
 from finetune.sweep.runner import SweepFolder, run_probes, run_sweep
 from finetune.sweep.spec import Sweep
-from finetune.sweep.telescope_command import add_options, check_not_given, listed, tune
-from finetune.sweep.transfer import list_series, slopes_text
 from finetune.sweep.workers import Places
 
+T = TypeVar("T")
 EXIT_CODES = (
     "Exit codes: 0 all runs are done, also those that diverged; 1 some are not; 2 bad input; 124 --max-minutes have "
     "passed; 130 or 143 Ctrl-C or SIGTERM came: the runs saved. Each begins or goes on with the next call."
@@ -64,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpus",
         metavar="ID,ID",
-        type=listed(str),
+        type=_listed(str),
         default=(),
         help="one run on each of these GPUs, as CUDA_VISIBLE_DEVICES names them, in place of --processes (default: all "
         "runs see all GPUs)",
@@ -84,8 +82,62 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="after so many minutes runs save and stop, and no other begins (default: 0, no limit)",
     )
-    add_options(parser.add_argument_group("tuning at small width"))
+    _add_options(parser.add_argument_group("tuning at small width"))
     return parser
+
+
+def _listed(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Return the type of an option that takes values with commas between them."""
+
+    def read(text: str) -> tuple[T, ...]:
+        return tuple(kind(part.strip()) for part in text.split(","))
+
+    read.__name__ = f"list of {kind.__name__} values"
+    return read
+
+
+def _add_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options that go with --tune; where one is not given its value is None."""
+    add, names, numbers = group.add_argument, _listed(str), _listed(int)
+    add("--tune", metavar="NAME,NAME", type=names, help="what is tuned: lr, and further options that are numbers")
+    add("--widths", metavar="N,N", type=numbers, help="widths of the grids, ascending; the first has the full grid")
+    add("--to", metavar="N", type=int, help="width that the values are for; nothing runs at it")
+    add(
+        "--scaling",
+        metavar="RULE",
+        help="the rule by which all widths are trained, as the script has it (default: none)",
+    )
+    add(
+        "--rates",
+        metavar="X,X",
+        type=_listed(float),
+        help="learning rates of the first grid (default: around the recipe's)",
+    )
+    add(
+        "--points",
+        metavar="N",
+        type=int,
+        help="values of each option in the first grid, a factor of 2 apart around the recipe's; not of lr with --rates "
+        "(default: 5)",
+    )
+    add("--seeds", metavar="N,N", type=numbers, help="seeds of every point of the grids (default: 0)")
+    add(
+        "--extend-rates",
+        metavar="N",
+        type=int,
+        help="values that may be added to each axis of a grid, beyond an end at which the best one is (default: 2)",
+    )
+
+
+def _check_not_given(options: argparse.Namespace) -> None:
+    """Check that a sweep of a file has none of the options that go with --tune.
+
+    Raises:
+        InputError: names the option.
+    """
+    for name in ("widths", "to", "scaling", "rates", "points", "seeds", "extend_rates"):
+        if getattr(options, name) is not None:
+            raise InputError(flag(name), "goes with --tune and a recipe; a sweep's file says it itself")
 
 
 def _work(argv: Sequence[str]) -> int:
@@ -97,28 +149,33 @@ def _work(argv: Sequence[str]) -> int:
     if options.max_minutes < 0:
         raise InputError("--max-minutes", f"{options.max_minutes:g} must not be negative")
     places = Places(len(options.gpus) or options.processes or 2, options.gpus)
-    return _sweep(options, places) if options.tune is None else tune(options, places)
+    if options.tune is None:
+        return _sweep(options, places)
+    from finetune.sweep.telescope_command import tune  # numpy, after the options have passed
+
+    return tune(options, places)
 
 
 def _sweep(options: argparse.Namespace, places: Places) -> int:
-    check_not_given(options)
+    _check_not_given(options)
     sweep = read_sweep(options.file)
     for name in options.only:
         if name not in sweep.arms:
             raise InputError("--only", f"there is no arm {name!r}; the arms are {', '.join(sweep.arms)}")
-    path = Path(options.output_dir).expanduser() if options.output_dir else RUNS / f"sweep-{sweep.name}"
-    path = path.resolve()
-    folder = SweepFolder(path, (sweep.records or path / "records.jsonl").resolve())
+    folder = SweepFolder.of(sweep, options.output_dir)
     results = folder.results(sweep)
     if options.report:
         print(report(sweep, results))
         return 0
     folder.create()
     if options.slopes:
+        from finetune.sweep.transfer import list_series, plot_series, slopes_text  # numpy
+
         series = list_series(sweep, results)
         print(slopes_text(series))
-        plot_series(series, path / "slopes.png")
-        print(f"picture: {path / 'slopes.png'}")
+        picture = folder.path / "slopes.png"
+        plot_series(series, picture)
+        print(f"picture: {picture}")
         return 0
     if options.plan:
         print(_plan(sweep, folder, options.only, places))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from finetune.sweep.intervals import MeanInterval, mean_interval, t_quantile
+from finetune.sweep.plan import Results
+from finetune.sweep.records import loss_of
+from finetune.sweep.spec import SweepArm, SweepRun
 
 # A parabola holds near its minimum: of a larger grid these many values of each axis, those around the lowest loss.
 WINDOW = 5
@@ -50,6 +54,25 @@ class Optimum:
     def is_interior(self) -> bool:
         """Whether the grid has its optimum inside."""
         return self.point is not None and not any(self.edges)
+
+
+def grid_losses(arms: Iterable[SweepArm], results: Results, others: Sequence[str] = ()) -> list[GridLoss] | None:
+    """Return the losses of a grid; None while runs are open or have failed.
+
+    Args:
+        arms: of the grid, which have the same rates and seeds.
+        results: of the sweep.
+        others: options in which the arms differ, the axes behind that of the rate.
+    """
+    losses = []
+    for arm in arms:
+        rest = [math.log2(arm.options[name]) for name in others]
+        for rate, seed in itertools.product(arm.rates, arm.seeds):
+            loss = loss_of(results.get(SweepRun(arm.name, rate, seed)))
+            if loss is None:
+                return None
+            losses.append(GridLoss((math.log2(rate), *rest), seed, loss))
+    return losses
 
 
 def mean_losses(losses: Sequence[GridLoss]) -> dict[tuple[float, ...], float]:

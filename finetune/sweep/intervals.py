@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -31,6 +31,12 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
         return MeanInterval(count, mean, None, None)
     deviation = statistics.stdev(values)
     return MeanInterval(count, mean, deviation, t_quantile(0.975, count - 1) * deviation / math.sqrt(count))
+
+
+def interval_of(values: Mapping[int, float]) -> MeanInterval | None:
+    """Return mean and interval of values by seed; None where there is none, or one is not finite."""
+    usable = bool(values) and all(map(math.isfinite, values.values()))
+    return mean_interval(list(values.values())) if usable else None
 
 
 @functools.cache

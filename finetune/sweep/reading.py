@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import re
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 from finetune.config.errors import InputError
 from finetune.data.texts import read_text
-from finetune.sweep.spec import ARM_KEYS, KEYS, Sweep, SweepArm, command_words
+from finetune.sweep.spec import ARM_KEYS, KEYS, Sweep, SweepArm, command_words, import_script
 from muon8bit import cli
 
 if sys.version_info >= (3, 11):
@@ -133,7 +132,7 @@ def _read_arm(file: Path, values: Mapping[str, Any], name: str) -> SweepArm:
 
 def _script(name: str, where: str) -> Any:
     try:
-        return importlib.import_module(name if "." in name else f"finetune.{name}")
+        return import_script(name)
     except ModuleNotFoundError as error:
         raise InputError(where, f"`script` {name!r} cannot be imported: {error}; give pretrain or sft") from None
 

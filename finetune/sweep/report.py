@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.compare import align
-from finetune.sweep.intervals import MeanInterval, mean_interval
+from finetune.sweep.intervals import MeanInterval, interval_of
 from finetune.sweep.plan import RateChoice, Results, choose_rate, list_runs
 from finetune.sweep.records import loss_of
 from finetune.sweep.spec import Sweep, SweepArm, SweepRun
@@ -56,19 +56,14 @@ def summarize_arm(sweep: Sweep, arm: SweepArm, results: Results) -> ArmResult:
             loss = loss_of(results.get(SweepRun(arm.name, choice.best, seed)))
             if loss is not None:
                 losses[seed] = loss
-    return ArmResult(arm, choice, losses, _summary(losses))
+    return ArmResult(arm, choice, losses, interval_of(losses))
 
 
 def compare_pairs(result: ArmResult, reference: ArmResult) -> PairedResult:
     """Return the differences of two arms, seed by seed."""
     seeds = [seed for seed in result.losses if seed in reference.losses]
     differences = {seed: result.losses[seed] - reference.losses[seed] for seed in seeds}
-    return PairedResult(result.arm.name, reference.arm.name, differences, _summary(differences))
-
-
-def _summary(values: Mapping[int, float]) -> MeanInterval | None:
-    usable = bool(values) and all(math.isfinite(value) for value in values.values())
-    return mean_interval(list(values.values())) if usable else None
+    return PairedResult(result.arm.name, reference.arm.name, differences, interval_of(differences))
 
 
 def report(sweep: Sweep, results: Results) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.errors import InputError
+from finetune.storage.run_dir import RUNS
 from finetune.sweep.costs import PROBE_STEPS, probe_options
 from finetune.sweep.plan import Results, choose_rate, list_runs, results_of
 from finetune.sweep.records import (
@@ -46,6 +47,12 @@ class SweepFolder:
     def probes(self) -> Path:
         """Path of the probes' records."""
         return self.path / PROBES
+
+    @classmethod
+    def of(cls, sweep: Sweep, given: str | None) -> SweepFolder:
+        """Return the folder of a sweep's file: the one that was given, or its usual one."""
+        path = (Path(given).expanduser() if given else RUNS / f"sweep-{sweep.name}").resolve()
+        return cls(path, (sweep.records or path / "records.jsonl").resolve())
 
     def create(self) -> None:
         """Make the folder.

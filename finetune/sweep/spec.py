@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ ARM_KEYS = {
 }
 # Options that change nothing of what a run learns or records.
 _IMMATERIAL = ("name", "lr", "seed", "save_every", "keep_checkpoints", "max_minutes", "step_timeout", "tracker")
+
+
+def import_script(name: str) -> Any:
+    """Return the module of a `script`."""
+    return importlib.import_module(name if "." in name else f"finetune.{name}")
 
 
 @dataclass(frozen=True, order=True)

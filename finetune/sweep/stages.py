@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.options import flag
-from finetune.sweep.fits import GridLoss, Optimum, find_optimum
+from finetune.sweep.fits import Optimum, find_optimum, grid_losses
 from finetune.sweep.plan import results_of
-from finetune.sweep.records import loss_of
-from finetune.sweep.spec import Sweep, SweepRun
+from finetune.sweep.spec import Sweep
 from finetune.sweep.telescope import Telescope
 
 
@@ -73,7 +70,7 @@ def _grown(
     left = telescope.extend
     while True:
         sweep = telescope.sweep(width, axes)
-        losses = grid_losses(telescope, sweep, results_of(sweep, records, where))
+        losses = grid_losses(sweep.arms.values(), results_of(sweep, records, where), telescope.tuned[1:])
         if losses is None:
             return Stage(width, axes, sweep)
         optimum = find_optimum(losses)
@@ -81,21 +78,6 @@ def _grown(
             return Stage(width, axes, sweep, optimum, _obstacle(telescope, width, axes, optimum))
         axes = tuple(_longer(axis, edge) for axis, edge in zip(axes, optimum.edges, strict=True))
         left -= 1
-
-
-def grid_losses(
-    telescope: Telescope, sweep: Sweep, results: Mapping[SweepRun, Mapping[str, Any]]
-) -> list[GridLoss] | None:
-    """Return the losses of a grid; None while runs are open or have failed."""
-    losses = []
-    for arm in sweep.arms.values():
-        rest = [math.log2(arm.options[name]) for name in telescope.tuned[1:]]
-        for rate, seed in itertools.product(arm.rates, arm.seeds):
-            loss = loss_of(results.get(SweepRun(arm.name, rate, seed)))
-            if loss is None:
-                return None
-            losses.append(GridLoss((math.log2(rate), *rest), seed, loss))
-    return losses
 
 
 def _longer(axis: tuple[float, ...], edge: int) -> tuple[float, ...]:

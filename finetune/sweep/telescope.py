@@ -6,7 +6,6 @@ Source: Essential AI 2025, Practical Efficiency of Muon for Pretraining (arXiv 2
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 from finetune.config.errors import InputError
 from finetune.config.options import Training, option_fields, option_type
 from finetune.sweep.reading import sweep_of
-from finetune.sweep.spec import Sweep, command_words
+from finetune.sweep.spec import Sweep, command_words, import_script
 from muon8bit import cli
 
 SCRIPT = "pretrain"
@@ -92,10 +91,9 @@ class Telescope:
 
     def parse(self, options: Mapping[str, Any]) -> Training:
         """Return the recipe with these options, as the script reads it."""
-        script = importlib.import_module(SCRIPT if "." in SCRIPT else f"finetune.{SCRIPT}")
         words = command_words(self.recipe, options, 1e-3, self.seeds[0])
         kept = [word for word in words if not word.startswith("--lr=")]
-        recipe: Training = script.parse([*kept, "--output-dir=.telescope.run"])[0]
+        recipe: Training = import_script(SCRIPT).parse([*kept, "--output-dir=.telescope.run"])[0]
         return recipe
 
     def options(self, width: int) -> dict[str, Any]:

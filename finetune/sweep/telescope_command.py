@@ -1,4 +1,4 @@
-"""`python -m finetune.sweep RECIPE --tune ...`: its options, its folder, and the grids one after another."""
+"""`python -m finetune.sweep RECIPE --tune ...`: its folder, and the grids one after another."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from finetune.config.errors import InputError
 from finetune.config.options import flag
@@ -21,63 +20,8 @@ from finetune.sweep.telescope import Telescope
 from finetune.sweep.telescope_report import costs_text, optima_text, plot_rates, write_recipe
 from finetune.sweep.workers import Places
 
-T = TypeVar("T")
 # Fields of a Telescope by which a folder is another sweep's; the others change nothing of what is done.
 _FIXED = ("tuned", "widths", "scaling", "rates", "points", "seeds")
-
-
-def listed(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """Return the type of an option that takes values with commas between them."""
-
-    def read(text: str) -> tuple[T, ...]:
-        return tuple(kind(part.strip()) for part in text.split(","))
-
-    read.__name__ = f"list of {kind.__name__} values"
-    return read
-
-
-def add_options(group: argparse._ArgumentGroup) -> None:
-    """Add the options that go with --tune; where one is not given its value is None."""
-    add = group.add_argument
-    add("--tune", metavar="NAME,NAME", type=listed(str), help="what is tuned: lr, and further options that are numbers")
-    add("--widths", metavar="N,N", type=listed(int), help="widths of the grids, ascending; the first has the full grid")
-    add("--to", metavar="N", type=int, help="width that the values are for; nothing runs at it")
-    add(
-        "--scaling",
-        metavar="RULE",
-        help="the rule by which all widths are trained, as the script has it (default: none)",
-    )
-    add(
-        "--rates",
-        metavar="X,X",
-        type=listed(float),
-        help="learning rates of the first grid (default: around the recipe's)",
-    )
-    add(
-        "--points",
-        metavar="N",
-        type=int,
-        help="values of each option in the first grid, a factor of 2 apart around the recipe's; not of lr with --rates "
-        "(default: 5)",
-    )
-    add("--seeds", metavar="N,N", type=listed(int), help="seeds of every point of the grids (default: 0)")
-    add(
-        "--extend-rates",
-        metavar="N",
-        type=int,
-        help="values that may be added to each axis of a grid, beyond an end at which the best one is (default: 2)",
-    )
-
-
-def check_not_given(options: argparse.Namespace) -> None:
-    """Check that a sweep of a file has none of the options that go with --tune.
-
-    Raises:
-        InputError: names the option.
-    """
-    for name in ("widths", "to", "scaling", "rates", "points", "seeds", "extend_rates"):
-        if getattr(options, name) is not None:
-            raise InputError(flag(name), "goes with --tune and a recipe; a sweep's file says it itself")
 
 
 def tune(options: argparse.Namespace, places: Places) -> int:

@@ -12,14 +12,15 @@ import yaml
 from finetune.compare import align
 from finetune.config.reading import RECIPES, read_values
 from finetune.config.recipe import Recipe
+from finetune.storage.plots import new_figure, save_figure
 from finetune.storage.run_dir import write_beside
 from finetune.sweep.costs import HOUR, predict
-from finetune.sweep.fits import mean_losses
-from finetune.sweep.pictures import draw_losses, new_figure, save_figure
+from finetune.sweep.fits import grid_losses, mean_losses
 from finetune.sweep.plan import Results
 from finetune.sweep.records import latest
-from finetune.sweep.stages import Stage, grid_losses
+from finetune.sweep.stages import Stage
 from finetune.sweep.telescope import Telescope
+from finetune.sweep.transfer import draw_losses
 
 
 def costs_text(
@@ -128,7 +129,8 @@ def plot_rates(telescope: Telescope, stages: Sequence[Stage], records: Sequence[
     axes = figure.add_axes((0.1, 0.12, 0.87, 0.8))
     results = latest(records)
     for number, stage in enumerate(stages):
-        optimum, losses = stage.optimum, grid_losses(telescope, stage.sweep, results)
+        optimum = stage.optimum
+        losses = grid_losses(stage.sweep.arms.values(), results, telescope.tuned[1:])
         if stage.best is None or optimum is None or optimum.point is None or losses is None:
             continue
         means = mean_losses(losses)

@@ -6,19 +6,28 @@ recipe has without `width` all rules are one: an arm of that width without `scal
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetune.compare import align
 from finetune.config.errors import InputError
 from finetune.config.width import WIDTH
-from finetune.sweep.fits import RESAMPLES, GridLoss, Optimum, Slope, find_optimum, slope_over_width
+from finetune.storage.plots import new_figure, save_figure
+from finetune.sweep.fits import (
+    RESAMPLES,
+    GridLoss,
+    Optimum,
+    Slope,
+    find_optimum,
+    grid_losses,
+    mean_losses,
+    slope_over_width,
+)
 from finetune.sweep.plan import Results
-from finetune.sweep.records import loss_of
-from finetune.sweep.spec import Sweep, SweepArm, SweepRun
+from finetune.sweep.spec import Sweep, SweepArm
 
 RULE = "scaling"
 ENOUGH = (5, 3)  # rates and seeds of a width, fewer of which a note tells
@@ -79,21 +88,11 @@ def _is_common(sweep: Sweep, key: str, value: Any) -> bool:
 
 
 def _read_series(label: str, arms: Mapping[int, SweepArm], results: Results) -> WidthSeries:
-    losses: dict[int, list[GridLoss] | None] = {width: _losses(arm, results) for width, arm in arms.items()}
+    losses: dict[int, list[GridLoss] | None] = {width: grid_losses([arm], results) for width, arm in arms.items()}
     optima = {width: None if found is None else find_optimum(found) for width, found in losses.items()}
     known = {width: found for width, found in losses.items() if found is not None}
     is_whole = len(known) > 1 and all(optimum is not None and optimum.is_interior for optimum in optima.values())
     return WidthSeries(label, losses, optima, slope_over_width(known) if is_whole else None)
-
-
-def _losses(arm: SweepArm, results: Results) -> list[GridLoss] | None:
-    found = []
-    for rate, seed in itertools.product(arm.rates, arm.seeds):
-        loss = loss_of(results.get(SweepRun(arm.name, rate, seed)))
-        if loss is None:
-            return None
-        found.append(GridLoss((math.log2(rate),), seed, loss))
-    return found
 
 
 def slopes_text(series: list[WidthSeries]) -> str:
@@ -158,3 +157,46 @@ def _cells(losses: list[GridLoss] | None, optimum: Optimum | None) -> tuple[str,
 
 def _interval(ends: tuple[float, float] | None) -> str:
     return "not resolved" if ends is None else f"{ends[0]:+.3f} to {ends[1]:+.3f}"
+
+
+def draw_losses(axes: Any, number: int, label: str, losses: Mapping[float, float], optimum: Optimum | None) -> None:
+    """Draw the losses of one grid over its learning rates, and a star with its interval at the fitted minimum.
+
+    Args:
+        axes: of matplotlib.
+        number: of the grid, which has the color.
+        label: of the grid.
+        losses: log2 of a rate -> mean loss; infinite ones are left out.
+        optimum: of the grid; its first axis is the rate. None, or one without a minimum: no star.
+    """
+    color = f"C{number % 10}"
+    curve = [(2**x, loss) for x, loss in sorted(losses.items()) if math.isfinite(loss)]
+    axes.plot(*zip(*curve, strict=True), "o-", color=color, lw=1.2, ms=4, label=label)
+    if optimum is not None and optimum.point is not None and optimum.height is not None:
+        x, half = optimum.point[0], optimum.half_widths[0] if optimum.half_widths else 0.0
+        spread = [[2**x - 2 ** (x - half)], [2 ** (x + half) - 2**x]]
+        axes.errorbar([2**x], [optimum.height], xerr=spread, fmt="*", color=color, ms=11, capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+
+
+def plot_series(series: list[WidthSeries], path: Path) -> None:
+    """Draw the loss over the learning rate for each width, a panel a series.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure = new_figure(4.5 * len(series))
+    panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
+    for axes, each in zip(panels, series, strict=True):
+        for number, (width, losses) in enumerate(each.losses.items()):
+            if losses is not None:
+                means = {point[0]: mean for point, mean in mean_losses(losses).items()}
+                draw_losses(axes, number, f"width {width}", means, each.optima[width])
+        slope = "no slope" if each.slope is None else f"slope {each.slope.value:+.2f}"
+        axes.set(xlabel="learning rate", title=f"{each.label}: {slope}")
+        if axes.lines:
+            axes.legend()
+    panels[0].set_ylabel("validation loss, nats per token")
+    figure.tight_layout()
+    save_figure(figure, path)

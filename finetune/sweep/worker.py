@@ -5,7 +5,6 @@ It begins the run, or resumes it from its checkpoint, and writes its record.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 from finetune.storage.checkpoints import named_checkpoints, step_of
 from finetune.sweep.records import append_record, make_record, measure, num_threads, read_json, surroundings
+from finetune.sweep.spec import import_script
 
 STARTED = time.monotonic()
 LARGE = ("checkpoints", "model", "adapter")
@@ -92,9 +92,8 @@ def run(job: SweepJob) -> int:
     words = begin_or_resume(job)
     resumed_at = step_of(named_checkpoints(job.run_folder)[-1]) if words[0] == "--resume" else 0
     print(f"\n{started:%Y-%m-%d %H:%M:%S} {job.facts['script']} {' '.join(words)}", flush=True)
-    name = job.facts["script"]
     try:
-        code: int = importlib.import_module(name if "." in name else f"finetune.{name}").main(words)
+        code: int = import_script(job.facts["script"]).main(words)
     except Exception:  # told in the record, and in the log in full
         traceback.print_exc()
         code = 1

@@ -16,7 +16,7 @@ from helpers.refusals import check_refused
 from torch import nn
 
 from finetune.evidence import figures, page
-from finetune.evidence.arms import differences, interval_of, read_arms
+from finetune.evidence.arms import differences, read_arms
 from finetune.evidence.associative_memory import embeddings, gap_curve, gradient, loss_and_gap, rotation
 from finetune.evidence.biographies import QUESTIONS, make_biographies
 from finetune.evidence.controls import keep_rounded, round_by_block, round_by_row, round_by_tensor
@@ -34,6 +34,7 @@ from finetune.evidence.tables import (
     seeds_needed,
     steps_to,
 )
+from finetune.sweep.intervals import interval_of
 from finetune.sweep.reading import read_sweep
 from finetune.sweep.records import make_record
 from muon8bit import Muon8bit
