@@ -29,8 +29,7 @@ class QuantizationHealth:
     says so. It costs 4 bytes per element of the sample, one pass over it in a step, and in every `every`-th one two
     Newton-Schulz of each matrix in fp32, for which the host then waits. Steps that are skipped do not count.
 
-    The measures are those of `MatrixHealth`; the threshold of the warning is on the cosine of the orthogonalized
-    update: see `measures.advice`.
+    The measures are those of `MatrixHealth`; the threshold of the warning is on `descent`: see the head of `measures`.
 
     With `process_group` each rank that attaches one watches by itself. State on the host is brought for what is
     measured.
