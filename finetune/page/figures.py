@@ -217,12 +217,23 @@ def _draw_rates(lines: Sequence[Line], unit: str) -> DrawnFigure | None:
         told.append(f"{arm}: lowest {means[best]:.4g} at {list(rates)[best]:g}")
     axes.set_xscale("log")
     rates_shown = sorted({rate for rates in arms.values() for rate in rates})
-    axes.set_xticks(rates_shown, [f"{rate:g}" for rate in rates_shown], rotation=30)
+    labelled = _far_apart(rates_shown)
+    axes.set_xticks(rates_shown, [f"{rate:g}" if rate in labelled else "" for rate in rates_shown], rotation=30)
     axes.minorticks_off()
     label = f"validation loss (nats per {unit})"
     axes.set(xlabel="peak learning rate", ylabel=label)
     caption = "After the last step; means over seeds, bars from the lowest to the highest."
     return _finish(axes, "Loss by learning rate", f"{label} by learning rate. {'; '.join(told)}.", caption, True)
+
+
+def _far_apart(rates: Sequence[float]) -> set[float]:
+    """Return those of ascending rates whose labels do not overlap on a log axis: both ends, and at most 9 between."""
+    first, last = rates[0], rates[-1]
+    kept, ratio = [first], (last / first) ** 0.1 * (1 - 1e-9)
+    for rate in rates[1:-1]:
+        if rate / kept[-1] >= ratio and last / rate >= ratio:
+            kept.append(rate)
+    return {*kept, last}
 
 
 def _mib(num_bytes: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -204,6 +205,23 @@ def test_a_sweep_draws_each_arm_at_its_best_rate_and_losses_by_rate(page, tmp_pa
     page("sweep/records.jsonl", "--output", "again.html")
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "page.html").read_bytes()
     check_needs_nothing(found, (tmp_path / "page.html").read_text())
+
+
+def test_labels_of_near_learning_rates_do_not_overlap(page, tmp_path):
+    """Twelve rates, as of a grid that narrows: the labels that are there stand apart, and the outermost are there."""
+    wide, narrow = [0.00125 * 2**i for i in range(7)], [0.02148, 0.03038, 0.04296, 0.06075]
+    losses = {("a", rate, 0): 4.0 for rate in wide} | {("b", rate, 0): 4.0 for rate in narrow}
+    write_records(tmp_path / "sweep" / "records.jsonl", losses)
+    page("sweep")
+    svg = next(
+        text
+        for text in re.findall(r"<svg.*?</svg>", (tmp_path / "page.html").read_text(), re.S)
+        if "by learning" in text
+    )
+    shown = {float(text) for text in re.findall(r">(0\.0\d+)</text>", svg)}
+    labels = sorted(shown & {*wide, *narrow})
+    assert (labels[0], labels[-1]) == (0.00125, 0.08)
+    assert all(high / low > 1.3 for low, high in itertools.pairwise(labels))
 
 
 def check_needs_nothing(found, text):
