@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.command_line import run_script
-from finetune.config.errors import InputError
+from finetune.config.errors import InputError, named_here
 from finetune.config.options import SCALINGS, flag
 from finetune.config.recipe import Recipe, read_recipe, recipe_from
 from finetune.coordinates.verdict import judge, plot_changes, table
@@ -74,14 +74,15 @@ def parse(argv: Sequence[str]) -> tuple[list[Recipe], str, Path]:
         if getattr(args, name) < least:
             raise InputError(f"--{name}", f"{getattr(args, name)} must be at least {least}")
     if len(widths) < 2:
-        raise InputError("--widths", f"{args.widths} is one width, and changes are compared between several")
+        raise InputError("--widths", f"{args.widths} is one width; give at least two, whose changes are compared")
     fixed = {"scaling": args.scaling, "max_steps": args.steps, "warmup_steps": 0, "decay_steps": 0}
     fixed["schedule"] = "constant_with_warmup"
     values = {**dataclasses.asdict(read_recipe(args.recipe)), **asked, **fixed}
-    recipes: list[Recipe] = [
-        recipe_from({**values, "width": width, "seed": seed}, "the options")
-        for width, seed in itertools.product(widths, range(args.seeds))
-    ]
+    with named_here("--width", "--widths"):
+        recipes: list[Recipe] = [
+            recipe_from({**values, "width": width, "seed": seed}, "the options")
+            for width, seed in itertools.product(widths, range(args.seeds))
+        ]
     folder = args.output or Path("runs") / f"coordinates-{recipes[0].name}-{args.scaling}"
     return recipes, args.init or args.scaling, folder
 

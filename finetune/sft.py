@@ -116,7 +116,7 @@ def _check_paths(recipe: SftRecipe) -> None:
     if recipe.model.startswith("package:"):
         package_file(recipe.model)
     check_model_folder(model, "--model")
-    if not model.exists() and (model.is_absolute() or model.suffix == ".gguf" or recipe.model.startswith(".")):
+    if not model.exists() and (model.suffix == ".gguf" or recipe.model.startswith(".")):
         raise InputError("--model", f"there is no {recipe.model}; give a folder, a GGUF file or a hub name")
     if not dataset.exists() and (dataset.is_absolute() or row_kind(dataset)):
         raise InputError("--dataset", f"there is no {recipe.dataset}; give a file, a folder or a name for `datasets`")

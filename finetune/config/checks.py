@@ -33,13 +33,23 @@ def check_model_folder(path: Path, option: str) -> None:
     """Check that a path is no folder, or one of a transformers model.
 
     Raises:
-        InputError: it holds no config.json.
+        InputError: it holds no config.json, or it is absolute, so no hub name, and there is nothing.
     """
+    if path.is_absolute() and not path.exists():
+        kinds = "a folder, a GGUF file or a hub name" if option == "--model" else "a folder or a hub name"
+        raise InputError(option, f"there is no {path}; give {kinds}")
     if not path.is_dir() or (path / "config.json").is_file():
         return
     if (path / "adapter_config.json").is_file():
         base = ", and this folder as --adapter" if option == "--model" else ""
         raise InputError(option, f"{path} is an adapter; give its base{base}")
+    inner, adapter = path / "model", path / "adapter"
+    if (inner / "config.json").is_file():
+        raise InputError(option, f"{path} is the folder of a run; give {inner}")
+    if (adapter / "adapter_config.json").is_file():
+        way = f"give its base, and {adapter} as --adapter"
+        way = way if option == "--model" else f"merge it, by python -m finetune.merge {path}"
+        raise InputError(option, f"{path} is the run of an adapter; {way}")
     raise InputError(option, f"{path} holds no config.json; give the folder of a transformers model")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(Exception):
     """Bad input: one clear sentence that names the option and the way out. `main` prints it and returns 2.
@@ -16,6 +19,24 @@ class InputError(Exception):
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.args[1]}"
+
+
+@contextmanager
+def named_here(option: str, here: str) -> Iterator[None]:
+    """Raise bad input of an option under the name that this command has for it.
+
+    Args:
+        option: as the scripts name it, such as `--width`.
+        here: as it was typed, such as `--widths`.
+
+    Raises:
+        InputError: what the block raises, with `here` for `option`.
+    """
+    try:
+        yield
+    except InputError as error:
+        name, problem = error.args
+        raise InputError(here if name == option else name, problem) from None
 
 
 class StorageError(Exception):

@@ -58,9 +58,10 @@ def no_recipe(name: str, folder: Path | None) -> InputError:
     scripts |= {path.stem: "sft" for path in sorted(SFT_RECIPES.glob("*.yaml"))}
     known = [stem for stem in scripts if folder is None or (folder / f"{stem}.yaml").is_file()]
     close = cli.nearest(name, scripts)
+    what = f"there is no file {name}" if Path(name).suffix in (".yaml", ".yml") else f"no recipe {name!r}"
     whose = "" if close is None or close in known else f", a recipe of {scripts[close]}"
     meant = f"did you mean {close}{whose}? It must be" if close else "give"
-    return InputError("--recipe", f"no recipe {name!r}; {meant} one of {', '.join(known)}, or a YAML file")
+    return InputError("--recipe", f"{what}; {meant} one of {', '.join(known)}, or a YAML file")
 
 
 def _renamed(values: Mapping[str, Any], kind: type[Training], origin: str) -> dict[str, Any]:

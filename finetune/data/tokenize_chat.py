@@ -102,7 +102,9 @@ class ChatEncoding:
         except ValueError:
             raise InputError("--date", f"{date!r} is no day; write it as 2024-07-26") from None
         if chat_template is None and not tokenizer.chat_template:
-            raise InputError("--model", "its tokenizer has no chat template; give one by --chat-template FILE")
+            raise InputError(
+                "--model", "its tokenizer has no chat template; give tulu, chatml or a Jinja file as --chat-template"
+            )
         if chat_template is None and isinstance(tokenizer.chat_template, dict):
             names = ", ".join(sorted(tokenizer.chat_template))
             if "default" not in tokenizer.chat_template:

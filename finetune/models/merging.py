@@ -68,6 +68,8 @@ def find_adapter(path: Path, base: str | None = None) -> AdapterSource:
             raise InputError("RUN", f"{path} trained all weights: its model/ is whole, and there is nothing to merge")
         if (path / "recipe.yaml").is_file():
             raise InputError("RUN", _incomplete(path))
+        if not path.exists():
+            raise InputError("RUN", f"there is no {path}; give the folder of a run or of an adapter")
         raise InputError("RUN", f"{path} holds no adapter_config.json; give the folder of a run or of an adapter")
     named = base_of_adapter(folder, "RUN")
     record = _recorded(folder)

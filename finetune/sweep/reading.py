@@ -37,11 +37,12 @@ def read_sweep(path: str) -> Sweep:
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
-        raise InputError("FILE.toml", f"there is no file {path}; give a sweep's TOML file")
+        raise InputError("FILE.toml", f"there is no file {path}; give a sweep's TOML file, or a recipe with --tune")
     try:
         values = tomllib.loads(read_text(file, "FILE.toml"))
     except tomllib.TOMLDecodeError as error:
-        raise InputError(str(file), f"is not TOML: {error}") from None
+        way = "; a recipe takes --tune" if file.suffix in (".yaml", ".yml") else ""
+        raise InputError(str(file), f"is not TOML: {error}{way}") from None
     return sweep_of(values, file)
 
 

@@ -89,15 +89,18 @@ def _longer(axis: tuple[float, ...], edge: int) -> tuple[float, ...]:
 
 def _obstacle(telescope: Telescope, width: int, axes: Sequence[Sequence[float]], optimum: Optimum | None) -> str:
     if optimum is None:
-        return f"every run at width {width} diverged; give lower --rates"
+        return f"every run at width {width} diverged; give lower --rates and another --output-dir"
     for name, axis, edge in zip(telescope.tuned, axes, optimum.edges, strict=True):
         if edge:
             end, more = ("upper", "higher") if edge > 0 else ("lower", "lower")
             way = f"{more} --rates" if name == "lr" else f"the recipe a {more} {name}"
             return (
                 f"the best {flag(name)} at width {width} is at the {end} end of its grid, {axis[0]:g} to {axis[-1]:g}, "
-                f"which is no result; raise --extend-rates, or give {way}"
+                f"which is no result; raise --extend-rates, or give {way} and another --output-dir"
             )
     if optimum.point is None:
-        return f"a quadratic fit to the losses at width {width} has no minimum; give more --seeds, or more --points"
+        return (
+            f"a quadratic fit to the losses at width {width} has no minimum; give more --seeds or --points, and "
+            "another --output-dir"
+        )
     return ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config.errors import InputError
+from finetune.config.errors import InputError, named_here
 from finetune.config.options import Training, option_fields, option_type
 from finetune.sweep.reading import sweep_of
 from finetune.sweep.spec import Sweep, command_words, import_script
@@ -87,7 +87,8 @@ class Telescope:
             option = "--points" if self.points < LEAST else "--rates"
             raise InputError(option, f"give {LEAST} values or more: of fewer none is between others")
         for width in (*self.widths, self.to):
-            self.parse(self.options(width))
+            with named_here("--width", "--to" if width == self.to else "--widths"):
+                self.parse(self.options(width))
 
     def parse(self, options: Mapping[str, Any]) -> Training:
         """Return the recipe with these options, as the script reads it."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.errors import InputError
-from finetune.config.options import flag
+from finetune.config.options import SCALINGS, flag
 from finetune.storage.run_dir import RUNS, write_beside
 from finetune.sweep.records import read_json, read_records
 from finetune.sweep.runner import TIME_IS_UP, SweepFolder, run_probes, run_sweep
@@ -54,6 +54,8 @@ def _telescope(options: argparse.Namespace) -> Telescope:
         least = 0 if name == "seeds" else 1e-300
         if len(set(values)) < len(values) or not all(least <= value < math.inf for value in values):
             raise InputError(flag(name), f"{','.join(map(str, values))}: give each value once, and none below 0")
+    if options.scaling not in (None, *SCALINGS):
+        raise InputError("--scaling", f"{options.scaling!r} is not one of {', '.join(SCALINGS)}")
     telescope = Telescope(
         recipe=options.file,
         tuned=tuple(sorted(options.tune, key=lambda name: name != "lr")),

@@ -162,7 +162,7 @@ def test_merge_and_chat_refuse_what_is_no_adapter_and_a_base_that_is_not_recorde
     assert (tmp_path / "old" / "model" / "config.json").is_file()
     assert pretrain("--output-dir", "all", "--max-steps", 1, "--warmup-steps", 0).code == 0
     check_refused(merging("all"), "RUN", "all weights")
-    check_refused(merging(tmp_path / "nowhere"), "RUN", "adapter_config.json")
+    check_refused(merging(tmp_path / "nowhere"), "RUN", "there is no")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "recipe.yaml").write_text("name: it\n")
     check_refused(chat("begun"), "RUN", "no checkpoint", "delete", f"{tmp_path / 'all'} is complete")

@@ -437,7 +437,7 @@ def test_a_tokenizer_without_a_template_and_a_bad_date_are_refused(monkeypatch):
     with pytest.raises(InputError, match=r"--date: '26 Jul' is no day"):
         ChatEncoding(tokenizer, date="26 Jul")
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(InputError, match="has no chat template; give one by --chat-template FILE"):
+    with pytest.raises(InputError, match="has no chat template; give tulu, chatml or a Jinja file as --chat-template"):
         ChatEncoding(tokenizer, date=DATE)
 
 

@@ -113,10 +113,31 @@ def test_a_model_that_is_none_is_refused_before_torch_is_imported(tmp_path):
     from finetune.sft import parse
 
     (tmp_path / "wrong").mkdir()
+    for run, inner, file in (("full", "model", "config.json"), ("lora", "adapter", "adapter_config.json")):
+        (tmp_path / run / inner).mkdir(parents=True)
+        (tmp_path / run / inner / file).write_text("{}")
     for check, args, words in (
         (parse, ["--model", "wrong"], r"--model: .*wrong holds no config.json"),
         (parse, ["--model", "package:no_such"], r"--model: .*'no_such' is not installed"),
+        (parse, ["--model", "full"], r"--model: .*full is the folder of a run; give .*full.model"),
+        (
+            parse,
+            ["--model", "lora"],
+            r"--model: .*lora is the run of an adapter; give its base, and .*lora.adapter as --adapter",
+        ),
         (parse_pretrain, ["--init-from", "wrong"], r"--init-from: .*wrong holds no config.json"),
+        (parse_pretrain, ["--init-from", "full"], r"--init-from: .*full is the folder of a run; give .*full.model"),
+        (
+            parse_pretrain,
+            ["--init-from", "lora"],
+            r"--init-from: .*lora is the run of an adapter; merge it, by python -m ",
+        ),
+        (
+            parse_pretrain,
+            ["--init-from", str(tmp_path / "nowhere")],
+            r"--init-from: there is no .*nowhere; give a folder or ",
+        ),
+        (parse_pretrain, ["--recipe", "nowhere.yaml"], r"--recipe: there is no file nowhere.yaml; give "),
     ):
         with pytest.raises(InputError, match=words):
             check(args)

@@ -117,10 +117,13 @@ def test_what_a_sweep_file_gets_wrong_is_named_with_the_way_out(sweep, write, ch
     assert [path.name for path in tmp_path.iterdir()] == ["it.toml"]
 
 
-def test_the_command_refuses_what_it_cannot_do(sweep, write):
+def test_the_command_refuses_what_it_cannot_do(sweep, write, tmp_path):
     check_refused(sweep(write(), "--only", "plan"), "--only", "'plan'", "plain, decayed")
     check_refused(sweep(write(), "--processes", 0), "--processes", "above 0")
     check_refused(sweep("nowhere.toml"), "nowhere.toml")
+    check_refused(sweep("llama_4m"), "llama_4m", "--tune")
+    (tmp_path / "own.yaml").write_text("max_steps: 4\n")
+    check_refused(sweep("own.yaml"), "own.yaml: is not TOML", "--tune")
 
 
 def test_the_sweep_of_the_docs_is_one(tmp_path):

@@ -166,18 +166,18 @@ def test_an_optimum_at_an_end_stops_the_sweep_or_its_grid_grows(recipe_file):
     assert stages[0].best is None
     assert stages[0].obstacle == (
         "the best --lr at width 32 is at the upper end of its grid, 0.00075 to 0.012, which is no result; raise "
-        "--extend-rates, or give higher --rates"
+        "--extend-rates, or give higher --rates and another --output-dir"
     )
     stages, records = run_all(make(recipe_file, extend=3, **lr), far)
     assert stages[0].best[0] == pytest.approx(0.04, rel=1e-3)
     assert [tuple(map(len, stage.axes)) for stage in stages] == [(8,), (3,)]
     assert len(records) == 8 + 3
     stages, _ = run_all(make(recipe_file, **lr), lambda *_: math.inf)
-    assert stages[0].obstacle == "every run at width 32 diverged; give lower --rates"
+    assert stages[0].obstacle == "every run at width 32 diverged; give lower --rates and another --output-dir"
     small = make(recipe_file, rates=(0.005, 0.01, 0.02), points=3)
     stages, _ = run_all(small, lambda width, rate, seed, decay: loss_at_width(width, rate, seed, decay * 4))
     assert "lower end" in stages[0].obstacle
-    assert "give the recipe a lower weight_decay" in stages[0].obstacle
+    assert "give the recipe a lower weight_decay and another --output-dir" in stages[0].obstacle
 
 
 def test_costs_add_up(recipe_file):
@@ -215,10 +215,11 @@ def test_what_cannot_be_tuned_is_refused_by_name(tune, command, tmp_path):
     check_refused(tune("weight_decay", *widths), "--tune", "needs lr")
     check_refused(tune("lr", "--widths", "64,32", "--to", "128"), "--widths", "64,32", "ascend")
     check_refused(tune("lr", "--widths", "32,256", "--to", "128"), "--widths", "--to 128")
-    check_refused(tune("lr", "--widths", "32,40", "--to", "128"), "--width", "40", "32 and 48")
+    check_refused(tune("lr", "--widths", "32,40", "--to", "128"), "--widths: ", "40", "32 and 48")
+    check_refused(tune("lr", "--widths", "32,64", "--to", "136"), "--to: ", "136", "128 and 144")
     check_refused(tune("lr", *widths, "--rates", "1e-3,1e-2"), "--rates", "3 values")
     check_refused(tune("lr", *widths, "--rates", "1e-3,0,1e-2"), "--rates", "0")
-    check_refused(tune("lr", *widths, "--scaling", "spectrl"), "--scaling", "spectrl")
+    check_refused(tune("lr", *widths, "--scaling", "spectrl"), "--scaling: 'spectrl'", "essential")
     check_refused(tune("lr", *widths, "--only", "w32"), "--only", "--tune")
     check_refused(tune("lr", "--to", "128"), "--widths", "needed")
     check_refused(tune("lr", *widths, "--processes", "2", "--gpus", "0,1"), "--processes", "--gpus")

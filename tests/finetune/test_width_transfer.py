@@ -66,9 +66,9 @@ def test_a_coordinate_check_leaves_a_record_and_a_picture_and_goes_on(recipe_fil
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--widths", "32"], ["--widths", "one width"]),
+        (["--widths", "32"], ["--widths", "one width", "give at least two"]),
         (["--widths", "32,wide"], ["--widths", "no list of whole numbers"]),
-        (["--widths", "32,40"], ["--width", "the nearest that work: 32 and 48"]),
+        (["--widths", "32,40"], ["--widths: ", "the nearest that work: 32 and 48"]),
         (["--widths", "16,32", "--", "--seed", "3"], ["--seed", "leave it out after --"]),
         (["--widths", "16,32", "--", "--lr", "-1"], ["--lr", "above 0"]),
     ],
