@@ -8,31 +8,37 @@ step ahead of others, which nobody can undo: the optimizer then refuses to go on
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 
+@dataclass
 class Commit:
     """Moment of a step's first write: call it just before; `actions` then run, once.
 
-    Args:
-        confirm: called just before that moment, once; an error that it raises leaves the step not begun.
+    Attributes:
+        ask_ranks: called just before that moment, once; an error that it raises leaves the step not begun.
+        actions: what is to run then.
+        is_confirmed: the other ranks have said that they go on too.
+        is_done: the moment has passed.
     """
 
-    def __init__(self, confirm: Callable[[], None] | None = None) -> None:
-        self.is_done, self.is_confirmed = False, confirm is None
-        self._confirm = confirm
-        self.actions: list[Callable[[], None]] = []
+    ask_ranks: Callable[[], None] | None = None
+    actions: list[Callable[[], None]] = field(default_factory=list)
+    is_confirmed: bool = False
+    is_done: bool = False
 
     def confirm(self) -> None:
         """Ask whether the other ranks go on too, for what cannot be held back until `commit` itself is called."""
-        if not self.is_confirmed and self._confirm is not None:
-            self._confirm()
-            self.is_confirmed = True
+        if self.ask_ranks is not None and not self.is_confirmed:
+            self.ask_ranks()
+        self.is_confirmed = True
 
     def __call__(self) -> None:
         """Run the actions, if it is the first call."""
-        if not self.is_done:
-            if not self.is_confirmed:
-                self.confirm()
-            self.is_done = True
-            for action in self.actions:
-                action()
+        if self.is_done:
+            return
+        if self.ask_ranks is not None:
+            self.confirm()
+        self.is_done = True
+        for action in self.actions:
+            action()

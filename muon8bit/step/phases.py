@@ -63,11 +63,6 @@ class GroupStep:
                 sums = _sums_of_squares([param.grad for param in params], device)
                 yield [param.index for param in params], sums
 
-    def names_of(self, indices: Sequence[int]) -> Names:
-        """Return a function that names these parameters of the group, and keeps no gradient alive."""
-        group, group_index = self.group, self.group_index
-        return lambda: [describe(group, group_index, index) for index in indices]
-
     def indices(self) -> list[int]:
         """Return the indices of the parameters that this rank steps by itself; all ranks list the same ones."""
         return [param.index for param in self.params if not param.is_shared]
@@ -93,6 +88,11 @@ def _sums_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
         return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square()
     ends = [torch.stack(grad.aminmax()) if grad.numel() else grad.new_zeros(2) for grad in grads]
     return torch.stack([pair.float().square().sum() for pair in ends])
+
+
+def _names_of(group: dict[str, Any], group_index: int, indices: Sequence[int]) -> list[str]:
+    """Return what these parameters of a group are called."""
+    return [describe(group, group_index, index) for index in indices]
 
 
 def gathering(work: Sequence[GroupStep], rank_group: RankGroup, found_inf: Tensor | None) -> Gathering:
@@ -122,15 +122,16 @@ def finite_flags(
             yield of_scaler, (found_inf == 0).view(1)
         for step in work:
             for indices, sums in step.sums():
-                yield step.names_of(indices), sums.isfinite()
+                yield partial(_names_of, step.group, step.group_index, indices), sums.isfinite()
         return
     names = [] if found_inf is None else [of_scaler]
-    names += [step.names_of(step.indices()) for step in work]
+    names += [partial(_names_of, step.group, step.group_index, step.indices()) for step in work]
     everywhere = gathering.run(rank_group.transport)
     yield lambda: [name for namer in names for name in namer()], everywhere == 0
     for step in work:
         for batch in step.sharded:
-            yield step.names_of([member.param_index for member in batch.members]), batch.sumsq.isfinite()
+            indices = [member.param_index for member in batch.members]
+            yield partial(_names_of, step.group, step.group_index, indices), batch.sumsq.isfinite()
 
 
 def check_not_captured() -> None:

@@ -40,7 +40,7 @@ def walked(algorithm, num_params=1):
     return codes, num_calls
 
 
-@pytest.mark.parametrize(("algorithm", "num_files", "num_functions"), [("muon", 16, 83), ("adamw", 8, 33)])
+@pytest.mark.parametrize(("algorithm", "num_files", "num_functions"), [("muon", 16, 81), ("adamw", 8, 31)])
 def test_a_step_enters_at_most_so_many_files_and_functions(algorithm, num_files, num_functions):
     codes, _ = walked(algorithm)
     assert len({code.co_filename for code in codes}) <= num_files
