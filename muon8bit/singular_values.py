@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._text import render
+from ._text import render, unwrapper
 from .routing import Piece, matrix_pieces, pieces_of
 
 TOP = 10  # singular values in `top_energy`
@@ -110,18 +110,18 @@ def spectra(model: nn.Module | Mapping[str, Tensor], updates: Mapping[str, Tenso
     Args:
         model: with values; or name -> tensor [..., rows, cols] of any float dtype, whose names alone tell the groups.
         updates: name -> tensor of the parameter's shape, as gradients or differences of weights, to be decomposed in
-            place of the weights. Parameters without one are left out.
+            place of the weights. Matrices without one are left out, and so are updates of other parameters.
 
     Raises:
         TypeError: for a model that is neither.
-        ValueError: for a model without a matrix, an update that is none of a matrix's, or has another shape; for a
-            tensor that is not finite or has no values, by name.
+        ValueError: for a model without a matrix, or updates of none; for an update of no parameter, or of another
+            shape; for a tensor that is not finite or has no values, by name.
         NotImplementedError: for a sharded parameter, by name.
     """
     if isinstance(model, nn.Module):
         found = [(piece, piece.param) for piece in matrix_pieces(model)]
         if updates is not None:
-            found = list(_of_updates([piece for piece, _ in found], updates))
+            found = list(_of_updates(model, [piece for piece, _ in found], updates))
     elif isinstance(model, Mapping) and updates is None:
         named = [(name, tensor) for name, tensor in model.items() if tensor.ndim > 1]
         found = [(piece, tensor) for name, tensor in named for piece in pieces_of(name, tensor)]
@@ -133,15 +133,19 @@ def spectra(model: nn.Module | Mapping[str, Tensor], updates: Mapping[str, Tenso
     return Spectra(tuple(of for piece, tensor in found for of in _of_piece(piece, tensor)))
 
 
-def _of_updates(pieces: Sequence[Piece], updates: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+def _of_updates(
+    model: nn.Module, pieces: Sequence[Piece], updates: Mapping[str, Tensor]
+) -> Iterator[tuple[Piece, Tensor]]:
     """Give the pieces that have an update, with it."""
-    shapes = {piece.param_name: tuple(piece.param.shape) for piece in pieces}
-    for name, update in updates.items():
+    unwrapped = unwrapper(name for name, _ in model.named_parameters())
+    shapes = {unwrapped(name): tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
+    by_name = {unwrapped(name): update for name, update in updates.items()}
+    for name, update in by_name.items():
         if name not in shapes:
-            raise ValueError(f"updates: {name} is no hidden matrix of the model; leave it out. It has: {_some(shapes)}")
+            raise ValueError(f"updates: {name} is no parameter of the model; leave it out. It has: {_some(shapes)}")
         if tuple(update.shape) != shapes[name]:
             raise ValueError(f"updates: {name} has shape {tuple(update.shape)}, its parameter {shapes[name]}")
-    return ((piece, updates[piece.param_name]) for piece in pieces if piece.param_name in updates)
+    return ((piece, by_name[piece.param_name]) for piece in pieces if piece.param_name in by_name)
 
 
 def _some(names: Iterable[str]) -> str:

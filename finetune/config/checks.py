@@ -76,7 +76,8 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
         if value is not None and value <= 0:
             raise InputError(flag(name), f"{value} must be above 0")
     not_negative = ("weight_decay", "clip", "clip_matrix_norm", "loss_chunk", "warmup_steps", "decay_steps", "seed")
-    for name in (*not_negative, "max_minutes", "router_aux_loss", "router_z_loss", "router_bias_rate", "health_every"):
+    measured = ("health_every", "spectra_every")
+    for name in (*not_negative, *measured, "max_minutes", "router_aux_loss", "router_z_loss", "router_bias_rate"):
         value = getattr(recipe, name, None)
         if value is not None and value < 0:
             raise InputError(flag(name), f"{value} must not be negative")

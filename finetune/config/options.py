@@ -18,7 +18,7 @@ FAMILY = ("muon8bit", *PRESETS)  # Muon8bit and what is built on it
 # `dataset` may move to another place: its content is compared by hash.
 RESUME_MAY_CHANGE = (
     *("dataset", "max_steps", "save_every", "eval_every", "keep_checkpoints", "max_minutes", "step_timeout", "tracker"),
-    "health_every",
+    *("health_every", "spectra_every"),
     "merge",
 )
 
@@ -205,6 +205,12 @@ class Training:
         0,
         "optimizer steps between measurements of what 8 bits do to the updates of four matrices of muon8bit; 0 leaves "
         "them out",
+        section="results",
+    )
+    spectra_every: int = option(
+        0,
+        "optimizer steps between measurements of how even the singular values of the trained matrices and of their "
+        "updates are, by group of layers; 0 leaves them out",
         section="results",
     )
     keep_checkpoints: int = option(2, "how many checkpoints stay", section="results")

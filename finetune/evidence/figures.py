@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from finetune.evidence.arms import Arms, differences
 from finetune.evidence.rare_tables import accuracy, comparison_step, middle_group, num_groups, steps_of
+from finetune.evidence.spectra_tables import measured_steps, values_of
 from finetune.evidence.tables import ADAMW32, MUON32, PARITY, decile_differences, horizon_curve
 from finetune.storage.plots import new_figure
 from finetune.sweep.intervals import interval_of
@@ -17,6 +19,7 @@ FONT_SIZE = 10  # points, of everything in a figure
 # One for each line of an axes; they repeat after so many.
 STYLES: Sequence[Any] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 MARKERS = "osD^v<>P"
+MEMORIES = ("VO", "W_out")  # the groups that arXiv 2509.26030 takes for associative memories
 
 
 def new_axes(xlabel: str, ylabel: str, title: str, panels: int = 1) -> tuple[Any, list[Any]]:
@@ -50,6 +53,19 @@ def rare_figure(arms: Arms) -> Any:
             line(axes, number, [s for s, _ in points], [a for _, a in points], arm)
         if step is not None:
             axes.axvline(step, color="gray", lw=0.8)
+    panels[0].legend(fontsize=FONT_SIZE)
+    return figure
+
+
+def spectra_figure(arms: Arms) -> Any:
+    """Draw the entropy of weights over steps, of the groups that are memories, the mean over seeds of each arm."""
+    title = "Evenness of singular values"
+    figure, panels = new_axes("optimizer step", "normalized SVD entropy of weights", title, len(MEMORIES))
+    for axes, group in zip(panels, MEMORIES, strict=True):
+        axes.set_title(group)
+        for number, (arm, runs) in enumerate(arms.items()):
+            steps = [(s, v) for s in measured_steps(arms) if (v := values_of(runs, s, "weights", group, "entropy"))]
+            line(axes, number, [s for s, _ in steps], [statistics.fmean(v) for _, v in steps], arm)
     panels[0].legend(fontsize=FONT_SIZE)
     return figure
 

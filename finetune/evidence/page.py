@@ -24,6 +24,7 @@ from finetune.data.texts import read_text
 from finetune.evidence import figures
 from finetune.evidence.arms import fill_marks, read_arms
 from finetune.evidence.rare_tables import rare_tables
+from finetune.evidence.spectra_tables import spectra_tables
 from finetune.evidence.tables import (
     ablations_table,
     controls_table,
@@ -91,6 +92,8 @@ TABLES = {
     "ablations": _of_sweep("horizons", "evidence_4m", ablations_table),
     "controls": _of_sweep("controls", "evidence_4m", controls_table),
     "rare": _of_sweep("rare", "rare", rare_tables, figures.rare_figure),
+    "rare_spectra": _of_sweep("rare", "rare", spectra_tables, figures.spectra_figure),
+    "spectra": _of_sweep("parity_2m", "parity_2m", spectra_tables, figures.spectra_figure),
     "associative_memory": EvidenceTable(
         "associative_memory.json", MEMORY_COMMAND, memory_table, figures.memory_figure, _read_json
     ),

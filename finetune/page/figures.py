@@ -87,7 +87,7 @@ CURVES = (
     CurveFigure("Dead experts", ("dead_experts",), "experts without a token", "Since the evaluation before."),
     CurveFigure(
         *("Descent kept in 8 bits", ("health/descent",), "share of the descent kept"),
-        "Of the watched matrix that keeps least; sound runs keep more than .98, AdaMuon .80.",
+        "Of the watched matrix that keeps least; sound runs keep more than .97, AdaMuon .80.",
     ),
     CurveFigure(
         *("Cosine of 8-bit updates", ("health/update_cosine",), "cosine with the update in 32 bits"),
@@ -108,6 +108,16 @@ CURVES = (
     CurveFigure("z-loss", ("z_loss",), "z-loss of the routers"),
 )
 
+# Measures of --spectra-every, a panel for each group of layers.
+SPECTRA = tuple(
+    CurveFigure(f"{name} of {kind}", (f"spectra/{kind}/{measure}/",), label, caption)
+    for name, measure, label, caption in (
+        ("Entropy", "entropy", "normalized SVD entropy", "1 where all singular values are equal."),
+        ("Top-10 energy", "top_energy", "share of the 10 largest", "Of the squares of singular values."),
+    )
+    for kind in ("weights", "updates")
+)
+
 
 def draw_figures(lines: Sequence[Line]) -> list[DrawnFigure]:
     """Draw all figures for which a run has values, curves first.
@@ -119,6 +129,7 @@ def draw_figures(lines: Sequence[Line]) -> list[DrawnFigure]:
     unit = "token" if {run.versions.get("script") for line in lines for run in line.runs} <= {"pretrain"} else "target"
     figures = [_draw_curves(figure, drawn, unit) for figure in CURVES]
     figures.insert(2, _draw_rates(lines, unit))
+    figures += [_draw_groups(figure, drawn) for figure in SPECTRA]
     figures += [
         _draw_bars("Optimizer state", "state (MiB)", drawn, lambda run: _mib(run.values.get("state_bytes"))),
         _draw_bars("Peak of memory", "peak (MiB)", drawn, lambda run: _mib(run.values.get("peak_bytes"))),
@@ -149,14 +160,25 @@ def band(runs: Sequence[PageRun], key: str) -> list[tuple[int, float, float, flo
 
 def _new_axes(num_lines: int, height: float = 3.3) -> Any:
     """Return the axes of a new figure, with room for a legend of so many lines; `height` in inches."""
+    return _new_panels(1, num_lines, height)[0]
+
+
+def _new_panels(num: int, num_lines: int, height: float) -> list[Any]:
+    """Return the axes of a new figure, three beside each other, with one scale for all; `height` in inches of each."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=(6.4, height + 0.21 * math.ceil(num_lines / 2)), layout="constrained")
+        columns = min(num, 3)
+        rows = math.ceil(num / columns)
+        figure = Figure(figsize=(6.4, rows * height + 0.21 * math.ceil(num_lines / 2)), layout="constrained")
         FigureCanvasSVG(figure)
-        return figure.add_subplot()
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for lowest, unused in zip(panels[num - columns :], panels[num:], strict=False):
+            lowest.tick_params(labelbottom=True)
+            unused.set_axis_off()
+        return list(panels[:num])
 
 
 def _style(number: int) -> dict[str, Any]:
@@ -194,6 +216,33 @@ def _draw_curves(figure: CurveFigure, drawn: Sequence[tuple[Line, int]], unit: s
             axis_formatter("{x:g}")
     caption = " ".join(filter(None, [figure.caption, "Bands: lowest to highest over seeds." if has_bands else ""]))
     return _finish(axes, figure.title, f"{label} over steps. {'; '.join(told)}.", caption, len(drawn) > 1)
+
+
+def _draw_groups(figure: CurveFigure, drawn: Sequence[tuple[Line, int]]) -> DrawnFigure | None:
+    """Draw a measure of spectra over steps, a panel for each group of layers that a run has."""
+    (start,) = figure.keys
+    keys = (key for line, _ in drawn for run in line.runs for key in run.curves if key.startswith(start))
+    groups = list(dict.fromkeys(keys))
+    if not groups:
+        return None
+    panels, told = _new_panels(len(groups), len(drawn) if len(drawn) > 1 else 0, 2.1), []
+    for axes, key in zip(panels, groups, strict=True):
+        axes.set_title(key.removeprefix(start), fontsize=10)
+        axes.grid(visible=True, color="#dddddd", lw=0.6)
+        for line, number in drawn:
+            points = band(line.runs, key)
+            if not points:
+                continue
+            steps, means, lower, upper = map(list, zip(*points, strict=True))
+            if lower != upper:
+                axes.fill_between(steps, lower, upper, color=_style(number)["color"], alpha=0.2, lw=0)
+            label = _named(line) if axes is panels[0] else None
+            axes.plot(steps, means, label=label, marker=MARKERS[number % len(MARKERS)], ms=3, **_style(number))
+            told.append(f"{line.name}, {key.removeprefix(start)}: {means[-1]:.4g} at step {steps[-1]}")
+    panels[0].figure.supxlabel("step", fontsize=10)
+    panels[0].figure.supylabel(figure.label, fontsize=10)
+    alt = f"{figure.label} over steps, by group of layers. {'; '.join(told)}."
+    return _finish(panels[0], figure.title, alt, figure.caption, len(drawn) > 1)
 
 
 def _draw_rates(lines: Sequence[Line], unit: str) -> DrawnFigure | None:

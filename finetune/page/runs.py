@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,7 @@ def _from_folder(path: Path, name: str) -> PageRun:
     options, facts, metrics = summary.options, summary.facts, summary.curve.metrics
     curves = {key: _curve(metrics, key) for key in dict.fromkeys(itertools.chain(["grad_norm"], *metrics))}
     curves |= {f"health/{key}": _worst(metrics, key) for key in _WORST}
+    curves |= _spectra([(m["step"], m["spectra"]) for m in metrics if m.get("spectra")])
     for key in ("loss", "grad_norm"):
         curves[key] = curves[key][0], smooth(curves[key][1])
     curves["val_loss"] = summary.curve.validation
@@ -137,7 +138,7 @@ def _curve(metrics: Sequence[Mapping[str, Any]], key: str) -> Curve:
         value = record.get(key)
         if isinstance(value, Mapping):  # layer -> its experts
             value = sum(len(entry) for entry in value.values() if isinstance(entry, list))
-        if isinstance(value, int | float) and key not in ("step", "tokens", "seconds", "health"):
+        if isinstance(value, int | float) and key not in ("step", "tokens", "seconds", "health", "spectra"):
             steps.append(record["step"])
             values.append(float(value))
     return steps, values
@@ -153,6 +154,19 @@ def _worst(metrics: Sequence[Mapping[str, Any]], measure: str) -> Curve:
             steps.append(record["step"])
             values.append(_WORST[measure](found))
     return steps, values
+
+
+def _spectra(measured: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Curve]:
+    """Return `spectra/KIND/MEASURE/GROUP` -> its curve, kinds being weights and updates."""
+    curves: dict[str, Curve] = {}
+    for step, kinds in measured:
+        for kind, groups in kinds.items():
+            for group, measures in groups.items():
+                for measure, value in measures.items():
+                    steps, values = curves.setdefault(f"spectra/{kind}/{measure}/{group}", ([], []))
+                    steps.append(step)
+                    values.append(float(value))
+    return curves
 
 
 def _step_ms(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[float]:
@@ -199,6 +213,7 @@ def _from_record(record: Mapping[str, Any]) -> PageRun:
         for name, pairs in (("loss", metrics["training_curve"]), ("val_loss", metrics["validation_curve"]))
     }
     training = curves["loss"][1]
+    curves |= _spectra(metrics.get("spectra") or ())
     values = {
         "optimizer": record["options"].get("optimizer"),
         "step": metrics["steps"],

@@ -123,6 +123,12 @@ def check_launch(accelerator: Accelerator, recipe: Training) -> None:
             "FSDP2 shards the matrices that it would watch; give 0, and watch a short run of the same recipe on one "
             "process or with ddp.yaml",
         )
+    if recipe.spectra_every:
+        raise InputError(
+            "--spectra-every",
+            "FSDP2 shards the matrices, and singular values need whole ones; give 0, and call muon8bit.spectra on what "
+            "was saved",
+        )
     if recipe.clip_matrix_norm:
         raise InputError("--clip-matrix-norm", "FSDP2 shards the matrices whose norms it needs; give 0, and --clip")
     if recipe.optimizer not in SHARDABLE:

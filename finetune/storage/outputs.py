@@ -64,8 +64,10 @@ def write_results(run: Run, more: Mapping[str, Any]) -> None:
     record, table = report_state(optimizers)
     write_beside(path / "state_report.json", json.dumps(record | run.facts, indent=1))
     plot_run(run)
-    last = run.folder.metrics()[-1]
+    metrics = run.folder.metrics()
+    last = metrics[-1]
     health = {} if run.health is None else {"health": run.health.report().to_dict()}
+    spectra = [[m["step"], m["spectra"]] for m in metrics if "spectra" in m]
     result = {
         "optimizer": run.recipe.optimizer,
         "step": run.step,
@@ -78,6 +80,7 @@ def write_results(run: Run, more: Mapping[str, Any]) -> None:
         "peak_bytes": peak_bytes(run.accelerator.device),
         **run.release_facts,
         **health,
+        **({"spectra": spectra} if spectra else {}),
         **more,
         **run.facts,
     }

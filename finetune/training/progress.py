@@ -102,13 +102,17 @@ class ProgressLog:
     def _track(self, record: dict[str, Any]) -> None:
         """Give the tracker the record, the speed of this step alone in `unit` per second, and the peak in bytes.
 
-        The measures of `--health-every` are `health/MEASURE/MATRIX`.
+        The measures of `--health-every` are `health/MEASURE/MATRIX`, those of `--spectra-every`
+        `spectra/KIND/MEASURE/GROUP`, with weights and updates as kinds.
         """
         run = self.run
         keys = ("loss", "lr", "grad_norm", "num_skipped_steps", "val_loss", *LOAD_KEYS)
         scalars = {key: record[key] for key in keys if isinstance(record.get(key), int | float)}
         for name, measures in record.get("health", {}).items():
             scalars |= {f"health/{measure}/{name}": value for measure, value in measures.items()}
+        for kind, groups in record.get("spectra", {}).items():
+            for group, measures in groups.items():
+                scalars |= {f"spectra/{kind}/{measure}/{group}": value for measure, value in measures.items()}
         tokens, seconds = record["tokens"] - self._tokens, run.seconds - self._seconds
         self._tokens, self._seconds = record["tokens"], run.seconds
         if run.recipe.tracker:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune.config.errors import InputError
+from finetune.training.measuring import measured, weights_before
 from finetune.training.run import Run
 from finetune.training.train_step import (
     Norms,
@@ -21,10 +20,7 @@ from finetune.training.train_step import (
     step_batches,
     step_targets,
 )
-from muon8bit import Muon8bit, NonFiniteGradientError, QuantizationHealth, QuantizationWarning
-
-# Of `--health-every`, for each matrix.
-MEASURES = ("descent", "update_cosine", "momentum_error", "sign_flips", "zero_codes", "extreme_codes")
+from muon8bit import NonFiniteGradientError
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Step:
         num_skipped: steps that the optimizer had skipped before.
         counts: of `Balancing`; None for a model without experts.
         losses: of `Balancing`; None where no loss is added.
-        health: what 8 bits did to its updates, if that was measured; else empty.
+        measures: of `measured`.
     """
 
     step: int
@@ -49,7 +45,7 @@ class Step:
     nats: Tensor
     norms: Norms | None
     num_skipped: int
-    health: dict[str, Any]
+    measures: dict[str, Any]
     counts: Tensor | None = None
     losses: Tensor | None = None
 
@@ -69,6 +65,7 @@ def one_step(run: Run) -> Step:
         FloatingPointError, NonFiniteGradientError: a gradient was not finite; on CUDA it may be of the step before.
     """
     recipe, accelerator = run.recipe, run.accelerator
+    before = weights_before(run)
     started = time.perf_counter()
     num = recipe.gradient_accumulation
     targets = step_targets(run.train, accelerator, run.position, recipe.batch_size, num)
@@ -98,7 +95,9 @@ def one_step(run: Run) -> Step:
     run.seconds += time.perf_counter() - started
     counts, losses = (balancing.counts, balancing.losses) if balancing else (None, None)
     losses = losses if balancing and balancing.has_losses else None
-    return Step(run.step, float(lr), run.tokens, targets, nats, norms, num_skipped, measured(run), counts, losses)
+    return Step(
+        run.step, float(lr), run.tokens, targets, nats, norms, num_skipped, measured(run, before), counts, losses
+    )
 
 
 def _given_rate(run: Run) -> float:
@@ -135,7 +134,7 @@ def read_step(run: Run, step: Step) -> dict[str, Any]:
         "grad_norm": norm[0] if norm else None,
         **run.release_facts,
         **load,
-        **step.health,
+        **step.measures,
         "val_loss": None,
         "tokens": step.tokens,
         "seconds": round(run.seconds, 3),
@@ -171,26 +170,3 @@ def _note_skipped(run: Run, loss: float) -> None:
         f"step {run.step + 1}: a gradient was not finite, and its parameter was left out ({len(run.skipped)} such "
         "steps so far; a second one in a row ends the run)"
     )
-
-
-def watch(run: Run) -> None:
-    """Let a `QuantizationHealth` watch the optimizer, on the main process, before a checkpoint is loaded.
-
-    Raises:
-        InputError: no matrix has its momentum in 8 bits.
-    """
-    if not run.recipe.health_every or not run.accelerator.is_main_process:
-        return
-    optimizer: Any = getattr(run.optimizers[0], "optimizer", run.optimizers[0])
-    assert isinstance(optimizer, Muon8bit)
-    warnings.simplefilter("always", QuantizationWarning)  # one for each matrix, all of the same line
-    try:
-        run.health = QuantizationHealth(optimizer, every=run.recipe.health_every)
-    except ValueError as error:
-        raise InputError("--health-every", f"{error}; give 0") from None
-
-
-def measured(run: Run) -> dict[str, Any]:
-    """Return what the step just taken adds to its record: `health`, measures by matrix, if it was measured."""
-    latest = () if run.health is None else run.health.latest()
-    return {"health": {of.name: {key: getattr(of, key) for key in MEASURES} for of in latest}} if latest else {}

@@ -23,10 +23,11 @@ from finetune.storage.checkpoints import named_checkpoints
 from finetune.storage.run_dir import write_beside
 from finetune.storage.saving import restore, resume_command, save
 from finetune.training.expert_load import describe_dead
+from finetune.training.measuring import watch
 from finetune.training.peak import memory_afterwards
 from finetune.training.progress import ProgressLog, write_run_record
 from finetune.training.run import Run
-from finetune.training.stepping import Step, one_step, read_step, reads_later, watch
+from finetune.training.stepping import Step, one_step, read_step, reads_later
 from finetune.training.train_step import evaluate
 from muon8bit import NonFiniteGradientError
 

@@ -24,6 +24,7 @@ from finetune.evidence.measures import deciles_of
 from finetune.evidence.pretrain import main as pretrain_main
 from finetune.evidence.rare import main as rare_main
 from finetune.evidence.rare_tables import bootstrap, compare, comparison_step, rare_tables
+from finetune.evidence.spectra_tables import spectra_tables
 from finetune.evidence.tables import (
     controls_table,
     deciles_table,
@@ -240,6 +241,25 @@ def test_rare_groups_are_compared_where_adamw_passes_one_half(arms_of):
     assert "| date | 0.100 | 0.200 |" in text
 
 
+def test_spectra_are_means_over_seeds_at_the_last_step_that_all_have(arms_of):
+    def spectra(entropy, steps=(5, 10)):
+        measures = {"entropy": entropy, "quartile_ratio": 2.0}
+        kinds = {"weights": {"QK": measures, "W_out": measures}, "updates": {"QK": measures}}
+        return [[step, kinds] for step in steps]
+
+    records = [made("muon32", seed, 3.0, spectra=spectra(0.5 + seed / 4)) for seed in (0, 1)]
+    records += [made("muon8", 0, 3.0, spectra=spectra(0.25, (5, 10, 15))), made("adamw", 0, 3.0)]
+    records += [made("muon8", 1, math.inf, spectra=spectra(0.125))]
+    text = spectra_tables(arms_of(records))
+    weights, updates = text.split("Normalized SVD entropy of ")[1:]
+    assert weights.startswith("weights at step 10:")
+    assert "| arm | seeds | QK | W_out |" in weights
+    assert "| muon32 | 2 | 0.625 ± 0.18 | 0.625 ± 0.18 |\n| muon8 | 1 | 0.25 | 0.25 |" in weights
+    assert "| muon32 | 2 | 0.625 ± 0.18 |\n" in updates
+    assert "adamw" not in text
+    assert spectra_tables(arms_of(records[3:4])) == ""
+
+
 def test_the_bootstrap_draws_classes_and_seeds():
     """Against the normal interval of a mean whose parts vary by class alone, and by seed alone."""
     rng = np.random.default_rng(0)
@@ -283,6 +303,7 @@ FIGURES = {
     "parity": lambda arms: figures.parity_figure(arms, "4M parameters"),
     "rare": figures.rare_figure,
     "horizons": figures.horizons_figure,
+    "spectra": figures.spectra_figure,
     "deciles": lambda arms: figures.deciles_figure(arms, "4M parameters", number=2),
 }
 
@@ -290,10 +311,11 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_axes_have_labels_and_lines_differ_in_style(arms_of, name):
     records = list(rare_records())
+    even = [[7, {"weights": {group: {"entropy": 0.5} for group in figures.MEMORIES}}]]
     for arm in ("muon32_64", "muon32_96", "muon8_64", "muon8_96", "adamw32", "muon32", "muon8_linear", "placebo"):
         own = [] if name == "rare" else [0, 1]
         tokens = {"steps": int(arm[-2:]) if arm[-2:].isdigit() else 7}
-        records += [made(arm, s, 3.0 + s, rate=1.0, loss_by_decile=[1.0, 2.0 + s], **tokens) for s in own]
+        records += [made(arm, s, 3.0 + s, rate=1.0, loss_by_decile=[1.0, 2.0 + s], spectra=even, **tokens) for s in own]
     records = [r for r in records if name == "rare" or r["rate"] == 1.0]
     figure = FIGURES[name](arms_of(records))
     for axes in figure.axes:
@@ -416,10 +438,11 @@ def test_muon_trains_the_matrices_that_it_is_told_to(recipe_file, muon_on):
 def test_a_run_on_biographies_counts_right_first_tokens(command, tmp_path):
     config = ROOT / "benchmarks" / "sweeps" / "rare.yaml"
     small = ("--groups", 2, "--max-steps", 40, "--eval-every", 20, "--save-every", 40, "--lr", 1e-2, "--batch-size", 24)
+    small += ("--spectra-every", 20)
     assert command(rare_main, "--recipe", config, *small, "--output-dir", tmp_path / "run").code == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     curve = dict(result["first_token_correct"])
-    assert sorted(curve) == [20, 40]
+    assert sorted(curve) == sorted(step for step, _ in result["spectra"]) == [20, 40]
     assert [len(digits) for digits in curve[40]] == [1, 1, 2]
     assert curve[40][0] == "6"  # it is asked for four times a pass
     assert set(result["chance"]) == set(QUESTIONS)

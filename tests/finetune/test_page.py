@@ -145,6 +145,8 @@ def test_lines_differ_in_style_and_what_only_one_run_has_is_drawn_with_units(tmp
     load = {"expert_load_cv": [0.5, 0.25], "expert_share_min": [0.0, 0.125], "expert_share_max": [0.5, 0.25]}
     health = {"a": {"descent": 0.99, "sign_flips": 0.01}, "b": {"descent": 0.97, "sign_flips": 0.02}}
     load |= {"dead_experts": [None, {"0": [1, 2], "3": [4]}], "health": [None, health]}
+    of_groups = {group: {"entropy": value, "top_energy": 0.5} for group, value in (("QK", 0.75), ("VO", 0.875))}
+    load |= {"spectra": [None, {"weights": of_groups}]}
     write_run(tmp_path / "moe", [5.0, 4.0], more=load)
     figures = {figure.title: figure.svg for figure in draw_figures(read_lines([str(tmp_path)]))}
     assert "moe: 0.5 at step 1, 0.25 at step 2" in figures["Expert load"]
@@ -152,7 +154,8 @@ def test_lines_differ_in_style_and_what_only_one_run_has_is_drawn_with_units(tmp
     assert "moe: 3 at step 2" in figures["Dead experts"]
     assert "moe: 0.97 at step 2" in figures["Descent kept in 8 bits"]
     assert "moe: 0.02 at step 2" in figures["Flipped signs"]
-    assert not {"z-loss", "Codes that are 0"} & set(figures)
+    assert "moe, QK: 0.75 at step 2; moe, VO: 0.875 at step 2" in figures["Entropy of weights"]
+    assert not {"z-loss", "Codes that are 0", "Entropy of updates"} & set(figures)
     paths = ET.fromstring(figures["Training loss"]).iter("{http://www.w3.org/2000/svg}path")
     curves = [style for path in paths if "stroke-width: 1.5" in (style := path.get("style", ""))]
     assert len({re.sub(r"stroke: #\w+;?", "", style) for style in curves}) == 5

@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--optimizer", "muon", "--clip-matrix-norm", "1"], ["--clip-matrix-norm", "muon8bit"]),
         (["--clip-matrix-norm", "-1"], ["--clip-matrix-norm", "negative"]),
         (["--health-every", "-1"], ["--health-every", "negative"]),
+        (["--spectra-every", "-1"], ["--spectra-every", "negative"]),
         (["--health-every", "5", "--optimizer", "muon"], ["--health-every", "give 0", "muon8bit"]),
         (["--health-every", "5", "--bits", "32"], ["--health-every", "no 8-bit momentum", "--bits 8"]),
         (["--health-every", "5", "--release-gradients", "--clip", "0"], ["--health-every", "--no-release-gradients"]),

@@ -14,6 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -355,6 +356,26 @@ def test_health_is_measured_and_a_resumed_run_says_that_it_restarts(pretrain, tm
     assert "after step 0 a state was loaded" in more.out
     assert [m["step"] for m in metrics(tmp_path / "watched") if "health" in m] == [2, 4, 6, 8]
     assert logged[-1][f"health/descent/{name}"] == metrics(tmp_path / "watched")[7]["health"][name]["descent"]
+
+
+def test_spectra_are_those_of_the_weights_and_the_updates_and_change_nothing(pretrain, tmp_path):
+    assert pretrain("--output-dir", "plain", "--max-steps", 4).code == 0
+    options = ("--spectra-every", 2, "--max-steps", 4, "--save-every", 1, "--keep-checkpoints", 4)
+    outcome = pretrain("--output-dir", "seen", *options)
+    assert outcome.code == 0, outcome.err
+    assert losses(tmp_path / "seen") == losses(tmp_path / "plain")
+    found = {m["step"]: m["spectra"] for m in metrics(tmp_path / "seen") if "spectra" in m}
+    assert list(found) == [2, 4]
+    assert json.loads((tmp_path / "seen" / "result.json").read_text())["spectra"] == [[k, v] for k, v in found.items()]
+    before, after = (
+        load_file(next((tmp_path / "seen" / "checkpoints" / f"step-{n:07}").rglob("*.safetensors"))) for n in (3, 4)
+    )
+    names = [name for name in after if re.search(r"[qk]_proj", name)]
+    for kind, values in (("weights", after), ("updates", {name: after[name] - before[name] for name in names})):
+        energies = [np.linalg.svd(values[name].double().numpy(), compute_uv=False) ** 2 for name in names]
+        shares = [energy / energy.sum() for energy in energies]
+        entropy = np.mean([-(q * np.log(q)).sum() / np.log(len(q)) for q in shares])
+        assert found[4][kind]["QK"]["entropy"] == pytest.approx(entropy, rel=1e-4)
 
 
 def test_init_from_continues_from_the_trained_weights(pretrain, finished, tmp_path):

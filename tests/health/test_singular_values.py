@@ -141,6 +141,12 @@ def test_updates_in_place_of_weights(model):
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
 
+def test_updates_of_all_parameters_by_the_names_that_a_wrapper_gives_them(model):
+    wrapped = nn.ModuleDict({"module": model})
+    update = {name: param.detach() for name, param in wrapped.named_parameters()}
+    assert spectra(wrapped, updates=update) == spectra(model)
+
+
 NAMES = """
 QK layers.3.self_attn.q_proj.weight h.0.attn.k_proj.weight layer.1.attention.self.query.weight layers.0.attention.wq
 QK model.layers.0.self_attn.q_b_proj.weight
@@ -167,7 +173,9 @@ def test_what_has_no_spectrum_is_refused_by_name(model):
         spectra([torch.ones(2, 2)])
     with pytest.raises(ValueError, match="no matrix to look at"):
         spectra(nn.Embedding(8, 8))
-    with pytest.raises(ValueError, match=r"embed.weight is no hidden matrix .*; leave it out. It has: layers"):
+    with pytest.raises(ValueError, match=r"embedding.weight is no parameter .*; leave it out. It has: "):
+        spectra(model, {"embedding.weight": torch.ones(50, 24)})
+    with pytest.raises(ValueError, match="no matrix to look at"):
         spectra(model, {"embed.weight": torch.ones(50, 24)})
     with pytest.raises(ValueError, match=r"mixer.weight has shape \(2, 2\), its parameter \(24, 24\)"):
         spectra(model, {"layers.0.mixer.weight": torch.ones(2, 2)})
