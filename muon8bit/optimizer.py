@@ -41,13 +41,14 @@ from .state_dict import checked, empty
 from .step import phases, rounding
 from .step.commit import Commit
 from .step.group_options import GroupOptions, Options
-from .step.new_groups import check_params, complete_group
+from .step.new_groups import check_params, check_scaled_for, complete_group
 from .step.nonfinite import GradientCheck, NonFiniteGradientError, PerParamGradientCheck
 from .step.offload import StateOffload
 from .step.options import (
     IMPLEMENTATION_DEFAULTS,
     MATRIX_DEFAULTS,
     RATES_KEY,
+    SCALED_FOR_KEY,
     check_listed,
     check_options,
     check_schedule,
@@ -273,6 +274,7 @@ class Muon8bit(ShardedOptimizer):
         own = ("backend", "on_nonfinite", "ns_dtype", "param_rounding", "workspace_bytes", "state_device")
         group = complete_group(param_group, index, {**self.defaults, **{key: getattr(self, key) for key in own}})
         check_named(group, index, self.param_groups)
+        scaled_for = group.pop(SCALED_FOR_KEY, None)
         if group["algorithm"] == "muon" and RATES_KEY not in group:
             first = next((g for g in self.param_groups if g["algorithm"] == "muon"), None)
             key = first.get(RATES_KEY) if first else self._table and self._table.key
@@ -281,6 +283,7 @@ class Muon8bit(ShardedOptimizer):
         try:
             check_options(group, f"parameter group {index}: ")
             check_params(group, index)
+            check_scaled_for(scaled_for, group, f"parameter group {index}: ")
             self._check_sharded(group, index)
             check_schedule(group, self.ns_dtype, f"parameter group {index}: ")
             if "rounding_step" in group:

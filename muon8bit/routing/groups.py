@@ -27,6 +27,7 @@ from ..config import (
     SplitHeads,
 )
 from ..report import ADAMW_BYTES, bnb_bytes
+from ..step.options import SCALED_FOR_KEY
 from .checks import check_any_matrix, check_arguments, check_ratio
 from .heads_and_routers import check_heads, check_routers
 from .patterns import Target
@@ -106,7 +107,8 @@ def param_groups(
         routers: `"muon"` sends the matrices of MoE routers [experts, cols], and LoRA over them, to Muon; `"adamw"`,
             the default, keeps them. A gate of one row and `e_score_correction_bias` stay where they are.
         scaling: carries lr, adamw_lr and weight_decay, then those of its base's width, to the model's by the role of
-            each parameter; the table shows factors. An lr of a pattern stays. None: they are the model's.
+            each parameter; the table shows factors. An lr of a pattern stays. None: they are the model's. At another
+            width Muon groups say in `scaled_for` for which optimizer they are; others refuse them.
 
     Returns:
         ParamGroups: dicts in the order muon before adamw, without before with splits or flatten (each kind by first
@@ -156,6 +158,8 @@ def param_groups(
             raise TypeError(f"scaling must be None or a muon8bit.Scaling, not {shown(scaling)}")
         routes = scaling.scaled(model, routes, adjust_lr_fn)
     muon = {"algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn}
+    if scaling is not None and any(route.scale and route.scale.is_off_base for route in routes):
+        muon[SCALED_FOR_KEY] = (scaling.optimizer, adjust_lr_fn)
     adamw = {"algorithm": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "weight_decay": weight_decay}
     adamw |= {"betas": adamw_betas, "eps": adamw_eps, "adamw_bits": adamw_bits}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -46,6 +46,11 @@ class ScaleFactors:
     weight_decay: float = 1.0
     fan_in: float = 1.0
 
+    @property
+    def is_off_base(self) -> bool:
+        """Whether a factor is not 1."""
+        return (self.init, self.lr, self.weight_decay, self.fan_in) != (1, 1, 1, 1)
+
 
 def scale_factors(
     rule: ScalingRule,

@@ -13,7 +13,16 @@ from .._values import is_choice, shown
 from ..config import ALGORITHMS, DEFAULT_ADAMW_BETAS, DEFAULT_ADAMW_BITS, DEFAULT_ADAMW_EPS
 from . import adamw8bit
 from .dense import is_overlapping, why_not_dense, why_not_written
-from .options import ADAMW_ONLY_KEYS, DTYPES, MUON_ONLY_KEYS, NO_GROUP_KEYS, check_splits, describe, group_keys
+from .options import (
+    ADAMW_ONLY_KEYS,
+    DTYPES,
+    MUON_ONLY_KEYS,
+    NO_GROUP_KEYS,
+    SCALED_FOR_KEY,
+    check_splits,
+    describe,
+    group_keys,
+)
 
 
 def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +79,40 @@ def complete_group(group: dict[str, Any], group_index: int, arguments: Mapping[s
             )
         raise ValueError(f"{where}: {', '.join(foreign)} has no meaning in a group of {group['algorithm']!r}{hint}")
     return {**group, **dict.fromkeys(MUON_ONLY_KEYS)} if group["algorithm"] == "adamw" else group
+
+
+def check_scaled_for(scaled_for: Any, group: Mapping[str, Any], where: str) -> None:
+    """Check that the rates of a scaled Muon group are for the update that the group's options make.
+
+    Args:
+        scaled_for: of `SCALED_FOR_KEY`: the optimizer and the `adjust_lr_fn` that the rates are for; None where the
+            group was not scaled.
+        group: complete.
+        where: begins the error.
+
+    Raises:
+        ValueError: the update is another optimizer's, or has another factor of the shape; the key's value is no pair.
+    """
+    if scaled_for is None or group["algorithm"] != "muon":
+        return
+    if not isinstance(scaled_for, tuple | list) or len(scaled_for) != 2:
+        raise ValueError(
+            f"{where}{SCALED_FOR_KEY} is {shown(scaled_for)}; it must be an optimizer and its adjust_lr_fn, as "
+            "param_groups writes them: leave it to param_groups(..., scaling=...)"
+        )
+    optimizer, adjust = scaled_for
+    rule = {None: "muon8bit", "element": "adamuon8bit"}.get(group["second_moment"], "normuon8bit")
+    if optimizer != rule:
+        raise ValueError(
+            f"{where}lr and weight_decay are scaled for {optimizer!r}, and the update here is that of {rule!r}: "
+            f"build the groups with muon8bit.Scaling(..., optimizer={rule!r})"
+        )
+    taken = "match_rms_adamw" if group["rescale"] == "rms" else group["adjust_lr_fn"] or "original"
+    if rule != "adamuon8bit" and taken != (adjust or "original"):
+        raise ValueError(
+            f"{where}lr and weight_decay are scaled for adjust_lr_fn={adjust!r}, and the update here has the size of "
+            f"{taken!r}: build them by param_groups(..., adjust_lr_fn={taken!r})"
+        )
 
 
 def check_params(group: dict[str, Any], group_index: int) -> None:

@@ -74,6 +74,9 @@ SAME_GROUPS = f"build the groups as they were saved, by the same {_ARGUMENTS}, t
 AS_SAVED = f"use the same model and {SAME_GROUPS}"
 # Key of a Muon group: the measured table of rates, as `RatesTable.key`. Absent: the built-in one.
 RATES_KEY = "rates"
+# Key of a group that `param_groups(scaling=...)` makes: the optimizer and the `adjust_lr_fn` that its rates are for. An
+# optimizer checks it and leaves it out of its groups, so that checkpoints with and without a scaling have equal keys.
+SCALED_FOR_KEY = "scaled_for"
 # Key of a copy of a group that has one of its parameters: all of them, which decide how each is orthogonalized.
 MEMBERS = "members"
 RUNNING_KEYS = ("second_moment", *FORMAT_KEYS, "split_sizes", "split_dim", "adamw_bits")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import muon8bit
-from muon8bit import Muon8bit, Scaling, param_groups
+from muon8bit import AdaMuon8bit, Muon8bit, NorMuon8bit, Scaling, param_groups
 
 SIZES = {
     "llama": {},
@@ -323,6 +323,69 @@ def test_parameters_without_a_role_or_a_rate_are_refused_by_name():
         Scaling(base=net).initialize(nn.Sequential(*net).to("meta"))
     with pytest.raises(TypeError, match=r"scaling must be None or a muon8bit.Scaling, not 'spectral'"):
         param_groups(net, lr=1.0, scaling="spectral")
+
+
+def scaled_groups(optimizer, adjust="match_rms_adamw"):
+    scaling = Scaling(base=config(width=16), optimizer=optimizer)
+    model = model_of(device="cpu")
+    return param_groups(model, lr=1e-3, adamw_lr=1e-3, adjust_lr_fn=adjust, scaling=scaling)
+
+
+ADAMUON_KEYS = {"second_moment": "element", "rescale": "rms", "sign_momentum": True}
+MAKE = {
+    "muon8bit": Muon8bit,
+    "normuon8bit": NorMuon8bit,
+    "adamuon8bit": AdaMuon8bit,
+    "adamuon8bit by keys": lambda groups: Muon8bit(groups, **ADAMUON_KEYS),
+}
+
+
+@pytest.mark.parametrize("made", MAKE)
+@pytest.mark.parametrize("asked", ["muon8bit", "normuon8bit", "adamuon8bit", "adamw"])
+def test_groups_scaled_for_one_update_rule_are_refused_by_another(asked, made):
+    """The rates in the groups fit the update of the rule's optimizer alone."""
+    groups, rule = scaled_groups(asked), made.split()[0]
+    if asked == rule:
+        optimizer = MAKE[made](groups)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert rates == [group["lr"] for group in groups] == [group["lr"] for group in optimizer.param_groups]
+        return
+    words = rf"group 0: .* scaled for '{asked}', .* that of '{rule}'.*\.Scaling\(\.\.\., optimizer='{rule}'\)"
+    with pytest.raises(ValueError, match=words):
+        MAKE[made](groups)
+    optimizer = MAKE[made](param_groups(model_of(device="cpu"), lr=1e-3))
+    num_groups, late = len(optimizer.param_groups), scaled_groups(asked)[0]
+    late["params"] = [(f"late.{name}", param) for name, param in late["params"]]
+    with pytest.raises(ValueError, match=rf"group {num_groups}: .* scaled for '{asked}'"):
+        optimizer.add_param_group(late)
+    assert len(optimizer.param_groups) == num_groups
+
+
+def test_groups_scaled_for_another_factor_of_the_shape_are_refused():
+    """NorMuon's paper gives every matrix an RMS of 0.2, whatever adjust_lr_fn says; its official code does not."""
+    with pytest.raises(ValueError, match=r"scaled for adjust_lr_fn='original', .*'match_rms_adamw': build them by"):
+        NorMuon8bit(scaled_groups("normuon8bit", "original"))
+    NorMuon8bit(scaled_groups("normuon8bit", "original"), preset="official")
+    NorMuon8bit(scaled_groups("normuon8bit", "spectral"), preset="dion")
+    group = scaled_groups("muon8bit")[0]
+    with pytest.raises(ValueError, match=r"scaled for adjust_lr_fn='match_rms_adamw', .*'spectral'"):
+        Muon8bit([{**group, "adjust_lr_fn": "spectral"}])
+    Muon8bit([{**scaled_groups("muon8bit", None)[0], "adjust_lr_fn": "original"}])  # None means it
+
+
+def test_what_groups_are_scaled_for_is_no_part_of_a_checkpoint():
+    """So those that were saved before groups said it continue, and an older version reads the new ones."""
+    groups = scaled_groups("muon8bit")
+    before = Muon8bit([{key: value for key, value in group.items() if key != "scaled_for"} for group in groups])
+    now = Muon8bit(groups)
+    assert now.state_dict() == before.state_dict()
+    assert groups[0]["scaled_for"] == ("muon8bit", "match_rms_adamw")  # for the next optimizer
+    now.load_state_dict(before.state_dict())
+    at_base = param_groups(model_of(width=16), lr=1e-3, scaling=Scaling(base=config(width=16)))
+    assert not any("scaled_for" in group for group in at_base)
+    with pytest.raises(ValueError, match="group 0: scaled_for is 'adamuon8bit'; it must be"):
+        Muon8bit([{**groups[0], "scaled_for": "adamuon8bit"}])
 
 
 def test_an_adapter_is_refused_by_name():
