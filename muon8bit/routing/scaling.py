@@ -23,6 +23,8 @@ from .width_rules import Matrix, ScaleFactors, scale_factors
 
 # Optimizers that groups can be scaled for: their directions are orthogonal, or those of single elements.
 _ORTHOGONAL, _ELEMENTWISE = ("muon8bit", "normuon8bit"), ("adamuon8bit", "adamw")
+# Roles whose outputs, or table entries, are no width.
+_OF_VOCABULARY = ("embedding", "head", TIED)
 
 
 class Scaling:
@@ -31,7 +33,7 @@ class Scaling:
     For `param_groups(model, lr=..., scaling=scaling)`, whose arguments are then those of the base, and for
     `scaling.initialize(model)`. Every factor is relative to the base: at the base's width nothing changes. The model
     keeps no multiplier, and is saved and loaded as ever. Only the width may differ: heads and intermediate sizes with
-    it, but not the size of a head, depth or data.
+    it, but not the size of a head, depth, vocabulary or data.
 
     Roles: hidden matrices (experts, convolutions), the embedding (and tables of positions), the output head, MoE
     routers, vectors (norms, biases). Where embedding and head are one tensor it has the embedding's factors, and the
@@ -46,7 +48,8 @@ class Scaling:
         roles: `(pattern, role)`, fnmatch over the whole qualified name; the first match wins. A role is "hidden",
             "embedding", "head", "router" or "vector".
         optimizer: that the groups are for: `"muon8bit"`, `"normuon8bit"`, `"adamuon8bit"`, or `"adamw"` for all
-            parameters, matrices too. Groups with `decay_lr_power=2` decay otherwise than the rule has it.
+            parameters, matrices too. Another optimizer of this package refuses them. Groups with `decay_lr_power=2`
+            decay otherwise than the rule has it.
 
     Raises:
         TypeError: base is none of these.
@@ -119,9 +122,12 @@ class Scaling:
         named = [*model.named_parameters(remove_duplicate=False), *model.named_modules(remove_duplicate=False)]
         unwrapped = unwrapper(name for name, _ in model.named_parameters(remove_duplicate=False))
         modules = {unwrapped(path): module for path, module in named if isinstance(module, nn.Module)}
-        routes = self._with_roles(routes)
+        found, routes = routes, self._with_roles(routes)
         shapes = shapes_of_base(self.base, model)
         check_same_model(routes, shapes)
+        for route, by_rules in zip(routes, found, strict=True):
+            if route.role in _OF_VOCABULARY and route.role == by_rules.role:
+                _check_rows(route, base_shape(route, shapes), is_transposed(route, modules))
         for tied in [route for route in routes if route.role == TIED]:
             norm = find_final_norm(routes, tied, modules)
             routes = [replace(route, role=FINAL_NORM) if route.name in norm else route for route in routes]
@@ -171,8 +177,8 @@ class Scaling:
         outputs, inputs = rows / base_rows, cols / base_cols
         if transposed:
             outputs, inputs = inputs, outputs
-        if route.role in ("embedding", "head", TIED) and inputs != 1:
-            outputs = 1.0  # another vocabulary is no other width
+        if route.role in _OF_VOCABULARY and inputs != 1:
+            outputs = 1.0  # of a role that the user gave: another vocabulary is no other width
         is_orthogonal = route.algorithm == "muon" and self.optimizer in _ORTHOGONAL
         try:
             return scale_factors(
@@ -186,6 +192,21 @@ class Scaling:
             )
         except ValueError as error:
             raise ValueError(f"scaling: {route.name} of shape {route.shape}, {base} in the base: {error}") from None
+
+
+def _check_rows(route: Route, base: Shape, is_transposed: bool) -> None:
+    """Check that an embedding or head has as many entries as in the base: they are no width, and no rule is for them.
+
+    Raises:
+        ValueError: it has others there.
+    """
+    dim = -1 if is_transposed else 0
+    if route.shape[dim] != base[dim]:
+        what = "columns" if is_transposed else "rows"
+        raise ValueError(
+            f"base: {route.name} has {base[dim]} {what} there and {route.shape[dim]} here, which are no width: give "
+            "the base the model's own vocabulary, positions and classes"
+        )
 
 
 def _matrix(route: Route, shape: Shape) -> Matrix:

@@ -287,6 +287,10 @@ def tied_net(width, norm):
         (lambda: config(num_hidden_layers=3), "it has the parameter model.layers.2.*only the width may differ"),
         (lambda: config(num_hidden_layers=1), "it has no parameter model.layers.1"),
         (lambda: {**_shapes(), "model.norm.weight": (3, 3)}, "model.norm.weight has the shape .3, 3. there"),
+        (lambda: config(vocab_size=50), r"embed_tokens.weight has 50 rows there and 99 here.* no width.*vocabulary"),
+        (lambda: config(width=64, vocab_size=50), "embed_tokens.weight has 50 rows there and 99 here"),
+        (lambda: config(vocab_size=50, tie_word_embeddings=True), "embed_tokens.weight has 50 rows there and 99 here"),
+        (lambda: {**_shapes(), "lm_head.weight": (50, 32)}, "lm_head.weight has 50 rows there and 99 here"),
     ],
 )
 def test_a_base_rule_or_role_that_does_not_fit_is_refused(make, words):
