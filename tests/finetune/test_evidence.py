@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.refusals import check_refused
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from finetune.evidence import figures, page
 from finetune.evidence.arms import differences, read_arms
@@ -35,10 +36,11 @@ from finetune.evidence.tables import (
     seeds_needed,
     steps_to,
 )
+from finetune.models.build import model_config
 from finetune.sweep.intervals import interval_of
 from finetune.sweep.reading import read_sweep
 from finetune.sweep.records import make_record
-from muon8bit import Muon8bit
+from muon8bit import Muon8bit, param_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,6 +134,25 @@ def test_sweeps_that_share_records_share_runs():
             hashes.setdefault(arm.name, []).append(arm.recipe_hash)
     assert [len(of) for name, of in sorted(hashes.items()) if name in ("adamw32", "muon32")] == [2, 3]
     assert all(len(set(of)) == 1 for of in hashes.values())
+
+
+@pytest.mark.parametrize(
+    ("size", "hidden", "both_ends"), [("162m", 84934656, 77194752), ("405m", 301989888, 102926336)]
+)
+def test_the_ladder_has_the_published_sizes_batch_and_tokens(size, hidden, both_ends):
+    sweep = read_sweep(ROOT / "benchmarks" / "sweeps" / f"ladder_{size}.toml")
+    for arm in sweep.arms.values():
+        recipe = arm.recipe
+        assert recipe.batch_size * recipe.gradient_accumulation * recipe.seq_len == 524288
+        assert recipe.max_steps * 524288 == pytest.approx(20 * (hidden + both_ends), rel=1e-3)
+        assert recipe.warmup_steps == recipe.decay_steps == pytest.approx(recipe.max_steps / 10, abs=1)
+        assert recipe.mixed_precision == "bf16"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(recipe))
+    groups = param_groups(model, lr=1e-3)
+    sizes = [(g["algorithm"], param.numel()) for g in groups for _, param in g["params"] if param.ndim > 1]
+    assert sum(number for algorithm, number in sizes if algorithm == "muon") == hidden
+    assert sum(number for _, number in sizes) == hidden + both_ends
 
 
 def test_each_decile_holds_a_tenth_of_the_tokens():
