@@ -23,6 +23,7 @@ from finetune.config.errors import InputError
 from finetune.data.texts import read_text
 from finetune.evidence import figures
 from finetune.evidence.arms import fill_marks, read_arms
+from finetune.evidence.direction_tables import direction_tables, read_matrices
 from finetune.evidence.rare_tables import rare_tables
 from finetune.evidence.spectra_tables import spectra_tables
 from finetune.evidence.tables import (
@@ -72,6 +73,7 @@ def _read_json(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
+DIRECTIONS_COMMAND = "python -m benchmarks.robustness.sign_flips"
 MEMORY_COMMAND = "python -m finetune.evidence.associative_memory --record benchmarks/results/associative_memory.json"
 # Name on the page, and of the figure -> the table.
 TABLES = {
@@ -87,6 +89,7 @@ TABLES = {
     "deciles": _of_sweep(
         "parity", "evidence_4m", deciles_table, lambda arms: figures.deciles_figure(arms, "4M parameters")
     ),
+    "directions": EvidenceTable("sign_flips.jsonl", DIRECTIONS_COMMAND, direction_tables, read=read_matrices),
     "family": _of_sweep("family", "family", family_table),
     "horizons": _of_sweep("horizons", "evidence_4m", horizons_table, figures.horizons_figure),
     "ablations": _of_sweep("horizons", "evidence_4m", ablations_table),

@@ -21,6 +21,7 @@ from finetune.evidence.arms import differences, read_arms
 from finetune.evidence.associative_memory import embeddings, gap_curve, gradient, loss_and_gap, rotation
 from finetune.evidence.biographies import QUESTIONS, make_biographies
 from finetune.evidence.controls import keep_rounded, round_by_block, round_by_row, round_by_tensor
+from finetune.evidence.direction_tables import direction_tables, errors_by_way
 from finetune.evidence.measures import deciles_of
 from finetune.evidence.pretrain import main as pretrain_main
 from finetune.evidence.rare import main as rare_main
@@ -279,6 +280,22 @@ def test_spectra_are_means_over_seeds_at_the_last_step_that_all_have(arms_of):
     assert "| muon32 | 2 | 0.625 ± 0.18 |\n" in updates
     assert "adamw" not in text
     assert spectra_tables(arms_of(records[3:4])) == ""
+
+
+def test_errors_of_the_direction_are_told_by_kind_and_by_the_choice_of_a_codebook():
+    def of(model, phase, kind, linear, dynamic):
+        def values(error):
+            return [None] * 5 + [error, None, None]
+
+        both = {"linear 64": values(linear / 2), "linear 256": values(linear), "dynamic 64": values(dynamic)}
+        return {"model": model, "phase": phase, "kind": kind, "values": both}
+
+    matrices = [of("a", "warm-up", "q", 0.1, 0.3), of("a", "warm-up", "MLP out", 0.1, 0.2)]
+    matrices += [of("a", "end", "q", 0.2, 0.4), of("a", "end", "MLP out", 0.6, 0.3)]
+    text = direction_tables(matrices)
+    assert "| q | 8% (10%) | 15% (20%) | 15% (20%) | 35% (40%) | 35% (40%) | 35% (40%) |" in text
+    found = {way: [error for _, error in errors] for way, errors in errors_by_way(matrices).items()}
+    assert list(found.values()) == [[0.2, 0.6], [0.4, 0.3], [0.2, 0.3], [0.2, 0.6], [0.2, 0.3]]
 
 
 def test_the_bootstrap_draws_classes_and_seeds():
