@@ -54,6 +54,11 @@ def _leading_modules(name: str) -> int:
     return next((i for i, part in enumerate(parts) if part != _MODULE), len(parts))
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 tensor`, `2 tensors`."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def format_bytes(num_bytes: int) -> str:
     """Format bytes with thousands separators and, from 1024 on, in binary units: `1,051,648 B (1.00 MiB)`."""
     for size, unit in _UNITS:

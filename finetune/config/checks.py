@@ -12,6 +12,11 @@ from finetune.config.options import FAMILY, PRESETS, Training, flag, option_fiel
 MAX_STEP_TIMEOUT = 10**6  # s; as in muon8bit.config
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 step`, `2 steps`."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def package_file(model: str) -> Path:
     """Return the only GGUF file of `package:NAME`, an installed package, which is not imported.
 
@@ -98,8 +103,8 @@ def check_ranges(recipe: Training, *more_positive: str) -> None:
     if recipe.max_steps is not None and (recipe.warmup_steps or 0) + recipe.decay_steps > recipe.max_steps:
         raise InputError(
             "--warmup-steps",
-            f"{recipe.warmup_steps} steps of warm-up and {recipe.decay_steps} of decay exceed --max-steps "
-            f"{recipe.max_steps}; lower --warmup-steps, or raise --max-steps",
+            f"{counted(recipe.warmup_steps or 0, 'step')} of warm-up and {recipe.decay_steps} of decay exceed "
+            f"--max-steps {recipe.max_steps}; lower --warmup-steps, or raise --max-steps",
         )
     if recipe.schedule == "warmup_stable_decay" and recipe.decay_steps == 0:
         raise InputError("--decay-steps", "warmup_stable_decay needs it above 0")

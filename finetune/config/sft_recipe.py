@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.config.checks import check_ranges, has_own_scale
+from finetune.config.checks import check_ranges, counted, has_own_scale
 from finetune.config.errors import InputError
 from finetune.config.options import Training, flag, option
 from finetune.config.reading import SFT_RECIPES, build, read_values
@@ -213,13 +213,16 @@ def resolve(recipe: SftRecipe, num_rows: int, num_processes: int) -> tuple[SftRe
     if "max_steps" in unset:
         rows = recipe.batch_size * recipe.gradient_accumulation * num_processes
         max_steps = chosen["max_steps"] = math.ceil(recipe.epochs * num_rows / rows)
-        notes.append(f"{max_steps} steps of {rows} rows: {recipe.epochs:g} passes over {num_rows:,} rows")
+        notes.append(
+            f"{counted(max_steps, 'step')} of {counted(rows, 'row')}: {recipe.epochs:g} passes over "
+            f"{counted(num_rows, 'row')}"
+        )
     if "warmup_steps" in unset:
         left, share = max_steps - recipe.decay_steps, WARMUP_SHARE * max_steps
         # A warm-up's first step has lr 0: one of a few dozen steps is not given away.
         chosen["warmup_steps"] = 0 if share < 1 else max(0, min(math.ceil(share), left - 1))
         less = ", which is less than one" if share < 1 else ""
-        notes.append(f"warm-up {chosen['warmup_steps']} steps, {WARMUP_SHARE:.0%} of {max_steps}{less}")
+        notes.append(f"warm-up {counted(chosen['warmup_steps'], 'step')}, {WARMUP_SHARE:.0%} of {max_steps}{less}")
     if recipe.has_adapter and family == "muon" and recipe.lora_rank > 16 and recipe.adapter is None:
         notes.append("note: in arXiv 2605.10468 Muon is ahead of AdamW on LoRA up to rank 16 only")
     return replace(recipe, **chosen), notes

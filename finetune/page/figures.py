@@ -44,6 +44,7 @@ class CurveFigure:
         label: of the vertical axis, with its unit.
         caption: one sentence on what is shown.
         is_log: whether the axis is logarithmic.
+        is_count: whether the values are whole numbers from 0 on.
     """
 
     title: str
@@ -51,6 +52,7 @@ class CurveFigure:
     label: str
     caption: str = ""
     is_log: bool = False
+    is_count: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ CURVES = (
         "share of a layer's tokens",
         "From the least loaded expert of any layer to the most loaded one.",
     ),
-    CurveFigure("Dead experts", ("dead_experts",), "experts without a token", "Since the evaluation before."),
+    CurveFigure(
+        "Dead experts", ("dead_experts",), "experts without a token", "Since the evaluation before.", is_count=True
+    ),
     CurveFigure(
         *("Descent kept in 8 bits", ("health/descent",), "share of the descent kept"),
         "Of the watched matrix that keeps least; sound runs keep more than .97, AdaMuon .80.",
@@ -185,6 +189,13 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": COLORS[number % len(COLORS)], "ls": DASHES[number % len(DASHES)], "lw": 1.5}
 
 
+def _set_whole_ticks(axis: Any) -> None:
+    """Let an axis of steps or counts have ticks at whole numbers alone, one where it is short."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+
+
 def _draw_curves(figure: CurveFigure, drawn: Sequence[tuple[Line, int]], unit: str) -> DrawnFigure | None:
     found = [(line, number, [band(line.runs, key) for key in figure.keys]) for line, number in drawn]
     found = [entry for entry in found if all(entry[2])]
@@ -210,6 +221,10 @@ def _draw_curves(figure: CurveFigure, drawn: Sequence[tuple[Line, int]], unit: s
             axes.plot(steps, upper, label=_named(line), **style)
             told.append(f"{line.name}: {lower[-1]:.4g} to {upper[-1]:.4g} at step {steps[-1]}")
     axes.set(xlabel="step", ylabel=label)
+    _set_whole_ticks(axes.xaxis)
+    if figure.is_count:
+        axes.set_ylim(bottom=0)
+        _set_whole_ticks(axes.yaxis)
     if figure.is_log and all(point[2] > 0 for _, _, bands in found for points in bands for point in points):
         axes.set_yscale("log")
         for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -239,6 +254,7 @@ def _draw_groups(figure: CurveFigure, drawn: Sequence[tuple[Line, int]]) -> Draw
             label = _named(line) if axes is panels[0] else None
             axes.plot(steps, means, label=label, marker=MARKERS[number % len(MARKERS)], ms=3, **_style(number))
             told.append(f"{line.name}, {key.removeprefix(start)}: {means[-1]:.4g} at step {steps[-1]}")
+    _set_whole_ticks(panels[0].xaxis)  # which the others share
     panels[0].figure.supxlabel("step", fontsize=10)
     panels[0].figure.supylabel(figure.label, fontsize=10)
     alt = f"{figure.label} over steps, by group of layers. {'; '.join(told)}."

@@ -114,6 +114,9 @@ def _from_folder(path: Path, name: str) -> PageRun:
     curves |= _spectra([(m["step"], m["spectra"]) for m in metrics if m.get("spectra")])
     for key in ("loss", "grad_norm"):
         curves[key] = curves[key][0], smooth(curves[key][1])
+    for key in ("aux_loss", "z_loss"):  # older runs have 0 where it was not asked for
+        if not options.get(f"router_{key}", True):
+            curves.pop(key, None)
     curves["val_loss"] = summary.curve.validation
     pairs = itertools.pairwise((m["step"], m["seconds"]) for m in metrics)
     is_complete = (path / "result.json").is_file()

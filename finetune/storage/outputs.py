@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from finetune.config.checks import counted
 from finetune.models.build import parameter_hash
 from finetune.models.optimizers import report_state
 from finetune.parallel.launch import plain_model, whole_state
@@ -47,8 +48,8 @@ def finish(run: PretrainRun, further: Mapping[str, Any] | None = None) -> None:
 def summary(run: Run, val_loss: float) -> str:
     """Return one line: what was trained, how long, and its validation loss."""
     return (
-        f"{run.recipe.optimizer} after {run.step} steps, {run.tokens:,} {run.unit}, {run.seconds:.0f} s: validation "
-        f"{run.describe(val_loss)}"
+        f"{run.recipe.optimizer} after {counted(run.step, 'step')}, {run.tokens:,} {run.unit}, {run.seconds:.0f} s: "
+        f"validation {run.describe(val_loss)}"
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from accelerate.utils import DistributedType
 
+from finetune.config.checks import counted
 from finetune.config.errors import InputError, OtherRankError, StorageError
 from finetune.parallel.ranks import write_together
 from finetune.storage.checkpoints import PROGRESS_FILE, file_names, partial_checkpoint, seal_files
@@ -93,7 +94,7 @@ def restore(run: Run) -> None:
     schedule, steps = run.recipe.schedule, run.recipe.max_steps
     is_longer_or_shorter = record.get("max_steps", steps) != steps and schedule != "constant_with_warmup"
     if has_other_lr or is_longer_or_shorter:
-        run.say(f"the {schedule} schedule of lr is that of {steps} steps from step {run.step + 1} on")
+        run.say(f"the {schedule} schedule of lr is that of {counted(steps, 'step')} from step {run.step + 1} on")
 
 
 def resume_command(run: Run, script: str) -> str:

@@ -146,7 +146,10 @@ def _read_load(run: Run, step: Step) -> dict[str, float]:
     if run.balancing is None or step.counts is None:
         return {}
     load = run.balancing.load.add(step.counts.tolist())
-    return load | ({} if step.losses is None else dict(zip(("aux_loss", "z_loss"), step.losses.tolist(), strict=True)))
+    if step.losses is None:
+        return load
+    losses = dict(zip(("aux_loss", "z_loss"), step.losses.tolist(), strict=True))
+    return load | {name: loss for name, loss in losses.items() if getattr(run.balancing, name)}
 
 
 def _num_skipped(run: Run) -> int:

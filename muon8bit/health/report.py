@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .._text import render
+from .._text import counted, render
 from .measures import MatrixHealth
 
 
@@ -52,8 +52,11 @@ class HealthReport:
         worst = {of.name: of for of in self.worst}
         rows = [row for of in self.last for row in _rows(of, worst[of.name])]
         lines = [render(header, rows, "<<<>>>>>>>")] if rows else [f"nothing is measured before step {self.every}"]
-        lines += ["", f"{self.num_steps} steps, measured every {self.every}; fp32 momenta of {self.shadow_bytes:,} B"]
-        lines += [f"{self.num_skipped} skipped steps do not count"] if self.num_skipped else []
+        lines += [
+            "",
+            f"{counted(self.num_steps, 'step')}, measured every {self.every}; fp32 momenta of {self.shadow_bytes:,} B",
+        ]
+        lines += [f"not counted: {counted(self.num_skipped, 'skipped step')}"] if self.num_skipped else []
         lines += self.notes
         lines += self.warnings.values()
         if rows and self.is_sound:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._text import collapse, format_bytes, render, template
+from .._text import collapse, counted, format_bytes, render, template
 from ..config import DEFAULT_BLOCK_SIZE, Algorithm
 from .rules import FUSED_FLAG, HEAD_FLAGS, Route
 
@@ -54,12 +54,12 @@ class ParamGroups(list[dict[str, Any]]):
         totals.append(f"state in all: {format_bytes(state)}, predicted for {self._assumed}")
         if self._num_bf16:
             totals.append(
-                f"bfloat16 weights: {_number(self._num_bf16)}; rounded to nearest, they lose updates under half a unit "
-                "in their last place: Muon8bit(groups, param_rounding='stochastic') keeps them"
+                f"bfloat16 weights: {counted(self._num_bf16, 'tensor')}; rounded to nearest, they lose updates under "
+                "half a unit in their last place: Muon8bit(groups, param_rounding='stochastic') keeps them"
             )
         num_flagged = sum(bool(route.flag) for route in self.routes)
         if num_flagged:
-            totals.append(f"flagged with '!': {_number(num_flagged)}; `patterns` can reroute what is flagged")
+            totals.append(f"flagged with '!': {counted(num_flagged, 'tensor')}; `patterns` can reroute what is flagged")
             totals += [hint for routes in rows.values() if (hint := _hint(routes))]
         return "\n".join((table, "", *totals))
 
@@ -71,10 +71,6 @@ def _scale(route: Route) -> str:
         return "-"
     decay = scale.weight_decay if route.weight_decay else 1
     return f"{route.role}: {scale.init:.4g}, {scale.lr:.4g}, {decay:.4g}"
-
-
-def _number(count: int) -> str:
-    return f"{count} tensor" + "s" * (count != 1)
 
 
 def _hint(routes: Sequence[Route]) -> str:
@@ -118,7 +114,7 @@ def _total(routes: Sequence[Route], algorithm: Algorithm | None) -> str:
     if not chosen:
         return ""
     num_elements = sum(route.num_elements for route in chosen)
-    line = f"{algorithm or 'frozen'}: {len(chosen)} tensors, {num_elements:,} parameters"
+    line = f"{algorithm or 'frozen'}: {counted(len(chosen), 'tensor')}, {counted(num_elements, 'parameter')}"
     if algorithm is None or not num_elements:
         return line
     state = sum(route.state_bytes for route in chosen)

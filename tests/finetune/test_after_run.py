@@ -10,6 +10,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from finetune import chat_with, merge
 from finetune.models import merging as merging_module
 from finetune.models.merging import LARGEST_CHANGE
+from finetune.storage.outputs import summary
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.tensor([[5, 80, 33, 120, 7, 9, 250, 41]])
@@ -178,3 +180,10 @@ def test_merge_and_chat_refuse_what_is_no_adapter_and_a_base_that_is_not_recorde
     goes_on = chat("all", "--prompt", "abc", "--max-tokens", 3, "--temperature", 1)
     assert goes_on.code == 0, goes_on.err
     assert goes_on.out.strip()
+
+
+@pytest.mark.parametrize(("step", "words"), [(1, "muon8bit after 1 step, "), (2, "muon8bit after 2 steps, ")])
+def test_a_run_of_one_step_is_told_in_the_singular(step, words):
+    recipe = SimpleNamespace(optimizer="muon8bit")
+    run = SimpleNamespace(recipe=recipe, step=step, tokens=9, unit="tokens", seconds=1.0, describe="{:.1f}".format)
+    assert summary(run, 2.0).startswith(words)

@@ -223,6 +223,7 @@ def test_the_load_of_experts_is_told_beside_the_loss(whole):
         assert (greatest * 256).is_integer()
         assert 0 < record["expert_load_cv"] < 6 * (greatest - least)
         assert record["aux_loss"] == pytest.approx(1, abs=0.2)
+        assert "z_loss" not in record, "it is not added"
         assert ("dead_experts" in record) == (record["val_loss"] is not None)
     for key in ("expert_load_cv", "expert_share_min", "expert_share_max", "dead_experts"):
         assert result[key] == steps[-1][key]

@@ -167,6 +167,24 @@ def test_lines_differ_in_style_and_what_only_one_run_has_is_drawn_with_units(tmp
     assert "step" in texts["Training loss"]
 
 
+@pytest.mark.parametrize("dead", [[0, 0], [0, 1]])
+def test_steps_and_counts_have_whole_ticks(tmp_path, dead):
+    write_run(tmp_path / "moe", [5.0, 4.0], more={"dead_experts": [{"0": list(range(num))} for num in dead]})
+    figures = {figure.title: figure.svg for figure in draw_figures(read_lines([str(tmp_path)]))}
+    ticks = [text for text in ET.fromstring(figures["Dead experts"]).itertext() if re.fullmatch(r"[\d.\u2212]+", text)]
+    assert {"1", "2"} <= set(ticks)
+    assert all(text.isdigit() for text in ticks), ticks
+
+
+def test_a_loss_of_routers_that_was_not_asked_for_is_not_drawn(tmp_path):
+    """Runs wrote 0 for the one of both that was not added."""
+    losses = {"aux_loss": [1.25, 1.0], "z_loss": [0.0, 0.0]}
+    write_run(tmp_path / "moe", [5.0, 4.0], more=losses, router_aux_loss=0.01, router_z_loss=0.0)
+    curves = read_lines([str(tmp_path)])[0].runs[0].curves
+    assert curves["aux_loss"] == ([1, 2], [1.25, 1.0])
+    assert "z_loss" not in curves
+
+
 def test_runs_that_differ_in_the_seed_alone_are_one_line_with_a_band(page, tmp_path):
     for seed in range(3):
         write_run(tmp_path / "runs" / f"muon-seed{seed}", [5.0, 4.0, 3.0 + seed], seed=seed)

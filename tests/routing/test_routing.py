@@ -325,7 +325,7 @@ def test_frozen_parameters_are_listed_and_in_no_group() -> None:
     groups = param_groups(model, lr=1e-3)
     assert frozen not in {name for group in groups for name, _ in group["params"]}
     assert names_for(groups, None) == {frozen}
-    assert "frozen: 1 tensors, 768 parameters" in str(groups)
+    assert "frozen: 1 tensor, 768 parameters" in str(groups)
 
 
 def test_group_values_follow_the_arguments() -> None:
