@@ -31,6 +31,7 @@ from finetune.evidence.tables import (
     controls_table,
     deciles_table,
     family_table,
+    health_table,
     horizons_table,
     memory_table,
     parity_table,
@@ -90,6 +91,7 @@ TABLES = {
         "parity", "evidence_4m", deciles_table, lambda arms: figures.deciles_figure(arms, "4M parameters")
     ),
     "directions": EvidenceTable("sign_flips.jsonl", DIRECTIONS_COMMAND, direction_tables, read=read_matrices),
+    "health": _of_sweep("health", "health", health_table),
     "family": _of_sweep("family", "family", family_table),
     "horizons": _of_sweep("horizons", "evidence_4m", horizons_table, figures.horizons_figure),
     "ablations": _of_sweep("horizons", "evidence_4m", ablations_table),

@@ -64,6 +64,22 @@ def seeds_needed(values: Mapping[int, float]) -> str:
     return str(count)
 
 
+def health_table(arms: Arms) -> str:
+    """Return by arm and seed the watched matrix that kept least of the descent, at its worst, and who was warned of."""
+    rows = []
+    for arm, runs in arms.items():
+        for seed, record in runs.items():
+            health = record["metrics"].get("health")
+            if record["status"] != "finished" or not health:
+                continue
+            name, worst = min(health["worst"].items(), key=lambda entry: entry[1]["descent"] - entry[1]["min_descent"])
+            kept = [f"{worst[key]:.4g}" for key in ("descent", "min_descent", "update_cosine")]
+            warned = ", ".join(health["warnings"]) or "none"
+            rows.append([arm, str(seed), str(health["num_steps"]), name, str(worst["step"]), *kept, warned])
+    head = ["arm", "seed", "steps watched", "worst matrix", "at step", "descent", "threshold", "cosine", "warned of"]
+    return markdown(head, rows)
+
+
 def family_table(arms: Arms) -> str:
     """Return losses, state and time of every arm of the family's sweep, and the differences of 8 to 32 bits by seed."""
     rows = []

@@ -32,6 +32,7 @@ from finetune.evidence.tables import (
     deciles_table,
     family_table,
     gap_at,
+    health_table,
     horizons_table,
     parity_table,
     seeds_needed,
@@ -296,6 +297,18 @@ def test_errors_of_the_direction_are_told_by_kind_and_by_the_choice_of_a_codeboo
     assert "| q | 8% (10%) | 15% (20%) | 15% (20%) | 35% (40%) | 35% (40%) | 35% (40%) |" in text
     found = {way: [error for _, error in errors] for way, errors in errors_by_way(matrices).items()}
     assert list(found.values()) == [[0.2, 0.6], [0.4, 0.3], [0.2, 0.3], [0.2, 0.6], [0.2, 0.3]]
+
+
+def test_the_worst_matrix_of_a_watched_run_is_the_one_nearest_to_its_threshold(arms_of):
+    def of(descent, least=0.97):
+        return {"descent": descent, "min_descent": least, "update_cosine": 0.5, "step": 40}
+
+    health = {"worst": {"q": of(0.98), "k": of(0.9, 0.8)}, "warnings": {}, "num_steps": 320}
+    records = [made("muon8", 0, 3.0, health=health), made("muon8", 1, math.inf, health=health), made("adamw", 0, 3.0)]
+    health = health | {"worst": {"q": of(0.96)}, "warnings": {"q": "it loses"}}
+    rows = health_table(arms_of([*records, made("muon8", 2, 3.0, health=health)])).splitlines()[2:]
+    assert rows[0] == "| muon8 | 0 | 320 | q | 40 | 0.98 | 0.97 | 0.5 | none |"
+    assert rows[1:] == ["| muon8 | 2 | 320 | q | 40 | 0.96 | 0.97 | 0.5 | q |"]
 
 
 def test_the_bootstrap_draws_classes_and_seeds():
