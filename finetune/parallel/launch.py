@@ -67,15 +67,28 @@ def plain_model(model: nn.Module) -> nn.Module:
 def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield parameters under their names in a model that nothing wraps, neither layer by layer nor whole."""
     for name, param in plain_model(model).named_parameters():
-        yield name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), param
+        yield _plain_name(name), param
+
+
+def _plain_name(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """Return all weights of a prepared model, under their names in a model that nothing wraps.
 
-    A sharded model is gathered by all ranks, a collective call; only the main process gets its weights.
+    A sharded model is gathered by all ranks, a collective call; only the main process gets its weights. Tied weights
+    are one tensor under several names, by which `save_pretrained` knows them.
     """
-    state: dict[str, Tensor] = accelerator.get_state_dict(model if is_sharded(accelerator) else plain_model(model))
+    if not is_sharded(accelerator):
+        plain: dict[str, Tensor] = accelerator.get_state_dict(plain_model(model))
+        return plain
+    state: dict[str, Tensor] = accelerator.get_state_dict(model)
+    first: dict[int, str] = {}
+    for name, param in plain_model(model).named_parameters(remove_duplicate=False):
+        tied = first.setdefault(id(param), name)
+        if tied != name and state:  # each was gathered for itself
+            state[_plain_name(name)] = state[_plain_name(tied)]
     return state
 
 

@@ -181,3 +181,8 @@ def test_under_fsdp2_the_main_process_alone_loads_and_the_run_is_the_one_that_al
         assert result(once)["parameter_hashes"] == result(everywhere)["parameter_hashes"]
         assert [m["loss"] for m in metrics(once)] == [m["loss"] for m in metrics(everywhere)]
         assert metrics(once)[-1]["val_loss"] == metrics(everywhere)[-1]["val_loss"]
+        for run in (once, everywhere):  # a tied head is saved once, as one process does
+            AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto").save_pretrained(folder / "plain")
+            whole, plain = (load_file(at / "model.safetensors") for at in (run / "model", folder / "plain"))
+            assert_nested_equal(whole, plain)
+            assert kind == "sft" or "lm_head.weight" not in whole
