@@ -21,12 +21,13 @@ from torch import nn
 from finetune.config.errors import InputError
 from finetune.config.sft_recipe import SftRecipe
 from finetune.data.texts import read_text
-from finetune.models.pretrained import weight_dtype
+from finetune.models.pretrained import base_name, buffer_fingerprint, weight_dtype
 from finetune.models.weights import beside_text, first_line
 from finetune.parallel.launch import plain_parameters
 from finetune.storage.outputs import save_model
 
-# What is told of the base in the folder of an adapter: `mode` and `dtype` of the run, and `weights`, its fingerprint.
+# What is told of the base in the folder of an adapter: `mode` and `dtype` of the run, and `weights` and, if
+# it has some, `buffers`, its fingerprints.
 BASE_FILE = "base.json"
 # Elements of each weight that a fingerprint looks at.
 SAMPLED = 256
@@ -203,10 +204,7 @@ def base_fingerprint(model: nn.Module) -> str:
         if "lora_" not in name and param.is_floating_point():
             flat = param.detach().flatten()
             some = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].to(torch.bfloat16).contiguous().cpu()
-            name = name.removeprefix("base_model.model.")
-            while ".base_layer." in name:  # one for each adapted parameter of stacked experts
-                name = name.replace(".base_layer.", ".")
-            parts.append((name, some.view(torch.uint8).numpy().tobytes()))
+            parts.append((base_name(name), some.view(torch.uint8).numpy().tobytes()))
     digest = hashlib.sha256()
     for name, content in sorted(parts):
         digest.update(name.encode() + b"\0" + content)
@@ -217,4 +215,6 @@ def save_adapter(model: Any, path: Path, recipe: SftRecipe, tokenizer: Any) -> N
     """Write the adapter, which names its base, what else is to be known of that, and the tokenizer."""
     dtype = "bf16" if weight_dtype(recipe) == torch.bfloat16 else "fp32"
     record = {"mode": recipe.mode, "dtype": dtype, "weights": base_fingerprint(model)}
+    if buffers := buffer_fingerprint(model):
+        record["buffers"] = buffers
     save_model(path, model, None, tokenizer, {BASE_FILE: json.dumps(record, indent=1)})

@@ -18,7 +18,7 @@ from finetune.config.sft_recipe import SftRecipe
 from finetune.data.texts import ENCODING
 from finetune.models.adapters import BASE_FILE, base_fingerprint, base_of_adapter, load_adapter, same_base
 from finetune.models.build import logits_of
-from finetune.models.pretrained import base_config, load_base
+from finetune.models.pretrained import base_config, buffer_fingerprint, load_base
 from finetune.models.routers import BIAS
 from finetune.models.tokens import load_tokenizer
 from finetune.models.weights import first_line
@@ -43,6 +43,7 @@ class AdapterSource:
         mode: `lora`, or `qlora` for an adapter that was trained on an NF4 base.
         dtype: `fp32` or `bf16`, of the base's weights that are not NF4.
         weights: `base_fingerprint` of these weights; None where it was not recorded, as by release 0.1.
+        buffers: `buffer_fingerprint` of the base; None where it has no buffers, or they were not recorded.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class AdapterSource:
     mode: str
     dtype: str
     weights: str | None
+    buffers: str | None = None
 
 
 def find_adapter(path: Path, base: str | None = None) -> AdapterSource:
@@ -79,6 +81,7 @@ def find_adapter(path: Path, base: str | None = None) -> AdapterSource:
         record.get("mode", "lora"),
         record.get("dtype") or ("bf16" if base_config(base or named).dtype == torch.bfloat16 else "fp32"),
         record.get("weights"),
+        record.get("buffers"),
     )
     if source.weights is None and not same_base(named, source.base):
         raise InputError(
@@ -122,7 +125,8 @@ def load_adapted(source: AdapterSource, device: torch.device) -> Any:
     """
     recipe = SftRecipe(name="merge", model=source.base, mode=source.mode, dtype=source.dtype)
     model = load_base(source.base, recipe, device)
-    if source.weights is not None and base_fingerprint(model) != source.weights:
+    has_other_buffers = source.buffers is not None and buffer_fingerprint(model) != source.buffers
+    if has_other_buffers or (source.weights is not None and base_fingerprint(model) != source.weights):
         raise InputError(
             "--base",
             f"{source.base} has other weights than the base that {source.folder} was trained on; give that base",

@@ -31,6 +31,7 @@ from finetune.models.weights import (
     refuse_part,
     text_config,
 )
+from finetune.parallel.launch import plain_buffers
 from finetune.storage.run_dir import folder_beside
 
 # Bump when a GGUF file would become another folder.
@@ -200,7 +201,9 @@ def resized_base(base: str, tokenizer: Any) -> str:
         InputError: the weights cannot be loaded.
     """
     model = load_base_weights(base, dtype="auto")
-    digest = hashlib.sha256(f"{config_hash(model.config)}{fingerprint(model)}".encode())
+    digest = hashlib.sha256(
+        f"{config_hash(model.config)}{fingerprint(model)}{buffer_fingerprint(model) or ''}".encode()
+    )
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     folder: Path = cache_root() / "models" / f"resized{RESIZED_FORMAT}-{digest.hexdigest()[:24]}"
     if folder.is_dir():
@@ -259,6 +262,27 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def buffer_fingerprint(model: nn.Module) -> str | None:
+    """Return the hex SHA-256 of the buffers that are saved with a model, as `e_score_correction_bias`; None without.
+
+    An adapter on the model changes nothing of it. The values are rounded to bf16, as a base may be loaded.
+    """
+    digest, is_empty = hashlib.sha256(), True
+    for name, buffer in sorted(plain_buffers(model), key=lambda entry: base_name(entry[0])):
+        value = buffer.to(torch.bfloat16) if buffer.is_floating_point() else buffer
+        digest.update(base_name(name).encode() + b"\0" + value.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        is_empty = False
+    return None if is_empty else digest.hexdigest()
+
+
+def base_name(name: str) -> str:
+    """Return the name that a tensor of a base has without an adapter on it."""
+    name = name.removeprefix("base_model.model.")
+    while ".base_layer." in name:  # one for each adapted parameter of stacked experts
+        name = name.replace(".base_layer.", ".")
+    return name
 
 
 def pretrained_with(base: str, config: Any) -> str | None:

@@ -70,6 +70,14 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield _plain_name(name), param
 
 
+def plain_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that a state dict has, as biases of routers, named as by `plain_parameters`."""
+    for path, module in plain_model(model).named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield _plain_name(f"{path}.{name}" if path else name), buffer
+
+
 def _plain_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 

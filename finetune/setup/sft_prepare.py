@@ -18,6 +18,7 @@ from finetune.models.adapters import add_adapter, checkpoint_trainable_only, lin
 from finetune.models.build import check_vocabulary, config_hash
 from finetune.models.pretrained import (
     base_config,
+    buffer_fingerprint,
     compute_precision,
     find_base,
     fingerprint,
@@ -43,7 +44,13 @@ from finetune.training.run import make_accelerator, prepare_training, versions
 from finetune.training.sft_run import SftRun, samples_of
 from finetune.training.train_step import evaluate
 
-SAME_RUN = {"model": ("--model", "model"), "corpus": ("--dataset", "dataset"), "tokenizer": ("--model", "tokenizer")}
+# `buffers` is recorded of a model that has some, and by no run of release 0.1.
+SAME_RUN = {
+    "model": ("--model", "model"),
+    "buffers": ("--model", "model"),
+    "corpus": ("--dataset", "dataset"),
+    "tokenizer": ("--model", "tokenizer"),
+}
 
 
 def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
@@ -76,21 +83,22 @@ def set_up(recipe: SftRecipe, folder: RunFolder) -> SftRun:
     recipe, notes = resolve(recipe, len(train), accelerator.num_processes)
     notes = seq_notes + notes
 
-    def build() -> tuple[Any, tuple[str, list[Router], str]]:
+    def build() -> tuple[Any, tuple[str, str | None, list[Router], str]]:
         model = load_base(base, recipe, load_device(accelerator))
         if recipe.packing:
             check_isolation(model, num_rows=recipe.batch_size)
         if recipe.loss_chunk:
             check_head(model)
-        return model, (fingerprint(model), *find_routers(model, recipe))
+        return model, (fingerprint(model), buffer_fingerprint(model), *find_routers(model, recipe))
 
-    model, (digest, routers, note), weights = build_once(accelerator, recipe, build)
+    model, (digest, buffers, routers, note), weights = build_once(accelerator, recipe, build)
     balancing = Balancing(model, routers, recipe) if routers else None
     notes += filter(None, [note])
     facts = {
         "model": hashlib.sha256((config_hash(config) + digest).encode()).hexdigest(),
         "corpus": data.parts.hash,
         "tokenizer": tokenizer_hash(tokenizer),
+        **({"buffers": buffers} if buffers else {}),
         **versions(accelerator),
     }
     check_same_run(folder, facts, SAME_RUN)

@@ -46,7 +46,8 @@ def check_same_run(folder: RunFolder, facts: Mapping[str, Any], named: Mapping[s
     Args:
         folder: of the run; without a checkpoint there is nothing to check.
         facts: of this run.
-        named: key of the facts -> (option that gives it, what it is).
+        named: key of the facts -> (option that gives it, what it is). One that the checkpoint's version did not record
+            is not compared.
 
     Raises:
         InputError: something else.
@@ -62,9 +63,9 @@ def check_same_run(folder: RunFolder, facts: Mapping[str, Any], named: Mapping[s
             "would take another batch",
         )
     for key, (option, what) in named.items():
-        if saved[key] != facts[key]:
+        if key in saved and saved[key] != facts.get(key):
             raise InputError(
                 "--resume",
                 f"{folder.checkpoint} is of another {what} ({saved[key][:12]}, Python {saved['python']}; now "
-                f"{facts[key][:12]}, Python {facts['python']}); give its {option}, or start anew",
+                f"{facts.get(key, 'none')[:12]}, Python {facts['python']}); give its {option}, or start anew",
             )

@@ -77,6 +77,10 @@ def test_merge_folds_an_adapter_into_its_base_and_both_answer_as_in_training(
     assert by_adapter.out.strip() == asked["after"]
     other = make_base(tmp_path / "other", seed=1)
     check_refused(merging(run, "--base", other), "--base", "other weights", str(other))
+    record = (run / "adapter" / "base.json").read_text()
+    (run / "adapter" / "base.json").write_text(json.dumps(json.loads(record) | {"buffers": "0" * 64}))
+    check_refused(merging(run), "--base", "other weights", str(chat_base))
+    (run / "adapter" / "base.json").write_text(record)
     outcome = merging(run / "adapter", "--base", moved, "--output", "model")
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("merged in fp32, logits are within")

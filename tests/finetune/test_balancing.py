@@ -15,12 +15,17 @@ from accelerate.utils import DistributedType
 from helpers.bitwise import assert_nested_equal
 from helpers.expert_models import NUM_EXPERTS, SIZES, conversations, expert_config, expert_model, losses_of
 from helpers.refusals import check_refused
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from finetune.config.errors import InputError
 from finetune.data.packing import Rows
 from finetune.models.build import checkpoint_activations
+from finetune.models.pretrained import buffer_fingerprint, fingerprint
 from finetune.models.routers import find_routers, keep_biases_in_fp32
+from finetune.setup.sft_prepare import SAME_RUN
+from finetune.storage.resuming import check_same_run
 from finetune.training.balancing import Balancing
 from finetune.training.loss import IGNORED
 from finetune.training.train_step import (
@@ -132,6 +137,28 @@ def test_without_a_loss_what_routers_give_is_left_as_it_is_and_evaluation_counts
     evaluate(ONE, model, rows(), 2)
     assert torch.equal(balancing.counts, counts)
     assert counts.sum() == 2 * 2 * sum(map(sum, LENGTHS))  # two layers, two experts a token
+
+
+def test_the_fingerprint_of_a_run_knows_the_biases_of_its_base():
+    """They are buffers, which a run with an adapter saves nowhere; runs that recorded none of them resume."""
+    model = expert_model("deepseek_v3")
+    saved, weights = buffer_fingerprint(model), fingerprint(model)
+    assert buffer_fingerprint(model.bfloat16()) == saved
+    adapted = get_peft_model(model, LoraConfig(target_modules=["o_proj"], target_parameters=["mlp.gate.weight"]))
+    assert buffer_fingerprint(adapted) == saved
+    model = adapted.unload().float()
+    model.model.layers[1].mlp.gate.e_score_correction_bias[2] += 0.5
+    changed = buffer_fingerprint(model)
+    assert changed != saved
+    assert fingerprint(expert_model("deepseek_v3")) == weights
+    assert buffer_fingerprint(expert_model("mixtral")) is None
+    facts = {"world_size": 1, "parallelism": "NO", "python": "3.11", "model": "m", "corpus": "c", "tokenizer": "t"}
+    for before, now in ((facts, facts | {"buffers": changed}), (facts, facts), *[(facts | {"buffers": saved},) * 2]):
+        check_same_run(SimpleNamespace(checkpoint="step", progress=lambda of=before: {"facts": of}), now, SAME_RUN)
+    folder = SimpleNamespace(checkpoint="step", progress=lambda: {"facts": facts | {"buffers": saved}})
+    for now in (facts | {"buffers": changed}, facts):
+        with pytest.raises(InputError, match=rf"--resume: step is of another model .{saved[:12]}, .*give its --model"):
+            check_same_run(folder, now, SAME_RUN)
 
 
 def test_biases_move_by_the_rate_towards_the_mean_load():
