@@ -94,8 +94,20 @@ def _is_inside(path: str, hidden: Sequence[str]) -> bool:
     return layer is not None and any(name.startswith(f"{layer[0]}.") for name in hidden)
 
 
+class _WithoutHooks(nn.Module):
+    """A norm whose hooks are not called: those of FSDP2 want the whole model to run."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden: torch.Tensor) -> object:
+        """Return what the norm gives."""
+        return self.norm.forward(hidden)
+
+
 def _is_multiplied(norm: nn.Module, size: int) -> bool:
     """Check whether a norm with its parameters at 0 gives 0; none of its own parameters is read."""
-    zeros = {name: torch.zeros(param.shape) for name, param in norm.named_parameters()}
-    given = torch.func.functional_call(norm, zeros, (torch.arange(1.0, size + 1).unsqueeze(0),))
+    zeros = {f"norm.{name}": torch.zeros(param.shape) for name, param in norm.named_parameters()}
+    given = torch.func.functional_call(_WithoutHooks(norm), zeros, (torch.arange(1.0, size + 1).unsqueeze(0),))
     return isinstance(given, torch.Tensor) and not given.any()

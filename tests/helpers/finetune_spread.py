@@ -14,6 +14,7 @@ from finetune.config.recipe import DEFAULT_RECIPE, read_recipe
 from finetune.parallel.ranks import connect
 from finetune.parallel.sharding import build_once, spread
 from helpers.bitwise import assert_bitwise
+from muon8bit import Scaling, param_groups
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 30, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
@@ -28,6 +29,19 @@ MODELS = [
 ]
 
 
+def base_of(keys):
+    """Return the configuration of half the width."""
+    halved = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "moe_intermediate_size")
+    return AutoConfig.for_model(**{k: v // 2 if k in halved else v for k, v in keys.items()})
+
+
+def rates_of(model, keys):
+    groups = param_groups(model, lr=1.0, scaling=Scaling(base=base_of(keys)))
+    found = {name: (group["lr"], group["weight_decay"]) for group in groups for name, _ in group["params"]}
+    assert len(set(found.values())) >= 3
+    return found
+
+
 def spread_models(rank: int, kind: type) -> None:
     """Check values, ties, dtypes, gradients required, parameters of the optimizer and random state of each model."""
     for keys in MODELS:
@@ -40,6 +54,7 @@ def spread_models(rank: int, kind: type) -> None:
         def build(keys=keys):
             torch.manual_seed(3)
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys))
+            Scaling(base=base_of(keys)).initialize(model)
             model.model.norm.requires_grad_(False)
             return model.bfloat16(), "more"
 
@@ -62,6 +77,7 @@ def spread_models(rank: int, kind: type) -> None:
         named, oracle = dict(prepared.named_parameters()), dict(expected.named_parameters())
         assert {n: p.requires_grad for n, p in named.items()} == {n: p.requires_grad for n, p in oracle.items()}
         assert list(map(id, wrapped.param_groups[0]["params"])) == list(map(id, reversed(named.values())))
+        assert rates_of(prepared, keys) == rates_of(expected, keys)  # by shapes of whole parameters
         ids = torch.arange(6).view(1, 6)
         with torch.no_grad():
             assert_bitwise(prepared(input_ids=ids).logits, expected(input_ids=ids).logits)
