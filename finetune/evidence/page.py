@@ -28,6 +28,7 @@ from finetune.evidence.rare_tables import rare_tables
 from finetune.evidence.spectra_tables import spectra_tables
 from finetune.evidence.tables import (
     ablations_table,
+    ahead_table,
     controls_table,
     deciles_table,
     family_table,
@@ -93,6 +94,7 @@ TABLES = {
     "directions": EvidenceTable("sign_flips.jsonl", DIRECTIONS_COMMAND, direction_tables, read=read_matrices),
     "health": _of_sweep("health", "health", health_table),
     "family": _of_sweep("family", "family", family_table),
+    "family_ahead": _of_sweep("family", "family", ahead_table),
     "horizons": _of_sweep("horizons", "evidence_4m", horizons_table, figures.horizons_figure),
     "ablations": _of_sweep("horizons", "evidence_4m", ablations_table),
     "controls": _of_sweep("controls", "evidence_4m", controls_table),

@@ -32,6 +32,15 @@ FAMILY = {
     "adamuon8_dynamic": "adamuon32",
     "adamuon8_linear": "adamuon32",
 }
+# The family's own comparison: arm -> the arm of the same bits that it is to beat.
+AHEAD = {
+    MUON32: "adamw",
+    "normuon32": MUON32,
+    "adamuon32": MUON32,
+    "normuon8": "muon8",
+    "adamuon8_dynamic": "muon8",
+    "adamuon8_linear": "muon8",
+}
 MEMORY_LOSSES = (4.0, 2.0, 1.0, 0.5)  # nats, at which the gaps of probabilities are compared
 ABLATIONS = ("no_decay", "no_rms_scale")
 
@@ -78,6 +87,20 @@ def health_table(arms: Arms) -> str:
             rows.append([arm, str(seed), str(health["num_steps"]), name, str(worst["step"]), *kept, warned])
     head = ["arm", "seed", "steps watched", "worst matrix", "at step", "descent", "threshold", "cosine", "warned of"]
     return markdown(head, rows)
+
+
+def ahead_table(arms: Arms) -> str:
+    """Return the differences of the family's members to Muon of the same bits, and of Muon to AdamW, seed by seed."""
+    rows = []
+    for arm, reference in AHEAD.items():
+        interval = interval_of(differences(arms, arm, reference))
+        if interval is None:
+            continue
+        mean, deviation, ends = shown_interval(interval)
+        is_apart = interval.ends is not None and (interval.ends[1] < 0 or interval.ends[0] > 0)
+        verdict = ("ahead" if interval.mean < 0 else "behind") if is_apart else "cannot be told apart"
+        rows.append([f"{arm} minus {reference}", str(interval.count), mean, deviation, ends, verdict])
+    return markdown(["difference of loss", "seeds", "mean", "SD", "95% interval", ""], rows)
 
 
 def family_table(arms: Arms) -> str:

@@ -28,6 +28,7 @@ from finetune.evidence.rare import main as rare_main
 from finetune.evidence.rare_tables import bootstrap, compare, comparison_step, rare_tables
 from finetune.evidence.spectra_tables import spectra_tables
 from finetune.evidence.tables import (
+    ahead_table,
     controls_table,
     deciles_table,
     family_table,
@@ -187,6 +188,16 @@ def test_the_family_is_told_with_its_pairs(arms_of):
     assert rows["normuon8"] == ["0.005", "2", "4.0000", "0.7071", "2.5", "100", *difference]
     assert rows["adamw"][:3] == ["0.005", "1", "4.0000"]
     assert rows["adamw"][6:] == ["-", "-", "-"]
+
+
+def test_which_member_is_ahead_is_said_where_its_interval_leaves_0(arms_of):
+    losses = {"adamw": [4.0, 4.1], "muon32": [3.0, 3.1], "normuon32": [2.9, 3.2], "muon8": [3.0], "normuon8": [2.0]}
+    arms = arms_of([made(arm, seed, loss) for arm, of in losses.items() for seed, loss in enumerate(of)])
+    rows = rows_of(ahead_table(arms))
+    assert rows["muon32 minus adamw"] == ["2", "-1.0000", "0.0000", "-1.0000 to -1.0000", "ahead"]
+    assert rows["normuon32 minus muon32"][4] == "cannot be told apart"
+    assert rows["normuon8 minus muon8"] == ["1", "-1.0000", "-", "-", "cannot be told apart"]
+    assert "adamuon32 minus muon32" not in rows
 
 
 def test_the_spread_of_six_seeds_says_how_many_it_takes():
