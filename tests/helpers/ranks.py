@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -34,6 +35,7 @@ PRELOADED = [
 
 
 def _run(rank, num_ranks, path, work, args):
+    faulthandler.enable()  # a rank that dies of a signal says where it was
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=num_ranks, timeout=TIMEOUT)
     assert dist.get_world_size() == num_ranks
