@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.compare import find_runs, folder_names, read_run
 from finetune.config.errors import InputError
-from finetune.storage.plots import smooth
+from finetune.storage.plots import smooth, spectra_values
 from finetune.sweep.records import latest, read_records
 
 RECORDS = "records.jsonl"
@@ -160,15 +160,13 @@ def _worst(metrics: Sequence[Mapping[str, Any]], measure: str) -> Curve:
 
 
 def _spectra(measured: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Curve]:
-    """Return `spectra/KIND/MEASURE/GROUP` -> its curve, kinds being weights and updates."""
+    """Return the curves of `spectra_values`, of pairs of step and spectra."""
     curves: dict[str, Curve] = {}
-    for step, kinds in measured:
-        for kind, groups in kinds.items():
-            for group, measures in groups.items():
-                for measure, value in measures.items():
-                    steps, values = curves.setdefault(f"spectra/{kind}/{measure}/{group}", ([], []))
-                    steps.append(step)
-                    values.append(float(value))
+    for step, spectra in measured:
+        for key, value in spectra_values(spectra).items():
+            steps, values = curves.setdefault(key, ([], []))
+            steps.append(step)
+            values.append(float(value))
     return curves
 
 

@@ -64,6 +64,16 @@ def moving_averages(values: Sequence[float], beta: float) -> list[float]:
     return averages
 
 
+def spectra_values(spectra: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Return `spectra/KIND/MEASURE/GROUP` -> value, of the `spectra` of a step; kinds are weights and updates."""
+    return {
+        f"spectra/{kind}/{measure}/{group}": value
+        for kind, groups in spectra.items()
+        for group, measures in groups.items()
+        for measure, value in measures.items()
+    }
+
+
 def new_figure(width: float, height: float = 4.5, layout: Any = None) -> Any:
     """Return an empty figure without a window, of this size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from finetune.parallel.stopping import StopSignal
-from finetune.storage.plots import LossCurve, plot_losses
+from finetune.storage.plots import LossCurve, plot_losses, spectra_values
 from finetune.storage.run_dir import write_beside
 from finetune.training.expert_load import LOAD_KEYS
 from finetune.training.memory import peak_bytes
@@ -110,9 +110,7 @@ class ProgressLog:
         scalars = {key: record[key] for key in keys if isinstance(record.get(key), int | float)}
         for name, measures in record.get("health", {}).items():
             scalars |= {f"health/{measure}/{name}": value for measure, value in measures.items()}
-        for kind, groups in record.get("spectra", {}).items():
-            for group, measures in groups.items():
-                scalars |= {f"spectra/{kind}/{measure}/{group}": value for measure, value in measures.items()}
+        scalars |= spectra_values(record.get("spectra", {}))
         tokens, seconds = record["tokens"] - self._tokens, run.seconds - self._seconds
         self._tokens, self._seconds = record["tokens"], run.seconds
         if run.recipe.tracker:
