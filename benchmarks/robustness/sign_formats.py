@@ -19,7 +19,7 @@ from muon8bit_kernels.codebooks import Codebook
 from muon8bit_kernels.reference.momentum import dequantize, quantize
 from torch import Tensor
 
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048)
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # Small enough that a gradient of any size outweighs it in u, large enough to keep its sign in fp32.
 ONLY_SIGN = 2.0**-60
 

@@ -2,6 +2,7 @@
 
 - `llama`: 256 wide, 4 query heads and 1 key and value head of 64, MLPs of 2048: down_proj has 2048 columns.
 - `wide`: 2048 wide, one layer: rows of q, k, v, gate, up, embedding and head have 2048 columns.
+- `rows4096`: the same of 4096; `rows8192`: `llama` with MLPs of 8192, so that rows of down_proj have 8192 columns.
 - `moe`: Qwen3-MoE, 512 wide, 8 experts of 128, 2 for a token.
 - `smollm2`: pretrained SmolLM2-135M-Instruct; only its layer 22 is trained.
 
@@ -31,10 +32,12 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64, "ma
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **HEADS, **SMALL},
     "wide": {"model_type": "llama", **HEADS, **WIDE},
+    "rows4096": {"model_type": "llama", **HEADS, **WIDE, "hidden_size": 4096},
+    "rows8192": {"model_type": "llama", **HEADS, **SMALL, "intermediate_size": 8192},
     "moe": {"model_type": "qwen3_moe", **HEADS, **EXPERTS, **SMALL, "hidden_size": 512, "vocab_size": 1024},
     "smollm2": {},
 }
-WATCHED_LAYER = {"llama": 1, "wide": 0, "moe": 1, "smollm2": 22}
+WATCHED_LAYER = {"llama": 1, "wide": 0, "rows4096": 0, "rows8192": 1, "moe": 1, "smollm2": 22}
 KINDS = {
     "q_proj": "q",
     "k_proj": "k",

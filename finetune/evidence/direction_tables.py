@@ -11,6 +11,7 @@ from typing import Any
 from finetune.evidence.arms import markdown
 
 BLOCKS = (64, 256, 2048)
+LONGER = (4096, 8192)
 CODEBOOKS = ("linear", "dynamic")
 WARM_UP = "warm-up"
 ERROR = 5  # place of Muon's error among the values of a format
@@ -57,16 +58,6 @@ def errors_by_way(matrices: Sequence[Matrix]) -> dict[str, list[tuple[str, float
 
 def direction_tables(matrices: Sequence[Matrix]) -> str:
     """Return the error of O by kind of matrix, by phase, and by the way in which codebooks are chosen."""
-    formats = [(codebook, block) for codebook in CODEBOOKS for block in BLOCKS]
-    header = [f"{codebook} {block}" for codebook, block in formats]
-
-    def table(key: str) -> str:
-        rows = []
-        for value in dict.fromkeys(of[key] for of in matrices):
-            members = [of for of in matrices if of[key] == value]
-            rows.append([value, *(_shown([error_of(of, *form) for of in members]) for form in formats)])
-        return markdown([key, *header], rows)
-
     models = list(dict.fromkeys(of["model"] for of in matrices))
     ways = [
         [way, *(_shown([e for name, e in errors if name in of]) for of in (models, *([name] for name in models)))]
@@ -75,13 +66,28 @@ def direction_tables(matrices: Sequence[Matrix]) -> str:
     return "\n\n".join(
         [
             "Mean, and in parentheses the most, of a kind of matrix:",
-            table("kind"),
+            _table(matrices, "kind", BLOCKS),
             "Over a run, at the end of its warm-up, in its middle and at its end:",
-            table("phase"),
+            _table(matrices, "phase", BLOCKS),
             "Ways to choose the codebook, blocks of 2048, in the middle and at the end of a run, by model:",
             markdown(["codebook", "all", *models], ways),
         ]
     )
+
+
+def long_rows_table(matrices: Sequence[Matrix]) -> str:
+    """Return the error of O of matrices whose rows are longer than the longest of `BLOCKS`, up to one block a row."""
+    long = [{**of, "kind, columns": f"{of['kind']}, {of['cols']}"} for of in matrices if of["cols"] > BLOCKS[-1]]
+    return _table(long, "kind, columns", (*BLOCKS, *LONGER))
+
+
+def _table(matrices: Sequence[Matrix], key: str, blocks: Sequence[int]) -> str:
+    formats = [(codebook, block) for codebook in CODEBOOKS for block in blocks]
+    rows = []
+    for value in dict.fromkeys(of[key] for of in matrices):
+        members = [of for of in matrices if of[key] == value]
+        rows.append([value, *(_shown([error_of(of, *form) for of in members]) for form in formats)])
+    return markdown([key, *(f"{codebook} {block}" for codebook, block in formats)], rows)
 
 
 def _shown(errors: Sequence[float]) -> str:

@@ -23,7 +23,7 @@ from finetune.config.errors import InputError
 from finetune.data.texts import read_text
 from finetune.evidence import figures
 from finetune.evidence.arms import fill_marks, read_arms
-from finetune.evidence.direction_tables import direction_tables, read_matrices
+from finetune.evidence.direction_tables import direction_tables, long_rows_table, read_matrices
 from finetune.evidence.rare_tables import rare_tables
 from finetune.evidence.spectra_tables import spectra_tables
 from finetune.evidence.tables import (
@@ -76,6 +76,7 @@ def _read_json(file: Path) -> Any:
 
 
 DIRECTIONS_COMMAND = "python -m benchmarks.robustness.sign_flips"
+LONG_COMMAND = DIRECTIONS_COMMAND + " --model rows8192 --model rows4096 --record benchmarks/results/long_rows.jsonl"
 MEMORY_COMMAND = "python -m finetune.evidence.associative_memory --record benchmarks/results/associative_memory.json"
 # Name on the page, and of the figure -> the table.
 TABLES = {
@@ -92,6 +93,7 @@ TABLES = {
         "parity", "evidence_4m", deciles_table, lambda arms: figures.deciles_figure(arms, "4M parameters")
     ),
     "directions": EvidenceTable("sign_flips.jsonl", DIRECTIONS_COMMAND, direction_tables, read=read_matrices),
+    "long_rows": EvidenceTable("long_rows.jsonl", LONG_COMMAND, long_rows_table, read=read_matrices),
     "health": _of_sweep("health", "health", health_table),
     "family": _of_sweep("family", "family", family_table),
     "family_ahead": _of_sweep("family", "family", ahead_table),

@@ -21,7 +21,7 @@ from finetune.evidence.arms import differences, read_arms
 from finetune.evidence.associative_memory import embeddings, gap_curve, gradient, loss_and_gap, rotation
 from finetune.evidence.biographies import QUESTIONS, make_biographies
 from finetune.evidence.controls import keep_rounded, round_by_block, round_by_row, round_by_tensor
-from finetune.evidence.direction_tables import direction_tables, errors_by_way
+from finetune.evidence.direction_tables import direction_tables, errors_by_way, long_rows_table
 from finetune.evidence.measures import deciles_of
 from finetune.evidence.pretrain import main as pretrain_main
 from finetune.evidence.rare import main as rare_main
@@ -308,6 +308,20 @@ def test_errors_of_the_direction_are_told_by_kind_and_by_the_choice_of_a_codeboo
     assert "| q | 8% (10%) | 15% (20%) | 15% (20%) | 35% (40%) | 35% (40%) | 35% (40%) |" in text
     found = {way: [error for _, error in errors] for way, errors in errors_by_way(matrices).items()}
     assert list(found.values()) == [[0.2, 0.6], [0.4, 0.3], [0.2, 0.3], [0.2, 0.6], [0.2, 0.3]]
+
+
+def test_blocks_up_to_a_long_row():
+    def of(cols, **errors):
+        values = {name.replace("_", " "): [None] * 5 + [error] for name, error in errors.items()}
+        return {"kind": "q", "cols": cols, "values": values}
+
+    matrices = [of(2048, linear_64=0.9), of(4096, linear_64=0.1, linear_4096=0.2, dynamic_2048=0.3, dynamic_64=0.4)]
+    columns = "linear 64 | linear 256 | linear 2048 | linear 4096 | linear 8192 | dynamic 64 |"
+    text = long_rows_table(matrices)
+    assert text.startswith(f"| kind, columns | {columns}")
+    (row,) = text.splitlines()[2:]
+    shown = [f"{error}% ({error}%)" for error in (10, 10, 10, 20, 20, 40, 40, 30, 30, 30)]
+    assert row == f"| q, 4096 | {' | '.join(shown)} |"
 
 
 def test_the_worst_matrix_of_a_watched_run_is_the_one_nearest_to_its_threshold(arms_of):
