@@ -287,6 +287,17 @@ def test_the_tables_of_architectures_are_what_records_and_shapes_make(tmp_path):
     assert losses["experts, MLA (DeepSeek-V3)"] == ["-", "-", "1.5000", "-", "-"]
 
 
+def test_the_coordinate_check_has_the_best_rate_of_its_model():
+    losses: dict[float, list[float]] = {}
+    for line in (RECORDS / "width_check.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        losses.setdefault(run["rate"], []).append(run["metrics"]["val_loss"])
+    assert {len(of) for of in losses.values()} == {3}
+    best = min(losses, key=lambda rate: mean(losses[rate]))
+    assert min(losses) < best < max(losses)
+    assert {run["settings"]["lr"] for run in record("coordinate_check.json")["runs"]} == {best}
+
+
 HEALTH_GROUPS = {"q, k": "qk", "v, o": "vo", "gate, up": ("gate", "up"), "down": ("down",)}
 
 
