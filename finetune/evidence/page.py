@@ -36,9 +36,13 @@ from finetune.evidence.tables import (
     horizons_table,
     memory_table,
     parity_table,
+    slopes_tables,
 )
 from finetune.storage.plots import save_figure
 from finetune.storage.run_dir import write_beside
+from finetune.sweep.reading import read_sweep
+from finetune.sweep.records import latest, read_records
+from finetune.sweep.transfer import WidthSeries, list_series, of_done_seeds, slopes_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,6 +79,12 @@ def _read_json(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
+def _read_transfer(file: Path) -> list[WidthSeries]:
+    results = latest(read_records(file))
+    sweep = of_done_seeds(read_sweep(str(ROOT / "benchmarks" / "sweeps" / "transfer.toml")), results)
+    return [] if sweep is None else list_series(sweep, results)
+
+
 DIRECTIONS_COMMAND = "python -m benchmarks.robustness.sign_flips"
 LONG_COMMAND = DIRECTIONS_COMMAND + " --model rows8192 --model rows4096 --record benchmarks/results/long_rows.jsonl"
 MEMORY_COMMAND = "python -m finetune.evidence.associative_memory --record benchmarks/results/associative_memory.json"
@@ -103,6 +113,9 @@ TABLES = {
     "rare": _of_sweep("rare", "rare", rare_tables, figures.rare_figure),
     "rare_spectra": _of_sweep("rare", "rare", spectra_tables, figures.spectra_figure),
     "spectra": _of_sweep("parity_2m", "parity_2m", spectra_tables, figures.spectra_figure),
+    "transfer": EvidenceTable(
+        "transfer.jsonl", SWEEP.format("transfer"), slopes_tables, slopes_figure, read=_read_transfer
+    ),
     "associative_memory": EvidenceTable(
         "associative_memory.json", MEMORY_COMMAND, memory_table, figures.memory_figure, _read_json
     ),

@@ -12,6 +12,7 @@ from typing import Any
 from finetune.evidence.arms import Arms, Record, differences, markdown, shown_interval
 from finetune.sweep.intervals import interval_of, mean_interval, t_quantile
 from finetune.sweep.records import loss_of
+from finetune.sweep.transfer import WidthSeries, slopes_rows
 
 WITHIN = 0.01  # nats per token: how close 8 bits must come
 PILOT_SEEDS, HALF_WIDTH = 6, 0.005  # seeds whose spread says how many it takes for an interval of +- so many nats
@@ -101,6 +102,14 @@ def ahead_table(arms: Arms) -> str:
         verdict = ("ahead" if interval.mean < 0 else "behind") if is_apart else "cannot be told apart"
         rows.append([f"{arm} minus {reference}", str(interval.count), mean, deviation, ends, verdict])
     return markdown(["difference of loss", "seeds", "mean", "SD", "95% interval", ""], rows)
+
+
+def slopes_tables(series: list[WidthSeries]) -> str:
+    """Return the best learning rate by width, and its slope over the width, of every rule; "" without a series."""
+    if not series:
+        return ""
+    optima, slopes, _ = slopes_rows(series)
+    return f"{markdown(optima[0], optima[1:])}\n\n{markdown(slopes[0], slopes[1:])}"
 
 
 def family_table(arms: Arms) -> str:

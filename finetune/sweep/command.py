@@ -19,6 +19,7 @@ from typing import TypeVar
 from finetune.command_line import run_script
 from finetune.config.errors import InputError
 from finetune.config.options import flag
+from finetune.storage.plots import save_figure
 from finetune.sweep.costs import finished_seconds, plan_table
 from finetune.sweep.plan import list_runs
 from finetune.sweep.reading import read_sweep
@@ -169,12 +170,12 @@ def _sweep(options: argparse.Namespace, places: Places) -> int:
         return 0
     folder.create()
     if options.slopes:
-        from finetune.sweep.transfer import list_series, plot_series, slopes_text  # numpy
+        from finetune.sweep.transfer import list_series, slopes_figure, slopes_text  # numpy
 
         series = list_series(sweep, results)
         print(slopes_text(series))
         picture = folder.path / "slopes.png"
-        plot_series(series, picture)
+        save_figure(slopes_figure(series), picture)
         print(f"picture: {picture}")
         return 0
     if options.plan:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.compare import align
 from finetune.config.errors import InputError
 from finetune.config.width import WIDTH
-from finetune.storage.plots import new_figure, save_figure
+from finetune.storage.plots import new_figure
 from finetune.sweep.fits import (
     RESAMPLES,
     GridLoss,
@@ -27,7 +26,8 @@ from finetune.sweep.fits import (
     slope_over_width,
 )
 from finetune.sweep.plan import Results
-from finetune.sweep.spec import Sweep, SweepArm
+from finetune.sweep.records import loss_of
+from finetune.sweep.spec import Sweep, SweepArm, SweepRun
 
 RULE = "scaling"
 ENOUGH = (5, 3)  # rates and seeds of a width, fewer of which a note tells
@@ -95,12 +95,21 @@ def _read_series(label: str, arms: Mapping[int, SweepArm], results: Results) -> 
     return WidthSeries(label, losses, optima, slope_over_width(known) if is_whole else None)
 
 
-def slopes_text(series: list[WidthSeries]) -> str:
-    """Return the tables: optimum by width, then the slope of each series."""
+def of_done_seeds(sweep: Sweep, results: Results) -> Sweep | None:
+    """Return the sweep of those seeds alone of which every run is done; None without one."""
+    runs = [SweepRun(arm.name, rate, seed) for arm in sweep.arms.values() for rate in arm.rates for seed in arm.seeds]
+    is_open = {run.seed for run in runs if loss_of(results.get(run)) is None}
+    seeds = tuple(sorted({run.seed for run in runs} - is_open))
+    arms = {name: replace(arm, seeds=seeds) for name, arm in sweep.arms.items()}
+    return replace(sweep, arms=arms) if seeds else None
+
+
+def slopes_rows(series: list[WidthSeries]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
+    """Return the tables, headers first: optimum by width, slope of each series; and what is wrong with the grids."""
     rows: list[tuple[str, ...]] = [
         ("series", "width", "rates", "seeds", "loss", "best rate", "95% interval", "interior")
     ]
-    slopes = [("series", "slope", "95%, bootstrap over seeds", "95%, t of the seeds' slopes")]
+    slopes: list[tuple[str, ...]] = [("series", "slope", "95%, bootstrap over seeds", "95%, t of the seeds' slopes")]
     notes = []
     for each in series:
         for width, losses in each.losses.items():
@@ -112,6 +121,12 @@ def slopes_text(series: list[WidthSeries]) -> str:
             continue
         ends = slope.by_seed.ends if slope.by_seed else None
         slopes.append((each.label, f"{slope.value:+.3f}", _interval(slope.bootstrap), _interval(ends)))
+    return rows, slopes, notes
+
+
+def slopes_text(series: list[WidthSeries]) -> str:
+    """Return the tables and notes of `slopes_rows` as text."""
+    rows, slopes, notes = slopes_rows(series)
     head = "minimum of a parabola in log2 of the rate; interval of the fit's covariance, with a level for each seed"
     tail = (
         f"slope of log2 of the best rate over log2 of the width; bootstrap: {RESAMPLES:,} resamples of the seeds, the "
@@ -180,12 +195,8 @@ def draw_losses(axes: Any, number: int, label: str, losses: Mapping[float, float
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
 
 
-def plot_series(series: list[WidthSeries], path: Path) -> None:
-    """Draw the loss over the learning rate for each width, a panel a series.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+def slopes_figure(series: list[WidthSeries]) -> Any:
+    """Return a figure of matplotlib: the loss over the learning rate for each width, a panel a series."""
     figure = new_figure(4.5 * len(series))
     panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
     for axes, each in zip(panels, series, strict=True):
@@ -199,4 +210,4 @@ def plot_series(series: list[WidthSeries], path: Path) -> None:
             axes.legend()
     panels[0].set_ylabel("validation loss, nats per token")
     figure.tight_layout()
-    save_figure(figure, path)
+    return figure

@@ -37,6 +37,7 @@ from finetune.evidence.tables import (
     horizons_table,
     parity_table,
     seeds_needed,
+    slopes_tables,
     steps_to,
 )
 from finetune.models.build import model_config
@@ -308,6 +309,28 @@ def test_errors_of_the_direction_are_told_by_kind_and_by_the_choice_of_a_codeboo
     assert "| q | 8% (10%) | 15% (20%) | 15% (20%) | 35% (40%) | 35% (40%) | 35% (40%) |" in text
     found = {way: [error for _, error in errors] for way, errors in errors_by_way(matrices).items()}
     assert list(found.values()) == [[0.2, 0.6], [0.4, 0.3], [0.2, 0.3], [0.2, 0.6], [0.2, 0.3]]
+
+
+def test_slopes_are_of_the_seeds_that_are_done(tmp_path):
+    """Losses are parabolas over log2 of the rate, whose minima fall by half an octave a doubling without a rule."""
+    sweep, file = read_sweep(str(ROOT / "benchmarks" / "sweeps" / "transfer.toml")), tmp_path / "transfer.jsonl"
+    records = []
+    for arm in sweep.arms.values():
+        at = -7 - (math.log2(int(arm.name[-3:].strip("_")) / 256) / 2 if arm.name.startswith("none") else 0)
+        for rate in arm.rates:
+            loss = 3 + (math.log2(rate) - at) ** 2 / 8
+            records += [made(arm.name, seed, loss + seed, rate) for seed in (0, 1)]
+    lost = records.pop()
+    assert lost["seed"] == 1
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = page.table_text("transfer", tmp_path)
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(("| none", "| spectral"))]
+    assert cells[0][:5] == ["none", "64", "6", "1", "3.0000"]
+    assert [float(of[5]) for of in cells[:6]] == pytest.approx([2**-6, 2**-6.5, 2**-7, *[2**-7] * 3], rel=1e-3)
+    assert [float(of[1]) for of in cells[6:]] == pytest.approx([-0.5, 0], abs=1e-3)
+    file.write_text(json.dumps(records[0]) + "\n")
+    assert page.table_text("transfer", tmp_path).startswith(page.NOT_MEASURED)
+    assert slopes_tables([]) == ""
 
 
 def test_blocks_up_to_a_long_row():
