@@ -358,9 +358,11 @@ def test_health_is_measured_and_a_resumed_run_says_that_it_restarts(pretrain, tm
     assert logged[-1][f"health/descent/{name}"] == metrics(tmp_path / "watched")[7]["health"][name]["descent"]
 
 
-def test_spectra_are_those_of_the_weights_and_the_updates_and_change_nothing(pretrain, tmp_path):
+def test_spectra_are_those_of_the_weights_and_the_updates_and_change_nothing(pretrain, tmp_path, monkeypatch):
     assert pretrain("--output-dir", "plain", "--max-steps", 4).code == 0
     options = ("--spectra-every", 2, "--max-steps", 4, "--save-every", 1, "--keep-checkpoints", 4)
+    logged = {}
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda _, values, step: logged.setdefault(step, values))
     outcome = pretrain("--output-dir", "seen", *options)
     assert outcome.code == 0, outcome.err
     assert losses(tmp_path / "seen") == losses(tmp_path / "plain")
@@ -376,6 +378,8 @@ def test_spectra_are_those_of_the_weights_and_the_updates_and_change_nothing(pre
         shares = [energy / energy.sum() for energy in energies]
         entropy = np.mean([-(q * np.log(q)).sum() / np.log(len(q)) for q in shares])
         assert found[4][kind]["QK"]["entropy"] == pytest.approx(entropy, rel=1e-4)
+        assert logged[4][f"spectra/{kind}/entropy/QK"] == found[4][kind]["QK"]["entropy"]
+    assert not any(name.startswith("spectra") for name in logged[3])
 
 
 def test_init_from_continues_from_the_trained_weights(pretrain, finished, tmp_path):
