@@ -40,8 +40,9 @@ from finetune.evidence.tables import (
 )
 from finetune.storage.plots import save_figure
 from finetune.storage.run_dir import write_beside
+from finetune.sweep.plan import results_of
 from finetune.sweep.reading import read_sweep
-from finetune.sweep.records import latest, read_records
+from finetune.sweep.records import read_records
 from finetune.sweep.transfer import WidthSeries, list_series, of_done_seeds, slopes_figure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,9 +81,10 @@ def _read_json(file: Path) -> Any:
 
 
 def _read_transfer(file: Path) -> list[WidthSeries]:
-    results = latest(read_records(file))
-    sweep = of_done_seeds(read_sweep(str(ROOT / "benchmarks" / "sweeps" / "transfer.toml")), results)
-    return [] if sweep is None else list_series(sweep, results)
+    sweep = read_sweep(str(ROOT / "benchmarks" / "sweeps" / "transfer.toml"))
+    results = results_of(sweep, read_records(file), str(file))
+    done = of_done_seeds(sweep, results)
+    return [] if done is None else list_series(done, results)
 
 
 DIRECTIONS_COMMAND = "python -m benchmarks.robustness.sign_flips"

@@ -25,9 +25,9 @@ from finetune.sweep.fits import (
     mean_losses,
     slope_over_width,
 )
-from finetune.sweep.plan import Results
+from finetune.sweep.plan import Results, list_runs
 from finetune.sweep.records import loss_of
-from finetune.sweep.spec import Sweep, SweepArm, SweepRun
+from finetune.sweep.spec import Sweep, SweepArm
 
 RULE = "scaling"
 ENOUGH = (5, 3)  # rates and seeds of a width, fewer of which a note tells
@@ -97,7 +97,7 @@ def _read_series(label: str, arms: Mapping[int, SweepArm], results: Results) -> 
 
 def of_done_seeds(sweep: Sweep, results: Results) -> Sweep | None:
     """Return the sweep of those seeds alone of which every run is done; None without one."""
-    runs = [SweepRun(arm.name, rate, seed) for arm in sweep.arms.values() for rate in arm.rates for seed in arm.seeds]
+    runs = list_runs(sweep, results)
     is_open = {run.seed for run in runs if loss_of(results.get(run)) is None}
     seeds = tuple(sorted({run.seed for run in runs} - is_open))
     arms = {name: replace(arm, seeds=seeds) for name, arm in sweep.arms.items()}

@@ -319,7 +319,8 @@ def test_slopes_are_of_the_seeds_that_are_done(tmp_path):
         at = -7 - (math.log2(int(arm.name[-3:].strip("_")) / 256) / 2 if arm.name.startswith("none") else 0)
         for rate in arm.rates:
             loss = 3 + (math.log2(rate) - at) ** 2 / 8
-            records += [made(arm.name, seed, loss + seed, rate) for seed in (0, 1)]
+            runs = [made(arm.name, seed, loss + seed, rate) for seed in (0, 1)]
+            records += [run | {"recipe_hash": arm.recipe_hash} for run in runs]
     lost = records.pop()
     assert lost["seed"] == 1
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
