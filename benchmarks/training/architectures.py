@@ -102,7 +102,7 @@ TABLES = {"architecture": architecture_table, "optimizer": optimizer_table, "los
 
 def filled(page: str, folder: Path = RESULTS) -> str:
     """Return a page with each of `TABLES` between its marks; see `fill_marks`."""
-    return fill_marks(page, lambda name: TABLES[name](folder))
+    return fill_marks(page, TABLES, lambda name: TABLES[name](folder))
 
 
 if __name__ == "__main__":

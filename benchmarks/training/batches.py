@@ -1,6 +1,7 @@
 """Batch study of a sweep: tokens, operations and CPU seconds to a training loss, and ratios between optimizers.
 
     python -m benchmarks.training.batches benchmarks/sweeps/batches.toml [--losses 4.0,3.8] [--picture FILE.png]
+    python -m benchmarks.training.batches benchmarks/sweeps/batches.toml --page docs/results/batch-size.md
 
 Out of the sweep's records alone; its arms differ in optimizer, bits and batch size. An arm counts at its best rate, on
 all of its seeds. The compute-time frontier is operations, in all, over steps, which follow each other.
@@ -19,7 +20,6 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.training.tokens_to_loss import (
-    RESOLVED,
     Crossing,
     TokenRatio,
     common_levels,
@@ -27,9 +27,11 @@ from benchmarks.training.tokens_to_loss import (
     ratio_of,
 )
 from finetune.command_line import run_script
-from finetune.compare import align
 from finetune.config.errors import InputError
+from finetune.data.texts import read_text
+from finetune.evidence.arms import fill_marks, markdown
 from finetune.storage.plots import new_figure, save_figure
+from finetune.storage.run_dir import write_beside
 from finetune.sweep.plan import Results, choose_rate
 from finetune.sweep.reading import read_sweep
 from finetune.sweep.runner import SweepFolder
@@ -122,9 +124,9 @@ def crossings(arm: BatchArm, level: float) -> dict[int, Crossing] | None:
     return known if known and len(known) == len(found) and not arm.obstacle else None
 
 
-def costs_text(arms: Sequence[BatchArm], levels: Sequence[float]) -> str:
+def costs_table(arms: Sequence[BatchArm], levels: Sequence[float]) -> str:
     """Return the table of T_L(B) with its compute and time, means over seeds."""
-    rows = [("optimizer", "batch", "L", "tokens", "steps", "model TFLOP", "Newton-Schulz TFLOP", "CPU s")]
+    rows = []
     for arm in arms:
         for level in levels:
             found = crossings(arm, level)
@@ -143,8 +145,8 @@ def costs_text(arms: Sequence[BatchArm], levels: Sequence[float]) -> str:
                     f"{seconds:.0f}",
                 ]
             rows.append((arm.optimizer, f"{arm.batch_tokens:,}", f"{level:.2f}", *cells))
-    head = "tokens, steps, operations and CPU time until the averaged training loss first falls to L; means over seeds"
-    return f"{head}\n{align(rows, left=1)}"
+    head = ("optimizer", "batch", "L", "tokens", "steps", "model TFLOP", "Newton-Schulz TFLOP", "CPU s")
+    return markdown(head, rows)
 
 
 def ratios(
@@ -161,20 +163,16 @@ def ratios(
                 yield above, below, batch, level, ratio_of(*tokens) if len(tokens) == 2 else None
 
 
-def ratios_text(arms: Sequence[BatchArm], levels: Sequence[float]) -> str:
+def ratios_table(arms: Sequence[BatchArm], levels: Sequence[float]) -> str:
     """Return the table of R_L(B)."""
-    rows = [("tokens of", "over those of", "L", "batch", "ratio", "95% interval", "seeds", "")]
+    rows = []
     for above, below, batch, level, ratio in ratios(arms, levels):
         cells: tuple[str, ...] = ("-", "-", "-", "no result")
         if ratio is not None:
             ends = "-" if ratio.ends is None else f"{ratio.ends[0]:.3f} to {ratio.ends[1]:.3f}"
             cells = (f"{ratio.value:.3f}", ends, str(ratio.seeds), "" if ratio.is_resolved else "not resolved")
         rows.append((above, below, f"{level:.2f}", f"{batch:,}", *cells))
-    head = (
-        "geometric means over seeds that both have, with Student's t of the seeds' log ratios; not resolved: half of "
-        f"the interval is over {RESOLVED} of the ratio"
-    )
-    return f"{head}\n{align(rows, left=2)}"
+    return markdown(("tokens of", "over those of", "L", "batch", "ratio", "95% interval", "seeds", ""), rows)
 
 
 def plot(arms: Sequence[BatchArm], levels: Sequence[float], path: Path) -> None:
@@ -218,6 +216,7 @@ def _work(argv: Sequence[str]) -> int:
     parser.add_argument("--losses", metavar="X,X", help="descending; default: three that all runs reach, 0.2 apart")
     parser.add_argument("--output-dir", metavar="FOLDER", help="folder of the sweep's runs; default: runs/sweep-NAME")
     parser.add_argument("--picture", metavar="FILE.png", help="default: none")
+    parser.add_argument("--page", metavar="FILE.md", type=Path, help="put the tables between the marks of this page")
     options = parser.parse_args(argv)
     sweep = read_sweep(options.file)
     arms = read_arms(sweep, SweepFolder.of(sweep, options.output_dir).results(sweep))
@@ -230,8 +229,11 @@ def _work(argv: Sequence[str]) -> int:
             levels = sorted(map(float, options.losses.split(",")), reverse=True)
         except ValueError:
             raise InputError("--losses", f"{options.losses!r} is no list of numbers with commas between them") from None
-    print(ratios_text(arms, levels), costs_text(arms, levels), sep="\n\n")
-    print("\n".join(["", *(f"- {arm.arm.name}: {arm.obstacle}" for arm in arms if arm.obstacle)]))
+    tables = {"ratios": ratios_table(arms, levels), "costs": costs_table(arms, levels)}
+    if options.page is None:
+        print(*tables.values(), *(f"- {arm.arm.name}: {arm.obstacle}" for arm in arms if arm.obstacle), sep="\n\n")
+    else:
+        write_beside(options.page, fill_marks(read_text(options.page, "--page"), tables, tables.__getitem__))
     if options.picture:
         plot(arms, levels, Path(options.picture))
     return 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.config.errors import InputError
 from finetune.sweep.intervals import MeanInterval
 from finetune.sweep.records import latest, loss_of, read_records
 
@@ -62,14 +63,19 @@ def shown_interval(interval: MeanInterval | None, digits: int = 4) -> tuple[str,
     return mean, f"{interval.deviation:.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}"
 
 
-def fill_marks(page: str, make: Callable[[str], str]) -> str:
-    """Return a page with what `make` gives for each NAME between its marks.
+def fill_marks(page: str, names: Collection[str], make: Callable[[str], str]) -> str:
+    """Return a page with what `make` gives for each of `names` between its marks.
 
     Those are `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Raises:
+        InputError: marks of another name.
     """
 
     def block(match: re.Match[str]) -> str:
         name = match.group(1)
+        if name not in names:
+            raise InputError("--page", f"has marks of the table {name!r}; the tables are {', '.join(names)}")
         return f"<!-- begin {name} -->\n\n{make(name)}\n\n<!-- end {name} -->"
 
     return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, page, flags=re.DOTALL)

@@ -144,14 +144,12 @@ def filled(page: str, folder: Path = RESULTS) -> str:
     """
 
     def block(name: str) -> str:
-        if name not in TABLES:
-            raise InputError("--page", f"has marks of the table {name!r}; the tables are {', '.join(TABLES)}")
         text, file = table_text(name, folder), TABLES[name].file
         if text.startswith(NOT_MEASURED):
             return text
         return f"{text}\n\n[Records](../records/{file}), made by `{TABLES[name].command}`."
 
-    return fill_marks(page, block)
+    return fill_marks(page, TABLES, block)
 
 
 def _work(argv: Sequence[str]) -> int:

@@ -109,21 +109,27 @@ def test_the_command_finds_planted_ratios_in_records_alone(tmp_path, monkeypatch
     (tmp_path / "runs" / "sweep-it").mkdir(parents=True)
     (tmp_path / "runs" / "sweep-it" / "records.jsonl").write_text("\n".join(rows) + "\n")
     assert main(["it.toml", "--losses", "3.0,4.0", "--picture", "it.png"]) == 0
-    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     steps = [[crossing_step(2.0 + s / 100, 5.0, r, 3.0) for r in (0.995, 0.99)] for s in range(3)]
     ratio = math.exp(sum(math.log(slow / fast) for slow, fast in steps) / 3)
-    (found,) = (row for row in table if row[:6] == ["adamw", "muon8bit", "32", "3.00", "1,024", f"{ratio:.3f}"])
-    assert found[-1] == "3"  # and not "not resolved"
-    assert any(row[:7] == ["muon8bit", "32", "muon8bit", "8", "4.00", "1,024", "1.000"] for row in table)
-    assert any(
-        row[:5] == ["adamw", "muon8bit", "32", "3.00", "2,048"] and row[-2:] == ["no", "result"] for row in table
-    )
+    (found,) = (row for row in table if row[:5] == ["adamw", "muon8bit 32", "3.00", "1,024", f"{ratio:.3f}"])
+    assert found[-2:] == ["3", ""]  # and not "not resolved"
+    assert any(row[:5] == ["muon8bit 32", "muon8bit 8", "4.00", "1,024", "1.000"] for row in table)
+    assert any(row[:4] == ["adamw", "muon8bit 32", "3.00", "2,048"] and row[-1] == "no result" for row in table)
     tokens = 100 * sum(slow for slow, _ in steps) / 3
     # Of the 3 layers: q, k, v, o 64 x 64; gate, up, down 64 x 176; 7 norms; the tied embedding is the head.
     params = 1024 * 64 + 3 * (4 * 64 * 64 + 3 * 64 * 176) + 7 * 64
     (cost,) = (row for row in table if row[:3] == ["adamw", "1,024", "3.00"])
     assert cost[3:7] == [f"{tokens:,.0f}", f"{tokens / 100:.1f}", f"{6 * params * tokens / 1e12:.2f}", "0.00"]
     assert (tmp_path / "it.png").stat().st_size > 0
+    (tmp_path / "it.md").write_text("# It\n\n<!-- begin costs -->\n\nnone\n\n<!-- end costs -->\n")
+    assert main(["it.toml", "--losses", "3.0,4.0", "--page", "it.md"]) == 0
+    head, *lines = (tmp_path / "it.md").read_text().splitlines()
+    assert head == "# It"
+    assert [line for line in lines if line.startswith("| adamw")] == [
+        line for line in printed.splitlines() if line.startswith("| adamw") and "muon" not in line
+    ]
     arms = {arm.arm.name: arm for arm in read_arms(sweep, {})}
     assert "not chosen" in arms["adamw_8"].obstacle
     assert main(["it.toml", "--output-dir", "nowhere"]) == 2
