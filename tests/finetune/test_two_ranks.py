@@ -123,9 +123,10 @@ def test_a_run_sharded_by_fsdp2_saves_resumes_and_ends_as_one_process_does(
 ):
     """The losses of one process with twice the micro-batches are the oracle; one of two saves, or resumes, compiled."""
     recipe, is_balanced = recipe_file, architecture is not None
-    if architecture:  # latent attention, a dense layer and one of stacked experts with a shared one
-        recipe = tmp_path / "architecture.yaml"
-        recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe_file.read_text()), "model": TINY[architecture]}))
+    if architecture:  # latent attention, a dense layer and one of stacked experts with a shared one, by a rule of width
+        recipe, written = tmp_path / "architecture.yaml", yaml.safe_load(recipe_file.read_text())
+        scaled = {"model": TINY[architecture], "width": 64, "scaling": "spectral"}
+        recipe.write_text(yaml.safe_dump({**written, **scaled}))
     args = (tmp_path, str(recipe), optimizer, str(mixture) if is_balanced else None)
     *calls, bad = call_ranks(finetune_ranks.sharded, *args)
     whole, first, resumed, refused, unclipped, widened, chunked, *balanced = calls
