@@ -31,6 +31,7 @@ from finetune.sweep.spec import Sweep, SweepArm
 
 RULE = "scaling"
 ENOUGH = (5, 3)  # rates and seeds of a width, fewer of which a note tells
+_DASHES, _MARKERS = ("-", "--", "-.", ":"), "osD^v"
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,15 @@ def of_done_seeds(sweep: Sweep, results: Results) -> Sweep | None:
 
 
 def slopes_rows(series: list[WidthSeries]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
-    """Return the tables, headers first: optimum by width, slope of each series; and what is wrong with the grids."""
+    """Return the tables, headers first: optimum by width, slope of each series; and what is wrong with the grids.
+
+    The last column of the slopes is what the narrowest width's best rate costs at the widest, by its parabola.
+    """
     rows: list[tuple[str, ...]] = [
         ("series", "width", "rates", "seeds", "loss", "best rate", "95% interval", "interior")
     ]
-    slopes: list[tuple[str, ...]] = [("series", "slope", "95%, bootstrap over seeds", "95%, t of the seeds' slopes")]
+    intervals = ("95%, bootstrap over seeds", "95%, t of the seeds' slopes")
+    slopes: list[tuple[str, ...]] = [("series", "slope", *intervals, "cost, nats")]
     notes = []
     for each in series:
         for width, losses in each.losses.items():
@@ -117,11 +122,18 @@ def slopes_rows(series: list[WidthSeries]) -> tuple[list[tuple[str, ...]], list[
             notes += [f"- {each.label}, width {width}: {text}" for text in _notes(losses, each.optima[width])]
         slope = each.slope
         if slope is None:
-            slopes.append((each.label, "-", "-", "-"))
+            slopes.append((each.label, "-", "-", "-", "-"))
             continue
         ends = slope.by_seed.ends if slope.by_seed else None
-        slopes.append((each.label, f"{slope.value:+.3f}", _interval(slope.bootstrap), _interval(ends)))
+        cost = _cost(*(each.optima[end(each.optima)] for end in (min, max)))
+        slopes.append((each.label, f"{slope.value:+.3f}", _interval(slope.bootstrap), _interval(ends), cost))
     return rows, slopes, notes
+
+
+def _cost(narrowest: Optimum | None, widest: Optimum | None) -> str:
+    if narrowest is None or narrowest.point is None or widest is None or widest.point is None:
+        return "-"
+    return f"{widest.curvature[0] * (narrowest.point[0] - widest.point[0]) ** 2:.4f}"
 
 
 def slopes_text(series: list[WidthSeries]) -> str:
@@ -130,7 +142,8 @@ def slopes_text(series: list[WidthSeries]) -> str:
     head = "minimum of a parabola in log2 of the rate; interval of the fit's covariance, with a level for each seed"
     tail = (
         f"slope of log2 of the best rate over log2 of the width; bootstrap: {RESAMPLES:,} resamples of the seeds, the "
-        "same at all widths; of 3 seeds it has about their least and largest slope as ends, which cover 3 of 4 times"
+        "same at all widths; of 3 seeds it has about their least and largest slope as ends, which cover 3 of 4 times; "
+        "cost: how far the widest width's parabola is above its minimum at the best rate of the narrowest one"
     )
     return "\n\n".join(
         [f"{head}\n{align(rows, left=1)}", f"{tail}\n{align(slopes, left=1)}", *filter(None, ["\n".join(notes)])]
@@ -186,7 +199,8 @@ def draw_losses(axes: Any, number: int, label: str, losses: Mapping[float, float
     """
     color = f"C{number % 10}"
     curve = [(2**x, loss) for x, loss in sorted(losses.items()) if math.isfinite(loss)]
-    axes.plot(*zip(*curve, strict=True), "o-", color=color, lw=1.2, ms=4, label=label)
+    style = {"ls": _DASHES[number % len(_DASHES)], "marker": _MARKERS[number % len(_MARKERS)]}
+    axes.plot(*zip(*curve, strict=True), color=color, lw=1.2, ms=4, label=label, **style)
     if optimum is not None and optimum.point is not None and optimum.height is not None:
         x, half = optimum.point[0], optimum.half_widths[0] if optimum.half_widths else 0.0
         spread = [[2**x - 2 ** (x - half)], [2 ** (x + half) - 2**x]]

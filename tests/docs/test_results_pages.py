@@ -298,6 +298,15 @@ def test_the_coordinate_check_has_the_best_rate_of_its_model():
     assert {run["settings"]["lr"] for run in record("coordinate_check.json")["runs"]} == {best}
 
 
+def test_the_guides_slopes_are_those_of_the_evidence():
+    shown = table((ROOT / "docs" / "guide" / "width-transfer.md").read_text(), "| slope of log2")
+    slopes = table(page("evidence"), "series | slope")
+    assert len(shown) == len(slopes) == 3
+    for (series, (slope, _, interval, cost)), cells in zip(slopes.items(), shown.values(), strict=True):
+        low, high = map(float, interval.split(" to "))
+        assert cells == [f"{float(slope):+.2f} ({low:+.2f} to {high:+.2f})", f"{float(cost):.3f} nats"], series
+
+
 HEALTH_GROUPS = {"q, k": "qk", "v, o": "vo", "gate, up": ("gate", "up"), "down": ("down",)}
 
 

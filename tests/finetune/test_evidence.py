@@ -329,6 +329,13 @@ def test_slopes_are_of_the_seeds_that_are_done(tmp_path):
     assert cells[0][:5] == ["none", "64", "6", "1", "3.0000"]
     assert [float(of[5]) for of in cells[:6]] == pytest.approx([2**-6, 2**-6.5, 2**-7, *[2**-7] * 3], rel=1e-3)
     assert [float(of[1]) for of in cells[6:]] == pytest.approx([-0.5, 0], abs=1e-3)
+    assert [float(of[-1]) for of in cells[6:]] == pytest.approx([1 / 8, 0], abs=1e-3)  # an octave beside the minimum
+    transfer = page.TABLES["transfer"]
+    first, *others = transfer.draw(transfer.read(file)).axes
+    assert "nats per token" in first.get_ylabel()
+    assert all(axes.get_xlabel() == "learning rate" for axes in (first, *others))
+    curves = [one for one in first.lines if not one.get_label().startswith("_")]
+    assert len({(one.get_linestyle(), one.get_marker()) for one in curves}) == len(curves) == 3
     file.write_text(json.dumps(records[0]) + "\n")
     assert page.table_text("transfer", tmp_path).startswith(page.NOT_MEASURED)
     assert slopes_tables([]) == ""

@@ -304,11 +304,13 @@ def test_slopes_of_a_sweep_share_the_recipes_own_width_and_need_optima_inside(co
     told = command(main, "it.toml", "--slopes")
     assert told.code == 0, told.err
     rows = [line.split() for line in told.out.splitlines()]
+    doublings = math.log2(max(widths_of(arm)[0] for arm in it.arms.values()) / 32)
+    none_cost, scaled_cost = (f"{0.1 * (slope * doublings) ** 2:.4f}" for slope in (0.5, 0.1))
     assert ["none", "32", "5", "3", "3.0000", "0.01", "0.01", "to", "0.01", "yes"] in rows
-    assert ["none", "-0.500", "-0.500", "to", "-0.500", "-0.500", "to", "-0.500"] in rows
+    assert ["none", "-0.500", "-0.500", "to", "-0.500", "-0.500", "to", "-0.500", none_cost] in rows
     assert ["spectral", "32", "5", "3", "3.0000", "0.01", "0.01", "to", "0.01", "yes"] in rows
-    assert ["spectral", "+0.100", "+0.100", "to", "+0.100", "+0.100", "to", "+0.100"] in rows
-    assert ["none,", "weight_decay=0.2", "-", "-", "-"] in rows
+    assert ["spectral", "+0.100", "+0.100", "to", "+0.100", "+0.100", "to", "+0.100", scaled_cost] in rows
+    assert ["none,", "weight_decay=0.2", "-", "-", "-", "-"] in rows
     assert "width 128: the best rate is at the lower end of its grid, which is no result; add lower `rates`" in told.out
     assert (folder / "slopes.png").stat().st_size > 0
     (tmp_path / "it.toml").write_text(SLOPES.replace("{recipe}", str(recipe_file)) + "\n[arms.other]\nseeds = [0]\n")
