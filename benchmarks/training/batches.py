@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -42,6 +43,7 @@ from muon8bit.orthogonalize import choose_method, flops, resolve_coefficients
 
 PAIRS = (("adamw", "muon8bit 32"), ("muon8bit 32", "muon8bit 8"))
 NUM_LEVELS, SPACING = 3, 0.2  # losses that are taken where none are given, in nats per token
+_STYLES = ("o-", "s--", "^-.", "v:", "d-")  # of lines, beside their colours
 _SCHEDULE = resolve_coefficients("jordan", DEFAULT_NS_STEPS)
 
 
@@ -181,14 +183,14 @@ def plot(arms: Sequence[BatchArm], levels: Sequence[float], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     found = [row for row in ratios(arms, levels) if row[4] is not None and row[4].ends is not None]
     for number, (above, below) in enumerate(PAIRS):
-        for level, style in zip(levels, ("o:", "s--", "^-", "v-.", "d-"), strict=False):
+        for level, style in zip(levels, cycle(_STYLES)):
             rows = [(batch, r) for a, b, batch, at, r in found if (a, b, at) == (above, below, level) and r and r.ends]
             if rows:
                 spread = [[r.value - r.ends[0] for _, r in rows], [r.ends[1] - r.value for _, r in rows]]  # type: ignore[index]
                 values = [batch for batch, _ in rows], [r.value for _, r in rows]
                 label = f"{above} / {below}, {level:.2f}"
                 left.errorbar(*values, yerr=spread, fmt=style, color=f"C{number}", ms=4, capsize=3, label=label)
-    for number, name in enumerate(dict.fromkeys(arm.optimizer for arm in arms)):
+    for style, name in zip(cycle(_STYLES), dict.fromkeys(arm.optimizer for arm in arms)):
         points = []
         for arm in arms:
             reached = crossings(arm, levels[-1]) if arm.optimizer == name else None
@@ -197,7 +199,7 @@ def plot(arms: Sequence[BatchArm], levels: Sequence[float], path: Path) -> None:
                 steps, tokens = fmean(c.step for c in reached.values()), fmean(c.tokens for c in reached.values())
                 points.append((steps, (model * tokens + iteration * steps) / 1e12))
         if points:
-            right.plot(*zip(*points, strict=True), "o-", color=f"C{number + 2}", ms=4, label=name)
+            right.plot(*zip(*points, strict=True), style, ms=4, label=name)
     left.axhline(1, color="gray", lw=0.8)
     left.set(xscale="log", xlabel="batch, tokens", ylabel="ratio of tokens to a loss")
     right.set(
