@@ -17,7 +17,7 @@ from finetune.evidence.options import MUON_ON, EvidenceRecipe
 from finetune.models.optimizers import build_optimizers
 
 PLACEBO = 1e-7  # relative; an fp32 value has 6e-8
-ADAMW_BLOCK = 256  # elements, as in bitsandbytes
+ADAMW_BLOCK, ADAMW_LEAST = 256, 4096  # elements, of a block and of a tensor that is rounded, as in bitsandbytes
 Rounding = Callable[[Tensor], Tensor]
 
 
@@ -39,11 +39,15 @@ def round_by_tensor(values: Tensor, levels: int) -> Tensor:
 def round_by_block(values: Tensor, levels: int, block_size: int = ADAMW_BLOCK) -> Tensor:
     """Round to codes of 0 to levels with one scale for `block_size` elements of the flattened tensor, and back.
 
+    A tensor below `ADAMW_LEAST` elements stays as it is.
+
     Args:
         values: fp32, of any shape, not negative.
         levels: 255 for 8 bits without a sign.
         block_size: in elements; the last block may be shorter.
     """
+    if values.numel() < ADAMW_LEAST:
+        return values
     blocks = values.flatten().split(block_size)
     return torch.cat([_rounded(block, block.amax(), levels) for block in blocks]).view_as(values)
 

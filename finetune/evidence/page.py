@@ -29,13 +29,13 @@ from finetune.evidence.spectra_tables import spectra_tables
 from finetune.evidence.tables import (
     ablations_table,
     ahead_table,
-    controls_table,
+    controls_tables,
     deciles_table,
     family_table,
     health_table,
     horizons_table,
     memory_table,
-    parity_table,
+    parity_tables,
     slopes_tables,
 )
 from finetune.storage.plots import save_figure
@@ -93,16 +93,13 @@ MEMORY_COMMAND = "python -m finetune.evidence.associative_memory --record benchm
 # Name on the page, and of the figure -> the table.
 TABLES = {
     "parity_2m": _of_sweep(
-        "parity_2m", "parity_2m", parity_table, lambda arms: figures.parity_figure(arms, "2M parameters")
-    ),
-    "parity": _of_sweep(
-        "parity", "evidence_4m", parity_table, lambda arms: figures.parity_figure(arms, "4M parameters")
+        "parity_2m", "parity_2m", parity_tables, lambda arms: figures.parity_figure(arms, "2M parameters")
     ),
     "parity_8m": _of_sweep(
-        "parity_8m", "parity_8m", parity_table, lambda arms: figures.parity_figure(arms, "8M parameters")
+        "parity_8m", "parity_8m", parity_tables, lambda arms: figures.parity_figure(arms, "8M parameters")
     ),
     "deciles": _of_sweep(
-        "parity", "evidence_4m", deciles_table, lambda arms: figures.deciles_figure(arms, "4M parameters")
+        "parity_2m", "parity_2m", deciles_table, lambda arms: figures.deciles_figure(arms, "2M parameters")
     ),
     "directions": EvidenceTable("sign_flips.jsonl", DIRECTIONS_COMMAND, direction_tables, read=read_matrices),
     "long_rows": EvidenceTable("long_rows.jsonl", LONG_COMMAND, long_rows_table, read=read_matrices),
@@ -111,7 +108,7 @@ TABLES = {
     "family_ahead": _of_sweep("family", "family", ahead_table),
     "horizons": _of_sweep("horizons", "evidence_4m", horizons_table, figures.horizons_figure),
     "ablations": _of_sweep("horizons", "evidence_4m", ablations_table),
-    "controls": _of_sweep("controls", "evidence_4m", controls_table),
+    "controls": _of_sweep("controls", "evidence_4m", controls_tables),
     "rare": _of_sweep("rare", "rare", rare_tables, figures.rare_figure),
     "rare_spectra": _of_sweep("rare", "rare", spectra_tables, figures.spectra_figure),
     "spectra": _of_sweep("parity_2m", "parity_2m", spectra_tables, figures.spectra_figure),

@@ -9,7 +9,12 @@ from finetune.evidence.arms import Arms, Record, markdown
 
 KINDS = ("weights", "updates")
 # Measure in the records -> what it is called.
-MEASURES = {"entropy": "normalized SVD entropy", "quartile_ratio": "ratio of the quartiles of squared singular values"}
+MEASURES = {
+    "entropy": "normalized SVD entropy",
+    "effective_rank": "effective rank",
+    "top_energy": "share of the 10 largest in the squared singular values",
+    "quartile_ratio": "ratio of the quartiles of squared singular values",
+}
 
 Spectra = Mapping[str, Mapping[str, Mapping[str, float]]]  # kind -> group -> measure -> value
 

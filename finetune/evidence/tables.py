@@ -1,11 +1,11 @@
-"""Tables of losses: parity, controls, horizons, deciles of frequency. Out of the records and nothing else. No torch."""
+"""Tables of losses: parity, family, controls, horizons, deciles. Out of the records and nothing else. No torch."""
 
 from __future__ import annotations
 
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -42,12 +42,13 @@ AHEAD = {
     "adamuon8_dynamic": "muon8",
     "adamuon8_linear": "muon8",
 }
+LOSSES = ("arm", "lr", "seeds", "mean loss, nats per token", "SD", "state, MB", "CPU s")
 MEMORY_LOSSES = (4.0, 2.0, 1.0, 0.5)  # nats, at which the gaps of probabilities are compared
 ABLATIONS = ("no_decay", "no_rms_scale")
 
 
-def parity_table(arms: Arms) -> str:
-    """Return the differences to muon32 by seed, with the spread of the placebo's beside."""
+def parity_tables(arms: Arms) -> str:
+    """Return the differences to muon32 by seed, with the spread of the placebo's beside; and losses, state and time."""
     placebo = interval_of(differences(arms, PLACEBO, MUON32))
     rows = []
     for arm in (arm for arm in PARITY if arm in arms):
@@ -60,7 +61,8 @@ def parity_table(arms: Arms) -> str:
             spread = f"{interval.deviation / placebo.deviation:.2f}"
         rows.append([arm, str(len(values)), *shown_interval(interval), inside, spread, seeds_needed(values)])
     head = ["arm minus muon32", "seeds", "mean, nats per token", "SD", "95% interval", f"within {WITHIN:g}"]
-    return markdown([*head, "SD over that of the placebo", f"seeds for +-{HALF_WIDTH:g}"], rows)
+    table = markdown([*head, "SD over that of the placebo", f"seeds for +-{HALF_WIDTH:g}"], rows)
+    return table and f"{table}\n\n{losses_table(arms)}"
 
 
 def seeds_needed(values: Mapping[int, float]) -> str:
@@ -112,41 +114,42 @@ def slopes_tables(series: list[WidthSeries]) -> str:
     return f"{markdown(optima[0], optima[1:])}\n\n{markdown(slopes[0], slopes[1:])}"
 
 
+def losses_table(arms: Arms, names: Collection[str] | None = None) -> str:
+    """Return losses, state and time of every arm, or of those with these names."""
+    shown = {arm: runs for arm, runs in arms.items() if names is None or arm in names}
+    return markdown(LOSSES, [row for arm, runs in shown.items() if (row := _losses_row(arm, runs))])
+
+
 def family_table(arms: Arms) -> str:
     """Return losses, state and time of every arm of the family's sweep, and the differences of 8 to 32 bits by seed."""
     rows = []
     for arm, runs in arms.items():
-        finished = {seed: record for seed, record in runs.items() if record["status"] == "finished"}
-        interval = interval_of({seed: float(record["metrics"]["val_loss"]) for seed, record in finished.items()})
         reference = FAMILY.get(arm, "-")
-        if interval is None:
-            continue
-        metrics = [record["metrics"] for record in finished.values()]
-        spread = "-" if interval.deviation is None else f"{interval.deviation:.4f}"
         mean, _, ends = shown_interval(interval_of(differences(arms, arm, reference)))
-        megabytes = f"{metrics[0]['state_bytes'] / 1e6:.1f}"
-        seconds = f"{statistics.fmean(m['core_seconds'] for m in metrics):.0f}"
-        rate = f"{next(iter(finished.values()))['rate']:g}"
-        rows.append(
-            [arm, rate, str(len(finished)), f"{interval.mean:.4f}", spread, megabytes, seconds, reference, mean, ends]
-        )
-    head = [
-        "arm",
-        "lr",
-        "seeds",
-        "mean loss, nats per token",
-        "SD",
-        "state, MB",
-        "CPU s",
-        "minus",
-        "mean",
-        "95% interval",
-    ]
-    return markdown(head, rows)
+        if row := _losses_row(arm, runs):
+            rows.append([*row, reference, mean, ends])
+    return markdown([*LOSSES, "minus", "mean", "95% interval"], rows)
 
 
-def controls_table(arms: Arms) -> str:
-    """Return each control's differences to its optimizer with the state in fp32, and how many of its runs diverged."""
+def _losses_row(arm: str, runs: Mapping[int, Record]) -> list[str]:
+    """Return the cells of `LOSSES`; none of an arm without a finished run."""
+    finished = {seed: record for seed, record in runs.items() if record["status"] == "finished"}
+    interval = interval_of({seed: float(record["metrics"]["val_loss"]) for seed, record in finished.items()})
+    if interval is None:
+        return []
+    metrics = [record["metrics"] for record in finished.values()]
+    spread = "-" if interval.deviation is None else f"{interval.deviation:.4f}"
+    megabytes = f"{metrics[0]['state_bytes'] / 1e6:.1f}"
+    seconds = f"{statistics.fmean(m['core_seconds'] for m in metrics):.0f}"
+    rate = f"{next(iter(finished.values()))['rate']:g}"
+    return [arm, rate, str(len(finished)), f"{interval.mean:.4f}", spread, megabytes, seconds]
+
+
+def controls_tables(arms: Arms) -> str:
+    """Return each control's differences to its optimizer with the state in fp32, and how many of its runs diverged.
+
+    Losses, state and time are beside. The rounded state of a control is kept, and counted, in fp32.
+    """
     rows = []
     for arm, reference in CONTROLS.items():
         if arm not in arms:
@@ -156,7 +159,8 @@ def controls_table(arms: Arms) -> str:
         diverged = sum(record["status"] == "diverged" for record in arms[arm].values())
         rows.append([arm, reference, str(len(values)), *shown_interval(interval_of(finite)), str(diverged)])
     head = ["control", "minus", "seeds", "mean, nats per token", "SD", "95% interval", "diverged"]
-    return markdown(head, rows)
+    table = markdown(head, rows)
+    return table and f"{table}\n\n{losses_table(arms, {*CONTROLS, *CONTROLS.values()})}"
 
 
 def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
@@ -196,7 +200,8 @@ def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) ->
             continue
         shares: dict[str, list[float]] = {"steps": [], "FLOPs": []}
         steps, tokens = [], []
-        for seed, record in adamw.items():
+        both = {seed: record for seed, record in adamw.items() if horizon_curve(arms, family, seed)}
+        for seed, record in both.items():
             target = loss_of(record)
             reached = None if target is None else steps_to(horizon_curve(arms, family, seed), target)
             mine = next((runs[seed] for arm, runs in family_arms.items() if seed in runs), None)
@@ -209,11 +214,11 @@ def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) ->
                 reached * _flops_per_step(mine) / (record["metrics"]["steps"] * _flops_per_step(record))
             )
         if not steps:
-            rows.append([family, f"0 of {len(adamw)}", *["-"] * 4])
+            rows.append([family, f"0 of {len(both)}", *["-"] * 4])
             continue
         shown = [_share(shares[key]) for key in ("steps", "FLOPs")]
         means = [f"{statistics.fmean(steps):.0f}", f"{statistics.fmean(tokens):,.0f}"]
-        rows.append([family, f"{len(steps)} of {len(adamw)}", *means, *shown])
+        rows.append([family, f"{len(steps)} of {len(both)}", *means, *shown])
     head = [
         "arm",
         "seeds that reach it",
