@@ -1,6 +1,6 @@
-"""Tables of docs/results/architectures.md, out of the recipes' shapes and the committed records.
+"""Tables and figure of docs/results/architectures.md, out of the recipes' shapes and the committed records.
 
-python -m benchmarks.training.architectures          # rewrite the tables of the page
+python -m benchmarks.training.architectures          # rewrite the tables of the page, and its figure
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from benchmarks.training.generation_speed import RECIPES
 from finetune.config.recipe import read_recipe
 from finetune.evidence.arms import Arms, differences, fill_marks, markdown, read_arms
+from finetune.evidence.figures import FONT_SIZE, MARKERS, new_axes
+from finetune.storage.plots import save_figure
 from finetune.sweep.records import loss_of
 from muon8bit.estimate import Setup, load_config
 from muon8bit.estimate.models import build
@@ -81,9 +83,7 @@ def optimizer_table(_folder: Path) -> str:
 
 def loss_table(folder: Path) -> str:
     """Return the losses by seed, each arm at its best rate."""
-    file = folder / "architectures.jsonl"
-    arms: Arms = read_arms(file) if file.exists() else {}
-    rows = []
+    arms, rows = _read_losses(folder), []
     for arm in (arm for arm in NAMES if arm != "mha"):
         cells = [_losses(arms, f"{arm}_{name}") for name in OPTIMIZERS]
         gaps = [differences(arms, f"{arm}_{name}", f"{arm}_muon32") for name in ("adamw", "muon8")]
@@ -92,9 +92,40 @@ def loss_table(folder: Path) -> str:
     return markdown(head, rows) if arms else f"Not measured yet: `{SWEEP}`."
 
 
+def _read_losses(folder: Path) -> Arms:
+    """Read the runs of the sweep, and check that their state has the bytes of `optimizer_table`.
+
+    Raises:
+        ValueError: the state of a run has other bytes.
+    """
+    file = folder / "architectures.jsonl"
+    arms: Arms = read_arms(file) if file.exists() else {}
+    for arm, runs in arms.items():
+        architecture, _, optimizer = arm.rpartition("_")
+        known, found = costs_of(architecture)[optimizer], {r["metrics"]["state_bytes"] for r in runs.values()}
+        if found != {known}:
+            raise ValueError(f"{file}: the state of {arm} has {found} bytes instead of {known}; run it anew")
+    return arms
+
+
 def _losses(arms: Arms, arm: str) -> str:
-    losses = [loss_of(record) for record in arms.get(arm, {}).values()]
-    return ", ".join(f"{loss:.4f}" for loss in losses if loss is not None) or "-"
+    runs = arms.get(arm, {}).values()
+    losses = [f"{loss:.4f}" for record in runs if (loss := loss_of(record)) is not None]
+    return f"{', '.join(losses)} (lr {next(iter(runs))['rate']:g})" if losses else "-"
+
+
+def losses_figure(arms: Arms) -> Any:
+    """Draw the loss of each seed, by architecture and optimizer."""
+    figure, (axes,) = new_axes("architecture", "validation loss, nats per token", "4M active parameters, 250 steps")
+    names = [name for name in NAMES if name != "mha"]
+    for number, (optimizer, called) in enumerate(OPTIMIZERS.items()):
+        runs = [(at, arms.get(f"{name}_{optimizer}", {}).values()) for at, name in enumerate(names)]
+        points = [(at + 0.15 * (number - 1), loss_of(record)) for at, of in runs for record in of]
+        xs, ys = ([point[i] for point in points] for i in (0, 1))
+        axes.plot(xs, ys, MARKERS[number], color=f"C{number}", ms=5, label=called)
+    axes.set_xticks(range(len(names)), names, fontsize=FONT_SIZE)
+    axes.legend(fontsize=FONT_SIZE)
+    return figure
 
 
 TABLES = {"architecture": architecture_table, "optimizer": optimizer_table, "losses": loss_table}
@@ -107,3 +138,5 @@ def filled(page: str, folder: Path = RESULTS) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(filled(PAGE.read_text()))
+    if arms := _read_losses(RESULTS):
+        save_figure(losses_figure(arms), PAGE.parent / "figures" / "architectures.png", {"Software": None})

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.peers.tables import write_tables
 from benchmarks.robustness import health_thresholds
 from benchmarks.training import architectures
+from finetune.evidence.arms import read_arms
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs" / "records"
@@ -277,14 +278,23 @@ def test_the_tables_of_architectures_are_what_records_and_shapes_make(tmp_path):
     unmeasured = architectures.filled(text, tmp_path)
     for command in (architectures.SWEEP, architectures.SPEED):
         assert f"not measured yet: `{command}`" in unmeasured.replace("Not", "not")
-    arms = {"dense_muon32": (0, 2.0), "dense_adamw": (0, 2.5), "mla_moe_muon8": (0, 1.5)}
+    runs = {"dense_muon32": (2.0, costs["muon32"]), "dense_adamw": (2.5, costs["adamw"])}
+    runs["mla_moe_muon8"] = (1.5, architectures.costs_of("mla_moe")["muon8"])
     with (tmp_path / "architectures.jsonl").open("w") as file:
-        for arm, (seed, loss) in arms.items():
-            record = {"arm": arm, "rate": 1e-3, "seed": seed, "status": "finished", "metrics": {"val_loss": loss}}
-            file.write(json.dumps(record) + "\n")
+        for arm, (loss, state) in runs.items():
+            record = {"arm": arm, "rate": 1e-3, "seed": 0, "status": "finished"}
+            file.write(json.dumps(record | {"metrics": {"val_loss": loss, "state_bytes": state}}) + "\n")
     losses = table(architectures.loss_table(tmp_path) + "\n\n", "architecture | AdamW")
-    assert losses["dense, GQA (the control)"] == ["2.5000", "2.0000", "-", "+0.5000", "-"]
-    assert losses["experts, MLA (DeepSeek-V3)"] == ["-", "-", "1.5000", "-", "-"]
+    assert losses["dense, GQA (the control)"] == ["2.5000 (lr 0.001)", "2.0000 (lr 0.001)", "-", "+0.5000", "-"]
+    assert losses["experts, MLA (DeepSeek-V3)"] == ["-", "-", "1.5000 (lr 0.001)", "-", "-"]
+    (axes,) = architectures.losses_figure(read_arms(tmp_path / "architectures.jsonl")).axes
+    assert "nats per token" in axes.get_ylabel()
+    assert [list(line.get_ydata()) for line in axes.lines] == [[2.5], [2.0], [1.5]]
+    assert len({line.get_marker() for line in axes.lines}) == 3
+    text = (tmp_path / "architectures.jsonl").read_text().replace(f": {costs['muon32']}", ": 1")
+    (tmp_path / "architectures.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="state of dense_muon32 has"):
+        architectures.loss_table(tmp_path)
 
 
 def test_the_coordinate_check_has_the_best_rate_of_its_model():
