@@ -1,4 +1,4 @@
-"""Batch study of a sweep: tokens, operations and CPU seconds to a training loss, and ratios between optimizers.
+"""Batch study of a sweep: tokens, operations and seconds to a training loss, and ratios between optimizers.
 
     python -m benchmarks.training.batches benchmarks/sweeps/batches.toml [--losses 4.0,3.8] [--picture FILE.png]
     python -m benchmarks.training.batches benchmarks/sweeps/batches.toml --page docs/results/batch-size.md
@@ -136,7 +136,7 @@ def costs_table(arms: Sequence[BatchArm], levels: Sequence[float]) -> str:
             if found is not None:
                 tokens, steps, seconds = (
                     fmean(values)
-                    for values in zip(*((c.tokens, c.step, c.cpu_seconds) for c in found.values()), strict=True)
+                    for values in zip(*((c.tokens, c.step, c.seconds) for c in found.values()), strict=True)
                 )
                 model, iteration = (count / 1e12 for count in arm.operations)
                 cells = [
@@ -147,7 +147,7 @@ def costs_table(arms: Sequence[BatchArm], levels: Sequence[float]) -> str:
                     f"{seconds:.0f}",
                 ]
             rows.append((arm.optimizer, f"{arm.batch_tokens:,}", f"{level:.2f}", *cells))
-    head = ("optimizer", "batch", "L", "tokens", "steps", "model TFLOP", "Newton-Schulz TFLOP", "CPU s")
+    head = ("optimizer", "batch", "L", "tokens", "steps", "model TFLOP", "Newton-Schulz TFLOP", "seconds")
     return markdown(head, rows)
 
 

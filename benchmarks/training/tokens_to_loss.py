@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from finetune.config.errors import InputError
@@ -22,11 +24,11 @@ RESOLVED = 0.05  # half-width of an interval over its ratio, from which on the r
 
 @dataclass(frozen=True)
 class Crossing:
-    """Steps, tokens and CPU seconds after which the average of a run first falls to a loss."""
+    """Steps, tokens and seconds, of median steps, after which the average of a run first falls to a loss."""
 
     step: float
     tokens: float
-    cpu_seconds: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,9 @@ def find_crossing(record: Mapping[str, Any], level: float) -> Crossing | None:
         return None
     share = 1.0 if number == 0 else (averages[number - 1] - level) / (averages[number - 1] - averages[number])
     step = number + share
-    seconds = [0.0, *(seconds for _, seconds in metrics["step_seconds"])]
-    spent = seconds[number] + share * (seconds[number + 1] - seconds[number])
-    busy = metrics["core_seconds"] / metrics["wall_seconds"]  # the clock runs on while the machine does other work
-    return Crossing(step, step * metrics["tokens"] / metrics["steps"], spent * busy)
+    clock = [0.0, *(seconds for _, seconds in metrics["step_seconds"])]
+    duration = median(after - before for before, after in pairwise(clock))  # the clock runs on while a run is stopped
+    return Crossing(step, step * metrics["tokens"] / metrics["steps"], step * duration)
 
 
 def lowest_loss(record: Mapping[str, Any]) -> float:

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.peers.tables import write_tables
 from benchmarks.robustness import health_thresholds
-from benchmarks.training import architectures
+from benchmarks.training import architectures, batches
 from finetune.evidence.arms import read_arms
 
 ROOT = Path(__file__).parents[2]
@@ -295,6 +295,13 @@ def test_the_tables_of_architectures_are_what_records_and_shapes_make(tmp_path):
     (tmp_path / "architectures.jsonl").write_text(text)
     with pytest.raises(ValueError, match="state of dense_muon32 has"):
         architectures.loss_table(tmp_path)
+
+
+def test_the_tables_of_the_batch_study_are_what_its_records_make(tmp_path):
+    (tmp_path / "page.md").write_text(page("batch-size"))
+    sweep = ROOT / "benchmarks" / "sweeps" / "batches.toml"
+    assert batches.main([str(sweep), "--page", str(tmp_path / "page.md")]) == 0
+    assert (tmp_path / "page.md").read_text() == page("batch-size")
 
 
 def test_the_coordinate_check_has_the_best_rate_of_its_model():
