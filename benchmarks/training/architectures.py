@@ -6,6 +6,7 @@ python -m benchmarks.training.architectures          # rewrite the tables of the
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ SWEEP = "python -m finetune.sweep benchmarks/sweeps/architectures.toml"
 SPEED = "python -m benchmarks.training.generation_speed --out benchmarks/results/generation_speed.json"
 
 
+@cache
 def costs_of(arm: str) -> dict[str, int]:
     """Return parameters, those active for a token, and bytes: of a token's cache, and of the state by optimizer."""
     config = load_config(read_recipe(RECIPES[arm]).model)

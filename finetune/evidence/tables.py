@@ -200,13 +200,14 @@ def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) ->
             continue
         shares: dict[str, list[float]] = {"steps": [], "FLOPs": []}
         steps, tokens = [], []
-        both = {seed: record for seed, record in adamw.items() if horizon_curve(arms, family, seed)}
-        for seed, record in both.items():
+        curves = {seed: curve for seed in adamw if (curve := horizon_curve(arms, family, seed))}
+        for seed, curve in curves.items():
+            record = adamw[seed]
             target = loss_of(record)
-            reached = None if target is None else steps_to(horizon_curve(arms, family, seed), target)
-            mine = next((runs[seed] for arm, runs in family_arms.items() if seed in runs), None)
-            if reached is None or mine is None:
+            reached = None if target is None else steps_to(curve, target)
+            if reached is None:
                 continue
+            mine = next(runs[seed] for runs in family_arms.values() if seed in runs)
             steps.append(reached)
             tokens.append(reached * _tokens_per_step(mine))
             shares["steps"].append(reached / record["metrics"]["steps"])
@@ -214,11 +215,11 @@ def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) ->
                 reached * _flops_per_step(mine) / (record["metrics"]["steps"] * _flops_per_step(record))
             )
         if not steps:
-            rows.append([family, f"0 of {len(both)}", *["-"] * 4])
+            rows.append([family, f"0 of {len(curves)}", *["-"] * 4])
             continue
         shown = [_share(shares[key]) for key in ("steps", "FLOPs")]
         means = [f"{statistics.fmean(steps):.0f}", f"{statistics.fmean(tokens):,.0f}"]
-        rows.append([family, f"{len(steps)} of {len(both)}", *means, *shown])
+        rows.append([family, f"{len(steps)} of {len(curves)}", *means, *shown])
     head = [
         "arm",
         "seeds that reach it",

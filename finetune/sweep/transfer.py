@@ -125,7 +125,8 @@ def slopes_rows(series: list[WidthSeries]) -> tuple[list[tuple[str, ...]], list[
             slopes.append((each.label, "-", "-", "-", "-"))
             continue
         ends = slope.by_seed.ends if slope.by_seed else None
-        cost = _cost(*(each.optima[end(each.optima)] for end in (min, max)))
+        narrowest, *_, widest = each.optima.values()
+        cost = _cost(narrowest, widest)
         slopes.append((each.label, f"{slope.value:+.3f}", _interval(slope.bootstrap), _interval(ends), cost))
     return rows, slopes, notes
 
