@@ -15,8 +15,8 @@ import torch
 from benchmarks.training.generation_speed import RECIPES
 from finetune.config.recipe import read_recipe
 from finetune.evidence.arms import Arms, differences, fill_marks, markdown, read_arms
-from finetune.evidence.figures import FONT_SIZE, MARKERS, new_axes
-from finetune.storage.plots import save_figure
+from finetune.evidence.figures import FONT_SIZE, new_axes
+from finetune.storage.plots import point_style, save_figure
 from finetune.sweep.records import loss_of
 from muon8bit.estimate import Setup, load_config
 from muon8bit.estimate.models import build
@@ -124,7 +124,7 @@ def losses_figure(arms: Arms) -> Any:
         runs = [(at, arms.get(f"{name}_{optimizer}", {}).values()) for at, name in enumerate(names)]
         points = [(at + 0.15 * (number - 1), loss_of(record)) for at, of in runs for record in of]
         xs, ys = ([point[i] for point in points] for i in (0, 1))
-        axes.plot(xs, ys, MARKERS[number], color=f"C{number}", ms=5, label=called)
+        axes.plot(xs, ys, ls="", ms=5, label=called, **point_style(number))
     axes.set_xticks(range(len(names)), names, fontsize=FONT_SIZE)
     axes.legend(fontsize=FONT_SIZE)
     return figure

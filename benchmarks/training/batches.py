@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,7 +30,7 @@ from finetune.command_line import run_script
 from finetune.config.errors import InputError
 from finetune.data.texts import read_text
 from finetune.evidence.arms import fill_marks, markdown
-from finetune.storage.plots import new_figure, save_figure
+from finetune.storage.plots import COLORS, line_style, new_figure, point_style, save_figure
 from finetune.storage.run_dir import write_beside
 from finetune.sweep.plan import Results, choose_rate
 from finetune.sweep.reading import read_sweep
@@ -43,7 +42,6 @@ from muon8bit.orthogonalize import choose_method, flops, resolve_coefficients
 
 PAIRS = (("adamw", "muon8bit 32"), ("muon8bit 32", "muon8bit 8"))
 NUM_LEVELS, SPACING = 3, 0.2  # losses that are taken where none are given, in nats per token
-_STYLES = ("o-", "s--", "^-.", "v:", "d-")  # of lines, beside their colours
 _SCHEDULE = resolve_coefficients("jordan", DEFAULT_NS_STEPS)
 
 
@@ -183,14 +181,15 @@ def plot(arms: Sequence[BatchArm], levels: Sequence[float], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     found = [row for row in ratios(arms, levels) if row[4] is not None and row[4].ends is not None]
     for number, (above, below) in enumerate(PAIRS):
-        for level, style in zip(levels, cycle(_STYLES)):
+        for at, level in enumerate(levels):
             rows = [(batch, r) for a, b, batch, at, r in found if (a, b, at) == (above, below, level) and r and r.ends]
             if rows:
                 spread = [[r.value - r.ends[0] for _, r in rows], [r.ends[1] - r.value for _, r in rows]]  # type: ignore[index]
                 values = [batch for batch, _ in rows], [r.value for _, r in rows]
+                style = line_style(at) | point_style(at) | {"color": COLORS[number]}
                 label = f"{above} / {below}, {level:.2f}"
-                left.errorbar(*values, yerr=spread, fmt=style, color=f"C{number}", ms=4, capsize=3, label=label)
-    for style, name in zip(cycle(_STYLES), dict.fromkeys(arm.optimizer for arm in arms)):
+                left.errorbar(*values, yerr=spread, ms=4, capsize=3, label=label, **style)
+    for number, name in enumerate(dict.fromkeys(arm.optimizer for arm in arms)):
         points = []
         for arm in arms:
             reached = crossings(arm, levels[-1]) if arm.optimizer == name else None
@@ -199,7 +198,7 @@ def plot(arms: Sequence[BatchArm], levels: Sequence[float], path: Path) -> None:
                 steps, tokens = fmean(c.step for c in reached.values()), fmean(c.tokens for c in reached.values())
                 points.append((steps, (model * tokens + iteration * steps) / 1e12))
         if points:
-            right.plot(*zip(*points, strict=True), style, ms=4, label=name)
+            right.plot(*zip(*points, strict=True), ms=4, label=name, **line_style(number) | point_style(number))
     left.axhline(1, color="gray", lw=0.8)
     left.set(xscale="log", xlabel="batch, tokens", ylabel="ratio of tokens to a loss")
     right.set(

@@ -11,14 +11,11 @@ from finetune.evidence.arms import Arms, differences
 from finetune.evidence.rare_tables import accuracy, comparison_step, middle_group, num_groups, steps_of
 from finetune.evidence.spectra_tables import measured_steps, values_of
 from finetune.evidence.tables import ADAMW32, MUON32, PARITY, decile_differences, horizon_curve
-from finetune.storage.plots import new_figure
+from finetune.storage.plots import line_style, new_figure, point_style
 from finetune.sweep.intervals import interval_of
 from finetune.sweep.records import loss_of
 
 FONT_SIZE = 10  # points, of everything in a figure
-# One for each line of an axes; they repeat after so many.
-STYLES: Sequence[Any] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
-MARKERS = "osD^v<>P"
 MEMORIES = ("VO", "W_out")  # the groups that arXiv 2509.26030 takes for associative memories
 
 
@@ -37,7 +34,7 @@ def new_axes(xlabel: str, ylabel: str, title: str, panels: int = 1) -> tuple[Any
 
 def line(axes: Any, number: int, xs: Sequence[float], ys: Sequence[float], label: str) -> None:
     """Draw the line of one arm, in the colour and style of its number."""
-    axes.plot(xs, ys, color=f"C{number % 10}", ls=STYLES[number % len(STYLES)], lw=1.5, label=label)
+    axes.plot(xs, ys, label=label, **line_style(number))
 
 
 def rare_figure(arms: Arms) -> Any:
@@ -76,10 +73,10 @@ def parity_figure(arms: Arms, title: str) -> Any:
     figure, (axes,) = new_axes("arm minus muon32", "difference of validation loss, nats per token", title)
     for number, arm in enumerate(names):
         values = differences(arms, arm, MUON32)
-        marker = MARKERS[number % len(MARKERS)]
-        axes.plot([number - 0.15] * len(values), list(values.values()), marker, color=f"C{number}", ms=4, label=arm)
+        style = point_style(number)
+        axes.plot([number - 0.15] * len(values), list(values.values()), ls="", ms=4, label=arm, **style)
         if (interval := interval_of(values)) is not None and interval.half_width is not None:
-            axes.errorbar([number + 0.15], [interval.mean], [interval.half_width], fmt=marker, color="black", capsize=4)
+            axes.errorbar([number + 0.15], [interval.mean], [interval.half_width], capsize=4, **style)
     axes.axhline(0, color="gray", ls=":")
     axes.set_xticks(range(len(names)), names, fontsize=FONT_SIZE)
     return figure

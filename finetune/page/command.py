@@ -18,8 +18,9 @@ from pathlib import Path
 from finetune.command_line import run_script
 from finetune.config.errors import InputError
 from finetune.page.document import make_page
-from finetune.page.figures import MOST_LINES, draw_figures
+from finetune.page.figures import draw_figures
 from finetune.page.runs import read_lines
+from finetune.storage.plots import MOST_LINES
 from finetune.storage.run_dir import write_beside
 
 

@@ -15,12 +15,8 @@ from html import escape
 from typing import Any
 
 from finetune.page.runs import Line, PageRun
+from finetune.storage.plots import line_style, point_style
 
-# Okabe and Ito's colours without the palest, and dashes: 6 x 5 lines that differ.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#000000")
-DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.2, 1.4)), (0, (7, 2, 1.2, 2)), (0, (3, 1.2)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MOST_LINES = len(COLORS) * len(DASHES)
 MARKED_POINTS, MOST_POINTS = 20, 1000  # of a curve: so few are marked, and more cannot be told apart
 
 _SETTINGS: Any = {
@@ -185,10 +181,6 @@ def _new_panels(num: int, num_lines: int, height: float) -> list[Any]:
         return list(panels[:num])
 
 
-def _style(number: int) -> dict[str, Any]:
-    return {"color": COLORS[number % len(COLORS)], "ls": DASHES[number % len(DASHES)], "lw": 1.5}
-
-
 def _set_whole_ticks(axis: Any) -> None:
     """Let an axis of steps or counts have ticks at whole numbers alone, one where it is short."""
     from matplotlib.ticker import MaxNLocator
@@ -207,13 +199,13 @@ def _draw_curves(figure: CurveFigure, drawn: Sequence[tuple[Line, int]], unit: s
     for line, number, bands in found:
         steps = [point[0] for point in bands[0]]
         lower, upper = ([point[2] for point in bands[0]], [point[3] for point in bands[-1]])
-        style = _style(number)
+        style = line_style(number)
         if lower != upper:
             axes.fill_between(steps, lower, upper, color=style["color"], alpha=0.2, lw=0)
         if len(bands) == 1:
             means = [point[1] for point in bands[0]]
-            few = {"marker": MARKERS[number % len(MARKERS)], "ms": 4} if are_few else {}
-            axes.plot(steps, means, label=_named(line), **style, **few)
+            few = {**point_style(number), "ms": 4} if are_few else {}
+            axes.plot(steps, means, label=_named(line), **style | few)
             told.append(f"{line.name}: {means[0]:.4g} at step {steps[0]}, {means[-1]:.4g} at step {steps[-1]}")
             has_bands |= lower != upper
         else:
@@ -250,9 +242,9 @@ def _draw_groups(figure: CurveFigure, drawn: Sequence[tuple[Line, int]]) -> Draw
                 continue
             steps, means, lower, upper = map(list, zip(*points, strict=True))
             if lower != upper:
-                axes.fill_between(steps, lower, upper, color=_style(number)["color"], alpha=0.2, lw=0)
+                axes.fill_between(steps, lower, upper, color=line_style(number)["color"], alpha=0.2, lw=0)
             label = _named(line) if axes is panels[0] else None
-            axes.plot(steps, means, label=label, marker=MARKERS[number % len(MARKERS)], ms=3, **_style(number))
+            axes.plot(steps, means, label=label, ms=3, **line_style(number) | point_style(number))
             told.append(f"{line.name}, {key.removeprefix(start)}: {means[-1]:.4g} at step {steps[-1]}")
     _set_whole_ticks(panels[0].xaxis)  # which the others share
     panels[0].figure.supxlabel("step", fontsize=10)
@@ -276,8 +268,8 @@ def _draw_rates(lines: Sequence[Line], unit: str) -> DrawnFigure | None:
         means = [statistics.fmean(losses) for losses in rates.values()]
         ranges = [[m - min(v) for m, v in zip(means, rates.values(), strict=True)]]
         ranges.append([max(v) - m for m, v in zip(means, rates.values(), strict=True)])
-        marker = MARKERS[number % len(MARKERS)]
-        axes.errorbar(list(rates), means, ranges, label=arm, marker=marker, ms=5, capsize=3, **_style(number))
+        style = line_style(number) | point_style(number)
+        axes.errorbar(list(rates), means, ranges, label=arm, ms=5, capsize=3, **style)
         best = min(range(len(means)), key=means.__getitem__)
         told.append(f"{arm}: lowest {means[best]:.4g} at {list(rates)[best]:g}")
     axes.set_xscale("log")

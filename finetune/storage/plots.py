@@ -1,4 +1,4 @@
-"""Pictures of losses over steps: of one run, or of several in one picture. No torch in here."""
+"""Pictures of losses over steps, of one run or several, and the style of lines in every picture. No torch in here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from typing import Any
 
 # Steps over which a training loss is averaged in a picture: this share of all, and never more than so many.
 SMOOTHED_SHARE, SMOOTHED_AT_MOST = 0.05, 100
+# Okabe and Ito's colours without the palest, and dashes: 7 x 8 lines that differ, eight of them in black and white too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#000000", "#56B4E9")
+DASHES: tuple[Any, ...] = (
+    *("-", (0, (6, 2)), (0, (1.2, 1.4)), (0, (7, 2, 1.2, 2)), (0, (3, 1.2))),
+    *((0, (12, 3)), (0, (7, 2, 1.2, 2, 1.2, 2)), (0, (1.2, 4))),
+)
+MARKERS = "os^DvPX<"
+MOST_LINES = len(COLORS) * len(DASHES)
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,16 @@ def spectra_values(spectra: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
     }
 
 
+def line_style(number: int) -> dict[str, Any]:
+    """Return colour, dashes and width of one line among several, as arguments of matplotlib's `plot`."""
+    return {"color": COLORS[number % len(COLORS)], "ls": DASHES[number % len(DASHES)], "lw": 1.5}
+
+
+def point_style(number: int) -> dict[str, Any]:
+    """Return colour and marker of points of one kind among several, as arguments of matplotlib's `plot`."""
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
 def new_figure(width: float, height: float = 4.5, layout: Any = None) -> Any:
     """Return an empty figure without a window, of this size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -118,7 +136,7 @@ def plot_losses(
         _plot_loads(figure.add_axes((0.1, 0.09, 0.87, 0.22), sharex=axes), curves)
     alone = len(curves) == 1
     for number, curve in enumerate(curves):
-        color = f"C{number % 10}"
+        color = COLORS[number % len(COLORS)]
         steps, losses = curve.training
         if alone:
             axes.plot(steps, losses, color=color, lw=0.8, alpha=0.3)
@@ -126,7 +144,7 @@ def plot_losses(
         what = "training" if smoothed == losses else "training, smoothed"  # as a short run's losses are
         axes.plot(steps, smoothed, color=color, lw=1.2, label=what if alone else curve.name)
         label = "validation" if alone else "validation, dashed" if number == len(curves) - 1 else None
-        axes.plot(*curve.validation, "o--", color="C1" if alone else color, ms=4, label=label)
+        axes.plot(*curve.validation, "o--", color=COLORS[1] if alone else color, ms=4, label=label)
     if reference is not None and math.isfinite(reference[1]):
         axes.axhline(reference[1], color="gray", ls=":", label=reference[0])
     axes.set(xlabel=None if has_load else "step", ylabel="nats per token", title=title)
@@ -139,7 +157,7 @@ def _plot_loads(axes: Any, curves: Sequence[LossCurve]) -> None:
     for number, curve in enumerate(curves):
         steps, values = curve.expert_load
         if len(curves) == 1:
-            axes.plot(steps, values, color="C0", lw=0.8, alpha=0.3)
-        axes.plot(steps, smooth(values), color=f"C{number % 10}", lw=1.2)
+            axes.plot(steps, values, color=COLORS[0], lw=0.8, alpha=0.3)
+        axes.plot(steps, smooth(values), color=COLORS[number % len(COLORS)], lw=1.2)
     axes.set(xlabel="step", ylabel="load of experts, CV")
     axes.set_ylim(bottom=0)

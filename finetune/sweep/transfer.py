@@ -14,7 +14,7 @@ from typing import Any
 from finetune.compare import align
 from finetune.config.errors import InputError
 from finetune.config.width import WIDTH
-from finetune.storage.plots import new_figure
+from finetune.storage.plots import line_style, new_figure, point_style
 from finetune.sweep.fits import (
     RESAMPLES,
     GridLoss,
@@ -31,7 +31,6 @@ from finetune.sweep.spec import Sweep, SweepArm
 
 RULE = "scaling"
 ENOUGH = (5, 3)  # rates and seeds of a width, fewer of which a note tells
-_DASHES, _MARKERS = ("-", "--", "-.", ":"), "osD^v"
 
 
 @dataclass(frozen=True)
@@ -198,14 +197,13 @@ def draw_losses(axes: Any, number: int, label: str, losses: Mapping[float, float
         losses: log2 of a rate -> mean loss; infinite ones are left out.
         optimum: of the grid; its first axis is the rate. None, or one without a minimum: no star.
     """
-    color = f"C{number % 10}"
+    style = line_style(number) | point_style(number)
     curve = [(2**x, loss) for x, loss in sorted(losses.items()) if math.isfinite(loss)]
-    style = {"ls": _DASHES[number % len(_DASHES)], "marker": _MARKERS[number % len(_MARKERS)]}
-    axes.plot(*zip(*curve, strict=True), color=color, lw=1.2, ms=4, label=label, **style)
+    axes.plot(*zip(*curve, strict=True), ms=4, label=label, **style)
     if optimum is not None and optimum.point is not None and optimum.height is not None:
         x, half = optimum.point[0], optimum.half_widths[0] if optimum.half_widths else 0.0
         spread = [[2**x - 2 ** (x - half)], [2 ** (x + half) - 2**x]]
-        axes.errorbar([2**x], [optimum.height], xerr=spread, fmt="*", color=color, ms=11, capsize=3)
+        axes.errorbar([2**x], [optimum.height], xerr=spread, fmt="*", color=style["color"], ms=11, capsize=3)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
 
