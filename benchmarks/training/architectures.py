@@ -34,6 +34,9 @@ NAMES = {
     "moe": "experts, GQA (Qwen3-MoE)",
     "mla_moe": "experts, MLA (DeepSeek-V3)",
 }
+# Those that were trained: the control also with weights that begin at another standard deviation.
+TRAINED = {arm: name for arm, name in NAMES.items() if arm != "mha"}
+TRAINED["dense_init"] = "dense, GQA, weights begin at 0.056"
 OPTIMIZERS = {"adamw": "AdamW", "muon32": "Muon", "muon8": "Muon8bit"}
 SWEEP = "python -m finetune.sweep benchmarks/sweeps/architectures.toml"
 SPEED = "python -m benchmarks.training.generation_speed --out benchmarks/results/generation_speed.json"
@@ -86,10 +89,10 @@ def optimizer_table(_folder: Path) -> str:
 def loss_table(folder: Path) -> str:
     """Return the losses by seed, each arm at its best rate."""
     arms, rows = _read_losses(folder), []
-    for arm in (arm for arm in NAMES if arm != "mha"):
-        cells = [_losses(arms, f"{arm}_{name}") for name in OPTIMIZERS]
-        gaps = [differences(arms, f"{arm}_{name}", f"{arm}_muon32") for name in ("adamw", "muon8")]
-        rows.append([NAMES[arm], *cells, *(", ".join(f"{gap:+.4f}" for gap in each.values()) or "-" for each in gaps)])
+    for arm, name in TRAINED.items():
+        cells = [_losses(arms, f"{arm}_{optimizer}") for optimizer in OPTIMIZERS]
+        gaps = [differences(arms, f"{arm}_{optimizer}", f"{arm}_muon32") for optimizer in ("adamw", "muon8")]
+        rows.append([name, *cells, *(", ".join(f"{gap:+.4f}" for gap in each.values()) or "-" for each in gaps)])
     head = ["architecture", *OPTIMIZERS.values(), "AdamW minus Muon", "Muon8bit minus Muon"]
     return markdown(head, rows) if arms else f"Not measured yet: `{SWEEP}`."
 
@@ -103,7 +106,7 @@ def _read_losses(folder: Path) -> Arms:
     file = folder / "architectures.jsonl"
     arms: Arms = read_arms(file) if file.exists() else {}
     for arm, runs in arms.items():
-        architecture, _, optimizer = arm.rpartition("_")
+        architecture, _, optimizer = arm.replace("_init", "").rpartition("_")
         known, found = costs_of(architecture)[optimizer], {r["metrics"]["state_bytes"] for r in runs.values()}
         if found != {known}:
             raise ValueError(f"{file}: the state of {arm} has {found} bytes instead of {known}; run it anew")
@@ -119,13 +122,12 @@ def _losses(arms: Arms, arm: str) -> str:
 def losses_figure(arms: Arms) -> Any:
     """Draw the loss of each seed, by architecture and optimizer."""
     figure, (axes,) = new_axes("architecture", "validation loss, nats per token", "4M active parameters, 250 steps")
-    names = [name for name in NAMES if name != "mha"]
     for number, (optimizer, called) in enumerate(OPTIMIZERS.items()):
-        runs = [(at, arms.get(f"{name}_{optimizer}", {}).values()) for at, name in enumerate(names)]
+        runs = [(at, arms.get(f"{name}_{optimizer}", {}).values()) for at, name in enumerate(TRAINED)]
         points = [(at + 0.15 * (number - 1), loss_of(record)) for at, of in runs for record in of]
         xs, ys = ([point[i] for point in points] for i in (0, 1))
         axes.plot(xs, ys, ls="", ms=5, label=called, **point_style(number))
-    axes.set_xticks(range(len(names)), names, fontsize=FONT_SIZE)
+    axes.set_xticks(range(len(TRAINED)), list(TRAINED), fontsize=FONT_SIZE)
     axes.legend(fontsize=FONT_SIZE)
     return figure
 

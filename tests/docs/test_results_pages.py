@@ -279,6 +279,7 @@ def test_the_tables_of_architectures_are_what_records_and_shapes_make(tmp_path):
     for command in (architectures.SWEEP, architectures.SPEED):
         assert f"not measured yet: `{command}`" in unmeasured.replace("Not", "not")
     runs = {"dense_muon32": (2.0, costs["muon32"]), "dense_adamw": (2.5, costs["adamw"])}
+    runs["dense_init_adamw"] = (2.25, costs["adamw"])
     runs["mla_moe_muon8"] = (1.5, architectures.costs_of("mla_moe")["muon8"])
     with (tmp_path / "architectures.jsonl").open("w") as file:
         for arm, (loss, state) in runs.items():
@@ -287,9 +288,10 @@ def test_the_tables_of_architectures_are_what_records_and_shapes_make(tmp_path):
     losses = table(architectures.loss_table(tmp_path) + "\n\n", "architecture | AdamW")
     assert losses["dense, GQA (the control)"] == ["2.5000 (lr 0.001)", "2.0000 (lr 0.001)", "-", "+0.5000", "-"]
     assert losses["experts, MLA (DeepSeek-V3)"] == ["-", "-", "1.5000 (lr 0.001)", "-", "-"]
+    assert losses["dense, GQA, weights begin at 0.056"] == ["2.2500 (lr 0.001)", *"----"]
     (axes,) = architectures.losses_figure(read_arms(tmp_path / "architectures.jsonl")).axes
     assert "nats per token" in axes.get_ylabel()
-    assert [list(line.get_ydata()) for line in axes.lines] == [[2.5], [2.0], [1.5]]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[2.5, 2.25], [2.0], [1.5]]
     assert len({line.get_marker() for line in axes.lines}) == 3
     text = (tmp_path / "architectures.jsonl").read_text().replace(f": {costs['muon32']}", ": 1")
     (tmp_path / "architectures.jsonl").write_text(text)
