@@ -30,7 +30,7 @@ from finetune.command_line import run_script
 from finetune.config.errors import InputError
 from finetune.data.texts import read_text
 from finetune.evidence.arms import fill_marks, markdown
-from finetune.storage.plots import COLORS, line_style, new_figure, point_style, save_figure
+from finetune.storage.plots import color_of, line_style, new_figure, point_style, save_figure
 from finetune.storage.run_dir import write_beside
 from finetune.sweep.plan import Results, choose_rate
 from finetune.sweep.reading import read_sweep
@@ -181,12 +181,12 @@ def plot(arms: Sequence[BatchArm], levels: Sequence[float], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     found = [row for row in ratios(arms, levels) if row[4] is not None and row[4].ends is not None]
     for number, (above, below) in enumerate(PAIRS):
-        for at, level in enumerate(levels):
+        for nth, level in enumerate(levels):
             rows = [(batch, r) for a, b, batch, at, r in found if (a, b, at) == (above, below, level) and r and r.ends]
             if rows:
                 spread = [[r.value - r.ends[0] for _, r in rows], [r.ends[1] - r.value for _, r in rows]]  # type: ignore[index]
                 values = [batch for batch, _ in rows], [r.value for _, r in rows]
-                style = line_style(at) | point_style(at) | {"color": COLORS[number]}
+                style = line_style(nth) | point_style(nth) | {"color": color_of(number)}
                 label = f"{above} / {below}, {level:.2f}"
                 left.errorbar(*values, yerr=spread, ms=4, capsize=3, label=label, **style)
     for number, name in enumerate(dict.fromkeys(arm.optimizer for arm in arms)):

@@ -76,7 +76,7 @@ def parity_figure(arms: Arms, title: str) -> Any:
         style = point_style(number)
         axes.plot([number - 0.15] * len(values), list(values.values()), ls="", ms=4, label=arm, **style)
         if (interval := interval_of(values)) is not None and interval.half_width is not None:
-            axes.errorbar([number + 0.15], [interval.mean], [interval.half_width], capsize=4, **style)
+            axes.errorbar(number + 0.15, interval.mean, interval.half_width, capsize=4, **style | {"color": "black"})
     axes.axhline(0, color="gray", ls=":")
     axes.set_xticks(range(len(names)), names, fontsize=FONT_SIZE)
     return figure

@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from finetune.page.runs import Line, PageRun
-from finetune.storage.plots import line_style, point_style
+from finetune.storage.plots import color_of, line_style, point_style
 
 MARKED_POINTS, MOST_POINTS = 20, 1000  # of a curve: so few are marked, and more cannot be told apart
 
@@ -242,7 +242,7 @@ def _draw_groups(figure: CurveFigure, drawn: Sequence[tuple[Line, int]]) -> Draw
                 continue
             steps, means, lower, upper = map(list, zip(*points, strict=True))
             if lower != upper:
-                axes.fill_between(steps, lower, upper, color=line_style(number)["color"], alpha=0.2, lw=0)
+                axes.fill_between(steps, lower, upper, color=color_of(number), alpha=0.2, lw=0)
             label = _named(line) if axes is panels[0] else None
             axes.plot(steps, means, label=label, ms=3, **line_style(number) | point_style(number))
             told.append(f"{line.name}, {key.removeprefix(start)}: {means[-1]:.4g} at step {steps[-1]}")

@@ -82,14 +82,19 @@ def spectra_values(spectra: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
     }
 
 
+def color_of(number: int) -> str:
+    """Return the colour of one line among several."""
+    return COLORS[number % len(COLORS)]
+
+
 def line_style(number: int) -> dict[str, Any]:
     """Return colour, dashes and width of one line among several, as arguments of matplotlib's `plot`."""
-    return {"color": COLORS[number % len(COLORS)], "ls": DASHES[number % len(DASHES)], "lw": 1.5}
+    return {"color": color_of(number), "ls": DASHES[number % len(DASHES)], "lw": 1.5}
 
 
 def point_style(number: int) -> dict[str, Any]:
     """Return colour and marker of points of one kind among several, as arguments of matplotlib's `plot`."""
-    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+    return {"color": color_of(number), "marker": MARKERS[number % len(MARKERS)]}
 
 
 def new_figure(width: float, height: float = 4.5, layout: Any = None) -> Any:
@@ -136,7 +141,7 @@ def plot_losses(
         _plot_loads(figure.add_axes((0.1, 0.09, 0.87, 0.22), sharex=axes), curves)
     alone = len(curves) == 1
     for number, curve in enumerate(curves):
-        color = COLORS[number % len(COLORS)]
+        color = color_of(number)
         steps, losses = curve.training
         if alone:
             axes.plot(steps, losses, color=color, lw=0.8, alpha=0.3)
@@ -158,6 +163,6 @@ def _plot_loads(axes: Any, curves: Sequence[LossCurve]) -> None:
         steps, values = curve.expert_load
         if len(curves) == 1:
             axes.plot(steps, values, color=COLORS[0], lw=0.8, alpha=0.3)
-        axes.plot(steps, smooth(values), color=COLORS[number % len(COLORS)], lw=1.2)
+        axes.plot(steps, smooth(values), color=color_of(number), lw=1.2)
     axes.set(xlabel="step", ylabel="load of experts, CV")
     axes.set_ylim(bottom=0)

@@ -160,6 +160,7 @@ def test_lines_differ_in_style_and_what_only_one_run_has_is_drawn_with_units(tmp
     paths = ET.fromstring(figures["Training loss"]).iter("{http://www.w3.org/2000/svg}path")
     curves = [style for path in paths if "stroke-width: 1.5" in (style := path.get("style", ""))]
     assert len({re.sub(r"stroke: #\w+;?", "", style) for style in curves}) == 7
+    assert len(set(curves)) == 7
     texts = {title: set(ET.fromstring(svg).itertext()) for title, svg in figures.items()}
     labels = {"Training loss": "training loss (nats per token)", "Optimizer state": "state (MiB)"}
     labels |= {"Step time": "step time (ms)", "Peak of memory": "peak (MiB)", "Learning rate": "learning rate"}
