@@ -10,7 +10,7 @@ from typing import Any
 from finetune.evidence.arms import Arms, differences
 from finetune.evidence.rare_tables import accuracy, comparison_step, middle_group, num_groups, steps_of
 from finetune.evidence.spectra_tables import measured_steps, values_of
-from finetune.evidence.tables import ADAMW32, MUON32, PARITY, decile_differences, horizon_curve
+from finetune.evidence.tables import ADAMW_STARTS, MUON32, PARITY, decile_differences, horizon_curve
 from finetune.storage.plots import line_style, new_figure, point_style
 from finetune.sweep.intervals import interval_of
 from finetune.sweep.records import loss_of
@@ -93,9 +93,10 @@ def horizons_figure(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) -
             by_steps.setdefault(steps, []).append(value)
         xs = sorted(by_steps)
         line(axes, number, xs, [sum(by_steps[x]) / len(by_steps[x]) for x in xs], family)
-    adamw = [loss for r in arms.get(ADAMW32, {}).values() if (loss := loss_of(r))]
-    if adamw:
-        axes.axhline(sum(adamw) / len(adamw), color="gray", ls=":", label="AdamW, at its end")
+    for adamw, dashes in zip(ADAMW_STARTS, (":", "--"), strict=True):
+        losses = [loss for r in arms.get(adamw, {}).values() if (loss := loss_of(r))]
+        if losses:
+            axes.axhline(statistics.fmean(losses), color="gray", ls=dashes, label=f"{adamw}, at its end")
     axes.legend(fontsize=FONT_SIZE)
     return figure
 

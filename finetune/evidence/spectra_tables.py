@@ -12,8 +12,8 @@ KINDS = ("weights", "updates")
 MEASURES = {
     "entropy": "normalized SVD entropy",
     "effective_rank": "effective rank",
-    "top_energy": "share of the 10 largest in the squared singular values",
-    "quartile_ratio": "ratio of the quartiles of squared singular values",
+    "top_energy": "energy of the 10 largest",
+    "quartile_ratio": "ratio of quartiles",
 }
 
 Spectra = Mapping[str, Mapping[str, Mapping[str, float]]]  # kind -> group -> measure -> value
@@ -37,27 +37,26 @@ def values_of(runs: Mapping[int, Record], step: int, kind: str, group: str, meas
 
 
 def spectra_tables(arms: Arms) -> str:
-    """Return a table for each measure, of weights and updates at the last step; "" where nothing was measured."""
+    """Return a table of weights and one of updates at the last step: every measure by group of layers and arm.
+
+    Values are means over seeds with their standard deviation; "" where nothing was measured.
+    """
     steps = measured_steps(arms)
-    parts = [
-        f"{called[0].upper()}{called[1:]} of {kind} at step {steps[-1]}:\n\n{text}"
+    return "\n\n".join(_table(arms, steps[-1], kind) for kind in KINDS if steps)
+
+
+def _table(arms: Arms, step: int, kind: str) -> str:
+    def found_in(arm: str) -> list[str]:
+        return [group for r in arms[arm].values() for group in spectra_by_step(r).get(step, {}).get(kind, ())]
+
+    shown = [arm for arm in arms if found_in(arm)]
+    groups = dict.fromkeys(group for arm in shown for group in found_in(arm))
+    rows = [
+        [called, group, *(_shown(values_of(arms[arm], step, kind, group, measure)) for arm in shown)]
         for measure, called in MEASURES.items()
-        for kind in KINDS
-        if steps and (text := _table(arms, steps[-1], kind, measure))
+        for group in groups
     ]
-    return "\n\n".join(parts)
-
-
-def _table(arms: Arms, step: int, kind: str, measure: str) -> str:
-    """Return the means over seeds, with their standard deviation, of every arm by group of layers."""
-    kinds = [spectra_by_step(r).get(step, {}).get(kind, {}) for runs in arms.values() for r in runs.values()]
-    groups = list(dict.fromkeys(group for found in kinds for group in found))
-    rows = []
-    for arm, runs in arms.items():
-        columns = [values_of(runs, step, kind, group, measure) for group in groups]
-        if any(columns):
-            rows.append([arm, str(max(map(len, columns))), *map(_shown, columns)])
-    return markdown(["arm", "seeds", *groups], rows)
+    return markdown([f"{kind} at step {step}", "group", *shown], rows)
 
 
 def _shown(values: Sequence[float]) -> str:

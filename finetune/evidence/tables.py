@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise, product
 from typing import Any
 
 from finetune.evidence.arms import Arms, Record, differences, markdown, shown_interval
@@ -17,6 +17,7 @@ from finetune.sweep.transfer import WidthSeries, slopes_rows
 WITHIN = 0.01  # nats per token: how close 8 bits must come
 PILOT_SEEDS, HALF_WIDTH = 6, 0.005  # seeds whose spread says how many it takes for an interval of +- so many nats
 PLACEBO, MUON32, ADAMW32 = "placebo", "muon32", "adamw32"
+ADAMW_STARTS = (ADAMW32, "adamw32_init")  # from transformers' standard deviation, and from 1/sqrt(width)
 PARITY = ("muon8_linear", "muon8_dynamic", PLACEBO)
 # Control -> its optimizer with the state in fp32.
 CONTROLS = {
@@ -42,7 +43,7 @@ AHEAD = {
     "adamuon8_dynamic": "muon8",
     "adamuon8_linear": "muon8",
 }
-LOSSES = ("arm", "lr", "seeds", "mean loss, nats per token", "SD", "state, MB", "CPU s")
+LOSSES = ("arm", "lr", "seeds", "mean loss, nats per token", "SD", "state, MB", "CPU time")
 MEMORY_LOSSES = (4.0, 2.0, 1.0, 0.5)  # nats, at which the gaps of probabilities are compared
 ABLATIONS = ("no_decay", "no_rms_scale")
 
@@ -115,34 +116,33 @@ def slopes_tables(series: list[WidthSeries]) -> str:
 
 
 def losses_table(arms: Arms, names: Collection[str] | None = None) -> str:
-    """Return losses, state and time of every arm, or of those with these names."""
-    shown = {arm: runs for arm, runs in arms.items() if names is None or arm in names}
-    return markdown(LOSSES, [row for arm, runs in shown.items() if (row := _losses_row(arm, runs))])
+    """Return losses, state and time of every arm, or of those with these names; times over that of the first one."""
+    return markdown(LOSSES, list(_losses_rows({a: runs for a, runs in arms.items() if names is None or a in names})))
 
 
 def family_table(arms: Arms) -> str:
     """Return losses, state and time of every arm of the family's sweep, and the differences of 8 to 32 bits by seed."""
     rows = []
-    for arm, runs in arms.items():
-        reference = FAMILY.get(arm, "-")
-        mean, _, ends = shown_interval(interval_of(differences(arms, arm, reference)))
-        if row := _losses_row(arm, runs):
-            rows.append([*row, reference, mean, ends])
+    for row in _losses_rows(arms):
+        reference = FAMILY.get(row[0], "-")
+        mean, _, ends = shown_interval(interval_of(differences(arms, row[0], reference)))
+        rows.append([*row, reference, mean, ends])
     return markdown([*LOSSES, "minus", "mean", "95% interval"], rows)
 
 
-def _losses_row(arm: str, runs: Mapping[int, Record]) -> list[str]:
-    """Return the cells of `LOSSES`; none of an arm without a finished run."""
-    finished = {seed: record for seed, record in runs.items() if record["status"] == "finished"}
-    interval = interval_of({seed: float(record["metrics"]["val_loss"]) for seed, record in finished.items()})
-    if interval is None:
-        return []
-    metrics = [record["metrics"] for record in finished.values()]
-    spread = "-" if interval.deviation is None else f"{interval.deviation:.4f}"
-    megabytes = f"{metrics[0]['state_bytes'] / 1e6:.1f}"
-    seconds = f"{statistics.fmean(m['core_seconds'] for m in metrics):.0f}"
-    rate = f"{next(iter(finished.values()))['rate']:g}"
-    return [arm, rate, str(len(finished)), f"{interval.mean:.4f}", spread, megabytes, seconds]
+def _losses_rows(arms: Arms) -> Iterator[list[str]]:
+    """Yield the cells of `LOSSES` of each arm that has a finished run; time is a median over seeds of ratios."""
+    done = {arm: {s: r for s, r in runs.items() if r["status"] == "finished"} for arm, runs in arms.items()}
+    done = {arm: runs for arm, runs in done.items() if runs}
+    times = {arm: {s: r["metrics"]["core_seconds"] for s, r in runs.items()} for arm, runs in done.items()}
+    unit = next(iter(times.values()), {})
+    for arm, runs in done.items():
+        first, interval = next(iter(runs.values())), interval_of({s: r["metrics"]["val_loss"] for s, r in runs.items()})
+        mean, spread, _ = shown_interval(interval)
+        ratios = [seconds / unit[seed] for seed, seconds in times[arm].items() if seed in unit]
+        ratio = f"{statistics.median(ratios):.2f}" if ratios else "-"
+        megabytes = f"{first['metrics']['state_bytes'] / 1e6:.1f}"
+        yield [arm, f"{first['rate']:g}", str(len(runs)), mean.lstrip("+"), spread, megabytes, ratio]
 
 
 def controls_tables(arms: Arms) -> str:
@@ -191,44 +191,33 @@ def horizon_curve(arms: Arms, family: str, seed: int) -> list[tuple[float, float
 
 
 def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) -> str:
-    """Return steps, tokens and FLOPs to AdamW's final loss, and their shares of AdamW's, by seed with an interval."""
-    adamw = arms.get(ADAMW32, {})
-    rows = []
-    for family in families:
-        family_arms = {arm: runs for arm, runs in arms.items() if re.fullmatch(f"{family}_[0-9]+", arm)}
-        if not family_arms:
+    """Return steps, tokens and FLOPs to AdamW's final loss from each of its starts, and their shares of AdamW's.
+
+    Shares are by seed, with an interval.
+    """
+    rows = [row for adamw, family in product(ADAMW_STARTS, families) if (row := _horizon_row(arms, adamw, family))]
+    head = ["loss of", "arm", "seeds that reach it", "steps", "tokens"]
+    return markdown([*head, "share of AdamW's steps and tokens", "share of AdamW's FLOPs"], rows)
+
+
+def _horizon_row(arms: Arms, adamw: str, family: str) -> list[str]:
+    """Return the cells of `horizons_table` for an arm of AdamW and a family; none where they share no seed."""
+    own = next((runs for arm, runs in arms.items() if re.fullmatch(f"{family}_[0-9]+", arm)), {})
+    steps, tokens, flops, tried = [], [], [], 0
+    for seed, record in arms.get(adamw, {}).items():
+        curve, target = horizon_curve(arms, family, seed), loss_of(record)
+        if not curve or target is None:
             continue
-        shares: dict[str, list[float]] = {"steps": [], "FLOPs": []}
-        steps, tokens = [], []
-        curves = {seed: curve for seed in adamw if (curve := horizon_curve(arms, family, seed))}
-        for seed, curve in curves.items():
-            record = adamw[seed]
-            target = loss_of(record)
-            reached = None if target is None else steps_to(curve, target)
-            if reached is None:
-                continue
-            mine = next(runs[seed] for runs in family_arms.values() if seed in runs)
-            steps.append(reached)
+        tried += 1
+        if (reached := steps_to(curve, target)) is not None:
+            mine = own[seed]
+            steps.append((reached, record["metrics"]["steps"]))
             tokens.append(reached * _tokens_per_step(mine))
-            shares["steps"].append(reached / record["metrics"]["steps"])
-            shares["FLOPs"].append(
-                reached * _flops_per_step(mine) / (record["metrics"]["steps"] * _flops_per_step(record))
-            )
-        if not steps:
-            rows.append([family, f"0 of {len(curves)}", *["-"] * 4])
-            continue
-        shown = [_share(shares[key]) for key in ("steps", "FLOPs")]
-        means = [f"{statistics.fmean(steps):.0f}", f"{statistics.fmean(tokens):,.0f}"]
-        rows.append([family, f"{len(steps)} of {len(curves)}", *means, *shown])
-    head = [
-        "arm",
-        "seeds that reach it",
-        "steps",
-        "tokens",
-        "share of AdamW's steps and tokens",
-        "share of AdamW's FLOPs",
-    ]
-    return markdown(head, rows)
+            flops.append(reached * _flops_per_step(mine) / (steps[-1][1] * _flops_per_step(record)))
+    if not steps:
+        return [adamw, family, f"0 of {tried}", *["-"] * 4] if tried else []
+    means = [f"{statistics.fmean(n for n, _ in steps):.0f}", f"{statistics.fmean(tokens):,.0f}"]
+    return [adamw, family, f"{len(steps)} of {tried}", *means, _share([n / of for n, of in steps]), _share(flops)]
 
 
 def _tokens_per_step(record: Record) -> float:
