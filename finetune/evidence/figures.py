@@ -37,6 +37,11 @@ def line(axes: Any, number: int, xs: Sequence[float], ys: Sequence[float], label
     axes.plot(xs, ys, label=label, **line_style(number))
 
 
+def legend_beside(figure: Any, axes: Any) -> None:
+    """Name the lines of the axes once, beside all panels."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=FONT_SIZE)
+
+
 def rare_figure(arms: Arms) -> Any:
     """Draw first-token accuracy over steps of the rarest group, of that two before, and of that four before."""
     groups = num_groups(arms)
@@ -50,7 +55,7 @@ def rare_figure(arms: Arms) -> Any:
             line(axes, number, [s for s, _ in points], [a for _, a in points], arm)
         if step is not None:
             axes.axvline(step, color="gray", lw=0.8)
-    panels[0].legend(fontsize=FONT_SIZE)
+    legend_beside(figure, panels[0])
     return figure
 
 
@@ -63,7 +68,7 @@ def spectra_figure(arms: Arms) -> Any:
         for number, (arm, runs) in enumerate(arms.items()):
             steps = [(s, v) for s in measured_steps(arms) if (v := values_of(runs, s, "weights", group, "entropy"))]
             line(axes, number, [s for s, _ in steps], [statistics.fmean(v) for _, v in steps], arm)
-    panels[0].legend(fontsize=FONT_SIZE)
+    legend_beside(figure, panels[0])
     return figure
 
 
@@ -123,5 +128,5 @@ def memory_figure(record: dict[str, Any]) -> Any:
         for number, (rule, curve) in enumerate(curves.items()):
             line(axes, number, [loss for loss, _ in curve], [gap for _, gap in curve], rule)
         axes.set(xscale="log", title=f"{kind} embeddings", xlim=(8, 0.01))
-    panels[0].legend(fontsize=FONT_SIZE)
+    legend_beside(figure, panels[0])
     return figure
