@@ -12,7 +12,10 @@ from finetune.evidence.arms import Arms, Record, markdown
 NUM_QUESTIONS = 6
 PASSED = 0.5
 NUM_RESAMPLES = 2000
-ADAMW, MUON32, PART = "adamw", "muon32", "muon32_vo_ffn"
+ADAMW, MUON32 = "adamw", "muon32"
+ADAMW_STARTS = (ADAMW, "adamw_init")  # from transformers' standard deviation, and from 1/sqrt(width)
+# Pairs that are compared besides every arm with muon32: the paper's other step, and what the start does.
+PAIRS = (("muon32_vo_ffn", ADAMW), ("muon32_qk", ADAMW), ("adamw_init", ADAMW), ("muon32_init", "adamw_init"))
 
 
 def right_answers(record: Record, step: int | None, group: int) -> Any:
@@ -63,11 +66,11 @@ def accuracy(arms: Arms, arm: str, step: int | None, group: int) -> float | None
     return None if table is None else float(table.mean())
 
 
-def comparison_step(arms: Arms) -> int | None:
-    """Return the first validated step at which AdamW's middle group passes one half; None where there is none."""
+def comparison_step(arms: Arms, adamw: str = ADAMW) -> int | None:
+    """Return the first validated step at which an AdamW's middle group passes one half; None where there is none."""
     group = middle_group(num_groups(arms))
     for step in steps_of(arms):
-        found = accuracy(arms, ADAMW, step, group)
+        found = accuracy(arms, adamw, step, group)
         if found is not None and found >= PASSED:
             return step
     return None
@@ -134,10 +137,10 @@ def accuracy_table(arms: Arms, step: int | None) -> str:
 def differences_table(arms: Arms, step: int | None) -> str:
     """Return differences in the accuracy on the rarest group, and whether they are told apart from 0.
 
-    Those of every arm to muon32, and of Muon on V, O and the MLPs to AdamW, which is the paper's other step.
+    Those of every arm to muon32, and of `PAIRS`.
     """
     rows = []
-    for arm, reference in (*((arm, MUON32) for arm in arms if arm != MUON32), (PART, ADAMW)):
+    for arm, reference in (*((arm, MUON32) for arm in arms if arm != MUON32), *PAIRS):
         found = compare(arms, arm, reference, step, -1)
         if found is not None:
             mean, low, high = found
@@ -155,16 +158,14 @@ def chance_table(arms: Arms) -> str:
 
 
 def rare_tables(arms: Arms) -> str:
-    """Return the tables of a sweep of biographies: at the step of the comparison, at the end, and chance."""
-    step, steps = comparison_step(arms), steps_of(arms)
+    """Return the tables of a sweep of biographies: where each AdamW passes one half, at the end, and chance."""
     group = middle_group(num_groups(arms))
-    parts = [f"AdamW's group {group} passes {PASSED:g} at step {step}:" if step else "AdamW does not pass one half."]
-    if step:
-        parts += [accuracy_table(arms, step), differences_table(arms, step)]
-    if steps and steps[-1] != step:
-        parts += [
-            f"At the last step, {steps[-1]}:",
-            accuracy_table(arms, steps[-1]),
-            differences_table(arms, steps[-1]),
-        ]
+    compared = {adamw: comparison_step(arms, adamw) for adamw in ADAMW_STARTS if adamw in arms}
+    passes = f"'s group {group} passes {PASSED:g} at step "
+    shown = {step: f"{adamw}{passes}{step}:" for adamw, step in compared.items() if step}
+    parts = [f"{adamw} does not pass one half." for adamw, step in compared.items() if not step]
+    for last in steps_of(arms)[-1:]:
+        shown.setdefault(last, f"At the last step, {last}:")
+    for step, text in shown.items():
+        parts += [text, accuracy_table(arms, step), differences_table(arms, step)]
     return "\n\n".join([*parts, "What a guess would get:", chance_table(arms)])
