@@ -13,8 +13,7 @@ NUM_QUESTIONS = 6
 PASSED = 0.5
 NUM_RESAMPLES = 2000
 ADAMW, MUON32 = "adamw", "muon32"
-ADAMW_STARTS = (ADAMW, "adamw_init")  # from transformers' standard deviation, and from 1/sqrt(width)
-# Pairs that are compared besides every arm with muon32: the paper's other step, and what the start does.
+# Pairs that are compared besides every arm with muon32: the paper's other step, and the wider start.
 PAIRS = (("muon32_vo_ffn", ADAMW), ("muon32_qk", ADAMW), ("adamw_init", ADAMW), ("muon32_init", "adamw_init"))
 
 
@@ -66,11 +65,11 @@ def accuracy(arms: Arms, arm: str, step: int | None, group: int) -> float | None
     return None if table is None else float(table.mean())
 
 
-def comparison_step(arms: Arms, adamw: str = ADAMW) -> int | None:
-    """Return the first validated step at which an AdamW's middle group passes one half; None where there is none."""
+def comparison_step(arms: Arms) -> int | None:
+    """Return the first validated step at which AdamW's middle group passes one half; None where there is none."""
     group = middle_group(num_groups(arms))
     for step in steps_of(arms):
-        found = accuracy(arms, adamw, step, group)
+        found = accuracy(arms, ADAMW, step, group)
         if found is not None and found >= PASSED:
             return step
     return None
@@ -158,14 +157,12 @@ def chance_table(arms: Arms) -> str:
 
 
 def rare_tables(arms: Arms) -> str:
-    """Return the tables of a sweep of biographies: where each AdamW passes one half, at the end, and chance."""
-    group = middle_group(num_groups(arms))
-    compared = {adamw: comparison_step(arms, adamw) for adamw in ADAMW_STARTS if adamw in arms}
-    passes = f"'s group {group} passes {PASSED:g} at step "
-    shown = {step: f"{adamw}{passes}{step}:" for adamw, step in compared.items() if step}
-    parts = [f"{adamw} does not pass one half." for adamw, step in compared.items() if not step]
+    """Return the tables of a sweep of biographies: at the step of the comparison, at the end, and chance."""
+    step, group = comparison_step(arms), middle_group(num_groups(arms))
+    shown = {step: f"AdamW's group {group} passes {PASSED:g} at step {step}:"} if step else {}
     for last in steps_of(arms)[-1:]:
         shown.setdefault(last, f"At the last step, {last}:")
-    for step, text in shown.items():
-        parts += [text, accuracy_table(arms, step), differences_table(arms, step)]
+    parts = [] if step else ["AdamW does not pass one half."]
+    for at, text in shown.items():
+        parts += [text, accuracy_table(arms, at), differences_table(arms, at)]
     return "\n\n".join([*parts, "What a guess would get:", chance_table(arms)])

@@ -293,17 +293,14 @@ def test_rare_groups_are_compared_where_adamw_passes_one_half(arms_of):
         arms_of([*rare_records(), *part])
     )
     wider = [{**record, "arm": "adamw_init"} for record in rare_records() if record["arm"] == "muon32"]
-    text = rare_tables(arms_of([*rare_records(), *wider]))  # 3 of 6 right from the first step on
-    titles = [line for line in text.splitlines() if line.endswith(":")]
-    assert titles[:2] == ["adamw's group 1 passes 0.5 at step 100:", "adamw_init's group 1 passes 0.5 at step 50:"]
-    assert "| adamw_init minus adamw | +0.500 | +0.500 to +0.500 | yes |" in text
-    text = rare_tables(arms_of([record for record in rare_records() if record["arm"] != "adamw"]))
-    assert text.startswith("At the last step, 100:")
+    assert "| adamw_init minus adamw | +0.500 | +0.500 to +0.500 | yes |" in rare_tables(
+        arms_of([*rare_records(), *wider])
+    )
 
 
 def test_an_adamw_that_stays_below_one_half_is_said(arms_of):
     records = [made("adamw", 0, 1.0, first_token_correct=[[50, ["6", "2", "11", "0000"]]], chance={})]
-    assert rare_tables(arms_of(records)).startswith("adamw does not pass one half.\n\nAt the last step, 50:")
+    assert rare_tables(arms_of(records)).startswith("AdamW does not pass one half.\n\nAt the last step, 50:")
 
 
 def test_spectra_are_means_over_seeds_at_the_last_step_that_all_have(arms_of):
