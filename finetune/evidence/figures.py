@@ -10,7 +10,7 @@ from typing import Any
 from finetune.evidence.arms import Arms, differences
 from finetune.evidence.rare_tables import accuracy, comparison_step, middle_group, num_groups, steps_of
 from finetune.evidence.spectra_tables import measured_steps, values_of
-from finetune.evidence.tables import ADAMW_STARTS, MUON32, PARITY, decile_differences, horizon_curve
+from finetune.evidence.tables import ADAMW_STARTS, MUON32, NUM_DECILES, PARITY, decile_differences, horizon_curve
 from finetune.storage.plots import color_of, line_style, new_figure, point_style
 from finetune.sweep.intervals import interval_of
 from finetune.sweep.records import loss_of
@@ -106,13 +106,13 @@ def horizons_figure(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) -
     return figure
 
 
-def deciles_figure(arms: Arms, title: str, number: int = 10) -> Any:
+def deciles_figure(arms: Arms, title: str) -> Any:
     """Draw the mean difference to muon32 by decile of a token's frequency, with its 95% interval where there is one."""
     figure, (axes,) = new_axes(
         "decile of a token's frequency, 1 the most frequent", "difference of loss, nats per token", title
     )
     for i, arm in enumerate(arm for arm in PARITY if arm in arms):
-        intervals = [interval_of(decile_differences(arms, arm, decile)) for decile in range(number)]
+        intervals = [interval_of(decile_differences(arms, arm, [decile])) for decile in range(NUM_DECILES)]
         points = [(d + 1 + 0.1 * i, f.mean, f.half_width or 0) for d, f in enumerate(intervals) if f is not None]
         xs, means, halves = ([point[k] for point in points] for k in range(3))
         line(axes, i, xs, means, arm)

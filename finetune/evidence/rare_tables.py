@@ -10,6 +10,7 @@ import numpy as np
 from finetune.evidence.arms import Arms, Record, markdown
 
 NUM_QUESTIONS = 6
+NUM_SHOWN = 5  # groups of a table, the rarest ones: all arms know the others
 PASSED = 0.5
 NUM_RESAMPLES = 2000
 ADAMW, MUON32 = "adamw", "muon32"
@@ -116,12 +117,13 @@ def compare(arms: Arms, arm: str, reference: str, step: int | None, group: int) 
 
 
 def accuracy_table(arms: Arms, step: int | None) -> str:
-    """Return the accuracy of every arm by group at a step (None: the last one), the rarest with its interval."""
+    """Return the accuracy of every arm by its rarer groups at a step (None: the last one), the rarest with its interval."""
     groups = num_groups(arms)
+    shown = range(max(0, groups - NUM_SHOWN), groups)
     rows = []
     for arm, runs in arms.items():
         cells = []
-        for group in range(groups):
+        for group in shown:
             values = _by_seed(arms, arm, step, group)
             text = "-" if values is None else f"{values.mean():.3f}"
             if values is not None and group == groups - 1:
@@ -130,7 +132,7 @@ def accuracy_table(arms: Arms, step: int | None) -> str:
             cells.append(text)
         rates = {record["rate"] for record in runs.values()}
         rows.append([arm, f"{rates.pop():g}", str(len(runs)), *cells])
-    return markdown(["arm", "lr", "seeds", *(f"g{group}" for group in range(groups))], rows)
+    return markdown(["arm", "lr", "seeds", *(f"g{group}" for group in shown)], rows)
 
 
 def differences_table(arms: Arms, step: int | None) -> str:

@@ -44,6 +44,7 @@ AHEAD = {
     "adamuon8_linear": "muon8",
 }
 LOSSES = ("arm", "lr", "seeds", "mean loss, nats per token", "SD", "state, MB", "CPU time")
+NUM_DECILES, NUM_RAREST = 10, 3  # of tokens by their frequency; those at the rare end, which are taken together
 MEMORY_LOSSES = (4.0, 2.0, 1.0, 0.5)  # nats, at which the gaps of probabilities are compared
 ABLATIONS = ("no_decay", "no_rms_scale")
 
@@ -52,16 +53,18 @@ def parity_tables(arms: Arms) -> str:
     """Return the differences to muon32 by seed, with the spread of the placebo's beside; and losses, state and time."""
     placebo = interval_of(differences(arms, PLACEBO, MUON32))
     rows = []
-    for arm in (arm for arm in PARITY if arm in arms):
-        values = differences(arms, arm, MUON32)
+    for arm, reference in (*((arm, MUON32) for arm in PARITY), ("muon8_dynamic", "muon8_linear")):
+        if not (values := differences(arms, arm, reference)):
+            continue
         interval = interval_of(values)
         ends = None if interval is None else interval.ends
         inside = "-" if ends is None else "yes" if max(map(abs, ends)) <= WITHIN else "no"
         spread = "-"
         if interval and placebo and interval.deviation is not None and placebo.deviation:
-            spread = f"{interval.deviation / placebo.deviation:.2f}"
-        rows.append([arm, str(len(values)), *shown_interval(interval), inside, spread, seeds_needed(values)])
-    head = ["arm minus muon32", "seeds", "mean, nats per token", "SD", "95% interval", f"within {WITHIN:g}"]
+            spread = f"{interval.deviation / placebo.deviation:.3g}"
+        name = f"{arm} minus {reference}"
+        rows.append([name, str(len(values)), *shown_interval(interval), inside, spread, seeds_needed(values)])
+    head = ["difference of loss", "seeds", "mean, nats per token", "SD", "95% interval", f"within {WITHIN:g}"]
     table = markdown([*head, "SD over that of the placebo", f"seeds for +-{HALF_WIDTH:g}"], rows)
     return table and f"{table}\n\n{losses_table(arms)}"
 
@@ -244,34 +247,35 @@ def ablations_table(arms: Arms) -> str:
     return markdown(["arm minus muon32", "seeds", "mean, nats per token", "SD", "95% interval"], rows)
 
 
-def decile_differences(arms: Arms, arm: str, decile: int, reference: str = MUON32) -> dict[int, float]:
-    """Return the differences of the loss in a decile by seed."""
+def decile_differences(arms: Arms, arm: str, deciles: Sequence[int]) -> dict[int, float]:
+    """Return the differences to muon32 of the mean loss of some deciles by seed; none where one has no tokens."""
 
     def loss(record: Record) -> float | None:
-        by_decile: Sequence[float | None] | None = record["metrics"].get("loss_by_decile")
-        return None if by_decile is None else by_decile[decile]
+        by_decile: Sequence[float | None] = record["metrics"].get("loss_by_decile") or [None] * NUM_DECILES
+        losses = [loss for decile in deciles if (loss := by_decile[decile]) is not None]
+        return statistics.fmean(losses) if len(losses) == len(deciles) else None
 
-    return differences(arms, arm, reference, loss)
+    return differences(arms, arm, MUON32, loss)
 
 
-def deciles_table(arms: Arms, number: int = 10) -> str:
-    """Return the differences to muon32 by decile of a token's frequency, the most frequent first."""
+def deciles_table(arms: Arms) -> str:
+    """Return the differences to muon32 by decile of a token's frequency, the most frequent first, and of its rarest."""
     names = [arm for arm in PARITY if arm in arms]
+    every = range(NUM_DECILES)
+    records: list[Mapping[str, Any]] = [r["metrics"] for runs in arms.values() for r in runs.values()]
+    ids: Sequence[int] = next((r["ids_by_decile"] for r in records if "ids_by_decile" in r), [])
+    if not ids:
+        return ""
     rows = []
-    for decile in range(number if names else 0):
+    for deciles in (*([decile] for decile in every), every[:-NUM_RAREST], every[-NUM_RAREST:]):
         cells = []
         for arm in names:
-            interval = interval_of(decile_differences(arms, arm, decile))
+            interval = interval_of(decile_differences(arms, arm, deciles))
             width = "" if interval is None or interval.half_width is None else f" +- {interval.half_width:.4f}"
             cells.append("-" if interval is None else f"{interval.mean:+.4f}{width}")
-        rows.append([str(decile + 1), _ids(arms, decile), *cells])
+        called = f"{deciles[0] + 1}" if len(deciles) == 1 else f"{deciles[0] + 1} to {deciles[-1] + 1}"
+        rows.append([called, str(sum(ids[decile] for decile in deciles)), *cells])
     return markdown(["decile", "ids of the vocabulary", *names], rows)
-
-
-def _ids(arms: Arms, decile: int) -> str:
-    records: list[Mapping[str, object]] = [r["metrics"] for runs in arms.values() for r in runs.values()]
-    found = next((r["ids_by_decile"] for r in records if "ids_by_decile" in r), None)
-    return "-" if not isinstance(found, list) else str(found[decile])
 
 
 def gap_at(curve: Sequence[Sequence[float]], loss: float) -> float | None:

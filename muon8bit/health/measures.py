@@ -29,7 +29,7 @@ from .samples import WatchedMatrix
 from .shadow import MomentumPair
 
 # Of Muon and NorMuon; and of AdaMuon, whose signs make small elements as large as others. See docs/results/health.md.
-MIN_DESCENT = {"momentum": 0.97, "signs": 0.8}
+MIN_DESCENT = {"momentum": 0.95, "signs": 0.8}
 # Blocks that the advice tries: those of the optimizer's own documentation for uneven rows.
 _SMALL_BLOCKS = (256, 64)
 _ENOUGH = 0.5  # of the descent that one storing loses, which another format has to save to be named

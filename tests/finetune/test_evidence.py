@@ -178,9 +178,10 @@ def test_parity_is_told_with_its_interval_and_the_placebo_s_spread(arms_of):
     rows, losses = map(rows_of, parity_tables(arms).split("\n\n"))
     half = 4.302653 * 0.001 / math.sqrt(3)
     ends = f"{0.002 - half:+.4f} to {0.002 + half:+.4f}"
-    assert rows["muon8_linear"] == ["3", "+0.0020", "0.0010", ends, "yes", "0.50", "-"]
-    assert rows["muon8_dynamic"][4] == "no"
-    assert len(rows) == 3
+    assert rows["muon8_linear minus muon32"] == ["3", "+0.0020", "0.0010", ends, "yes", "0.5", "-"]
+    assert rows["muon8_dynamic minus muon32"][4] == "no"
+    assert rows["muon8_dynamic minus muon8_linear"][:3] == ["3", "+0.0180", "0.0010"]
+    assert len(rows) == 4
     assert losses["muon32"] == ["0.005", "3", "3.0000", "0.1000", "2.5", "1.00"]
 
 
@@ -263,9 +264,14 @@ def test_horizons_are_shares_of_adamw_s_steps_and_flops(arms_of):
 
 
 def test_losses_by_decile_are_paired(arms_of):
-    by = {"muon32": [1.0, None], "muon8_linear": [1.5, None]}
-    records = [made(arm, s, 3.0, loss_by_decile=v, ids_by_decile=[7, 9]) for arm, v in by.items() for s in (0, 1)]
-    assert rows_of(deciles_table(arms_of(records), number=2)) == {"1": ["7", "+0.5000 +- 0.0000"], "2": ["9", "-"]}
+    by = {"muon32": [1.0] * 9 + [None], "muon8_linear": [1.5] * 7 + [1.2, 1.4, None]}
+    made_of = [made(arm, s, 3.0, loss_by_decile=v, ids_by_decile=[7] * 10) for arm, v in by.items() for s in (0, 1)]
+    rows = rows_of(deciles_table(arms_of(made_of)))
+    assert rows["1"] == rows["7"] == ["7", "+0.5000 +- 0.0000"]
+    assert rows["10"] == ["7", "-"]
+    assert rows["1 to 7"] == ["49", "+0.5000 +- 0.0000"]
+    assert rows["8 to 10"] == ["21", "-"]
+    assert deciles_table(arms_of([made("muon8_linear", 0, 3.0)])) == ""
 
 
 def rare_records():
@@ -442,7 +448,7 @@ FIGURES = {
     "rare": figures.rare_figure,
     "horizons": figures.horizons_figure,
     "spectra": figures.spectra_figure,
-    "deciles": lambda arms: figures.deciles_figure(arms, "2M parameters", number=2),
+    "deciles": lambda arms: figures.deciles_figure(arms, "2M parameters"),
 }
 
 
@@ -453,7 +459,7 @@ def test_axes_have_labels_and_lines_differ_in_style(arms_of, name):
     for arm in ("muon32_64", "muon32_96", "muon8_64", "muon8_96", "adamw32", "muon32", "muon8_linear", "placebo"):
         own = [] if name == "rare" else [0, 1]
         tokens = {"steps": int(arm[-2:]) if arm[-2:].isdigit() else 7}
-        records += [made(arm, s, 3.0 + s, rate=1.0, loss_by_decile=[1.0, 2.0 + s], spectra=even, **tokens) for s in own]
+        records += [made(arm, s, 3.0 + s, rate=1.0, loss_by_decile=[1.0, 2.0 + s] * 5, spectra=even, **tokens) for s in own]
     records = [r for r in records if name == "rare" or r["rate"] == 1.0]
     figure = FIGURES[name](arms_of(records))
     for axes in figure.axes:

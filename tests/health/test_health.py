@@ -148,7 +148,7 @@ def planted(codebook, block_size=4096):
     scales = torch.exp(torch.randn(rows, 1)) * torch.exp(torch.randn(1, cols))
     optimizer = Muon8bit([("layers.7.w", param)], block_size=block_size, codebook=codebook)
     health = QuantizationHealth(optimizer, every=10)
-    for _ in range(20):
+    for _ in range(40):
         noise = torch.randn(cols, rows) / cols**0.5
         param.grad = (left / torch.arange(1, rows + 1)) @ (right + 0.5 * noise).T * scales
         optimizer.step()
@@ -165,7 +165,7 @@ def test_planted_bad_case_is_flagged_with_the_way_out():
     assert text in str(report)
     record = json.loads(json.dumps(report.to_dict()))
     assert record["warnings"] == {"layers.7.w": text}
-    assert record["worst"]["layers.7.w"]["descent"] < 0.965
+    assert record["worst"]["layers.7.w"]["descent"] < 0.95
 
 
 def test_the_way_out_is_one():
