@@ -117,7 +117,7 @@ def compare(arms: Arms, arm: str, reference: str, step: int | None, group: int) 
 
 
 def accuracy_table(arms: Arms, step: int | None) -> str:
-    """Return the accuracy of every arm by its rarer groups at a step (None: the last one), the rarest with its interval."""
+    """Return the accuracy of every arm by its rarer groups at a step (None: the last), the rarest with its interval."""
     groups = num_groups(arms)
     shown = range(max(0, groups - NUM_SHOWN), groups)
     rows = []

@@ -459,7 +459,8 @@ def test_axes_have_labels_and_lines_differ_in_style(arms_of, name):
     for arm in ("muon32_64", "muon32_96", "muon8_64", "muon8_96", "adamw32", "muon32", "muon8_linear", "placebo"):
         own = [] if name == "rare" else [0, 1]
         tokens = {"steps": int(arm[-2:]) if arm[-2:].isdigit() else 7}
-        records += [made(arm, s, 3.0 + s, rate=1.0, loss_by_decile=[1.0, 2.0 + s] * 5, spectra=even, **tokens) for s in own]
+        tokens |= {"loss_by_decile": [1.0, 2.0] * 5, "spectra": even}
+        records += [made(arm, s, 3.0 + s, rate=1.0, **tokens) for s in own]
     records = [r for r in records if name == "rare" or r["rate"] == 1.0]
     figure = FIGURES[name](arms_of(records))
     for axes in figure.axes:
