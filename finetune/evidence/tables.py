@@ -140,12 +140,13 @@ def _losses_rows(arms: Arms) -> Iterator[list[str]]:
     times = {arm: {s: r["metrics"]["core_seconds"] for s, r in runs.items()} for arm, runs in done.items()}
     unit = next(iter(times.values()), {})
     for arm, runs in done.items():
-        first, interval = next(iter(runs.values())), interval_of({s: r["metrics"]["val_loss"] for s, r in runs.items()})
-        mean, spread, _ = shown_interval(interval)
+        first, losses = next(iter(runs.values())), {s: r["metrics"]["val_loss"] for s, r in runs.items()}
+        _, spread, _ = shown_interval(interval_of(losses))
         ratios = [seconds / unit[seed] for seed, seconds in times[arm].items() if seed in unit]
         ratio = f"{statistics.median(ratios):.2f}" if ratios else "-"
         megabytes = f"{first['metrics']['state_bytes'] / 1e6:.1f}"
-        yield [arm, f"{first['rate']:g}", str(len(runs)), mean.lstrip("+"), spread, megabytes, ratio]
+        mean = f"{statistics.fmean(losses.values()):.4f}"
+        yield [arm, f"{first['rate']:g}", str(len(runs)), mean, spread, megabytes, ratio]
 
 
 def controls_tables(arms: Arms) -> str:
@@ -205,22 +206,24 @@ def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) ->
 
 def _horizon_row(arms: Arms, adamw: str, family: str) -> list[str]:
     """Return the cells of `horizons_table` for an arm of AdamW and a family; none where they share no seed."""
-    own = next((runs for arm, runs in arms.items() if re.fullmatch(f"{family}_[0-9]+", arm)), {})
-    steps, tokens, flops, tried = [], [], [], 0
+    family_runs = [runs for arm, runs in arms.items() if re.fullmatch(f"{family}_[0-9]+", arm)]
+    steps, tokens, step_shares, flop_shares, tried = [], [], [], [], 0
     for seed, record in arms.get(adamw, {}).items():
         curve, target = horizon_curve(arms, family, seed), loss_of(record)
         if not curve or target is None:
             continue
         tried += 1
         if (reached := steps_to(curve, target)) is not None:
-            mine = own[seed]
-            steps.append((reached, record["metrics"]["steps"]))
+            mine = next(runs[seed] for runs in family_runs if seed in runs)
+            share = reached / record["metrics"]["steps"]
+            steps.append(reached)
             tokens.append(reached * _tokens_per_step(mine))
-            flops.append(reached * _flops_per_step(mine) / (steps[-1][1] * _flops_per_step(record)))
+            step_shares.append(share)
+            flop_shares.append(share * _flops_per_step(mine) / _flops_per_step(record))
     if not steps:
         return [adamw, family, f"0 of {tried}", *["-"] * 4] if tried else []
-    means = [f"{statistics.fmean(n for n, _ in steps):.0f}", f"{statistics.fmean(tokens):,.0f}"]
-    return [adamw, family, f"{len(steps)} of {tried}", *means, _share([n / of for n, of in steps]), _share(flops)]
+    means = [f"{statistics.fmean(steps):.0f}", f"{statistics.fmean(tokens):,.0f}"]
+    return [adamw, family, f"{len(steps)} of {tried}", *means, _share(step_shares), _share(flop_shares)]
 
 
 def _tokens_per_step(record: Record) -> float:
@@ -252,8 +255,8 @@ def decile_differences(arms: Arms, arm: str, deciles: Sequence[int]) -> dict[int
 
     def loss(record: Record) -> float | None:
         by_decile: Sequence[float | None] = record["metrics"].get("loss_by_decile") or [None] * NUM_DECILES
-        losses = [loss for decile in deciles if (loss := by_decile[decile]) is not None]
-        return statistics.fmean(losses) if len(losses) == len(deciles) else None
+        known = [value for decile in deciles if (value := by_decile[decile]) is not None]
+        return statistics.fmean(known) if len(known) == len(deciles) else None
 
     return differences(arms, arm, MUON32, loss)
 

@@ -258,6 +258,8 @@ def test_horizons_are_shares_of_adamw_s_steps_and_flops(arms_of):
     assert rows_of(horizons_table(arms_of([*records, *more]))) == rows
     more += [run("muon32_64", 2, 3.9, 64, 250)]
     assert rows_of(horizons_table(arms_of([*records, *more])))["adamw32"][1] == "2 of 3"
+    more += [run("muon32_32", 0, 4.5, 32, 250)]  # one more length, that not all seeds have run
+    assert rows_of(horizons_table(arms_of([*more[1:][::-1], *records, more[0]])))["adamw32"][1] == "2 of 3"
     wider = [run("adamw32_init", 0, 3.0, 320, 0), run("adamw32_init", 1, 2.9, 320, 0)]
     rows = rows_of(horizons_table(arms_of([*records, *wider])))
     assert rows["adamw32_init"] == ["muon32", "1 of 2", "256", "25,600", "80%", "100%"]
