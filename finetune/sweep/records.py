@@ -51,7 +51,7 @@ METRICS = {
     "tokens": "tokens or targets trained on",
     "state_bytes": "bytes of the optimizer's state; null unless finished",
     "seconds": "seconds of all steps",
-    "core_seconds": "CPU seconds of the process; of a resumed run those of its last part, scaled to all steps",
+    "core_seconds": "CPU seconds of the process; of a resumed run also the seconds of its earlier steps, in proportion",
     "wall_seconds": "seconds that this process took, start and end included",
     "training_curve": "pairs of step and training loss, each the mean of the last `curve_every` steps",
     "step_seconds": "pairs of step and seconds of all steps up to it: the first, and every `curve_every`",

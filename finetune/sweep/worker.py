@@ -123,11 +123,9 @@ def run(job: SweepJob) -> int:
 
 
 def _core_seconds(metrics: Mapping[str, Any], resumed_at: int) -> float:
-    """Return the CPU seconds of a run: of this process, and for the steps before it in proportion."""
-    spent, steps = sum(os.times()[:4]), int(metrics["steps"])
-    if steps > resumed_at:
-        return spent * steps / (steps - resumed_at)
-    return spent + float(metrics["seconds"])
+    """Return the CPU seconds of a run: of this process, and for the steps before it the seconds that they took."""
+    before: float = metrics["seconds"] * resumed_at / max(1, metrics["steps"])
+    return sum(os.times()[:4]) + before
 
 
 def _error(file: Path, code: int, log: Path) -> str:

@@ -29,7 +29,7 @@ from finetune.sweep.records import FIELDS, METRICS, append_record, read_records
 from finetune.sweep.report import compare_pairs, summarize_arm
 from finetune.sweep.runner import SweepFolder
 from finetune.sweep.spec import SweepRun
-from finetune.sweep.worker import begin_or_resume, run as run_job
+from finetune.sweep.worker import _core_seconds, begin_or_resume, run as run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = """
@@ -278,6 +278,14 @@ def test_failures_are_recorded_told_and_tried_again(sweep, write, tmp_path, clip
     write(*one_rate)  # the cause is gone, with other options
     assert sweep(file).code == 0
     assert [r["status"] for r in read_records(tmp_path / "all.jsonl")].count("finished") == 2
+
+
+def test_a_resumed_run_is_charged_for_its_start_once(monkeypatch):
+    """60 s of start and validation with 2 of 128 steps left, of 2 s each, are not 126 steps' worth of them."""
+    monkeypatch.setattr("os.times", lambda: (60.0, 2.0, 1.0, 1.0, 99.0))
+    assert _core_seconds({"seconds": 256.0, "steps": 128}, resumed_at=126) == 64 + 252
+    assert _core_seconds({"seconds": 256.0, "steps": 128}, resumed_at=0) == 64
+    assert _core_seconds({"seconds": 0.0, "steps": 0}, resumed_at=0) == 64
 
 
 def test_killed_runs_go_on_from_their_checkpoints_and_another_sweep_leaves_them_alone(sweep, write, tmp_path):
