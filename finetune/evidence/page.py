@@ -98,6 +98,12 @@ TABLES = {
     "parity_8m": _of_sweep(
         "parity_8m", "parity_8m", parity_tables, lambda arms: figures.parity_figure(arms, "8M parameters")
     ),
+    "parity_8m_half": _of_sweep(
+        "parity_8m_half",
+        "parity_8m_half",
+        parity_tables,
+        lambda arms: figures.parity_figure(arms, "8M parameters, half the best rate"),
+    ),
     "deciles": _of_sweep(
         "parity_2m", "parity_2m", deciles_table, lambda arms: figures.deciles_figure(arms, "2M parameters")
     ),
