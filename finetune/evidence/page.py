@@ -76,6 +76,10 @@ def _of_sweep(
     return EvidenceTable(f"{records}.jsonl", SWEEP.format(name), make, draw)
 
 
+def _parity(name: str, title: str) -> EvidenceTable:
+    return _of_sweep(name, name, parity_tables, lambda arms: figures.parity_figure(arms, title))
+
+
 def _read_json(file: Path) -> Any:
     return json.loads(file.read_text())
 
@@ -92,18 +96,9 @@ LONG_COMMAND = DIRECTIONS_COMMAND + " --model rows8192 --model rows4096 --record
 MEMORY_COMMAND = "python -m finetune.evidence.associative_memory --record benchmarks/results/associative_memory.json"
 # Name on the page, and of the figure -> the table.
 TABLES = {
-    "parity_2m": _of_sweep(
-        "parity_2m", "parity_2m", parity_tables, lambda arms: figures.parity_figure(arms, "2M parameters")
-    ),
-    "parity_8m": _of_sweep(
-        "parity_8m", "parity_8m", parity_tables, lambda arms: figures.parity_figure(arms, "8M parameters")
-    ),
-    "parity_8m_half": _of_sweep(
-        "parity_8m_half",
-        "parity_8m_half",
-        parity_tables,
-        lambda arms: figures.parity_figure(arms, "8M parameters, half the best rate"),
-    ),
+    "parity_2m": _parity("parity_2m", "2M parameters"),
+    "parity_8m": _parity("parity_8m", "8M parameters"),
+    "parity_8m_half": _parity("parity_8m_half", "8M parameters, half the best rate"),
     "deciles": _of_sweep(
         "parity_2m", "parity_2m", deciles_table, lambda arms: figures.deciles_figure(arms, "2M parameters")
     ),
