@@ -150,21 +150,27 @@ def _losses_rows(arms: Arms) -> Iterator[list[str]]:
 
 
 def controls_tables(arms: Arms) -> str:
-    """Return each control's differences to its optimizer with the state in fp32, and how many of its runs diverged.
+    """Return each control's differences to its optimizer with the state in fp32, of the runs that learned.
 
-    Losses, state and time are beside. The rounded state of a control is kept, and counted, in fp32.
+    The others, which diverged or ended above the loss before the first step, are counted. Losses, state and time are
+    beside. The rounded state of a control is kept, and counted, in fp32.
     """
     rows = []
     for arm, reference in CONTROLS.items():
         if arm not in arms:
             continue
         values = differences(arms, arm, reference)
-        finite = {seed: value for seed, value in values.items() if math.isfinite(value)}
-        diverged = sum(record["status"] == "diverged" for record in arms[arm].values())
-        rows.append([arm, reference, str(len(values)), *shown_interval(interval_of(finite)), str(diverged)])
-    head = ["control", "minus", "seeds", "mean, nats per token", "SD", "95% interval", "diverged"]
+        learned = {seed: value for seed, value in values.items() if _has_learned(arms[arm][seed])}
+        lost = str(len(values) - len(learned))
+        rows.append([arm, reference, str(len(values)), *shown_interval(interval_of(learned)), lost])
+    head = ["control", "minus", "seeds", "mean, nats per token", "SD", "95% interval", "ended above untrained"]
     table = markdown(head, rows)
     return table and f"{table}\n\n{losses_table(arms, {*CONTROLS, *CONTROLS.values()})}"
+
+
+def _has_learned(record: Record) -> bool:
+    metrics = record["metrics"]
+    return bool(record["status"] == "finished" and metrics["val_loss"] < metrics["validation_curve"][0][1])
 
 
 def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float | None:

@@ -53,7 +53,7 @@ def made(arm, seed, loss, rate=5e-3, **metrics):
     """A record; an infinite loss is one that diverged."""
     status = "finished" if math.isfinite(loss) else "diverged"
     known = {"arm": arm, "rate": rate, "seed": seed, "status": status}
-    metrics = {"state_bytes": 2_500_000, "core_seconds": 100.0, **metrics}
+    metrics = {"state_bytes": 2_500_000, "core_seconds": 100.0, "validation_curve": [[0, 7.0]], **metrics}
     return make_record(known, {"val_loss": loss if status == "finished" else None, **metrics})
 
 
@@ -220,17 +220,19 @@ def test_the_rate_of_an_arm_is_the_one_with_most_seeds(arms_of):
     assert arms_of(records[:2])["a"][0]["rate"] == 1.0
 
 
-def test_controls_that_diverge_are_counted_and_not_averaged(arms_of):
+def test_controls_that_do_not_learn_are_counted_and_not_averaged(arms_of):
     records = [made("muon32", s, 3.0) for s in range(3)] + [made("muon32_64", 0, 3.5)]
     records += [made("adamw32", s, 4.0) for s in range(3)]
     records += [made("muon_linear4_row", s, loss) for s, loss in enumerate((3.25, math.inf, 3.25))]
     records += [made("adamw_linear8", s, 4.5) for s in range(3)]
+    records += [made("adamw_dynamic8", s, loss) for s, loss in enumerate((687.4, 7.5, 4.125))]
     arms = arms_of(records)
     rows, losses = map(rows_of, controls_tables(arms).split("\n\n"))
     assert rows["muon_linear4_row"][:3] == ["muon32", "3", "+0.2500"]
     assert rows["muon_linear4_row"][-1] == "1"
     assert rows["adamw_linear8"][:3] == ["adamw32", "3", "+0.5000"]
-    assert set(rows) == {"muon_linear4_row", "adamw_linear8"}
+    assert rows["adamw_dynamic8"][:3] + rows["adamw_dynamic8"][-1:] == ["adamw32", "3", "+0.1250", "2"]
+    assert set(rows) == {"muon_linear4_row", "adamw_linear8", "adamw_dynamic8"}
     assert losses["muon_linear4_row"][1:3] == ["2", "3.2500"]
     assert set(losses) == {*rows, "muon32", "adamw32"}
     assert interval_of(differences(arms, "muon_linear4_row", "muon32")) is None
