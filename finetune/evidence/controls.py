@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finetune.evidence.options import MUON_ON, EvidenceRecipe
+from finetune.evidence.options import DYNAMIC_MLP_OUT, MUON_ON, EvidenceRecipe
 from finetune.models.optimizers import build_optimizers
 
 PLACEBO = 1e-7  # relative; an fp32 value has 6e-8
@@ -72,7 +72,8 @@ def build_control(model: nn.Module, recipe: EvidenceRecipe, **more: Any) -> list
         recipe: checked by `check_options`.
         more: other arguments of `build_optimizers`.
     """
-    optimizers = build_optimizers(model, recipe, patterns=MUON_ON[recipe.muon_on], **more)
+    patterns = (*MUON_ON[recipe.muon_on], *(DYNAMIC_MLP_OUT if recipe.dynamic_mlp_out else ()))
+    optimizers = build_optimizers(model, recipe, patterns=patterns, **more)
     if recipe.optimizer == "muon8bit":
         for group in optimizers[0].param_groups:
             if group["algorithm"] == "muon":

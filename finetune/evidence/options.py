@@ -22,6 +22,8 @@ MUON_ON: dict[str, tuple[tuple[str, str], ...]] = {
     "vo-ffn": (("*.q_proj.weight", "adamw"), ("*.k_proj.weight", "adamw")),
     "qk": (("*.v_proj.weight", "adamw"), ("*.o_proj.weight", "adamw"), ("*.mlp.*.weight", "adamw")),
 }
+# Output projections of MLPs, in the names of Llama and Qwen.
+DYNAMIC_MLP_OUT: tuple[tuple[str, dict[str, str]], ...] = (("*.down_proj.weight", {"codebook": "dynamic"}),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,9 @@ class EvidenceRecipe(Recipe):
     )
     muon_on: str = option(
         "all", "hidden matrices that Muon trains: all, V, O and MLP, or Q and K", *MUON_ON, section="optimizer"
+    )
+    dynamic_mlp_out: bool = option(
+        False, "give output projections of MLPs dynamic codes, and all else those of --codebook", section="optimizer"
     )
 
 
@@ -68,6 +73,8 @@ def check_options(recipe: EvidenceRecipe) -> None:
             raise InputError(
                 "--control", f"{recipe.control} is made of another optimizer; give --optimizer {optimizer}{more}"
             )
+    if recipe.dynamic_mlp_out and (recipe.optimizer not in FAMILY or recipe.bits != 8):
+        raise InputError("--dynamic-mlp-out", "is about 8-bit codes of Muon; give --optimizer muon8bit --bits 8")
     asked = {
         "--no-nesterov": not recipe.nesterov,
         "--adjust-lr-fn": recipe.adjust_lr_fn != ADJUST_LR[0],

@@ -18,7 +18,9 @@ WITHIN = 0.01  # nats per token: how close 8 bits must come
 PILOT_SEEDS, HALF_WIDTH = 6, 0.005  # seeds whose spread says how many it takes for an interval of +- so many nats
 PLACEBO, MUON32, ADAMW32 = "placebo", "muon32", "adamw32"
 ADAMW_STARTS = (ADAMW32, "adamw32_init")  # from transformers' standard deviation, and from 1/sqrt(width)
-PARITY = ("muon8_linear", "muon8_dynamic", PLACEBO)
+LINEAR8, DYNAMIC8 = "muon8_linear", "muon8_dynamic"
+MLP_OUT8 = "muon8_mlp_out"  # dynamic codes for the output projections of MLPs, linear ones for all else
+PARITY = (LINEAR8, DYNAMIC8, MLP_OUT8, PLACEBO)
 # Control -> its optimizer with the state in fp32.
 CONTROLS = {
     "muon_int8_tensor": MUON32,
@@ -53,7 +55,7 @@ def parity_tables(arms: Arms) -> str:
     """Return the differences to muon32 by seed, with the spread of the placebo's beside; and losses, state and time."""
     placebo = interval_of(differences(arms, PLACEBO, MUON32))
     rows = []
-    for arm, reference in (*((arm, MUON32) for arm in PARITY), ("muon8_dynamic", "muon8_linear")):
+    for arm, reference in (*((arm, MUON32) for arm in PARITY), (DYNAMIC8, LINEAR8), (MLP_OUT8, LINEAR8)):
         if not (values := differences(arms, arm, reference)):
             continue
         interval = interval_of(values)

@@ -509,6 +509,8 @@ def test_the_command_refuses_what_has_no_table(command, tmp_path):
         (("--control", "adamw-linear8"), ("--control", "--optimizer adamw")),
         (("--optimizer", "adamw", "--no-nesterov"), ("--no-nesterov", "adamw")),
         (("--adjust-lr-fn", "original"), ("--adamw-lr", "original")),
+        (("--dynamic-mlp-out", "--optimizer", "muon8bit", "--bits", 32), ("--dynamic-mlp-out", "--bits 8")),
+        (("--dynamic-mlp-out", "--optimizer", "adamw"), ("--dynamic-mlp-out", "--optimizer muon8bit")),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(command, recipe_file, options, words):
@@ -584,6 +586,22 @@ def test_muon_trains_the_matrices_that_it_is_told_to(recipe_file, muon_on):
     mlp, vo, qk = {"gate_proj", "up_proj", "down_proj"}, {"v_proj", "o_proj"}, {"q_proj", "k_proj"}
     assert names == {"all": mlp | vo | qk, "vo-ffn": mlp | vo, "qk": qk}[muon_on]
     assert not any(group["nesterov"] for group in groups)
+
+
+def test_output_projections_of_mlps_alone_get_dynamic_codes(recipe_file):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune.config.recipe import read_recipe
+    from finetune.evidence.controls import build_control
+    from finetune.evidence.options import EvidenceRecipe
+
+    recipe = dataclasses.replace(read_recipe(str(recipe_file), EvidenceRecipe), dynamic_mlp_out=True)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.model))
+    (optimizer,) = build_control(model, recipe)
+    groups = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
+    codebooks = {name: group["codebook"] for group in groups for name in group["param_names"]}
+    assert {codebooks[name] for name in codebooks if "down_proj" in name} == {"dynamic"}
+    assert {codebooks[name] for name in codebooks if "down_proj" not in name} == {"linear"}
 
 
 def test_a_run_on_biographies_counts_right_first_tokens(command, tmp_path):
