@@ -119,13 +119,18 @@ def test_peaks_of_the_results():
             assert RESULTS[names[row["optimizer"]]][3] == f"{row['measured_bytes'] / 2**20:.1f}"
 
 
+def costs_of(name, arm):
+    """Losses of an arm over those of muon32, seed by seed, at the rate that both have on all seeds."""
+    losses = {"muon32": {}, arm: {}}
+    for run in map(json.loads, (RECORDS / name).read_text().splitlines()):
+        if run["arm"] in losses and run["rate"] == 0.01:
+            losses[run["arm"]][run["seed"]] = run["metrics"]["val_loss"]
+    return [loss - losses["muon32"][seed] for seed, loss in losses[arm].items()]
+
+
 def test_bullets_have_the_numbers_of_the_records():
     bullets = re.findall(r"^- \*\*(.*?)\*\*", README, re.MULTILINE)
-    parity = {"muon32": {}, "muon8_linear": {}}
-    for run in map(json.loads, (RECORDS / "parity_2m.jsonl").read_text().splitlines()):
-        if run["arm"] in parity and run["rate"] == 0.01:
-            parity[run["arm"]][run["seed"]] = run["metrics"]["val_loss"]
-    costs = [loss - parity["muon32"][seed] for seed, loss in parity["muon8_linear"].items()]
+    costs = costs_of("parity_2m.jsonl", "muon8_linear")
     killed = record("kill_saves.json")["killed"]
     rows = record("memory_peaks.json")["rows"]
     error = max(abs(row["estimated_bytes"] / row["measured_bytes"] - 1) for row in rows)
@@ -137,6 +142,10 @@ def test_bullets_have_the_numbers_of_the_records():
     half = 2.200985 * stdev(costs) / math.sqrt(12)  # of Student's t, 11 degrees of freedom
     low, high = mean(costs) - half, mean(costs) + half
     assert f"from {low:.3f} to {high:.3f}, with a 2M model over [{len(costs)} seeds]" in README
+    assert f"; with 8M {mean(costs_of('parity_8m_half.jsonl', 'muon8_linear')):.3f}, but none seen with" in README
+    dynamic = costs_of("parity_8m_half.jsonl", "muon8_dynamic")
+    assert len(dynamic) == 16
+    assert mean(dynamic) <= 0
     assert error <= float(bullets[3].rstrip("%")) / 100
     assert f"{len(rows)} measured" in README
 
