@@ -73,16 +73,17 @@ def check_options(recipe: EvidenceRecipe) -> None:
             raise InputError(
                 "--control", f"{recipe.control} is made of another optimizer; give --optimizer {optimizer}{more}"
             )
-    if recipe.dynamic_mlp_out and (recipe.optimizer not in FAMILY or recipe.bits != 8):
-        raise InputError("--dynamic-mlp-out", "is about 8-bit codes of Muon; give --optimizer muon8bit --bits 8")
     asked = {
         "--no-nesterov": not recipe.nesterov,
         "--adjust-lr-fn": recipe.adjust_lr_fn != ADJUST_LR[0],
         "--muon-on": recipe.muon_on != "all",
+        "--dynamic-mlp-out": recipe.dynamic_mlp_out,
     }
     for name, is_asked in asked.items():
-        takers = ("muon8bit",) if name != "--muon-on" else FAMILY
+        takers = FAMILY if name in ("--muon-on", "--dynamic-mlp-out") else ("muon8bit",)
         if is_asked and recipe.optimizer not in takers:
             raise InputError(name, f"{recipe.optimizer} cannot do it; leave it out, or give --optimizer muon8bit")
+    if recipe.dynamic_mlp_out and recipe.bits != 8:
+        raise InputError("--dynamic-mlp-out", f"--bits {recipe.bits} has no codes; leave it out, or give --bits 8")
     if recipe.adjust_lr_fn == "original" and recipe.adamw_lr is None:
         raise InputError("--adamw-lr", "with --adjust-lr-fn original the lr of Muon is not AdamW's; give it")

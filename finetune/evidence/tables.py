@@ -161,18 +161,21 @@ def controls_tables(arms: Arms) -> str:
     for arm, reference in CONTROLS.items():
         if arm not in arms:
             continue
-        values = differences(arms, arm, reference)
-        learned = {seed: value for seed, value in values.items() if _has_learned(arms[arm][seed])}
-        lost = str(len(values) - len(learned))
-        rows.append([arm, reference, str(len(values)), *shown_interval(interval_of(learned)), lost])
+        num_seeds = len(differences(arms, arm, reference))
+        learned = differences(arms, arm, reference, _learned_loss)
+        lost = sum(_learned_loss(record) is None for record in arms[arm].values())
+        rows.append([arm, reference, str(num_seeds), *shown_interval(interval_of(learned)), str(lost)])
     head = ["control", "minus", "seeds", "mean, nats per token", "SD", "95% interval", "ended above untrained"]
     table = markdown(head, rows)
     return table and f"{table}\n\n{losses_table(arms, {*CONTROLS, *CONTROLS.values()})}"
 
 
-def _has_learned(record: Record) -> bool:
-    metrics = record["metrics"]
-    return bool(record["status"] == "finished" and metrics["val_loss"] < metrics["validation_curve"][0][1])
+def _learned_loss(record: Record) -> float | None:
+    """Return a run's loss; None where it diverged or ended above the loss before the first step."""
+    loss = loss_of(record)
+    if loss is None or loss == math.inf:
+        return None
+    return loss if loss < record["metrics"]["validation_curve"][0][1] else None
 
 
 def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float | None:

@@ -226,15 +226,18 @@ def test_controls_that_do_not_learn_are_counted_and_not_averaged(arms_of):
     records += [made("muon_linear4_row", s, loss) for s, loss in enumerate((3.25, math.inf, 3.25))]
     records += [made("adamw_linear8", s, 4.5) for s in range(3)]
     records += [made("adamw_dynamic8", s, loss) for s, loss in enumerate((687.4, 7.5, 4.125))]
+    records += [made("cooldown_adamw32", s, loss) for s, loss in enumerate((math.inf, 3.0))]
+    records += [made("cooldown_adamw8", s, 3.5) for s in range(2)]
     arms = arms_of(records)
     rows, losses = map(rows_of, controls_tables(arms).split("\n\n"))
     assert rows["muon_linear4_row"][:3] == ["muon32", "3", "+0.2500"]
     assert rows["muon_linear4_row"][-1] == "1"
     assert rows["adamw_linear8"][:3] == ["adamw32", "3", "+0.5000"]
     assert rows["adamw_dynamic8"][:3] + rows["adamw_dynamic8"][-1:] == ["adamw32", "3", "+0.1250", "2"]
-    assert set(rows) == {"muon_linear4_row", "adamw_linear8", "adamw_dynamic8"}
+    assert rows["cooldown_adamw8"][:3] + rows["cooldown_adamw8"][-1:] == ["cooldown_adamw32", "2", "+0.5000", "0"]
+    assert set(rows) == {"muon_linear4_row", "adamw_linear8", "adamw_dynamic8", "cooldown_adamw8"}
     assert losses["muon_linear4_row"][1:3] == ["2", "3.2500"]
-    assert set(losses) == {*rows, "muon32", "adamw32"}
+    assert set(losses) == {*rows, "muon32", "adamw32", "cooldown_adamw32"}
     assert interval_of(differences(arms, "muon_linear4_row", "muon32")) is None
 
 
@@ -568,19 +571,23 @@ def test_the_second_moment_of_a_run_is_kept_in_codes(command, recipe_file, tmp_p
     assert not any(are_rounded[False])
 
 
-@pytest.mark.parametrize("muon_on", ["all", "vo-ffn", "qk"])
-def test_muon_trains_the_matrices_that_it_is_told_to(recipe_file, muon_on):
+def muon_groups(recipe_file, **options):
+    """The model of a recipe with further options, and Muon's groups of its optimizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from finetune.config.recipe import read_recipe
     from finetune.evidence.controls import build_control
     from finetune.evidence.options import EvidenceRecipe
 
-    recipe = read_recipe(str(recipe_file), EvidenceRecipe)
-    recipe = dataclasses.replace(recipe, muon_on=muon_on, nesterov=False)
+    recipe = dataclasses.replace(read_recipe(str(recipe_file), EvidenceRecipe), **options)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.model))
     (optimizer,) = build_control(model, recipe)
-    groups = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
+    return model, [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
+
+
+@pytest.mark.parametrize("muon_on", ["all", "vo-ffn", "qk"])
+def test_muon_trains_the_matrices_that_it_is_told_to(recipe_file, muon_on):
+    model, groups = muon_groups(recipe_file, muon_on=muon_on, nesterov=False)
     trained = {id(param) for group in groups for param in group["params"]}
     names = {name.split(".")[-2] for name, param in model.named_parameters() if id(param) in trained}
     mlp, vo, qk = {"gate_proj", "up_proj", "down_proj"}, {"v_proj", "o_proj"}, {"q_proj", "k_proj"}
@@ -589,16 +596,7 @@ def test_muon_trains_the_matrices_that_it_is_told_to(recipe_file, muon_on):
 
 
 def test_output_projections_of_mlps_alone_get_dynamic_codes(recipe_file):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from finetune.config.recipe import read_recipe
-    from finetune.evidence.controls import build_control
-    from finetune.evidence.options import EvidenceRecipe
-
-    recipe = dataclasses.replace(read_recipe(str(recipe_file), EvidenceRecipe), dynamic_mlp_out=True)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.model))
-    (optimizer,) = build_control(model, recipe)
-    groups = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
+    _, groups = muon_groups(recipe_file, dynamic_mlp_out=True)
     codebooks = {name: group["codebook"] for group in groups for name in group["param_names"]}
     assert {codebooks[name] for name in codebooks if "down_proj" in name} == {"dynamic"}
     assert {codebooks[name] for name in codebooks if "down_proj" not in name} == {"linear"}
