@@ -32,6 +32,7 @@ CONTROLS = {
 # Member of the family in 8 bits -> in 32.
 FAMILY = {
     "muon8": MUON32,
+    "muon8_dynamic": MUON32,
     "normuon8": "normuon32",
     "adamuon8_dynamic": "adamuon32",
     "adamuon8_linear": "adamuon32",
@@ -41,6 +42,7 @@ AHEAD = {
     MUON32: "adamw",
     "normuon32": MUON32,
     "adamuon32": MUON32,
+    "muon8_dynamic": "muon8",
     "normuon8": "muon8",
     "adamuon8_dynamic": "muon8",
     "adamuon8_linear": "muon8",
