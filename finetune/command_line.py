@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from finetune.config.errors import InputError
 from finetune.config.options import (
@@ -33,9 +34,9 @@ STARTED = time.monotonic()  # s; before torch is imported, which counts against 
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a gradient or a validation loss was not finite, or the disk is full; 2 bad input; 124 "
-    "--max-minutes have passed; 129, 130 or 143 SIGHUP, Ctrl-C or SIGTERM came. After 124 and these the run is saved "
-    "and not complete; before its first step there is nothing to save. torchrun and accelerate launch make 1 of all "
-    "but 0; a complete run has a result.json."
+    "--max-minutes have passed; 129, 130 or 143 SIGHUP, Ctrl-C or SIGTERM came, or nobody reads what is printed (129). "
+    "After 124 and these the run is saved and not complete; before its first step there is nothing to save. torchrun "
+    "and accelerate launch make 1 of all but 0; a complete run has a result.json."
 )
 
 
@@ -162,6 +163,54 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+class _Output:
+    """A text stream that outlasts its reader: a terminal that is closed, or the other end of a pipe.
+
+    A write that nobody can read is dropped. Where a handler of SIGHUP listens, as between steps, it counts as that
+    signal, which of a terminal may come later, and of a pipe never comes.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text; return its length."""
+        self._unless_unread(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        self._unless_unread(self._stream.flush)
+
+    def _unless_unread(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            if callable(signal.getsignal(signal.SIGHUP)):
+                signal.raise_signal(signal.SIGHUP)
+
+
+@contextmanager
+def outlasting_readers() -> Iterator[None]:
+    """Let prints inside the block fail for no reader's end."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Output, streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:  # what is left in it goes nowhere, or the interpreter's last flush would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_script(work: Callable[[], int], typed: Mapping[str, str] | None = None) -> int:
     """Do the work; return the exit code, see EXIT_CODES.
 
@@ -174,7 +223,7 @@ def run_script(work: Callable[[], int], typed: Mapping[str, str] | None = None) 
         # Accelerate warns at every checkpoint that a tied weight is saved once (loading ties it again; resuming is
         # bitwise).
         logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-        with _sigterm_as_ctrl_c():
+        with outlasting_readers(), _sigterm_as_ctrl_c():
             return work()
     except InputError as error:
         text = str(error)

@@ -22,6 +22,7 @@ from helpers.bitwise import assert_nested_equal
 from helpers.refusals import check_refused
 from safetensors.torch import load_file
 
+from finetune.command_line import outlasting_readers
 from finetune.parallel.stopping import StopSignal
 from finetune.setup import prepare
 from finetune.storage import plots
@@ -536,28 +537,33 @@ def test_ctrl_c_after_the_loop_tells_what_can_be_resumed(pretrain, tmp_path, mon
     assert again.err.splitlines()[-1] == f"stopped before another step; {tmp_path / 'late'} is as it was: resume it"
 
 
-def test_a_closed_terminal_saves_and_an_ignored_hangup_does_not_count(recipe_file, tmp_path):
-    """What is printed to a terminal that is gone fails; under nohup SIGHUP is ignored."""
+def long_run(recipe_file, tmp_path, read_end, *before, **streams):
+    """Start a run that would not end, close the only reader of what it prints in its midst, return its exit code."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     options = ["--recipe", recipe_file, "--output-dir", "run", "--max-steps", "100000", "--save-every", "100000"]
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_A_TERMINAL, sys.executable, "-m", "finetune.pretrain", *map(str, options)],
-        cwd=tmp_path,
-        env=env,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
+    words = [*before, sys.executable, "-m", "finetune.pretrain", *map(str, options)]
+    process = subprocess.Popen(words, cwd=tmp_path, env=env, start_new_session=True, **streams)
+    for stream in {number for number in streams.values() if number >= 0}:
+        os.close(stream)
     file = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (file.exists() and file.read_text().count("\n") >= 3):
-        os.read(ours, 2**16)
-    os.close(ours)
-    assert process.wait(600) == 128 + signal.SIGHUP
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert checkpoint.name == f"step-{metrics(tmp_path / 'run')[-1]['step']:07}"
+        os.read(read_end, 2**16)
+    os.close(read_end)
+    return process.wait(600)
+
+
+def has_saved_its_last_step(folder):
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    return checkpoint.name == f"step-{metrics(folder)[-1]['step']:07}"
+
+
+def test_a_closed_terminal_saves_and_an_ignored_hangup_does_not_count(recipe_file, tmp_path):
+    """What is printed to a terminal that is gone fails; under nohup SIGHUP is ignored."""
+    ours, theirs = pty.openpty()
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    code = long_run(recipe_file, tmp_path, ours, sys.executable, "-c", IN_A_TERMINAL, **streams)
+    assert code == 128 + signal.SIGHUP
+    assert has_saved_its_last_step(tmp_path / "run")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignal().listening() as stop:
@@ -567,14 +573,21 @@ def test_a_closed_terminal_saves_and_an_ignored_hangup_does_not_count(recipe_fil
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("streams", [("stdout",), ("stderr",), ("stdout", "stderr")], ids="+".join)
+def test_a_pipe_that_loses_its_reader_saves_like_a_closed_terminal(recipe_file, tmp_path, streams):
+    """As behind `| tee` where that is killed, or behind ssh without a terminal; no signal comes."""
+    ours, theirs = os.pipe()
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **dict.fromkeys(streams, theirs)}
+    assert long_run(recipe_file, tmp_path, ours, **pipes) == 128 + signal.SIGHUP
+    assert has_saved_its_last_step(tmp_path / "run")
+
+
 def test_a_write_that_learns_first_of_a_closed_terminal_counts_as_its_signal(monkeypatch):
     """The signal may be on its way when the write fails."""
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        stop = StopSignal()
-        stop._terminals = [theirs]
-        with stop.listening():
+        with outlasting_readers(), StopSignal().listening() as stop:
             os.close(ours)
             print("lost", flush=True)
             assert stop.code == 128 + signal.SIGHUP
