@@ -198,13 +198,13 @@ class _Output:
 @contextmanager
 def outlasting_readers() -> Iterator[None]:
     """Let prints inside the block fail for no reader's end."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Output, streams)
+    streams = sys.stdout, sys.stderr  # None where the process was started without
+    sys.stdout, sys.stderr = (_Output(stream) if stream else stream for stream in streams)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = streams
-        for stream in streams:
+        for stream in filter(None, streams):
             try:
                 stream.flush()
             except OSError:  # what is left in it goes nowhere, or the interpreter's last flush would fail
