@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -91,8 +90,7 @@ def horizons_figure(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) -
     """Draw the final loss over the steps of a run, the mean over seeds, and AdamW's."""
     figure, (axes,) = new_axes("steps of the run", "validation loss, nats per token", "Runs tuned to their length")
     for number, family in enumerate(families):
-        seeds = {seed for arm, runs in arms.items() if re.fullmatch(f"{family}_[0-9]+", arm) for seed in runs}
-        curves = [horizon_curve(arms, family, seed) for seed in sorted(seeds)]
+        curves = [horizon_curve(arms, family, seed) for seed in sorted({s for runs in arms.values() for s in runs})]
         by_steps: dict[float, list[float]] = {}
         for steps, value in (point for curve in curves for point in curve):
             by_steps.setdefault(steps, []).append(value)

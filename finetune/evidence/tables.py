@@ -198,13 +198,22 @@ def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
 
 
 def horizon_curve(arms: Arms, family: str, seed: int) -> list[tuple[float, float]]:
-    """Return pairs of steps and final loss of the arms FAMILY_STEPS on a seed, the shortest run first."""
-    points = []
-    for arm, runs in arms.items():
-        loss = loss_of(runs.get(seed))
-        if re.fullmatch(f"{family}_[0-9]+", arm) and loss is not None:
-            points.append((float(runs[seed]["metrics"]["steps"]), loss))
+    """Return pairs of steps and final loss of the arms FAMILY_STEPS on a seed, the shortest run first.
+
+    FAMILY, of all the recipe's steps, is the last one where the seed has shorter runs.
+    """
+    points: list[tuple[float, float]] = []
+    for arm in (*_shorter_runs(arms, family), family):
+        run = arms.get(arm, {}).get(seed)
+        loss = loss_of(run)
+        if run is not None and loss is not None and (arm != family or points):
+            points.append((float(run["metrics"]["steps"]), loss))
     return sorted(points)
+
+
+def _shorter_runs(arms: Arms, family: str) -> list[str]:
+    """Return the arms FAMILY_STEPS."""
+    return [arm for arm in arms if re.fullmatch(f"{family}_[0-9]+", arm)]
 
 
 def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) -> str:
@@ -219,7 +228,7 @@ def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) ->
 
 def _horizon_row(arms: Arms, adamw: str, family: str) -> list[str]:
     """Return the cells of `horizons_table` for an arm of AdamW and a family; none where they share no seed."""
-    family_runs = [runs for arm, runs in arms.items() if re.fullmatch(f"{family}_[0-9]+", arm)]
+    family_runs = [arms[arm] for arm in _shorter_runs(arms, family)]
     steps, tokens, step_shares, flop_shares, tried = [], [], [], [], 0
     for seed, record in arms.get(adamw, {}).items():
         curve, target = horizon_curve(arms, family, seed), loss_of(record)

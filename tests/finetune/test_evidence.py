@@ -268,6 +268,10 @@ def test_horizons_are_shares_of_adamw_s_steps_and_flops(arms_of):
     wider = [run("adamw32_init", 0, 3.0, 320, 0), run("adamw32_init", 1, 2.9, 320, 0)]
     rows = rows_of(horizons_table(arms_of([*records, *wider])))
     assert rows["adamw32_init"] == ["muon32", "1 of 2", "256", "25,600", "80%", "100%"]
+    whole = [run("muon32", 1, 2.8, 400, 250), run("muon32", 2, 2.8, 400, 250)]  # seed 2 has no shorter run
+    rows = rows_of(horizons_table(arms_of([*records, *wider, *more[:1], *whole])))
+    assert rows["adamw32_init"][1:3] == ["2 of 2", f"{(256 + math.sqrt(256 * 400)) / 2:.0f}"]
+    assert rows["adamw32"][1] == "2 of 2"
 
 
 def test_losses_by_decile_are_paired(arms_of):
