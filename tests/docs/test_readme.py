@@ -95,6 +95,10 @@ def test_losses_of_the_results():
     added = [eight - thirty_two for eight, thirty_two in pairs]
     half = 2.3646 * stdev(added) / math.sqrt(8)  # Student's t of 7 degrees of freedom
     assert f"[{mean(added):.3f} nats to 32, {mean(added) - half:.3f} to {mean(added) + half:.3f}]" in README
+    runs = [json.loads(line) for line in (RECORDS / "evidence_4m.jsonl").read_text().splitlines()]
+    wider = {(r["seed"], r["rate"]): r["metrics"]["val_loss"] for r in runs if r["arm"] == "adamw32_init"}
+    best = min((0.001, 0.002, 0.004), key=lambda rate: wider[0, rate])
+    assert f"AdamW has {mean(wider[seed, best] for seed in range(3)):.3f} from [another start]" in README
 
 
 def test_step_times_of_the_results():
