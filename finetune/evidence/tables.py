@@ -202,18 +202,15 @@ def horizon_curve(arms: Arms, family: str, seed: int) -> list[tuple[float, float
 
     FAMILY, of all the recipe's steps, is the last one where the seed has shorter runs.
     """
-    points: list[tuple[float, float]] = []
-    for arm in (*_shorter_runs(arms, family), family):
-        run = arms.get(arm, {}).get(seed)
-        loss = loss_of(run)
-        if run is not None and loss is not None and (arm != family or points):
-            points.append((float(run["metrics"]["steps"]), loss))
-    return sorted(points)
+    runs = [runs[seed] for runs in _shorter_runs(arms, family) if seed in runs]
+    if runs and (whole := arms.get(family, {}).get(seed)):
+        runs.append(whole)
+    return sorted((float(run["metrics"]["steps"]), loss) for run in runs if (loss := loss_of(run)) is not None)
 
 
-def _shorter_runs(arms: Arms, family: str) -> list[str]:
-    """Return the arms FAMILY_STEPS."""
-    return [arm for arm in arms if re.fullmatch(f"{family}_[0-9]+", arm)]
+def _shorter_runs(arms: Arms, family: str) -> list[Mapping[int, Record]]:
+    """Return the runs by seed of each arm FAMILY_STEPS."""
+    return [runs for arm, runs in arms.items() if re.fullmatch(f"{family}_[0-9]+", arm)]
 
 
 def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) -> str:
@@ -228,7 +225,6 @@ def horizons_table(arms: Arms, families: Sequence[str] = ("muon32", "muon8")) ->
 
 def _horizon_row(arms: Arms, adamw: str, family: str) -> list[str]:
     """Return the cells of `horizons_table` for an arm of AdamW and a family; none where they share no seed."""
-    family_runs = [arms[arm] for arm in _shorter_runs(arms, family)]
     steps, tokens, step_shares, flop_shares, tried = [], [], [], [], 0
     for seed, record in arms.get(adamw, {}).items():
         curve, target = horizon_curve(arms, family, seed), loss_of(record)
@@ -236,7 +232,7 @@ def _horizon_row(arms: Arms, adamw: str, family: str) -> list[str]:
             continue
         tried += 1
         if (reached := steps_to(curve, target)) is not None:
-            mine = next(runs[seed] for runs in family_runs if seed in runs)
+            mine = next(runs[seed] for runs in _shorter_runs(arms, family) if seed in runs)
             share = reached / record["metrics"]["steps"]
             steps.append(reached)
             tokens.append(reached * _tokens_per_step(mine))

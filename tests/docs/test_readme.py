@@ -70,6 +70,14 @@ def test_bytes_of_the_results():
     assert others == {"AdamW": "8", "8-bit AdamW": "2.03", "torch Muon + AdamW": "4"}
 
 
+def losses_of(name):
+    """Losses of a sweep's record by arm, rate and seed."""
+    losses = {}
+    for run in map(json.loads, (RECORDS / name).read_text().splitlines()):
+        losses.setdefault(run["arm"], {}).setdefault(run["rate"], {})[run["seed"]] = run["metrics"]["val_loss"]
+    return losses
+
+
 def test_losses_of_the_results():
     """Mean and standard deviation over seeds, at the rate that is best on seed 0, which has the most seeds."""
     arms = {
@@ -79,10 +87,7 @@ def test_losses_of_the_results():
         "NorMuon8bit": "normuon8",
         "AdaMuon8bit": "adamuon8_dynamic",
     }
-    losses = {}
-    for line in (RECORDS / "family.jsonl").read_text().splitlines():
-        run = json.loads(line)
-        losses.setdefault(run["arm"], {}).setdefault(run["rate"], {})[run["seed"]] = run["metrics"]["val_loss"]
+    losses = losses_of("family.jsonl")
     most = {name: max(losses[arm].values(), key=len) for name, arm in arms.items()}
     expected = {name: [of[seed] for seed in sorted(of)] for name, of in most.items()}
     assert [len(of) for of in expected.values()] == [3, 8, 8, 8, 8]
@@ -95,10 +100,10 @@ def test_losses_of_the_results():
     added = [eight - thirty_two for eight, thirty_two in pairs]
     half = 2.3646 * stdev(added) / math.sqrt(8)  # Student's t of 7 degrees of freedom
     assert f"[{mean(added):.3f} nats to 32, {mean(added) - half:.3f} to {mean(added) + half:.3f}]" in README
-    runs = [json.loads(line) for line in (RECORDS / "evidence_4m.jsonl").read_text().splitlines()]
-    wider = {(r["seed"], r["rate"]): r["metrics"]["val_loss"] for r in runs if r["arm"] == "adamw32_init"}
-    best = min((0.001, 0.002, 0.004), key=lambda rate: wider[0, rate])
-    assert f"AdamW has {mean(wider[seed, best] for seed in range(3)):.3f} from [another start]" in README
+    wider = losses_of("evidence_4m.jsonl")["adamw32_init"]
+    best = min(wider.values(), key=lambda of: of[0])
+    assert sorted(best) == [0, 1, 2]
+    assert f"AdamW has {mean(best.values()):.3f} from [another start]" in README
 
 
 def test_step_times_of_the_results():
@@ -125,11 +130,8 @@ def test_peaks_of_the_results():
 
 def costs_of(name, arm):
     """Losses of an arm over those of muon32, seed by seed, at the rate that both have on all seeds."""
-    losses = {"muon32": {}, arm: {}}
-    for run in map(json.loads, (RECORDS / name).read_text().splitlines()):
-        if run["arm"] in losses and run["rate"] == 0.01:
-            losses[run["arm"]][run["seed"]] = run["metrics"]["val_loss"]
-    return [loss - losses["muon32"][seed] for seed, loss in losses[arm].items()]
+    losses = losses_of(name)
+    return [loss - losses["muon32"][0.01][seed] for seed, loss in losses[arm][0.01].items()]
 
 
 def test_bullets_have_the_numbers_of_the_records():
